@@ -1,0 +1,49 @@
+# Everything a developer runs; `make help` lists it. Needs Python 3.11 to 3.13 with pip, and git.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+# uv trusts the certificates this machine trusts, as pip does.
+export UV_SYSTEM_CERTS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.stamp  ## .venv with the package and the exact versions of requirements.lock (a few GB on first use)
+
+demo: env  ## draw the emoji data set, run the whole pipeline on it, write its report under runs/
+	$(BIN)/mmkt fetch openmoji --out data/openmoji
+	$(BIN)/mmkt run jobs/configs/openmoji.yaml
+
+test: env  ## run the tests; ARGS="-m 'not cluster' tests/models" picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env  ## ruff over all Python files
+	$(BIN)/ruff check .
+
+types: env  ## mypy over the package
+	$(BIN)/mypy
+
+lock: $(BIN)/uv  ## refresh requirements.lock: the newest versions that pyproject.toml allows
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+		--custom-compile-command "make lock" --output-file requirements.lock
+
+clean:  ## remove .venv and the caches; keeps data/ and runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# uv comes through pip, at the version the lock names (any version while there is no lock yet).
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("Python 3.11 to 3.13 needed, $(PYTHON) is %d.%d: make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(wildcard requirements.lock)) uv
+
+# Rebuilt when the lock or pyproject.toml changes. --quiet: also no warning where a link from uv's cache must be a copy.
+$(VENV)/.stamp: pyproject.toml requirements.lock | $(BIN)/uv
+	@echo "installing requirements.lock into $(VENV)"
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@

@@ -1,0 +1,152 @@
+"""`mmkt`: one subcommand per job. Parses, calls, prints where the result is."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from mmkt_ray import __version__
+from mmkt_ray.config import Config, describe_fields, load_config, parse_override
+from mmkt_ray.errors import UserError
+
+DESCRIPTION = """\
+Multimodal knowledge transfer as batch processing on Ray: what does each modality know, what transfers, which model to ship?
+
+A run goes from raw shards to a report:  extract -> train -> evaluate -> report  (`mmkt run` does all four).
+Every step is resumable: give the same command again and it does only what is missing.
+"""
+EXAMPLES = """\
+examples:
+  mmkt run jobs/configs/openmoji.yaml                      everything, on this machine
+  mmkt run CONFIG --set training.epochs=5 --set seed=1     with other values
+  mmkt config                                              every key of a config, with its default and meaning
+  mmkt predict runs/openmoji/models/concat new/*.parquet   a trained model on new shards
+
+On a cluster the same is submitted: ray job submit --working-dir . -- python jobs/run.py CONFIG
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="mmkt", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"mmkt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    steps = {
+        "run": "everything: extract, train, evaluate, report",
+        "extract": "raw shards -> features in Parquet",
+        "train": "features -> models (extracts first if needed)",
+        "evaluate": "models -> metrics, predictions and their comparison",
+        "report": "result files -> HTML page, plots and tables",
+    }
+    for name, text in steps.items():
+        command = commands.add_parser(name, help=text, description=text, epilog="all keys of a config: mmkt config")
+        command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/")
+        _add_set(command)
+    _add_predict(commands)
+    command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
+    command.add_argument("names", nargs="+", choices=["openmoji", "cifar10", "20news"], metavar="NAME", help="openmoji, cifar10, 20news")
+    command.add_argument("--out", required=True, help="folder to write to")
+    command = commands.add_parser("config", help="every key of a config with its default and meaning, or check a file")
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
+    _add_set(command)
+    return parser
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="replace one value of the config, e.g. training.epochs=5; repeatable")
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("predict", help="model folder + raw shards -> Parquet with probabilities per task")
+    command.add_argument("model", metavar="MODEL", help="model folder, e.g. runs/openmoji/models/concat")
+    command.add_argument("inputs", nargs="*", metavar="INPUT", help="raw shards (files, folders, globs); none: the sources that the model was trained with")
+    command.add_argument("--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way")
+    command.add_argument("--like", type=int, default=0, metavar="N", help="read the inputs as the config's N-th source is read (default 0)")
+    command.add_argument("--reader", choices=["parquet", "webdataset", "folders", "manifest"], help="layout of the inputs, if it differs from training")
+    command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="column mapping, if it differs from training; repeatable")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("mmkt_ray").setLevel(logging.INFO)
+    try:
+        print(_dispatch(args))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:  # Ray wraps what a worker raised; anything that is not the user's to mend goes on up
+        mendable = find_user_error(error)
+        if mendable is None:
+            raise
+        print(f"mmkt: {mendable}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError behind an exception, also where Ray has wrapped it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return UserError(str(getattr(seen, "cause", seen)))
+        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    return None
+
+
+def _dispatch(args: argparse.Namespace) -> str:
+    if args.command == "fetch":
+        from mmkt_ray.samples.fetch import fetch
+
+        return "\n".join(fetch(name, args.out) for name in args.names)
+    if args.command == "config" and args.config is None:
+        return _config_help()
+    if args.command == "predict":
+        return _predict(args)
+    config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
+    if args.command == "config":
+        import yaml
+
+        return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return _step(args.command, config)
+
+
+def _step(command: str, config: Config) -> str:
+    from mmkt_ray import run as steps  # torch and ray load here, so that --help is quick
+
+    if command == "run":
+        return steps.run(config)
+    if command == "report":
+        return f"report: {steps.report_step(config)}"
+    stores = steps.extract_step(config)
+    if command == "extract":
+        return "\n".join(sorted({f"features: {store.uri}" for store in stores.values()}))
+    steps.train_step(config, stores)
+    if command == "train":
+        return f"models: {steps.run_folder(config)}/models"
+    return steps.comparison_table(steps.evaluate_step(config, stores))
+
+
+def _predict(args: argparse.Namespace) -> str:
+    from mmkt_ray.evaluation.prediction import predict
+
+    columns = dict(parse_override(text) for text in args.column)
+    return f"predictions: {predict(args.model, args.inputs, args.out, like=args.like, reader=args.reader, columns=columns)}"
+
+
+def _config_help() -> str:
+    lines = ["Every key of a config. (name) after a key: one of several choices; [] a list; .<name> a mapping.", ""]
+    for key, default, text in describe_fields():
+        lines.append(f"{key}  [{default}]" if default else key)
+        lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

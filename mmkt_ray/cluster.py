@@ -1,0 +1,155 @@
+"""The Ray that a job runs on: its own on this machine, or the cluster that it was pointed to; never another by accident."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import torch
+
+from mmkt_ray.errors import ResourceError
+
+log = logging.getLogger(__name__)
+
+MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
+OBJECT_STORE_BYTES = 1_000_000_000
+NO_PROGRESS_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def connect() -> Resources:
+    """Attach to the cluster in RAY_ADDRESS (set inside a submitted job), else start a Ray of our own on this machine.
+
+    Raises: ResourceError if the address does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            _attach(address)
+        else:
+            _start_local()
+    configure_data()
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0))
+
+
+def _attach(address: str) -> None:
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); if the cluster uses tokens set RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
+        ) from None
+
+
+def _start_local() -> None:
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "268435456")  # large buffers are kept, not mapped and unmapped for each image
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "268435456")
+    for name in ("ray", "ray.data", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(
+        address="local",  # never join a Ray that happens to run here
+        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def configure_data() -> None:
+    """Ray Data settings that every pipeline here wants."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_fallback_to_arrow_object_ext_type = False  # a stray Python object fails; it is never pickled into a file
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def one_row_blocks() -> Iterator[None]:
+    """Ray Data inside makes a block of every row: for pipelines whose rows are chunks of many samples."""
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 1
+    with ray.data.DataContext.current(context):
+        yield
+
+
+def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_each: float) -> None:
+    """Refuse an actor pool that could never run: Ray Data needs one whole CPU beside it for reads and writes.
+
+    Raises: ResourceError saying what is there, what is asked, and what to set.
+    """
+    needed = num_actors * cpus_each + 1
+    if needed > resources.num_cpus:
+        raise ResourceError(
+            f"{num_actors} encoder actors of {cpus_each:g} CPU and one CPU for reading need {needed:g} CPUs, the cluster has "
+            f"{resources.num_cpus:g}: set extract.num_actors to at most {int(max(0, (resources.num_cpus - 1) // max(cpus_each, 1e-9)))}, or add nodes"
+        )
+    if num_actors * gpus_each > resources.num_gpus:
+        raise ResourceError(
+            f"{num_actors} encoder actors of {gpus_each:g} GPU need {num_actors * gpus_each:g} GPUs, the cluster has "
+            f"{resources.num_gpus:g}: lower extract.num_actors or extract.num_gpus (0 runs on CPUs)"
+        )
+
+
+def run_on_workers(loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None = None) -> Any:
+    """Run `loop(job, rank, world_size, device)` on Ray Train workers, or right here on all cores if there is to be one; returns rank 0's result.
+
+    With several workers torch.distributed is set up (gloo on CPUs, NCCL on GPUs) and a dead worker restarts them all, up to
+    twice; the loop itself resumes from its own checkpoint. Raises: ResourceError if the cluster can't place them.
+    """
+    if num_workers == 1:
+        torch.set_num_threads(cores())
+        return loop(job, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return _run_train(loop, job, num_workers, scratch_uri)
+
+
+def _run_train(loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+    from ray.train.torch import TorchTrainer, get_device
+
+    resources = connect()
+    use_gpu = resources.num_gpus >= num_workers
+    if num_workers + 1 > resources.num_cpus:
+        raise ResourceError(
+            f"{num_workers} training workers and their driver need {num_workers + 1} CPUs, the cluster has {resources.num_cpus:g}: "
+            f"set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
+        )
+
+    def on_worker(payload: dict[str, Any]) -> Any:
+        context = get_context()
+        torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
+        return loop(payload["job"], context.get_world_rank(), context.get_world_size(), get_device())
+
+    name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
+    with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
+        result = TorchTrainer(
+            on_worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            run_config=RunConfig(name=name, storage_path=scratch_uri or scratch, failure_config=FailureConfig(max_failures=2)),
+        ).fit()
+    return result.return_value
+
+
+def cores() -> int:
+    """Cores of this machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,359 @@
+"""A small CNN for small images, and the recipe that trains it in minutes on two CPU cores.
+
+Axes: B batch, N images of a set, C channels, S side of a square image in pixels, D features, K classes.
+
+Network, whitening and schedule after airbench (Jordan 2024, https://arxiv.org/abs/2404.00498), which goes
+back to David Page's ResNet (DAWNBench 2018); Muon after https://kellerjordan.github.io/posts/muon/.
+No Ray and no files in here: arrays in, module out; the caller writes checkpoints from `on_epoch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AUGMENTATIONS = ("flip", "crop", "cutout")
+PRECISIONS = ("bf16", "fp32")
+MIN_IMAGE_SIZE = 9  # one pixel is left after the whitening and three poolings
+
+
+@dataclass(frozen=True)
+class CNNRecipe:
+    """How `fit_cnn` builds and trains a `SmallCNN`. The defaults are tuned for CIFAR-10 on two CPU cores."""
+
+    epochs: int = 10  # passes over the images
+    batch_size: int = 500  # images per optimizer step, over all workers
+    lr: float = 0.12  # of Muon on the filters, whose norm is fixed; falls linearly to 0
+    head_lr: float = 0.01  # of AdamW on norm biases and head; falls linearly to 0
+    momentum: float = 0.6  # Nesterov momentum of Muon
+    weight_decay: float = 0.01  # decoupled, of AdamW; filters have a fixed norm instead
+    label_smoothing: float = 0.2  # share of the target that is spread over all classes
+    width: int = 64  # channels of the first block; features have 4 * width
+    image_size: int = 32  # side in pixels of the images given
+    augment: tuple[str, ...] = ("flip", "crop")  # any of AUGMENTATIONS
+    crop_pad: int = 2  # most pixels by which "crop" shifts an image; the border is reflected
+    cutout_frac: float = 0.25  # side of the square that "cutout" blanks, as a share of image_size
+    precision: str = "bf16"  # "bf16" (autocast) or "fp32"
+    seed: int = 0  # of initialisation, order and augmentation
+
+
+# --- network ------------------------------------------------------------------------------------------------
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with norms, a 2x2 max pool inside: (B, C, S, S) -> (B, C', S // 2, S // 2).
+
+    Norms learn a bias only. Filters start near the identity.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels, momentum=0.2)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels, momentum=0.2)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            nn.init.dirac_(conv.weight.data[: conv.in_channels])
+            norm.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return F.silu(self.norm2(self.conv2(x)))
+
+
+class SmallCNN(nn.Module):
+    """uint8 images (B, 3, S, S) -> logits (B, K), S >= 9. Rebuilt from `options` and its state dict."""
+
+    def __init__(self, num_classes: int, image_size: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.options = {"num_classes": num_classes, "image_size": image_size, "width": width}
+        self.dim = 4 * width
+        self.register_buffer("whiten_weight", torch.zeros(24, 3, 2, 2))
+        self.register_buffer("whiten_bias", torch.zeros(24))
+        widths = (24, width, 2 * width, 4 * width)
+        self.blocks = nn.Sequential(*(ConvBlock(a, b) for a, b in pairwise(widths)))
+        self.head = nn.Linear(self.dim, num_classes, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / self.dim)
+
+    @torch.no_grad()
+    def fit_whitening(self, images: Tensor, eps: float = 5e-4) -> None:
+        """Makes the first layer whiten 2x2 patches of uint8 `images` (N, 3, S, S), less mean and std.
+
+        Mean and std are folded into weight and bias, so that `forward` takes raw pixels, which bfloat16 holds
+        exactly. The weight is rounded to bfloat16 here, so that both precisions compute the same layer.
+        """
+        std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), keepdim=True)
+        std = std.clamp_min(1.0)  # a constant colour
+        patches = F.unfold(((images - mean) / std).float(), 2).transpose(1, 2).reshape(-1, 12).double()
+        eigenvalues, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (eigenvalues + eps).sqrt()).T.reshape(12, 3, 2, 2) / std
+        weight = torch.cat([filters, -filters]).bfloat16().double()
+        self.whiten_weight.copy_(weight)
+        self.whiten_bias.copy_(-(weight * mean).sum(dim=(1, 2, 3)))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features (B, D) float32 of uint8 images (B, 3, S, S)."""
+        x = x.to(self.whiten_weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = F.silu(F.conv2d(x, self.whiten_weight, self.whiten_bias))
+        return self.blocks(x).amax(dim=(2, 3)).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)).float()
+
+    def forward_tta(self, x: Tensor) -> Tensor:
+        """Logits (B, K) averaged over six views: mirrored or not, moved diagonally by -1, 0 or 1 pixel."""
+        side = x.shape[-1]
+        padded = F.pad(x.float(), (1, 1, 1, 1), mode="reflect").to(x.dtype)
+        views = [(x, 0.25), (padded[..., :side, :side], 0.125), (padded[..., 2:, 2:], 0.125)]
+        return torch.stack([share * (self(view) + self(view.flip(-1))) for view, share in views]).sum(0)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which convolutions run in bfloat16 ("bf16") or everything in float32 ("fp32")."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.inference_mode()
+def apply_cnn(
+    function: Callable[[Tensor], Tensor],
+    images: np.ndarray,
+    *,
+    device: torch.device,
+    precision: str = "bf16",
+    encode_batch_size: int = 512,
+) -> np.ndarray:
+    """What `function` (`model`, `model.features`, `model.forward_tta`) makes of uint8 images (N, 3, S, S).
+
+    Returns float32 (N, K) or (N, D). A batch is copied once, as memory-mapped images are read-only.
+    """
+    outputs = []
+    with autocast(device, precision):
+        for start in range(0, max(len(images), 1), encode_batch_size):
+            batch = torch.from_numpy(np.array(images[start : start + encode_batch_size])).to(device)
+            outputs.append(function(batch).float().cpu().numpy())
+    return np.concatenate(outputs)
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def augment_batch(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, rng: np.random.Generator) -> Tensor:
+    """Mirrors, shifts and blanks each of the uint8 `images` (B, 3, S, S) on its own; `mirror` (B,) bool.
+
+    One gather for the whole batch: torchvision.transforms.v2 would give all images of a batch the same shift.
+    """
+    num, _, side, _ = images.shape
+    rows = np.tile(np.arange(side), (num, 1))
+    columns = np.where(mirror[:, None], rows[:, ::-1], rows)
+    if "crop" in recipe.augment:
+        shifts = rng.integers(-recipe.crop_pad, recipe.crop_pad, (2, num, 1), endpoint=True)
+        moved = (rows + shifts[0], columns + shifts[1])
+        rows, columns = (side - 1 - abs(side - 1 - abs(index)) for index in moved)  # reflected at both ends
+    pixels = torch.from_numpy(rows[:, :, None] * side + columns[:, None, :]).to(images.device)  # (B, S, S)
+    images = images.flatten(2).gather(2, pixels.view(num, 1, -1).expand(-1, 3, -1)).view_as(images)
+    if "cutout" in recipe.augment:
+        hole = max(1, round(recipe.cutout_frac * side))
+        offsets = np.arange(side) - rng.integers(0, side - hole, (2, num, 1), endpoint=True)
+        inside = (offsets >= 0) & (offsets < hole)
+        blank = torch.from_numpy(inside[0, :, :, None] & inside[1, :, None, :]).to(images.device)
+        images = images.masked_fill(blank[:, None], 128)
+    return images
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with an orthogonalised step, for filters (C', C, 3, 3) kept at norm sqrt(C').
+
+    Own, as `torch.optim.Muon` takes matrices only and keeps no norm.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
+                update = orthogonalise(weight.grad.add(buffer, alpha=group["momentum"]).flatten(1))
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                weight.add_(update.view_as(weight), alpha=-group["lr"])
+
+
+def orthogonalise(matrix: Tensor, num_steps: int = 3) -> Tensor:
+    """The matrix with its singular values moved near 1, by Newton-Schulz steps of fifth order in bfloat16."""
+    x = matrix.bfloat16()
+    x = x / (x.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(num_steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+@dataclass
+class _Fit:
+    """A model in training: its optimizers, its place among the workers, and its state as a flat dict."""
+
+    model: SmallCNN
+    recipe: CNNRecipe
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        recipe, trained = self.recipe, [p for p in self.model.parameters() if p.requires_grad]
+        filters, others = ([p for p in trained if (p.ndim == 4) is is_filter] for is_filter in (True, False))
+        self.optimizers: dict[torch.optim.Optimizer, float] = {  # with their first rates
+            Muon(filters, recipe.lr, recipe.momentum): recipe.lr,
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=recipe.weight_decay): recipe.head_lr,
+        }
+        self.net: nn.Module = self.model
+        if self.world_size > 1:
+            self.net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+
+    def _batches(self, epoch: int, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of each global batch, augmented: (B, 3, S, S), (B,). The remainder is dropped.
+
+        All that is random is drawn from (seed, epoch, rank): a resumed run needs no generator state.
+        """
+        seed, batch_size = self.recipe.seed, min(self.recipe.batch_size, len(images))
+        order = np.random.default_rng([seed, epoch]).permutation(len(images))
+        rng = np.random.default_rng([seed, epoch, self.rank])
+        # Every second epoch, starting with the first or the second at random: airbench's alternating flip.
+        mirror = np.random.default_rng(seed).random(len(images)) < 0.5
+        mirror = (mirror ^ bool(epoch % 2)) & ("flip" in self.recipe.augment)
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            chosen = np.sort(order[start : start + batch_size][self.rank :: self.world_size])
+            x, y = (torch.from_numpy(column[chosen]).to(self.device) for column in (images, labels))
+            yield augment_batch(x, mirror[chosen], self.recipe, rng), y
+
+    def train_epoch(self, epoch: int, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """One pass over the images. Returns mean loss and accuracy over all workers."""
+        recipe = self.recipe
+        batch_size = min(recipe.batch_size, len(images))
+        num_steps = len(images) // batch_size
+        totals = torch.zeros(3, device=self.device)  # loss, hits, images
+        self.model.train()
+        for step, (x, y) in enumerate(self._batches(epoch, images, labels), epoch * num_steps):
+            with autocast(self.device, recipe.precision):
+                logits = self.net(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing, reduction="sum")
+            # DDP takes the mean over workers, whose shares of a batch may differ by one image.
+            (loss * (self.world_size / batch_size)).backward()
+            for optimizer, lr in self.optimizers.items():
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / (recipe.epochs * num_steps))
+                optimizer.step()
+                optimizer.zero_grad()
+            totals += torch.stack([loss.detach(), (logits.argmax(1) == y).sum(), loss.new_tensor(len(y))])
+        self.model.eval()
+        self._merge_workers(totals)
+        loss_sum, num_hits, num_images = totals.tolist()
+        return {"loss": loss_sum / num_images, "accuracy": num_hits / num_images}
+
+    def _merge_workers(self, totals: Tensor) -> None:
+        """Sums `totals` over workers and averages the norms' statistics, so that all hold the same model."""
+        if self.world_size > 1:
+            dist.all_reduce(totals)
+            for name, buffer in self.model.named_buffers():
+                if "running" in name:
+                    dist.all_reduce(buffer)
+                    buffer /= self.world_size
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """Copies named "model.<name>" or "optimizer.<which>.<parameter>.<name>", and the epochs done."""
+        flat = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for which, optimizer in enumerate(self.optimizers):
+            for index, slots in optimizer.state_dict()["state"].items():
+                flat |= {f"optimizer.{which}.{index}.{name}": value for name, value in slots.items()}
+        copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in flat.items()}
+        return {**copies, "epoch": epoch}
+
+    def load_state(self, flat: dict[str, Any]) -> int:
+        """Takes back what `state` returned. Returns the number of epochs done."""
+        parts = {key.removeprefix("model."): value for key, value in flat.items() if key.startswith("model.")}
+        self.model.load_state_dict(parts)
+        for which, optimizer in enumerate(self.optimizers):
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key in (key for key in flat if key.startswith(f"optimizer.{which}.")):
+                _, _, index, name = key.split(".")
+                slots.setdefault(int(index), {})[name] = flat[key].clone()
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        return int(flat["epoch"])
+
+
+def fit_cnn(
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    recipe: CNNRecipe,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    state: dict[str, Any] | None = None,
+    on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
+    eval_set: tuple[np.ndarray, np.ndarray] | None = None,
+) -> SmallCNN:
+    """Trains a `SmallCNN` on `images` (N, 3, S, S) uint8 and `labels` (N,) int64; returns it in eval mode.
+
+    With `world_size` > 1, torch.distributed is initialised and each rank makes this call. After each epoch
+    every rank calls `on_epoch(epochs done, metrics, state_fn)`. `state_fn()` is a flat dict of tensors and
+    numbers; a call with it as `state` goes on from there as if never stopped.
+
+    Raises:
+        ValueError: images, labels and recipe do not fit together.
+    """
+    _check(images, labels, num_classes, recipe, world_size)
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
+        torch.manual_seed(recipe.seed)
+        model = SmallCNN(num_classes, recipe.image_size, recipe.width)
+    sample = np.random.default_rng(recipe.seed).permutation(len(images))[:2000]  # enough for 12 x 12 moments
+    model.fit_whitening(torch.from_numpy(images[np.sort(sample)]))
+    model.to(device, memory_format=torch.channels_last)
+    fit = _Fit(model, recipe, device, rank, world_size)
+    for epoch in range(fit.load_state(state) if state else 0, recipe.epochs):
+        metrics = fit.train_epoch(epoch, images, labels)
+        if eval_set is not None:
+            logits = apply_cnn(model, eval_set[0], device=device, precision=recipe.precision)
+            metrics["eval_accuracy"] = float((logits.argmax(1) == eval_set[1]).mean())
+        if on_epoch is not None:
+            on_epoch(epoch + 1, metrics, partial(fit.state, epoch + 1))
+    return model.to(memory_format=torch.contiguous_format).eval()  # as safetensors wants it
+
+
+def _check(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: CNNRecipe, world_size: int
+) -> None:
+    side = recipe.image_size
+    if side < MIN_IMAGE_SIZE:
+        raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE}, got {side}")
+    if images.dtype != np.uint8 or images.shape[1:] != (3, side, side) or len(images) == 0:
+        raise ValueError(
+            f"images must be uint8 (N, 3, {side}, {side}) by image_size, got {images.dtype} {images.shape}"
+        )
+    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be N integers in 0..{num_classes - 1}, got {labels.shape}: {labels}")
+    if (batch_size := min(recipe.batch_size, len(images))) < 2 * world_size:
+        raise ValueError(
+            f"each of {world_size} workers needs 2 images a step for its norms, got {batch_size}"
+        )
+    if unknown := set(recipe.augment) - set(AUGMENTATIONS):
+        raise ValueError(f"unknown augmentations {sorted(unknown)}; known: {', '.join(AUGMENTATIONS)}")
+    if recipe.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision '{recipe.precision}'; known: {', '.join(PRECISIONS)}")

@@ -1,0 +1,146 @@
+"""Image encoders: a CNN trained on one modality and then frozen, and shallow features that need no training.
+
+Axes: B images, H x W pixels, S side of the square that images are resized to, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmkt_ray.config import CnnEncoder, PixelsEncoder
+from mmkt_ray.encoders.cnn import CNNRecipe, SmallCNN, apply_cnn
+from mmkt_ray.errors import DataError
+
+
+def resize(image: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, S, S) uint8, bilinear with antialiasing; the aspect ratio is not kept."""
+    if image.shape[:2] != (side, side):
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+class CnnImageEncoder:
+    """Penultimate features of a `SmallCNN` that was trained on one task; D = 4 * width."""
+
+    version = 1
+
+    def __init__(self, config: CnnEncoder) -> None:
+        self.config = config
+        self.device = torch.device("cpu")
+        self.encode_batch_size = 256
+        self.model: SmallCNN | None = None
+        self.class_names: list[str] = []
+
+    @property
+    def dim(self) -> int:
+        return 4 * self.config.width
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (3, S, S) uint8: done where the image is decoded, so that no full-size pixels travel."""
+        return resize(image, self.config.image_size)
+
+    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Prepared images (B, 3, S, S) -> (B, D) float32. Batches have one fixed shape, so that a row's features do not
+        depend on its neighbours and a GPU compiles once."""
+        return self._apply(values, lambda model: model.features)
+
+    def predict(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits (B, C) of the task it was trained on, averaged over six views; C as in `class_names`."""
+        return self._apply(values, lambda model: model.forward_tta)
+
+    def _apply(self, values: Sequence[np.ndarray], function: Any) -> np.ndarray:
+        if self.model is None:
+            raise DataError("the CNN encoder is not trained yet: run `mmkt extract` first, which trains it")
+        images = np.stack(values)
+        padding = -len(images) % self.encode_batch_size
+        padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
+        outputs = apply_cnn(
+            function(self.model), padded, device=self.device, precision=self.config.precision, encode_batch_size=self.encode_batch_size
+        )
+        return outputs[: len(images)]
+
+    def to(self, device: torch.device, encode_batch_size: int) -> None:
+        """Move to a device and say how many images a forward pass takes."""
+        self.device, self.encode_batch_size = device, encode_batch_size
+        if self.model is not None:
+            self.model.to(device, memory_format=torch.channels_last)
+
+    def recipe(self, seed: int) -> CNNRecipe:
+        """The training recipe that the config asks for."""
+        c = self.config
+        chosen = {"epochs": c.epochs, "batch_size": c.batch_size, "width": c.width, "image_size": c.image_size}
+        chosen |= {"augment": tuple(c.augment), "precision": c.precision, "seed": seed}
+        return CNNRecipe(**chosen, **({"lr": c.lr} if c.lr is not None else {}))
+
+    def adopt(self, model: SmallCNN, class_names: list[str]) -> None:
+        """Take a trained network."""
+        self.model, self.class_names = model.eval(), class_names
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        if self.model is None:
+            return {}, {}
+        tensors = {k: v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
+        return tensors, {"options": self.model.options, "class_names": self.class_names}
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        model = SmallCNN(**rest["options"])
+        model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+        self.adopt(model.to(memory_format=torch.channels_last), rest["class_names"])
+
+
+class PixelsImageEncoder:
+    """Colour thumbnail (8 x 8 x 3), colour histogram (4 x 4 x 4, square-rooted) and HOG (9 orientations, cells of S / 8 pixels).
+
+    HOG after Dalal & Triggs 2005 (https://doi.org/10.1109/CVPR.2005.177), each cell normalised by itself. D = 832.
+    """
+
+    version = 1
+    THUMB, CELLS, ORIENTATIONS, COLOURS = 8, 8, 9, 4
+
+    def __init__(self, config: PixelsEncoder) -> None:
+        self.config = config
+        if config.image_size % self.CELLS:
+            raise DataError(f"encoder pixels: image_size must be a multiple of {self.CELLS}, got {config.image_size}")
+
+    @property
+    def dim(self) -> int:
+        return 3 * self.THUMB**2 + self.COLOURS**3 + self.ORIENTATIONS * self.CELLS**2
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (3, S, S) uint8."""
+        return resize(image, self.config.image_size)
+
+    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Prepared images (B, 3, S, S) -> (B, D) float32."""
+        x = torch.from_numpy(np.stack(values)).float() / 255
+        thumb = F.adaptive_avg_pool2d(x, self.THUMB).flatten(1)
+        return torch.cat([thumb, self._colour_histogram(x), self._hog(x)], dim=1).numpy()
+
+    def _colour_histogram(self, x: Tensor) -> Tensor:
+        levels = (x * self.COLOURS).long().clamp_max(self.COLOURS - 1)
+        cell = (levels[:, 0] * self.COLOURS + levels[:, 1]) * self.COLOURS + levels[:, 2]
+        counts = F.one_hot(cell.flatten(1), self.COLOURS**3).float().mean(1)
+        return counts.sqrt()
+
+    def _hog(self, x: Tensor) -> Tensor:
+        grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        dx = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
+        dy = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
+        strength, angle = torch.hypot(dx, dy), torch.atan2(dy, dx) % torch.pi
+        which = (angle / torch.pi * self.ORIENTATIONS).long().clamp_max(self.ORIENTATIONS - 1)
+        votes = torch.zeros(len(x), self.ORIENTATIONS, *x.shape[2:]).scatter_(1, which, strength)
+        cells = F.adaptive_avg_pool2d(votes, self.CELLS)
+        return (cells / (cells.norm(dim=1, keepdim=True) + 0.05)).flatten(1)
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        """Nothing is fitted."""

@@ -1,0 +1,362 @@
+"""Linear reducers of features, exact, from statistics that merge over shards in any order and as any tree.
+
+How to fit one, where `chunks()` yields the train split's features:
+
+    while not reducer.fitted:  # once for pca and standardize, `num_passes` times for svd of wide features
+        reducer.finish(reducer.merge([reducer.partial(chunk) for chunk in chunks()]))
+
+Axes: B rows of a chunk, N rows of the train split, D features in, K features out (`dim`), L columns of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sp
+
+from mmkt_ray.config import ReduceConfig
+from mmkt_ray.encoders.base import Features
+from mmkt_ray.errors import DataError
+
+EXACT_WIDTH = 4096  # up to this width D x D matrices are cheap and sparse chunks may be made dense
+EPS = 1e-6  # relative error of sums of float32 products
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and centred second moment of rows, float64."""
+
+    num_rows: int
+    mean: np.ndarray  # (D,)
+    scatter: np.ndarray  # sum of squared deviations (D,), or of their products (D, D)
+
+
+@dataclass(frozen=True)
+class Products:
+    """X' X Q of rows X (B, D) and a block Q (D, L), without its zero rows."""
+
+    num_rows: int
+    width: int  # D
+    square_sum: float  # of all values of X
+    columns: np.ndarray  # (C,) ascending: the features that are not zero in all rows
+    sums: np.ndarray  # (C, L): those rows of the product
+
+
+class _Reducer:
+    """What the three have in common: fitted arrays, their way to disk and back, checks."""
+
+    version = 1
+    num_passes = 1  # passes over the train split that the fit takes
+
+    def __init__(self, config: ReduceConfig) -> None:
+        self._config = config
+        self._tensors: dict[str, np.ndarray] = {}
+        self._rest: dict[str, Any] = {}
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the last pass is finished."""
+        return bool(self._tensors)
+
+    @property
+    def dim(self) -> int:
+        """K."""
+        assert self._config.dim is not None, "the config demands it"
+        return self._config.dim
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Fitted arrays, and `kept_frac`: the share of variance (svd: of squared length) that is kept."""
+        self._check_fitted()
+        return dict(self._tensors), dict(self._rest)
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        self._tensors, self._rest = dict(tensors), dict(rest)
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            raise DataError(f"this {self._config.name} is not fitted: fit it on the train split, or load its state, first")
+
+    def _check_width(self, features: Features, width: int) -> None:
+        if features.ndim != 2 or features.shape[1] != width:
+            raise DataError(f"{self._config.name} was fitted on features of width {width}, got shape {features.shape}")
+
+    def _check_parts(self, parts: list[Any]) -> None:
+        if not parts:
+            raise DataError(f"no features to fit {self._config.name} on: has the train split any row with this modality?")
+
+    def _check_rank(self, rank: int, num_rows: int, width: int) -> None:
+        if self.dim > rank:
+            raise DataError(
+                f"{self._config.name} to dim={self.dim} is impossible: the {num_rows} train rows of width {width} "
+                f"have rank {rank}; set reduce.dim to {rank} or less"
+            )
+
+    def _check_finite(self, value: np.ndarray | float) -> None:
+        if not np.isfinite(value).all():
+            raise DataError(f"features for {self._config.name} hold NaN or infinite values: look at the encoder's output")
+
+    def _dense(self, features: Features) -> np.ndarray:
+        """The chunk as (B, D) float64. Raises: DataError where sparse features are too wide for that."""
+        if not sp.issparse(features):
+            return np.asarray(features, dtype=np.float64)
+        if features.shape[1] > EXACT_WIDTH:
+            raise DataError(
+                f"{self._config.name} centres features, which would make {features.shape[1]}-wide sparse ones dense: "
+                f"use `reduce: {{name: svd, dim: ...}}`, or max_features <= {EXACT_WIDTH} in the encoder"
+            )
+        return features.toarray().astype(np.float64)
+
+
+def _merge_moments(parts: list[Moments]) -> Moments:
+    """Moments of all rows: what Chan, Golub & LeVeque (1979) do for two parts, for any number at once."""
+    num_rows = sum(part.num_rows for part in parts)
+    shares = np.array([part.num_rows for part in parts]) / max(num_rows, 1)
+    mean = sum(share * part.mean for share, part in zip(shares, parts, strict=True))
+    offsets = np.stack([np.sqrt(part.num_rows) * (part.mean - mean) for part in parts])  # (P, D)
+    scatter = sum(part.scatter for part in parts)
+    between = offsets.T @ offsets if scatter.ndim == 2 else (offsets**2).sum(axis=0)
+    return Moments(num_rows, mean, scatter + between)
+
+
+def _flip_signs(components: np.ndarray) -> np.ndarray:
+    """Components (D, K) float32 whose entry of largest magnitude is positive (scikit-learn's svd_flip on V)."""
+    largest = np.abs(components).argmax(axis=0)
+    signs = np.sign(components[largest, np.arange(components.shape[1])])
+    return np.ascontiguousarray(components * signs, dtype=np.float32)
+
+
+def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Eigenvalues (num,) descending and eigenvectors (D, num) of a positive semidefinite matrix (D, D), and its rank.
+
+    The rank is counted up to `num`, or in full where it is lower; then there may be fewer than `num` of the others.
+    """
+    width = len(matrix)
+    values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[max(width - num, 0), width - 1])
+    rank = int((values > values[-1] * width * np.finfo(np.float64).eps).sum())
+    return values[::-1], vectors[:, ::-1], rank
+
+
+class PcaReducer(_Reducer):
+    """Projection of centred features onto their K directions of largest variance."""
+
+    def partial(self, features: Features) -> Moments:
+        """Moments of one chunk (B, D), with the D x D scatter matrix."""
+        dense = self._dense(features)
+        mean = dense.mean(axis=0) if len(dense) else np.zeros(dense.shape[1])
+        centred = dense - mean
+        return Moments(len(dense), mean, centred.T @ centred)
+
+    def merge(self, parts: list[Moments]) -> Moments:
+        self._check_parts(parts)
+        return _merge_moments(parts)
+
+    def finish(self, total: Moments) -> None:
+        """Raises: DataError if `dim` exceeds the rank, or values are not finite."""
+        self._check_finite(total.scatter)
+        values, vectors, rank = _largest_eigenvectors(total.scatter, self.dim)
+        self._check_rank(rank, total.num_rows, len(total.mean))
+        self._tensors = {"mean": total.mean, "components": _flip_signs(vectors)}
+        self._rest = {"kept_frac": float(values.sum() / np.trace(total.scatter))}
+
+    def encode(self, features: Features) -> np.ndarray:
+        """(B, D) -> (B, K) float32."""
+        self._check_fitted()
+        self._check_width(features, len(self._tensors["mean"]))
+        return (self._dense(features) - self._tensors["mean"]).astype(np.float32) @ self._tensors["components"]
+
+
+class Standardizer(_Reducer):
+    """Features less their mean, divided by their standard deviation; constant ones become 0."""
+
+    @property
+    def dim(self) -> int:
+        self._check_fitted()
+        return len(self._tensors["mean"])
+
+    def partial(self, features: Features) -> Moments:
+        """Moments of one chunk (B, D), each feature for itself."""
+        dense = self._dense(features)
+        mean = dense.mean(axis=0) if len(dense) else np.zeros(dense.shape[1])
+        return Moments(len(dense), mean, ((dense - mean) ** 2).sum(axis=0))
+
+    def merge(self, parts: list[Moments]) -> Moments:
+        self._check_parts(parts)
+        return _merge_moments(parts)
+
+    def finish(self, total: Moments) -> None:
+        """Raises: DataError if there are no rows, or values are not finite."""
+        self._check_parts([total] * total.num_rows)
+        self._check_finite(total.scatter)
+        variance = total.scatter / total.num_rows
+        # Rounding leaves a constant feature a variance of about this much (scikit-learn's bound).
+        eps = total.num_rows * np.finfo(np.float64).eps
+        constant = variance <= eps * variance + (eps * total.mean) ** 2
+        self._tensors = {"mean": total.mean, "scale": np.where(constant, 1.0, np.sqrt(variance))}
+
+    def encode(self, features: Features) -> np.ndarray:
+        """(B, D) -> (B, D) float32."""
+        self._check_fitted()
+        self._check_width(features, self.dim)
+        return ((self._dense(features) - self._tensors["mean"]) / self._tensors["scale"]).astype(np.float32)
+
+
+class SvdReducer(_Reducer):
+    """Projection of uncentred features, sparse ones too, onto their K leading right singular vectors.
+
+    Narrow features: one pass that sums X'X, then its eigenvectors. Wide ones: randomised block Lanczos on X'X, one
+    product X'XQ per pass, which neither makes X dense nor forms X'X. TF-IDF spectra decay slowly: plain subspace
+    iteration would take twice the passes. The process that calls `finish` keeps D x (K + OVERSAMPLING) x num_passes
+    float32; a pickled reducer carries one of these blocks, all that `partial` needs.
+    """
+
+    KRYLOV_PASSES = 8
+    OVERSAMPLING = 20
+    SEED = 0
+
+    def __init__(self, config: ReduceConfig) -> None:
+        super().__init__(config)
+        self.num_passes = self.KRYLOV_PASSES  # 1 as soon as `finish` has seen narrow features
+        self._lanczos: _BlockLanczos | None = None
+        self._block: np.ndarray | None = None  # Q (D, L) of the next pass; None: the start block
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lanczos": None}
+
+    def partial(self, features: Features) -> Products:
+        """X'XQ of one chunk X (B, D): Q is the pass's block, or the identity where features are narrow."""
+        num_rows, width = features.shape
+        values = features.data if sp.issparse(features) else features
+        square_sum = float(np.square(values, dtype=np.float64).sum())
+        if self._is_narrow(width):
+            rows = features.astype(np.float64)
+            sums = rows.T @ rows
+            sums = sums.toarray() if sp.issparse(sums) else sums
+            return Products(num_rows, width, square_sum, np.arange(width), sums)
+        block = self._start_block(width) if self._block is None else self._block
+        rows = features.astype(np.float32, copy=False)
+        columns = np.arange(width)
+        if sp.issparse(rows):
+            columns = np.unique(rows.indices)
+            rows, block = rows[:, columns], block[columns]
+        return Products(num_rows, width, square_sum, columns, rows.T @ (rows @ block))
+
+    def merge(self, parts: list[Products]) -> Products:
+        self._check_parts(parts)
+        columns = np.unique(np.concatenate([part.columns for part in parts]))
+        sums = np.zeros((len(columns), parts[0].sums.shape[1]), parts[0].sums.dtype)
+        for part in parts:
+            sums[np.searchsorted(columns, part.columns)] += part.sums
+        num_rows, square_sum = sum(part.num_rows for part in parts), sum(part.square_sum for part in parts)
+        return Products(num_rows, parts[0].width, square_sum, columns, sums)
+
+    def finish(self, total: Products) -> None:
+        """End a pass; the last one leaves it fitted. Raises: DataError if `dim` exceeds the rank, or values are not finite."""
+        self._check_finite(total.square_sum)
+        product = np.zeros((total.width, total.sums.shape[1]), total.sums.dtype)
+        product[total.columns] = total.sums
+        if self._is_narrow(total.width):
+            self.num_passes = 1
+            self._become_fitted(total, *_largest_eigenvectors(product, self.dim))
+            return
+        if self._block is None:
+            self._lanczos = _BlockLanczos(np.random.default_rng(self.SEED))
+        assert self._lanczos is not None, "`finish` must be called on the reducer of the first pass, not on a pickled copy"
+        self._block = self._lanczos.add(product)
+        if len(self._lanczos.blocks) == self.num_passes:
+            self._become_fitted(total, *self._lanczos.leading(self.dim))
+            self._lanczos = self._block = None
+
+    def encode(self, features: Features) -> np.ndarray:
+        """(B, D) -> (B, K) float32."""
+        self._check_fitted()
+        components = self._tensors["components"]
+        self._check_width(features, len(components))
+        return np.asarray(features.astype(np.float32, copy=False) @ components)
+
+    def _become_fitted(self, total: Products, eigenvalues: np.ndarray, vectors: np.ndarray, rank: int) -> None:
+        self._check_rank(min(rank, total.num_rows), total.num_rows, total.width)
+        self._tensors = {"components": _flip_signs(vectors)}
+        self._rest = {"kept_frac": float(eigenvalues.sum() / total.square_sum)}
+
+    def _is_narrow(self, width: int) -> bool:
+        """Whether X'X is small, or smaller than all Lanczos blocks together."""
+        return width <= max(EXACT_WIDTH, self.KRYLOV_PASSES * (self.dim + self.OVERSAMPLING))
+
+    def _start_block(self, width: int) -> np.ndarray:
+        """Random signs (D, L), the same in every process."""
+        shape = (width, self.dim + self.OVERSAMPLING)
+        return np.random.default_rng(self.SEED).integers(0, 2, shape, np.int8).astype(np.float32) * 2 - 1
+
+
+class _BlockLanczos:
+    """Block Lanczos for the leading eigenvectors of A = X'X, given one product of A per step.
+
+    A [Q1 .. Qm] = [Q1 .. Qm+1] T with orthonormal columns Q and block tridiagonal T; the left singular vectors of
+    the right side are those of A on the Krylov space. Musco & Musco (2015), https://arxiv.org/abs/1504.05477
+    """
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._generator = generator
+        self.blocks: list[np.ndarray] = []  # Q1 .. Qm+1, each (D, L) float32
+        self._diagonal: list[np.ndarray] = []  # T's blocks (L, L): Qi'AQi
+        self._below: list[np.ndarray] = []  # Qi+1'AQi
+
+    def add(self, product: np.ndarray) -> np.ndarray:
+        """Take A times the last block (at first: times the start block), return the next block."""
+        if self.blocks:
+            self._diagonal.append(self.blocks[-1].T @ product)
+            product = product - self.blocks[-1] @ self._diagonal[-1]
+        if len(self.blocks) > 1:
+            product -= self.blocks[-2] @ self._below[-1].T
+        norm = np.linalg.norm(self._diagonal[0], 2) if self.blocks else 0
+        block, first = self._orthonormalise(product, norm)
+        for other in self.blocks:  # what rounding left, or where the space is exhausted, random directions
+            block -= other @ (other.T @ block)
+        block, second = self._orthonormalise(block)
+        if self.blocks:
+            self._below.append(second @ first)
+        self.blocks.append(block)
+        return block
+
+    def leading(self, num: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The `num` largest eigenvalues, descending, their vectors (D, num) and the rank, counted up to `num`."""
+        size, steps = self.blocks[0].shape[1], len(self._diagonal)
+        matrix = np.zeros((steps + 1, size, steps, size))
+        for i in range(steps):
+            matrix[i, :, i], matrix[i + 1, :, i] = self._diagonal[i], self._below[i]
+            if i + 1 < steps:
+                matrix[i, :, i + 1] = self._below[i].T
+        left, values, _ = scipy.linalg.svd(matrix.reshape((steps + 1) * size, -1), full_matrices=False)
+        left = left[:, :num].astype(np.float32).reshape(steps + 1, size, num)
+        vectors = sum(block @ part for block, part in zip(self.blocks, left, strict=True))
+        rank = int((values[:num] > values[0] * EPS).sum())
+        return values[:num], vectors, rank
+
+    def _orthonormalise(self, matrix: np.ndarray, norm: float = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Q (D, L) and R (L, L) with QR = matrix, through the Gram matrix: several times cheaper than LAPACK's QR.
+
+        Q is orthonormal up to float32 rounding times the condition: a second call on Q makes it so fully. Directions
+        that float32 products cannot tell from zero, beside the largest one and `norm`, become random ones.
+        """
+        panels = (matrix[i : i + 8192].astype(np.float64) for i in range(0, len(matrix), 8192))
+        values, vectors = scipy.linalg.eigh(sum(panel.T @ panel for panel in panels))
+        empty = values <= max(values[-1], norm**2) * EPS**2
+        scales = np.sqrt(np.where(empty, 1, values))
+        block = matrix @ np.where(empty, 0, vectors / scales).astype(np.float32)
+        block[:, empty] = self._generator.standard_normal((len(block), empty.sum()), np.float32) / np.sqrt(len(block))
+        return block, np.where(empty, 0, vectors * scales).T.astype(np.float32)
+
+
+REDUCERS: dict[str, type[PcaReducer] | type[SvdReducer] | type[Standardizer]] = {
+    "pca": PcaReducer,
+    "svd": SvdReducer,
+    "standardize": Standardizer,
+}
+
+
+def build_reducer(config: ReduceConfig) -> PcaReducer | SvdReducer | Standardizer:
+    """An unfitted reducer for its config section."""
+    return REDUCERS[config.name](config)

@@ -1,0 +1,183 @@
+"""TF-IDF with scikit-learn's options and results, from document frequencies that merge over shards.
+
+Axes: B texts in a batch, D terms of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import scipy.sparse as sp
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.preprocessing import normalize
+
+from mmkt_ray import config
+from mmkt_ray.encoders.tokens import TermIndex, count_terms
+from mmkt_ray.errors import DataError
+
+TERMS = pa.schema([("term", pa.large_string()), ("text_count", pa.int64()), ("term_count", pa.int64())])
+
+
+@dataclass(frozen=True)
+class TermStatistics:
+    """What TF-IDF must know of a set of texts: as large as their vocabulary, whatever their number."""
+
+    terms: pa.Table  # schema TERMS, each term once: the texts it occurs in, its occurrences in all
+    num_texts: int
+
+
+class TfidfEncoder:
+    """Texts -> TF-IDF weights, equal to `TfidfVectorizer` with the same options, fitted on shards in any order.
+
+    Single words go through the compiled `tokens`, n-grams through scikit-learn's own analyzer.
+    """
+
+    version = 1
+    sparse = True  # encode returns CSR matrices
+
+    def __init__(self, section: config.TfidfEncoder) -> None:
+        self._section = section
+        options = section.model_dump(include={"lowercase", "ngram_range", "stop_words"})
+        self._vectorizer = TfidfVectorizer(**options)
+        self._words_only = section.ngram_range == (1, 1)
+        self._terms: pa.LargeStringArray | None = None  # (D,) sorted by code point
+        self._idf = np.empty(0)  # (D,) float64
+        self._index: TermIndex | dict[str, int] | None = None  # of the terms; made by the first `encode`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None}
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(self._fitted_terms())
+
+    @property
+    def terms(self) -> list[str]:
+        """The vocabulary in column order."""
+        return self._fitted_terms().to_pylist()
+
+    def partial(self, values: Sequence[str]) -> TermStatistics:
+        """Term statistics of one chunk of texts."""
+        columns = self._count_words(values) if self._words_only else self._count_ngrams(values)
+        return TermStatistics(pa.table(columns, schema=TERMS), len(values))
+
+    def merge(self, parts: list[TermStatistics]) -> TermStatistics:
+        """Statistics of all parts together, terms in the order of first appearance."""
+        table = pa.concat_tables([TERMS.empty_table(), *(part.terms for part in parts)])
+        counts = table.group_by("term", use_threads=False).aggregate([("text_count", "sum"), ("term_count", "sum")])
+        return TermStatistics(pa.table(counts.columns, schema=TERMS), sum(part.num_texts for part in parts))
+
+    def finish(self, total: TermStatistics) -> None:
+        """Choose the vocabulary and its inverse document frequencies. Raises: DataError if no term is left."""
+        table = total.terms.sort_by("term")
+        kept = self._kept_rows(table, total.num_texts)
+        text_counts = table["text_count"].to_numpy()[kept]
+        self._terms = table["term"].take(kept).combine_chunks()
+        self._idf = np.log((total.num_texts + 1) / (text_counts + 1.0)) + 1
+        self._index = None
+
+    def encode(self, values: Sequence[str]) -> sp.csr_matrix:
+        """Weights (B, D) float32, columns sorted within rows. Raises: DataError before it is fitted."""
+        terms = self._fitted_terms()
+        counts = self._look_up_words(values, terms) if self._words_only else self._look_up_ngrams(values, terms)
+        counts.sort_indices()
+        if self._section.sublinear_tf:
+            counts.data = np.log(counts.data) + 1
+        counts.data *= self._idf[counts.indices]
+        if self._section.norm is not None and len(values):
+            normalize(counts, norm=self._section.norm, copy=False)
+        return counts.astype(np.float32)
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Terms as UTF-8 bytes with offsets (D + 1,), and their idf (D,)."""
+        term_bytes, term_offsets = _to_utf8(self._fitted_terms())
+        return {"term_bytes": term_bytes, "term_offsets": term_offsets, "idf": self._idf}, {}
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        self._terms = _from_utf8(tensors["term_bytes"], tensors["term_offsets"])
+        self._idf = tensors["idf"]
+        self._index = None
+
+    def _fitted_terms(self) -> pa.LargeStringArray:
+        if self._terms is None:
+            raise DataError("this TF-IDF encoder is not fitted: fit it on the train split, or load its state, first")
+        return self._terms
+
+    def _count_words(self, values: Sequence[str]) -> list[pa.Array]:
+        counts = count_terms(*_to_utf8(self._prepared(values)))
+        terms = _from_utf8(counts.term_bytes, counts.term_offsets)
+        stop_words = pa.array(self._vectorizer.get_stop_words() or (), pa.large_string())
+        kept = pc.invert(pc.is_in(terms, stop_words))
+        return [pa.array(column).filter(kept) for column in (terms, counts.text_counts, counts.term_counts)]
+
+    def _count_ngrams(self, values: Sequence[str]) -> list[list]:
+        analyze = self._vectorizer.build_analyzer()
+        text_counts: Counter[str] = Counter()
+        term_counts: Counter[str] = Counter()
+        for value in values:
+            counts = Counter(analyze(value))
+            text_counts.update(counts.keys())
+            term_counts.update(counts)
+        return [list(text_counts), list(text_counts.values()), [term_counts[term] for term in text_counts]]
+
+    def _kept_rows(self, table: pa.Table, num_texts: int) -> np.ndarray:
+        """Rows of the sorted `table` that min_df, max_df and max_features leave, ascending."""
+        section = self._section
+        if not len(table):
+            raise DataError(
+                f"no term in the {num_texts} texts of the train split: are they empty, or stop words only? "
+                "Look at the text column of samples.sources, and at the encoder's stop_words"
+            )
+        text_counts = table["text_count"].to_numpy()
+        kept = np.flatnonzero((text_counts >= section.min_df) & (text_counts <= section.max_df * num_texts))
+        if not len(kept):
+            raise DataError(
+                f"none of the {len(table)} terms is in at least min_df={section.min_df} texts and in at most "
+                f"max_df={section.max_df} of all {num_texts}: lower min_df or raise max_df"
+            )
+        if section.max_features is not None and len(kept) > section.max_features:
+            # Literally scikit-learn's expression: its sort is unstable, and ties must be broken as it breaks them.
+            order = (-table["term_count"].to_numpy()[kept].astype(np.float64)).argsort()
+            kept = np.sort(kept[order[: section.max_features]])
+        return kept
+
+    def _look_up_words(self, values: Sequence[str], terms: pa.LargeStringArray) -> sp.csr_matrix:
+        """Occurrences (B, D) float64 of the vocabulary's terms, columns in any order."""
+        if self._index is None:
+            self._index = TermIndex(*_to_utf8(terms), order=self._idf.argsort())
+        return sp.csr_matrix(self._index.count(*_to_utf8(self._prepared(values))), shape=(len(values), len(terms)))
+
+    def _look_up_ngrams(self, values: Sequence[str], terms: pa.LargeStringArray) -> sp.csr_matrix:
+        """The same for n-grams."""
+        if self._index is None:
+            self._index = {term: column for column, term in enumerate(terms.to_pylist())}
+        index, analyze = self._index, self._vectorizer.build_analyzer()
+        rows = [Counter(index[term] for term in analyze(value) if term in index) for value in values]
+        offsets = np.cumsum([0, *map(len, rows)])
+        columns = np.fromiter((column for row in rows for column in row), np.int32, offsets[-1])
+        counts = np.fromiter((count for row in rows for count in row.values()), np.float64, offsets[-1])
+        return sp.csr_matrix((counts, columns, offsets), shape=(len(rows), len(terms)))
+
+    def _prepared(self, values: Sequence[str]) -> pa.LargeStringArray:
+        """The texts as the tokenizer takes them."""
+        return pa.array([v.lower() for v in values] if self._section.lowercase else values, pa.large_string())
+
+
+def _to_utf8(texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes (uint8) of all texts, and the offsets (B + 1,) int64 of each text among them."""
+    _, offsets_buffer, data = texts.buffers()
+    offsets = np.frombuffer(offsets_buffer, np.int64, len(texts) + 1, texts.offset * 8)
+    data = np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8)
+    return data[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _from_utf8(data: np.ndarray, offsets: np.ndarray) -> pa.LargeStringArray:
+    buffers = [pa.py_buffer(np.ascontiguousarray(array)) for array in (offsets, data)]
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, *buffers)

@@ -1,0 +1,35 @@
+"""Errors that a user can act on: what is wrong, what was got, what is allowed, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Base of everything the user can mend; the CLI prints it without a traceback and exits with 2."""
+
+
+class ConfigError(UserError):
+    """The config is wrong: unknown key or name, wrong type, impossible combination."""
+
+
+class DataError(UserError):
+    """The data is not as the config says: missing path, missing column, too many rejected rows."""
+
+
+class ResourceError(UserError):
+    """The cluster or the storage cannot do what is asked: not enough CPUs or GPUs, unwritable folder."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """One phrase for an unknown `name`: the nearest known one, then all known ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}known: {', '.join(known) or '(none)'}"
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a `kind` (encoder, fusion, ...) called `name` that does not exist."""
+    return ConfigError(f"unknown {kind} '{name}': {nearest(name, known)}")

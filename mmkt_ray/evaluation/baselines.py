@@ -1,0 +1,160 @@
+"""What any model must beat: the majority class, and logistic regression on the same features.
+
+Axes: N samples, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.linear_model import LogisticRegression
+
+from mmkt_ray.encoders.base import Features
+from mmkt_ray.features.store import FeatureTable
+
+MAJORITY = "majority"
+MAX_TRAIN_ROWS = 20_000
+MAX_SPARSE_COLUMNS = 50_000
+MAX_ITERATIONS = 100
+
+
+def baseline_name(modalities: Sequence[str]) -> str:
+    """`logreg:image+text` for logistic regression on these modalities."""
+    return "logreg:" + "+".join(modalities)
+
+
+def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Majority | Logreg]:
+    """All baselines of one task, fitted on its labelled train rows.
+
+    Returns {"majority": .., "logreg:<modality>": .. for each modality, "logreg:<all joined by +>": ..}. A modality that
+    no labelled train row has is left out; so is the concatenation of fewer than two. Empty without labelled train rows.
+    """
+    labels = table.labels[task]
+    rows = np.flatnonzero((table.split == "train") & (labels >= 0))
+    if len(rows) == 0:
+        return {}
+    usable = [m for m in sorted(table.features) if table.present[m][rows].any()]
+    sets = [(m,) for m in usable] + ([tuple(usable)] if len(usable) > 1 else [])
+    fitted: dict[str, Majority | Logreg] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), usable)}
+    for modalities in sets:
+        fitted[baseline_name(modalities)] = Logreg.fit(table.take(rows), task, modalities, seed)
+    return fitted
+
+
+@dataclass(frozen=True)
+class Majority:
+    """Predicts the train split's class frequencies, whatever the sample."""
+
+    modalities: tuple[str, ...]  # those a sample must have one of, so that it is scored on the rows of the others
+    frequency: np.ndarray  # (C,) float32
+    num_params: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def fit(cls, labels: np.ndarray, num_classes: int, modalities: Sequence[str]) -> Majority:
+        """Count the labels (N,) >= 0."""
+        counts = np.bincount(labels, minlength=num_classes)
+        return cls(tuple(modalities), (counts / counts.sum()).astype(np.float32))
+
+    def predict(self, table: FeatureTable) -> np.ndarray:
+        """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
+        proba = np.tile(self.frequency, (len(table.sample_id), 1))
+        proba[~readable(table, self.modalities)] = np.nan
+        return proba
+
+
+@dataclass(frozen=True)
+class Logreg:
+    """Multinomial logistic regression (L2, C = 1) on one modality or on several side by side.
+
+    Dense features are standardised by the train rows that have them, sparse ones are taken as they are; an absent
+    modality is a row of zeros. To stay a matter of seconds it fits on at most MAX_TRAIN_ROWS rows (drawn by the seed),
+    on the MAX_SPARSE_COLUMNS most frequent columns of a sparse modality, and for at most MAX_ITERATIONS steps of
+    L-BFGS: far enough for the accuracy to stand still, not always for the solver to say "converged".
+    """
+
+    modalities: tuple[str, ...]
+    inputs: dict[str, _Scaling | _Columns] = field(repr=False)
+    model: LogisticRegression | None  # None: the train rows have one class only
+    classes: np.ndarray  # classes among the train rows
+    num_classes: int  # C
+    seconds: float
+
+    @classmethod
+    def fit(cls, train: FeatureTable, task: str, modalities: tuple[str, ...], seed: int = 0) -> Logreg:
+        """Fit on the labelled rows of `train` that have one of `modalities` (there must be some)."""
+        started = time.perf_counter()
+        rows = np.flatnonzero(readable(train, modalities) & (train.labels[task] >= 0))
+        if len(rows) > MAX_TRAIN_ROWS:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAIN_ROWS, replace=False))
+        train = train.take(rows)
+        labels = train.labels[task]
+        inputs = {m: _fit_input(train.features[m], train.present[m]) for m in modalities}
+        classes = np.unique(labels)
+        model = None
+        if len(classes) > 1:
+            model = LogisticRegression(C=1.0, solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4)
+            model.fit(_assemble(inputs, train), labels)
+        return cls(modalities, inputs, model, classes, len(train.class_names[task]), time.perf_counter() - started)
+
+    @property
+    def num_params(self) -> int:
+        """Weights and biases."""
+        return 0 if self.model is None else int(self.model.coef_.size + self.model.intercept_.size)
+
+    def predict(self, table: FeatureTable) -> np.ndarray:
+        """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
+        rows = np.flatnonzero(readable(table, self.modalities))
+        proba = np.full((len(table.sample_id), self.num_classes), np.nan, dtype=np.float32)
+        proba[rows] = 0
+        if len(rows):
+            found = 1.0 if self.model is None else self.model.predict_proba(_assemble(self.inputs, table.take(rows)))
+            proba[np.ix_(rows, self.classes)] = found
+        return proba
+
+
+def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:
+    """(N,) bool: the sample has at least one of the modalities."""
+    return np.logical_or.reduce([table.present[m] for m in modalities])
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """Standardisation of a dense modality; absent rows stay zero, which is the mean."""
+
+    mean: np.ndarray  # (D,)
+    scale: np.ndarray  # (D,)
+
+    def apply(self, features: np.ndarray, present: np.ndarray) -> np.ndarray:
+        return np.where(present[:, None], (features - self.mean) / self.scale, 0)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a sparse modality that take part."""
+
+    index: np.ndarray
+
+    def apply(self, features: sp.csr_matrix, present: np.ndarray) -> sp.csr_matrix:
+        return features[:, self.index]
+
+
+def _fit_input(features: Features, present: np.ndarray) -> _Scaling | _Columns:
+    if sp.issparse(features):
+        frequency = np.bincount(features.indices, minlength=features.shape[1])
+        return _Columns(np.sort(np.argsort(-frequency, kind="stable")[:MAX_SPARSE_COLUMNS]))
+    some = features[present].astype(np.float64)
+    scale = some.std(axis=0)
+    return _Scaling(some.mean(axis=0), np.where(scale > 0, scale, 1))
+
+
+def _assemble(inputs: dict[str, _Scaling | _Columns], table: FeatureTable) -> Features:
+    """The modalities side by side (N, sum of D): sparse if one of them is."""
+    blocks = [inputs[m].apply(table.features[m], table.present[m]) for m in inputs]
+    if any(sp.issparse(b) for b in blocks):
+        return sp.hstack([sp.csr_matrix(b) for b in blocks], format="csr")
+    return np.hstack(blocks)

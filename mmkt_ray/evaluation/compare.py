@@ -1,0 +1,299 @@
+"""All models of a run side by side, each against the best single modality on the same samples. Reads result files only.
+
+The best single modality of a task is the trained variant that reads exactly one modality with the highest accuracy on
+`val` (on `test`, with a note, if there is no `val`); without such variants the best single-modality logistic regression.
+Differences are paired over the samples that both models predicted. Models that share none were scored on different
+samples; their scores are shown, not compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.intervals import METRICS, Interval, paired_difference, verdict
+from mmkt_ray.features.store import UNSEEN
+
+DIFFERENT_SAMPLES = "different samples"
+REFERENCE = "best single modality"
+
+
+def compare(run_uri: str) -> dict[str, Any]:
+    """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned:
+
+        run, split, confidence, main (the trained model chosen on val over all tasks), notes [..]
+        models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params, training_s, store, folder}}
+        tasks: {task: {num_classes, selected_on: val|test, best, best_trained, best_fused, best_single (names),
+                       rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals), balanced_accuracy, val_accuracy,
+                               versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
+                                        (paired differences)} or None, verdict}]}}
+
+    Reads `<run>/run.json` where there is one (variants: {name: {model: folder}}), else every `<run>/models/*/metrics.json`,
+    and `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
+    """
+    run = read_optional(storage.join(run_uri, "run.json")) or {}
+    models = [*_trained(run_uri, run), *_baselines(run_uri)]
+    if not models:
+        raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
+    tasks = sorted({t for m in models for t, record in m.tasks.items() if record.get("num_rows")})
+    results = {
+        "run": run.get("name") or run_uri.rstrip("/").rpartition("/")[2],
+        "split": models[0].record["split"],
+        "confidence": models[0].record["confidence"],
+        "models": {m.name: m.describe() for m in models},
+        "tasks": {t: _compare_task(t, [m for m in models if m.tasks.get(t, {}).get("num_rows")]) for t in tasks},
+    }
+    results |= {"main": _main_model(models, results["tasks"]), "notes": _notes(results, run)}
+    storage.write_json(storage.join(run_uri, "report", "results.json"), results)
+    return results
+
+
+def read_optional(uri: str) -> Any:
+    """A JSON file, or None if it is not there."""
+    try:
+        return storage.read_json(uri)
+    except FileNotFoundError:
+        return None
+
+
+# --- the models of a run -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluated:
+    """One evaluated model: its record (see `evaluate_model`) and its predictions, read when first needed."""
+
+    name: str  # in the run; distinct
+    kind: str  # trained | baseline
+    folder: str  # relative to the run folder, or absolute
+    record: dict[str, Any]
+    predictions_uri: str
+    card: dict[str, Any] = field(default_factory=dict)
+    _cache: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        return self.record["tasks"]
+
+    def describe(self) -> dict[str, Any]:
+        """What the results say about a model beside its scores."""
+        model = self.card.get("config", {}).get("model", {})
+        fusion = model.get("fusion") or {}
+        depth = f" (depth {fusion['depth']})" if fusion.get("name") == "hierarchical" else ""
+        return {
+            "kind": self.kind,
+            "name": self.record["name"],
+            "modalities": self.record["modalities"],
+            "fusion": f"{fusion['name']}{depth}" if fusion and len(self.record["modalities"]) > 1 else None,
+            "sharing": model.get("sharing"),
+            "num_params": self.record.get("num_params"),
+            "training_s": self.record.get("training_s"),
+            "store": self.record.get("store"),
+            "folder": self.folder,
+        }
+
+    def predictions(self, task: str) -> pd.DataFrame:
+        """The labelled and predicted samples: columns label and pred, indexed by sample_id."""
+        if task not in self._cache:
+            fs, path = storage.resolve(self.predictions_uri)
+            names = {f"{task}_label": "label", f"{task}_pred": "pred"}
+            filters = [("model", "==", self.record["name"])] if self.kind == "baseline" else None
+            table = pq.read_table(path, filesystem=fs, columns=["sample_id", *names], filters=filters)
+            self._cache[task] = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
+        return self._cache[task]
+
+    def shares_samples(self, other: Evaluated, task: str) -> bool:
+        """True if both predicted some sample of the task."""
+        return bool(self.predictions(task).index.isin(other.predictions(task).index).any())
+
+
+def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
+    """Variants in the order of run.json, else the folders under models/."""
+    folders = {name: v["model"] for name, v in (run.get("variants") or {}).items()}
+    if not folders:
+        found = storage.glob(storage.join(run_uri, "models", "*", "metrics.json"))
+        names = [f.path.split("/")[-2] for f in found]
+        folders = {name: f"models/{name}" for name in names}
+    models = []
+    for name, folder in folders.items():
+        uri = storage.join(run_uri, folder)
+        if record := read_optional(storage.join(uri, "metrics.json")):
+            card = read_optional(storage.join(uri, "config.json")) or {}
+            predictions = storage.join(uri, f"predictions-{record['split']}.parquet")
+            models.append(Evaluated(name, "trained", folder, record, predictions, card))
+    return models
+
+
+def _baselines(run_uri: str) -> list[Evaluated]:
+    """Baselines of each store; where there are several stores, the store's name is in theirs."""
+    files = storage.glob(storage.join(run_uri, "baselines", "*", "metrics.json"))
+    models = []
+    for file in files:
+        store = file.path.split("/")[-2]
+        folder = f"baselines/{store}"
+        whole = storage.read_json(storage.join(run_uri, folder, "metrics.json"))
+        shared = {k: v for k, v in whole.items() if k != "models"}
+        uri = storage.join(run_uri, folder, f"predictions-{whole['split']}.parquet")
+        for name, record in whole["models"].items():
+            shown = name if len(files) == 1 else f"{name} ({store})"
+            models.append(Evaluated(shown, "baseline", folder, {**shared, **record}, uri))
+    return models
+
+
+# --- one task ----------------------------------------------------------------------------------------------------
+
+
+def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
+    """The rows of one task; `models` were all scored on it."""
+    on = _selected_on(task, models)
+    scores = selection_scores(task, models)
+    trained = [m for m in models if m.kind == "trained"]
+    fused = [m for m in trained if len(m.record["modalities"]) > 1]
+    single = best_single(task, models, scores, relative_to=_best(fused or trained, scores))
+    return {
+        "num_classes": len(models[0].tasks[task]["class_names"]),
+        "selected_on": on,
+        "best": _name(_best(models, scores)),
+        "best_trained": _name(_best(trained, scores)),
+        "best_fused": _name(_best(fused, scores)),
+        "best_single": _name(single),
+        "rows": [_row(task, m, best_single(task, models, scores, relative_to=m)) for m in models],
+    }
+
+
+def _selected_on(task: str, models: list[Evaluated]) -> str:
+    return "val" if all(m.tasks[task].get("val") for m in models) else "test"
+
+
+def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
+    """Model -> the score by which models are chosen: accuracy on val (or test), where a labelled sample that the model
+    can't read but another one of the same store can counts as wrong. Without that, the model that only sees the easy
+    samples would win."""
+    on = _selected_on(task, models)
+    found = {m.name: m.tasks[task]["val"] if on == "val" else m.tasks[task] for m in models}
+    most: dict[Any, int] = {}
+    for m in models:
+        store = m.record.get("store")
+        most[store] = max(most.get(store, 0), found[m.name]["num_rows"])
+    return {m.name: found[m.name]["accuracy"] * found[m.name]["num_rows"] / most[m.record.get("store")] for m in models}
+
+
+def best_single(task: str, models: list[Evaluated], scores: dict[str, float], relative_to: Evaluated | None) -> Evaluated | None:
+    """The best single-modality model among those scored on samples of `relative_to`: trained ones before baselines."""
+    singles = [m for m in models if len(m.record["modalities"]) == 1]
+    if relative_to is not None:
+        singles = [m for m in singles if m is relative_to or m.shares_samples(relative_to, task)]
+    trained = [m for m in singles if m.kind == "trained"]
+    return _best(trained or singles, scores)
+
+
+def _best(models: list[Evaluated], scores: dict[str, float]) -> Evaluated | None:
+    return max(models, key=lambda m: scores[m.name], default=None)
+
+
+def _name(model: Evaluated | None) -> str | None:
+    return model.name if model else None
+
+
+def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any]:
+    """One model's line: its scores, and the paired difference to the best single modality."""
+    record = model.tasks[task]
+    row = {"model": model.name, **{k: record[k] for k in ("num_rows", "num_unseen", "balanced_accuracy")}, **record["intervals"]}
+    row["val_accuracy"] = record["val"]["accuracy"] if record.get("val") else None
+    if single is model:
+        return {**row, "versus": None, "verdict": REFERENCE}
+    versus = _paired(task, model, single) if single else None
+    if versus is None:
+        return {**row, "versus": None, "verdict": DIFFERENT_SAMPLES}
+    return {**row, "versus": versus, "verdict": verdict(versus["accuracy"])}
+
+
+def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | None:
+    """Differences model - other over the samples both predicted; None if they share none with the same label."""
+    both = model.predictions(task).join(other.predictions(task), how="inner", rsuffix="_other")
+    both = both[both["label"] == both["label_other"]]
+    if both.empty:
+        return None
+    names = sorted({*model.tasks[task]["class_names"], *other.tasks[task]["class_names"]})
+    labels, *preds = (pd.Index(names).get_indexer(both[c]) for c in ("label", "pred", "pred_other"))
+    labels = np.where(labels < 0, UNSEEN, labels)
+    options = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
+    found: dict[str, Interval] = {
+        m: paired_difference(labels, *preds, m, num_classes=len(names), **options) for m in METRICS
+    }
+    shared = {"ours": float((preds[0] == labels).mean()), "theirs": float((preds[1] == labels).mean())}
+    return {"model": other.name, "num_rows": len(both), "shared_accuracy": shared, **found}
+
+
+# --- the run as a whole --------------------------------------------------------------------------------------------
+
+
+def _main_model(models: list[Evaluated], tasks: dict[str, Any]) -> str | None:
+    """The trained model that scores most tasks, and among those the best on average."""
+    trained = [m for m in models if m.kind == "trained"]
+    by_task = {t: selection_scores(t, [m for m in models if m.tasks.get(t, {}).get("num_rows")]) for t in tasks}
+
+    def key(model: Evaluated) -> tuple[int, float]:
+        values = [scores[model.name] for scores in by_task.values() if model.name in scores]
+        return len(values), float(np.mean(values)) if values else 0.0
+
+    return _name(max(trained, key=key, default=None))
+
+
+def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    notes = []
+    if any(t["selected_on"] == "test" for t in results["tasks"].values()):
+        notes.append("There is no val split, so the best models were chosen on test: their scores are a little too good.")
+    missing = [v for v in run.get("variants") or {} if v not in results["models"]]
+    if missing:
+        notes.append(f"Not evaluated yet, so not shown: {', '.join(missing)}.")
+    rows = [r for t in results["tasks"].values() for r in t["rows"]]
+    if any(r["verdict"] == DIFFERENT_SAMPLES for r in rows):
+        notes.append('"Different samples": no single-modality model was scored on the same samples, so there is no fair difference.')
+    if any(r["num_unseen"] for r in rows):
+        notes.append("Some test labels are of classes that the train split does not have; they count as wrong.")
+    if any(r["versus"] and r["versus"]["num_rows"] < r["num_rows"] for r in rows):
+        notes.append("Where two models can read different samples, their difference is over those that both can read.")
+    return notes
+
+
+# --- plain text ----------------------------------------------------------------------------------------------------
+
+_WIDTH = 100
+
+
+def comparison_table(results: dict[str, Any]) -> str:
+    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first."""
+    lines = []
+    for task, found in results["tasks"].items():
+        single = found["best_single"]
+        lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
+        rows = sorted(found["rows"], key=lambda r: -r["accuracy"]["value"])
+        cells = [[r["model"], _percent(r["accuracy"]), _percent(r["macro_f1"]), _difference(r)] for r in rows]
+        percent = f"{100 * results['confidence']:g} %"
+        cells.insert(0, ["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"])
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
+        for row in cells:
+            row[0] = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
+            lines.append(("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip())
+        lines.append("")
+    return "\n".join([*lines, *results["notes"]]).rstrip()
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if not row["versus"]:
+        return row["verdict"]
+    d = row["versus"]["accuracy"]
+    return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] {row['verdict']}"

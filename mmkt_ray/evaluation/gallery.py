@@ -1,0 +1,117 @@
+"""Some test samples a model got right and wrong, with what it saw: for people to look at."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, parse_config
+from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.samples.readers import find_samples
+
+log = logging.getLogger(__name__)
+
+NUM_PER_GROUP = 4
+THUMBNAIL_SIDE = 96  # pixels
+EXCERPT_CHARS = 300
+
+
+def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
+    """Choose samples from the model's predictions, fetch their raw image and text, write `<model>/gallery.json`.
+
+    Returns {split, tasks: {task: {right, wrong, tie: [{sample_id, label, pred, proba, second, second_proba,
+    inputs: {modality: {kind, png (base64) | text} or None if the sample has none}}]}}}: the most confident right and
+    wrong ones, and those with the least between the two most probable classes. If the shards are no longer where the
+    config says, `inputs` is empty and `note` tells why.
+
+    Raises: DataError if the model was not evaluated on the split.
+    """
+    card = read_optional(storage.join(model_uri, "config.json"))
+    uri = storage.join(model_uri, f"predictions-{split}.parquet")
+    if card is None or not storage.exists(uri):
+        raise DataError(f"no predictions on '{split}' in '{model_uri}': run `mmkt evaluate` first")
+    config = parse_config(card["config"])
+    fs, path = storage.resolve(uri)
+    table = pq.read_table(path, filesystem=fs)
+    tasks = {t: _choose(table, t, card["class_names"][t]) for t in config.model_tasks}
+    chosen = [s for groups in tasks.values() for group in groups.values() for s in group]
+    gallery: dict[str, Any] = {"split": split, "tasks": tasks}
+    try:
+        raw = _raw_values(config, [s["sample_id"] for s in chosen])
+    except (DataError, OSError) as error:
+        raw, gallery["note"] = {}, f"The raw samples could not be read: {error}"
+        log.warning("gallery without raw samples: %s", error)
+    for sample in chosen:
+        sample["inputs"] = raw.get(sample["sample_id"], {})
+    storage.write_json(storage.join(model_uri, "gallery.json"), gallery)
+    return gallery
+
+
+def _choose(table: pa.Table, task: str, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The groups of one task, each of at most NUM_PER_GROUP samples; near ties are samples of neither other group."""
+    table = table.filter(table.column(f"{task}_label").is_valid())
+    if len(table) == 0:
+        return {"right": [], "wrong": [], "tie": []}
+    proba = np.stack(table.column(f"{task}_proba").to_numpy())
+    labels, pred, ids = (np.array(table.column(c).to_pylist(), dtype=object) for c in (f"{task}_label", f"{task}_pred", "sample_id"))
+    order = np.argsort(-proba, axis=1, kind="stable")[:, :2]
+    top = np.take_along_axis(proba, order, axis=1)
+    right = labels == pred
+
+    def describe(row: int) -> dict[str, Any]:
+        runner_up = {"second": class_names[order[row, 1]], "second_proba": float(top[row, 1])} if proba.shape[1] > 1 else {}
+        return {"sample_id": ids[row], "label": labels[row], "pred": pred[row], "proba": float(top[row, 0]), **runner_up}
+
+    by_confidence = np.argsort(-top[:, 0], kind="stable")
+    groups = {
+        "right": by_confidence[right[by_confidence]][:NUM_PER_GROUP],
+        "wrong": by_confidence[~right[by_confidence]][:NUM_PER_GROUP],
+    }
+    closest = np.argsort(top[:, 0] - top[:, -1], kind="stable")
+    groups["tie"] = closest[~np.isin(closest, np.concatenate(list(groups.values())))][:NUM_PER_GROUP]
+    return {name: [describe(int(r)) for r in rows] for name, rows in groups.items()}
+
+
+def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:
+    """sample_id -> {modality the model reads: thumbnail, excerpt, or None}. A combined sample `a|b` has those of a and of b."""
+    parts = {i: [i, *i.split("|")] for i in sample_ids}
+    table = find_samples(config, sorted({p for ps in parts.values() for p in ps}))
+    found = {row["sample_id"]: row for row in table.to_pylist()}
+    values = {}
+    for sample_id, sources in parts.items():
+        rows = [found[s] for s in sources if s in found]
+        raw = {m: next((r[m] for r in rows if r.get(m) is not None), None) for m in config.model_modalities}
+        values[sample_id] = {m: _show(v, config.modalities[m].kind) for m, v in raw.items()} if rows else {}
+    return values
+
+
+def _show(value: Any, kind: str) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if kind == "text":
+        text = " ".join(str(value).split())
+        return {"kind": "text", "text": text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"}
+    return {"kind": "image", "png": thumbnail(value)}
+
+
+def thumbnail(data: bytes) -> str | None:
+    """Encoded image -> base64 PNG of at most THUMBNAIL_SIDE pixels a side, upright; None if it can't be decoded."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,75 @@
+"""Rows of a feature table -> tensors -> class probabilities.
+
+Axes: N samples of a table, B rows of a batch, C classes of one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.models import Features, ModelSpec, MultimodalModel, SparseBatch
+
+
+def model_inputs(
+    table: FeatureTable, rows: np.ndarray | slice, modalities: Iterable[str], device: torch.device, drop: Collection[str] = ()
+) -> tuple[dict[str, Features], dict[str, Tensor]]:
+    """Some rows as what `MultimodalModel.forward` takes: features and presence by modality, on a device.
+
+    Modalities in `drop` count as absent in every row.
+    """
+    features: dict[str, Features] = {}
+    present: dict[str, Tensor] = {}
+    for m in modalities:
+        batch = table.features[m][rows]
+        if sp.issparse(batch):
+            parts = (batch.indices.astype(np.int64), batch.indptr.astype(np.int64), batch.data)
+            features[m] = SparseBatch(*map(torch.from_numpy, parts)).to(device)
+        else:
+            features[m] = torch.from_numpy(batch).to(device, non_blocking=True)
+        mask = table.present[m][rows]
+        present[m] = torch.from_numpy(mask & (m not in drop)).to(device, non_blocking=True)
+    return features, present
+
+
+@torch.inference_mode()
+def predict_table(
+    model: MultimodalModel, table: FeatureTable, batch_size: int = 1024, drop: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Probabilities of every sample, in the table's order: task -> (N, C) float32, on the device the model is on.
+
+    Modalities in `drop` count as absent: so a fused model is evaluated on a subset of its modalities. The model must be
+    in eval mode, as `load_model` returns it; then a row's result does not depend on the rows beside it.
+
+    Raises: DataError if the table's features are not those the model was fitted on.
+    """
+    assert not model.training, "predict_table wants a model in eval mode"
+    check_features(model.spec, table)
+    device = next(model.parameters()).device
+    num_rows = len(table.sample_id)
+    proba = {t: np.empty((num_rows, c), dtype=np.float32) for t, c in model.spec.tasks.items()}
+    for start in range(0, num_rows, batch_size):
+        rows = slice(start, start + batch_size)
+        logits = model(*model_inputs(table, rows, model.spec.modalities, device, drop))
+        for t, values in logits.items():
+            proba[t][rows] = values.softmax(dim=1).cpu().numpy()
+    return proba
+
+
+def check_features(spec: ModelSpec, table: FeatureTable) -> None:
+    """Raises: DataError if a modality is missing in the table or has another width than the model was built for."""
+    for m, expected in spec.modalities.items():
+        if m not in table.features:
+            raise DataError(f"the model reads '{m}', the features have only {sorted(table.features)}: extract '{m}' too")
+        got, sparse = table.features[m].shape[1], sp.issparse(table.features[m])
+        if (got, sparse) != (expected.dim, expected.sparse):
+            raise DataError(
+                f"features of '{m}' are {got} wide ({'sparse' if sparse else 'dense'}), the model was fitted on {expected.dim} "
+                f"({'sparse' if expected.sparse else 'dense'}): use the encoders it was trained with, or train again"
+            )

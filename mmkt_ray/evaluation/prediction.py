@@ -1,0 +1,92 @@
+"""A model folder and raw shards -> predictions, through the same readers, encoders and reducers as in training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, PairCombine, UnionCombine, parse_config
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.features.combine import combine
+from mmkt_ray.features.extract import encode, reduce
+from mmkt_ray.features.store import Store
+from mmkt_ray.models import MultimodalModel
+from mmkt_ray.samples.readers import list_shards
+
+log = logging.getLogger(__name__)
+
+
+def predict(
+    model_uri: str, inputs: Sequence[str], out_uri: str, *, like: int = 0, reader: str | None = None, columns: Mapping[str, str] | None = None
+) -> str:
+    """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
+
+    inputs: shards read as the model's `like`-th source is, or as `reader` and `columns` say; none: the sources of training.
+    Columns written: sample_id, missing (the absent modalities), and per task <task>_pred and <task>_proba (class
+    probabilities in the order of the model's class names); null where no modality that the model reads is there.
+    Raises: ConfigError, DataError.
+    """
+    model, card = load_model(model_uri)
+    config = prediction_config(parse_config(card["config"]), inputs, like, reader, columns or {})
+    out_uri = storage.absolute(out_uri)
+    storage.make_dir(out_uri)
+    folders = {m: [storage.join(storage.absolute(model_uri), "encoders", f) for f in card["encoders"][m]["folders"]] for m in config.modalities}
+    store = encode(config, out_uri, list_shards(config), {m: f[0] for m, f in folders.items()})
+    store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
+    store = combine(config, out_uri, store)
+    path = storage.join(out_uri, "predictions.parquet")
+    write_predictions(path, model, store, card["class_names"])
+    storage.write_bytes(storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet")))
+    log.info("%d predicted, %d rejected", store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"])
+    return path
+
+
+def prediction_config(config: Config, inputs: Sequence[str], like: int, reader: str | None, columns: Mapping[str, str]) -> Config:
+    """The model's config with the new shards as sources, only its own modalities, and no label needed. Raises: ConfigError."""
+    sources = config.samples.sources
+    if inputs:
+        if not 0 <= like < len(sources):
+            raise ConfigError(f"--like {like}: the model was trained with {len(sources)} sources, 0 to {len(sources) - 1}")
+        known = sources[like]
+        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in config.tasks}
+        changes = {"reader": reader or known.reader, "columns": mapping, "split": "test", "limit": None}
+        sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
+    modalities = {m: config.modalities[m] for m in config.model_modalities}
+    if unknown := {c for s in sources for c in s.columns} - {*config.modalities, *config.tasks, "sample_id", "split", "key"}:
+        raise ConfigError(f"--column: {sorted(unknown)} is no modality of the model; it reads {sorted(modalities)}")
+    wanted = {*modalities, "sample_id", "split", "key"}
+    narrowed = [s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}}) for s in sources]
+    feeding = tuple(s for s in narrowed if set(s.columns) & set(modalities))
+    how = config.samples.combine
+    combined = UnionCombine() if isinstance(how, PairCombine) else how  # synthetic pairs need labels; new rows have none
+    samples = config.samples.model_copy(update={"sources": feeding, "combine": combined})
+    return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {}})
+
+
+def write_predictions(path: str, model: MultimodalModel, store: Store, class_names: Mapping[str, list[str]]) -> None:
+    """Predict part by part: one part of the store is in memory at a time."""
+    modalities = sorted(model.spec.modalities)
+    with storage.atomic(path) as (fs, temporary):
+        writer = None
+        for table in store.tables(modalities, tasks=[]):
+            proba = predict_table(model, table)
+            known = np.any([table.present[m] for m in modalities], axis=0)
+            absent = [[m for m in modalities if not table.present[m][i]] for i in range(len(table.sample_id))]
+            columns = {"sample_id": pa.array(table.sample_id, pa.string()), "missing": pa.array(absent, pa.list_(pa.string()))}
+            for task, names in sorted(class_names.items()):
+                best = np.array(names, dtype=object)[proba[task].argmax(1)]
+                columns[f"{task}_pred"] = pa.array(np.where(known, best, None), pa.string())
+                flat = pa.array(proba[task].astype(np.float32).ravel())
+                columns[f"{task}_proba"] = pa.FixedSizeListArray.from_arrays(flat, len(names), mask=pa.array(~known))
+            batch = pa.table(columns)
+            writer = writer or pq.ParquetWriter(temporary, batch.schema, filesystem=fs, compression="zstd")
+            writer.write_table(batch)
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,1 @@
+"""Samples -> features in Parquet, and the store that opens them."""

@@ -1,0 +1,215 @@
+"""Samples of several modalities from rows of one: union (nothing to do), join on a key, pairs made by label.
+
+Works on encoded rows, so that nothing is encoded twice however often a row is used. The driver holds ids, splits, keys and
+labels (about 100 bytes a row); features stay in a memory-mapped file and are gathered part by part.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, JoinCombine, PairCombine, fingerprint
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.features.publish import publish, published, source_rejects
+from mmkt_ray.features.store import Store, column_of
+from mmkt_ray.samples.schema import Reject, reject_table
+
+log = logging.getLogger(__name__)
+
+ABSENT = -1
+
+
+@dataclass
+class Combined:
+    """Which source row each modality and each task of the new samples comes from: (S,) row numbers, ABSENT where none."""
+
+    sample_ids: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    modality_rows: dict[str, list[int]] = field(default_factory=dict)
+    task_rows: dict[str, list[int]] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+    num_conflicts: int = 0
+
+    def add(self, sample_id: str, split: str, key: str | None, modality_rows: dict[str, int], task_rows: dict[str, int]) -> None:
+        """One more sample."""
+        self.sample_ids.append(sample_id)
+        self.splits.append(split)
+        self.keys.append(key)
+        for rows, chosen in ((self.modality_rows, modality_rows), (self.task_rows, task_rows)):
+            for name, row in chosen.items():
+                rows.setdefault(name, []).append(row)
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What combining must know of the N source rows, without their features."""
+
+    sample_ids: list[str]
+    splits: list[str]
+    keys: list[str | None]
+    present: dict[str, np.ndarray]  # modality -> (N,) bool
+    labels: dict[str, list[str | None]]  # task -> N class names
+
+
+def combine(config: Config, run_uri: str, source: Store) -> Store:
+    """The store of combined samples; the source itself for a union. Raises: ConfigError, DataError."""
+    how = config.samples.combine
+    if how.name == "union":
+        return source
+    unit = {"join": "joined", "pair": "paired"}[how.name]
+    plan = {"source": source.manifest["fingerprint"], "combine": how.model_dump(mode="json"), "seed": config.seed if how.name == "pair" else 0}
+    uri = storage.join(run_uri, "features", f"{unit}-{fingerprint(plan)}")
+    if store := published(uri, [unit], source=source):
+        log.info("%s samples are up to date: %s", unit, uri)
+        return store
+    index = read_index(source, sorted(config.modalities), sorted(config.tasks))
+    combined = join(index, how) if isinstance(how, JoinCombine) else pair(index, how, config.seed)
+    write_parts(config, source, uri, unit, combined, index)
+    rejects = pa.concat_tables([source_rejects(source), reject_table(combined.rejects)])
+    extra = {"combine": how.model_dump(mode="json"), "synthetic_pairs": how.name == "pair", "num_conflicting_labels": combined.num_conflicts}
+    return publish(uri, config, [unit], source.manifest["modalities"], {}, source=source, rejects=rejects, extra=extra)
+
+
+def read_index(source: Store, modalities: list[str], tasks: list[str]) -> RowIndex:
+    """Ids, splits, keys, labels and presence of every row of a store, in its order."""
+    presence: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    tables = []
+    for part in source.read():
+        for m in modalities:
+            presence[m].append(part.column(column_of(m)).is_valid().to_numpy())
+        tables.append(part.select(["sample_id", "split", "key", *tasks]))
+    table = pa.concat_tables(tables)
+    return RowIndex(
+        table.column("sample_id").to_pylist(),
+        table.column("split").to_pylist(),
+        table.column("key").to_pylist(),
+        {m: np.concatenate(p) for m, p in presence.items()},
+        {t: table.column(t).to_pylist() for t in tasks},
+    )
+
+
+def join(index: RowIndex, how: JoinCombine) -> Combined:
+    """Rows with one key become one sample. A second row of the same modality and key is rejected; of conflicting labels the
+    first stays and the conflict is counted; an inner join rejects rows without a partner."""
+    by_key: dict[str, list[int]] = {}
+    combined = Combined()
+    for row, key in enumerate(index.keys):
+        if key is None:
+            combined.rejects.append(Reject(index.sample_ids[row], "join", "combine", "the row has no key to join on"))
+        else:
+            by_key.setdefault(key, []).append(row)
+    provided = [m for m, present in index.present.items() if present.any()]
+    for key, rows in by_key.items():
+        chosen, used, task_rows = {m: ABSENT for m in index.present}, [], {t: ABSENT for t in index.labels}
+        for row in rows:
+            given = [m for m in provided if index.present[m][row]]
+            if any(chosen[m] != ABSENT for m in given) or (used and index.splits[row] != index.splits[used[0]]):
+                why = f"key '{key}' has this modality from another row already, or rows in two splits"
+                combined.rejects.append(Reject(index.sample_ids[row], "join", "combine", why))
+                continue
+            used.append(row)
+            chosen |= dict.fromkeys(given, row)
+            for task, labels in index.labels.items():
+                if labels[row] is not None and task_rows[task] == ABSENT:
+                    task_rows[task] = row
+                elif labels[row] is not None and labels[row] != labels[task_rows[task]]:
+                    combined.num_conflicts += 1
+        if how.how == "inner" and any(chosen[m] == ABSENT for m in provided):
+            combined.rejects += [Reject(index.sample_ids[r], "join", "combine", f"no partner for key '{key}' (inner join)") for r in used]
+            continue
+        combined.add("|".join(index.sample_ids[r] for r in used), index.splits[used[0]], key, chosen, task_rows)
+    return combined
+
+
+def pair(index: RowIndex, how: PairCombine, seed: int) -> Combined:
+    """Each row of the first modality gets a row of the second with the matching label, of the same split.
+
+    Partners of a class are drawn from a seeded shuffle of that class, over and over, so that all are used about equally often.
+    Raises: ConfigError if the mapping names classes that are not there.
+    """
+    (first, first_task), (second, second_task) = how.labels.items()
+    check_mapping(index, how)
+    partners: dict[tuple[str, str], list[int]] = {}
+    for row in np.flatnonzero(index.present[second]):
+        label = index.labels[second_task][row]
+        if label is not None:
+            partners.setdefault((index.splits[row], label), []).append(int(row))
+    rng = np.random.default_rng(seed)
+    draws = {group: _cycle(rng, rows) for group, rows in sorted(partners.items())}
+    combined, drawn = Combined(), set()
+    for row in map(int, np.flatnonzero(index.present[first])):
+        label = index.labels[first_task][row]
+        wanted = label if how.mapping is None else how.mapping.get(label or "")
+        stream = draws.get((index.splits[row], wanted or ""))
+        if stream is None:
+            why = f"{first_task} '{label}' has no partner: no {second} with {second_task} '{wanted}' in split {index.splits[row]}"
+            why = why if wanted else f"{first_task} '{label}' is not in samples.combine.mapping"
+            combined.rejects.append(Reject(index.sample_ids[row], "pair", "combine", why))
+            continue
+        other = next(stream)
+        drawn.add(other)
+        tasks = {t: row if labels[row] is not None else other for t, labels in index.labels.items()}
+        sample_id = f"{index.sample_ids[row]}|{index.sample_ids[other]}"
+        modalities = {m: row if p[row] else other if p[other] else ABSENT for m, p in index.present.items()}
+        combined.add(sample_id, index.splits[row], None, modalities, tasks)
+    used = drawn | set(np.flatnonzero(index.present[first]).tolist())
+    left = [r for r in range(len(index.sample_ids)) if r not in used]
+    combined.rejects += [Reject(index.sample_ids[r], "pair", "combine", "not drawn as a partner") for r in left]
+    return combined
+
+
+def check_mapping(index: RowIndex, how: PairCombine) -> None:
+    """Raises: ConfigError for a class in the mapping that no row has."""
+    for (modality, task), names in zip(how.labels.items(), (how.mapping, (how.mapping or {}).values()), strict=True):
+        known = {v for v in index.labels[task] if v is not None}
+        if unknown := sorted(set(names or ()) - known):
+            raise ConfigError(f"samples.combine.mapping: {task} of {modality} has no class {unknown}; it has {sorted(known)}")
+
+
+def _cycle(rng: np.random.Generator, rows: list[int]) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(rows).tolist()
+
+
+def write_parts(config: Config, source: Store, uri: str, unit: str, combined: Combined, index: RowIndex) -> None:
+    """Gather the samples' features and labels from the source, one part at a time."""
+    with tempfile.TemporaryDirectory(prefix="mmkt-combine-") as folder:
+        spilled = _spill(source, f"{folder}/rows.arrow")
+        size = config.extract.chunk_rows
+        for number, start in enumerate(range(0, len(combined.sample_ids), size)):
+            piece = slice(start, start + size)
+            columns: dict[str, pa.Array] = {
+                "sample_id": pa.array(combined.sample_ids[piece], pa.string()),
+                "split": pa.array(combined.splits[piece], pa.string()),
+                "key": pa.array(combined.keys[piece], pa.string()),
+            }
+            wanted = [(column_of(m), r) for m, r in sorted(combined.modality_rows.items())] + sorted(combined.task_rows.items())
+            for name, rows in wanted:
+                chosen = pa.array([r if r != ABSENT else None for r in rows[piece]], pa.int64())
+                columns[name] = spilled.column(name).take(chosen).combine_chunks()
+            end = start + size >= len(combined.sample_ids)
+            storage.write_table(storage.join(uri, "data", f"{unit}-{number:06d}{'-end' if end else ''}.parquet"), pa.table(columns))
+
+
+def _spill(source: Store, path: str) -> pa.Table:
+    """The source's rows as an uncompressed Arrow file, mapped: gathering touches only the pages it needs."""
+    writer = None
+    for uri in source.parts():
+        fs, inner = storage.resolve(uri)
+        table = pq.read_table(inner, filesystem=fs)
+        writer = writer or pa.ipc.new_file(path, table.schema)
+        writer.write_table(table)
+    if writer is None:
+        raise ConfigError("the source store has no part to combine")
+    writer.close()
+    return pa.ipc.open_file(pa.memory_map(path)).read_all()
+

@@ -1,0 +1,212 @@
+"""Raw shards -> feature store: one lazy Ray Data chain, resumable chunk by chunk.
+
+    shards -> read (Ray tasks) -> encode (actor pool, on GPUs where there are any) -> write (Ray tasks) -> publish
+
+Two stores can come of it: `encoded-<fingerprint>` with what the encoders gave and, where a modality has a reducer,
+`reduced-<fingerprint>`; joined or paired samples are one more (combine.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray.data
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.encoders.build import build_reducer, load_fitted, read_card
+from mmkt_ray.features.chunks import read_shard, write_part
+from mmkt_ray.features.combine import combine
+from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
+from mmkt_ray.features.fit import fit_encoders, fit_reducers
+from mmkt_ray.features.publish import check_budget, publish, published
+from mmkt_ray.features.store import Store
+from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.schema import Shard
+
+log = logging.getLogger(__name__)
+
+READ_CPUS = 0.5  # differs from an actor's on purpose: equal demands would fuse reading into the encoder actors
+BUDGET_GRACE_ROWS = 1000  # the reject budget is judged during the run only after this many rows
+PROGRESS_EVERY_S = 5.0
+
+
+def extract(config: Config, run_uri: str) -> Store:
+    """Fit what has to be fitted, encode, reduce and combine; each step is skipped where its result is there already.
+
+    Raises: ConfigError, DataError (bad paths, too many rejects), ResourceError (the cluster can't place the work).
+    """
+    shards = list_shards(config)
+    encoders = fit_encoders(config, run_uri, shards)
+    encoded = encode(config, run_uri, shards, encoders)
+    reduced = reduce(config, run_uri, encoded, fit_reducers(config, run_uri, encoded))
+    return combine(config, run_uri, reduced)
+
+
+def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str, str]) -> Store:
+    """The store of all shards through fitted encoders (modality -> folder)."""
+    cards = {m: read_card(uri) for m, uri in sorted(encoders.items())}
+    layout = fingerprint(reading_layout(config))
+    plan = {"layout": layout, "encoders": {m: c["fingerprint"] for m, c in cards.items()}}
+    uri = storage.join(run_uri, "features", f"encoded-{fingerprint(plan)}")
+    units = [shard.unit for shard in shards]
+    done, complete = stored_chunks(uri)
+    if store := published(uri, units):
+        log.info("features are up to date: %s", uri)
+        return store
+    todo = [shard for shard in shards if shard.unit not in complete]
+    stats = RunStats(config.samples.max_reject_frac)
+    if todo:
+        storage.make_dir(uri)
+        storage.write_json(storage.join(uri, "plan.json"), plan)
+        log.info("encoding %d of %d shards (%s)", len(todo), len(shards), ", ".join(sorted(cards)))
+        run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
+    modalities = {
+        m: {"dim": c["dim"], "sparse": c["sparse"], "kind": config.modalities[m].kind}
+        | {"encoder": c["config"], "reduce": None, "fingerprint": c["fingerprint"], "folders": [encoders[m].rsplit("/", 1)[-1]]}
+        for m, c in cards.items()
+    }
+    return publish(uri, config, units, modalities, stats.summary(), names={s.unit: s.name for s in shards}, layout=layout)
+
+
+def run_encode(
+    config: Config, uri: str, todo: list[Shard], done: dict[str, set[int]], encoders: dict[str, str], reuse: dict[str, str], stats: RunStats
+) -> None:
+    """The pipeline itself."""
+    resources = cluster.connect()
+    num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
+    default = resources.num_gpus // num_gpus if num_gpus else resources.num_cpus // 2
+    num_actors = config.extract.num_actors or max(1, int(default))
+    cluster.check_fits(resources, num_actors, 1, num_gpus)
+    plan = EncodePlan(config, encoders, reuse, use_gpu=num_gpus > 0, num_threads=max(1, cluster.cores() // num_actors))
+    with cluster.one_row_blocks():
+        chunks = ray.data.from_items([vars(shard) for shard in todo], override_num_blocks=len(todo))
+        chunks = chunks.map_batches(partial(read_shard, config=config, done=done), batch_size=1, num_cpus=READ_CPUS)
+        if num_gpus:
+            chunks = chunks.map_batches(partial(decode_chunk, config=config), batch_size=1, num_cpus=1)
+        features = chunks.map_batches(
+            EncodeChunk,
+            fn_constructor_args=(plan,),
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=num_gpus,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+        )
+        stats.follow(features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS))
+
+
+def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str]) -> Store:
+    """The store with fitted reducers (modality -> folder) applied; the encoded store itself where there are none."""
+    if not reducers:
+        return encoded
+    cards = {m: read_card(uri) for m, uri in sorted(reducers.items())}
+    plan = {"encoded": encoded.uri.rsplit("/", 1)[-1], "reducers": {m: c["fingerprint"] for m, c in cards.items()}}
+    uri = storage.join(run_uri, "features", f"reduced-{fingerprint(plan)}")
+    units = encoded.manifest["units"]
+    if store := published(uri, units, source=encoded):
+        log.info("reduced features are up to date: %s", uri)
+        return store
+    present = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
+    todo = [name for name in encoded.manifest["parts"] if name not in present or not same_length(encoded.uri, uri, name)]
+    stats = RunStats(max_reject_frac=1.0)
+    if todo:
+        storage.make_dir(uri)
+        loaded = {m: load_fitted(build_reducer(config.modalities[m].reduce), folder) for m, folder in reducers.items()}
+        cluster.connect()
+        work = partial(reduce_part, source_uri=encoded.uri, reducers=loaded, dims={m: encoded.dim(m) for m in loaded})
+        with cluster.one_row_blocks():
+            names = ray.data.from_items([{"name": name} for name in todo], override_num_blocks=min(len(todo), 64))
+            parts = names.map_batches(work, batch_size=1).map_batches(partial(write_part, store_uri=uri), batch_size=1)
+            stats.follow(parts)
+    modalities = {m: dict(entry) for m, entry in encoded.manifest["modalities"].items()}
+    for m, card in cards.items():
+        both = fingerprint([modalities[m]["fingerprint"], card["fingerprint"]])
+        folders = [*modalities[m]["folders"], reducers[m].rsplit("/", 1)[-1]]
+        modalities[m] |= {"dim": card["dim"], "sparse": False, "reduce": card["config"], "fingerprint": both, "folders": folders}
+    return publish(uri, config, units, modalities, stats.summary(), source=encoded)
+
+
+def reading_layout(config: Config) -> dict[str, Any]:
+    """All that decides which rows a chunk holds and what is in them before encoding."""
+    samples = config.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine"})
+    return {
+        "samples": samples,
+        "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
+        "columns": {"modalities": {m: c.kind for m, c in sorted(config.modalities.items())}, "tasks": sorted(config.tasks)},
+        "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
+    }
+
+
+def stored_chunks(uri: str) -> tuple[dict[str, set[int]], set[str]]:
+    """Chunks that are written already, by unit; and the units of which every chunk is."""
+    done: dict[str, set[int]] = {}
+    ends: dict[str, int] = {}
+    for info in storage.list_files(storage.join(uri, "data"), "*.parquet"):
+        unit, index, *end = info.base_name.removesuffix(".parquet").split("-")
+        done.setdefault(unit, set()).add(int(index))
+        if end:
+            ends[unit] = int(index)
+    return done, {unit for unit, last in ends.items() if len(done[unit]) == last + 1}
+
+
+def same_length(uri: str, other_uri: str, name: str) -> bool:
+    """Whether two stores' parts of one name have as many rows: publishing may have taken duplicates out of one since."""
+    parts = [storage.resolve(storage.join(u, "data", name)) for u in (uri, other_uri)]
+    lengths = {pq.read_metadata(path, filesystem=fs).num_rows for fs, path in parts}
+    return len(lengths) == 1
+
+
+def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str]:
+    """Modalities that another store of this run read in the same way through the same encoder: modality -> that store."""
+    reuse: dict[str, str] = {}
+    for info in storage.list_files(storage.join(run_uri, "features"), "plan.json", recursive=True):
+        other_uri = storage.join(run_uri, "features", info.path.split("/")[-2])
+        other = storage.read_json(storage.join(other_uri, "plan.json"))
+        if other_uri == uri or other["layout"] != plan["layout"]:
+            continue
+        same = (m for m, print_ in plan["encoders"].items() if other["encoders"].get(m) == print_)
+        reuse |= {m: other_uri for m in same}
+    for modality, other_uri in reuse.items():
+        log.info("%s features are taken from %s where they are there", modality, other_uri)
+    return reuse
+
+
+class RunStats:
+    """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
+
+    def __init__(self, max_reject_frac: float) -> None:
+        self.max_reject_frac = max_reject_frac
+        self.num_rows = self.num_rejects = 0
+        self.seconds: Counter[str] = Counter()
+        self.wall_s = self.startup_s = 0.0
+
+    def follow(self, parts: ray.data.Dataset) -> None:
+        """Run the pipeline to its end. Raises: DataError when the reject budget is spent."""
+        start = told = time.perf_counter()
+        for part in parts.iter_rows():
+            self.num_rows += part["num_rows"]
+            self.num_rejects += part["num_rejects"]
+            seconds = json.loads(part["seconds"])
+            self.seconds.update(seconds)
+            self.wall_s = time.perf_counter() - start
+            # until the first part is there, less the work on it: processes, imports, loading encoders
+            self.startup_s = self.startup_s or self.wall_s - sum(seconds.values())
+            if time.perf_counter() - told > PROGRESS_EVERY_S:
+                told = time.perf_counter()
+                log.info("%d rows, %d rejected, %.0f rows/s", self.num_rows, self.num_rejects, self.num_rows / self.wall_s)
+            if self.num_rows + self.num_rejects >= BUDGET_GRACE_ROWS:
+                check_budget(self.num_rows, self.num_rejects, self.max_reject_frac)
+        log.info("%d rows, %d rejected in %.1f s", self.num_rows, self.num_rejects, self.wall_s)
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest; empty when nothing was run."""
+        if not self.wall_s:
+            return {}
+        rows_per_s = round((self.num_rows + self.num_rejects) / self.wall_s, 1)
+        return {"stages": {k: round(v, 3) for k, v in sorted(self.seconds.items())}, "wall_s": round(self.wall_s, 3), "startup_s": round(self.startup_s, 3), "rows_per_s": rows_per_s}

@@ -1,0 +1,144 @@
+"""Fitting encoders and reducers on the train split, as Ray tasks whose statistics merge in a fixed tree.
+
+The tree is fixed so that the same shards give the same sums, bit for bit, whatever finishes first. A fit is kept in
+`<run>/encoders/<modality>-<config>-<shards>`; when shards were only added since, the fit is kept and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ray
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import CnnEncoder, Config, Section, fingerprint
+from mmkt_ray.encoders.base import Mergeable
+from mmkt_ray.encoders.build import build_encoder, build_reducer, read_card, save_fitted
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.pretrain import pretrain_cnn
+from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
+from mmkt_ray.features.store import Store
+from mmkt_ray.samples.schema import Shard
+
+log = logging.getLogger(__name__)
+
+FAN_IN = 8  # statistics that one merge takes
+
+
+def fit_encoders(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, str]:
+    """Folders of the fitted encoders by modality; fits only what is not fitted yet."""
+    return {name: fit_encoder(config, run_uri, name, shards) for name in sorted(config.modalities)}
+
+
+def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]) -> str:
+    """The folder of one modality's fitted encoder. Raises: DataError if its train split is empty."""
+    section = config.modalities[modality].encoder
+    encoder = build_encoder(section)
+    trained = isinstance(section, CnnEncoder)
+    if not trained and not isinstance(encoder, Mergeable):
+        uri = storage.join(run_uri, "encoders", f"{modality}-{fingerprint(section, 12)}")
+        if not storage.exists(storage.join(uri, "encoder.json")):
+            _save(encoder, section, uri, units=[])
+        return uri
+    narrow = only_modality(config, modality, section.pretrain if isinstance(section, CnnEncoder) else None)
+    feeding = [s for s in shards if modality in config.samples.sources[s.source].columns]
+    identity = [section.model_dump(mode="json"), config.seed if trained else 0, narrow.samples.model_dump(mode="json", exclude={"max_reject_frac"})]
+    prefix = f"{modality}-{fingerprint(identity, 12)}"
+    units = [shard.unit for shard in feeding]
+    if kept := find_fit(run_uri, prefix, units):
+        return kept
+    uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
+    cluster.connect()
+    log.info("fitting the %s encoder '%s' on the train split of %d shards", modality, section.name, len(feeding))
+    if isinstance(section, CnnEncoder):
+        pretrain_cnn(encoder, narrow, modality, feeding, uri)
+    else:
+        groups = [partial(encoder_statistics, narrow, modality, shard) for shard in feeding]
+        total = merge_in_tree(groups, encoder.merge)
+        if total is None:
+            raise DataError(f"no sample of the train split has {modality}: check the sources' split and columns, or lower samples.split fractions")
+        encoder.finish(total)
+    _save(encoder, section, uri, units)
+    return uri
+
+
+def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
+    """A fit on just these shards, else one on a part of them: then shards were added, and it stays as it is."""
+    exact = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
+    if storage.exists(storage.join(exact, "encoder.json")):
+        return exact
+    for info in storage.list_files(storage.join(run_uri, "encoders"), "encoder.json", recursive=True):
+        folder = info.path.split("/")[-2]
+        uri = storage.join(run_uri, "encoders", folder)
+        if folder.startswith(f"{prefix}-") and set(seen := read_card(uri)["units"]) < set(units):
+            log.info("%s stays as fitted on %d shards, %d were added since; remove %s to fit again", folder, len(seen), len(units) - len(seen), uri)
+            return uri
+    return None
+
+
+def only_modality(config: Config, modality: str, task: str | None) -> Config:
+    """The config narrowed to one modality (and one task), so that a fit reads no other column."""
+    wanted = {modality, task, "sample_id", "split", "key"}
+    sources = tuple(s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}}) for s in config.samples.sources)
+    return config.model_copy(
+        update={
+            "samples": config.samples.model_copy(update={"sources": sources}),
+            "modalities": {modality: config.modalities[modality]},
+            "tasks": {task: config.tasks[task]} if task is not None else {},
+        }
+    )
+
+
+def fit_reducers(config: Config, run_uri: str, encoded: Store) -> dict[str, str]:
+    """Folders of the fitted reducers by modality, for the modalities that have one."""
+    return {m: fit_reducer(config, run_uri, encoded, m) for m, c in sorted(config.modalities.items()) if c.reduce is not None}
+
+
+def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> str:
+    """The folder of one modality's fitted reducer."""
+    section = config.modalities[modality].reduce
+    assert section is not None
+    units = encoded.manifest["units"]
+    identity = [section.model_dump(mode="json"), encoded.manifest["modalities"][modality]["fingerprint"], encoded.manifest["layout"]]
+    prefix = f"{modality}-{section.name}-{fingerprint(identity, 12)}"
+    if kept := find_fit(run_uri, prefix, units):
+        return kept
+    uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
+    reducer = build_reducer(section)
+    cluster.connect()
+    log.info("fitting %s on the %s features of the train split", section.name, modality)
+    while not reducer.fitted:  # svd of wide features takes several passes
+        current = ray.put(reducer)
+        groups = [partial(reducer_statistics, current, part, modality, encoded.dim(modality)) for part in encoded.parts()]
+        total = merge_in_tree(groups, reducer.merge)
+        if total is None:
+            raise DataError(f"no sample of the train split has {modality}: nothing to fit {section.name} on")
+        reducer.finish(total)
+    _save(reducer, section, uri, units)
+    return uri
+
+
+def merge_in_tree(statistics: list[Callable[[], Any]], merge: Callable[[list[Any]], Any]) -> Any:
+    """Run each call as a Ray task and merge what they return, FAN_IN at a time, in the order given; None if all are None.
+
+    At most a few groups are under way at once, so that unmerged statistics do not pile up.
+    """
+    compute = ray.remote(lambda call: call())
+    combine = ray.remote(lambda *parts: merge([p for p in parts if p is not None]) if any(p is not None for p in parts) else None)
+    level: list[Any] = []
+    limit = max(2, int(ray.cluster_resources().get("CPU", 1)) // FAN_IN * 2)
+    for start in range(0, len(statistics), FAN_IN):
+        level.append(combine.remote(*[compute.remote(call) for call in statistics[start : start + FAN_IN]]))
+        if len(level) >= limit:
+            ray.wait(level, num_returns=len(level) - limit + 1, fetch_local=False)
+    while len(level) > 1:
+        level = [combine.remote(*level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
+    return ray.get(level[0])
+
+
+def _save(fitted: Any, section: Section, uri: str, units: list[str]) -> None:
+    card = save_fitted(fitted, section, uri, {"units": units, "sparse": getattr(fitted, "sparse", False)})
+    log.info("fitted: %s (%d features)", uri, card["dim"])

@@ -1,0 +1,135 @@
+"""Training the CNN encoder on one modality and one task: the unimodal knowledge that is transferred.
+
+Images are decoded and resized once into Parquet parts beside the encoder; each worker maps them as one array of
+uint8, so that every epoch is a true shuffle of all images and memory is the page cache's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import CnnEncoder, Config
+from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.encoders.cnn import fit_cnn
+from mmkt_ray.encoders.image import CnnImageEncoder
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.encode import decode_column
+from mmkt_ray.features.publish import sort_classes
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.schema import Shard
+
+log = logging.getLogger(__name__)
+
+
+def pretrain_cnn(encoder: Any, config: Config, modality: str, shards: list[Shard], uri: str) -> None:
+    """Train `encoder` on the labelled train rows of `shards`; `config` is narrowed to its modality and task.
+
+    Resumes from the last finished epoch after a kill. Raises: DataError if fewer than two classes are there.
+    """
+    section = config.modalities[modality].encoder
+    assert isinstance(section, CnnEncoder)
+    pieces = storage.join(uri, "images")
+    decode = ray.remote(_decode_shard)
+    ray.get([decode.remote(config, modality, section.pretrain, shard, pieces) for shard in shards])
+    counts = _count_classes(pieces)
+    class_names = sort_classes(counts)
+    if len(class_names) < 2:
+        raise DataError(f"the cnn encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, got {class_names or 'none'}")
+    job = {"config": config, "modality": modality, "class_names": class_names, "uri": uri}
+    state = cluster.run_on_workers(_train, job, section.num_workers)
+    encoder.load_state({k: np.asarray(v) for k, v in state.items()}, {"options": _options(section, class_names), "class_names": class_names})
+    storage.remove_folder(pieces)
+    storage.remove(storage.join(uri, "checkpoint.safetensors"))
+
+
+def _options(section: CnnEncoder, class_names: list[str]) -> dict[str, int]:
+    return {"num_classes": len(class_names), "image_size": section.image_size, "width": section.width}
+
+
+def _decode_shard(config: Config, modality: str, task: str, shard: Shard, pieces: str) -> None:
+    """Write the shard's labelled train images, prepared, as parts of (pixels, label); broken ones are left to extraction to reject."""
+    encoder: Any = build_encoder(config.modalities[modality].encoder)
+    if storage.exists(storage.join(pieces, f"{shard.unit}.done")):
+        return
+    for chunk in read_chunks(config, shard):
+        usable = pc.and_(pc.equal(chunk.table.column("split"), "train"), pc.and_(chunk.table.column(modality).is_valid(), chunk.table.column(task).is_valid()))
+        rows = chunk.table.filter(usable)
+        images, _ = decode_column(rows.column(modality), encoder.prepare, config.samples.max_image_pixels)
+        good = [i for i, image in enumerate(images) if image is not None]
+        if good:
+            pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
+            storage.write_table(storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"), pa.table({"pixels": pixels, "label": rows.column(task).take(good)}))
+    storage.write_bytes(storage.join(pieces, f"{shard.unit}.done"), b"")
+
+
+def _count_classes(pieces: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for table in _read_pieces(pieces, ["label"]):
+        for entry in table.column("label").value_counts().to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    return counts
+
+
+def _read_pieces(pieces: str, columns: list[str]) -> Any:
+    for info in storage.list_files(pieces, "*.parquet"):
+        fs, path = storage.resolve(storage.join(pieces, info.base_name))
+        yield pq.read_table(path, filesystem=fs, columns=columns)
+
+
+def _map_images(pieces: str, side: int, class_names: list[str], folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """All pieces as one memory-mapped array of images (N, 3, S, S) uint8 in `folder`, and labels (N,) int64."""
+    index = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([index[v] for t in _read_pieces(pieces, ["label"]) for v in t.column("label").to_pylist()], dtype=np.int64)
+    images = np.lib.format.open_memmap(os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), 3, side, side))
+    start = 0
+    for table in _read_pieces(pieces, ["pixels"]):
+        for chunk in table.column("pixels").chunks:
+            block = np.frombuffer(b"".join(chunk.to_pylist()), dtype=np.uint8).reshape(-1, 3, side, side)
+            images[start : start + len(block)] = block
+            start += len(block)
+    return images, labels
+
+
+def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
+    """On each worker: the training itself. Rank 0 keeps a checkpoint per epoch and returns the weights."""
+    config: Config = job["config"]
+    section = config.modalities[job["modality"]].encoder
+    encoder = CnnImageEncoder(section)
+    checkpoint = storage.join(job["uri"], "checkpoint.safetensors")
+    state = dict(load_tensors(storage.read_bytes(checkpoint))) if storage.exists(checkpoint) else None
+    folder = tempfile.mkdtemp(prefix="mmkt-images-")
+    epoch_start = time.perf_counter()
+
+    def keep(epoch: int, metrics: dict[str, float], state_fn: Any) -> None:
+        nonlocal epoch_start
+        if rank == 0:
+            tensors = {k: torch.as_tensor(v).contiguous().cpu() for k, v in state_fn().items()}
+            storage.write_bytes(checkpoint, save_tensors(tensors))
+            seconds = time.perf_counter() - epoch_start
+            log.info("cnn epoch %d/%d: loss %.3f, train accuracy %.3f, %.1f s", epoch, section.epochs, metrics["loss"], metrics["accuracy"], seconds)
+        epoch_start = time.perf_counter()
+
+    try:
+        images, labels = _map_images(storage.join(job["uri"], "images"), section.image_size, job["class_names"], folder)
+        model = fit_cnn(
+            images, labels, len(job["class_names"]), encoder.recipe(config.seed),
+            device=device, rank=rank, world_size=world_size, state=state, on_epoch=keep,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {k: v.detach().cpu().numpy() for k, v in model.state_dict().items()} if rank == 0 else None

@@ -1,0 +1,181 @@
+"""Closing a store: check what is in it, count it, write its manifest last."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store
+from mmkt_ray.samples.schema import REJECT_SCHEMA, Reject, reject_table
+
+log = logging.getLogger(__name__)
+
+
+def published(uri: str, units: list[str], source: Store | None = None) -> Store | None:
+    """The store if it is complete for just these units (and just this source store), else None."""
+    if not storage.exists(storage.join(uri, "manifest.json")):
+        return None
+    store = open_store(uri)
+    same_source = source is None or store.manifest["source"] == source.manifest["fingerprint"]
+    return store if store.manifest["units"] == units and same_source else None
+
+
+def check_budget(num_rows: int, num_rejects: int, max_reject_frac: float, reasons: str = "") -> None:
+    """Raises: DataError when more than the allowed share of rows is rejected."""
+    total = num_rows + num_rejects
+    if num_rejects > max_reject_frac * total:
+        raise DataError(
+            f"{num_rejects} of {total} rows were rejected, more than samples.max_reject_frac = {max_reject_frac:g} allows{reasons}; "
+            "see the Parquet files in the store's rejects/ folder for each row's reason, mend the data or raise the budget, and run the same command again"
+        )
+
+
+def publish(
+    uri: str,
+    config: Config,
+    units: list[str],
+    modalities: dict[str, Any],
+    run_summary: dict[str, Any],
+    *,
+    source: Store | None = None,
+    names: dict[str, str] | None = None,
+    layout: str | None = None,
+    rejects: pa.Table | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Store:
+    """Write rejects.parquet and manifest.json for the parts of `units`, after checking ids and the reject budget.
+
+    units: in the order of their shards; names: unit -> shard name, for messages. Parts of other units (shards that are
+    gone or changed) are moved to superseded/.
+    Raises: DataError when too many rows are rejected or no row is left.
+    """
+    rank = {unit: i for i, unit in enumerate(units)}
+    found = [f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")]
+    parts = sorted((n for n in found if n.split("-")[0] in rank), key=lambda n: (rank[n.split("-")[0]], n))
+    for name in set(found) - set(parts):
+        storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
+    if source is None:
+        reject_duplicates(uri, parts)
+    counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
+    if rejects is None:
+        rejects = collect_rejects(uri, parts, names or {}) if source is None else source_rejects(source)
+    reasons = Counter(shorten(r) for r in rejects.column("reason").to_pylist())
+    told = "; the most frequent: " + "; ".join(f"{n} x {r}" for r, n in reasons.most_common(3)) if reasons else ""
+    check_budget(counts["rows"], len(rejects), config.samples.max_reject_frac if source is None else 1.0, told)
+    if not counts["rows"]:
+        raise DataError("no sample is left: the sources hold no readable row" + told)
+    classes = {t: sort_classes(counts["by_task"][t].get("train", {})) for t in sorted(config.tasks)}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "parts": parts,
+        "units": units,
+        "layout": layout if layout is not None else source.manifest["layout"] if source is not None else "",
+        "source": source.manifest["fingerprint"] if source is not None else None,
+        "combine": config.samples.combine.model_dump(mode="json") if extra else {"name": "union"},
+        "synthetic_pairs": False,
+        "modalities": modalities,
+        "tasks": {t: {"kind": config.tasks[t].kind, "classes": classes[t]} for t in sorted(config.tasks)},
+        "counts": counts | {"rejects": len(rejects)},
+        "reject_reasons": dict(reasons.most_common(50)),
+        **run_summary,
+        **(extra or {}),
+    }
+    manifest["fingerprint"] = fingerprint([units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]])
+    storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
+    storage.write_json(storage.join(uri, "manifest.json"), manifest)
+    log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects))
+    return Store(uri, manifest)
+
+
+def reject_duplicates(uri: str, parts: list[str]) -> None:
+    """Of rows with the same sample_id the first stays; later ones move to the part's rejects. Rewrites only affected parts.
+
+    Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
+    """
+    ids = [_read(uri, name, ["sample_id"]).column(0) for name in parts]
+    if not parts or len(pc.unique(pa.chunked_array([c for i in ids for c in i.chunks], type=pa.string()))) == sum(map(len, ids)):
+        return
+    seen: set[str] = set()
+    for name, column in zip(parts, ids, strict=True):
+        keep = np.ones(len(column), dtype=bool)
+        for i, sample_id in enumerate(column.to_pylist()):
+            keep[i] = sample_id not in seen
+            seen.add(sample_id)
+        if not keep.all():
+            _drop_rows(uri, name, keep)
+
+
+def _drop_rows(uri: str, name: str, keep: np.ndarray) -> None:
+    table = _read(uri, name)
+    lost = table.column("sample_id").filter(pa.array(~keep)).to_pylist()
+    rejects = [Reject(i, name.split("-")[0], "check", "duplicate sample_id: an earlier row has it already") for i in lost]
+    old = storage.join(uri, "rejects", name)
+    before = [_read_uri(old)] if storage.exists(old) else []
+    storage.write_table(old, pa.concat_tables([*before, reject_table(rejects)]))  # first: a row may be told twice, never lost
+    storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
+
+
+def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Table:
+    """All rejects of the parts, with shard names as source."""
+    wanted = set(parts)
+    files = [f.base_name for f in storage.list_files(storage.join(uri, "rejects"), "*.parquet") if f.base_name in wanted]
+    tables = [_read_uri(storage.join(uri, "rejects", n)) for n in files]
+    table = pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
+    named = pa.array([names.get(s, s) for s in table.column("source").to_pylist()], pa.string())
+    return table.set_column(1, "source", named).sort_by([("source", "ascending"), ("sample_id", "ascending")])
+
+
+def source_rejects(source: Store) -> pa.Table:
+    """The rejects of the store that this one is made from."""
+    return _read_uri(storage.join(source.uri, "rejects.parquet"))
+
+
+def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[str]) -> dict[str, Any]:
+    """Rows per split, per task and class, and per missing modality; one part in memory at a time."""
+    by_split: Counter[str] = Counter()
+    by_task: dict[str, dict[str, Counter[str]]] = {t: {} for t in tasks}
+    missing: dict[str, Counter[str]] = {m: Counter() for m in modalities}
+    for name in parts:
+        table = _read(uri, name, ["split", *tasks, *map(column_of, modalities)])
+        split = table.column("split")
+        by_split.update(split.to_pylist())
+        for task in tasks:
+            for pair in pa.table({"split": split, "label": table.column(task)}).group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist():
+                if pair["label"] is not None:
+                    by_task[task].setdefault(pair["split"], Counter())[pair["label"]] += pair["count_all"]
+        for modality in modalities:
+            missing[modality].update(split.filter(table.column(column_of(modality)).is_null()).to_pylist())
+    return {
+        "rows": sum(by_split.values()),
+        "by_split": dict(sorted(by_split.items())),
+        "by_task": {t: {s: dict(sorted(c.items())) for s, c in sorted(v.items())} for t, v in by_task.items()},
+        "missing": {m: dict(sorted(c.items())) for m, c in missing.items()},
+    }
+
+
+def sort_classes(counts: dict[str, int]) -> list[str]:
+    """Class names in order: by value if all are whole numbers, else by name."""
+    return sorted(counts, key=int if all(c.isdecimal() for c in counts) else None)
+
+
+def shorten(reason: str) -> str:
+    """A reject's reason without what differs from row to row, for counting."""
+    return reason.split(":")[0] if len(reason) > 80 else reason
+
+
+def _read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    return _read_uri(storage.join(uri, "data", name), columns)
+
+
+def _read_uri(uri: str, columns: list[str] | None = None) -> pa.Table:
+    fs, path = storage.resolve(uri)
+    return pq.read_table(path, filesystem=fs, columns=columns)

@@ -1,0 +1,36 @@
+"""What one task of a fit does: statistics of the train rows of one shard (encoders) or of one stored part (reducers)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config
+from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.features.store import column_of, from_arrow
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.schema import Shard
+
+
+def encoder_statistics(config: Config, modality: str, shard: Shard) -> Any:
+    """Statistics of one shard's train rows; None if it has none. Holds one chunk and the merged statistics."""
+    encoder: Any = build_encoder(config.modalities[modality].encoder)
+    total = None
+    for chunk in read_chunks(config, shard):
+        train = chunk.table.filter(pc.equal(chunk.table.column("split"), "train")).column(modality).drop_null()
+        if len(train):
+            part = encoder.partial(train.to_pylist())
+            total = part if total is None else encoder.merge([total, part])
+    return total
+
+
+def reducer_statistics(reducer: ray.ObjectRef, part: str, modality: str, dim: int) -> Any:
+    """Statistics of one part's train rows; None if it has none."""
+    fs, path = storage.resolve(part)
+    table = pq.read_table(path, filesystem=fs, columns=["split", column_of(modality)])
+    column = table.filter(pc.equal(table.column("split"), "train")).column(column_of(modality)).drop_null()
+    return ray.get(reducer).partial(from_arrow(column, dim)[0]) if len(column) else None

@@ -1,0 +1,173 @@
+"""The feature store: a Parquet folder that any reader opens, its manifest, and the table that training reads.
+
+    <store>/data/part-*.parquet   sample_id, split, <modality>_features (null when absent), one column per task
+    <store>/rejects.parquet       sample_id, source, stage, reason
+    <store>/manifest.json         published last; a folder without it is not a store
+
+Axes: N samples, D features of one modality. Dense features are fixed-size lists of float32; sparse ones are structs of
+`indices: list<int32>` and `values: list<float32>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config
+from mmkt_ray.encoders.base import Features
+from mmkt_ray.errors import ConfigError, DataError, nearest
+
+SCHEMA_VERSION = 1
+MISSING, UNSEEN = -1, -2  # label codes: no label; a class that the train split does not have
+
+SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
+
+
+def column_of(modality: str) -> str:
+    """Name of a modality's feature column."""
+    return f"{modality}_features"
+
+
+def feature_type(dim: int, sparse: bool) -> pa.DataType:
+    """Arrow type of a feature column of width `dim`."""
+    return SPARSE if sparse else pa.list_(pa.float32(), dim)
+
+
+def part_schema(config: Config, widths: dict[str, tuple[int, bool]]) -> pa.Schema:
+    """The schema of every part of a store, whatever is null in it. widths: modality -> (D, sparse)."""
+    columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
+    columns += [(column_of(m), feature_type(*width)) for m, width in sorted(widths.items())]
+    return pa.schema(columns + [(task, pa.string()) for task in sorted(config.tasks)])
+
+
+def to_arrow(features: Features, present: np.ndarray) -> pa.Array:
+    """Features of the present rows (P, D) -> column of N rows with nulls. present: (N,) bool with P true."""
+    null = pa.array(~present)
+    if sp.issparse(features):
+        matrix = features.tocsr()
+        starts = np.zeros(len(present) + 1, dtype=np.int32)
+        starts[1:][present] = np.diff(matrix.indptr)
+        starts = np.cumsum(starts, dtype=np.int32)
+        indices = pa.ListArray.from_arrays(pa.array(starts), pa.array(matrix.indices.astype(np.int32)))
+        values = pa.ListArray.from_arrays(pa.array(starts), pa.array(matrix.data.astype(np.float32)))
+        return pa.StructArray.from_arrays([indices, values], fields=list(SPARSE), mask=null)
+    dense = np.zeros((len(present), features.shape[1]), dtype=np.float32)
+    dense[present] = features
+    return pa.FixedSizeListArray.from_arrays(pa.array(dense.ravel()), dense.shape[1], mask=null)
+
+
+def from_arrow(column: pa.Array | pa.ChunkedArray, dim: int) -> tuple[Features, np.ndarray]:
+    """Column of N rows -> features (N, D), zero rows where null, and presence (N,) bool."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    present = ~column.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_struct(column.type):
+        indices, values = (column.field(i).filter(pa.array(present)) for i in (0, 1))
+        counts = np.zeros(len(column) + 1, dtype=np.int64)
+        counts[1:][present] = np.diff(indices.offsets.to_numpy())
+        data = (values.flatten().to_numpy(), indices.flatten().to_numpy(), np.cumsum(counts))
+        return sp.csr_matrix(data, shape=(len(column), dim), dtype=np.float32), present
+    dense = np.zeros((len(column), dim), dtype=np.float32)
+    dense[present] = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+    return dense, present
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """What training and evaluation read: N samples in memory."""
+
+    sample_id: np.ndarray  # (N,) str
+    split: np.ndarray  # (N,) str
+    features: dict[str, Features]  # modality -> (N, D) float32, zero rows where absent
+    present: dict[str, np.ndarray]  # modality -> (N,) bool
+    labels: dict[str, np.ndarray]  # task -> (N,) int64 index into class_names, or MISSING / UNSEEN
+    class_names: dict[str, list[str]]  # task -> sorted classes of the train split
+
+    def rows(self, split: str) -> np.ndarray:
+        """Indices of the samples of one split."""
+        return np.flatnonzero(self.split == split)
+
+    def take(self, rows: np.ndarray) -> FeatureTable:
+        """The table of some rows."""
+        return FeatureTable(
+            self.sample_id[rows],
+            self.split[rows],
+            {m: f[rows] for m, f in self.features.items()},
+            {m: p[rows] for m, p in self.present.items()},
+            {t: y[rows] for t, y in self.labels.items()},
+            self.class_names,
+        )
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened, complete feature store."""
+
+    uri: str
+    manifest: dict[str, Any]
+
+    def parts(self) -> list[str]:
+        """URIs of the data files, in the order of the shards that they came from."""
+        return [storage.join(self.uri, "data", name) for name in self.manifest["parts"]]
+
+    def dim(self, modality: str) -> int:
+        """Feature width of a modality."""
+        return int(self.manifest["modalities"][modality]["dim"])
+
+    def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The parts one after another, with some or all columns."""
+        for uri in self.parts():
+            fs, path = storage.resolve(uri)
+            yield pq.read_table(path, filesystem=fs, columns=list(columns) if columns is not None else None)
+
+    def table(self, modalities: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> FeatureTable:
+        """Load features and labels. Raises: ConfigError for a modality or task that the store does not have."""
+        modalities = sorted(self.manifest["modalities"]) if modalities is None else sorted(modalities)
+        tasks = sorted(self.manifest["tasks"]) if tasks is None else sorted(tasks)
+        for what, names, known in (("modality", modalities, "modalities"), ("task", tasks, "tasks")):
+            for name in names:
+                if name not in self.manifest[known]:
+                    raise ConfigError(f"the store has no {what} '{name}': {nearest(name, self.manifest[known])}")
+        columns = ["sample_id", "split", *map(column_of, modalities), *tasks]
+        return self._load(pa.concat_tables(self.read(columns)), modalities, tasks)
+
+    def tables(self, modalities: Sequence[str], tasks: Sequence[str]) -> Iterator[FeatureTable]:
+        """The same as `table`, part by part."""
+        for piece in self.read(["sample_id", "split", *map(column_of, modalities), *tasks]):
+            yield self._load(piece, modalities, tasks)
+
+    def _load(self, rows: pa.Table, modalities: Sequence[str], tasks: Sequence[str]) -> FeatureTable:
+        loaded = {m: from_arrow(rows.column(column_of(m)), self.dim(m)) for m in modalities}
+        class_names = {t: list(self.manifest["tasks"][t]["classes"]) for t in tasks}
+        return FeatureTable(
+            sample_id=rows.column("sample_id").to_numpy().astype(object),
+            split=rows.column("split").to_numpy().astype(object),
+            features={m: f for m, (f, _) in loaded.items()},
+            present={m: p for m, (_, p) in loaded.items()},
+            labels={t: encode_labels(rows.column(t), class_names[t]) for t in tasks},
+            class_names=class_names,
+        )
+
+
+def open_store(uri: str) -> Store:
+    """Open a published store. Raises: DataError if it is none, is unfinished, or is of another schema version."""
+    try:
+        manifest = storage.read_json(storage.join(uri, "manifest.json"))
+    except FileNotFoundError:
+        raise DataError(f"'{uri}' is no finished feature store (no manifest.json): run `mmkt extract` with the same config") from None
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(f"'{uri}' has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}: extract again")
+    return Store(uri, manifest)
+
+
+def encode_labels(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
+    """Class names (N,) -> codes (N,) int64; null becomes MISSING, a class that is not in `class_names` UNSEEN."""
+    index = {name: i for i, name in enumerate(class_names)}
+    return np.array([MISSING if v is None else index.get(v, UNSEEN) for v in column.to_pylist()], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Result files of a run -> one HTML page with its plots. Knows no Ray and loads no model."""

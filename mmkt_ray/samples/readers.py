@@ -1,0 +1,132 @@
+"""Reading shards as chunks of samples: streamed, of bounded size, and the same on every run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmkt_ray.config import Config
+from mmkt_ray.samples.archives import read_folders, read_webdataset
+from mmkt_ray.samples.columns import Block, Reading, Row, clean, escape_id, rows_to_blocks
+from mmkt_ray.samples.manifests import read_manifest
+from mmkt_ray.samples.parquet import read_parquet
+from mmkt_ray.samples.schema import Reject, Shard, sample_schema
+from mmkt_ray.samples.shards import list_shards
+
+__all__ = ["Chunk", "find_samples", "list_shards", "read_chunks"]
+
+_ROW_READERS: dict[str, Callable[[Reading], Iterator[Row | Reject]]] = {
+    "webdataset": read_webdataset,
+    "folders": read_folders,
+    "manifest": read_manifest,
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One unit of work: consecutive samples of a shard, and the rows between them that are none."""
+
+    index: int  # position in the shard
+    last: bool  # no chunk of the shard follows
+    table: pa.Table  # columns of `sample_schema`
+    rejects: list[Reject]
+
+
+def read_chunks(config: Config, shard: Shard) -> Iterator[Chunk]:
+    """The chunks of a shard, at least one (empty if the shard is), the last one marked.
+
+    A chunk has at most `extract.chunk_rows` rows and `extract.chunk_bytes` raw bytes; a single larger sample
+    is a chunk of its own. About two chunks are in memory at a time. A row that cannot be read is rejected; if
+    the file is damaged, the rows before the damage are kept and one reject stands for the rest.
+
+    Raises: DataError if the shard lacks a column that the config names, ConfigError for an unknown encoding.
+    """
+    reading = Reading(config, shard)
+    cleaned = _cleaned(reading, _blocks(reading))
+    held: tuple[pa.Table, list[Reject]] | None = None
+    index = 0
+    for piece in _cut(cleaned, reading):
+        if held is not None:
+            yield Chunk(index, False, *held)
+            index += 1
+        held = piece
+    assert held is not None, "_cut yields at least once"
+    yield Chunk(index, True, *held)
+
+
+def _blocks(reading: Reading) -> Iterator[Block]:
+    if reading.source.reader == "parquet":
+        return read_parquet(reading)
+    rows = _ROW_READERS[reading.source.reader](reading)
+    return rows_to_blocks(reading, islice(rows, reading.source.limit))
+
+
+def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Table, list[Reject]]]:
+    """Sample tables of the blocks, none of them with an id that an earlier row of the shard has."""
+    ids_may_repeat = "sample_id" in reading.source.columns or reading.source.reader in (
+        "webdataset",
+        "folders",
+    )
+    seen: set[str] | None = set() if ids_may_repeat else None
+    for block in blocks:
+        yield clean(reading, block, seen)
+
+
+def _cut(
+    tables: Iterable[tuple[pa.Table, list[Reject]]], reading: Reading
+) -> Iterator[tuple[pa.Table, list[Reject]]]:
+    """Join and cut tables at the limits of a chunk; boundaries depend on the rows, not on how they came."""
+    limits = reading.config.extract
+    pending = reading.schema.empty_table()
+    rejects: list[Reject] = []
+    num_yielded = 0
+    for table, new_rejects in tables:
+        pending = pa.concat_tables([pending, table])
+        rejects += new_rejects
+        while (
+            num_rows := _rows_that_fit(pending, reading, limits.chunk_rows, limits.chunk_bytes)
+        ) is not None:
+            yield pending.slice(0, num_rows).combine_chunks(), rejects
+            num_yielded += 1
+            pending, rejects = pending.slice(num_rows), []
+    if pending.num_rows or rejects or not num_yielded:
+        yield pending.combine_chunks(), rejects
+
+
+def _rows_that_fit(table: pa.Table, reading: Reading, max_rows: int, max_bytes: int) -> int | None:
+    """Rows of the next chunk if `table` holds more than one or exactly a full one, else None."""
+    sizes = sum(
+        pc.fill_null(pc.binary_length(table.column(name)), 0).to_numpy() for name in reading.config.modalities
+    )
+    fitting = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right")) if table.num_rows else 0
+    num_rows = min(max(fitting, 1), max_rows)
+    return num_rows if table.num_rows > fitting or table.num_rows >= max_rows else None
+
+
+def find_samples(config: Config, sample_ids: Iterable[str]) -> pa.Table:
+    """The raw samples with these ids, in their order; ids that no shard has are left out.
+
+    Reads the shards whose name begins an id, and those of sources that map `sample_id`, until all are found.
+    """
+    wanted = list(dict.fromkeys(sample_ids))
+    missing = set(wanted)
+    found = [sample_schema(config).empty_table()]
+    for shard in list_shards(config):
+        name = escape_id(shard.name)
+        mapped = "sample_id" in config.samples.sources[shard.source].columns
+        here = missing if mapped else {i for i in missing if i.startswith((f"{name}#", f"{name}/"))}
+        for chunk in read_chunks(config, shard) if here else ():
+            rows = chunk.table.filter(pc.is_in(chunk.table["sample_id"], pa.array(here, pa.string())))
+            found.append(rows)
+            here = here - set(rows["sample_id"].to_pylist())
+            missing -= set(rows["sample_id"].to_pylist())
+            if not here:
+                break
+    table = pa.concat_tables(found)
+    order = pc.index_in(pa.array(wanted, pa.string()), table["sample_id"]).drop_null()
+    return table.take(order)

@@ -1,0 +1,55 @@
+"""The sample schema: what a row is between the readers and everything after them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mmkt_ray.config import Config
+
+REJECT_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file (or one leaf folder of files) with what identifies its content."""
+
+    source: int  # index into samples.sources
+    uri: str  # absolute path or URI
+    name: str  # path relative to data_root: the stable part of sample ids
+    identity: str  # digest of size and modification time (or etag): changes when the content does
+
+    @property
+    def unit(self) -> str:
+        """Name of the shard's parts in a store: changes when path, content or reading does."""
+        return hashlib.sha256(f"{self.source}|{self.name}|{self.identity}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that could not become a sample, and why."""
+
+    sample_id: str
+    source: str  # the shard's name
+    stage: str  # read | decode | encode | combine | check
+    reason: str
+
+
+def sample_schema(config: Config) -> pa.Schema:
+    """Columns of a chunk of samples: sample_id, split, key, one per modality, one per task (class names as strings)."""
+    value = {"image": pa.large_binary(), "text": pa.large_string()}
+    columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
+    columns += [(name, value[m.kind]) for name, m in sorted(config.modalities.items())]
+    columns += [(name, pa.string()) for name in sorted(config.tasks)]
+    return pa.schema(columns)
+
+
+def reject_table(rejects: list[Reject]) -> pa.Table:
+    """Rejects as a table of REJECT_SCHEMA."""
+    rows: list[dict[str, Any]] = [vars(r) for r in rejects]
+    return pa.Table.from_pylist(rows, schema=REJECT_SCHEMA)

@@ -1,0 +1,137 @@
+"""From the config's source paths to shards: one file each, or one folder of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+from collections.abc import Iterable
+from itertools import groupby
+from urllib.parse import quote, unquote
+
+import pyarrow.fs as pafs
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, SourceConfig
+from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.samples.schema import Shard
+
+SUFFIXES = {
+    "parquet": (".parquet",),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "folders": (".tar", ".tar.gz", ".tgz"),
+    "manifest": (".csv", ".jsonl", ".parquet"),
+}
+_MAX_LISTED = 20  # names in an error message
+
+
+def list_shards(config: Config) -> list[Shard]:
+    """The shards of all sources, in the order of the sources and sorted by path within each.
+
+    A path may be a file, a folder, a glob or a URI. A folder means the files of the reader's kind in it; for
+    `reader: folders` each folder below it that holds files itself is a shard, and so is an archive.
+
+    Raises: DataError for a path that matches nothing, or nothing that the reader reads.
+    """
+    shards = []
+    for index, source in enumerate(config.samples.sources):
+        uri = _source_uri(config, source)
+        found = [f for f in storage.glob(uri) if visible(f.base_name) or uri.endswith(f.base_name)]
+        if not found:
+            raise DataError(f"samples.sources[{index}].path: {_nothing_at(uri)}")
+        expanded = [shard for info in found for shard in _expand(config, index, uri, info)]
+        if not expanded:
+            raise DataError(f"samples.sources[{index}].path: {_nothing_readable(uri, source, found)}")
+        shards += sorted(expanded, key=lambda shard: shard.uri)
+    return shards
+
+
+def visible(path: str) -> bool:
+    """False for a relative path with a hidden part (a name that begins with a dot)."""
+    return not any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+
+
+def _source_uri(config: Config, source: SourceConfig) -> str:
+    return storage.absolute(storage.join(config.data_root, os.path.expanduser(source.path)))
+
+
+def _expand(config: Config, index: int, uri: str, info: pafs.FileInfo) -> list[Shard]:
+    """The shards in one file or folder that a source's path matches."""
+    source = config.samples.sources[index]
+    suffixes = SUFFIXES[source.reader]
+    if info.type != pafs.FileType.Directory:
+        return [_shard(config, index, uri, info.path, [info])] if info.base_name.endswith(suffixes) else []
+    folders = source.reader == "folders"
+    files = [
+        f
+        for f in storage.list_files(_uri_at(uri, info.path), recursive=folders)
+        if visible(f.path.removeprefix(info.path)) and (folders or f.base_name.endswith(suffixes))
+    ]
+    if not folders:
+        return [_shard(config, index, uri, f.path, [f]) for f in files]
+    archives = [f for f in files if f.base_name.endswith(suffixes)]
+    plain = sorted(
+        (f for f in files if not f.base_name.endswith(suffixes)), key=lambda f: (_parent(f), f.path)
+    )
+    leaves = [(folder, list(inside)) for folder, inside in groupby(plain, key=_parent)]
+    return [_shard(config, index, uri, f.path, [f]) for f in archives] + [
+        _shard(config, index, uri, folder, inside) for folder, inside in leaves
+    ]
+
+
+def _parent(info: pafs.FileInfo) -> str:
+    return posixpath.dirname(info.path)
+
+
+def _shard(config: Config, index: int, uri: str, path: str, files: Iterable[pafs.FileInfo]) -> Shard:
+    root, own = storage.absolute(config.data_root).rstrip("/"), _uri_at(uri, path)
+    name = unquote(own.removeprefix(root + "/")) if own.startswith(root + "/") else own
+    facts = "\n".join(f"{f.base_name}|{f.size}|{f.mtime_ns}" for f in files)
+    return Shard(index, own, name, hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()[:16])
+
+
+def _uri_at(uri: str, path: str) -> str:
+    """`path` inside the filesystem of `uri`, as a URI of the same kind."""
+    if "://" not in uri:
+        return path
+    static = uri.partition("*")[0].rpartition("/")[0] if "*" in uri else uri
+    below = path.removeprefix(storage.resolve(static)[1])
+    return static + quote(below)
+
+
+def _nothing_at(uri: str) -> str:
+    """Where the path stops existing, and what is there instead."""
+    missing, above = "", uri
+    while not storage.glob(above):
+        scheme, mark, path = above.rpartition("://")
+        parent = posixpath.dirname(path.rstrip("/"))
+        if parent in ("", path):
+            break
+        above, missing = f"{scheme}{mark}{parent}", posixpath.basename(path.rstrip("/"))
+    names = _shortened(name for name in _names_in(above, storage.glob(above)) if visible(name))
+    if not names:
+        return f"nothing at '{uri}', and nothing in '{above}' either; put the data there or set data_root"
+    return f"nothing at '{uri}': '{above}' has no '{missing}'; {nearest(missing, names)}"
+
+
+def _nothing_readable(uri: str, source: SourceConfig, found: list[pafs.FileInfo]) -> str:
+    """What there is instead of files that the source's reader reads."""
+    wanted = "files" if source.reader == "folders" else f"*{', *'.join(SUFFIXES[source.reader])}"
+    names = _shortened(_names_in(uri, found) or [f.base_name for f in found])
+    return f"no {wanted} for reader '{source.reader}' in '{uri}'; it holds: {', '.join(names) or 'nothing'}"
+
+
+def _names_in(uri: str, found: Iterable[pafs.FileInfo]) -> list[str]:
+    """Names in those of the found places that are folders."""
+    fs = storage.resolve(uri)[0]
+    folders = [f.path for f in found if f.type == pafs.FileType.Directory]
+    return [c.base_name for folder in folders for c in fs.get_file_info(pafs.FileSelector(folder))]
+
+
+def _shortened(names: Iterable[str]) -> list[str]:
+    names = sorted(set(names))
+    return (
+        names
+        if len(names) <= _MAX_LISTED
+        else [*names[:_MAX_LISTED], f"... ({len(names) - _MAX_LISTED} more)"]
+    )

@@ -1,0 +1,98 @@
+"""Training as a job: a feature store in, a model folder out; on as many Ray Train workers as the config says.
+
+Every worker opens the store itself. Rank 0 writes the checkpoint and, at the end, the model folder.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.errors import UserError
+from mmkt_ray.evaluation.model_folder import read_card, save_model
+from mmkt_ray.features.store import Store, open_store
+from mmkt_ray.training.batches import World
+from mmkt_ray.training.checkpoint import FileCheckpoint
+from mmkt_ray.training.loop import FitResult, fit
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_INTERVAL_S = 10.0  # what a killed run loses at most, beside the epoch it was in
+
+
+def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
+    """Fit `config`'s model to the store and publish it as `model_uri`; a model of the same fingerprint is left as it is.
+
+    The same command resumes a killed run.
+    Returns: `status` (trained | up to date), `fingerprint`, `best_epoch`, `val` (its scores or None), `seconds`, `num_params`,
+    `num_params_by_part`, `num_workers`, `device`, `history` (per epoch: epoch, train_loss, val, seconds).
+    Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
+    """
+    store_uri, model_uri = storage.absolute(store_uri), storage.absolute(model_uri)  # workers have another current folder
+    digest = training_fingerprint(config, open_store(store_uri))
+    card = read_card(model_uri)
+    if card is not None and card.get("fingerprint") == digest and storage.exists(storage.join(model_uri, "model.safetensors")):
+        return {**card["training"], "status": "up to date"}
+    storage.make_dir(model_uri)
+    scratch = storage.join(model_uri, ".train")
+    job = {"config": config, "store_uri": store_uri, "model_uri": model_uri, "scratch": scratch, "fingerprint": digest}
+    outcome = cluster.run_on_workers(train_on_worker, job, config.training.num_workers, scratch)
+    if isinstance(outcome, UserError):
+        raise outcome
+    storage.remove_folder(scratch)
+    return {**outcome, "status": "trained"}
+
+
+def training_fingerprint(config: Config, store: Store) -> str:
+    """Digest of all that decides the weights: data, model, training, seed."""
+    widths = {m: config.modalities[m].hidden_dim for m in config.model_modalities}
+    parts = {
+        "store": store.manifest["fingerprint"],
+        "modalities": widths,
+        "tasks": config.model_tasks,
+        "model": config.model.model_dump(mode="json", exclude={"modalities", "tasks"}),
+        "training": config.training.model_dump(mode="json"),
+        "seed": config.seed,
+    }
+    return fingerprint(parts)
+
+
+def train_on_worker(job: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
+    """One worker's part: the summary, or the user's error as a value, because raised it would be tried again as a crash."""
+    config: Config = job["config"]
+    store = open_store(job["store_uri"])
+    checkpoint = FileCheckpoint(storage.join(job["scratch"], f"{job['fingerprint']}.safetensors"), CHECKPOINT_INTERVAL_S)
+
+    def report(record: dict[str, Any]) -> None:
+        score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
+        level = logging.INFO if rank == 0 else logging.DEBUG
+        log.log(level, "epoch %d/%d: loss %.3f%s, %.1f s", record["epoch"], config.training.epochs, record["train_loss"], score, record["seconds"])
+
+    try:
+        table = store.table(config.model_modalities, config.model_tasks)
+        result = fit(config, table, world=World(rank, world_size, device), report=report, checkpoint=checkpoint)
+    except UserError as error:
+        return error
+    summary = summarise(result, job["fingerprint"], world_size, device)
+    if rank == 0:
+        save_model(job["model_uri"], result.model, config, store.manifest, {"fingerprint": job["fingerprint"], "training": summary})
+    return summary
+
+
+def summarise(result: FitResult, digest: str, num_workers: int, device: torch.device) -> dict[str, Any]:
+    """What `train` returns and the model's card keeps, but for the status."""
+    return {
+        "fingerprint": digest,
+        "best_epoch": result.best_epoch,
+        "val": result.val,
+        "seconds": result.seconds,
+        "num_params": sum(result.num_parameters.values()),
+        "num_params_by_part": result.num_parameters,
+        "num_workers": num_workers,
+        "device": device.type,
+        "history": result.history,
+    }

@@ -1,0 +1,55 @@
+"""Fixtures of all tests: one local Ray for the whole run, and the folder of real data."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Ray reads these when it is imported, its worker processes inherit them.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",  # a token file of the user's must not decide how the tests' clusters talk
+    RAY_DATA_USE_DATASOURCE_V2="0",  # the second Parquet reader starts 32 actors for each read
+    RAY_DEDUP_LOGS="0",  # repeated worker messages stay whole in a failed test's output
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",  # workers use this interpreter, also under `uv run`
+    OMP_NUM_THREADS="1",  # several workers share few cores
+)
+PLUGINS = str(Path(__file__).parent / "plugins")  # encoders of a user's own, as workers import them
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PLUGINS, os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, PLUGINS)
+os.environ.pop("RAY_ADDRESS", None)  # never join a cluster that happens to run
+
+import pytest
+
+DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One Ray on this machine alone, with 4 logical CPUs: with fewer a pipeline may wait for itself."""
+    import ray
+    from ray.data import DataContext
+
+    temp_dir = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: socket paths end at 107 characters
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 1024**2,
+        _temp_dir=temp_dir,
+    )
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = 60  # a pipeline that waits for itself fails instead of hanging
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets: $MMKT_DATA, else ../shared/data beside the repository."""
+    if not DATA_DIR.is_dir():
+        pytest.skip(f"no real data at {DATA_DIR}: set MMKT_DATA to the folder with cifar10/, emoji/ ...")
+    return DATA_DIR

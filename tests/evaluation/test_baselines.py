@@ -1,0 +1,106 @@
+"""Baselines: what they read, what they leave out, and that they equal scikit-learn where both can be asked."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from mmkt_ray.evaluation import baselines
+from mmkt_ray.evaluation.baselines import fit_baselines, readable
+from mmkt_ray.features.store import MISSING, UNSEEN, FeatureTable
+
+
+@pytest.fixture
+def table() -> FeatureTable:
+    """400 rows, 3 classes; image dense and telling, text sparse and telling in another way; a tenth lacks each."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    image = (rng.normal(size=(400, 6)) * [1, 1, 1, 50, 1, 1] + 1.5 * np.eye(6)[labels]).astype(np.float32)
+    text = sp.csr_matrix(((rng.random((400, 9)) < 0.1) | ((np.arange(9) % 3 == labels[:, None]) & (rng.random((400, 9)) < 0.3))).astype(np.float32))
+    present = {"image": np.arange(400) % 10 != 0, "text": np.arange(400) % 10 != 5}
+    features = {"image": np.where(present["image"][:, None], image, 0), "text": sp.csr_matrix(sp.diags(present["text"].astype(np.float32)) @ text)}
+    split = np.array(["train", "train", "train", "test"], dtype=object)[np.arange(400) // 2 % 4]
+    ids = np.array([f"s{i}" for i in range(400)], dtype=object)
+    return FeatureTable(ids, split, features, present, {"t": labels}, {"t": ["a", "b", "c"]})
+
+
+def test_every_baseline_has_its_standard_name(table):
+    """Catches a modality alone left out: the best single modality is what fusion is compared with."""
+    assert list(fit_baselines(table, "t")) == ["majority", "logreg:image", "logreg:text", "logreg:image+text"]
+
+
+def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table):
+    """Catches absent rows (zeros) in the fit or in the scaling, and test rows in the training."""
+    train = table.take(table.rows("train"))
+    rows = train.present["image"]
+    scaler = StandardScaler().fit(train.features["image"][rows].astype(float))
+    model = LogisticRegression().fit(scaler.transform(train.features["image"][rows]), train.labels["t"][rows])
+    test = table.take(table.rows("test"))
+    here = test.present["image"]
+    found = fit_baselines(table, "t")["logreg:image"].predict(test)
+    expected = model.predict_proba(scaler.transform(test.features["image"][here]))
+    assert found.shape == (len(test.sample_id), 3)
+    assert found[here] == pytest.approx(expected, abs=1e-3)
+    assert np.isnan(found[~here]).all()
+
+
+def test_labels_of_the_test_split_do_not_matter(table):
+    """Catches a leak: with other test labels the predictions must be the same bits."""
+    other = replace(table, labels={"t": np.where(table.split == "test", (table.labels["t"] + 1) % 3, table.labels["t"])})
+    test = table.take(table.rows("test"))
+    for name, model in fit_baselines(table, "t").items():
+        np.testing.assert_array_equal(model.predict(test), fit_baselines(other, "t")[name].predict(test))
+
+
+def test_the_concatenation_reads_every_row_and_beats_each_modality(table):
+    """Catches features of one modality joined to another's rows: together they would be no better than alone."""
+    test = table.take(table.rows("test"))
+    models = fit_baselines(table, "t")
+    score = {}
+    for name, model in models.items():
+        proba = model.predict(test)
+        known = np.isfinite(proba).all(axis=1)
+        score[name] = (proba[known].argmax(axis=1) == test.labels["t"][known]).mean()
+        assert proba[known].sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert np.isfinite(models["logreg:image+text"].predict(test)).all()
+    assert score["logreg:image+text"] > max(score["logreg:image"], score["logreg:text"]) > score["majority"]
+
+
+def test_majority_predicts_the_train_frequencies(table):
+    """Catches frequencies counted over all splits, or over rows without a label."""
+    labels = np.where(table.split == "test", 2, np.where(np.arange(400) % 4 == 0, 1, 0))
+    labels[(np.arange(400) % 8 == 1) & (table.split == "train")] = MISSING
+    proba = fit_baselines(replace(table, labels={"t": labels}), "t")["majority"].predict(table)
+    known = labels[(table.split == "train") & (labels >= 0)]
+    assert proba[0] == pytest.approx(np.bincount(known, minlength=3) / len(known))
+
+
+def test_a_task_that_only_one_modality_labels_has_no_concatenation(table):
+    """Catches a "fused" baseline on unpaired corpora that is one modality under another name."""
+    labels = np.where(table.present["image"] & ~table.present["text"], table.labels["t"], MISSING)
+    assert list(fit_baselines(replace(table, labels={"t": labels}), "t")) == ["majority", "logreg:image"]
+
+
+def test_few_classes_in_train_still_give_all_columns(table):
+    """Catches columns of scikit-learn's `classes_` taken for those of the task: every later class would slip."""
+    only = replace(table, labels={"t": np.where(table.labels["t"] == 1, MISSING, table.labels["t"])})
+    test = table.take(table.rows("test"))
+    proba = fit_baselines(only, "t")["logreg:image+text"].predict(test)
+    assert (proba[:, 1] == 0).all()
+    one = replace(table, labels={"t": np.where(table.labels["t"] == 2, 2, MISSING)})
+    assert (fit_baselines(one, "t")["logreg:image"].predict(test)[test.present["image"]] == [0, 0, 1]).all()
+    nothing = replace(table, labels={"t": np.where(table.split == "train", MISSING, UNSEEN)})
+    assert fit_baselines(nothing, "t") == {}
+
+
+def test_the_caps_keep_the_most_frequent_columns_and_repeat(table, monkeypatch):
+    """Catches a cap that takes the first columns, or rows by a seed of its own."""
+    monkeypatch.setattr(baselines, "MAX_SPARSE_COLUMNS", 4)
+    monkeypatch.setattr(baselines, "MAX_TRAIN_ROWS", 100)
+    models = [fit_baselines(table, "t", seed=7)["logreg:text"] for _ in range(2)]
+    assert models[0].num_params == 3 * 4 + 3
+    np.testing.assert_array_equal(models[0].predict(table), models[1].predict(table))
+    assert readable(table, ["image", "text"]).all()

@@ -1,0 +1,119 @@
+"""Bootstrap intervals: do they cover, and are paired ones narrow where they should be."""
+
+import time
+
+import numpy as np
+import pytest
+
+from mmkt_ray.evaluation.intervals import METRICS, bootstrap_intervals, paired_difference, verdict
+from mmkt_ray.evaluation.metrics import classification_metrics, scores_from_counts
+from mmkt_ray.features.store import MISSING, UNSEEN
+
+
+def test_95_percent_intervals_cover_the_truth_about_95_percent_of_the_time():
+    """Catches wrong percentiles (90 % for 95 %) and resamples of the wrong size: coverage leaves 90 to 99 %."""
+    joint = np.array([[0.30, 0.06, 0.04], [0.05, 0.22, 0.03], [0.05, 0.05, 0.20]])  # P(label, prediction)
+    right, support, predicted = np.diag(joint)[None], joint.sum(axis=1)[None], joint.sum(axis=0)[None]
+    truth = scores_from_counts(right, support, predicted)
+    rng = np.random.default_rng(0)
+    covered = dict.fromkeys(METRICS, 0)
+    num_studies = 300
+    for study in range(num_studies):
+        labels, pred = np.divmod(rng.choice(9, size=250, p=joint.ravel()), 3)
+        found = bootstrap_intervals(labels, pred, 3, num_resamples=300, seed=study)
+        for m in METRICS:
+            covered[m] += found[m]["low"] <= truth[m][0] <= found[m]["high"]
+    for m in METRICS:
+        assert 0.90 <= covered[m] / num_studies <= 0.99, m
+
+
+def test_resampled_counts_are_a_bootstrap_of_rows():
+    """Catches a multinomial over the wrong cells: the spread must be that of drawing rows with replacement."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 4, 300)
+    pred = np.where(rng.random(300) < 0.7, labels, rng.integers(0, 4, 300))
+    rows = rng.integers(0, 300, (2000, 300))
+    drawn = [classification_metrics(labels[r], np.eye(4)[pred[r]], list("abcd"))["macro_f1"] for r in rows[:200]]
+    found = bootstrap_intervals(labels, pred, 4, num_resamples=2000)
+    spread = (found["macro_f1"]["high"] - found["macro_f1"]["low"]) / (2 * 1.96)
+    assert spread == pytest.approx(np.std(drawn), rel=0.15)
+    right = (labels == pred)[rows].mean(axis=1)
+    assert [found["accuracy"]["low"], found["accuracy"]["high"]] == pytest.approx(np.quantile(right, [0.025, 0.975]), abs=0.01)
+
+
+def test_the_value_is_the_metric_and_the_seed_decides_the_ends():
+    """Catches an interval around the bootstrap mean in place of the score, and results that change from run to run."""
+    rng = np.random.default_rng(2)
+    labels = np.concatenate([rng.integers(0, 3, 100), [MISSING] * 20, [UNSEEN] * 10])
+    pred = rng.integers(0, 3, 130)
+    found = bootstrap_intervals(labels, pred, 3)
+    exact = classification_metrics(labels, np.eye(3)[pred], list("abc"))
+    assert {m: found[m]["value"] for m in METRICS} == pytest.approx({m: exact[m] for m in METRICS})
+    assert found == bootstrap_intervals(labels, pred, 3)
+    assert found != bootstrap_intervals(labels, pred, 3, seed=1)
+
+
+def test_a_perfect_score_on_few_rows_is_no_certainty():
+    """Catches [100 %, 100 %] for 20 right of 20; Clopper and Pearson's bound is 0.025 ** (1 / 20) = 83.2 %."""
+    labels = np.arange(20) % 2
+    found = bootstrap_intervals(labels, labels, 2)
+    assert found["accuracy"] == pytest.approx({"value": 1.0, "low": 0.8316, "high": 1.0}, abs=1e-4)
+    none = bootstrap_intervals(labels, 1 - labels, 2)
+    assert none["accuracy"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.1684}, abs=1e-4)
+
+
+def test_no_labelled_row_gives_no_interval():
+    """Catches a division by zero, or a made-up interval, where nothing is known."""
+    assert bootstrap_intervals(np.array([MISSING]), np.array([0]), 2) == {}
+    with pytest.raises(ValueError, match="no labelled row"):
+        paired_difference(np.array([MISSING]), np.array([0]), np.array([1]), num_classes=2)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_real_difference_is_shown_though_the_separate_intervals_overlap(metric):
+    """Catches rows resampled separately for each model: their shared difficulty would hide a real gain."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 400)
+    worse = np.where(rng.random(400) < 0.70, labels, (labels + 1) % 3)
+    better = np.where(rng.random(400) < 0.12, labels, worse)  # the same mistakes, some of them mended
+    apart = [bootstrap_intervals(labels, p, 3)[metric] for p in (worse, better)]
+    assert apart[1]["low"] < apart[0]["high"]
+    difference = paired_difference(labels, better, worse, metric, num_classes=3)
+    assert difference["low"] > 0
+    assert verdict(difference) == "better"
+    assert verdict(paired_difference(labels, worse, better, metric, num_classes=3)) == "worse"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equally_good_models_are_rarely_told_apart(metric):
+    """Catches intervals that are too narrow: of 100 pairs of equal models about 5 may look different, not 12."""
+    rng = np.random.default_rng(4)
+    false_alarms = 0
+    for study in range(100):
+        labels = rng.integers(0, 3, 300)
+        a, b = (np.where(rng.random(300) < 0.7, labels, rng.integers(0, 3, 300)) for _ in range(2))
+        shown = verdict(paired_difference(labels, a, b, metric, num_classes=3, num_resamples=300, seed=study))
+        false_alarms += shown != "no difference shown"
+    assert false_alarms <= 11
+
+
+def test_the_difference_is_that_of_the_scores_unseen_labels_included():
+    """Catches a sign or a class lost on the way through the cells."""
+    rng = np.random.default_rng(5)
+    labels, a, b = (rng.integers(0, 4, 200) for _ in range(3))
+    labels[:20], labels[20:40] = UNSEEN, MISSING
+    for metric in METRICS:
+        scores = [classification_metrics(labels, np.eye(4)[p], list("abcd"))[metric] for p in (a, b)]
+        assert paired_difference(labels, a, b, metric, num_classes=4)["value"] == pytest.approx(scores[0] - scores[1])
+    with pytest.raises(ValueError, match="metric must be one of"):
+        paired_difference(labels, a, b, "f2", num_classes=4)
+
+
+def test_a_thousand_resamples_of_ten_thousand_rows_take_about_a_tenth_of_a_second():
+    """Catches resampling row by row (10^7 draws, tens of seconds with macro-F1); the limit leaves room for a busy machine."""
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 20, 10_000)
+    pred = np.where(rng.random(10_000) < 0.8, labels, rng.integers(0, 20, 10_000))
+    started = time.process_time()
+    bootstrap_intervals(labels, pred, 20, num_resamples=1000)
+    assert time.process_time() - started < 1.0

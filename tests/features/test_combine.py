@@ -1,0 +1,122 @@
+"""Joining on a key and pairing by label: who meets whom, and where the rest goes."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmkt_ray.config import Config, JoinCombine, PairCombine
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join, pair
+from mmkt_ray.features.extract import extract
+from tests.features.shapes import write_shard
+
+
+def index_of(rows: list[tuple[str, str, str | None, str | None, str | None]], keys: list[str | None] | None = None) -> RowIndex:
+    """Rows of (id, split, modality that is present, object label, topic label)."""
+    return RowIndex(
+        [r[0] for r in rows],
+        [r[1] for r in rows],
+        keys or [None] * len(rows),
+        {m: np.array([r[2] == m for r in rows]) for m in ("image", "text")},
+        {"object": [r[3] for r in rows], "topic": [r[4] for r in rows]},
+    )
+
+
+def check_accounts(index: RowIndex, combined: Combined) -> None:
+    """Every source row is in a sample or rejected, never both."""
+    used = {i for s in combined.sample_ids for i in s.split("|")}
+    rejected = [r.sample_id for r in combined.rejects]
+    assert used.isdisjoint(rejected)
+    assert sorted([*used, *rejected]) == sorted(index.sample_ids)
+
+
+@pytest.fixture
+def corpora() -> RowIndex:
+    images = [(f"i{k}", "train" if k < 8 else "test", "image", "cat" if k % 2 else "dog", None) for k in range(12)]
+    texts = [(f"t{k}", "train" if k < 3 else "test", "text", None, ["pets", "space"][k % 2]) for k in range(6)]
+    return index_of(images + texts)
+
+
+def test_pairs_stay_within_the_split_and_the_mapping(corpora: RowIndex) -> None:
+    """A test text paired with a train image: leakage; or classes that do not belong together."""
+    how = PairCombine(labels={"image": "object", "text": "topic"}, mapping={"cat": "pets", "dog": "space"})
+    combined = pair(corpora, how, seed=0)
+    assert len(combined.sample_ids) == 12
+    for sample_id, split in zip(combined.sample_ids, combined.splits, strict=True):
+        image, text = (corpora.sample_ids.index(i) for i in sample_id.split("|"))
+        assert corpora.splits[image] == corpora.splits[text] == split
+        assert how.mapping is not None
+        assert how.mapping[corpora.labels["object"][image] or ""] == corpora.labels["topic"][text]
+    check_accounts(corpora, combined)
+
+
+def test_pairs_are_seeded_and_use_partners_evenly(corpora: RowIndex) -> None:
+    """Another dataset on every run; or one text used for nearly all images."""
+    how = PairCombine(labels={"image": "object", "text": "topic"}, mapping={"cat": "pets", "dog": "pets"})
+    first, second = pair(corpora, how, seed=3), pair(corpora, how, seed=3)
+    assert first.sample_ids == second.sample_ids
+    assert first.sample_ids != pair(corpora, how, seed=4).sample_ids
+    uses = Counter(s.split("|")[1] for s, split in zip(first.sample_ids, first.splits, strict=True) if split == "train")
+    assert max(uses.values()) - min(uses.values()) <= 1
+
+
+def test_a_class_outside_the_mapping_is_rejected_with_a_reason(corpora: RowIndex) -> None:
+    """Rows that vanish because their class has no partner."""
+    how = PairCombine(labels={"image": "object", "text": "topic"}, mapping={"cat": "pets"})
+    combined = pair(corpora, how, seed=0)
+    reasons = {r.sample_id: r.reason for r in combined.rejects}
+    assert "'dog' is not in samples.combine.mapping" in reasons["i0"]
+    assert "not drawn" in reasons["t1"]
+    check_accounts(corpora, combined)
+    with pytest.raises(ConfigError, match=r"no class \['cow'\]"):
+        pair(corpora, PairCombine(labels=how.labels, mapping={"cow": "pets"}), seed=0)
+
+
+def test_inner_and_outer_join() -> None:
+    """An outer join that drops what has no partner, an inner one that keeps it."""
+    rows = [("a", "train", "image", "cat", None), ("b", "train", "text", "cat", "pets"), ("c", "train", "image", "dog", None), ("d", "train", "text", None, "space")]
+    index = index_of(rows, keys=["1", "1", "2", None])
+    inner, outer = join(index, JoinCombine()), join(index, JoinCombine(how="outer"))
+    assert inner.sample_ids == ["a|b"]
+    assert outer.sample_ids == ["a|b", "c"]
+    assert (outer.modality_rows["text"], outer.task_rows["topic"]) == ([1, ABSENT], [1, ABSENT])
+    assert "no key" in next(r.reason for r in outer.rejects if r.sample_id == "d")
+    check_accounts(index, inner)
+    check_accounts(index, outer)
+
+
+def test_join_tells_of_conflicts() -> None:
+    """Two images under one key, or two labels for one sample, settled in silence."""
+    rows = [("a", "train", "image", "cat", None), ("b", "train", "text", "dog", None), ("c", "train", "image", "cat", None), ("d", "test", "text", None, None)]
+    index = index_of(rows, keys=["1", "1", "1", "1"])
+    combined = join(index, JoinCombine())
+    assert combined.num_conflicts == 1
+    assert {r.sample_id for r in combined.rejects} == {"c", "d"}
+    assert combined.task_rows["object"] == [0]
+    check_accounts(index, combined)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_join_end_to_end_gathers_the_right_features(shapes: Path, make_config: Callable[..., Config]) -> None:
+    """Features of one sample under the id of another; the two halves of a sample in different splits."""
+    write_shard(shapes / "data" / "captions" / "0.parquet", 60, 80)
+    base = make_config().samples.sources[0].model_dump()
+    images = base | {"columns": {"key": "id", "image": "image", "colour": "colour"}}
+    texts = base | {"path": "captions/*.parquet", "columns": {"key": "id", "text": "caption"}}
+    both = [base, base | {"path": "captions/*.parquet"}]
+    plain = extract(make_config(name="plain", samples__sources=both, samples__max_reject_frac=0.9), f"{shapes}/plain")
+    config = make_config(samples__sources=[images, texts], samples__combine={"name": "join", "how": "outer"}, samples__max_reject_frac=0.9)
+    store = extract(config, f"{shapes}/joined")
+    table = pd.concat([t.to_pandas() for t in store.read()]).set_index("key")
+    assert len(table) == 140
+    assert table["image_features"].notna().sum() == 120
+    assert table["text_features"].notna().sum() == 80
+    expected = pd.concat([t.to_pandas() for t in plain.read()]).drop_duplicates("sample_id").set_index("sample_id")
+    for key in ("s60", "s119"):
+        assert np.array_equal(table.loc[key, "image_features"], expected.loc[key, "image_features"])
+    assert store.manifest["combine"] == {"name": "join", "how": "outer"}
+    assert store.manifest["synthetic_pairs"] is False

@@ -1,0 +1,248 @@
+"""Shards -> store: complete, resumable, exact, and honest about what it left out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mmkt_ray.config import Config
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.extract import extract, stored_chunks
+from mmkt_ray.features.store import Store, column_of, open_store
+from tests.features.shapes import png, write_shard
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+MakeConfig = Callable[..., Config]
+
+
+def run(config: Config) -> Store:
+    return extract(config, f"{config.run_root}/{config.name}")
+
+
+def contents(store: Store) -> pa.Table:
+    """All rows, sorted by id."""
+    return pa.concat_tables(store.read()).sort_by("sample_id")
+
+
+def mtimes(store: Store) -> dict[str, int]:
+    return {part: os.stat(part).st_mtime_ns for part in store.parts()}
+
+
+def test_every_row_arrives_and_any_reader_opens_it(shapes: Path, make_config: MakeConfig) -> None:
+    """Rows lost between stages; a store that only Ray can read."""
+    store = run(make_config())
+    counts = store.manifest["counts"]
+    assert counts["rows"] == 120
+    assert sum(counts["by_split"].values()) == 120
+    assert store.manifest["tasks"]["colour"]["classes"] == ["blue", "green", "red"]
+    table = contents(store)
+    assert table.column("sample_id").to_pylist() == sorted(f"s{i}" for i in range(120))
+    folder = f"{store.uri}/data"
+    assert len(pd.read_parquet(folder)) == 120
+    assert duckdb.sql(f"select count(*), avg(len(image_features)) from '{folder}/*.parquet'").fetchall() == [(120, 832)]
+    assert pl.read_parquet(f"{folder}/*.parquet").schema["image_features"] == pl.Array(pl.Float32, 832)
+    assert {str(pq.read_schema(p)) for p in store.parts()} == {str(pq.read_schema(store.parts()[0]))}
+
+
+def test_second_run_does_nothing(shapes: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """A rerun that appends, rewrites or encodes again."""
+    before = run(make_config())
+    times = mtimes(before)
+    caplog.set_level("INFO", logger="mmkt_ray")
+    after = run(make_config())
+    assert "features are up to date" in caplog.text
+    assert (after.manifest, mtimes(after)) == (before.manifest, times)
+
+
+def test_resume_after_losing_parts_gives_the_same_bits(shapes: Path, make_config: MakeConfig) -> None:
+    """Values that depend on how far the killed run got."""
+    store = run(make_config())
+    whole, kept = contents(store), store.parts()[1:]
+    times = {p: os.stat(p).st_mtime_ns for p in kept}
+    os.remove(f"{store.uri}/manifest.json")
+    os.remove(store.parts()[0])
+    with pytest.raises(DataError, match="no finished feature store"):
+        open_store(store.uri)
+    again = run(make_config())
+    assert contents(again).equals(whole)
+    assert {p: os.stat(p).st_mtime_ns for p in kept} == times
+
+
+def test_new_shard_costs_only_its_own_work(shapes: Path, make_config: MakeConfig) -> None:
+    """Adding a day's data encodes everything again, or fits another vocabulary under the old name."""
+    before = run(make_config())
+    times = mtimes(before)
+    write_shard(shapes / "data" / "shapes" / "9.parquet", 120, 40)
+    after = run(make_config())
+    assert after.manifest["counts"]["rows"] == 160
+    assert {p: t for p, t in mtimes(after).items() if p in times} == times
+    assert after.manifest["modalities"]["text"] == before.manifest["modalities"]["text"]
+
+
+def test_changed_shard_replaces_its_parts(shapes: Path, make_config: MakeConfig) -> None:
+    """Stale rows of an older version of a shard beside the new ones."""
+    run(make_config())
+    time.sleep(0.01)
+    write_shard(shapes / "data" / "shapes" / "2.parquet", 80, 10)
+    store = run(make_config())
+    assert store.manifest["counts"]["rows"] == 90
+    assert len(pd.read_parquet(f"{store.uri}/data")) == 90
+
+
+def test_another_image_encoder_leaves_text_alone(shapes: Path, make_config: MakeConfig) -> None:
+    """One changed encoder paying for all modalities."""
+    before = run(make_config())
+    after = run(make_config(modalities__image__encoder__image_size=24))
+    assert after.uri != before.uri
+    assert "encode image" in after.manifest["stages"]
+    assert "encode text" not in after.manifest["stages"]
+    text = column_of("text")
+    assert contents(after).column(text).equals(contents(before).column(text))
+    assert not contents(after).column(column_of("image")).equals(contents(before).column(column_of("image")))
+
+
+def test_bad_rows_are_rejected_with_reasons_and_nothing_else_is_lost(shapes: Path, make_config: MakeConfig) -> None:
+    """A corrupt image that kills the job, drops its whole block, or is silently replaced."""
+    images = [png("red", i) for i in range(10)]
+    images[3], images[5], images[7] = images[3][:60], b"no image", None
+    captions = [f"row {i}" for i in range(10)]
+    captions[7] = None
+    columns = {"image": pa.array(images, pa.binary()), "caption": pa.array(captions), "id": [f"bad{i}" for i in range(9)] + ["s0"]}
+    write_shard(shapes / "data" / "shapes" / "bad.parquet", 0, 10, **columns)
+    store = run(make_config(samples__max_reject_frac=0.1))
+    rejects = pd.read_parquet(f"{store.uri}/rejects.parquet").set_index("sample_id")
+    assert sorted(rejects.index) == ["bad3", "bad5", "bad7", "s0"]
+    assert rejects.loc["bad7", "stage"] == "read"
+    assert "no modality" in rejects.loc["bad7", "reason"]
+    assert rejects.loc["bad5", "stage"] == "decode"
+    assert rejects.loc["bad5", "reason"].startswith("image: ")
+    assert rejects.loc["bad5", "source"] == "shapes/bad.parquet"
+    assert "duplicate" in rejects.loc["s0", "reason"]
+    assert store.manifest["counts"]["rows"] + len(rejects) == 130
+    assert len(pd.read_parquet(f"{store.uri}/data")) == 126
+
+
+def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> None:
+    """Half the data gone and a store published all the same; or the raised budget paying for everything again."""
+    columns = {"image": pa.array([b"broken"] * 40, pa.binary())}
+    write_shard(shapes / "data" / "shapes" / "bad.parquet", 200, 40, **columns)
+    with pytest.raises(DataError, match=r"40 of 160 rows were rejected.*max_reject_frac"):
+        run(make_config())
+    assert run(make_config(samples__max_reject_frac=0.5)).manifest["counts"]["rejects"] == 40
+
+
+def test_missing_modalities_and_labels_are_nulls(shapes: Path, make_config: MakeConfig) -> None:
+    """An absent image becoming a zero vector that looks like a feature."""
+    columns = {"image": pa.nulls(40, pa.binary()), "colour": pa.nulls(40, pa.string()), "id": [f"t{i}" for i in range(40)]}
+    write_shard(shapes / "data" / "shapes" / "text_only.parquet", 0, 40, **columns)
+    store = run(make_config())
+    table = store.table()
+    text_only = np.char.startswith(table.sample_id.astype(str), "t")
+    assert (table.present["image"] == ~text_only).all()
+    assert table.present["text"].all()
+    assert (table.labels["colour"][text_only] == -1).all()
+    assert sum(store.manifest["counts"]["missing"]["image"].values()) == 40
+
+
+def test_nothing_fitted_knows_the_test_split(shapes: Path, make_config: MakeConfig) -> None:
+    """A vocabulary, a scale or a component that has seen test rows."""
+    captions = [f"plantedterm a square {i}" for i in range(6)]
+    columns = {"caption": captions, "image": pa.array([png("blue", i, 48) for i in range(6)], pa.binary())}
+    write_shard(shapes / "data" / "planted" / "0.parquet", 500, 6, **columns)
+    base = make_config().samples.sources[0].model_dump()
+    sources = [base | {"split": "train"}, base | {"path": "planted/*.parquet", "split": "test"}]
+    reduce_ = {"name": "standardize"}
+    with_planted = run(make_config(samples__sources=sources, modalities__image__reduce=reduce_))
+    without = run(make_config(samples__sources=sources[:1], modalities__image__reduce=reduce_, name="without"))
+    folders = [with_planted.manifest["modalities"][m]["folders"] for m in ("text", "image")]
+    vocabulary, scaler = (Path(make_config().run_root) / "shapes" / "encoders" / f[-1] for f in folders)
+    assert b"plantedterm" not in (vocabulary / "state.safetensors").read_bytes()
+    other = Path(make_config().run_root) / "without" / "encoders" / without.manifest["modalities"]["image"]["folders"][-1]
+    assert (scaler / "state.safetensors").read_bytes() == (other / "state.safetensors").read_bytes()
+
+
+def test_reducers_make_a_store_of_their_own(shapes: Path, make_config: MakeConfig) -> None:
+    """Reduced features that differ from the reducer applied to the whole matrix at once."""
+    encoded = run(make_config())
+    reduced = run(make_config(modalities__image__reduce={"name": "pca", "dim": 4}, modalities__text__reduce={"name": "svd", "dim": 3}))
+    assert (reduced.dim("image"), reduced.dim("text")) == (4, 3)
+    raw, small = encoded.table(), reduced.table()
+    order, small_order = np.argsort(raw.sample_id), np.argsort(small.sample_id)
+    train = raw.features["image"][order][raw.split[order] == "train"]
+    got = small.features["image"][small_order][small.split[small_order] == "train"]
+    centred = train - train.mean(0)
+    assert np.allclose((got**2).sum(), (np.linalg.svd(centred, compute_uv=False)[:4] ** 2).sum(), rtol=1e-3)
+
+
+def test_an_empty_shard_and_a_shard_that_is_no_parquet(shapes: Path, make_config: MakeConfig) -> None:
+    """One bad file among thousands ending the job, or an empty one being read again on every run."""
+    write_shard(shapes / "data" / "shapes" / "empty.parquet", 0, 0)
+    (shapes / "data" / "shapes" / "junk.parquet").write_bytes(b"PAR1 this is not parquet")
+    store = run(make_config(samples__max_reject_frac=0.05))
+    assert store.manifest["counts"] | {"rows": 120, "rejects": 1} == store.manifest["counts"]
+
+
+def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: MakeConfig) -> None:
+    """A typo in a path or a column found out by an empty result."""
+    with pytest.raises(DataError, match="shapes"):
+        run(make_config(samples__sources__0__path="shaps/*.parquet"))
+    with pytest.raises(Exception, match=r"caption"):
+        run(make_config(samples__sources__0__columns__text="captoin"))
+
+
+@pytest.mark.parametrize("victim", ["driver", "actor"])
+def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig, tmp_path: Path, victim: str) -> None:
+    """Rows lost or doubled, or other values, after the driver or an encoder actor died at some moment."""
+    config = make_config(modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.15}}, extract__chunk_rows=4)
+    quiet = run(config.model_copy(update={"name": "quiet"}))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "mmkt_ray.cli", "extract", str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]])}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    data = next_store(Path(config.run_root) / "shapes" / "features", first)
+    wait_until(lambda: len(list(data.glob("*.parquet"))) >= 3, first)
+    os.kill(first.pid if victim == "driver" else find_actor(first.pid), signal.SIGKILL)
+    first.wait(timeout=120)
+    done, _ = stored_chunks(str(data.parent))
+    assert victim == "actor" or 0 < sum(map(len, done.values())) < 30
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    store = open_store(str(data.parent))
+    assert contents(store).equals(contents(quiet))
+    assert store.manifest["fingerprint"] == quiet.manifest["fingerprint"]
+
+
+def next_store(features: Path, process: subprocess.Popen) -> Path:
+    wait_until(lambda: list(features.glob("encoded-*/data")), process)
+    return next(features.glob("encoded-*/data"))
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, timeout_s: float = 90) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < end, "the job did not get that far in time"
+        time.sleep(0.02)
+
+
+def find_actor(driver: int) -> int:
+    """The process of the encoder actor among the driver's descendants."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    family = {driver}
+    for _ in range(4):
+        family |= {int(pid) for pid, parent, *_ in rows if int(parent) in family}
+    return next(int(pid) for pid, _, args in rows if int(pid) in family and "EncodeChunk" in args)

@@ -1,0 +1,174 @@
+"""Manifests: CSV, JSON lines and Parquet tables whose image cells are paths."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmkt_ray.samples.readers import list_shards, read_chunks
+
+COLUMNS = {"image": "file", "text": "words", "label": "kind"}
+
+
+@pytest.fixture
+def root(tmp_path, png):
+    """A folder `m` with two pictures, and a file outside of it."""
+    (tmp_path / "m" / "pics").mkdir(parents=True)
+    (tmp_path / "m" / "pics" / "1.png").write_bytes(png(1))
+    (tmp_path / "m" / "pics" / "2 %.png").write_bytes(png(2))
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    return tmp_path
+
+
+def manifest(path: str, **more: object) -> dict:
+    return {"reader": "manifest", "path": path, "columns": COLUMNS, **more}
+
+
+ROWS = [
+    {"file": "pics/1.png", "words": "one, two\nthree", "kind": "3"},
+    {"file": "./pics/../pics/2 %.png", "words": "", "kind": ""},
+    {"file": None, "words": "no picture", "kind": "3"},
+]
+
+
+def write_rows(path, rows) -> None:
+    """The rows as a manifest of the kind that the suffix says."""
+    if path.suffix == ".csv":
+        quoted = ['"{}","{}","{}"'.format(*(row[c] or "" for c in ("file", "words", "kind"))) for row in rows]
+        path.write_text("\ufefffile,words,kind\n" + "\n".join(quoted) + "\n")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "places"), [("csv", (2, 4, 5)), ("jsonl", (1, 3, 5)), ("parquet", (0, 1, 2))]
+)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_three_kinds_agree(make_config, read_all, png, root, suffix, places, scheme):
+    """Catches cells that differ by kind of manifest, and ids that do not say where in the file a row is."""
+    write_rows(root / "m" / f"a.{suffix}", ROWS)
+    table, rejects = read_all(make_config(f"{scheme}{root}", manifest(f"m/a.{suffix}")))
+    assert table.select(["sample_id", "image", "text", "label"]).to_pylist() == [
+        {"sample_id": f"m/a.{suffix}#{places[0]}", "image": png(1), "text": "one, two\nthree", "label": "3"},
+        {"sample_id": f"m/a.{suffix}#{places[1]}", "image": png(2), "text": None, "label": None},
+        {"sample_id": f"m/a.{suffix}#{places[2]}", "image": None, "text": "no picture", "label": "3"},
+    ]
+    assert not rejects
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "../secret.png",
+        "pics/../../secret.png",
+        "{root}/secret.png",
+        "file://{root}/secret.png",
+        "link.png",
+        "linked/secret.png",
+    ],
+)
+def test_paths_out_of_the_folder_are_rejected_unless_allowed(make_config, read_all, root, cell, scheme):
+    """Catches a manifest from elsewhere that reads any file of this machine into the results."""
+    os.symlink(root / "secret.png", root / "m" / "link.png")
+    os.symlink(root, root / "m" / "linked")
+    write_rows(root / "m" / "a.jsonl", [{"file": cell.format(root=root), "words": "t", "kind": "x"}])
+    table, rejects = read_all(make_config(f"{scheme}{root}", manifest("m/a.jsonl")))
+    assert table.num_rows == 0
+    assert "is outside of the folder" in rejects[0].reason
+    assert "allow_outside: true" in rejects[0].reason
+    allowed, _ = read_all(make_config(f"{scheme}{root}", manifest("m/a.jsonl", allow_outside=True)))
+    assert allowed["image"].to_pylist() == [b"secret"]
+
+
+def test_links_inside_the_folder_are_followed(make_config, read_all, root, png):
+    """Catches a check that refuses every link, as data folders are often made of them."""
+    os.symlink("1.png", root / "m" / "pics" / "same.png")
+    os.symlink(root / "m", root / "data")  # the whole folder may be a link, too
+    write_rows(root / "m" / "a.jsonl", [{"file": "pics/same.png", "words": "t", "kind": "x"}])
+    assert read_all(make_config(root, manifest("data/a.jsonl")))[0]["image"].to_pylist() == [png(1)]
+
+
+def test_bad_cells_cost_their_row(make_config, read_all, root):
+    """Catches a missing file, a folder, an unknown scheme or a wrong type that stops the job."""
+    bad = ["pics/nope.png", "pics", "web://x/y.png", 5, "pics/\x00.png"]
+    rows = [
+        {"file": "pics/1.png", "words": "t", "kind": "x"},
+        *[{"file": f, "words": "t", "kind": "x"} for f in bad],
+    ]
+    write_rows(
+        root / "m" / "a.jsonl",
+        [*rows, {"file": None, "words": ["list"], "kind": "x"}, {"words": "t", "kind": {}}],
+    )
+    table, rejects = read_all(make_config(root, manifest("m/a.jsonl", allow_outside=True)))
+    assert table.num_rows == 1
+    expected = [
+        "no file",
+        "no regular file",
+        "cannot open",
+        "must be the path",
+        "NUL",
+        "single value",
+        "single value",
+    ]
+    assert len(rejects) == len(expected)
+    for reject, reason in zip(rejects, expected, strict=True):
+        assert reason in reject.reason
+
+
+def test_broken_lines_cost_their_row(make_config, read_all, root):
+    """Catches one broken line that loses the rows after it."""
+    lines = [
+        '{"words": "a", "kind": "x", "file": null}',
+        "{broken",
+        "[1]",
+        "[" * 100_000,
+        '"\\ud800"',
+        '{"words": "\\ud800"}',
+        '{"words": "b"}',
+    ]
+    (root / "m" / "a.jsonl").write_text("\n".join(lines))
+    table, rejects = read_all(make_config(root, manifest("m/a.jsonl")))
+    assert table["text"].to_pylist() == ["a", "b"]
+    assert [r.sample_id for r in rejects] == [f"m/a.jsonl#{n}" for n in (2, 3, 4, 5, 6)]
+    (root / "m" / "a.csv").write_text("file,words,kind\n,a,x\n,only two\n,b,x,4\n\n,c,x\n")
+    table, rejects = read_all(make_config(root, manifest("m/a.csv")))
+    assert table["text"].to_pylist() == ["a", "c"]
+    assert ["2 cells where the header names 3" in rejects[0].reason, "4 cells" in rejects[1].reason] == [
+        True,
+        True,
+    ]
+
+
+def test_long_cells(make_config, read_all, root):
+    """Catches the csv module's own limit of 131,072 characters, which raises in the middle of a shard."""
+    write_rows(root / "m" / "a.csv", [{"file": None, "words": "w" * 200_000, "kind": "x"}])
+    assert len(read_all(make_config(root, manifest("m/a.csv")))[0]["text"][0].as_py()) == 200_000
+
+
+def test_rows_are_streamed(make_config, root):
+    """Catches a manifest that is parsed as a whole before its first chunk."""
+    write_rows(root / "m" / "a.jsonl", [{"file": "pics/1.png", "words": "t", "kind": "x"}] * 2000)
+    config = make_config(root, manifest("m/a.jsonl"), extract={"chunk_rows": 10})
+    chunks = read_chunks(config, list_shards(config)[0])
+    next(chunks)
+    (root / "m" / "pics" / "1.png").unlink()
+    assert sum(len(chunk.rejects) for chunk in chunks) > 1000
+
+
+def test_digits(make_config, read_all, data_dir):
+    """Catches relative paths, int labels and given splits gone wrong in a real manifest."""
+    columns = {"image": "image", "label": "digit", "sample_id": "id", "split": "split"}
+    table, rejects = read_all(
+        make_config(data_dir, {"reader": "manifest", "path": "digits/images.jsonl", "columns": columns})
+    )
+    assert (table.num_rows, len(rejects)) == (6000, 0)
+    assert sorted(set(table["label"].to_pylist())) == [str(digit) for digit in range(10)]
+    assert table["sample_id"][0].as_py() == "train-0-10045"
+    assert {data[:4] for data in table["image"].to_pylist()} == {b"\x89PNG"}

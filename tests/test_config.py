@@ -1,0 +1,140 @@
+"""The config: what it accepts, what it refuses and with which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mmkt_ray.config import SCHEMES, Config, describe_fields, fingerprint, load_config, parse_config, parse_override
+from mmkt_ray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    source = {"reader": "parquet", "path": "x/*.parquet", "columns": {"image": "img", "text": "txt", "label": "label"}}
+    return {
+        "name": "tiny",
+        "samples": {"sources": [source]},
+        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
+        "tasks": {"label": {}},
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    """A key renamed in the code but not in a shipped config, or a variant that could not be built."""
+    config = load_config(path)
+    assert config.expand_variants().keys() == (config.variants.keys() or {"model"})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"trainin": 1}, ["unknown key 'trainin'", "did you mean 'training'"]),
+        ({"training.epoch": 1}, ["did you mean 'epochs'"]),
+        ({"modalities.image.encoder.image_sise": 32}, ["did you mean 'image_size'"]),
+        ({"modalities.text.encoder": "tfid"}, ["unknown encoder 'tfid'", "did you mean 'tfidf'"]),
+        ({"model.sharing": "taks"}, ["did you mean 'task'", *SCHEMES]),
+        ({"model.fusion": "conca"}, ["model.fusion.name", "'concat'", "got 'conca'"]),
+        ({"model.fusion": {"name": "concat", "depth": 3}}, ["depth is for hierarchical fusion"]),
+        ({"model.sharing": ["task", "modality"]}, ["names 2 levels but num_levels is 1"]),
+        ({"model.modalities": ["imgae"]}, ["did you mean 'image'"]),
+        ({"training.epochs": "many"}, ["training.epochs", "got 'many'"]),
+        ({"training.lr": -1}, ["training.lr", "greater than 0"]),
+        ({"samples.combine": "uni"}, ["unknown name 'uni'", "'union', 'join', 'pair'"]),
+        ({"samples.combine": {"name": "pair", "labels": {"image": "label", "txt": "label"}}}, ["did you mean 'text'"]),
+        ({"samples.split": {"val_frac": 0.5, "test_frac": 0.5}}, ["nothing is left to train on"]),
+        ({"samples.sources.0.columns": {"imag": "img"}}, ["fills column 'imag'", "did you mean 'image'"]),
+        ({"samples.sources.0.columns": {"image": "img", "label": "y"}}, ["no source fills 'text'"]),
+        ({"modalities.image.encoder": {"name": "cnn", "pretrain": "lable"}}, ["did you mean 'label'"]),
+        ({"modalities.text.encoder": "pixels"}, ["reads image", "kind is text"]),
+        ({"modalities.image.reduce": "pca"}, ["need dim"]),
+        ({"name": "a/b"}, ["name"]),
+    ],
+)
+def test_wrong_values_are_refused_with_a_hint(raw: dict[str, Any], override: dict[str, Any], words: list[str]) -> None:
+    """A misspelt key that is silently ignored, or an error that does not say what is allowed."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw).with_overrides(override)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_faults_are_told_at_once(raw: dict[str, Any]) -> None:
+    """Having to run again for each fault."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw | {"trainin": 1, "modell": 2})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_bare_names_and_mappings_are_the_same(raw: dict[str, Any]) -> None:
+    """`fusion: concat` meaning something else than `fusion: {name: concat}`."""
+    config = parse_config(raw)
+    assert config.with_overrides({"model.fusion": "decision"}) == config.with_overrides({"model.fusion": {"name": "decision"}})
+    assert config.with_overrides({"modalities.image.encoder.image_size": 16}).modalities["image"].encoder.image_size == 16
+
+
+def test_config_is_frozen(raw: dict[str, Any]) -> None:
+    """A stage changing the config under the feet of the next one."""
+    with pytest.raises(ValidationError):
+        parse_config(raw).training.epochs = 3  # type: ignore[misc]
+
+
+def test_saved_config_reads_back_equal(raw: dict[str, Any]) -> None:
+    """A config saved with an output that cannot rebuild the run."""
+    config = parse_config(raw).with_overrides({"samples.combine": "join", "model.sharing": ["modality"]})
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_variants_override_and_are_checked_on_load(raw: dict[str, Any], tmp_path: Path) -> None:
+    """A misspelt variant found only after an hour of extraction."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(raw | {"variants": {"a": {"model.fusion": "decision"}, "b": {"training.lr": 0.5}}}))
+    variants = load_config(path).expand_variants()
+    assert variants["a"].model.fusion.name == "decision"
+    assert (variants["b"].training.lr, variants["b"].model.fusion.name) == (0.5, "concat")
+    path.write_text(yaml.safe_dump(raw | {"variants": {"a": {"model.fusio": "decision"}}}))
+    with pytest.raises(ConfigError, match="did you mean 'fusion'"):
+        load_config(path)
+
+
+def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    """A traceback in place of a sentence."""
+    with pytest.raises(ConfigError, match="no config at"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_yaml_cannot_build_python_objects(tmp_path: Path) -> None:
+    """Code run by opening a config."""
+    (tmp_path / "evil.yaml").write_text("name: !!python/object/apply:os.system ['touch evil']")
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "evil.yaml")
+
+
+def test_override_parsing() -> None:
+    """Numbers and lists of --set arriving as strings."""
+    assert parse_override("a.b=[1, x]") == ("a.b", [1, "x"])
+    assert parse_override("a=") == ("a", None)
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_override("training.epochs")
+
+
+def test_fingerprint_ignores_key_order_and_sees_values(raw: dict[str, Any]) -> None:
+    """A rerun that recomputes because of key order, or one that reuses what was made otherwise."""
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint(parse_config(raw)) != fingerprint(parse_config(raw | {"seed": 1}))
+
+
+def test_every_field_is_described() -> None:
+    """A key that `mmkt config` lists without saying what it means."""
+    undocumented = [key for key, _, text in describe_fields() if not text and not key.endswith(".name")]
+    assert not undocumented
+    keys = {key for key, _, _ in describe_fields(Config)}
+    assert {"training.lr", "samples.sources[].reader", "modalities.<name>.encoder(cnn).epochs"} <= keys

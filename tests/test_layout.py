@@ -1,0 +1,190 @@
+"""Imports run downwards only, models know no Ray, nothing unpickles, the top level stays bare.
+
+Files are parsed, not imported. Each rule goes from source to faults and is tried on planted faults as well.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "mmkt_ray"
+BASE = {"config", "cluster", "storage", "errors"}
+# The floors from top to bottom; a file imports from its own floor and from those below it.
+FLOORS = [
+    {"cli", "__main__"},
+    {"run"},
+    {"report"},
+    {"search"},
+    {"training"},
+    {"evaluation"},
+    {"models"},
+    {"features"},
+    {"encoders"},
+    {"samples"},
+    BASE,
+    {"__init__"},  # the version
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MODELS_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
+UNPICKLERS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
+TOP_LEVEL = {
+    *(".ci", ".gitignore", ".rayignore", "LICENSE", "Makefile", "README.md", "cluster.yaml", "docs", "jobs"),
+    *(PACKAGE, "pyproject.toml", "requirements.lock", "tests"),
+}
+
+Rule = Callable[[str, Path], Iterator[str]]
+
+
+def imports(source: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of every import, also of those in functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = path.parts[: -node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def calls(source: str) -> Iterator[tuple[int, str, dict[str, ast.expr]]]:
+    """(line, dotted name as written, keyword arguments) of every call."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            keywords = {word.arg: word.value for word in node.keywords if word.arg}
+            yield node.lineno, ast.unparse(node.func), keywords
+
+
+def package_part(name: str) -> str | None:
+    """`mmkt_ray.models.towers.Tower` -> `models`; None for a name outside the package."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    known = len(parts) > 1 and (parts[1] in FLOOR_OF or not parts[1].startswith("__"))
+    return parts[1] if known else "__init__"
+
+
+def room_of(path: Path) -> str:
+    """The name just below the package that a file belongs to: `mmkt_ray/models/towers.py` -> `models`."""
+    return Path(path.parts[1]).stem
+
+
+def upward_imports(source: str, path: Path) -> Iterator[str]:
+    floor = FLOOR_OF.get(room_of(path))
+    if floor is None:
+        yield f"{path}: `{room_of(path)}` has no floor; the floors are {FLOORS}"
+        return
+    for line, name in imports(source, path):
+        part = package_part(name)
+        if part is None or (room_of(path) == "__init__" and part == "__init__"):
+            continue
+        if part not in FLOOR_OF:
+            yield f"{path}:{line}: `{name}` has no floor"
+        elif FLOOR_OF[part] < floor:
+            yield f"{path}:{line}: `{room_of(path)}` imports `{name}` from a floor above"
+
+
+def ray_imports(source: str, path: Path) -> Iterator[str]:
+    if room_of(path) in {"models", "report"}:
+        for line, name in imports(source, path):
+            if name.split(".")[0] == "ray":
+                yield f"{path}:{line}: `{room_of(path)}` knows no Ray"
+
+
+def foreign_imports_of_models(source: str, path: Path) -> Iterator[str]:
+    if room_of(path) != "models":
+        return
+    for line, name in imports(source, path):
+        part = package_part(name)
+        allowed = part in {"models", "config", "errors"} if part else name.split(".")[0] in MODELS_MAY_IMPORT
+        if not allowed:
+            yield f"{path}:{line}: models build on torch, numpy and the config, not on `{name}`"
+
+
+def unsafe_loading(source: str, path: Path) -> Iterator[str]:
+    for line, name in imports(source, path):
+        if UNPICKLERS & set(name.split(".")):
+            yield f"{path}:{line}: `{name}` runs what a file says; use safetensors, JSON, Parquet"
+    for line, name, keywords in calls(source):
+        if name in {"eval", "exec"}:
+            yield f"{path}:{line}: `{name}`"
+        if name == "yaml.load":
+            yield f"{path}:{line}: use yaml.safe_load"
+        if name == "torch.load" and not is_true(keywords.get("weights_only")):
+            yield f"{path}:{line}: torch.load without weights_only=True"
+        if name in {"np.load", "numpy.load"} and is_true(keywords.get("allow_pickle")):
+            yield f"{path}:{line}: {name} with allow_pickle"
+
+
+def is_true(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is True
+
+
+def faults(rule: Rule, *folders: str) -> list[str]:
+    files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    assert files, f"no Python files under {folders}"
+    return [fault for path in files for fault in rule(path.read_text(), path.relative_to(ROOT))]
+
+
+@pytest.mark.parametrize("rule", [upward_imports, ray_imports, foreign_imports_of_models])
+def test_the_package_keeps_the_rule(rule):
+    assert not faults(rule, PACKAGE)
+
+
+def test_nothing_unpickles_or_evaluates():
+    assert not faults(unsafe_loading, PACKAGE, *(["jobs"] if any((ROOT / "jobs").glob("*.py")) else []))
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source"),
+    [
+        (upward_imports, "samples/readers.py", "from mmkt_ray.features import store"),
+        (upward_imports, "samples/readers.py", "from mmkt_ray import encoders"),
+        (upward_imports, "evaluation/metrics.py", "from ..training.loop import fit"),
+        (upward_imports, "evaluation/metrics.py", "def f():\n    import mmkt_ray.search.tuner"),
+        (upward_imports, "config.py", "if TYPE_CHECKING:\n    from .samples import schema"),
+        (upward_imports, "__init__.py", "from mmkt_ray.cli import main"),
+        (upward_imports, "helpers.py", "import os"),
+        (upward_imports, "cli.py", "import mmkt_ray.helpers"),
+        (ray_imports, "models/towers.py", "import ray.train"),
+        (ray_imports, "report/page.py", "def f():\n    from ray import data"),
+        (foreign_imports_of_models, "models/towers.py", "import pandas as pd"),
+        (foreign_imports_of_models, "models/towers.py", "from mmkt_ray.features.store import open_store"),
+        (foreign_imports_of_models, "models/towers.py", "from mmkt_ray import storage"),
+        (unsafe_loading, "storage.py", "import pickle"),
+        (unsafe_loading, "storage.py", "from ray import cloudpickle"),
+        (unsafe_loading, "storage.py", "torch.load(path)"),
+        (unsafe_loading, "storage.py", "torch.load(path, weights_only=False)"),
+        (unsafe_loading, "storage.py", "yaml.load(text)"),
+        (unsafe_loading, "storage.py", "eval(text)"),
+        (unsafe_loading, "storage.py", "np.load(path, allow_pickle=True)"),
+    ],
+)
+def test_a_planted_fault_is_found(rule, file, source):
+    assert list(rule(source, Path(PACKAGE, file)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source"),
+    [
+        (upward_imports, "cli.py", "from mmkt_ray import __version__, report"),
+        (upward_imports, "training/loop.py", "from . import objective\nfrom ..models.towers import Tower"),
+        (upward_imports, "storage.py", "from mmkt_ray.errors import ConfigError"),
+        (upward_imports, "__init__.py", "from importlib.metadata import version"),
+        (foreign_imports_of_models, "models/towers.py", "import math\nfrom torch import nn\nfrom . import x"),
+        (unsafe_loading, "storage.py", "torch.load(path, weights_only=True)\nmodel.eval()"),
+    ],
+)
+def test_what_is_allowed_passes(rule, file, source):
+    assert not list(rule(source, Path(PACKAGE, file)))
+
+
+def test_the_top_level_holds_only_what_is_listed():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so nothing says which files belong to the project")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split("/")[0] for line in tracked.splitlines()} <= TOP_LEVEL

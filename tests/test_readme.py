@@ -1,0 +1,104 @@
+"""What README.md tells the reader to type exists: make targets, `mmkt` commands with their options, files."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHELL_BLOCK = re.compile(r"^[ \t]*```(console|bash|sh|shell)[ \t]*\n(.*?)^[ \t]*```", re.M | re.S)
+PROJECT_FILE = re.compile(r"(?<![\w./-])(?:jobs|tests|docs|mmkt_ray)/[\w./-]*\w")
+MMKT = (["mmkt"], ["python", "-m", "mmkt_ray.cli"])
+
+
+def shell_commands(markdown: str) -> list[list[str]]:
+    """The commands of all shell blocks, as words. Where lines have prompts, the others are output."""
+    commands = []
+    for _, block in SHELL_BLOCK.findall(markdown):
+        lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+        prompted = [line[2:] for line in lines if line.startswith("$ ")]
+        for line in prompted or lines:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            command: list[str] = []
+            for word in [*lexer, ";"]:
+                if set(word) <= set(";&|"):
+                    commands.append(command)
+                    command = []
+                else:
+                    command.append(word)
+    return [command for command in commands if command]
+
+
+def make_targets_used(commands: list[list[str]]) -> Iterator[str]:
+    for words in commands:
+        if words[0] == "make":
+            yield from (word for word in words[1:] if "=" not in word and not word.startswith("-"))
+
+
+def mmkt_arguments(commands: list[list[str]]) -> Iterator[list[str]]:
+    """The arguments of each `mmkt ...`, also as .venv/bin/mmkt and behind `ray job submit ... --`."""
+    for words in commands:
+        bare = [word.removeprefix(".venv/bin/") for word in words]
+        if "--" in bare and bare[:1] != ["mmkt"]:
+            bare = bare[bare.index("--") + 1 :]
+        while bare and re.fullmatch(r"\w+=.*", bare[0]):
+            bare = bare[1:]
+        for start in MMKT:
+            if bare[: len(start)] == start:
+                yield bare[len(start) :]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def commands(readme) -> list[list[str]]:
+    return shell_commands(readme)
+
+
+def test_every_make_target_exists(commands):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = set(make_targets_used(commands))
+    assert used, "README.md shows no `make` command in a ```console or ```bash block"
+    assert used <= targets
+
+
+def test_every_mmkt_command_is_understood(commands, capsys):
+    from mmkt_ray.cli import build_parser
+
+    used = list(mmkt_arguments(commands))
+    assert used, "README.md shows no `mmkt` command in a ```console or ```bash block"
+    refused = []
+    for arguments in used:
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit as stop:
+            if stop.code:  # 0: --help
+                refused.append(f"mmkt {shlex.join(arguments)}: {capsys.readouterr().err}")
+    assert not refused
+
+
+def test_every_project_file_named_exists(readme):
+    named = set(PROJECT_FILE.findall(readme))
+    assert any(name.startswith("jobs/") for name in named), "README.md names no file under jobs/"
+    assert not sorted(name for name in named if not (ROOT / name).exists())
+
+
+def test_commands_are_read_as_a_shell_would():
+    commands = shell_commands(
+        "Text `make nothing`.\n```console\n$ make demo ARGS=x && mmkt run jobs/a.yaml  # why\nmake output\n"
+        "$ A=b .venv/bin/mmkt train \\\n    --set 'a.b=c d'\n```\n"
+        "```bash\nray job submit --working-dir . -- python -m mmkt_ray.cli search x.yaml\n```\n"
+        "```python\nmake = 1\n```\n"
+    )
+    assert list(make_targets_used(commands)) == ["demo"]
+    assert list(mmkt_arguments(commands)) == [
+        ["run", "jobs/a.yaml"],
+        ["train", "--set", "a.b=c d"],
+        ["search", "x.yaml"],
+    ]

@@ -1,0 +1,67 @@
+"""Files of a run: atomic, listed in order, with messages that help."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError, ResourceError
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    """A half-written file under the final name after a crash."""
+    uri = str(tmp_path / "a" / "x.txt")
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(RuntimeError), storage.atomic(uri) as (fs, temporary):
+        with fs.open_output_stream(temporary) as stream:
+            stream.write(b"half")
+        raise RuntimeError
+    assert storage.read_bytes(uri) == b"old"
+    assert os.listdir(tmp_path / "a") == ["x.txt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the device that is always full")
+def test_full_disk_says_what_to_do(tmp_path: Path) -> None:
+    """A bare OSError after hours of work, or its temporary file left on the full disk."""
+    with pytest.raises(ResourceError, match="disk full"), storage.atomic(str(tmp_path / "x")) as (_, temporary):
+        os.symlink("/dev/full", temporary)
+        with open(temporary, "wb", buffering=0) as stream:
+            stream.write(b"x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_glob_matches_in_any_part_and_sorts(tmp_path: Path) -> None:
+    """Shards in another order on another machine, or a pattern in a folder's name ignored."""
+    for name in ("b/2.parquet", "a/1.parquet", "a/x.txt", "c.parquet"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    found = [info.path for info in storage.glob(str(tmp_path / "*" / "*.parquet"))]
+    assert found == [str(tmp_path / "a/1.parquet"), str(tmp_path / "b/2.parquet")]
+    assert storage.glob(str(tmp_path / "none-*")) == []
+
+
+def test_file_uris_work_like_paths(tmp_path: Path) -> None:
+    """A URI taken for a relative path."""
+    uri = f"file://{tmp_path}/t.parquet"
+    storage.write_table(uri, pa.table({"x": [1]}))
+    assert pq.read_table(tmp_path / "t.parquet").to_pylist() == [{"x": 1}]
+    assert storage.exists(uri)
+    assert storage.absolute(uri) == uri
+
+
+def test_unknown_scheme_and_damaged_json(tmp_path: Path) -> None:
+    """Errors that name neither the file nor the way out."""
+    with pytest.raises(DataError, match="cannot open 'nope://x'"):
+        storage.exists("nope://x")
+    storage.write_bytes(str(tmp_path / "x.json"), b"{")
+    with pytest.raises(DataError, match="damaged"):
+        storage.read_json(str(tmp_path / "x.json"))
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    """A run that starts and fails at its first write."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="choose another folder"):
+        storage.make_dir(str(tmp_path / "file" / "run"))
