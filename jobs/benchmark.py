@@ -47,7 +47,12 @@ def main() -> int:
     parser.add_argument("what", choices=["extract", "text"])
     parser.add_argument("--data", default="data", help="folder with cifar10/ and 20news-bydate.tar.gz")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one that is not")
-    parser.add_argument("--copies", type=int, default=4, help="text: how often the corpus is repeated, so that start-up is not all there is")
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=4,
+        help="text: how often the corpus is repeated, so that start-up is not all there is",
+    )
     parser.add_argument("--limit", type=int, default=None, help="extract: rows of each shard")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
     args = parser.parse_args()
@@ -55,7 +60,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
         contenders = {"extract": extract_contenders, "text": text_contenders}[args.what](args, Path(folder))
         report = measure(contenders, args.rounds)
-    report |= {"what": args.what, "arguments": vars(args), "hardware": f"{platform.processor() or platform.machine()}, {hardware()}", "commit": read_commit()}
+    report |= {
+        "what": args.what,
+        "arguments": vars(args),
+        "hardware": f"{platform.processor() or platform.machine()}, {hardware()}",
+        "commit": read_commit(),
+    }
     text = json.dumps(report, indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n")
@@ -94,7 +104,17 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
             "name": "benchmark",
             "data_root": str(Path(args.data).resolve()),
             "run_root": str(folder),
-            "samples": {"sources": [{"reader": "parquet", "path": "cifar10/train-*.parquet", "split": "train", "limit": args.limit, "columns": {"image": "img", "object": "label"}}]},
+            "samples": {
+                "sources": [
+                    {
+                        "reader": "parquet",
+                        "path": "cifar10/train-*.parquet",
+                        "split": "train",
+                        "limit": args.limit,
+                        "columns": {"image": "img", "object": "label"},
+                    }
+                ]
+            },
             "modalities": {"image": {"kind": "image", "encoder": {"name": "cnn", "pretrain": "object"}}},
             "tasks": {"object": {}},
         }
@@ -106,7 +126,10 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
     uri = str(folder / "encoder")
     save_fitted(encoder, section, uri, {"units": [], "sparse": False})
     shards = [shard.uri for shard in list_shards(config)]
-    return {"loop": lambda: loop_extract(config, shards, uri, folder / "loop"), "pipeline": lambda: pipeline(config, {"image": uri}, folder)}
+    return {
+        "loop": lambda: loop_extract(config, shards, uri, folder / "loop"),
+        "pipeline": lambda: pipeline(config, {"image": uri}, folder),
+    }
 
 
 def loop_extract(config: Config, shards: list[str], uri: str, folder: Path) -> Result:
@@ -124,14 +147,18 @@ def loop_extract(config: Config, shards: list[str], uri: str, folder: Path) -> R
             table = pq.read_table(path).slice(0, limit)
             data = table.column("img").combine_chunks().field("bytes").to_pylist()
             mark = _lap(seconds, "read", mark)
-            images = np.stack([simplejpeg.decode_jpeg(d, fastdct=True, fastupsample=True) for d in data]).transpose(0, 3, 1, 2)
+            images = np.stack([simplejpeg.decode_jpeg(d, fastdct=True, fastupsample=True) for d in data]).transpose(
+                0, 3, 1, 2
+            )
             mark = _lap(seconds, "decode", mark)
             batches = torch.from_numpy(images).split(512)
             features = torch.cat([encoder.model.features(batch) for batch in batches]).float().numpy()
             mark = _lap(seconds, "encode", mark)
             column = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
             ids = pa.array([f"{path}#{i}" for i in range(len(data))])
-            out = pa.table({"sample_id": ids, "image_features": column, "object": table.column("label").cast(pa.string())})
+            out = pa.table(
+                {"sample_id": ids, "image_features": column, "object": table.column("label").cast(pa.string())}
+            )
             pq.write_table(out, folder / Path(path).name, compression="zstd", compression_level=1, use_dictionary=False)
             _lap(seconds, "write", mark)
             num_rows += len(data)
@@ -155,7 +182,11 @@ def pipeline(config: Config, encoders: dict[str, str], folder: Path) -> Result:
     counts, manifest = store.manifest["counts"], store.manifest
     num_rows = counts["rows"] + counts["rejects"]
     rates = {"rows_per_s": num_rows / wall, "steady_rows_per_s": num_rows / (wall - manifest["startup_s"])}
-    return rates | {f"{k.replace(' ', '_')}_s": v for k, v in manifest["stages"].items()} | {"start_s": manifest["startup_s"], "wall_s": wall}
+    return (
+        rates
+        | {f"{k.replace(' ', '_')}_s": v for k, v in manifest["stages"].items()}
+        | {"start_s": manifest["startup_s"], "wall_s": wall}
+    )
 
 
 # --- TF-IDF ------------------------------------------------------------------------------------------------------------
@@ -168,8 +199,17 @@ def text_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Callabl
     size = -(-len(texts) // 8)
     for number in range(8):
         part = texts[number * size : (number + 1) * size]
-        pq.write_table(pa.table({"text": pa.array(part, pa.large_string())}), folder / "texts" / f"{number}.parquet", row_group_size=2048)
-    source = {"reader": "parquet", "path": "texts/*.parquet", "split": "train", "columns": {"text": "text", "label": "text"}}
+        pq.write_table(
+            pa.table({"text": pa.array(part, pa.large_string())}),
+            folder / "texts" / f"{number}.parquet",
+            row_group_size=2048,
+        )
+    source = {
+        "reader": "parquet",
+        "path": "texts/*.parquet",
+        "split": "train",
+        "columns": {"text": "text", "label": "text"},
+    }
     config = parse_config(
         {
             "name": "benchmark",
@@ -180,7 +220,9 @@ def text_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Callabl
         }
     )
     source_of = config.samples.sources[0].model_copy(update={"columns": {"text": "text"}})
-    config = config.model_copy(update={"tasks": {}, "samples": config.samples.model_copy(update={"sources": (source_of,)})})
+    config = config.model_copy(
+        update={"tasks": {}, "samples": config.samples.model_copy(update={"sources": (source_of,)})}
+    )
     return {
         "scikit-learn": lambda: sklearn_tfidf(texts),
         "one core": lambda: one_core_tfidf(config, texts),
@@ -204,9 +246,12 @@ def sklearn_tfidf(texts: list[str]) -> Result:
     fitted = time.perf_counter()
     vectorizer.transform(texts)
     end = time.perf_counter()
-    return {"fit_s": fitted - start, "transform_s": end - fitted, "wall_s": end - start, "rows_per_s": len(texts) / (end - start)} | {
-        "steady_rows_per_s": len(texts) / (end - start)
-    }
+    return {
+        "fit_s": fitted - start,
+        "transform_s": end - fitted,
+        "wall_s": end - start,
+        "rows_per_s": len(texts) / (end - start),
+    } | {"steady_rows_per_s": len(texts) / (end - start)}
 
 
 def one_core_tfidf(config: Config, texts: list[str]) -> Result:
@@ -223,7 +268,13 @@ def one_core_tfidf(config: Config, texts: list[str]) -> Result:
         encoder.encode(chunk)
     end = time.perf_counter()
     rate = len(texts) / (end - start)
-    return {"fit_s": fitted - start, "transform_s": end - fitted, "wall_s": end - start, "rows_per_s": rate, "steady_rows_per_s": rate}
+    return {
+        "fit_s": fitted - start,
+        "transform_s": end - fitted,
+        "wall_s": end - start,
+        "rows_per_s": rate,
+        "steady_rows_per_s": rate,
+    }
 
 
 def pipeline_tfidf(config: Config, folder: Path) -> Result:
@@ -235,9 +286,11 @@ def pipeline_tfidf(config: Config, folder: Path) -> Result:
     result = pipeline(config, encoders, folder)
     num_rows = result["rows_per_s"] * result["wall_s"]
     wall = fit_s + result["wall_s"]
-    return result | {"fit_s": fit_s, "transform_s": result["wall_s"], "wall_s": wall, "rows_per_s": num_rows / wall} | {
-        "steady_rows_per_s": num_rows / (wall - result["start_s"])
-    }
+    return (
+        result
+        | {"fit_s": fit_s, "transform_s": result["wall_s"], "wall_s": wall, "rows_per_s": num_rows / wall}
+        | {"steady_rows_per_s": num_rows / (wall - result["start_s"])}
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_set(command)
     _add_predict(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
-    command.add_argument("names", nargs="+", choices=["openmoji", "cifar10", "20news"], metavar="NAME", help="openmoji, cifar10, 20news")
+    command.add_argument(
+        "names", nargs="+", choices=["openmoji", "cifar10", "20news"], metavar="NAME", help="openmoji, cifar10, 20news"
+    )
     command.add_argument("--out", required=True, help="folder to write to")
     command = commands.add_parser("config", help="every key of a config with its default and meaning, or check a file")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
@@ -58,17 +60,47 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="replace one value of the config, e.g. training.epochs=5; repeatable")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="replace one value of the config, e.g. training.epochs=5; repeatable",
+    )
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("predict", help="model folder + raw shards -> Parquet with probabilities per task")
     command.add_argument("model", metavar="MODEL", help="model folder, e.g. runs/openmoji/models/concat")
-    command.add_argument("inputs", nargs="*", metavar="INPUT", help="raw shards (files, folders, globs); none: the sources that the model was trained with")
-    command.add_argument("--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way")
-    command.add_argument("--like", type=int, default=0, metavar="N", help="read the inputs as the config's N-th source is read (default 0)")
-    command.add_argument("--reader", choices=["parquet", "webdataset", "folders", "manifest"], help="layout of the inputs, if it differs from training")
-    command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="column mapping, if it differs from training; repeatable")
+    command.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="raw shards (files, folders, globs); none: the sources that the model was trained with",
+    )
+    command.add_argument(
+        "--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way"
+    )
+    command.add_argument(
+        "--like",
+        type=int,
+        default=0,
+        metavar="N",
+        help="read the inputs as the config's N-th source is read (default 0)",
+    )
+    command.add_argument(
+        "--reader",
+        choices=["parquet", "webdataset", "folders", "manifest"],
+        help="layout of the inputs, if it differs from training",
+    )
+    command.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="column mapping, if it differs from training; repeatable",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,9 @@ def _attach(address: str) -> None:
 
 
 def _start_local() -> None:
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "268435456")  # large buffers are kept, not mapped and unmapped for each image
+    os.environ.setdefault(
+        "MALLOC_MMAP_THRESHOLD_", "268435456"
+    )  # large buffers are kept, not mapped and unmapped for each image
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "268435456")
     for name in ("ray", "ray.data", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -78,7 +80,9 @@ def configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.enable_fallback_to_arrow_object_ext_type = False  # a stray Python object fails; it is never pickled into a file
+    context.enable_fallback_to_arrow_object_ext_type = (
+        False  # a stray Python object fails; it is never pickled into a file
+    )
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -98,10 +102,11 @@ def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_eac
     Raises: ResourceError saying what is there, what is asked, and what to set.
     """
     needed = num_actors * cpus_each + 1
+    most = int(max(0, (resources.num_cpus - 1) // cpus_each))
     if needed > resources.num_cpus:
         raise ResourceError(
             f"{num_actors} encoder actors of {cpus_each:g} CPU and one CPU for reading need {needed:g} CPUs, the cluster has "
-            f"{resources.num_cpus:g}: set extract.num_actors to at most {int(max(0, (resources.num_cpus - 1) // max(cpus_each, 1e-9)))}, or add nodes"
+            f"{resources.num_cpus:g}: set extract.num_actors to at most {most}, or add nodes"
         )
     if num_actors * gpus_each > resources.num_gpus:
         raise ResourceError(
@@ -110,8 +115,10 @@ def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_eac
         )
 
 
-def run_on_workers(loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None = None) -> Any:
-    """Run `loop(job, rank, world_size, device)` on Ray Train workers, or right here on all cores if there is to be one; returns rank 0's result.
+def run_on_workers(
+    loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None = None
+) -> Any:
+    """Run `loop(job, rank, world_size, device)` on Ray Train workers; returns rank 0's result. One worker runs right here.
 
     With several workers torch.distributed is set up (gloo on CPUs, NCCL on GPUs) and a dead worker restarts them all, up to
     twice; the loop itself resumes from its own checkpoint. Raises: ResourceError if the cluster can't place them.
@@ -122,7 +129,9 @@ def run_on_workers(loop: Callable[[Any, int, int, torch.device], Any], job: Any,
     return _run_train(loop, job, num_workers, scratch_uri)
 
 
-def _run_train(loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None) -> Any:
+def _run_train(
+    loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
     from ray.train.torch import TorchTrainer, get_device
 
@@ -130,8 +139,8 @@ def _run_train(loop: Callable[[Any, int, int, torch.device], Any], job: Any, num
     use_gpu = resources.num_gpus >= num_workers
     if num_workers + 1 > resources.num_cpus:
         raise ResourceError(
-            f"{num_workers} training workers and their driver need {num_workers + 1} CPUs, the cluster has {resources.num_cpus:g}: "
-            f"set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
+            f"{num_workers} training workers and their driver need {num_workers + 1} CPUs, "
+            f"the cluster has {resources.num_cpus:g}: set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
         )
 
     def on_worker(payload: dict[str, Any]) -> Any:
@@ -145,7 +154,9 @@ def _run_train(loop: Callable[[Any, int, int, torch.device], Any], job: Any, num
             on_worker,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-            run_config=RunConfig(name=name, storage_path=scratch_uri or scratch, failure_config=FailureConfig(max_failures=2)),
+            run_config=RunConfig(
+                name=name, storage_path=scratch_uri or scratch, failure_config=FailureConfig(max_failures=2)
+            ),
         ).fit()
     return result.return_value
 

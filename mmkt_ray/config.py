@@ -47,13 +47,17 @@ class SourceConfig(Section):
     )
     encoding: str = Field("utf-8", description="text encoding of the raw files")
     limit: int | None = Field(None, ge=1, description="read at most this many rows of each shard (for a quick look)")
-    allow_outside: bool = Field(False, description="manifest cells may be absolute paths or leave the manifest's folder")
+    allow_outside: bool = Field(
+        False, description="manifest cells may be absolute paths or leave the manifest's folder"
+    )
 
 
 class SplitConfig(Section):
     """Shares of the rows that no source gives a split, drawn by a hash of the sample id (or of the join key)."""
 
-    val_frac: float = Field(0.1, ge=0, lt=1, description="share for validation; also taken from given train rows if no source gives val")
+    val_frac: float = Field(
+        0.1, ge=0, lt=1, description="share for validation; also taken from given train rows if no source gives val"
+    )
     test_frac: float = Field(0.2, ge=0, lt=1, description="share for test")
 
     @model_validator(mode="after")
@@ -73,14 +77,18 @@ class JoinCombine(Section):
     """Rows with the same `key` become one sample."""
 
     name: Literal["join"] = "join"
-    how: Literal["inner", "outer"] = Field("inner", description="outer keeps rows without a partner (missing modalities)")
+    how: Literal["inner", "outer"] = Field(
+        "inner", description="outer keeps rows without a partner (missing modalities)"
+    )
 
 
 class PairCombine(Section):
     """Synthetic pairs within a split: each row of one modality gets a random row of the other with the matching label."""
 
     name: Literal["pair"] = "pair"
-    labels: dict[str, str] = Field(description="modality -> the task whose label decides the match, two entries; the first is kept once per row")
+    labels: dict[str, str] = Field(
+        description="modality -> the task whose label decides the match, two entries; the first is kept once per row"
+    )
     mapping: dict[str, str] | None = Field(
         None, description="class of the first label -> class of the second; null: the same class names"
     )
@@ -116,7 +124,9 @@ class CnnEncoder(Section):
     epochs: int = Field(10, ge=1, description="passes over the train split")
     batch_size: int = Field(512, ge=2, description="images per optimiser step, over all workers")
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
-    augment: tuple[Literal["flip", "crop", "cutout"], ...] = Field(("flip", "crop", "cutout"), description="training augmentation")
+    augment: tuple[Literal["flip", "crop", "cutout"], ...] = Field(
+        ("flip", "crop", "cutout"), description="training augmentation"
+    )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
     num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
 
@@ -172,7 +182,9 @@ EncoderConfig = Annotated[
 class ReduceConfig(Section):
     """Linear reduction of one modality's features, fitted exactly on the train split."""
 
-    name: Literal["pca", "svd", "standardize"] = Field(description="pca (centred), svd (uncentred, sparse input too), standardize (no change of width)")
+    name: Literal["pca", "svd", "standardize"] = Field(
+        description="pca (centred), svd (uncentred, sparse input too), standardize (no change of width)"
+    )
     dim: int | None = Field(None, ge=1, description="features kept (pca and svd)")
 
     @model_validator(mode="after")
@@ -187,8 +199,12 @@ class ModalityConfig(Section):
 
     kind: Literal["image", "text"] = Field(description="what the column holds: image = encoded bytes, text = string")
     encoder: EncoderConfig = Field(description="raw values -> feature vectors")
-    reduce: Annotated[ReduceConfig, BeforeValidator(_named)] | None = Field(None, description="features -> fewer features")
-    hidden_dim: int | None = Field(None, ge=1, description="tower width under sharing: separate; null: from the features' width")
+    reduce: Annotated[ReduceConfig, BeforeValidator(_named)] | None = Field(
+        None, description="features -> fewer features"
+    )
+    hidden_dim: int | None = Field(
+        None, ge=1, description="tower width under sharing: separate; null: from the features' width"
+    )
 
 
 class TaskConfig(Section):
@@ -203,7 +219,9 @@ class TaskConfig(Section):
 class FusionConfig(Section):
     """How the modalities' representations become one."""
 
-    name: Literal["concat", "hierarchical", "decision"] = Field("concat", description="feature-level, level upon level, or per-modality decisions")
+    name: Literal["concat", "hierarchical", "decision"] = Field(
+        "concat", description="feature-level, level upon level, or per-modality decisions"
+    )
     depth: int = Field(1, ge=1, le=16, description="levels of hierarchical fusion")
 
     @model_validator(mode="after")
@@ -219,7 +237,9 @@ class ModelConfig(Section):
     modalities: tuple[str, ...] | None = Field(None, description="modalities it reads; null: all")
     tasks: tuple[str, ...] | None = Field(None, description="tasks it predicts; null: all")
     fusion: Annotated[FusionConfig, BeforeValidator(_named)] = Field(FusionConfig(), description="fusion method")
-    sharing: str | tuple[str, ...] = Field("task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES))
+    sharing: str | tuple[str, ...] = Field(
+        "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES)
+    )
     num_levels: int = Field(1, ge=0, le=16, description="tower levels; 0: features go straight into the fusion")
     hidden_dim: int = Field(256, ge=1, description="width of towers and fusion")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout in towers and fusion")
@@ -248,8 +268,14 @@ class TrainingConfig(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    class_weights: Literal["balanced"] | None = Field(None, description="balanced: weight classes by inverse train frequency")
-    patience: int = Field(0, ge=0, description="stop after this many epochs without a better validation score; 0: never; the best epoch is kept")
+    class_weights: Literal["balanced"] | None = Field(
+        None, description="balanced: weight classes by inverse train frequency"
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="stop after this many epochs without a better validation score; 0: never; the best epoch is kept",
+    )
     num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 runs in this process without ceremony")
 
 
@@ -265,10 +291,16 @@ class ExtractConfig(Section):
     """How raw shards stream through the encoders."""
 
     chunk_rows: int = Field(1024, ge=1, description="rows of one unit of work and of one Parquet part")
-    chunk_bytes: int = Field(32_000_000, ge=1, description="raw bytes of one unit of work at most (one sample may exceed it)")
+    chunk_bytes: int = Field(
+        32_000_000, ge=1, description="raw bytes of one unit of work at most (one sample may exceed it)"
+    )
     encode_batch_size: int = Field(256, ge=1, description="samples per forward pass; fixed, the last one is padded")
-    num_actors: int | None = Field(None, ge=1, description="encoder actors; null: one per GPU, or one per two logical CPUs")
-    num_gpus: float | None = Field(None, ge=0, description="GPUs of each encoder actor; null: 1 if the cluster has any, else 0")
+    num_actors: int | None = Field(
+        None, ge=1, description="encoder actors; null: one per GPU, or one per two logical CPUs"
+    )
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs of each encoder actor; null: 1 if the cluster has any, else 0"
+    )
 
 
 class Config(Section):
@@ -286,7 +318,8 @@ class Config(Section):
     training: TrainingConfig = Field(TrainingConfig(), description="fitting")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and intervals")
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="models to compare: name -> dotted overrides of this config; none: one model, 'model'"
+        default_factory=dict,
+        description="models to compare: name -> dotted overrides of this config; none: one model, 'model'",
     )
 
     @model_validator(mode="after")
@@ -298,19 +331,31 @@ class Config(Section):
         for source in self.samples.sources:
             for column in source.columns:
                 if column not in reserved and column not in names:
-                    raise ConfigError(f"source '{source.path}' fills column '{column}', which is no modality and no task; {nearest(column, [*names, *reserved])}")
+                    raise ConfigError(
+                        f"source '{source.path}' fills column '{column}', which is no modality and no task; "
+                        + nearest(column, [*names, *reserved])
+                    )
         filled = {c for s in self.samples.sources for c in s.columns}
         for name in names:
             if name not in filled:
-                raise ConfigError(f"no source fills '{name}': add it to a source's columns, or drop it from modalities or tasks")
+                raise ConfigError(
+                    f"no source fills '{name}': add it to a source's columns, or drop it from modalities or tasks"
+                )
         for name, modality in self.modalities.items():
             task = getattr(modality.encoder, "pretrain", None)
             if task is not None and task not in self.tasks:
-                raise ConfigError(f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}")
+                raise ConfigError(
+                    f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
+                )
             kind = {"cnn": "image", "pixels": "image", "tfidf": "text"}.get(modality.encoder.name, modality.kind)
             if kind != modality.kind:
-                raise ConfigError(f"modalities.{name}: encoder '{modality.encoder.name}' reads {kind}, the modality's kind is {modality.kind}")
-        for what, chosen, known in (("modalities", self.model.modalities, self.modalities), ("tasks", self.model.tasks, self.tasks)):
+                raise ConfigError(
+                    f"modalities.{name}: encoder '{modality.encoder.name}' reads {kind}, the modality's kind is {modality.kind}"
+                )
+        for what, chosen, known in (
+            ("modalities", self.model.modalities, self.modalities),
+            ("tasks", self.model.tasks, self.tasks),
+        ):
             for name in chosen or ():
                 if name not in known:
                     raise ConfigError(f"model.{what}: unknown '{name}': {nearest(name, known)}")
@@ -320,10 +365,14 @@ class Config(Section):
 
     def _check_pair(self, pair: PairCombine) -> None:
         if len(pair.labels) != 2:
-            raise ConfigError("samples.combine.labels needs two modalities, each with the task whose label decides the match")
+            raise ConfigError(
+                "samples.combine.labels needs two modalities, each with the task whose label decides the match"
+            )
         for modality, task in pair.labels.items():
             if modality not in self.modalities:
-                raise ConfigError(f"samples.combine.labels: unknown modality '{modality}': {nearest(modality, self.modalities)}")
+                raise ConfigError(
+                    f"samples.combine.labels: unknown modality '{modality}': {nearest(modality, self.modalities)}"
+                )
             if task not in self.tasks:
                 raise ConfigError(f"samples.combine.labels: unknown task '{task}': {nearest(task, self.tasks)}")
 
@@ -400,7 +449,9 @@ def fingerprint(value: Any, length: int = 16) -> str:
 def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Every key of the config as (dotted key, default, description): the source of the CLI's help and of the docs."""
     for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
+        default = (
+            "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
+        )
         children = list(_sections(field.annotation))
         yield f"{prefix}{name}", default if not children or field.is_required() else "", field.description or ""
         for mark, child in children:
@@ -418,7 +469,8 @@ def _sections(annotation: Any, mark: str = "") -> Iterator[tuple[str, type[Secti
         chosen = get_args(name.annotation) if name is not None else ()
         yield mark + (f"({chosen[0]})" if len(chosen) == 1 else ""), annotation
         return
-    inner = {tuple: "[]", dict: ".<name>"}.get(get_origin(annotation) or type(None), "")
+    origin = get_origin(annotation)
+    inner = "[]" if origin is tuple else ".<name>" if origin is dict else ""
     for part in get_args(annotation):
         yield from _sections(part, mark + inner)
 
@@ -460,7 +512,11 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{where}: unknown name '{error['ctx']['tag']}': known: {error['ctx']['expected_tags']}"
     got = error.get("input")
     shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}" if where else error["msg"].removeprefix("Value error, ")
+    return (
+        f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
+        if where
+        else error["msg"].removeprefix("Value error, ")
+    )
 
 
 def _known_keys(parents: list[Any]) -> list[str]:
@@ -480,4 +536,3 @@ def _tag(section: type[Section]) -> str | None:
     name = section.model_fields.get("name")
     values = get_args(name.annotation) if name is not None else ()
     return values[0] if len(values) == 1 else None
-

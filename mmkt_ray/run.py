@@ -18,7 +18,7 @@ from typing import Any
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.evaluation.evaluate import compare, comparison_table, evaluate_baselines, evaluate_model
+from mmkt_ray.evaluation.evaluate import compare, comparison_table, evaluate_baselines, evaluate_model, write_gallery
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.report.page import build_report
@@ -50,7 +50,11 @@ def extract_step(config: Config) -> dict[str, Store]:
     stores: dict[str, Store] = {}
     with _record(config, "extract"):
         for name, variant in config.expand_variants().items():
-            key = fingerprint(variant.model_dump(mode="json", include={"samples", "modalities", "tasks", "extract", "seed", "data_root"}))
+            key = fingerprint(
+                variant.model_dump(
+                    mode="json", include={"samples", "modalities", "tasks", "extract", "seed", "data_root"}
+                )
+            )
             if key not in stores:
                 stores[key] = extract(variant, uri)
             stores[name] = stores[key]
@@ -67,7 +71,9 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
             log.info("model %s: best epoch %s, %.1f s", name, summary.get("best_epoch"), summary.get("seconds", 0.0))
             for modality in variant.model_modalities:
                 for folder in stores[name].manifest["modalities"][modality]["folders"]:
-                    storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
+                    storage.copy_folder(
+                        storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder)
+                    )
 
 
 def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
@@ -80,7 +86,10 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
             for store in {s.uri: s for s in stores.values()}.values():
                 evaluate_baselines(config, store, storage.join(uri, "baselines", store.uri.rsplit("/", 1)[-1]))
         _write_run_json(config, stores)
-        return compare(uri)
+        results = compare(uri)
+        if results["main"] in stores:
+            write_gallery(storage.join(uri, "models", results["main"]))
+        return results
 
 
 def report_step(config: Config) -> str:
@@ -106,7 +115,9 @@ def _write_run_json(config: Config, stores: dict[str, Store]) -> None:
     card |= {
         "name": config.name,
         "config": config.model_dump(mode="json"),
-        "variants": {n: {"store": f"features/{s.uri.rsplit('/', 1)[-1]}", "model": f"models/{n}"} for n, s in stores.items()},
+        "variants": {
+            n: {"store": f"features/{s.uri.rsplit('/', 1)[-1]}", "model": f"models/{n}"} for n, s in stores.items()
+        },
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "commit": read_commit(),
         "hardware": hardware(),

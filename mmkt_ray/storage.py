@@ -65,7 +65,9 @@ def glob(uri: str) -> list[pafs.FileInfo]:
     first = next((i for i, part in enumerate(parts) if _GLOB & set(part)), len(parts))
     infos = [fs.get_file_info("/".join(parts[:first]) or "/")]
     for part in parts[first:]:
-        inside = [c for i in infos if i.type == pafs.FileType.Directory for c in fs.get_file_info(pafs.FileSelector(i.path))]
+        inside = [
+            c for i in infos if i.type == pafs.FileType.Directory for c in fs.get_file_info(pafs.FileSelector(i.path))
+        ]
         infos = [c for c in inside if fnmatch.fnmatchcase(c.base_name, part)]
     return sorted((i for i in infos if i.type != pafs.FileType.NotFound), key=lambda i: i.path)
 
@@ -78,7 +80,9 @@ def make_dir(uri: str) -> None:
         if isinstance(fs, pafs.LocalFileSystem) and not os.access(path, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:
-        raise ResourceError(f"cannot write to '{uri}': {error}; choose another folder, e.g. --set run_root=/path") from None
+        raise ResourceError(
+            f"cannot write to '{uri}': {error}; choose another folder, e.g. --set run_root=/path"
+        ) from None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -123,7 +127,9 @@ class atomic:
             return
         Path(self.temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == 28:
-            raise ResourceError(f"disk full while writing '{self.uri}': free some space and run the same command again") from error
+            raise ResourceError(
+                f"disk full while writing '{self.uri}': free some space and run the same command again"
+            ) from error
 
 
 def move(source: str, target: str) -> None:

@@ -21,7 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PLUGINS, os.environ.get
 sys.path.insert(0, PLUGINS)
 os.environ.pop("RAY_ADDRESS", None)  # never join a cluster that happens to run
 
-import pytest
+import pytest  # noqa: E402  (after what Ray reads on import)
 
 DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 

@@ -74,8 +74,12 @@ def test_all_faults_are_told_at_once(raw: dict[str, Any]) -> None:
 def test_bare_names_and_mappings_are_the_same(raw: dict[str, Any]) -> None:
     """`fusion: concat` meaning something else than `fusion: {name: concat}`."""
     config = parse_config(raw)
-    assert config.with_overrides({"model.fusion": "decision"}) == config.with_overrides({"model.fusion": {"name": "decision"}})
-    assert config.with_overrides({"modalities.image.encoder.image_size": 16}).modalities["image"].encoder.image_size == 16
+    assert config.with_overrides({"model.fusion": "decision"}) == config.with_overrides(
+        {"model.fusion": {"name": "decision"}}
+    )
+    assert (
+        config.with_overrides({"modalities.image.encoder.image_size": 16}).modalities["image"].encoder.image_size == 16
+    )
 
 
 def test_config_is_frozen(raw: dict[str, Any]) -> None:

@@ -15,10 +15,15 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None
     """A half-written file under the final name after a crash."""
     uri = str(tmp_path / "a" / "x.txt")
     storage.write_bytes(uri, b"old")
-    with pytest.raises(RuntimeError), storage.atomic(uri) as (fs, temporary):
-        with fs.open_output_stream(temporary) as stream:
-            stream.write(b"half")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with storage.atomic(uri) as (fs, temporary):
+            with fs.open_output_stream(temporary) as stream:
+                stream.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert storage.read_bytes(uri) == b"old"
     assert os.listdir(tmp_path / "a") == ["x.txt"]
 
@@ -26,10 +31,15 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the device that is always full")
 def test_full_disk_says_what_to_do(tmp_path: Path) -> None:
     """A bare OSError after hours of work, or its temporary file left on the full disk."""
-    with pytest.raises(ResourceError, match="disk full"), storage.atomic(str(tmp_path / "x")) as (_, temporary):
-        os.symlink("/dev/full", temporary)
-        with open(temporary, "wb", buffering=0) as stream:
-            stream.write(b"x")
+
+    def write_to_full_disk() -> None:
+        with storage.atomic(str(tmp_path / "x")) as (_, temporary):
+            os.symlink("/dev/full", temporary)
+            with open(temporary, "wb", buffering=0) as stream:
+                stream.write(b"x")
+
+    with pytest.raises(ResourceError, match="disk full"):
+        write_to_full_disk()
     assert os.listdir(tmp_path) == []
 
 

@@ -30,7 +30,9 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     try:
         return _load(config.name)(**config.options)
     except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(f"cannot build encoder '{config.name}': {error}; it must be importable on every node that runs the job") from None
+        raise ConfigError(
+            f"cannot build encoder '{config.name}': {error}; it must be importable on every node that runs the job"
+        ) from None
 
 
 def _load(name: str) -> Any:

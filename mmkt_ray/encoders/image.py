@@ -62,7 +62,11 @@ class CnnImageEncoder:
         padding = -len(images) % self.encode_batch_size
         padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
         outputs = apply_cnn(
-            function(self.model), padded, device=self.device, precision=self.config.precision, encode_batch_size=self.encode_batch_size
+            function(self.model),
+            padded,
+            device=self.device,
+            precision=self.config.precision,
+            encode_batch_size=self.encode_batch_size,
         )
         return outputs[: len(images)]
 
@@ -74,10 +78,10 @@ class CnnImageEncoder:
 
     def recipe(self, seed: int) -> CNNRecipe:
         """The training recipe that the config asks for."""
-        c = self.config
-        chosen = {"epochs": c.epochs, "batch_size": c.batch_size, "width": c.width, "image_size": c.image_size}
-        chosen |= {"augment": tuple(c.augment), "precision": c.precision, "seed": seed}
-        return CNNRecipe(**chosen, **({"lr": c.lr} if c.lr is not None else {}))
+        asked = self.config.model_dump(
+            include={"epochs", "batch_size", "width", "image_size", "augment", "precision", "lr"}
+        )
+        return CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
 
     def adopt(self, model: SmallCNN, class_names: list[str]) -> None:
         """Take a trained network."""

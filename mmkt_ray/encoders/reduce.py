@@ -68,16 +68,17 @@ class _Reducer:
         return self._config.dim
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Fitted arrays, and `kept_frac`: the share of variance (svd: of squared length) that is kept."""
+        """Fitted arrays; of pca and svd also `kept_frac`, the share of variance (svd: of squared length) kept."""
         self._check_fitted()
         return dict(self._tensors), dict(self._rest)
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        """Become what `state` was taken of."""
         self._tensors, self._rest = dict(tensors), dict(rest)
 
     def _check_fitted(self) -> None:
         if not self.fitted:
-            raise DataError(f"this {self._config.name} is not fitted: fit it on the train split, or load its state, first")
+            raise DataError(f"{self._config.name} is not fitted: fit it on the train split, or load its state, first")
 
     def _check_width(self, features: Features, width: int) -> None:
         if features.ndim != 2 or features.shape[1] != width:
@@ -85,7 +86,7 @@ class _Reducer:
 
     def _check_parts(self, parts: list[Any]) -> None:
         if not parts:
-            raise DataError(f"no features to fit {self._config.name} on: has the train split any row with this modality?")
+            raise DataError(f"no features to fit {self._config.name} on: has any train row this modality?")
 
     def _check_rank(self, rank: int, num_rows: int, width: int) -> None:
         if self.dim > rank:
@@ -96,29 +97,9 @@ class _Reducer:
 
     def _check_finite(self, value: np.ndarray | float) -> None:
         if not np.isfinite(value).all():
-            raise DataError(f"features for {self._config.name} hold NaN or infinite values: look at the encoder's output")
-
-    def _dense(self, features: Features) -> np.ndarray:
-        """The chunk as (B, D) float64. Raises: DataError where sparse features are too wide for that."""
-        if not sp.issparse(features):
-            return np.asarray(features, dtype=np.float64)
-        if features.shape[1] > EXACT_WIDTH:
             raise DataError(
-                f"{self._config.name} centres features, which would make {features.shape[1]}-wide sparse ones dense: "
-                f"use `reduce: {{name: svd, dim: ...}}`, or max_features <= {EXACT_WIDTH} in the encoder"
+                f"features for {self._config.name} hold NaN or infinite values: see what the encoder returns"
             )
-        return features.toarray().astype(np.float64)
-
-
-def _merge_moments(parts: list[Moments]) -> Moments:
-    """Moments of all rows: what Chan, Golub & LeVeque (1979) do for two parts, for any number at once."""
-    num_rows = sum(part.num_rows for part in parts)
-    shares = np.array([part.num_rows for part in parts]) / max(num_rows, 1)
-    mean = sum(share * part.mean for share, part in zip(shares, parts, strict=True))
-    offsets = np.stack([np.sqrt(part.num_rows) * (part.mean - mean) for part in parts])  # (P, D)
-    scatter = sum(part.scatter for part in parts)
-    between = offsets.T @ offsets if scatter.ndim == 2 else (offsets**2).sum(axis=0)
-    return Moments(num_rows, mean, scatter + between)
 
 
 def _flip_signs(components: np.ndarray) -> np.ndarray:
@@ -129,9 +110,9 @@ def _flip_signs(components: np.ndarray) -> np.ndarray:
 
 
 def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Eigenvalues (num,) descending and eigenvectors (D, num) of a positive semidefinite matrix (D, D), and its rank.
+    """The `num` largest eigenvalues, descending, of a positive semidefinite matrix (D, D), and their vectors (D, num).
 
-    The rank is counted up to `num`, or in full where it is lower; then there may be fewer than `num` of the others.
+    Third comes its rank, counted up to `num`. If `num` exceeds D, all D are returned.
     """
     width = len(matrix)
     values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[max(width - num, 0), width - 1])
@@ -139,19 +120,52 @@ def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.
     return values[::-1], vectors[:, ::-1], rank
 
 
-class PcaReducer(_Reducer):
-    """Projection of centred features onto their K directions of largest variance."""
+class _CentringReducer(_Reducer):
+    """What fits on moments."""
+
+    def _scatter(self, centred: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
     def partial(self, features: Features) -> Moments:
-        """Moments of one chunk (B, D), with the D x D scatter matrix."""
+        """Moments of one chunk (B, D)."""
         dense = self._dense(features)
         mean = dense.mean(axis=0) if len(dense) else np.zeros(dense.shape[1])
-        centred = dense - mean
-        return Moments(len(dense), mean, centred.T @ centred)
+        return Moments(len(dense), mean, self._scatter(dense - mean))
 
     def merge(self, parts: list[Moments]) -> Moments:
+        """Moments of all rows: what Chan, Golub & LeVeque (1979) do for two parts, for any number at once."""
         self._check_parts(parts)
-        return _merge_moments(parts)
+        num_rows = sum(part.num_rows for part in parts)
+        shares = np.array([part.num_rows for part in parts]) / max(num_rows, 1)
+        mean = shares @ np.stack([part.mean for part in parts])
+        offsets = np.stack([np.sqrt(part.num_rows) * (part.mean - mean) for part in parts])
+        within = sum((part.scatter for part in parts[1:]), parts[0].scatter)
+        return Moments(num_rows, mean, within + self._scatter(offsets))
+
+    def _dense(self, features: Features) -> np.ndarray:
+        """The chunk as (B, D) float64. Raises: DataError where sparse features are too wide for that."""
+        if isinstance(features, np.ndarray):
+            return features.astype(np.float64)
+        if features.shape[1] > EXACT_WIDTH:
+            raise DataError(
+                f"{self._config.name} centres features, which would make {features.shape[1]}-wide sparse ones dense: "
+                f"use `reduce: {{name: svd, dim: ...}}`, or max_features <= {EXACT_WIDTH} in the encoder"
+            )
+        return features.toarray().astype(np.float64)
+
+    def _centred(self, features: Features) -> np.ndarray:
+        """The features less their fitted mean, (B, D) float64."""
+        self._check_fitted()
+        mean = self._tensors["mean"]
+        self._check_width(features, len(mean))
+        return self._dense(features) - mean
+
+
+class PcaReducer(_CentringReducer):
+    """Projection of centred features onto their K directions of largest variance."""
+
+    def _scatter(self, centred: np.ndarray) -> np.ndarray:
+        return centred.T @ centred
 
     def finish(self, total: Moments) -> None:
         """Raises: DataError if `dim` exceeds the rank, or values are not finite."""
@@ -163,32 +177,24 @@ class PcaReducer(_Reducer):
 
     def encode(self, features: Features) -> np.ndarray:
         """(B, D) -> (B, K) float32."""
-        self._check_fitted()
-        self._check_width(features, len(self._tensors["mean"]))
-        return (self._dense(features) - self._tensors["mean"]).astype(np.float32) @ self._tensors["components"]
+        return self._centred(features).astype(np.float32) @ self._tensors["components"]
 
 
-class Standardizer(_Reducer):
+class Standardizer(_CentringReducer):
     """Features less their mean, divided by their standard deviation; constant ones become 0."""
 
     @property
     def dim(self) -> int:
+        """D."""
         self._check_fitted()
         return len(self._tensors["mean"])
 
-    def partial(self, features: Features) -> Moments:
-        """Moments of one chunk (B, D), each feature for itself."""
-        dense = self._dense(features)
-        mean = dense.mean(axis=0) if len(dense) else np.zeros(dense.shape[1])
-        return Moments(len(dense), mean, ((dense - mean) ** 2).sum(axis=0))
-
-    def merge(self, parts: list[Moments]) -> Moments:
-        self._check_parts(parts)
-        return _merge_moments(parts)
+    def _scatter(self, centred: np.ndarray) -> np.ndarray:
+        return (centred**2).sum(axis=0)
 
     def finish(self, total: Moments) -> None:
         """Raises: DataError if there are no rows, or values are not finite."""
-        self._check_parts([total] * total.num_rows)
+        self._check_parts([total] if total.num_rows else [])
         self._check_finite(total.scatter)
         variance = total.scatter / total.num_rows
         # Rounding leaves a constant feature a variance of about this much (scikit-learn's bound).
@@ -198,9 +204,7 @@ class Standardizer(_Reducer):
 
     def encode(self, features: Features) -> np.ndarray:
         """(B, D) -> (B, D) float32."""
-        self._check_fitted()
-        self._check_width(features, self.dim)
-        return ((self._dense(features) - self._tensors["mean"]) / self._tensors["scale"]).astype(np.float32)
+        return (self._centred(features) / self._tensors["scale"]).astype(np.float32)
 
 
 class SvdReducer(_Reducer):
@@ -226,12 +230,12 @@ class SvdReducer(_Reducer):
         return {**self.__dict__, "_lanczos": None}
 
     def partial(self, features: Features) -> Products:
-        """X'XQ of one chunk X (B, D): Q is the pass's block, or the identity where features are narrow."""
+        """X'XQ of a chunk X (B, D): Q is the pass's block, or the identity where features are narrow."""
         num_rows, width = features.shape
         values = features.data if sp.issparse(features) else features
         square_sum = float(np.square(values, dtype=np.float64).sum())
         if self._is_narrow(width):
-            rows = features.astype(np.float64)
+            rows: Any = features.astype(np.float64)
             sums = rows.T @ rows
             sums = sums.toarray() if sp.issparse(sums) else sums
             return Products(num_rows, width, square_sum, np.arange(width), sums)
@@ -244,6 +248,7 @@ class SvdReducer(_Reducer):
         return Products(num_rows, width, square_sum, columns, rows.T @ (rows @ block))
 
     def merge(self, parts: list[Products]) -> Products:
+        """X'XQ of all rows."""
         self._check_parts(parts)
         columns = np.unique(np.concatenate([part.columns for part in parts]))
         sums = np.zeros((len(columns), parts[0].sums.shape[1]), parts[0].sums.dtype)
@@ -253,7 +258,10 @@ class SvdReducer(_Reducer):
         return Products(num_rows, parts[0].width, square_sum, columns, sums)
 
     def finish(self, total: Products) -> None:
-        """End a pass; the last one leaves it fitted. Raises: DataError if `dim` exceeds the rank, or values are not finite."""
+        """End a pass; the last one leaves it fitted.
+
+        Raises: DataError if `dim` exceeds the rank, or values are not finite.
+        """
         self._check_finite(total.square_sum)
         product = np.zeros((total.width, total.sums.shape[1]), total.sums.dtype)
         product[total.columns] = total.sums
@@ -263,7 +271,7 @@ class SvdReducer(_Reducer):
             return
         if self._block is None:
             self._lanczos = _BlockLanczos(np.random.default_rng(self.SEED))
-        assert self._lanczos is not None, "`finish` must be called on the reducer of the first pass, not on a pickled copy"
+        assert self._lanczos is not None, "call `finish` on the reducer of the first pass, not on a pickled copy"
         self._block = self._lanczos.add(product)
         if len(self._lanczos.blocks) == self.num_passes:
             self._become_fitted(total, *self._lanczos.leading(self.dim))
@@ -311,7 +319,7 @@ class _BlockLanczos:
             product = product - self.blocks[-1] @ self._diagonal[-1]
         if len(self.blocks) > 1:
             product -= self.blocks[-2] @ self._below[-1].T
-        norm = np.linalg.norm(self._diagonal[0], 2) if self.blocks else 0
+        norm = float(np.linalg.norm(self._diagonal[0], 2)) if self.blocks else 0
         block, first = self._orthonormalise(product, norm)
         for other in self.blocks:  # what rounding left, or where the space is exhausted, random directions
             block -= other @ (other.T @ block)

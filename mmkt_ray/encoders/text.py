@@ -48,7 +48,7 @@ class TfidfEncoder:
         self._words_only = section.ngram_range == (1, 1)
         self._terms: pa.LargeStringArray | None = None  # (D,) sorted by code point
         self._idf = np.empty(0)  # (D,) float64
-        self._index: TermIndex | dict[str, int] | None = None  # of the terms; made by the first `encode`
+        self._index: Any = None  # finds terms, a TermIndex or for n-grams a dict; made by the first `encode`
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
@@ -101,6 +101,7 @@ class TfidfEncoder:
         return {"term_bytes": term_bytes, "term_offsets": term_offsets, "idf": self._idf}, {}
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        """Become what `state` was taken of."""
         self._terms = _from_utf8(tensors["term_bytes"], tensors["term_offsets"])
         self._idf = tensors["idf"]
         self._index = None

@@ -72,7 +72,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
-def _code_point(text: np.ndarray, position: int) -> tuple[int, int]:
+def _code_point(text: np.ndarray, position: int) -> tuple[np.int64, int]:
     """(code point, bytes it takes) of the character at `position`; the text is valid UTF-8."""
     code, size = np.int64(text[position]), 1
     if code >= 0xF0:
@@ -89,7 +89,7 @@ def _code_point(text: np.ndarray, position: int) -> tuple[int, int]:
 @_compiled
 def _next_token(
     text: np.ndarray, position: int, end: int, is_word: np.ndarray, hash_mask: int
-) -> tuple[int, int, int]:
+) -> tuple[int, int, np.int64]:
     """(start, stop, hash) of the first token in text[position:end]; start == stop if there is none."""
     start, length, hash_ = position, 0, FNV_OFFSET
     while position < end:
@@ -110,10 +110,10 @@ def _next_token(
 
 @_compiled
 def _same_bytes(terms: np.ndarray, term_start: int, text: np.ndarray, start: int, num: int) -> bool:
-    for i in range(num):
-        if terms[term_start + i] != text[start + i]:
-            return False
-    return True
+    offset = 0
+    while offset < num and terms[term_start + offset] == text[start + offset]:
+        offset += 1
+    return offset == num
 
 
 @_compiled
@@ -124,9 +124,10 @@ def _find(
     slot = hash_ & (len(slots) - 1)
     while slots[slot] >= 0:
         term = slots[slot]
-        if entries[term, HASH] == hash_ and entries[term, STOP] - entries[term, START] == stop - start:
-            if _same_bytes(terms, entries[term, START], text, start, stop - start):
-                return slot
+        num_bytes = entries[term, STOP] - entries[term, START]
+        same = entries[term, HASH] == hash_ and num_bytes == stop - start
+        if same and _same_bytes(terms, entries[term, START], text, start, num_bytes):
+            return slot
         slot = (slot + 1) & (len(slots) - 1)
     return slot
 

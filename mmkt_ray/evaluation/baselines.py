@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 
 from mmkt_ray.encoders.base import Features
+from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.features.store import FeatureTable
 
 MAJORITY = "majority"
@@ -27,7 +29,7 @@ def baseline_name(modalities: Sequence[str]) -> str:
     return "logreg:" + "+".join(modalities)
 
 
-def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Majority | Logreg]:
+def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Baseline]:
     """All baselines of one task, fitted on its labelled train rows.
 
     Returns {"majority": .., "logreg:<modality>": .. for each modality, "logreg:<all joined by +>": ..}. A modality that
@@ -39,7 +41,7 @@ def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Ma
         return {}
     usable = [m for m in sorted(table.features) if table.present[m][rows].any()]
     sets = [(m,) for m in usable] + ([tuple(usable)] if len(usable) > 1 else [])
-    fitted: dict[str, Majority | Logreg] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), usable)}
+    fitted: dict[str, Baseline] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), usable)}
     for modalities in sets:
         fitted[baseline_name(modalities)] = Logreg.fit(table.take(rows), task, modalities, seed)
     return fitted
@@ -117,9 +119,7 @@ class Logreg:
         return proba
 
 
-def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:
-    """(N,) bool: the sample has at least one of the modalities."""
-    return np.logical_or.reduce([table.present[m] for m in modalities])
+Baseline: TypeAlias = Majority | Logreg
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Columns:
 
 
 def _fit_input(features: Features, present: np.ndarray) -> _Scaling | _Columns:
-    if sp.issparse(features):
+    if not isinstance(features, np.ndarray):
         frequency = np.bincount(features.indices, minlength=features.shape[1])
         return _Columns(np.sort(np.argsort(-frequency, kind="stable")[:MAX_SPARSE_COLUMNS]))
     some = features[present].astype(np.float64)

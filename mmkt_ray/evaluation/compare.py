@@ -1,7 +1,7 @@
 """All models of a run side by side, each against the best single modality on the same samples. Reads result files only.
 
 The best single modality of a task is the trained variant that reads exactly one modality with the highest accuracy on
-`val` (on `test`, with a note, if there is no `val`); without such variants the best single-modality logistic regression.
+`val` (on `test`, with a note, if there is no `val`); without any the best logistic regression on one modality.
 Differences are paired over the samples that both models predicted. Models that share none were scored on different
 samples; their scores are shown, not compared.
 """
@@ -28,14 +28,16 @@ def compare(run_uri: str) -> dict[str, Any]:
     """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned:
 
         run, split, confidence, main (the trained model chosen on val over all tasks), notes [..]
-        models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params, training_s, store, folder}}
+        models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
+                        training_s, store, folder}}
         tasks: {task: {num_classes, selected_on: val|test, best, best_trained, best_fused, best_single (names),
-                       rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals), balanced_accuracy, val_accuracy,
+                       rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals), balanced_accuracy,
+                               val_accuracy,
                                versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
                                         (paired differences)} or None, verdict}]}}
 
-    Reads `<run>/run.json` where there is one (variants: {name: {model: folder}}), else every `<run>/models/*/metrics.json`,
-    and `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
+    Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`, and
+    `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
     """
     run = read_optional(storage.join(run_uri, "run.json")) or {}
     models = [*_trained(run_uri, run), *_baselines(run_uri)]
@@ -184,7 +186,9 @@ def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
     return {m.name: found[m.name]["accuracy"] * found[m.name]["num_rows"] / most[m.record.get("store")] for m in models}
 
 
-def best_single(task: str, models: list[Evaluated], scores: dict[str, float], relative_to: Evaluated | None) -> Evaluated | None:
+def best_single(
+    task: str, models: list[Evaluated], scores: dict[str, float], relative_to: Evaluated | None
+) -> Evaluated | None:
     """The best single-modality model among those scored on samples of `relative_to`: trained ones before baselines."""
     singles = [m for m in models if len(m.record["modalities"]) == 1]
     if relative_to is not None:
@@ -204,7 +208,11 @@ def _name(model: Evaluated | None) -> str | None:
 def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any]:
     """One model's line: its scores, and the paired difference to the best single modality."""
     record = model.tasks[task]
-    row = {"model": model.name, **{k: record[k] for k in ("num_rows", "num_unseen", "balanced_accuracy")}, **record["intervals"]}
+    row = {
+        "model": model.name,
+        **{k: record[k] for k in ("num_rows", "num_unseen", "balanced_accuracy")},
+        **record["intervals"],
+    }
     row["val_accuracy"] = record["val"]["accuracy"] if record.get("val") else None
     if single is model:
         return {**row, "versus": None, "verdict": REFERENCE}
@@ -216,18 +224,16 @@ def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any
 
 def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | None:
     """Differences model - other over the samples both predicted; None if they share none with the same label."""
-    both = model.predictions(task).join(other.predictions(task), how="inner", rsuffix="_other")
+    both = model.predictions(task).join(other.predictions(task).add_suffix("_other"), how="inner")
     both = both[both["label"] == both["label_other"]]
     if both.empty:
         return None
     names = sorted({*model.tasks[task]["class_names"], *other.tasks[task]["class_names"]})
-    labels, *preds = (pd.Index(names).get_indexer(both[c]) for c in ("label", "pred", "pred_other"))
+    labels, pred, pred_other = (pd.Index(names).get_indexer(both[c]) for c in ("label", "pred", "pred_other"))
     labels = np.where(labels < 0, UNSEEN, labels)
-    options = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
-    found: dict[str, Interval] = {
-        m: paired_difference(labels, *preds, m, num_classes=len(names), **options) for m in METRICS
-    }
-    shared = {"ours": float((preds[0] == labels).mean()), "theirs": float((preds[1] == labels).mean())}
+    options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
+    found = {m: paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options) for m in METRICS}
+    shared = {"ours": float((pred == labels).mean()), "theirs": float((pred_other == labels).mean())}
     return {"model": other.name, "num_rows": len(both), "shared_accuracy": shared, **found}
 
 
@@ -250,13 +256,17 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """What a reader must know to read the numbers right."""
     notes = []
     if any(t["selected_on"] == "test" for t in results["tasks"].values()):
-        notes.append("There is no val split, so the best models were chosen on test: their scores are a little too good.")
+        notes.append(
+            "There is no val split, so the best models were chosen on test: their scores are a little too good."
+        )
     missing = [v for v in run.get("variants") or {} if v not in results["models"]]
     if missing:
         notes.append(f"Not evaluated yet, so not shown: {', '.join(missing)}.")
     rows = [r for t in results["tasks"].values() for r in t["rows"]]
     if any(r["verdict"] == DIFFERENT_SAMPLES for r in rows):
-        notes.append('"Different samples": no single-modality model was scored on the same samples, so there is no fair difference.')
+        notes.append(
+            '"Different samples": no single modality was scored on the same samples, so there is no fair difference.'
+        )
     if any(r["num_unseen"] for r in rows):
         notes.append("Some test labels are of classes that the train split does not have; they count as wrong.")
     if any(r["versus"] and r["versus"]["num_rows"] < r["num_rows"] for r in rows):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,26 +21,27 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.baselines import fit_baselines, readable
+from mmkt_ray.evaluation.baselines import MAJORITY, Baseline, fit_baselines
 from mmkt_ray.evaluation.compare import compare, comparison_table
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals
 from mmkt_ray.evaluation.metrics import classification_metrics
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.features.store import MISSING, FeatureTable, Store, encode_labels
+from mmkt_ray.evaluation.rows import Rows, load_rows, prediction_table, readable
+from mmkt_ray.features.store import MISSING, FeatureTable, Store
 
 __all__ = ["compare", "comparison_table", "evaluate_baselines", "evaluate_model", "write_gallery"]
 
 MAX_MODALITIES_FOR_ALL_SUBSETS = 4
-Predict = Callable[[FeatureTable, Sequence[str]], Mapping[str, np.ndarray]]  # (table, dropped) -> task -> (N, C)
+Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
 
 
 def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[str, Any]:
     """Score a model folder on a split; also its accuracy on `val`, by which models are chosen.
 
-    Writes `metrics.json` (`metrics-<split>.json` for another split than test) and `predictions-<split>.parquet` into the
-    folder. Returns what metrics.json holds:
+    Writes `metrics.json` (`metrics-<split>.json` for other splits) and `predictions-<split>.parquet` into the folder.
+    Returns what metrics.json holds:
 
         name, split, store (fingerprint), modalities, num_params, training_s, confidence, num_rows, seconds
         tasks: {task: {metrics of `classification_metrics`,
@@ -54,28 +56,26 @@ def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[st
     started = time.perf_counter()
     model, card = load_model(model_uri)
     config = parse_config(card["config"])
-    data = _load(store, config.model_modalities, config.model_tasks, card["class_names"])
-
-    def predict(table: FeatureTable, drop: Sequence[str]) -> Mapping[str, np.ndarray]:
-        return predict_table(model, table, drop=drop)
-
-    rows = data.readable_rows(split)
-    if len(rows) == 0:
-        raise DataError(f"'{store.uri}' has no '{split}' rows with any of {list(config.model_modalities)}: nothing to evaluate on")
-    part, proba = data.take(rows), None
     settings = _Settings(config.evaluation, config.seed)
-    tasks: dict[str, Any] = {t: {"subsets": {}} for t in config.model_tasks}
-    for subset in modality_subsets(config.model_modalities):  # the full set comes first
-        found = predict(part.table, [m for m in config.model_modalities if m not in subset])
-        proba = proba or _checked(found, model_uri)
-        for task in tasks:
-            tasks[task]["subsets"]["+".join(subset)] = _subset_scores(part.table, task, subset, found[task], proba[task], settings)
+    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"])
+
+    def predict(table: FeatureTable, subset: Sequence[str] = config.model_modalities) -> Proba:
+        return predict_table(model, table, drop=[m for m in config.model_modalities if m not in subset])
+
+    part = _part(data, store, split)
+    proba = _checked(predict(part.table), model_uri)
+    tasks: dict[str, Any] = {
+        t: _task_scores(part.table, t, proba[t], settings) | {"subsets": {}} for t in config.model_tasks
+    }
+    for subset in modality_subsets(config.model_modalities):
+        found = predict(part.table, subset)
+        for t, scores in tasks.items():
+            scores["subsets"]["+".join(subset)] = _subset_scores(part.table, t, subset, found[t], proba[t], settings)
     val = _val_scores(data, split, predict)
-    for task, record in tasks.items():
-        record |= _task_scores(part.table, task, proba[task], settings)
-        record |= {"patterns": _patterns(part.table, task, proba[task]), "val": val.get(task)}
+    for t, scores in tasks.items():
+        scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
     record = {
-        **_identity(store, split, config.evaluation, len(rows)),
+        **_identity(store, split, config.evaluation, part),
         "name": model_uri.rstrip("/").rpartition("/")[2],
         "modalities": list(config.model_modalities),
         "num_params": sum(p.numel() for p in model.parameters()),
@@ -83,7 +83,8 @@ def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[st
         "tasks": tasks,
         "seconds": time.perf_counter() - started,
     }
-    storage.write_table(storage.join(model_uri, f"predictions-{split}.parquet"), _prediction_table(part, config.model_modalities, proba))
+    predictions = prediction_table(part, config.model_modalities, proba)
+    storage.write_table(storage.join(model_uri, f"predictions-{split}.parquet"), predictions)
     storage.write_json(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"), record)
     return record
 
@@ -91,99 +92,60 @@ def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[st
 def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, Any]:
     """Fit the baselines on a store's train split and score them on `test`.
 
-    Writes `<out_uri>/metrics.json`, {split, store, .., models: {name: record as of `evaluate_model`, without subsets and
-    patterns}}, and `<out_uri>/predictions-test.parquet` with one more column, `model`. Returns the former.
+    Writes `<out_uri>/metrics.json`, {split, store, .., models: {name: record as of `evaluate_model`, without subsets
+    and patterns}}, and `<out_uri>/predictions-test.parquet` with one more column, `model`. Returns the former.
     Raises: DataError if the split has no rows.
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
-    data = _load(store, modalities, tasks, None)
-    rows = data.readable_rows("test")
-    if len(rows) == 0:
-        raise DataError(f"'{store.uri}' has no 'test' rows: nothing to evaluate on")
+    settings = _Settings(config.evaluation, config.seed)
+    data = load_rows(store, modalities, tasks)
+    part = _part(data, store, "test")
     fitted = {task: fit_baselines(data.table, task, config.seed) for task in tasks}
     names = list(dict.fromkeys(name for by_name in fitted.values() for name in by_name))
-    settings, part = _Settings(config.evaluation, config.seed), data.take(rows)
-    records, tables = {}, []
+    records: dict[str, Any] = {}
+    tables = []
     for name in names:
         models = {t: by_name[name] for t, by_name in fitted.items() if name in by_name}
-
-        def predict(table: FeatureTable, drop: Sequence[str], models: dict = models) -> Mapping[str, np.ndarray]:
-            return {t: m.predict(table) for t, m in models.items()}
-
-        proba, val = predict(part.table, ()), _val_scores(data, "test", predict)
+        proba = _predict_baselines(models, part.table)
         records[name] = {
             "name": name,
-            "modalities": [] if name == "majority" else sorted({m for b in models.values() for m in b.modalities}),
+            "modalities": [] if name == MAJORITY else sorted({m for b in models.values() for m in b.modalities}),
             "num_params": sum(m.num_params for m in models.values()),
             "training_s": sum(m.seconds for m in models.values()),
-            "tasks": {t: {**_task_scores(part.table, t, p, settings), "val": val.get(t)} for t, p in proba.items()},
+            "tasks": {t: _task_scores(part.table, t, p, settings) for t, p in proba.items()},
         }
-        table = _prediction_table(part, modalities, proba, tasks)
+        val = _val_scores(data, "test", partial(_predict_baselines, models))
+        for t, scores in records[name]["tasks"].items():
+            scores["val"] = val.get(t)
+        table = prediction_table(part, modalities, proba)
         tables.append(table.append_column("model", pa.array([name] * len(table), pa.string())))
-    result = {**_identity(store, "test", config.evaluation, len(rows)), "models": records}
+    result = {**_identity(store, "test", config.evaluation, part), "models": records}
     storage.write_table(storage.join(out_uri, "predictions-test.parquet"), pa.concat_tables(tables))
     storage.write_json(storage.join(out_uri, "metrics.json"), result)
     return result
 
 
+def _predict_baselines(models: Mapping[str, Baseline], table: FeatureTable) -> Proba:
+    return {t: m.predict(table) for t, m in models.items()}
+
+
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """All non-empty subsets, largest first; of more than four modalities only: all, all but one, each alone."""
-    sizes = range(len(modalities), 0, -1)
+    sizes = list(range(len(modalities), 0, -1))
     if len(modalities) > MAX_MODALITIES_FOR_ALL_SUBSETS:
-        sizes = (len(modalities), len(modalities) - 1, 1)
+        sizes = [len(modalities), len(modalities) - 1, 1]
     return [subset for size in sizes for subset in combinations(sorted(modalities), size)]
 
 
-# --- the rows ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Data:
-    """A feature table whose labels are in a model's own classes, and the labels' names (N,) as they stand in the store."""
-
-    table: FeatureTable
-    label_names: dict[str, np.ndarray]
-
-    def readable_rows(self, split: str) -> np.ndarray:
-        """Indices of a split's rows that have at least one modality."""
-        return np.flatnonzero((self.table.split == split) & readable(self.table, list(self.table.present)))
-
-    def take(self, rows: np.ndarray) -> _Data:
-        return _Data(self.table.take(rows), {t: names[rows] for t, names in self.label_names.items()})
-
-
-def _load(store: Store, modalities: Sequence[str], tasks: Sequence[str], class_names: Mapping[str, list[str]] | None) -> _Data:
-    """The store's rows; `class_names` are the model's, which may have been trained on another store. None: the store's."""
-    table = store.table(modalities, tasks)
-    columns = pa.concat_tables(store.read(list(tasks)))
-    if class_names is not None:
-        labels = {t: encode_labels(columns.column(t), class_names[t]) for t in tasks}
-        table = replace(table, labels=labels, class_names={t: list(class_names[t]) for t in tasks})
-    return _Data(table, {t: np.array(columns.column(t).to_pylist(), dtype=object) for t in tasks})
-
-
-def _prediction_table(data: _Data, modalities: Sequence[str], proba: Mapping[str, np.ndarray], tasks: Sequence[str] = ()) -> pa.Table:
-    """The predictions file: sample_id, split, missing (absent modalities), <task>_label, _pred, _proba (null where NaN)."""
-    table = data.table
-    absent = np.stack([~table.present[m] for m in modalities], axis=1)
-    columns = {
-        "sample_id": pa.array(table.sample_id, pa.string()),
-        "split": pa.array(table.split, pa.string()),
-        "missing": pa.array([[m for m, gone in zip(modalities, row, strict=True) if gone] for row in absent], pa.list_(pa.string())),
-    }
-    for task in tasks or proba:
-        names = table.class_names[task]
-        values = proba.get(task, np.full((len(table.sample_id), len(names)), np.nan, dtype=np.float32))
-        known = np.isfinite(values).all(axis=1)
-        pred = np.where(known, np.array([*names, None], dtype=object)[np.where(known, values.argmax(axis=1), len(names))], None)
-        columns[f"{task}_label"] = pa.array(data.label_names[task], pa.string())
-        columns[f"{task}_pred"] = pa.array(pred, pa.string())
-        flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).ravel())
-        columns[f"{task}_proba"] = pa.FixedSizeListArray.from_arrays(flat, len(names), mask=pa.array(~known))
-    return pa.table(columns)
-
-
-# --- the scores --------------------------------------------------------------------------------------------------
+def _part(data: Rows, store: Store, split: str) -> Rows:
+    """The readable rows of a split. Raises: DataError if there are none."""
+    rows = data.readable(split)
+    if len(rows) == 0:
+        known = sorted(set(data.table.split))
+        raise DataError(
+            f"'{store.uri}' has no '{split}' rows with any of {sorted(data.table.present)}; its splits: {known}"
+        )
+    return data.take(rows)
 
 
 @dataclass(frozen=True)
@@ -195,24 +157,25 @@ class _Settings:
 
     def intervals(self, labels: np.ndarray, proba: np.ndarray) -> dict[str, Interval]:
         """Of accuracy and macro-F1; empty without labelled rows."""
-        options = {"num_resamples": self.evaluation.bootstrap_samples, "confidence": self.evaluation.confidence}
-        return bootstrap_intervals(labels, proba.argmax(axis=1), proba.shape[1], seed=self.seed, **options)
+        num, confidence = self.evaluation.bootstrap_samples, self.evaluation.confidence
+        pred, num_classes = proba.argmax(axis=1), proba.shape[1]
+        return bootstrap_intervals(labels, pred, num_classes, num_resamples=num, confidence=confidence, seed=self.seed)
 
 
-def _identity(store: Store, split: str, evaluation: EvaluationConfig, num_rows: int) -> dict[str, Any]:
+def _identity(store: Store, split: str, evaluation: EvaluationConfig, part: Rows) -> dict[str, Any]:
     return {
         "split": split,
         "store": store.manifest.get("fingerprint"),
-        "num_rows": num_rows,
+        "num_rows": len(part.table.sample_id),
         "confidence": evaluation.confidence,
         "bootstrap_samples": evaluation.bootstrap_samples,
     }
 
 
-def _checked(proba: Mapping[str, np.ndarray], model_uri: str) -> Mapping[str, np.ndarray]:
+def _checked(proba: Proba, model_uri: str) -> Proba:
     for task, values in proba.items():
         if not np.isfinite(values).all():
-            raise DataError(f"'{model_uri}' predicts NaN for task '{task}': its training diverged; lower training.lr and train again")
+            raise DataError(f"'{model_uri}' predicts NaN for task '{task}': its training diverged; lower training.lr")
     return proba
 
 
@@ -254,14 +217,14 @@ def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, An
     return found
 
 
-def _val_scores(data: _Data, split: str, predict: Predict) -> dict[str, Any]:
-    """Accuracy and macro-F1 on `val` by task; empty if that is the evaluated split or has no rows, tasks without labels left out."""
-    rows = data.readable_rows("val") if split != "val" else np.array([], dtype=int)
+def _val_scores(data: Rows, split: str, predict: Callable[[FeatureTable], Proba]) -> dict[str, Any]:
+    """Accuracy and macro-F1 on `val`, for tasks with labels there; empty if `val` is what is scored or has no rows."""
+    rows = data.readable("val") if split != "val" else np.array([], dtype=int)
     if len(rows) == 0:
         return {}
     table = data.table.take(rows)
     scores = {}
-    for task, proba in predict(table, ()).items():
+    for task, proba in predict(table).items():
         known = np.isfinite(proba).all(axis=1)
         scores[task] = _point_scores(table.labels[task][known], proba[known], table.class_names[task])
     return {task: s for task, s in scores.items() if s["num_rows"]}

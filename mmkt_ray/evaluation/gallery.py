@@ -62,14 +62,24 @@ def _choose(table: pa.Table, task: str, class_names: list[str]) -> dict[str, lis
     if len(table) == 0:
         return {"right": [], "wrong": [], "tie": []}
     proba = np.stack(table.column(f"{task}_proba").to_numpy())
-    labels, pred, ids = (np.array(table.column(c).to_pylist(), dtype=object) for c in (f"{task}_label", f"{task}_pred", "sample_id"))
+    labels, pred, ids = (
+        np.array(table.column(c).to_pylist(), dtype=object) for c in (f"{task}_label", f"{task}_pred", "sample_id")
+    )
     order = np.argsort(-proba, axis=1, kind="stable")[:, :2]
     top = np.take_along_axis(proba, order, axis=1)
     right = labels == pred
 
     def describe(row: int) -> dict[str, Any]:
-        runner_up = {"second": class_names[order[row, 1]], "second_proba": float(top[row, 1])} if proba.shape[1] > 1 else {}
-        return {"sample_id": ids[row], "label": labels[row], "pred": pred[row], "proba": float(top[row, 0]), **runner_up}
+        runner_up = (
+            {"second": class_names[order[row, 1]], "second_proba": float(top[row, 1])} if proba.shape[1] > 1 else {}
+        )
+        return {
+            "sample_id": ids[row],
+            "label": labels[row],
+            "pred": pred[row],
+            "proba": float(top[row, 0]),
+            **runner_up,
+        }
 
     by_confidence = np.argsort(-top[:, 0], kind="stable")
     groups = {
@@ -82,7 +92,7 @@ def _choose(table: pa.Table, task: str, class_names: list[str]) -> dict[str, lis
 
 
 def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:
-    """sample_id -> {modality the model reads: thumbnail, excerpt, or None}. A combined sample `a|b` has those of a and of b."""
+    """sample_id -> {modality the model reads: thumbnail, excerpt or None}; a combined sample `a|b` has both's."""
     parts = {i: [i, *i.split("|")] for i in sample_ids}
     table = find_samples(config, sorted({p for ps in parts.values() for p in ps}))
     found = {row["sample_id"]: row for row in table.to_pylist()}

@@ -35,7 +35,13 @@ class Interval(TypedDict):
 
 
 def bootstrap_intervals(
-    labels: np.ndarray, pred: np.ndarray, num_classes: int, *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    labels: np.ndarray,
+    pred: np.ndarray,
+    num_classes: int,
+    *,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, Interval]:
     """Accuracy and macro-F1 with intervals.
 
@@ -79,7 +85,7 @@ def paired_difference(
     """Score of `pred_a` minus score of `pred_b` on the same rows, resampled jointly.
 
     Both predictions of a row stay together, so what makes a row hard for both cancels out and the interval is narrower
-    than two separate ones suggest. labels, pred_a, pred_b: (N,), at least one of them labelled; `metric` is one of METRICS.
+    than two separate ones suggest. labels, pred_a, pred_b: (N,), some of them labelled; `metric` is one of METRICS.
 
     Raises: ValueError for another metric or if no row is labelled.
     """

@@ -96,7 +96,9 @@ def _by_class(labels: np.ndarray, pred: np.ndarray, class_names: Sequence[str]) 
     codes = np.arange(len(class_names))
     columns = precision_recall_fscore_support(labels, pred, labels=codes, zero_division=0)
     seen = labels != UNSEEN
-    matrix = confusion_matrix(labels[seen], pred[seen], labels=codes) if seen.any() else np.zeros((len(codes),) * 2, int)
+    matrix = (
+        confusion_matrix(labels[seen], pred[seen], labels=codes) if seen.any() else np.zeros((len(codes),) * 2, int)
+    )
     return {
         "per_class": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}

@@ -43,9 +43,12 @@ def save_model(uri: str, model: MultimodalModel, config: Config, store_manifest:
 def read_card(uri: str) -> dict[str, Any] | None:
     """The card of a published model; None if there is none. Raises: DataError if it is damaged."""
     try:
-        return storage.read_json(storage.join(uri, "config.json"))
+        card = storage.read_json(storage.join(uri, "config.json"))
     except FileNotFoundError:
         return None
+    if not isinstance(card, dict):
+        raise DataError(f"'{uri}/config.json' is damaged: remove the folder and train again")
+    return card
 
 
 def load_model(uri: str) -> tuple[MultimodalModel, dict[str, Any]]:

@@ -24,7 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def predict(
-    model_uri: str, inputs: Sequence[str], out_uri: str, *, like: int = 0, reader: str | None = None, columns: Mapping[str, str] | None = None
+    model_uri: str,
+    inputs: Sequence[str],
+    out_uri: str,
+    *,
+    like: int = 0,
+    reader: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> str:
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
@@ -37,35 +43,50 @@ def predict(
     config = prediction_config(parse_config(card["config"]), inputs, like, reader, columns or {})
     out_uri = storage.absolute(out_uri)
     storage.make_dir(out_uri)
-    folders = {m: [storage.join(storage.absolute(model_uri), "encoders", f) for f in card["encoders"][m]["folders"]] for m in config.modalities}
+    saved = storage.join(storage.absolute(model_uri), "encoders")
+    folders = {m: [storage.join(saved, f) for f in card["encoders"][m]["folders"]] for m in config.modalities}
     store = encode(config, out_uri, list_shards(config), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
     store = combine(config, out_uri, store)
     path = storage.join(out_uri, "predictions.parquet")
     write_predictions(path, model, store, card["class_names"])
-    storage.write_bytes(storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet")))
+    storage.write_bytes(
+        storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
+    )
     log.info("%d predicted, %d rejected", store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"])
     return path
 
 
-def prediction_config(config: Config, inputs: Sequence[str], like: int, reader: str | None, columns: Mapping[str, str]) -> Config:
+def prediction_config(
+    config: Config, inputs: Sequence[str], like: int, reader: str | None, columns: Mapping[str, str]
+) -> Config:
     """The model's config with the new shards as sources, only its own modalities, and no label needed. Raises: ConfigError."""
     sources = config.samples.sources
     if inputs:
         if not 0 <= like < len(sources):
-            raise ConfigError(f"--like {like}: the model was trained with {len(sources)} sources, 0 to {len(sources) - 1}")
+            raise ConfigError(
+                f"--like {like}: the model was trained with {len(sources)} sources, 0 to {len(sources) - 1}"
+            )
         known = sources[like]
         mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in config.tasks}
         changes = {"reader": reader or known.reader, "columns": mapping, "split": "test", "limit": None}
         sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
     modalities = {m: config.modalities[m] for m in config.model_modalities}
-    if unknown := {c for s in sources for c in s.columns} - {*config.modalities, *config.tasks, "sample_id", "split", "key"}:
+    if unknown := {c for s in sources for c in s.columns} - {
+        *config.modalities,
+        *config.tasks,
+        "sample_id",
+        "split",
+        "key",
+    }:
         raise ConfigError(f"--column: {sorted(unknown)} is no modality of the model; it reads {sorted(modalities)}")
     wanted = {*modalities, "sample_id", "split", "key"}
     narrowed = [s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}}) for s in sources]
     feeding = tuple(s for s in narrowed if set(s.columns) & set(modalities))
     how = config.samples.combine
-    combined = UnionCombine() if isinstance(how, PairCombine) else how  # synthetic pairs need labels; new rows have none
+    combined = (
+        UnionCombine() if isinstance(how, PairCombine) else how
+    )  # synthetic pairs need labels; new rows have none
     samples = config.samples.model_copy(update={"sources": feeding, "combine": combined})
     return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {}})
 
@@ -79,7 +100,10 @@ def write_predictions(path: str, model: MultimodalModel, store: Store, class_nam
             proba = predict_table(model, table)
             known = np.any([table.present[m] for m in modalities], axis=0)
             absent = [[m for m in modalities if not table.present[m][i]] for i in range(len(table.sample_id))]
-            columns = {"sample_id": pa.array(table.sample_id, pa.string()), "missing": pa.array(absent, pa.list_(pa.string()))}
+            columns = {
+                "sample_id": pa.array(table.sample_id, pa.string()),
+                "missing": pa.array(absent, pa.list_(pa.string())),
+            }
             for task, names in sorted(class_names.items()):
                 best = np.array(names, dtype=object)[proba[task].argmax(1)]
                 columns[f"{task}_pred"] = pa.array(np.where(known, best, None), pa.string())

@@ -39,7 +39,9 @@ class Combined:
     rejects: list[Reject] = field(default_factory=list)
     num_conflicts: int = 0
 
-    def add(self, sample_id: str, split: str, key: str | None, modality_rows: dict[str, int], task_rows: dict[str, int]) -> None:
+    def add(
+        self, sample_id: str, split: str, key: str | None, modality_rows: dict[str, int], task_rows: dict[str, int]
+    ) -> None:
         """One more sample."""
         self.sample_ids.append(sample_id)
         self.splits.append(split)
@@ -66,7 +68,11 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
     if how.name == "union":
         return source
     unit = {"join": "joined", "pair": "paired"}[how.name]
-    plan = {"source": source.manifest["fingerprint"], "combine": how.model_dump(mode="json"), "seed": config.seed if how.name == "pair" else 0}
+    plan = {
+        "source": source.manifest["fingerprint"],
+        "combine": how.model_dump(mode="json"),
+        "seed": config.seed if how.name == "pair" else 0,
+    }
     uri = storage.join(run_uri, "features", f"{unit}-{fingerprint(plan)}")
     if store := published(uri, [unit], source=source):
         log.info("%s samples are up to date: %s", unit, uri)
@@ -75,7 +81,11 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
     combined = join(index, how) if isinstance(how, JoinCombine) else pair(index, how, config.seed)
     write_parts(config, source, uri, unit, combined, index)
     rejects = pa.concat_tables([source_rejects(source), reject_table(combined.rejects)])
-    extra = {"combine": how.model_dump(mode="json"), "synthetic_pairs": how.name == "pair", "num_conflicting_labels": combined.num_conflicts}
+    extra = {
+        "combine": how.model_dump(mode="json"),
+        "synthetic_pairs": how.name == "pair",
+        "num_conflicting_labels": combined.num_conflicts,
+    }
     return publish(uri, config, [unit], source.manifest["modalities"], {}, source=source, rejects=rejects, extra=extra)
 
 
@@ -109,7 +119,8 @@ def join(index: RowIndex, how: JoinCombine) -> Combined:
             by_key.setdefault(key, []).append(row)
     provided = [m for m, present in index.present.items() if present.any()]
     for key, rows in by_key.items():
-        chosen, used, task_rows = {m: ABSENT for m in index.present}, [], {t: ABSENT for t in index.labels}
+        chosen, task_rows = dict.fromkeys(index.present, ABSENT), dict.fromkeys(index.labels, ABSENT)
+        used: list[int] = []
         for row in rows:
             given = [m for m in provided if index.present[m][row]]
             if any(chosen[m] != ABSENT for m in given) or (used and index.splits[row] != index.splits[used[0]]):
@@ -124,7 +135,9 @@ def join(index: RowIndex, how: JoinCombine) -> Combined:
                 elif labels[row] is not None and labels[row] != labels[task_rows[task]]:
                     combined.num_conflicts += 1
         if how.how == "inner" and any(chosen[m] == ABSENT for m in provided):
-            combined.rejects += [Reject(index.sample_ids[r], "join", "combine", f"no partner for key '{key}' (inner join)") for r in used]
+            combined.rejects += [
+                Reject(index.sample_ids[r], "join", "combine", f"no partner for key '{key}' (inner join)") for r in used
+            ]
             continue
         combined.add("|".join(index.sample_ids[r] for r in used), index.splits[used[0]], key, chosen, task_rows)
     return combined
@@ -139,14 +152,14 @@ def pair(index: RowIndex, how: PairCombine, seed: int) -> Combined:
     (first, first_task), (second, second_task) = how.labels.items()
     check_mapping(index, how)
     partners: dict[tuple[str, str], list[int]] = {}
-    for row in np.flatnonzero(index.present[second]):
+    for row in np.flatnonzero(index.present[second]).tolist():
         label = index.labels[second_task][row]
         if label is not None:
-            partners.setdefault((index.splits[row], label), []).append(int(row))
+            partners.setdefault((index.splits[row], label), []).append(row)
     rng = np.random.default_rng(seed)
     draws = {group: _cycle(rng, rows) for group, rows in sorted(partners.items())}
     combined, drawn = Combined(), set()
-    for row in map(int, np.flatnonzero(index.present[first])):
+    for row in np.flatnonzero(index.present[first]).tolist():
         label = index.labels[first_task][row]
         wanted = label if how.mapping is None else how.mapping.get(label or "")
         stream = draws.get((index.splits[row], wanted or ""))
@@ -172,7 +185,9 @@ def check_mapping(index: RowIndex, how: PairCombine) -> None:
     for (modality, task), names in zip(how.labels.items(), (how.mapping, (how.mapping or {}).values()), strict=True):
         known = {v for v in index.labels[task] if v is not None}
         if unknown := sorted(set(names or ()) - known):
-            raise ConfigError(f"samples.combine.mapping: {task} of {modality} has no class {unknown}; it has {sorted(known)}")
+            raise ConfigError(
+                f"samples.combine.mapping: {task} of {modality} has no class {unknown}; it has {sorted(known)}"
+            )
 
 
 def _cycle(rng: np.random.Generator, rows: list[int]) -> Iterator[int]:
@@ -192,12 +207,16 @@ def write_parts(config: Config, source: Store, uri: str, unit: str, combined: Co
                 "split": pa.array(combined.splits[piece], pa.string()),
                 "key": pa.array(combined.keys[piece], pa.string()),
             }
-            wanted = [(column_of(m), r) for m, r in sorted(combined.modality_rows.items())] + sorted(combined.task_rows.items())
+            wanted = [(column_of(m), r) for m, r in sorted(combined.modality_rows.items())] + sorted(
+                combined.task_rows.items()
+            )
             for name, rows in wanted:
                 chosen = pa.array([r if r != ABSENT else None for r in rows[piece]], pa.int64())
                 columns[name] = spilled.column(name).take(chosen).combine_chunks()
             end = start + size >= len(combined.sample_ids)
-            storage.write_table(storage.join(uri, "data", f"{unit}-{number:06d}{'-end' if end else ''}.parquet"), pa.table(columns))
+            storage.write_table(
+                storage.join(uri, "data", f"{unit}-{number:06d}{'-end' if end else ''}.parquet"), pa.table(columns)
+            )
 
 
 def _spill(source: Store, path: str) -> pa.Table:
@@ -212,4 +231,3 @@ def _spill(source: Store, path: str) -> pa.Table:
         raise ConfigError("the source store has no part to combine")
     writer.close()
     return pa.ipc.open_file(pa.memory_map(path)).read_all()
-

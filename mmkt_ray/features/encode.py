@@ -55,7 +55,9 @@ def decode_chunk(batch: Row, config: Config) -> Row:
         column = pa.array([None if image is None else image.tobytes() for image in images], pa.large_binary())
         field = pa.field(name, pa.large_binary(), metadata={SHAPE: json.dumps(shape)})
         samples = samples.set_column(samples.column_names.index(name), field, column)
-        samples, lost = drop_broken(samples, {i: f"{name}: {reason}" for i, reason in broken.items()}, str(batch["unit"][0]))
+        samples, lost = drop_broken(
+            samples, {i: f"{name}: {reason}" for i, reason in broken.items()}, str(batch["unit"][0])
+        )
         rejects = pa.concat_tables([rejects, lost])
     seconds = json.loads(batch["seconds"][0]) | {"decode": time.perf_counter() - start}
     return make_row(str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0]), samples, rejects, seconds)
@@ -68,7 +70,9 @@ def drop_broken(samples: pa.Table, broken: dict[int, str], unit: str) -> tuple[p
     ids = samples.column("sample_id").to_pylist()
     keep = np.ones(len(samples), dtype=bool)
     keep[list(broken)] = False
-    return samples.filter(pa.array(keep)), reject_table([Reject(ids[i], unit, "decode", reason) for i, reason in sorted(broken.items())])
+    return samples.filter(pa.array(keep)), reject_table(
+        [Reject(ids[i], unit, "decode", reason) for i, reason in sorted(broken.items())]
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class EncodeChunk:
             if hasattr(encoder, "to"):
                 encoder.to(device, plan.config.extract.encode_batch_size)
             self.encoders[name] = encoder
-        self.schema = part_schema(plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()})
+        self.schema = part_schema(
+            plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()}
+        )
 
     def __call__(self, batch: Row) -> Row:
         samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
@@ -134,9 +140,13 @@ class EncodeChunk:
                 values[name] = column.to_pylist()
             elif field.metadata and SHAPE in field.metadata:  # decoded by the stage before
                 shape = json.loads(field.metadata[SHAPE])
-                values[name] = [None if v is None else np.frombuffer(v, np.uint8).reshape(shape) for v in column.to_pylist()]
+                values[name] = [
+                    None if v is None else np.frombuffer(v, np.uint8).reshape(shape) for v in column.to_pylist()
+                ]
             else:
-                values[name], reasons = decode_column(column, getattr(encoder, "prepare", None), self.plan.config.samples.max_image_pixels)
+                values[name], reasons = decode_column(
+                    column, getattr(encoder, "prepare", None), self.plan.config.samples.max_image_pixels
+                )
                 broken |= {i: f"{name}: {reason}" for i, reason in reasons.items()}
         seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
         return values, broken

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.config import Config, ReduceConfig, fingerprint
 from mmkt_ray.encoders.build import build_reducer, load_fitted, read_card
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
@@ -69,14 +69,27 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {
         m: {"dim": c["dim"], "sparse": c["sparse"], "kind": config.modalities[m].kind}
-        | {"encoder": c["config"], "reduce": None, "fingerprint": c["fingerprint"], "folders": [encoders[m].rsplit("/", 1)[-1]]}
+        | {
+            "encoder": c["config"],
+            "reduce": None,
+            "fingerprint": c["fingerprint"],
+            "folders": [encoders[m].rsplit("/", 1)[-1]],
+        }
         for m, c in cards.items()
     }
-    return publish(uri, config, units, modalities, stats.summary(), names={s.unit: s.name for s in shards}, layout=layout)
+    return publish(
+        uri, config, units, modalities, stats.summary(), names={s.unit: s.name for s in shards}, layout=layout
+    )
 
 
 def run_encode(
-    config: Config, uri: str, todo: list[Shard], done: dict[str, set[int]], encoders: dict[str, str], reuse: dict[str, str], stats: RunStats
+    config: Config,
+    uri: str,
+    todo: list[Shard],
+    done: dict[str, set[int]],
+    encoders: dict[str, str],
+    reuse: dict[str, str],
+    stats: RunStats,
 ) -> None:
     """The pipeline itself."""
     resources = cluster.connect()
@@ -113,11 +126,15 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         log.info("reduced features are up to date: %s", uri)
         return store
     present = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
-    todo = [name for name in encoded.manifest["parts"] if name not in present or not same_length(encoded.uri, uri, name)]
+    todo = [
+        name for name in encoded.manifest["parts"] if name not in present or not same_length(encoded.uri, uri, name)
+    ]
     stats = RunStats(max_reject_frac=1.0)
     if todo:
         storage.make_dir(uri)
-        loaded = {m: load_fitted(build_reducer(config.modalities[m].reduce), folder) for m, folder in reducers.items()}
+        loaded = {
+            m: load_fitted(build_reducer(ReduceConfig(**cards[m]["config"])), folder) for m, folder in reducers.items()
+        }
         cluster.connect()
         work = partial(reduce_part, source_uri=encoded.uri, reducers=loaded, dims={m: encoded.dim(m) for m in loaded})
         with cluster.one_row_blocks():
@@ -128,7 +145,13 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     for m, card in cards.items():
         both = fingerprint([modalities[m]["fingerprint"], card["fingerprint"]])
         folders = [*modalities[m]["folders"], reducers[m].rsplit("/", 1)[-1]]
-        modalities[m] |= {"dim": card["dim"], "sparse": False, "reduce": card["config"], "fingerprint": both, "folders": folders}
+        modalities[m] |= {
+            "dim": card["dim"],
+            "sparse": False,
+            "reduce": card["config"],
+            "fingerprint": both,
+            "folders": folders,
+        }
     return publish(uri, config, units, modalities, stats.summary(), source=encoded)
 
 
@@ -138,7 +161,10 @@ def reading_layout(config: Config) -> dict[str, Any]:
     return {
         "samples": samples,
         "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
-        "columns": {"modalities": {m: c.kind for m, c in sorted(config.modalities.items())}, "tasks": sorted(config.tasks)},
+        "columns": {
+            "modalities": {m: c.kind for m, c in sorted(config.modalities.items())},
+            "tasks": sorted(config.tasks),
+        },
         "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
     }
 
@@ -199,7 +225,9 @@ class RunStats:
             self.startup_s = self.startup_s or self.wall_s - sum(seconds.values())
             if time.perf_counter() - told > PROGRESS_EVERY_S:
                 told = time.perf_counter()
-                log.info("%d rows, %d rejected, %.0f rows/s", self.num_rows, self.num_rejects, self.num_rows / self.wall_s)
+                log.info(
+                    "%d rows, %d rejected, %.0f rows/s", self.num_rows, self.num_rejects, self.num_rows / self.wall_s
+                )
             if self.num_rows + self.num_rejects >= BUDGET_GRACE_ROWS:
                 check_budget(self.num_rows, self.num_rejects, self.max_reject_frac)
         log.info("%d rows, %d rejected in %.1f s", self.num_rows, self.num_rejects, self.wall_s)
@@ -209,4 +237,9 @@ class RunStats:
         if not self.wall_s:
             return {}
         rows_per_s = round((self.num_rows + self.num_rejects) / self.wall_s, 1)
-        return {"stages": {k: round(v, 3) for k, v in sorted(self.seconds.items())}, "wall_s": round(self.wall_s, 3), "startup_s": round(self.startup_s, 3), "rows_per_s": rows_per_s}
+        return {
+            "stages": {k: round(v, 3) for k, v in sorted(self.seconds.items())},
+            "wall_s": round(self.wall_s, 3),
+            "startup_s": round(self.startup_s, 3),
+            "rows_per_s": rows_per_s,
+        }

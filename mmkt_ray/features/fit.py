@@ -7,7 +7,7 @@ The tree is fixed so that the same shards give the same sums, bit for bit, whate
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ def fit_encoders(config: Config, run_uri: str, shards: list[Shard]) -> dict[str,
 def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]) -> str:
     """The folder of one modality's fitted encoder. Raises: DataError if its train split is empty."""
     section = config.modalities[modality].encoder
-    encoder = build_encoder(section)
+    encoder: Any = build_encoder(section)
     trained = isinstance(section, CnnEncoder)
     if not trained and not isinstance(encoder, Mergeable):
         uri = storage.join(run_uri, "encoders", f"{modality}-{fingerprint(section, 12)}")
@@ -45,7 +45,11 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
         return uri
     narrow = only_modality(config, modality, section.pretrain if isinstance(section, CnnEncoder) else None)
     feeding = [s for s in shards if modality in config.samples.sources[s.source].columns]
-    identity = [section.model_dump(mode="json"), config.seed if trained else 0, narrow.samples.model_dump(mode="json", exclude={"max_reject_frac"})]
+    identity = [
+        section.model_dump(mode="json"),
+        config.seed if trained else 0,
+        narrow.samples.model_dump(mode="json", exclude={"max_reject_frac"}),
+    ]
     prefix = f"{modality}-{fingerprint(identity, 12)}"
     units = [shard.unit for shard in feeding]
     if kept := find_fit(run_uri, prefix, units):
@@ -59,7 +63,10 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
         groups = [partial(encoder_statistics, narrow, modality, shard) for shard in feeding]
         total = merge_in_tree(groups, encoder.merge)
         if total is None:
-            raise DataError(f"no sample of the train split has {modality}: check the sources' split and columns, or lower samples.split fractions")
+            raise DataError(
+                f"no sample of the train split has {modality}: check the sources' split and columns, "
+                "or lower the fractions in samples.split"
+            )
         encoder.finish(total)
     _save(encoder, section, uri, units)
     return uri
@@ -74,7 +81,13 @@ def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
         folder = info.path.split("/")[-2]
         uri = storage.join(run_uri, "encoders", folder)
         if folder.startswith(f"{prefix}-") and set(seen := read_card(uri)["units"]) < set(units):
-            log.info("%s stays as fitted on %d shards, %d were added since; remove %s to fit again", folder, len(seen), len(units) - len(seen), uri)
+            log.info(
+                "%s stays as fitted on %d shards, %d were added since; remove %s to fit again",
+                folder,
+                len(seen),
+                len(units) - len(seen),
+                uri,
+            )
             return uri
     return None
 
@@ -82,7 +95,10 @@ def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
 def only_modality(config: Config, modality: str, task: str | None) -> Config:
     """The config narrowed to one modality (and one task), so that a fit reads no other column."""
     wanted = {modality, task, "sample_id", "split", "key"}
-    sources = tuple(s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}}) for s in config.samples.sources)
+    sources = tuple(
+        s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}})
+        for s in config.samples.sources
+    )
     return config.model_copy(
         update={
             "samples": config.samples.model_copy(update={"sources": sources}),
@@ -94,7 +110,11 @@ def only_modality(config: Config, modality: str, task: str | None) -> Config:
 
 def fit_reducers(config: Config, run_uri: str, encoded: Store) -> dict[str, str]:
     """Folders of the fitted reducers by modality, for the modalities that have one."""
-    return {m: fit_reducer(config, run_uri, encoded, m) for m, c in sorted(config.modalities.items()) if c.reduce is not None}
+    return {
+        m: fit_reducer(config, run_uri, encoded, m)
+        for m, c in sorted(config.modalities.items())
+        if c.reduce is not None
+    }
 
 
 def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> str:
@@ -102,7 +122,11 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
     section = config.modalities[modality].reduce
     assert section is not None
     units = encoded.manifest["units"]
-    identity = [section.model_dump(mode="json"), encoded.manifest["modalities"][modality]["fingerprint"], encoded.manifest["layout"]]
+    identity = [
+        section.model_dump(mode="json"),
+        encoded.manifest["modalities"][modality]["fingerprint"],
+        encoded.manifest["layout"],
+    ]
     prefix = f"{modality}-{section.name}-{fingerprint(identity, 12)}"
     if kept := find_fit(run_uri, prefix, units):
         return kept
@@ -112,7 +136,9 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
     log.info("fitting %s on the %s features of the train split", section.name, modality)
     while not reducer.fitted:  # svd of wide features takes several passes
         current = ray.put(reducer)
-        groups = [partial(reducer_statistics, current, part, modality, encoded.dim(modality)) for part in encoded.parts()]
+        groups = [
+            partial(reducer_statistics, current, part, modality, encoded.dim(modality)) for part in encoded.parts()
+        ]
         total = merge_in_tree(groups, reducer.merge)
         if total is None:
             raise DataError(f"no sample of the train split has {modality}: nothing to fit {section.name} on")
@@ -121,13 +147,15 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
     return uri
 
 
-def merge_in_tree(statistics: list[Callable[[], Any]], merge: Callable[[list[Any]], Any]) -> Any:
+def merge_in_tree(statistics: Sequence[Callable[[], Any]], merge: Callable[[list[Any]], Any]) -> Any:
     """Run each call as a Ray task and merge what they return, FAN_IN at a time, in the order given; None if all are None.
 
     At most a few groups are under way at once, so that unmerged statistics do not pile up.
     """
     compute = ray.remote(lambda call: call())
-    combine = ray.remote(lambda *parts: merge([p for p in parts if p is not None]) if any(p is not None for p in parts) else None)
+    combine = ray.remote(
+        lambda *parts: merge([p for p in parts if p is not None]) if any(p is not None for p in parts) else None
+    )
     level: list[Any] = []
     limit = max(2, int(ray.cluster_resources().get("CPU", 1)) // FAN_IN * 2)
     for start in range(0, len(statistics), FAN_IN):

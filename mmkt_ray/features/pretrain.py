@@ -49,10 +49,16 @@ def pretrain_cnn(encoder: Any, config: Config, modality: str, shards: list[Shard
     counts = _count_classes(pieces)
     class_names = sort_classes(counts)
     if len(class_names) < 2:
-        raise DataError(f"the cnn encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, got {class_names or 'none'}")
+        raise DataError(
+            f"the cnn encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, "
+            f"got {class_names or 'none'}"
+        )
     job = {"config": config, "modality": modality, "class_names": class_names, "uri": uri}
     state = cluster.run_on_workers(_train, job, section.num_workers)
-    encoder.load_state({k: np.asarray(v) for k, v in state.items()}, {"options": _options(section, class_names), "class_names": class_names})
+    encoder.load_state(
+        {k: np.asarray(v) for k, v in state.items()},
+        {"options": _options(section, class_names), "class_names": class_names},
+    )
     storage.remove_folder(pieces)
     storage.remove(storage.join(uri, "checkpoint.safetensors"))
 
@@ -62,18 +68,24 @@ def _options(section: CnnEncoder, class_names: list[str]) -> dict[str, int]:
 
 
 def _decode_shard(config: Config, modality: str, task: str, shard: Shard, pieces: str) -> None:
-    """Write the shard's labelled train images, prepared, as parts of (pixels, label); broken ones are left to extraction to reject."""
+    """Write the shard's labelled train images, prepared, as parts of (pixels, label); extraction will reject broken ones."""
     encoder: Any = build_encoder(config.modalities[modality].encoder)
     if storage.exists(storage.join(pieces, f"{shard.unit}.done")):
         return
     for chunk in read_chunks(config, shard):
-        usable = pc.and_(pc.equal(chunk.table.column("split"), "train"), pc.and_(chunk.table.column(modality).is_valid(), chunk.table.column(task).is_valid()))
+        usable = pc.and_(
+            pc.equal(chunk.table.column("split"), "train"),
+            pc.and_(chunk.table.column(modality).is_valid(), chunk.table.column(task).is_valid()),
+        )
         rows = chunk.table.filter(usable)
         images, _ = decode_column(rows.column(modality), encoder.prepare, config.samples.max_image_pixels)
         good = [i for i, image in enumerate(images) if image is not None]
         if good:
             pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
-            storage.write_table(storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"), pa.table({"pixels": pixels, "label": rows.column(task).take(good)}))
+            storage.write_table(
+                storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"),
+                pa.table({"pixels": pixels, "label": rows.column(task).take(good)}),
+            )
     storage.write_bytes(storage.join(pieces, f"{shard.unit}.done"), b"")
 
 
@@ -94,8 +106,12 @@ def _read_pieces(pieces: str, columns: list[str]) -> Any:
 def _map_images(pieces: str, side: int, class_names: list[str], folder: str) -> tuple[np.ndarray, np.ndarray]:
     """All pieces as one memory-mapped array of images (N, 3, S, S) uint8 in `folder`, and labels (N,) int64."""
     index = {name: i for i, name in enumerate(class_names)}
-    labels = np.array([index[v] for t in _read_pieces(pieces, ["label"]) for v in t.column("label").to_pylist()], dtype=np.int64)
-    images = np.lib.format.open_memmap(os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), 3, side, side))
+    labels = np.array(
+        [index[v] for t in _read_pieces(pieces, ["label"]) for v in t.column("label").to_pylist()], dtype=np.int64
+    )
+    images = np.lib.format.open_memmap(
+        os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), 3, side, side)
+    )
     start = 0
     for table in _read_pieces(pieces, ["pixels"]):
         for chunk in table.column("pixels").chunks:
@@ -109,6 +125,7 @@ def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device
     """On each worker: the training itself. Rank 0 keeps a checkpoint per epoch and returns the weights."""
     config: Config = job["config"]
     section = config.modalities[job["modality"]].encoder
+    assert isinstance(section, CnnEncoder)
     encoder = CnnImageEncoder(section)
     checkpoint = storage.join(job["uri"], "checkpoint.safetensors")
     state = dict(load_tensors(storage.read_bytes(checkpoint))) if storage.exists(checkpoint) else None
@@ -121,7 +138,14 @@ def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device
             tensors = {k: torch.as_tensor(v).contiguous().cpu() for k, v in state_fn().items()}
             storage.write_bytes(checkpoint, save_tensors(tensors))
             seconds = time.perf_counter() - epoch_start
-            log.info("cnn epoch %d/%d: loss %.3f, train accuracy %.3f, %.1f s", epoch, section.epochs, metrics["loss"], metrics["accuracy"], seconds)
+            log.info(
+                "cnn epoch %d/%d: loss %.3f, train accuracy %.3f, %.1f s",
+                epoch,
+                section.epochs,
+                metrics["loss"],
+                metrics["accuracy"],
+                seconds,
+            )
         epoch_start = time.perf_counter()
 
     try:

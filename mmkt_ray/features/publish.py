@@ -34,8 +34,9 @@ def check_budget(num_rows: int, num_rejects: int, max_reject_frac: float, reason
     total = num_rows + num_rejects
     if num_rejects > max_reject_frac * total:
         raise DataError(
-            f"{num_rejects} of {total} rows were rejected, more than samples.max_reject_frac = {max_reject_frac:g} allows{reasons}; "
-            "see the Parquet files in the store's rejects/ folder for each row's reason, mend the data or raise the budget, and run the same command again"
+            f"{num_rejects} of {total} rows were rejected, more than samples.max_reject_frac = {max_reject_frac:g} allows"
+            f"{reasons}; the store's rejects/ folder has each row's reason: mend the data or raise the budget, "
+            "and give the same command again"
         )
 
 
@@ -89,7 +90,9 @@ def publish(
         **run_summary,
         **(extra or {}),
     }
-    manifest["fingerprint"] = fingerprint([units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]])
+    manifest["fingerprint"] = fingerprint(
+        [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
+    )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     storage.write_json(storage.join(uri, "manifest.json"), manifest)
     log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects))
@@ -102,7 +105,9 @@ def reject_duplicates(uri: str, parts: list[str]) -> None:
     Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
     """
     ids = [_read(uri, name, ["sample_id"]).column(0) for name in parts]
-    if not parts or len(pc.unique(pa.chunked_array([c for i in ids for c in i.chunks], type=pa.string()))) == sum(map(len, ids)):
+    if not parts or len(pc.unique(pa.chunked_array([c for i in ids for c in i.chunks], type=pa.string()))) == sum(
+        map(len, ids)
+    ):
         return
     seen: set[str] = set()
     for name, column in zip(parts, ids, strict=True):
@@ -117,17 +122,23 @@ def reject_duplicates(uri: str, parts: list[str]) -> None:
 def _drop_rows(uri: str, name: str, keep: np.ndarray) -> None:
     table = _read(uri, name)
     lost = table.column("sample_id").filter(pa.array(~keep)).to_pylist()
-    rejects = [Reject(i, name.split("-")[0], "check", "duplicate sample_id: an earlier row has it already") for i in lost]
+    rejects = [
+        Reject(i, name.split("-")[0], "check", "duplicate sample_id: an earlier row has it already") for i in lost
+    ]
     old = storage.join(uri, "rejects", name)
     before = [_read_uri(old)] if storage.exists(old) else []
-    storage.write_table(old, pa.concat_tables([*before, reject_table(rejects)]))  # first: a row may be told twice, never lost
+    storage.write_table(
+        old, pa.concat_tables([*before, reject_table(rejects)])
+    )  # first: a row may be told twice, never lost
     storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
 
 
 def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Table:
     """All rejects of the parts, with shard names as source."""
     wanted = set(parts)
-    files = [f.base_name for f in storage.list_files(storage.join(uri, "rejects"), "*.parquet") if f.base_name in wanted]
+    files = [
+        f.base_name for f in storage.list_files(storage.join(uri, "rejects"), "*.parquet") if f.base_name in wanted
+    ]
     tables = [_read_uri(storage.join(uri, "rejects", n)) for n in files]
     table = pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
     named = pa.array([names.get(s, s) for s in table.column("source").to_pylist()], pa.string())
@@ -149,7 +160,12 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[st
         split = table.column("split")
         by_split.update(split.to_pylist())
         for task in tasks:
-            for pair in pa.table({"split": split, "label": table.column(task)}).group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist():
+            for pair in (
+                pa.table({"split": split, "label": table.column(task)})
+                .group_by(["split", "label"])
+                .aggregate([([], "count_all")])
+                .to_pylist()
+            ):
                 if pair["label"] is not None:
                     by_task[task].setdefault(pair["split"], Counter())[pair["label"]] += pair["count_all"]
         for modality in modalities:

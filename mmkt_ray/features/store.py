@@ -50,8 +50,8 @@ def part_schema(config: Config, widths: dict[str, tuple[int, bool]]) -> pa.Schem
 def to_arrow(features: Features, present: np.ndarray) -> pa.Array:
     """Features of the present rows (P, D) -> column of N rows with nulls. present: (N,) bool with P true."""
     null = pa.array(~present)
-    if sp.issparse(features):
-        matrix = features.tocsr()
+    if isinstance(features, sp.csr_matrix):
+        matrix = features
         starts = np.zeros(len(present) + 1, dtype=np.int32)
         starts[1:][present] = np.diff(matrix.indptr)
         starts = np.cumsum(starts, dtype=np.int32)
@@ -161,9 +161,13 @@ def open_store(uri: str) -> Store:
     try:
         manifest = storage.read_json(storage.join(uri, "manifest.json"))
     except FileNotFoundError:
-        raise DataError(f"'{uri}' is no finished feature store (no manifest.json): run `mmkt extract` with the same config") from None
+        raise DataError(
+            f"'{uri}' is no finished feature store (no manifest.json): run `mmkt extract` with the same config"
+        ) from None
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"'{uri}' has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}: extract again")
+        raise DataError(
+            f"'{uri}' has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}: extract again"
+        )
     return Store(uri, manifest)
 
 

@@ -40,7 +40,9 @@ def build_report(run_uri: str) -> str:
         "gallery": _gallery(results, models),
         "data": [_data_card(store, names, run_uri) for store, names in _stores(run, results).items()],
         "run": run,
-        "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True) if run.get("config") else None,
+        "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True)
+        if run.get("config")
+        else None,
         "colors": colors,
         "group_titles": GROUP_TITLES,
     }
@@ -52,8 +54,15 @@ def build_report(run_uri: str) -> str:
 def _environment() -> jinja2.Environment:
     """Autoescaping always: class names and texts come from the data."""
     loader = jinja2.PackageLoader("mmkt_ray.report", ".")
-    environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
-    environment.filters |= {"percent": words.percent, "points": words.points, "count": words.count, "seconds": words.seconds}
+    environment = jinja2.Environment(
+        autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
+    )
+    environment.filters |= {
+        "percent": words.percent,
+        "points": words.points,
+        "count": words.count,
+        "seconds": words.seconds,
+    }
     return environment
 
 
@@ -91,7 +100,9 @@ def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str,
 # --- one task ----------------------------------------------------------------------------------------------------
 
 
-def _task_section(task: str, results: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures) -> dict[str, Any]:
+def _task_section(
+    task: str, results: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
+) -> dict[str, Any]:
     """Table, figures and details of one task."""
     found = results["tasks"][task]
     shown = found["best_trained"] or found["best"]  # the model whose mistakes are shown
@@ -105,12 +116,18 @@ def _task_section(task: str, results: dict[str, Any], models: dict[str, Any], co
         "record": record,
         "confused": record["most_confused"] if len(record["class_names"]) > plots.MAX_CONFUSION_CLASSES else [],
         "num_f1_hidden": max(0, sum(c["support"] > 0 for c in record["per_class"].values()) - plots.MAX_F1_CLASSES),
-        "subsets": [(name, m["tasks"][task]) for name, m in models.items() if len(m["tasks"].get(task, {}).get("subsets", {})) > 1],
+        "subsets": [
+            (name, m["tasks"][task])
+            for name, m in models.items()
+            if len(m["tasks"].get(task, {}).get("subsets", {})) > 1
+        ],
         "main": results["main"],
     }
 
 
-def _task_figures(task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures) -> list[dict[str, str]]:
+def _task_figures(
+    task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
+) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
     rows, shown, single = found["rows"], found["best_trained"] or found["best"], found["best_single"]
     best = max(rows, key=lambda r: r["accuracy"]["value"])
@@ -119,27 +136,50 @@ def _task_figures(task: str, found: dict[str, Any], models: dict[str, Any], colo
         figures.add(
             f"{prefix}-accuracy",
             "Accuracy of every model",
-            f"Bars of accuracy on task {task}; highest is {best['model']} with {words.percent(best['accuracy']['value'])}",
+            f"Bars of accuracy on task {task}; best: {best['model']}, {words.percent(best['accuracy']['value'])}",
             lambda theme: plots.accuracy_bars(rows, colors, theme),
         )
     ]
     if any(r["versus"] for r in rows):
-        alt = f"Paired accuracy differences to the best single modality on task {task}, with intervals; the table has the numbers"
-        drawn.append(figures.add(f"{prefix}-differences", "Against the best single modality", alt, lambda theme: plots.differences(rows, colors, theme)))
+        alt = f"Accuracy differences to the best single modality on task {task}, with intervals; also in the table"
+        drawn.append(
+            figures.add(
+                f"{prefix}-differences",
+                "Against the best single modality",
+                alt,
+                lambda theme: plots.differences(rows, colors, theme),
+            )
+        )
     histories = {name: m["history"] for name, m in models.items() if m["history"] and task in m["tasks"]}
     if histories:
         alt = f"Loss and validation accuracy over epochs on task {task} for {', '.join(histories)}"
-        drawn.append(figures.add(f"{prefix}-learning", "Learning curves", alt, lambda theme: plots.learning_curves(histories, task, colors, theme)))
+        drawn.append(
+            figures.add(
+                f"{prefix}-learning",
+                "Learning curves",
+                alt,
+                lambda theme: plots.learning_curves(histories, task, colors, theme),
+            )
+        )
     record = models[shown]["tasks"][task]
     if record["confusion"] and len(record["class_names"]) <= plots.MAX_CONFUSION_CLASSES:
         alt = f"Confusion matrix of {shown} on task {task}, share of each label's samples by prediction"
         drawn.append(
-            figures.add(f"{prefix}-confusion", f"What {shown} takes for what, %", alt, lambda theme: plots.confusion(record["confusion"], record["class_names"], theme))
+            figures.add(
+                f"{prefix}-confusion",
+                f"What {shown} takes for what, %",
+                alt,
+                lambda theme: plots.confusion(record["confusion"], record["class_names"], theme),
+            )
         )
     other = single if single != shown else found["best_fused"]
     per_class = {name: models[name]["tasks"][task]["per_class"] for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
-    drawn.append(figures.add(f"{prefix}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme)))
+    drawn.append(
+        figures.add(
+            f"{prefix}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme)
+        )
+    )
     return drawn
 
 

@@ -54,7 +54,7 @@ DARK = Theme("#e6edf3", "#3d444d", ("#161b22", "#56B4E9"))
 
 
 def model_colors(kinds: Mapping[str, str]) -> dict[str, str]:
-    """Model -> colour; `kinds` says which are baselines (greys). Beyond six trained models colours repeat with other lines."""
+    """Model -> colour; `kinds` says which are baselines (greys). Beyond six trained models they repeat."""
     numbers = {"trained": 0, "baseline": 0}
     colors = {}
     for name, kind in kinds.items():
@@ -66,7 +66,7 @@ def model_colors(kinds: Mapping[str, str]) -> dict[str, str]:
 
 def draw(height: float, theme: Theme, paint: Callable[[Figure], None]) -> bytes:
     """A figure of WIDTH x `height` inch, painted and encoded."""
-    settings = _SETTINGS | {k: theme.ink for k in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+    settings: Any = _SETTINGS | {k: theme.ink for k in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
     settings |= {"axes.edgecolor": theme.faint, "grid.color": theme.faint}
     out = io.BytesIO()
     with matplotlib.rc_context(settings), warnings.catch_warnings():
@@ -87,8 +87,21 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], 
             a, color = row["accuracy"], colors[row["model"]]
             axes.barh(y, 100 * a["value"], height=0.62, color=color, alpha=0.85)
             axes.plot([100 * a["low"], 100 * a["high"]], [y, y], color=theme.ink, linewidth=1.6, solid_capstyle="butt")
-            axes.plot(100 * row["macro_f1"]["value"], y, "D", markersize=4.5, markerfacecolor="white", markeredgecolor=theme.ink)
-            axes.text(100 * max(a["high"], row["macro_f1"]["value"] + 0.015) + 1.5, y, f"{100 * a['value']:.1f}", va="center", fontsize=9)
+            axes.plot(
+                100 * row["macro_f1"]["value"],
+                y,
+                "D",
+                markersize=4.5,
+                markerfacecolor="white",
+                markeredgecolor=theme.ink,
+            )
+            axes.text(
+                100 * max(a["high"], row["macro_f1"]["value"] + 0.015) + 1.5,
+                y,
+                f"{100 * a['value']:.1f}",
+                va="center",
+                fontsize=9,
+            )
         axes.set_xlim(0, 112)
         axes.set_xticks(range(0, 101, 20))
         axes.set_xlabel("accuracy, % (line: interval, ◇: macro-F1)")
@@ -103,7 +116,9 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
     The scale is that of the models nearest to zero; those far off it are told as a number at the edge.
     """
     rows = sorted((r for r in rows if r["versus"]), key=lambda r: r["versus"]["accuracy"]["value"])
-    reach = 100 * np.array([max(abs(r["versus"]["accuracy"]["low"]), abs(r["versus"]["accuracy"]["high"])) for r in rows])
+    reach = 100 * np.array(
+        [max(abs(r["versus"]["accuracy"]["low"]), abs(r["versus"]["accuracy"]["high"])) for r in rows]
+    )
     edge = 1.15 * max(reach[reach <= max(10.0, 3 * reach.min())].max(initial=0.0), 1.0)
 
     def paint(figure: Figure) -> None:
@@ -114,10 +129,21 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
             if reach[y] > edge:
                 low = d["value"] < 0
                 text = f"{100 * d['value']:+.1f}"
-                axes.text(-edge if low else edge, y, f"◀ {text}" if low else f"{text} ▶", va="center", ha="left" if low else "right", fontsize=9)
+                axes.text(
+                    -edge if low else edge,
+                    y,
+                    f"◀ {text}" if low else f"{text} ▶",
+                    va="center",
+                    ha="left" if low else "right",
+                    fontsize=9,
+                )
                 continue
-            axes.plot([100 * d["low"], 100 * d["high"]], [y, y], color=color, linewidth=4, alpha=0.85, solid_capstyle="round")
-            axes.plot(100 * d["value"], y, "o", markersize=7, color=color, markeredgecolor=theme.ink, markeredgewidth=0.8)
+            axes.plot(
+                [100 * d["low"], 100 * d["high"]], [y, y], color=color, linewidth=4, alpha=0.85, solid_capstyle="round"
+            )
+            axes.plot(
+                100 * d["value"], y, "o", markersize=7, color=color, markeredgecolor=theme.ink, markeredgewidth=0.8
+            )
         axes.grid(axis="x", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlim(-1.05 * edge, 1.05 * edge)
@@ -127,7 +153,9 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
     return draw(1.0 + 0.34 * len(rows), theme, paint)
 
 
-def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], task: str, colors: Mapping[str, str], theme: Theme) -> bytes:
+def learning_curves(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], task: str, colors: Mapping[str, str], theme: Theme
+) -> bytes:
     """Loss (train dashed, val solid) above, val accuracy of `task` below, over epochs; the kept epochs are not marked.
 
     histories: model -> epochs as training wrote them: {epoch, train_loss, val: {loss, accuracy: {task}} or None}.
@@ -142,20 +170,29 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], task: 
             top.plot(*val, **style)
             line = _LINE_STYLES[number // len(_PALETTE) % len(_LINE_STYLES)]
             epochs, accuracy = _series(history, ("val", "accuracy", task))
-            bottom.plot(epochs, [100 * a for a in accuracy], **style, linestyle=line, label=name, marker="." if len(epochs) < 3 else None)
+            bottom.plot(
+                epochs,
+                [100 * a for a in accuracy],
+                **style,
+                linestyle=line,
+                label=name,
+                marker="." if len(epochs) < 3 else None,
+            )
         top.set_ylabel("loss (dashed: train)")
-        bottom.set_ylabel(f"val accuracy, %")
+        bottom.set_ylabel("val accuracy, %")
         bottom.set_xlabel("epoch")
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (top, bottom):
             axes.grid(axis="y", linewidth=0.6)
-        figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(histories) > 1 else 1)
+        figure.legend(
+            *bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(histories) > 1 else 1
+        )
 
     return draw(4.4 + 0.12 * len(histories), theme, paint)
 
 
 def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str], theme: Theme) -> bytes:
-    """Row-normalised confusion matrix: of the samples of a class (row), the share predicted as each class (column), %."""
+    """Row-normalised confusion matrix: of the samples of a class (row), the share taken for each class (column), %."""
     counts = np.asarray(matrix, dtype=float)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     num_classes = len(class_names)
@@ -182,7 +219,9 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str], theme
     return draw(min(1.8 + 0.45 * num_classes, WIDTH), theme, paint)
 
 
-def class_f1(per_class: Mapping[str, Mapping[str, Mapping[str, float]]], colors: Mapping[str, str], theme: Theme) -> bytes:
+def class_f1(
+    per_class: Mapping[str, Mapping[str, Mapping[str, float]]], colors: Mapping[str, str], theme: Theme
+) -> bytes:
     """F1 of each class, worst at the top, of one or several models. per_class: model -> class -> {f1, support}.
 
     Classes without test samples are left out; of more than MAX_F1_CLASSES the worst of the first model are drawn.
@@ -195,7 +234,16 @@ def class_f1(per_class: Mapping[str, Mapping[str, Mapping[str, float]]], colors:
         for number, (model, scores) in enumerate(per_class.items()):
             values = [100 * scores[n]["f1"] if n in scores else np.nan for n in names]
             face = colors[model] if number == 0 else "none"
-            axes.scatter(values, range(len(names)), s=42, facecolors=face, edgecolors=colors[model], linewidths=1.8, label=model, zorder=3 - number)
+            axes.scatter(
+                values,
+                range(len(names)),
+                s=42,
+                facecolors=face,
+                edgecolors=colors[model],
+                linewidths=1.8,
+                label=model,
+                zorder=3 - number,
+            )
         axes.set_xlim(-3, 103)
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)

@@ -61,8 +61,9 @@ def _with_fusion(fused: dict[str, Any], single: dict[str, Any], confidence: floa
     size = f"{100 * abs(change['value']):.1f} points"
     interval = f"{100 * confidence:g} % interval {points(change['low'])} to {points(change['high'])}"
     versus, extra = fused["versus"], fused["num_rows"] - fused["versus"]["num_rows"]
-    there = "" if not extra else f"On the {count(versus['num_rows'])} that {other} can read too: {percent(versus['shared_accuracy']['ours'])}, "
-    text = f"{_score(fused)} {there}{other} alone {percent(versus['shared_accuracy']['theirs'])}. "
+    ours, theirs = (percent(versus["shared_accuracy"][who]) for who in ("ours", "theirs"))
+    there = f"On the {count(versus['num_rows'])} that {other} can read too: {ours}, " if extra else ""
+    text = f"{_score(fused)} {there}{other} alone {theirs}. "
     text += f"Paired difference {points(change['value'])} points, {interval}."
     text += f" It also answers for {count(extra)} samples that {other} cannot read." if extra else ""
     if fused["verdict"] == "better":
@@ -94,8 +95,10 @@ def _better_baseline(rows: dict[str, dict[str, Any]], found: dict[str, Any], res
         return ""
     store = results["models"][best["model"]]["store"]
     baselines = [r for r in rows.values() if results["models"][r["model"]]["kind"] == "baseline"]
-    baselines = [r for r in baselines if results["models"][r["model"]]["store"] == store and r["num_rows"] == best["num_rows"]]
+    baselines = [
+        r for r in baselines if results["models"][r["model"]]["store"] == store and r["num_rows"] == best["num_rows"]
+    ]
     top = max(baselines, key=lambda r: r["accuracy"]["value"], default=None)
     if top is None or top["accuracy"]["value"] < best["accuracy"]["value"]:
         return ""
-    return f" Mind the baseline: {top['model']} reaches {percent(top['accuracy']['value'])} without any training of a network."
+    return f" Mind the baseline: {top['model']} reaches {percent(top['accuracy']['value'])} with no network."

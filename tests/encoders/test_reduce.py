@@ -70,7 +70,8 @@ def skewed_sparse(num_rows, width, per_row, seed=0):
 def test_pca_equals_sklearn():
     """Second moments that cancel far from zero, a missing centring, other signs than scikit-learn's."""
     features = correlated(offset=1000.0)
-    ours, reference = fit(build("pca", 12), chunks_of(features)), PCA(12, svd_solver="full").fit(features.astype(np.float64))
+    ours = fit(build("pca", 12), chunks_of(features))
+    reference = PCA(12, svd_solver="full").fit(features.astype(np.float64))
     np.testing.assert_allclose(components(ours).T, reference.components_, atol=2e-5)
     np.testing.assert_allclose(ours.encode(features), reference.transform(features.astype(np.float64)), atol=2e-3)
     assert ours.encode(features).dtype == np.float32
@@ -143,7 +144,8 @@ def test_merge_is_associative(name, dim, wide):
     """Statistics that depend on how shards are grouped, on their order, or on empty shards."""
     features = skewed_sparse(400, EXACT_WIDTH + 200, 20) if wide and name == "svd" else correlated(400)
     reducer = build(name, dim)
-    a, b, c, d = (reducer.partial(chunk) for chunk in (features[:10], features[10:200], features[200:230], features[230:]))
+    bounds = [(0, 10), (10, 200), (200, 230), (230, 400)]
+    a, b, c, d = (reducer.partial(features[start:stop]) for start, stop in bounds)
     empty, merge = reducer.partial(features[:0]), reducer.merge
     expected = vars(reducer.partial(features))
     for tree in (
@@ -201,7 +203,7 @@ def test_more_dimensions_than_rank_is_an_error():
 def test_wide_sparse_features_for_centring_reducers_is_an_error():
     """Memory that runs out where `svd` would have done."""
     for reducer in (build("pca", 5), build("standardize")):
-        with pytest.raises(DataError, match="use `reduce: {name: svd"):
+        with pytest.raises(DataError, match=r"use `reduce: \{name: svd"):
             reducer.partial(skewed_sparse(10, EXACT_WIDTH + 1, 5))
 
 
@@ -221,7 +223,7 @@ def test_unusable_input_is_an_error(name, dim):
         fit(build(name, dim), [features, broken])
     with pytest.raises(DataError, match="of width 5, got shape"):
         fit(reducer, [features]).encode(features[:, :4])
-    with pytest.raises(DataError, match="have rank 0|no features to fit"):
+    with pytest.raises(DataError, match=r"have rank 0|no features to fit"):
         fit(build(name, dim), [features[:0]])
 
 

@@ -62,7 +62,8 @@ def build(**options):
 
 def fit(texts, chunk_rows=3, **options):
     encoder = build(**options)
-    encoder.finish(encoder.merge([encoder.partial(texts[i : i + chunk_rows]) for i in range(0, len(texts), chunk_rows)]))
+    chunks = [texts[i : i + chunk_rows] for i in range(0, len(texts), chunk_rows)]
+    encoder.finish(encoder.merge([encoder.partial(chunk) for chunk in chunks]))
     return encoder
 
 
@@ -112,7 +113,7 @@ def test_equals_sklearn_on_any_unicode(texts, options):
 
 
 def test_every_letter_and_separator():
-    """A script whose letters the tokenizer takes for separators, or the reverse (each character between two letters)."""
+    """A script whose letters the tokenizer takes for separators, or the reverse: each character between letters."""
     characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code <= 0xDFFF]
     texts = [" ".join(f"q{c}q" for c in characters[i : i + 4096]) for i in range(0, len(characters), 4096)]
     analyze = TfidfVectorizer(lowercase=False).build_analyzer()
@@ -120,7 +121,7 @@ def test_every_letter_and_separator():
 
 
 def test_ties_of_max_features_break_as_in_sklearn():
-    """A stable sort or another order of terms where many have the same count: another vocabulary than scikit-learn's."""
+    """A stable sort, or another order before sorting, where many terms have the same count."""
     generator = np.random.default_rng(0)
     texts = [" ".join(f"w{i}" for i in generator.integers(0, 3000, 40)) for _ in range(150)]
     for limit in (10, 100, 1000):
@@ -135,7 +136,11 @@ def test_merge_is_associative_and_commutative(options):
     merge, empty = encoder.merge, encoder.partial([])
     flat = merge([a, b, c, d])
     assert as_dict(flat) == as_dict(encoder.partial(TEXTS))
-    for tree in (merge([merge([a, b]), merge([c, d])]), merge([merge([merge([a, b]), c]), d]), merge([a, merge([b, merge([c, d])])])):
+    for tree in (
+        merge([merge([a, b]), merge([c, d])]),
+        merge([merge([merge([a, b]), c]), d]),
+        merge([a, merge([b, merge([c, d])])]),
+    ):
         assert tree.terms.equals(flat.terms)
     assert as_dict(merge([d, empty, merge([b, a]), merge([]), c])) == as_dict(flat)
     assert as_dict(pickle.loads(pickle.dumps(flat))) == as_dict(flat)
@@ -232,7 +237,8 @@ def test_no_writable_cache_folder():
         "from mmkt_ray.encoders import tokens\n"
         "print(tokens._compiled(lambda x: x + 1)(1))\n"
     )
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=root)
     assert result.stdout == "2\n", result.stderr
 
 

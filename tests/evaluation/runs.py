@@ -48,8 +48,10 @@ def make_config(folder: Path, variants: Mapping[str, Any] = VARIANTS, **override
     return parse_config(raw).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
 
 
-def draw_samples(num_rows: int, things: Sequence[str] = THINGS, missing_frac: float = 0.15, seed: int = 0) -> dict[str, Any]:
-    """Columns of N samples: sample_id, split, thing, colour, image (N, IMAGE_DIM), text (N, TEXT_DIM) sparse, and presence.
+def draw_samples(
+    num_rows: int, things: Sequence[str] = THINGS, missing_frac: float = 0.15, seed: int = 0
+) -> dict[str, Any]:
+    """Columns of N samples: sample_id, split, thing, colour, image (N, IMAGE_DIM), text (N, TEXT_DIM), presence.
 
     `test` may hold a thing that `train` lacks: the last one of more than four.
     """
@@ -62,7 +64,9 @@ def draw_samples(num_rows: int, things: Sequence[str] = THINGS, missing_frac: fl
     image = rng.normal(size=(num_rows, IMAGE_DIM))
     image[:, :3] += 2.5 * np.eye(3)[colour]
     image += 0.9 * rng.normal(size=(len(things), IMAGE_DIM))[thing]
-    words = (rng.random((num_rows, TEXT_DIM)) < 0.08) + (rng.random((num_rows, TEXT_DIM)) < 0.2) * (np.arange(TEXT_DIM) % len(things) == thing[:, None])
+    words = (rng.random((num_rows, TEXT_DIM)) < 0.08) + (rng.random((num_rows, TEXT_DIM)) < 0.35) * (
+        np.arange(TEXT_DIM) % len(things) == thing[:, None]
+    )
     gone = rng.random(num_rows)
     return {
         "sample_id": [f"s{i}" for i in range(num_rows)],
@@ -95,7 +99,13 @@ def write_store(uri: str, samples: Mapping[str, Any], synthetic_pairs: bool = Fa
         "synthetic_pairs": synthetic_pairs,
         "combine": {"name": "union"},
         "modalities": {
-            "image": {"dim": IMAGE_DIM, "sparse": False, "kind": "image", "encoder": {"name": "pixels"}, "reduce": None},
+            "image": {
+                "dim": IMAGE_DIM,
+                "sparse": False,
+                "kind": "image",
+                "encoder": {"name": "pixels"},
+                "reduce": None,
+            },
             "text": {"dim": TEXT_DIM, "sparse": True, "kind": "text", "encoder": {"name": "tfidf"}, "reduce": None},
         },
         "tasks": {t: {"kind": "multiclass", "classes": sorted(by_task[t]["train"])} for t in by_task},
@@ -104,7 +114,10 @@ def write_store(uri: str, samples: Mapping[str, Any], synthetic_pairs: bool = Fa
             "rejects": 3,
             "by_split": {s: int((splits == s).sum()) for s in ("train", "val", "test")},
             "by_task": by_task,
-            "missing": {m: {s: int((~samples[m][1])[splits == s].sum()) for s in ("train", "val", "test")} for m in ("image", "text")},
+            "missing": {
+                m: {s: int((~samples[m][1])[splits == s].sum()) for s in ("train", "val", "test")}
+                for m in ("image", "text")
+            },
         },
         "reject_reasons": {"cannot decode image": 2, "duplicate sample_id": 1},
         "rows_per_s": 1234.5,
@@ -125,8 +138,15 @@ def write_shards(folder: Path, samples: Mapping[str, Any]) -> None:
     rows = range(len(samples["sample_id"]))
     columns = {
         "id": samples["sample_id"],
-        "image": pa.array([png(samples["colour"][i], i) if samples["image"][1][i] else None for i in rows], pa.binary()),
-        "caption": [f"a {samples['thing'][i]} <script>alert(1)</script> & more, seen {i} times" if samples["text"][1][i] else None for i in rows],
+        "image": pa.array(
+            [png(samples["colour"][i], i) if samples["image"][1][i] else None for i in rows], pa.binary()
+        ),
+        "caption": [
+            f"a {samples['thing'][i]} <script>alert(1)</script> & more, seen {i} times"
+            if samples["text"][1][i]
+            else None
+            for i in rows
+        ],
         "thing": samples["thing"],
         "colour": samples["colour"],
     }
@@ -142,7 +162,7 @@ def train_variant(config: Config, store: Store, model_uri: str) -> None:
 
 
 def write_run(folder: Path, config: Config, samples: Mapping[str, Any], **store_options: Any) -> str:
-    """Store, models, evaluation, baselines, comparison, gallery, run.json: all but the report. Returns the run's folder."""
+    """Store, models, evaluation, baselines, comparison, gallery, run.json: all but the report. Returns the folder."""
     run_uri = str(folder / "runs" / config.name)
     write_shards(folder, samples)
     store = write_store(f"{run_uri}/features/union", samples, **store_options)

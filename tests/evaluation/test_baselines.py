@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mmkt_ray.evaluation import baselines
-from mmkt_ray.evaluation.baselines import fit_baselines, readable
+from mmkt_ray.evaluation.baselines import fit_baselines
+from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.features.store import MISSING, UNSEEN, FeatureTable
 
 
@@ -19,9 +20,16 @@ def table() -> FeatureTable:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 400)
     image = (rng.normal(size=(400, 6)) * [1, 1, 1, 50, 1, 1] + 1.5 * np.eye(6)[labels]).astype(np.float32)
-    text = sp.csr_matrix(((rng.random((400, 9)) < 0.1) | ((np.arange(9) % 3 == labels[:, None]) & (rng.random((400, 9)) < 0.3))).astype(np.float32))
+    text = sp.csr_matrix(
+        ((rng.random((400, 9)) < 0.1) | ((np.arange(9) % 3 == labels[:, None]) & (rng.random((400, 9)) < 0.3))).astype(
+            np.float32
+        )
+    )
     present = {"image": np.arange(400) % 10 != 0, "text": np.arange(400) % 10 != 5}
-    features = {"image": np.where(present["image"][:, None], image, 0), "text": sp.csr_matrix(sp.diags(present["text"].astype(np.float32)) @ text)}
+    features = {
+        "image": np.where(present["image"][:, None], image, 0),
+        "text": sp.csr_matrix(sp.diags(present["text"].astype(np.float32)) @ text),
+    }
     split = np.array(["train", "train", "train", "test"], dtype=object)[np.arange(400) // 2 % 4]
     ids = np.array([f"s{i}" for i in range(400)], dtype=object)
     return FeatureTable(ids, split, features, present, {"t": labels}, {"t": ["a", "b", "c"]})
@@ -49,7 +57,9 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
 
 def test_labels_of_the_test_split_do_not_matter(table):
     """Catches a leak: with other test labels the predictions must be the same bits."""
-    other = replace(table, labels={"t": np.where(table.split == "test", (table.labels["t"] + 1) % 3, table.labels["t"])})
+    other = replace(
+        table, labels={"t": np.where(table.split == "test", (table.labels["t"] + 1) % 3, table.labels["t"])}
+    )
     test = table.take(table.rows("test"))
     for name, model in fit_baselines(table, "t").items():
         np.testing.assert_array_equal(model.predict(test), fit_baselines(other, "t")[name].predict(test))

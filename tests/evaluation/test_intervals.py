@@ -38,7 +38,9 @@ def test_resampled_counts_are_a_bootstrap_of_rows():
     spread = (found["macro_f1"]["high"] - found["macro_f1"]["low"]) / (2 * 1.96)
     assert spread == pytest.approx(np.std(drawn), rel=0.15)
     right = (labels == pred)[rows].mean(axis=1)
-    assert [found["accuracy"]["low"], found["accuracy"]["high"]] == pytest.approx(np.quantile(right, [0.025, 0.975]), abs=0.01)
+    assert [found["accuracy"]["low"], found["accuracy"]["high"]] == pytest.approx(
+        np.quantile(right, [0.025, 0.975]), abs=0.01
+    )
 
 
 def test_the_value_is_the_metric_and_the_seed_decides_the_ends():
@@ -109,11 +111,11 @@ def test_the_difference_is_that_of_the_scores_unseen_labels_included():
         paired_difference(labels, a, b, "f2", num_classes=4)
 
 
-def test_a_thousand_resamples_of_ten_thousand_rows_take_about_a_tenth_of_a_second():
-    """Catches resampling row by row (10^7 draws, tens of seconds with macro-F1); the limit leaves room for a busy machine."""
+def test_a_thousand_resamples_of_ten_thousand_rows_are_quick():
+    """Catches resampling row by row (10^7 draws and their F1): 0.1 s becomes tens of seconds."""
     rng = np.random.default_rng(6)
     labels = rng.integers(0, 20, 10_000)
     pred = np.where(rng.random(10_000) < 0.8, labels, rng.integers(0, 20, 10_000))
     started = time.process_time()
     bootstrap_intervals(labels, pred, 20, num_resamples=1000)
-    assert time.process_time() - started < 1.0
+    assert time.process_time() - started < 3.0

@@ -15,7 +15,9 @@ from mmkt_ray.features.extract import extract
 from tests.features.shapes import write_shard
 
 
-def index_of(rows: list[tuple[str, str, str | None, str | None, str | None]], keys: list[str | None] | None = None) -> RowIndex:
+def index_of(
+    rows: list[tuple[str, str, str | None, str | None, str | None]], keys: list[str | None] | None = None
+) -> RowIndex:
     """Rows of (id, split, modality that is present, object label, topic label)."""
     return RowIndex(
         [r[0] for r in rows],
@@ -78,7 +80,12 @@ def test_a_class_outside_the_mapping_is_rejected_with_a_reason(corpora: RowIndex
 
 def test_inner_and_outer_join() -> None:
     """An outer join that drops what has no partner, an inner one that keeps it."""
-    rows = [("a", "train", "image", "cat", None), ("b", "train", "text", "cat", "pets"), ("c", "train", "image", "dog", None), ("d", "train", "text", None, "space")]
+    rows = [
+        ("a", "train", "image", "cat", None),
+        ("b", "train", "text", "cat", "pets"),
+        ("c", "train", "image", "dog", None),
+        ("d", "train", "text", None, "space"),
+    ]
     index = index_of(rows, keys=["1", "1", "2", None])
     inner, outer = join(index, JoinCombine()), join(index, JoinCombine(how="outer"))
     assert inner.sample_ids == ["a|b"]
@@ -91,7 +98,12 @@ def test_inner_and_outer_join() -> None:
 
 def test_join_tells_of_conflicts() -> None:
     """Two images under one key, or two labels for one sample, settled in silence."""
-    rows = [("a", "train", "image", "cat", None), ("b", "train", "text", "dog", None), ("c", "train", "image", "cat", None), ("d", "test", "text", None, None)]
+    rows = [
+        ("a", "train", "image", "cat", None),
+        ("b", "train", "text", "dog", None),
+        ("c", "train", "image", "cat", None),
+        ("d", "test", "text", None, None),
+    ]
     index = index_of(rows, keys=["1", "1", "1", "1"])
     combined = join(index, JoinCombine())
     assert combined.num_conflicts == 1
@@ -109,7 +121,11 @@ def test_join_end_to_end_gathers_the_right_features(shapes: Path, make_config: C
     texts = base | {"path": "captions/*.parquet", "columns": {"key": "id", "text": "caption"}}
     both = [base, base | {"path": "captions/*.parquet"}]
     plain = extract(make_config(name="plain", samples__sources=both, samples__max_reject_frac=0.9), f"{shapes}/plain")
-    config = make_config(samples__sources=[images, texts], samples__combine={"name": "join", "how": "outer"}, samples__max_reject_frac=0.9)
+    config = make_config(
+        samples__sources=[images, texts],
+        samples__combine={"name": "join", "how": "outer"},
+        samples__max_reject_frac=0.9,
+    )
     store = extract(config, f"{shapes}/joined")
     table = pd.concat([t.to_pandas() for t in store.read()]).set_index("key")
     assert len(table) == 140

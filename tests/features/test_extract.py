@@ -120,7 +120,11 @@ def test_bad_rows_are_rejected_with_reasons_and_nothing_else_is_lost(shapes: Pat
     images[3], images[5], images[7] = images[3][:60], b"no image", None
     captions = [f"row {i}" for i in range(10)]
     captions[7] = None
-    columns = {"image": pa.array(images, pa.binary()), "caption": pa.array(captions), "id": [f"bad{i}" for i in range(9)] + ["s0"]}
+    columns = {
+        "image": pa.array(images, pa.binary()),
+        "caption": pa.array(captions),
+        "id": [f"bad{i}" for i in range(9)] + ["s0"],
+    }
     write_shard(shapes / "data" / "shapes" / "bad.parquet", 0, 10, **columns)
     store = run(make_config(samples__max_reject_frac=0.1))
     rejects = pd.read_parquet(f"{store.uri}/rejects.parquet").set_index("sample_id")
@@ -146,7 +150,11 @@ def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> N
 
 def test_missing_modalities_and_labels_are_nulls(shapes: Path, make_config: MakeConfig) -> None:
     """An absent image becoming a zero vector that looks like a feature."""
-    columns = {"image": pa.nulls(40, pa.binary()), "colour": pa.nulls(40, pa.string()), "id": [f"t{i}" for i in range(40)]}
+    columns = {
+        "image": pa.nulls(40, pa.binary()),
+        "colour": pa.nulls(40, pa.string()),
+        "id": [f"t{i}" for i in range(40)],
+    }
     write_shard(shapes / "data" / "shapes" / "text_only.parquet", 0, 40, **columns)
     store = run(make_config())
     table = store.table()
@@ -170,14 +178,20 @@ def test_nothing_fitted_knows_the_test_split(shapes: Path, make_config: MakeConf
     folders = [with_planted.manifest["modalities"][m]["folders"] for m in ("text", "image")]
     vocabulary, scaler = (Path(make_config().run_root) / "shapes" / "encoders" / f[-1] for f in folders)
     assert b"plantedterm" not in (vocabulary / "state.safetensors").read_bytes()
-    other = Path(make_config().run_root) / "without" / "encoders" / without.manifest["modalities"]["image"]["folders"][-1]
+    other = (
+        Path(make_config().run_root) / "without" / "encoders" / without.manifest["modalities"]["image"]["folders"][-1]
+    )
     assert (scaler / "state.safetensors").read_bytes() == (other / "state.safetensors").read_bytes()
 
 
 def test_reducers_make_a_store_of_their_own(shapes: Path, make_config: MakeConfig) -> None:
     """Reduced features that differ from the reducer applied to the whole matrix at once."""
     encoded = run(make_config())
-    reduced = run(make_config(modalities__image__reduce={"name": "pca", "dim": 4}, modalities__text__reduce={"name": "svd", "dim": 3}))
+    reduced = run(
+        make_config(
+            modalities__image__reduce={"name": "pca", "dim": 4}, modalities__text__reduce={"name": "svd", "dim": 3}
+        )
+    )
     assert (reduced.dim("image"), reduced.dim("text")) == (4, 3)
     raw, small = encoded.table(), reduced.table()
     order, small_order = np.argsort(raw.sample_id), np.argsort(small.sample_id)
@@ -206,12 +220,17 @@ def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: M
 @pytest.mark.parametrize("victim", ["driver", "actor"])
 def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig, tmp_path: Path, victim: str) -> None:
     """Rows lost or doubled, or other values, after the driver or an encoder actor died at some moment."""
-    config = make_config(modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.15}}, extract__chunk_rows=4)
+    config = make_config(
+        modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.15}},
+        extract__chunk_rows=4,
+    )
     quiet = run(config.model_copy(update={"name": "quiet"}))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "mmkt_ray.cli", "extract", str(path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]])
+    }
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     data = next_store(Path(config.run_root) / "shapes" / "features", first)
     wait_until(lambda: len(list(data.glob("*.parquet"))) >= 3, first)

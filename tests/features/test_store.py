@@ -16,7 +16,11 @@ def test_features_survive_the_round_trip_with_nulls_slices_and_chunks(sparse: bo
     present = rng.random(50) < 0.6
     full = np.where(rng.random((50, 30)) < 0.3, rng.normal(size=(50, 30)), 0).astype(np.float32) * present[:, None]
     column = to_arrow(sp.csr_matrix(full[present]) if sparse else full[present], present)
-    for piece, rows in [(column, slice(0, 50)), (column.slice(7, 20), slice(7, 27)), (pa.chunked_array([column.slice(0, 9), column.slice(9)]), slice(0, 50))]:
+    for piece, rows in [
+        (column, slice(0, 50)),
+        (column.slice(7, 20), slice(7, 27)),
+        (pa.chunked_array([column.slice(0, 9), column.slice(9)]), slice(0, 50)),
+    ]:
         features, mask = from_arrow(piece, 30)
         dense = features.toarray() if sparse else features
         assert np.array_equal(dense, full[rows])
@@ -25,7 +29,10 @@ def test_features_survive_the_round_trip_with_nulls_slices_and_chunks(sparse: bo
 
 def test_all_null_column() -> None:
     """A split without one modality that cannot be read."""
-    for kind in (pa.list_(pa.float32(), 4), pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])):
+    for kind in (
+        pa.list_(pa.float32(), 4),
+        pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))]),
+    ):
         features, present = from_arrow(pa.nulls(3, kind), 4)
         assert features.shape == (3, 4)
         assert not present.any()

@@ -76,6 +76,7 @@ def test_absent_modalities_contribute_zeros_to_concatenation():
     torch.testing.assert_close(head(parts, present), head(zeroed, {}))
 
 
+@torch.no_grad()
 def test_decision_averages_the_log_probabilities_of_who_is_there():
     """Weights that do not sum to one over the present ones, so that a row with one modality gets a flatter decision."""
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ def table() -> FeatureTable:
     """420 samples: dense image and sparse text features, each missing somewhere; `topic` of 3 classes, `mood` of 2."""
     rng, num_rows = np.random.default_rng(0), 420
     topic, mood = rng.integers(0, 3, num_rows), rng.integers(0, 2, num_rows)
-    image = rng.normal(size=(num_rows, 8)) + 2 * np.eye(8)[topic]
+    image = rng.normal(size=(num_rows, 8)) + 4 * np.eye(8)[topic]
     text = (rng.random((num_rows, 30)) < 0.2) * rng.random((num_rows, 30)) + np.eye(30)[mood]
     present = {"image": rng.random(num_rows) < 0.8, "text": rng.random(num_rows) < 0.8}
     features = {"image": image * present["image"][:, None], "text": text * present["text"][:, None]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import queue
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ def weights(result):
 
 def without_seconds(history):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+
+
+def readable_val_rows(table):
+    return np.flatnonzero((table.split == "val") & (table.present["image"] | table.present["text"]))
 
 
 def assert_equal_runs(a, b):
@@ -58,14 +63,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(make_config, tab
     """Order, initialisation or dropout from a generator that nobody seeded, or the caller's random state changed."""
     before = torch.get_rng_state()
     one = fit(make_config(), table)
+    assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
     assert_equal_runs(one, fit(make_config(), table))
-    assert not np.array_equal(*(next(iter(weights(r).values())) for r in (one, fit(make_config(seed=1), table)))) or any(
-        not np.array_equal(v, weights(fit(make_config(seed=1), table))[k]) for k, v in weights(one).items()
-    )
-    torch.set_rng_state(before)
-    fit(make_config(**{"training.epochs": 1}), table)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert fit(make_config(seed=1), table).history[0]["train_loss"] != one.history[0]["train_loss"]
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -87,7 +88,7 @@ def test_validation_scores_are_scikit_learns(make_config, table):
     result = fit(make_config(), table)
     val = table.take(table.rows("val"))
     readable = val.present["image"] | val.present["text"]
-    scores = validate(result.model, table, np.flatnonzero((table.split == "val") & (table.present["image"] | table.present["text"])), World(), batch_size=7)
+    scores = validate(result.model, table, readable_val_rows(table), World(), batch_size=7)
     assert (val.labels["mood"] == UNSEEN).any()
     for t, proba in predict_table(result.model, val).items():
         kept = readable & (val.labels[t] != MISSING)
@@ -95,7 +96,7 @@ def test_validation_scores_are_scikit_learns(make_config, table):
         assert scores["accuracy"][t] == pytest.approx(accuracy_score(truth, pred))
         assert scores["macro_f1"][t] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
     assert scores["score"] == pytest.approx(np.mean(list(scores["macro_f1"].values())))
-    assert scores == pytest.approx(result.val) or result.val["score"] == pytest.approx(scores["score"])
+    assert scores["macro_f1"] == result.val["macro_f1"]
 
 
 def test_the_best_epoch_is_kept_and_patience_stops(make_config, table):
@@ -105,8 +106,7 @@ def test_the_best_epoch_is_kept_and_patience_stops(make_config, table):
     assert result.best_epoch == int(np.argmax(scores)) + 1
     assert len(scores) == min(40, result.best_epoch + 3)
     assert len(scores) < 40
-    rows = np.flatnonzero((table.split == "val") & (table.present["image"] | table.present["text"]))
-    assert validate(result.model, table, rows, World())["score"] == max(scores)
+    assert validate(result.model, table, readable_val_rows(table), World())["score"] == max(scores)
 
 
 def test_without_validation_rows_the_last_epoch_is_kept(make_config, table):
@@ -159,37 +159,36 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert sorted(rates[5:], reverse=True) == rates[5:]
 
 
-def fit_as_rank(rank, size, port, config, table, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    result = fit(config, table, world=World(rank, size))
-    rows = np.flatnonzero(table.split == "val")
-    queue.put((rank, weights(result), without_seconds(result.history), validate(result.model, table, rows, World(rank, size))))
-    dist.destroy_process_group()
+def fit_as_rank(rank, port, config, table, queue):
+    """One of two workers; they meet at the port."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        world = World(rank, 2)
+        result = fit(config, table, world=world)
+        scores = validate(result.model, table, np.flatnonzero(table.split == "val"), world)
+        queue.put((weights(result), without_seconds(result.history), scores))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_workers_count_and_learn_like_one(make_config, table, free_port):
     """Rank 0's share reported as the whole; ranks that drift apart; a gradient that depends on how a step is split."""
     options = {"model.dropout": 0.0, "training.epochs": 2, "training.class_weights": "balanced"}
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
     config = make_config(**options, **{"training.batch_size_per_worker": 32})
-    workers = [context.Process(target=fit_as_rank, args=(rank, 2, free_port, config, table, queue)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    ranks = sorted(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=30)
-    (_, first, history, scores), (_, second, other_history, other_scores) = ranks
+    theirs, mine = context.Queue(), queue.Queue()
+    worker = context.Process(target=fit_as_rank, args=(1, free_port, config, table, theirs))
+    worker.start()
+    fit_as_rank(0, free_port, config, table, mine)  # this process is the other worker
+    (first, history, scores), (second, other_history, other_scores) = mine.get(), theirs.get(timeout=60)
+    worker.join(timeout=60)
     assert all(np.array_equal(first[k], second[k]) for k in first)
-    assert history == other_history
-    assert scores == other_scores
+    assert (history, scores) == (other_history, other_scores)
+
     one = fit(make_config(**options, **{"training.batch_size_per_worker": 64}), table)
-    rows = np.flatnonzero(table.split == "val")
-    for k, v in weights(one).items():
-        np.testing.assert_allclose(first[k], v, atol=2e-4)
+    for name, value in weights(one).items():
+        np.testing.assert_allclose(first[name], value, atol=2e-4)
     one.model.load_state_dict({k: torch.from_numpy(v) for k, v in first.items()})
-    alone = validate(one.model, table, rows, World())
-    assert alone["accuracy"] == scores["accuracy"]
-    assert alone["macro_f1"] == scores["macro_f1"]
+    alone = validate(one.model, table, np.flatnonzero(table.split == "val"), World())
+    assert (alone["accuracy"], alone["macro_f1"]) == (scores["accuracy"], scores["macro_f1"])
     assert alone["loss"] == pytest.approx(scores["loss"])

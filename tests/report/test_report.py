@@ -1,0 +1,248 @@
+"""The page of a run by the real code: complete, self-contained, safe, and still there when parts are missing."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError
+from mmkt_ray.report import plots, words
+from mmkt_ray.report.page import build_report
+from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
+
+HOSTILE = "<script>alert(1)</script>"
+ATTRIBUTE = '"><img src=x onerror=alert(2)>'
+THINGS = ("bird", "boat $x_{$", HOSTILE, ATTRIBUTE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run whose class names and texts are hostile."""
+    folder = tmp_path_factory.mktemp("run")
+    config = make_config(folder, {**VARIANTS, "hierarchical": {"model.fusion": {"name": "hierarchical", "depth": 2}}})
+    return Path(write_run(folder, config, draw_samples(500, THINGS), synthetic_pairs=True))
+
+
+@pytest.fixture(scope="module")
+def page(finished) -> str:
+    return Path(build_report(str(finished))).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and all text outside <style>."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [a for t, a in self.tags if t == tag]
+
+
+def test_hostile_names_and_texts_stay_text(page):
+    """Catches a template without escaping: whoever writes a class name or a caption would run code at the reader's."""
+    elements = Elements(page)
+    assert not elements.all("script")
+    assert not [a for _, a in elements.tags if any(name.startswith("on") for name in a)]
+    assert HOSTILE in elements.text
+    assert ATTRIBUTE in elements.text
+    assert "default-src 'none'" in elements.all("meta")[3]["content"]
+
+
+def test_nothing_comes_from_outside(page):
+    """Catches fonts, scripts or images from elsewhere: the page must read the same from a USB stick in ten years."""
+    for tag, attributes in Elements(page).tags:
+        for name in ("src", "srcset", "href", "action", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, name)
+    assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_every_figure_has_words_and_a_dark_twin(page, finished):
+    """Catches figures that a blind reader or a dark screen gets nothing of, and files that are not beside the page."""
+    elements = Elements(page)
+    images = [a["src"] for a in elements.all("img")]
+    assert all(len(a["alt"]) > 10 for a in elements.all("img"))
+    assert len(elements.all("source")) == 10  # two tasks: accuracy, differences, learning, confusion, classes
+    for uri in [*images, *(a["srcset"] for a in elements.all("source"))]:
+        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).verify()
+    beside = {f.name for f in (finished / "report").iterdir()}
+    expected = {
+        f"{t}-{p}.png"
+        for t in ("colour", "thing")
+        for p in ("accuracy", "differences", "learning", "confusion", "classes")
+    }
+    assert beside == {"index.html", "results.json", *expected}
+
+
+def test_the_page_says_what_was_found_and_with_what(page, finished):
+    """Catches a section that renders empty: numbers, data, rejects, stages, config and caveats must all be there."""
+    text = " ".join(Elements(page).text.split())
+    results = storage.read_json(str(finished / "report" / "results.json"))
+    for task, found in results["tasks"].items():
+        assert words.headline(task, results)["title"] in text
+        for row in found["rows"]:
+            assert words.percent(row["accuracy"]["value"]) in text
+    for expected in (
+        "Pairs in this run were made by label",
+        "cannot decode image (2); duplicate sample_id (1)",
+        "without text",
+        "0123456789abcdef",
+        "2 min",
+        "batch_size_per_worker: 64",
+        "What each modality knows",
+        "most confident and wrong",
+        "1,234 rows/s",
+    ):
+        assert expected in text, expected
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["run.json"],
+        ["baselines"],
+        ["features/union/manifest.json"],
+        [
+            "models/concat/gallery.json",
+            "models/hierarchical/gallery.json",
+            "models/image/gallery.json",
+            "models/text/gallery.json",
+        ],
+        [
+            "models/concat/config.json",
+            "models/image/config.json",
+            "models/text/config.json",
+            "models/hierarchical/config.json",
+        ],
+        ["models/image", "models/text", "baselines"],
+        ["models"],
+    ],
+)
+def test_a_page_without_some_parts_is_still_a_page(run, lost, monkeypatch):
+    """Catches a report that fails as a whole because one optional file is not there."""
+    monkeypatch.setattr(plots, "DPI", 20)  # quick
+    for name in lost:
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    text = " ".join(Elements(Path(build_report(str(run))).read_text(encoding="utf-8")).text.split())
+    assert "Task: colour" in text
+    said = {
+        "run.json": "There is no run.json",
+        "features/union/manifest.json": "Its manifest is not there",
+        "models/concat/gallery.json": "There is no gallery",
+        "models/image": "Whether fusing helps is not known",
+        "models": "There is no gallery",
+    }
+    assert said.get(lost[0], "") in text
+
+
+def test_nothing_evaluated_is_an_error_that_helps(tmp_path):
+    """Catches an empty page for a run that was never evaluated."""
+    with pytest.raises(DataError, match="mmkt evaluate"):
+        build_report(str(tmp_path))
+
+
+def result(difference: tuple[float, float, float], verdict: str, baseline: float = 0.5) -> dict:
+    """Results of one task: `both` and `image`, with a given paired difference, and a baseline."""
+    low, value, high = difference
+    interval = {"value": value, "low": low, "high": high}
+
+    def row(model: str, accuracy: float) -> dict:
+        return {
+            "model": model,
+            "num_rows": 200,
+            "accuracy": {"value": accuracy, "low": accuracy - 0.03, "high": accuracy + 0.03},
+            "versus": None,
+            "verdict": "",
+        }
+
+    shared = {"ours": 0.8 + value, "theirs": 0.8}
+    fused = row("both", 0.8 + value) | {
+        "verdict": verdict,
+        "versus": {"model": "image", "num_rows": 200, "shared_accuracy": shared, "accuracy": interval},
+    }
+    models = {m: {"kind": "trained", "store": "s"} for m in ("both", "image")} | {
+        "logreg:image": {"kind": "baseline", "store": "s"}
+    }
+    found = {
+        "best_fused": "both",
+        "best_single": "image",
+        "best_trained": "both",
+        "rows": [fused, row("image", 0.8), row("logreg:image", baseline)],
+    }
+    return {"confidence": 0.95, "models": models, "tasks": {"t": found}}
+
+
+def test_the_headline_says_plainly_what_fusing_did():
+    """Catches a page that praises the fused model whatever the numbers say."""
+    better = words.headline("t", result((0.01, 0.031, 0.05), "better"))
+    assert (better["tone"], better["title"]) == (
+        "good",
+        "Fusing helps: both beats the best single modality by 3.1 points",
+    )
+    assert "Paired difference +3.1 points, 95 % interval +1.0 to +5.0." in better["text"]
+    worse = words.headline("t", result((-0.05, -0.02, -0.01), "worse"))
+    assert (worse["tone"], worse["title"]) == ("bad", "Fusing hurts: both is 2.0 points below image alone")
+    same = words.headline("t", result((-0.01, 0.01, 0.03), "no difference shown"))
+    assert same["title"].startswith("Fusing is not shown to help")
+    assert (
+        "Mind the baseline: logreg:image reaches 90.0 %"
+        in words.headline("t", result((-0.01, 0.01, 0.03), "", 0.9))["text"]
+    )
+    assert "Mind" not in same["text"]
+
+
+def test_a_model_keeps_its_colour_and_baselines_are_grey():
+    """Catches colours by position in each plot: the same model would be blue here and orange there."""
+    kinds = {"a": "trained", "majority": "baseline", "b": "trained"}
+    assert plots.model_colors(kinds)["a"] == plots.model_colors({"a": "trained"})["a"]
+    assert len(set(plots.model_colors(kinds).values())) == 3
+
+
+def test_many_classes_are_listed_not_drawn(run, monkeypatch):
+    """Catches an unreadable matrix of hundreds of cells, where a list of the worst confusions helps."""
+    monkeypatch.setattr(plots, "DPI", 20)
+    for name in ("concat", "image", "text", "hierarchical"):
+        uri = str(run / "models" / name / "metrics.json")
+        record = storage.read_json(uri)
+        task = record["tasks"]["thing"]
+        names = [f"class {i:03}" for i in range(120)]
+        task |= {"class_names": names, "confusion": None, "most_confused": [["class 001", "class 002", 7]]}
+        task["per_class"] = {
+            n: {"precision": 0.5, "recall": 0.5, "f1": i / 120, "support": 1} for i, n in enumerate(names)
+        }
+        storage.write_json(uri, record)
+    page = Path(build_report(str(run))).read_text(encoding="utf-8")
+    assert "Most confused by" in page
+    assert "leaves out the 90 best classes" in page
+
+
+def test_the_report_needs_neither_ray_nor_torch():
+    """Catches an import that makes a page of plots wait for, and depend on, a GPU stack."""
+    code = "import sys, mmkt_ray.report.page; print(sorted({'ray', 'torch', 'matplotlib.pyplot'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.strip() == "[]"
