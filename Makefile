@@ -46,4 +46,5 @@ $(VENV)/.stamp: pyproject.toml requirements.lock | $(BIN)/uv
 	@echo "installing requirements.lock into $(VENV)"
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@$(BIN)/python -c "from mmkt_ray.encoders.text import compile_kernels; compile_kernels()"
 	@touch $@

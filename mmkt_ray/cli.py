@@ -95,6 +95,12 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         help="layout of the inputs, if it differs from training",
     )
     command.add_argument(
+        "--max-reject-frac",
+        type=float,
+        metavar="X",
+        help="share of unreadable rows that is put up with, if not as in training",
+    )
+    command.add_argument(
         "--column",
         action="append",
         default=[],
@@ -169,7 +175,8 @@ def _predict(args: argparse.Namespace) -> str:
     from mmkt_ray.evaluation.prediction import predict
 
     columns = dict(parse_override(text) for text in args.column)
-    return f"predictions: {predict(args.model, args.inputs, args.out, like=args.like, reader=args.reader, columns=columns)}"
+    chosen = {"like": args.like, "reader": args.reader, "columns": columns, "max_reject_frac": args.max_reject_frac}
+    return f"predictions: {predict(args.model, args.inputs, args.out, **chosen)}"
 
 
 def _config_help() -> str:

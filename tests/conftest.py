@@ -1,10 +1,10 @@
-"""Fixtures of all tests: one local Ray for the whole run, and the folder of real data."""
+"""Fixtures of all tests: one local Ray for the whole run, the folder of real data, a small set of drawn shapes."""
 
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Ray reads these when it is imported, its worker processes inherit them.
@@ -22,6 +22,9 @@ sys.path.insert(0, PLUGINS)
 os.environ.pop("RAY_ADDRESS", None)  # never join a cluster that happens to run
 
 import pytest  # noqa: E402  (after what Ray reads on import)
+
+from mmkt_ray.config import Config, parse_config  # noqa: E402
+from tests.shapes import write_shard  # noqa: E402
 
 DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -53,3 +56,30 @@ def data_dir() -> Path:
     if not DATA_DIR.is_dir():
         pytest.skip(f"no real data at {DATA_DIR}: set MMKT_DATA to the folder with cifar10/, emoji/ ...")
     return DATA_DIR
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """Three shards of 40 rows in <tmp>/data/shapes."""
+    for k in range(3):
+        write_shard(tmp_path / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
+    return tmp_path
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """The config over those shards, with dotted overrides."""
+    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
+    raw = {
+        "name": "shapes",
+        "data_root": str(tmp_path / "data"),
+        "run_root": str(tmp_path / "runs"),
+        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
+        "modalities": {
+            "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
+            "text": {"kind": "text", "encoder": "tfidf"},
+        },
+        "tasks": {"colour": {}},
+        "extract": {"chunk_rows": 16, "num_actors": 1},
+    }
+    return lambda **overrides: parse_config(raw).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})

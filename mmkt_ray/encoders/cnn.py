@@ -32,7 +32,7 @@ class CNNRecipe:
 
     epochs: int = 10  # passes over the images
     batch_size: int = 500  # images per optimizer step, over all workers
-    lr: float = 0.12  # of Muon on the filters, whose norm is fixed; falls linearly to 0
+    lr: float = 0.1  # of Muon on the filters, whose norm is fixed; falls linearly to 0
     head_lr: float = 0.01  # of AdamW on norm biases and head; falls linearly to 0
     momentum: float = 0.6  # Nesterov momentum of Muon
     weight_decay: float = 0.01  # decoupled, of AdamW; filters have a fixed norm instead
@@ -225,7 +225,7 @@ class _Fit:
         }
         self.net: nn.Module = self.model
         if self.world_size > 1:
-            self.net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.net = nn.parallel.DistributedDataParallel(self.model, forward_sync_buffers=False)
 
     def _batches(self, epoch: int, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of each global batch, augmented: (B, 3, S, S), (B,). The remainder is dropped.
@@ -337,9 +337,7 @@ def fit_cnn(
     return model.to(memory_format=torch.contiguous_format).eval()  # as safetensors wants it
 
 
-def _check(
-    images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: CNNRecipe, world_size: int
-) -> None:
+def _check(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: CNNRecipe, world_size: int) -> None:
     side = recipe.image_size
     if side < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE}, got {side}")
@@ -350,9 +348,7 @@ def _check(
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels must be N integers in 0..{num_classes - 1}, got {labels.shape}: {labels}")
     if (batch_size := min(recipe.batch_size, len(images))) < 2 * world_size:
-        raise ValueError(
-            f"each of {world_size} workers needs 2 images a step for its norms, got {batch_size}"
-        )
+        raise ValueError(f"each of {world_size} workers needs 2 images a step for its norms, got {batch_size}")
     if unknown := set(recipe.augment) - set(AUGMENTATIONS):
         raise ValueError(f"unknown augmentations {sorted(unknown)}; known: {', '.join(AUGMENTATIONS)}")
     if recipe.precision not in PRECISIONS:

@@ -20,7 +20,7 @@ from mmkt_ray.features.store import FeatureTable
 
 MAJORITY = "majority"
 MAX_TRAIN_ROWS = 20_000
-MAX_SPARSE_COLUMNS = 50_000
+MAX_SPARSE_COLUMNS = 200_000
 MAX_ITERATIONS = 100
 
 
@@ -73,10 +73,11 @@ class Majority:
 class Logreg:
     """Multinomial logistic regression (L2, C = 1) on one modality or on several side by side.
 
-    Dense features are standardised by the train rows that have them, sparse ones are taken as they are; an absent
-    modality is a row of zeros. To stay a matter of seconds it fits on at most MAX_TRAIN_ROWS rows (drawn by the seed),
-    on the MAX_SPARSE_COLUMNS most frequent columns of a sparse modality, and for at most MAX_ITERATIONS steps of
-    L-BFGS: far enough for the accuracy to stand still, not always for the solver to say "converged".
+    Dense features are standardised by the train rows that have them, sparse ones are taken as they are (see `_assemble`
+    for both together); an absent modality is a row of zeros. To stay a matter of seconds it fits on at most
+    MAX_TRAIN_ROWS rows (drawn by the seed), on the MAX_SPARSE_COLUMNS most frequent columns of a sparse modality, and for
+    at most MAX_ITERATIONS steps of L-BFGS: far enough for the accuracy to stand still, not always for the solver to say
+    "converged".
     """
 
     modalities: tuple[str, ...]
@@ -153,8 +154,9 @@ def _fit_input(features: Features, present: np.ndarray) -> _Scaling | _Columns:
 
 
 def _assemble(inputs: dict[str, _Scaling | _Columns], table: FeatureTable) -> Features:
-    """The modalities side by side (N, sum of D): sparse if one of them is."""
+    """The modalities side by side (N, sum of D). Beside sparse rows, which have a norm of about one, dense ones are scaled
+    to the same norm: else the penalty on weights would all but silence the sparse modality."""
     blocks = [inputs[m].apply(table.features[m], table.present[m]) for m in inputs]
-    if any(sp.issparse(b) for b in blocks):
-        return sp.hstack([sp.csr_matrix(b) for b in blocks], format="csr")
-    return np.hstack(blocks)
+    if not any(sp.issparse(b) for b in blocks):
+        return np.hstack(blocks)
+    return sp.hstack([b if sp.issparse(b) else sp.csr_matrix(b / np.sqrt(b.shape[1])) for b in blocks], format="csr")

@@ -18,7 +18,11 @@ from mmkt_ray.models import Features, ModelSpec, MultimodalModel, SparseBatch
 
 
 def model_inputs(
-    table: FeatureTable, rows: np.ndarray | slice, modalities: Iterable[str], device: torch.device, drop: Collection[str] = ()
+    table: FeatureTable,
+    rows: np.ndarray | slice,
+    modalities: Iterable[str],
+    device: torch.device,
+    drop: Collection[str] = (),
 ) -> tuple[dict[str, Features], dict[str, Tensor]]:
     """Some rows as what `MultimodalModel.forward` takes: features and presence by modality, on a device.
 
@@ -28,7 +32,7 @@ def model_inputs(
     present: dict[str, Tensor] = {}
     for m in modalities:
         batch = table.features[m][rows]
-        if sp.issparse(batch):
+        if not isinstance(batch, np.ndarray):
             parts = (batch.indices.astype(np.int64), batch.indptr.astype(np.int64), batch.data)
             features[m] = SparseBatch(*map(torch.from_numpy, parts)).to(device)
         else:
@@ -66,7 +70,9 @@ def check_features(spec: ModelSpec, table: FeatureTable) -> None:
     """Raises: DataError if a modality is missing in the table or has another width than the model was built for."""
     for m, expected in spec.modalities.items():
         if m not in table.features:
-            raise DataError(f"the model reads '{m}', the features have only {sorted(table.features)}: extract '{m}' too")
+            raise DataError(
+                f"the model reads '{m}', the features have only {sorted(table.features)}: extract '{m}' too"
+            )
         got, sparse = table.features[m].shape[1], sp.issparse(table.features[m])
         if (got, sparse) != (expected.dim, expected.sparse):
             raise DataError(

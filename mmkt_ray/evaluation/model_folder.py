@@ -1,7 +1,9 @@
-"""The model folder: weights and everything needed to use them. Nothing in it is a pickle.
+"""The model folder: weights and everything needed to use them.
 
     <model>/model.safetensors   the MultimodalModel's state
     <model>/config.json         its card, published last: a folder without it is no model
+
+Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from mmkt_ray.models import ModelSpec, MultimodalModel
 SCHEMA_VERSION = 1
 
 
-def save_model(uri: str, model: MultimodalModel, config: Config, store_manifest: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+def save_model(
+    uri: str, model: MultimodalModel, config: Config, store_manifest: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
     """Publish a model. `extra` (JSON-able) goes into the card as it is, e.g. the training's fingerprint and summary."""
     spec = model.spec
     card = {
@@ -36,6 +40,7 @@ def save_model(uri: str, model: MultimodalModel, config: Config, store_manifest:
         **extra,
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    storage.remove(storage.join(uri, "config.json"))  # an older model's card must never stand beside new weights
     storage.write_bytes(storage.join(uri, "model.safetensors"), save_tensors(weights))
     storage.write_json(storage.join(uri, "config.json"), card)
 
@@ -60,7 +65,9 @@ def load_model(uri: str) -> tuple[MultimodalModel, dict[str, Any]]:
     if card is None:
         raise DataError(f"'{uri}' is no finished model folder (no config.json): run `mmkt train` with the same config")
     if card.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"'{uri}' has schema version {card.get('schema_version')}, this is {SCHEMA_VERSION}: train again")
+        raise DataError(
+            f"'{uri}' has schema version {card.get('schema_version')}, this is {SCHEMA_VERSION}: train again"
+        )
     try:
         model = MultimodalModel(ModelSpec.from_dict(card["spec"]))
         model.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, "model.safetensors"))))

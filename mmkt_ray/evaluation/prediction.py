@@ -31,6 +31,7 @@ def predict(
     like: int = 0,
     reader: str | None = None,
     columns: Mapping[str, str] | None = None,
+    max_reject_frac: float | None = None,
 ) -> str:
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
@@ -40,7 +41,10 @@ def predict(
     Raises: ConfigError, DataError.
     """
     model, card = load_model(model_uri)
-    config = prediction_config(parse_config(card["config"]), inputs, like, reader, columns or {})
+    trained = parse_config(card["config"])
+    if max_reject_frac is not None:
+        trained = trained.with_overrides({"samples.max_reject_frac": max_reject_frac})
+    config = prediction_config(trained, inputs, like, reader, columns or {})
     out_uri = storage.absolute(out_uri)
     storage.make_dir(out_uri)
     saved = storage.join(storage.absolute(model_uri), "encoders")

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from mmkt_ray import storage
+from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
+from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import Row, make_row, part_name, unpack
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, part_schema, to_arrow
 from mmkt_ray.samples.cleaning import decode_image
@@ -86,13 +87,24 @@ class EncodePlan:
     num_threads: int
 
 
+def assigned_device(use_gpu: bool) -> torch.device:
+    """The device that Ray gave this actor: inside it a GPU is always number 0. Raises: ResourceError if torch can't use it."""
+    if use_gpu and not torch.cuda.is_available():
+        raise ResourceError(
+            "Ray gave this encoder actor a GPU, but torch finds none: is the driver there, is this torch built for it? "
+            "Set extract.num_gpus=0 to encode on CPUs"
+        )
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
 class EncodeChunk:
     """Stage 3: decode, then features of every modality. Runs in an actor that loads the encoders once."""
 
     def __init__(self, plan: EncodePlan) -> None:
+        cluster.keep_freed_memory()
         torch.set_num_threads(plan.num_threads)
         self.plan = plan
-        device = torch.device("cuda" if plan.use_gpu else "cpu")
+        device = assigned_device(plan.use_gpu)
         self.encoders: dict[str, Any] = {}
         for name, uri in sorted(plan.encoders.items()):
             encoder = load_fitted(build_encoder(plan.config.modalities[name].encoder), uri)

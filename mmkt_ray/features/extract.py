@@ -21,6 +21,7 @@ import ray.data
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, ReduceConfig, fingerprint
 from mmkt_ray.encoders.build import build_reducer, load_fitted, read_card
+from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
@@ -45,8 +46,21 @@ def extract(config: Config, run_uri: str) -> Store:
     shards = list_shards(config)
     encoders = fit_encoders(config, run_uri, shards)
     encoded = encode(config, run_uri, shards, encoders)
+    check_not_empty(encoded)
     reduced = reduce(config, run_uri, encoded, fit_reducers(config, run_uri, encoded))
     return combine(config, run_uri, reduced)
+
+
+def check_not_empty(store: Store) -> None:
+    """Raises: DataError for a modality or a task that no row has: most likely its column is mapped to the wrong name."""
+    counts = store.manifest["counts"]
+    empty = [f"modality '{m}'" for m, by_split in counts["missing"].items() if sum(by_split.values()) == counts["rows"]]
+    empty += [f"task '{t}'" for t, by_split in counts["by_task"].items() if not by_split]
+    if empty:
+        raise DataError(
+            f"{' and '.join(empty)}: null in all {counts['rows']} rows; check what the sources' columns map it to "
+            "(a tar suffix or a json field that is misspelt is a null, not an error)"
+        )
 
 
 def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str, str]) -> Store:

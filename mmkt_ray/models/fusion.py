@@ -7,7 +7,7 @@ It takes signals of any widths, dense or sparse: one that needs equal widths pro
 rows that have a modality; a part without an entry there is present in all rows. Each fusion is an entry of `FUSIONS`.
 
 Sources: feature-level (early) and decision-level (late) fusion: Baltrusaitis et al. 2019, section 6
-(https://arxiv.org/abs/1705.09406). Hierarchical fusion: docs/METHODS, F(k) = Fuse(F(1), ..., F(k-1)).
+(https://arxiv.org/abs/1705.09406). Hierarchical: F(k) = Fuse(F(1), ..., F(k-1)).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class DecisionHead(nn.Module):
     def forward(self, parts: Parts, present: Masks) -> Tensor:
         decisions = [F.log_softmax(self.classifiers[module_name(m)](parts[m]), dim=-1) for m in self.modalities]
         mask = torch.stack([present[m] for m in self.modalities], dim=1)  # (B, M)
-        scores = torch.where(mask, self.weights, torch.finfo(self.weights.dtype).min)  # finite: no NaN if all are absent
+        lowest = torch.finfo(self.weights.dtype).min  # not -inf, which gives NaN where all are absent
+        scores = torch.where(mask, self.weights, lowest)
         weights = torch.where(mask, scores.softmax(dim=1), 0.0)
         masked = torch.where(mask[:, :, None], torch.stack(decisions, dim=1), 0.0)  # (B, M, C)
         return (weights[:, :, None] * masked).sum(dim=1)

@@ -53,7 +53,9 @@ class ModelSpec:
         return cls(**{**raw, "modalities": inputs, "schemes": tuple(raw["schemes"])})
 
 
-def build_spec(config: Config, dims: Mapping[str, int], sparse: Mapping[str, bool], num_classes: Mapping[str, int]) -> ModelSpec:
+def build_spec(
+    config: Config, dims: Mapping[str, int], sparse: Mapping[str, bool], num_classes: Mapping[str, int]
+) -> ModelSpec:
     """The model that `config` describes over features of these widths (by modality) and these tasks' class counts."""
     model = config.model
     inputs = {

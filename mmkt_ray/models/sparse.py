@@ -42,7 +42,7 @@ class SparseLinear(nn.Module):
 class _SparseMatmul(torch.autograd.Function):
     """Weighted sums of rows of a table, both ways: forward over the batch's rows, backward over its columns.
 
-    `embedding_bag` alone would do, but with a gradient it takes a slow path: 43 ms instead of 5 ms a step, measured for
+    `embedding_bag` alone would do, but with a gradient it takes a slow path: 43 ms instead of 4 ms a step, measured for
     256 posts, 130,107 terms, H = 20, on one core. This one is deterministic on GPUs too.
     """
 
@@ -57,7 +57,8 @@ class _SparseMatmul(torch.autograd.Function):
         """grad: (B, H). The gradient of the weights (D, H) is X^T grad, X the batch: so the batch is sorted by column."""
         indices, offsets, values = ctx.saved_tensors
         order = torch.argsort(indices, stable=True)
-        rows = torch.repeat_interleave(torch.arange(len(grad), device=grad.device), offsets.diff(), output_size=len(indices))
+        numbers = torch.arange(len(grad), device=grad.device)
+        rows = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))  # (Z,) row of each value
         columns, counts = torch.unique_consecutive(indices[order], return_counts=True)
         column_offsets = F.pad(counts.cumsum(0), (1, 0))
         weight_grad = grad.new_zeros(ctx.weight_shape)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mmkt_ray.models.sharing import SCHEMES, Pair, module_name
 from mmkt_ray.models.sparse import SparseBatch, SparseLinear
 
-
 Features: TypeAlias = Tensor | SparseBatch
 
 
@@ -40,7 +39,9 @@ class ConcatLinear(nn.Module):
 
     def __init__(self, widths: dict[str, Width], out_dim: int) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({module_name(p): make_linear(w, out_dim, bias=False) for p, w in sorted(widths.items())})
+        self.parts = nn.ModuleDict()
+        for name, width in sorted(widths.items()):
+            self.parts[module_name(name)] = make_linear(width, out_dim, bias=False)
         with torch.no_grad():
             for part in self.parts.values():
                 part.weight /= math.sqrt(len(widths))  # the concatenation's fan-in, not the part's
@@ -105,7 +106,13 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, scheme: str, paths: dict[Pair, Path], widths: dict[Path, Width], out_dims: dict[str, int], adapter_dim: int, dropout: float
+        self,
+        scheme: str,
+        paths: dict[Pair, Path],
+        widths: dict[Path, Width],
+        out_dims: dict[str, int],
+        adapter_dim: int,
+        dropout: float,
     ) -> None:
         """paths, widths: the signals that come in; out_dims: modality -> width of the towers it goes through."""
         super().__init__()

@@ -116,12 +116,14 @@ def _task_section(
         "record": record,
         "confused": record["most_confused"] if len(record["class_names"]) > plots.MAX_CONFUSION_CLASSES else [],
         "num_f1_hidden": max(0, sum(c["support"] > 0 for c in record["per_class"].values()) - plots.MAX_F1_CLASSES),
-        "subsets": [
-            (name, m["tasks"][task])
-            for name, m in models.items()
-            if len(m["tasks"].get(task, {}).get("subsets", {})) > 1
-        ],
-        "main": results["main"],
+        "subsets": sorted(
+            (
+                (name, m["tasks"][task])
+                for name, m in models.items()
+                if len(m["tasks"].get(task, {}).get("subsets", {})) > 1
+            ),
+            key=lambda named: named[0] != found["best_fused"],
+        ),
     }
 
 

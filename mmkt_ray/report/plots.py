@@ -128,7 +128,7 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
             d, color = row["versus"]["accuracy"], colors[row["model"]]
             if reach[y] > edge:
                 low = d["value"] < 0
-                text = f"{100 * d['value']:+.1f}"
+                text = f"{100 * d['value']:+.1f}".replace("-", "−")
                 axes.text(
                     -edge if low else edge,
                     y,

@@ -53,7 +53,12 @@ def headline(task: str, results: dict[str, Any]) -> dict[str, str]:
         )
     else:
         tone, title, text = _with_fusion(fused, rows[fused["versus"]["model"]], results["confidence"])
-    return {"task": task, "tone": tone, "title": title, "text": f"{text}{_better_baseline(rows, found, results)}"}
+    return {
+        "task": task,
+        "tone": tone,
+        "title": title,
+        "text": text + _better_baseline(rows, found, results) + _weak_yardstick(rows, results),
+    }
 
 
 def _with_fusion(fused: dict[str, Any], single: dict[str, Any], confidence: float) -> tuple[str, str, str]:
@@ -102,3 +107,13 @@ def _better_baseline(rows: dict[str, dict[str, Any]], found: dict[str, Any], res
     if top is None or top["accuracy"]["value"] < best["accuracy"]["value"]:
         return ""
     return f" Mind the baseline: {top['model']} reaches {percent(top['accuracy']['value'])} with no network."
+
+
+def _weak_yardstick(rows: dict[str, dict[str, Any]], results: dict[str, Any]) -> str:
+    """A sentence if a baseline on one modality is shown to beat the trained single modality that all are measured by."""
+    models = results["models"]
+    for row in rows.values():
+        about = models[row["model"]]
+        if about["kind"] == "baseline" and len(about["modalities"]) == 1 and row["verdict"] == "better":
+            return f" The yardstick is weak: {row['model']} is better than {row['versus']['model']}, so more training may pay."
+    return ""

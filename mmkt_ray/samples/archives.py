@@ -196,9 +196,7 @@ def read_folders(reading: Reading) -> Iterator[Row | Reject]:
     for column in reading.source.columns.values():
         if column not in _FOLDER_COLUMNS:
             where = f"samples.sources[{reading.shard.source}].columns"
-            raise DataError(
-                f"{where}: reader 'folders' has no '{column}'; {nearest(column, _FOLDER_COLUMNS)}"
-            )
+            raise DataError(f"{where}: reader 'folders' has no '{column}'; {nearest(column, _FOLDER_COLUMNS)}")
     is_archive = reading.shard.name.endswith(SUFFIXES["folders"])
     for member in _members(reading, lambda name: True) if is_archive else _folder_files(reading):
         yield member if isinstance(member, Reject) else _folder_row(reading, member, is_archive)

@@ -30,8 +30,7 @@ def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(
-            f"{width} x {height} = {width * height:,} pixels, "
-            f"more than samples.max_image_pixels = {max_pixels:,}"
+            f"{width} x {height} = {width * height:,} pixels, more than samples.max_image_pixels = {max_pixels:,}"
         )
 
 
@@ -54,9 +53,7 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
 
 def _decode_any(data: bytes, max_pixels: int) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a job over millions of images must not fill its log with notes on metadata
+        warnings.simplefilter("ignore")  # a job over millions of images must not fill its log with notes on metadata
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:

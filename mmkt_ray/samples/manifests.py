@@ -57,9 +57,7 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
     csv.field_size_limit(MAX_FILE_BYTES)
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
         # undecodable bytes pass as surrogates, so that they cost their own row only
-        lines = io.TextIOWrapper(
-            cast(IO[bytes], stream), reading.source.encoding, errors="surrogateescape", newline=""
-        )
+        lines = io.TextIOWrapper(cast(IO[bytes], stream), reading.source.encoding, errors="surrogateescape", newline="")
         table = csv.reader(lines)
         header = [name.removeprefix("\ufeff").strip() for name in next(table, [])]
         if not header:
@@ -120,6 +118,4 @@ def _check_columns(reading: Reading, known: list[str]) -> None:
     for column in reading.source.columns.values():
         if column not in known:
             where = f"samples.sources[{reading.shard.source}].columns"
-            raise DataError(
-                f"{where}: '{reading.shard.name}' has no column '{column}'; {nearest(column, known)}"
-            )
+            raise DataError(f"{where}: '{reading.shard.name}' has no column '{column}'; {nearest(column, known)}")

@@ -221,12 +221,8 @@ def _class_names(schema: pa.Schema, path: str) -> list[str] | None:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return any(
-        is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    )
+    return any(is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return any(
-        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    )
+    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))

@@ -77,9 +77,7 @@ def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Tab
         yield clean(reading, block, seen)
 
 
-def _cut(
-    tables: Iterable[tuple[pa.Table, list[Reject]]], reading: Reading
-) -> Iterator[tuple[pa.Table, list[Reject]]]:
+def _cut(tables: Iterable[tuple[pa.Table, list[Reject]]], reading: Reading) -> Iterator[tuple[pa.Table, list[Reject]]]:
     """Join and cut tables at the limits of a chunk; boundaries depend on the rows, not on how they came."""
     limits = reading.config.extract
     pending = reading.schema.empty_table()
@@ -88,9 +86,7 @@ def _cut(
     for table, new_rejects in tables:
         pending = pa.concat_tables([pending, table])
         rejects += new_rejects
-        while (
-            num_rows := _rows_that_fit(pending, reading, limits.chunk_rows, limits.chunk_bytes)
-        ) is not None:
+        while (num_rows := _rows_that_fit(pending, reading, limits.chunk_rows, limits.chunk_bytes)) is not None:
             yield pending.slice(0, num_rows).combine_chunks(), rejects
             num_yielded += 1
             pending, rejects = pending.slice(num_rows), []
@@ -100,9 +96,7 @@ def _cut(
 
 def _rows_that_fit(table: pa.Table, reading: Reading, max_rows: int, max_bytes: int) -> int | None:
     """Rows of the next chunk if `table` holds more than one or exactly a full one, else None."""
-    sizes = sum(
-        pc.fill_null(pc.binary_length(table.column(name)), 0).to_numpy() for name in reading.config.modalities
-    )
+    sizes = sum(pc.fill_null(pc.binary_length(table.column(name)), 0).to_numpy() for name in reading.config.modalities)
     fitting = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right")) if table.num_rows else 0
     num_rows = min(max(fitting, 1), max_rows)
     return num_rows if table.num_rows > fitting or table.num_rows >= max_rows else None

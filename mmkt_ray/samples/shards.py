@@ -70,9 +70,7 @@ def _expand(config: Config, index: int, uri: str, info: pafs.FileInfo) -> list[S
     if not folders:
         return [_shard(config, index, uri, f.path, [f]) for f in files]
     archives = [f for f in files if f.base_name.endswith(suffixes)]
-    plain = sorted(
-        (f for f in files if not f.base_name.endswith(suffixes)), key=lambda f: (_parent(f), f.path)
-    )
+    plain = sorted((f for f in files if not f.base_name.endswith(suffixes)), key=lambda f: (_parent(f), f.path))
     leaves = [(folder, list(inside)) for folder, inside in groupby(plain, key=_parent)]
     return [_shard(config, index, uri, f.path, [f]) for f in archives] + [
         _shard(config, index, uri, folder, inside) for folder, inside in leaves
@@ -130,8 +128,4 @@ def _names_in(uri: str, found: Iterable[pafs.FileInfo]) -> list[str]:
 
 def _shortened(names: Iterable[str]) -> list[str]:
     names = sorted(set(names))
-    return (
-        names
-        if len(names) <= _MAX_LISTED
-        else [*names[:_MAX_LISTED], f"... ({len(names) - _MAX_LISTED} more)"]
-    )
+    return names if len(names) <= _MAX_LISTED else [*names[:_MAX_LISTED], f"... ({len(names) - _MAX_LISTED} more)"]

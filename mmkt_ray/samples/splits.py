@@ -31,9 +31,7 @@ def split_in_name(name: str) -> str | None:
     return _SPELLINGS.get(name.lower().replace("_", "-").rpartition("-")[2])
 
 
-def assign_split(
-    sample_id: str, key: str | None, given: str | None, config: Config, source: SourceConfig
-) -> str:
+def assign_split(sample_id: str, key: str | None, given: str | None, config: Config, source: SourceConfig) -> str:
     """The split of one row: train, val or test.
 
     A source's own `split` outranks the row's `given` one. Rows without any are drawn by the fractions of

@@ -83,7 +83,9 @@ class EpochBatches:
     equally many. The order depends on seed and epoch only: nothing to keep for a resume.
     """
 
-    def __init__(self, table: FeatureTable, rows: np.ndarray, batch_size_per_worker: int, seed: int, world: World) -> None:
+    def __init__(
+        self, table: FeatureTable, rows: np.ndarray, batch_size_per_worker: int, seed: int, world: World
+    ) -> None:
         self.table, self.rows, self.seed, self.world = table, rows, seed, world
         self.num_steps = math.ceil(len(rows) / (batch_size_per_worker * world.size))
         self.batch_size = math.ceil(len(rows) / (max(1, self.num_steps) * world.size))
@@ -103,7 +105,8 @@ class EpochBatches:
 def read_batch(table: FeatureTable, rows: np.ndarray, step_rows: np.ndarray, device: torch.device) -> Batch:
     """A batch of `rows` within a step of `step_rows`."""
     features, present = model_inputs(table, rows, table.features, device)
-    labels, step_labels = (
-        {t: torch.from_numpy(y[chosen]).to(device, non_blocking=True) for t, y in table.labels.items()} for chosen in (rows, step_rows)
-    )
-    return Batch(features, present, labels, step_labels)
+    return Batch(features, present, _read_labels(table, rows, device), _read_labels(table, step_rows, device))
+
+
+def _read_labels(table: FeatureTable, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    return {t: torch.from_numpy(y[rows]).to(device, non_blocking=True) for t, y in table.labels.items()}

@@ -47,7 +47,12 @@ class FitResult:
 
 
 def fit(
-    config: Config, table: FeatureTable, *, world: World = World(), report: Report | None = None, checkpoint: Checkpoint | None = None  # noqa: B008
+    config: Config,
+    table: FeatureTable,
+    *,
+    world: World = World(),  # noqa: B008  (immutable)
+    report: Report | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Fit the model that `config` describes to the train split of `table`.
 
@@ -101,7 +106,10 @@ class Fitting:
         self.net = parallel(self.model, world)
         self.batches = EpochBatches(table, train_rows, self.training.batch_size_per_worker, self.seed, world)
         self.objective = Objective(
-            counts, class_weights=self.training.class_weights, label_smoothing=self.training.label_smoothing, device=world.device
+            counts,
+            class_weights=self.training.class_weights,
+            label_smoothing=self.training.label_smoothing,
+            device=world.device,
         )
         self.optimizer = build_optimizer(self.model, self.training.lr, self.training.weight_decay)
         self.history: list[dict[str, Any]] = []
@@ -119,7 +127,9 @@ class Fitting:
         started_s, epoch = time.perf_counter(), len(self.history) + 1
         train_loss = self._train_epoch(epoch)
         if not math.isfinite(train_loss):
-            raise ConfigError(f"the training loss is {train_loss} in epoch {epoch}: lower training.lr (now {self.training.lr:g})")
+            raise ConfigError(
+                f"the training loss is {train_loss} in epoch {epoch}: lower training.lr (now {self.training.lr:g})"
+            )
         val = validate(self.model, self.table, self.val_rows, self.world) if len(self.val_rows) else None
         record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
         self.history.append(record)
@@ -141,7 +151,8 @@ class Fitting:
                 group["lr"] = self.training.lr * rate(step, self.training.epochs * num_steps)
             logits = self.net(batch.features, batch.present)
             loss = self.objective(logits, batch.labels, self.objective.total_weights(batch.step_labels))
-            (loss * self.world.size).backward()  # DDP takes the mean over ranks; the step's loss is the sum of their parts
+            # DDP takes the mean over ranks, the step's loss is the sum of their parts
+            (loss * self.world.size).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             total += loss.detach()
@@ -187,7 +198,7 @@ def parallel(model: MultimodalModel, world: World) -> nn.Module:
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:

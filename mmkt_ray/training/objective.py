@@ -55,7 +55,9 @@ class Objective:
         device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
     ) -> None:
         """counts: task -> train rows of each class (C,)."""
-        weights = {t: balanced_weights(c) if class_weights == "balanced" else np.ones(len(c)) for t, c in counts.items()}
+        weights = {
+            t: balanced_weights(c) if class_weights == "balanced" else np.ones(len(c)) for t, c in counts.items()
+        }
         self.weights = {t: torch.from_numpy(w).float().to(device) for t, w in weights.items()}  # task -> (C,)
         self.label_smoothing = label_smoothing
 
@@ -63,7 +65,9 @@ class Objective:
         """What each task's sum is divided by to be a mean: task -> (), the summed weights of the labelled rows."""
         return {t: torch.where(y >= 0, self.weights[t][y.clamp(min=0)], 0.0).sum() for t, y in labels.items()}
 
-    def __call__(self, logits: dict[str, Tensor], labels: dict[str, Tensor], totals: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(
+        self, logits: dict[str, Tensor], labels: dict[str, Tensor], totals: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The loss ().
 
         Args:
@@ -78,7 +82,12 @@ class Objective:
         for t in sorted(logits):
             target = labels[t].clamp(min=MISSING)  # one code for all that has no target
             loss = F.cross_entropy(
-                logits[t], target, self.weights[t], ignore_index=MISSING, reduction="sum", label_smoothing=self.label_smoothing
+                logits[t],
+                target,
+                self.weights[t],
+                ignore_index=MISSING,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
             )
             losses.append(loss / totals[t].clamp(min=smallest))
         return torch.stack(losses).sum()

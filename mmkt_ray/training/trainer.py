@@ -32,10 +32,11 @@ def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
     `num_params_by_part`, `num_workers`, `device`, `history` (per epoch: epoch, train_loss, val, seconds).
     Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
     """
-    store_uri, model_uri = storage.absolute(store_uri), storage.absolute(model_uri)  # workers have another current folder
+    # workers have another current folder
+    store_uri, model_uri = storage.absolute(store_uri), storage.absolute(model_uri)
     digest = training_fingerprint(config, open_store(store_uri))
-    card = read_card(model_uri)
-    if card is not None and card.get("fingerprint") == digest and storage.exists(storage.join(model_uri, "model.safetensors")):
+    card = read_card(model_uri) or {}
+    if card.get("fingerprint") == digest and storage.exists(storage.join(model_uri, "model.safetensors")):
         return {**card["training"], "status": "up to date"}
     storage.make_dir(model_uri)
     scratch = storage.join(model_uri, ".train")
@@ -61,26 +62,31 @@ def training_fingerprint(config: Config, store: Store) -> str:
     return fingerprint(parts)
 
 
-def train_on_worker(job: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
+def train_on_worker(
+    job: dict[str, Any], rank: int, world_size: int, device: torch.device
+) -> dict[str, Any] | UserError:
     """One worker's part: the summary, or the user's error as a value, because raised it would be tried again as a crash."""
     config: Config = job["config"]
     store = open_store(job["store_uri"])
-    checkpoint = FileCheckpoint(storage.join(job["scratch"], f"{job['fingerprint']}.safetensors"), CHECKPOINT_INTERVAL_S)
-
-    def report(record: dict[str, Any]) -> None:
-        score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
-        level = logging.INFO if rank == 0 else logging.DEBUG
-        log.log(level, "epoch %d/%d: loss %.3f%s, %.1f s", record["epoch"], config.training.epochs, record["train_loss"], score, record["seconds"])
-
+    digest = job["fingerprint"]
+    checkpoint = FileCheckpoint(storage.join(job["scratch"], f"{digest}.safetensors"), CHECKPOINT_INTERVAL_S)
+    report = log_epoch if rank == 0 else None
     try:
         table = store.table(config.model_modalities, config.model_tasks)
         result = fit(config, table, world=World(rank, world_size, device), report=report, checkpoint=checkpoint)
     except UserError as error:
         return error
-    summary = summarise(result, job["fingerprint"], world_size, device)
+    summary = summarise(result, digest, world_size, device)
     if rank == 0:
-        save_model(job["model_uri"], result.model, config, store.manifest, {"fingerprint": job["fingerprint"], "training": summary})
+        extra = {"fingerprint": digest, "training": summary}
+        save_model(job["model_uri"], result.model, config, store.manifest, extra)
     return summary
+
+
+def log_epoch(record: dict[str, Any]) -> None:
+    """One line for the user."""
+    score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
+    log.info("epoch %d: loss %.3f%s, %.1f s", record["epoch"], record["train_loss"], score, record["seconds"])
 
 
 def summarise(result: FitResult, digest: str, num_workers: int, device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from mmkt_ray.training.batches import World
 
 
 @torch.inference_mode()
-def validate(model: MultimodalModel, table: FeatureTable, rows: np.ndarray, world: World, batch_size: int = 1024) -> dict[str, Any]:
+def validate(
+    model: MultimodalModel, table: FeatureTable, rows: np.ndarray, world: World, batch_size: int = 1024
+) -> dict[str, Any]:
     """Each rank reads its share of `rows`; all return the same scores.
 
     Returns: `loss` (nats, summed over tasks), `accuracy` and `macro_f1` by task, as evaluation defines them, for the tasks

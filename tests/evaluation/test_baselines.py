@@ -45,14 +45,18 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
     train = table.take(table.rows("train"))
     rows = train.present["image"]
     scaler = StandardScaler().fit(train.features["image"][rows].astype(float))
-    model = LogisticRegression().fit(scaler.transform(train.features["image"][rows]), train.labels["t"][rows])
+    model = LogisticRegression().fit(
+        scaler.transform(train.features["image"][rows].astype(float)), train.labels["t"][rows]
+    )
     test = table.take(table.rows("test"))
     here = test.present["image"]
     found = fit_baselines(table, "t")["logreg:image"].predict(test)
-    expected = model.predict_proba(scaler.transform(test.features["image"][here]))
+    expected = model.predict_proba(scaler.transform(test.features["image"][here].astype(float)))
     assert found.shape == (len(test.sample_id), 3)
-    assert found[here] == pytest.approx(expected, abs=1e-3)
+    assert found[here] == pytest.approx(expected, abs=1e-5)
     assert np.isnan(found[~here]).all()
+    together = fit_baselines(table, "t")["logreg:image+text"]
+    assert together.inputs["image"].mean == pytest.approx(scaler.mean_)
 
 
 def test_labels_of_the_test_split_do_not_matter(table):

@@ -123,6 +123,8 @@ def test_subsets_really_drop_modalities(finished, samples):
     assert set(subsets) == {"image+text", "image", "text"}
     assert subsets["image+text"]["accuracy"] == found["intervals"]["accuracy"]
     assert subsets["text"]["num_rows"] == labelled_rows(samples, "colour", ["text"]).sum()
+    things = storage.read_json(str(finished / "models" / "concat" / "metrics.json"))["tasks"]["thing"]["subsets"]
+    assert things["text"]["num_rows"] == labelled_rows(samples, "thing", ["text"]).sum()  # some have no label
     assert subsets["text"]["accuracy"]["value"] < 0.5 < subsets["text"]["all"]["accuracy"]
     assert subsets["image"]["accuracy"]["value"] > 0.55
     assert [len(modality_subsets(list("abcdef")[:n])) for n in (1, 2, 3, 4, 5)] == [1, 3, 7, 15, 11]

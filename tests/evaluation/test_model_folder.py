@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from mmkt_ray import __version__
+from mmkt_ray import __version__, storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
@@ -16,7 +16,10 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import MultimodalModel, build_spec
 
 MANIFEST = {
-    "modalities": {"image": {"dim": 8, "fingerprint": "abc", "folders": ["image-1"]}, "text": {"dim": 30, "fingerprint": "def", "folders": []}},
+    "modalities": {
+        "image": {"dim": 8, "fingerprint": "abc", "folders": ["image-1"]},
+        "text": {"dim": 30, "fingerprint": "def", "folders": []},
+    },
     "tasks": {"topic": {"classes": ["x", "y", "z"]}, "unused": {"classes": ["p", "q"]}},
 }
 N = 50
@@ -27,8 +30,15 @@ def config():
     return parse_config(
         {
             "name": "test",
-            "samples": {"sources": [{"reader": "parquet", "path": "x.parquet", "columns": {"image": "i", "text": "t", "topic": "y"}}]},
-            "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
+            "samples": {
+                "sources": [
+                    {"reader": "parquet", "path": "x.parquet", "columns": {"image": "i", "text": "t", "topic": "y"}}
+                ]
+            },
+            "modalities": {
+                "image": {"kind": "image", "encoder": "pixels"},
+                "text": {"kind": "text", "encoder": "tfidf"},
+            },
             "tasks": {"topic": {}},
             "model": {"fusion": {"name": "hierarchical", "depth": 2}, "sharing": "task_modality", "hidden_dim": 16},
         }
@@ -76,7 +86,11 @@ def test_the_card_says_all_that_is_needed_to_use_the_model(folder, config):
     assert card["class_names"] == {"topic": ["x", "y", "z"]}
     assert card["encoders"] == MANIFEST["modalities"]
     assert parse_config(card["config"]) == config
-    assert (card["fingerprint"], card["training"], card["versions"]["mmkt_ray"]) == ("f00", {"seconds": 1.0}, __version__)
+    assert (card["fingerprint"], card["training"], card["versions"]["mmkt_ray"]) == (
+        "f00",
+        {"seconds": 1.0},
+        __version__,
+    )
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -100,7 +114,10 @@ def change_card(folder, key, value):
         (lambda f: (f / "config.json").write_text("[]"), "damaged"),
         (lambda f: change_card(f, "schema_version", 99), "99"),
         (lambda f: change_card(f, "spec", {"modalities": {}}), "damaged"),
-        (lambda f: change_card(f, "spec", {**json.loads((f / "config.json").read_text())["spec"], "hidden_dim": 17}), "damaged"),
+        (
+            lambda f: change_card(f, "spec", {**json.loads((f / "config.json").read_text())["spec"], "hidden_dim": 17}),
+            "damaged",
+        ),
     ],
 )
 def test_a_broken_folder_is_told_as_such(folder, damage, says):
@@ -108,6 +125,14 @@ def test_a_broken_folder_is_told_as_such(folder, damage, says):
     damage(folder)
     with pytest.raises(DataError, match=says):
         load_model(str(folder))
+
+
+def test_new_weights_never_stand_beside_an_old_card(folder, model, config, monkeypatch):
+    """A run killed between two writes, whose folder then says "up to date" for a config that it does not hold."""
+    monkeypatch.setattr(storage, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_model(str(folder), model, config, MANIFEST, {"fingerprint": "f01"})
+    assert read_card(str(folder)) is None
 
 
 def test_no_folder_is_no_card(tmp_path):

@@ -12,7 +12,7 @@ from mmkt_ray.config import Config, JoinCombine, PairCombine
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join, pair
 from mmkt_ray.features.extract import extract
-from tests.features.shapes import write_shard
+from tests.shapes import write_shard
 
 
 def index_of(

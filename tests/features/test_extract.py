@@ -21,7 +21,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.extract import extract, stored_chunks
 from mmkt_ray.features.store import Store, column_of, open_store
-from tests.features.shapes import png, write_shard
+from tests.shapes import png, write_shard
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -207,6 +207,15 @@ def test_an_empty_shard_and_a_shard_that_is_no_parquet(shapes: Path, make_config
     (shapes / "data" / "shapes" / "junk.parquet").write_bytes(b"PAR1 this is not parquet")
     store = run(make_config(samples__max_reject_frac=0.05))
     assert store.manifest["counts"] | {"rows": 120, "rejects": 1} == store.manifest["counts"]
+
+
+def test_a_modality_or_task_that_is_null_everywhere_is_told(shapes: Path, make_config: MakeConfig) -> None:
+    """A whole run on one modality only, because the other's column was mapped to the wrong one."""
+    for k in range(3):
+        columns = {"image": pa.nulls(40, pa.binary()), "colour": pa.nulls(40, pa.string())}
+        write_shard(shapes / "data" / "shapes" / f"{k}.parquet", 40 * k, 40, **columns)
+    with pytest.raises(DataError, match=r"modality 'image' and task 'colour': null in all 120 rows"):
+        run(make_config())
 
 
 def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: MakeConfig) -> None:

@@ -30,13 +30,12 @@ def fuse_by_hand(fuse, columns):
     """norm(W [x1; ..; xn] + b), one number at a time, then ReLU; columns: name -> (D,) of one row."""
     weights = torch.cat([part.weight for part in fuse.linear.parts.values()], dim=1)  # in sorted order of names
     x = torch.cat([columns[name] for name in sorted(columns)])
-    z = [sum(float(w) * float(v) for w, v in zip(row, x, strict=True)) + float(b) for row, b in zip(weights, fuse.linear.bias, strict=True)]
+    z = [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weights, fuse.linear.bias, strict=True)]
     mean = sum(z) / len(z)
     variance = sum((v - mean) ** 2 for v in z) / len(z)
     norm = fuse.rest[0]
-    return torch.tensor(
-        [max(0.0, (v - mean) / math.sqrt(variance + norm.eps) * float(g) + float(b)) for v, g, b in zip(z, norm.weight, norm.bias, strict=True)]
-    )
+    unit = [(v - mean) / math.sqrt(variance + norm.eps) for v in z]
+    return torch.tensor([max(0.0, v * g + b) for v, g, b in zip(unit, norm.weight, norm.bias, strict=True)])
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

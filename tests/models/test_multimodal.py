@@ -29,7 +29,9 @@ def make_spec(schemes=("task",), fusion="concat", depth=1, dims=None, sparse=("t
 
 def sparse_batch(matrix):
     matrix = sp.csr_matrix(matrix, dtype=np.float32)
-    return SparseBatch(*(torch.from_numpy(x) for x in (matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64), matrix.data)))
+    return SparseBatch(
+        *(torch.from_numpy(x) for x in (matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64), matrix.data))
+    )
 
 
 def make_batch(spec, seed=0):
@@ -116,7 +118,9 @@ def test_any_order_of_levels_builds_trains_and_comes_back_from_json(schemes, fus
 def test_the_same_seed_builds_the_same_model():
     """Initialisation that follows the order in which modalities were named."""
     spec = make_spec(("separate", "task"))
-    turned = ModelSpec(**{**vars(spec), "modalities": dict(reversed(spec.modalities.items())), "tasks": {"b": 3, "a": 2}})
+    turned = ModelSpec(
+        **{**vars(spec), "modalities": dict(reversed(spec.modalities.items())), "tasks": {"b": 3, "a": 2}}
+    )
     states = []
     for s in (spec, turned):
         torch.manual_seed(3)
@@ -167,8 +171,8 @@ def test_without_levels_concat_is_logistic_regression():
 
     def loss():
         optimizer.zero_grad()
-        weights = model.heads["[b]"].parts.parameters()
-        value = F.cross_entropy(model(features, present)["b"], torch.from_numpy(y), reduction="sum") + 0.5 * sum(w.square().sum() for w in weights)
+        penalty = sum(w.square().sum() for w in model.heads["[b]"].parts.parameters())
+        value = F.cross_entropy(model(features, present)["b"], torch.from_numpy(y), reduction="sum") + penalty / 2
         value.backward()
         return value
 

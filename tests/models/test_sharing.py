@@ -68,7 +68,13 @@ def test_the_more_is_shared_the_fewer_parameters():
     """A shared tower that is counted, or built, once for each pair."""
     towers = {s: MultimodalModel(spec(s)).num_parameters_by_part()["level_1"] for s in SCHEMES}
     one = towers["task_modality"]
-    assert towers == {"separate": 6 * one, "architecture": 6 * one, "task": 3 * one, "modality": 2 * one, "task_modality": one}
+    assert towers == {
+        "separate": 6 * one,
+        "architecture": 6 * one,
+        "task": 3 * one,
+        "modality": 2 * one,
+        "task_modality": one,
+    }
 
 
 def test_separate_gives_each_modality_its_own_width():
@@ -84,7 +90,8 @@ def test_separate_gives_each_modality_its_own_width():
 def test_adapters_stand_only_before_towers_that_modalities_of_different_widths_share(scheme, needed):
     """An adapter in front of features that fit as they are; a shared tower that can't take one of its modalities."""
     equal, different = (
-        MultimodalModel(spec(scheme, dim=dim)).num_parameters_by_part()["input"] for dim in (6, {"audio": 4, "image": 6, "text": 9})
+        MultimodalModel(spec(scheme, dim=dim)).num_parameters_by_part()["input"]
+        for dim in (6, {"audio": 4, "image": 6, "text": 9})
     )
     assert equal == 0
     assert (different > 0) == needed

@@ -184,7 +184,7 @@ def result(difference: tuple[float, float, float], verdict: str, baseline: float
         "versus": {"model": "image", "num_rows": 200, "shared_accuracy": shared, "accuracy": interval},
     }
     models = {m: {"kind": "trained", "store": "s"} for m in ("both", "image")} | {
-        "logreg:image": {"kind": "baseline", "store": "s"}
+        "logreg:image": {"kind": "baseline", "store": "s", "modalities": ["image"]}
     }
     found = {
         "best_fused": "both",
@@ -212,6 +212,14 @@ def test_the_headline_says_plainly_what_fusing_did():
         in words.headline("t", result((-0.01, 0.01, 0.03), "", 0.9))["text"]
     )
     assert "Mind" not in same["text"]
+
+
+def test_a_weak_yardstick_is_told():
+    """Catches a gain over a single modality that was only trained badly, sold as a gain of fusion."""
+    results = result((0.01, 0.031, 0.05), "better", 0.82)
+    assert "yardstick" not in words.headline("t", results)["text"]
+    results["tasks"]["t"]["rows"][2] |= {"verdict": "better", "versus": {"model": "image"}}
+    assert "The yardstick is weak: logreg:image is better than image" in words.headline("t", results)["text"]
 
 
 def test_a_model_keeps_its_colour_and_baselines_are_grey():

@@ -180,9 +180,7 @@ def test_class_folders_plain_and_archived_agree(make_config, read_all, write_tar
         path = "d"
     else:
         path = layout
-        write_tar(
-            tmp_path / path, [(name, b"text") for name in files], mode="w:gz" if "gz" in layout else "w"
-        )
+        write_tar(tmp_path / path, [(name, b"text") for name in files], mode="w:gz" if "gz" in layout else "w")
     config = make_config(tmp_path, {**FOLDERS, "path": path}, samples={"split": {"val_frac": 0}})
     table, rejects = read_all(config)
     rows = {(r["sample_id"], r["label"], r["split"]) for r in table.to_pylist()}
@@ -216,9 +214,7 @@ def test_undecodable_member_names(make_config, read_all, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         tar.addfile(header("caf\xe9/1.txt", tarfile.REGTYPE))
         tar.addfile(header("caf\xe9/2.txt", tarfile.SYMTYPE, linkname="caf\xe9"))
-    table, rejects = read_all(
-        make_config(tmp_path, FOLDERS | {"columns": {"text": "content", "label": "name"}})
-    )
+    table, rejects = read_all(make_config(tmp_path, FOLDERS | {"columns": {"text": "content", "label": "name"}}))
     assert table.num_rows == 0
     assert sorted(r.sample_id for r in rejects) == ["a.tar/caf%E9/1.txt", "a.tar/caf%E9/2.txt"]
 

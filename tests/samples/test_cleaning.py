@@ -63,9 +63,7 @@ def test_every_mode_becomes_rgb(photo, mode, kind):
     pixels = decode_image(encode(photo.convert(mode), kind), MAX_PIXELS)
     assert pixels.shape == (24, 40, 3)
     assert pixels.dtype == np.uint8
-    reference = np.array(photo.convert("L" if mode in ("L", "LA", "1") else "RGB").convert("RGB")).astype(
-        float
-    )
+    reference = np.array(photo.convert("L" if mode in ("L", "LA", "1") else "RGB").convert("RGB")).astype(float)
     assert abs(pixels.mean() - reference.mean()) < 6
 
 
@@ -165,9 +163,7 @@ def bomb_png(side: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
 
 
 @pytest.mark.parametrize("side", [1001, 12_000, 60_000])

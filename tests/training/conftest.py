@@ -20,7 +20,10 @@ def make_config() -> Callable[..., Config]:
         raw = {
             "name": "test",
             "samples": {"sources": [{"reader": "parquet", "path": "x.parquet", "columns": columns}]},
-            "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
+            "modalities": {
+                "image": {"kind": "image", "encoder": "pixels"},
+                "text": {"kind": "text", "encoder": "tfidf"},
+            },
             "tasks": {"topic": {}, "mood": {}},
             "model": {"hidden_dim": 16},
             "training": {"epochs": 4, "batch_size_per_worker": 64, "lr": 0.01},
@@ -45,7 +48,10 @@ def table() -> FeatureTable:
     return FeatureTable(
         sample_id=np.array([f"s{i}" for i in range(num_rows)], dtype=object),
         split=split.astype(object),
-        features={"image": features["image"].astype(np.float32), "text": sp.csr_matrix(features["text"], dtype=np.float32)},
+        features={
+            "image": features["image"].astype(np.float32),
+            "text": sp.csr_matrix(features["text"], dtype=np.float32),
+        },
         present=present,
         labels={"topic": topic, "mood": mood},
         class_names={"topic": ["x", "y", "z"], "mood": ["bad", "good"]},

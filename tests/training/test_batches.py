@@ -11,7 +11,9 @@ from mmkt_ray.features.store import MISSING
 from mmkt_ray.training.batches import EpochBatches, World, feature_statistics, narrow, usable_rows
 
 
-@given(num_rows=st.integers(1, 500), batch_size=st.integers(1, 300), num_ranks=st.integers(1, 4), epoch=st.integers(1, 5))
+@given(
+    num_rows=st.integers(1, 500), batch_size=st.integers(1, 300), num_ranks=st.integers(1, 4), epoch=st.integers(1, 5)
+)
 def test_every_row_is_read_and_every_rank_steps_equally_often(num_rows, batch_size, num_ranks, epoch):
     """A dropped rest, a rank with a step more (DDP then hangs), a batch above the size asked for, many rows read twice."""
     rows = np.arange(100, 100 + num_rows)
@@ -27,7 +29,12 @@ def test_every_row_is_read_and_every_rank_steps_equally_often(num_rows, batch_si
 def test_the_order_changes_with_the_epoch_and_the_seed_only():
     """The same order in each epoch; ranks that shuffle differently and so read rows twice."""
     rows = np.arange(50)
-    order = {(s, e, r): EpochBatches(None, rows, 8, s, World(r, 2)).order(e).tolist() for s in (0, 1) for e in (1, 2) for r in (0, 1)}
+    order = {
+        (s, e, r): EpochBatches(None, rows, 8, s, World(r, 2)).order(e).tolist()
+        for s in (0, 1)
+        for e in (1, 2)
+        for r in (0, 1)
+    }
     assert order[0, 1, 0] == order[0, 1, 1]
     assert order[0, 1, 0] != order[0, 2, 0]
     assert order[0, 1, 0] != order[1, 1, 0]
@@ -80,5 +87,5 @@ def test_statistics_of_no_row_change_nothing(table, modality):
 
 def test_a_column_that_the_store_lacks_is_named(table):
     """A KeyError in place of the nearest name."""
-    with pytest.raises(ConfigError, match="modality 'imag'.*'image'"):
+    with pytest.raises(ConfigError, match=r"modality 'imag'.*'image'"):
         narrow(table, ["imag"], ["topic"])

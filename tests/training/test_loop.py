@@ -51,7 +51,10 @@ def stop_after(epoch):
     return report
 
 
-@pytest.mark.parametrize("model", [{"model.num_levels": 0}, {"model.sharing": "task_modality", "model.fusion": {"name": "hierarchical", "depth": 2}}])
+@pytest.mark.parametrize(
+    "model",
+    [{"model.num_levels": 0}, {"model.sharing": "task_modality", "model.fusion": {"name": "hierarchical", "depth": 2}}],
+)
 def test_it_learns_what_the_features_tell(make_config, table, model):
     """A loss that does not reach the parameters; labels shuffled against features."""
     result = fit(make_config(**model, **{"training.epochs": 12, "training.lr": 0.02}), table)
@@ -165,6 +168,7 @@ def fit_as_rank(rank, port, config, table, queue):
     try:
         world = World(rank, 2)
         result = fit(config, table, world=world)
+        assert_equal_runs(result, fit(config, table, world=world))
         scores = validate(result.model, table, np.flatnonzero(table.split == "val"), world)
         queue.put((weights(result), without_seconds(result.history), scores))
     finally:

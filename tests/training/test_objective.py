@@ -10,7 +10,10 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import MISSING, UNSEEN
 from mmkt_ray.training.objective import Objective, balanced_weights, check_task, count_classes
 
-LOGITS = {"topic": torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), "mood": torch.randn(10, 2, generator=torch.Generator().manual_seed(1))}
+LOGITS = {
+    "topic": torch.randn(10, 3, generator=torch.Generator().manual_seed(0)),
+    "mood": torch.randn(10, 2, generator=torch.Generator().manual_seed(1)),
+}
 LABELS = {
     "topic": torch.tensor([0, 1, 2, 0, MISSING, UNSEEN, 1, 1, MISSING, 0]),
     "mood": torch.tensor([0, MISSING, 1, 1, 1, 1, MISSING, 0, 0, UNSEEN]),
@@ -53,7 +56,9 @@ def test_the_losses_of_the_parts_of_a_step_sum_to_the_loss_of_the_step():
     objective = Objective(COUNTS, class_weights="balanced", label_smoothing=0.1)
     totals = objective.total_weights(LABELS)
     parts = [slice(0, 2), slice(2, 9), slice(9, 10)]
-    losses = [objective({t: x[p] for t, x in LOGITS.items()}, {t: y[p] for t, y in LABELS.items()}, totals) for p in parts]
+    losses = [
+        objective({t: x[p] for t, x in LOGITS.items()}, {t: y[p] for t, y in LABELS.items()}, totals) for p in parts
+    ]
     torch.testing.assert_close(sum(losses), objective(LOGITS, LABELS))
 
 
@@ -65,7 +70,9 @@ def test_balanced_weights_are_those_of_scikit_learn():
     assert balanced_weights(np.array([5, 0, 5])).tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize(("counts", "says"), [([0, 0], "no labelled row"), ([7, 0], "all 7 .* class 'bad'"), ([], "no labelled row")])
+@pytest.mark.parametrize(
+    ("counts", "says"), [([0, 0], "no labelled row"), ([7, 0], "all 7 .* class 'bad'"), ([], "no labelled row")]
+)
 def test_a_task_with_nothing_to_learn_is_refused(counts, says):
     """A model that is fitted to one class and reported with an accuracy of 1."""
     with pytest.raises(DataError, match=f"'mood'.*|{says}") as error:

@@ -1,0 +1,74 @@
+"""The stages in the middle of the pipeline, called as Ray calls them but without Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from mmkt_ray.config import Config
+from mmkt_ray.encoders.build import build_encoder, save_fitted
+from mmkt_ray.errors import ResourceError
+from mmkt_ray.features.chunks import make_row, read_shard, unpack
+from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device, decode_chunk
+from mmkt_ray.samples.readers import list_shards
+from tests.shapes import png, write_shard
+
+MakeConfig = Callable[..., Config]
+
+
+def image_config(make_config: MakeConfig, shapes: Path) -> Config:
+    write_shard(
+        shapes / "data" / "shapes" / "bad.parquet", 90, 3, image=pa.array([png("red", 1), b"broken", None], pa.binary())
+    )
+    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
+    source = {"reader": "parquet", "path": "shapes/bad.parquet", "columns": columns}
+    text = {"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.0}}
+    return make_config(samples__sources=[source], modalities__text__encoder=text)
+
+
+def encoder_folders(config: Config, folder: Path) -> dict[str, str]:
+    for name, modality in config.modalities.items():
+        save_fitted(build_encoder(modality.encoder), modality.encoder, str(folder / name), {"units": []})
+    return {name: str(folder / name) for name in config.modalities}
+
+
+def test_decoding_before_or_inside_the_actor_gives_the_same_rows(shapes: Path, make_config: MakeConfig) -> None:
+    """Other features, or other rejects, on a GPU cluster, where images are decoded by a stage of their own."""
+    config = image_config(make_config, shapes)
+    plan = EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1)
+    encode = EncodeChunk(plan)
+    shard = list_shards(config)[0]
+    batch = next(read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}))
+    inside, before = encode(batch), encode(decode_chunk(batch, config))
+    assert unpack(inside["table"][0]).equals(unpack(before["table"][0]))
+    assert unpack(inside["rejects"][0]).equals(unpack(before["rejects"][0]))
+    assert unpack(inside["table"][0]).column("sample_id").to_pylist() == ["s90", "s92"]
+    assert unpack(inside["table"][0]).column("image_features").null_count == 1
+
+
+def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig) -> None:
+    """A resumed run that encodes what it has."""
+    config = make_config(extract__chunk_rows=16)
+    shard = list_shards(config)[0]
+    rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, config, done={shard.unit: {0, 1}}))
+    assert [(r["index"][0], r["last"][0]) for r in rows] == [(2, True)]
+
+
+def test_empty_chunk_keeps_the_schema(shapes: Path, make_config: MakeConfig) -> None:
+    """An empty shard whose part no reader can open together with the others."""
+    config = image_config(make_config, shapes)
+    encode = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1))
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    full, samples = unpack(encode(batch)["table"][0]), unpack(batch["table"][0])
+    empty = make_row("u", 0, True, samples.slice(0, 0), unpack(batch["rejects"][0]), {})
+    assert unpack(encode(empty)["table"][0]).schema == full.schema
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_an_assigned_gpu_that_torch_cannot_use_is_told() -> None:
+    """Encoding on the CPU of a GPU machine without a word, while the bill for the GPU runs."""
+    assert assigned_device(use_gpu=False).type == "cpu"
+    with pytest.raises(ResourceError, match=r"extract\.num_gpus=0"):
+        assigned_device(use_gpu=True)

@@ -1,0 +1,93 @@
+"""The CNN encoder: trained on the train split of one modality and one task, resumable, then frozen."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config
+from mmkt_ray.errors import DataError
+from mmkt_ray.features import pretrain
+from mmkt_ray.features.extract import extract
+from mmkt_ray.features.fit import fit_encoder
+from mmkt_ray.samples.readers import list_shards
+from tests.shapes import png, write_shard
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+CNN = {
+    "name": "cnn",
+    "pretrain": "colour",
+    "width": 8,
+    "epochs": 3,
+    "batch_size": 16,
+    "image_size": 16,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture
+def config(shapes: Path, make_config: Callable[..., Config]) -> Config:
+    return make_config(modalities__image__encoder=CNN, samples__sources__0__split="train", samples__split__val_frac=0.0)
+
+
+def fit(config: Config, folder: Path) -> bytes:
+    uri = fit_encoder(config, str(folder), "image", list_shards(config))
+    assert sorted(p.name for p in Path(uri).iterdir()) == ["encoder.json", "state.safetensors"]
+    return (Path(uri) / "state.safetensors").read_bytes()
+
+
+def test_the_test_split_changes_nothing_and_the_seed_everything(config: Config, shapes: Path) -> None:
+    """Pictures of the test split in the network's weights or in its whitening; a fit that is not reproducible."""
+    images = pa.array([png("green", i, 40) for i in range(12)], pa.binary())
+    write_shard(shapes / "data" / "planted" / "0.parquet", 500, 12, image=images)
+    source = config.samples.sources[0].model_dump()
+    both = config.with_overrides({"samples.sources": [source, source | {"path": "planted/*.parquet", "split": "test"}]})
+    assert fit(config, shapes / "a") == fit(both, shapes / "b")
+    assert fit(config, shapes / "a") != fit(config.with_overrides({"seed": 1}), shapes / "a")
+
+
+def test_a_killed_fit_goes_on_from_its_last_epoch(
+    config: Config, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten minutes of training lost, or other weights, after a kill."""
+    whole = fit(config, shapes / "whole")
+    real, saved = storage.write_bytes, []
+
+    def write_and_die(uri: str, data: bytes) -> None:
+        real(uri, data)
+        saved.append(uri)
+        if len(saved) == 2 and uri.endswith("checkpoint.safetensors"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain.storage, "write_bytes", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, shapes / "killed")
+    monkeypatch.undo()
+    epochs = []
+    monkeypatch.setattr(
+        pretrain.log, "info", lambda text, *args: epochs.append(args[0]) if "cnn epoch" in text else None
+    )
+    assert fit(config, shapes / "killed") == whole
+    assert epochs == [3]
+
+
+def test_features_come_from_the_network_and_tell_the_colours_apart(config: Config, shapes: Path) -> None:
+    """An encoder that is trained and then not used, or used in training mode."""
+    store = extract(config, str(shapes / "run"))
+    table = store.table(["image"])
+    assert table.features["image"].shape == (120, 32)
+    means = {c: table.features["image"][table.labels["colour"] == c].mean(0) for c in range(3)}
+    spread = max(table.features["image"][table.labels["colour"] == c].std(0).mean() for c in range(3))
+    assert min(abs(means[a] - means[b]).mean() for a, b in ((0, 1), (0, 2), (1, 2))) > spread
+
+
+def test_one_class_is_refused(config: Config, shapes: Path) -> None:
+    """A network trained to say the only thing there is."""
+    shutil.rmtree(shapes / "data" / "shapes")
+    write_shard(shapes / "data" / "shapes" / "0.parquet", 0, 20, colour=["red"] * 20)
+    with pytest.raises(DataError, match="needs two classes of 'colour'"):
+        fit(config, shapes / "one")
