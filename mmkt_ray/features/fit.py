@@ -48,7 +48,8 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
     identity = [
         section.model_dump(mode="json"),
         config.seed if trained else 0,
-        narrow.samples.model_dump(mode="json", exclude={"max_reject_frac"}),
+        narrow.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine"}),
+        config.samples.combine.name == "join",  # the split is then drawn by the key
     ]
     prefix = f"{modality}-{fingerprint(identity, 12)}"
     units = [shard.unit for shard in feeding]
@@ -139,7 +140,7 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
         groups = [
             partial(reducer_statistics, current, part, modality, encoded.dim(modality)) for part in encoded.parts()
         ]
-        total = merge_in_tree(groups, reducer.merge)
+        total = merge_in_tree(groups, build_reducer(section).merge)  # an unfitted one's: it travels with every task
         if total is None:
             raise DataError(f"no sample of the train split has {modality}: nothing to fit {section.name} on")
         reducer.finish(total)
