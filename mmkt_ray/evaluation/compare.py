@@ -40,7 +40,7 @@ def compare(run_uri: str) -> dict[str, Any]:
     `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
     """
     run = read_optional(storage.join(run_uri, "run.json")) or {}
-    models = [*_trained(run_uri, run), *_baselines(run_uri)]
+    models = [*_trained(run_uri, run), *_baselines(run_uri, run)]
     if not models:
         raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
     tasks = sorted({t for m in models for t, record in m.tasks.items() if record.get("num_rows")})
@@ -132,18 +132,24 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     return models
 
 
-def _baselines(run_uri: str) -> list[Evaluated]:
-    """Baselines of each store; where there are several stores, the store's name is in theirs."""
-    files = storage.glob(storage.join(run_uri, "baselines", "*", "metrics.json"))
+def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
+    """Baselines of the stores that variants of run.json were trained on (of all, if it names none).
+
+    Where there are several stores, the store's name is in theirs, without its digest if that leaves it unique.
+    """
+    named = {str(v["store"]).rpartition("/")[2] for v in run.get("variants", {}).values() if "store" in v}
+    found = [f.path.split("/")[-2] for f in storage.glob(storage.join(run_uri, "baselines", "*", "metrics.json"))]
+    stores = [store for store in found if store in named or not named]
+    kinds = [store.rpartition("-")[0] or store for store in stores]
     models = []
-    for file in files:
-        store = file.path.split("/")[-2]
+    for store, kind in zip(stores, kinds, strict=True):
         folder = f"baselines/{store}"
         whole = storage.read_json(storage.join(run_uri, folder, "metrics.json"))
         shared = {k: v for k, v in whole.items() if k != "models"}
         uri = storage.join(run_uri, folder, f"predictions-{whole['split']}.parquet")
         for name, record in whole["models"].items():
-            shown = name if len(files) == 1 else f"{name} ({store})"
+            place = kind if kinds.count(kind) == 1 else store
+            shown = name if len(stores) == 1 else f"{name} ({place})"
             models.append(Evaluated(shown, "baseline", folder, {**shared, **record}, uri))
     return models
 

@@ -6,6 +6,8 @@ Every worker opens the store itself. Rank 0 writes the checkpoint and, at the en
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from mmkt_ray.training.loop import FitResult, fit
 
 log = logging.getLogger(__name__)
 
+LOG_INTERVAL_S = 5.0
 CHECKPOINT_INTERVAL_S = 10.0  # what a killed run loses at most, beside the epoch it was in
 
 
@@ -70,7 +73,7 @@ def train_on_worker(
     store = open_store(job["store_uri"])
     digest = job["fingerprint"]
     checkpoint = FileCheckpoint(storage.join(job["scratch"], f"{digest}.safetensors"), CHECKPOINT_INTERVAL_S)
-    report = log_epoch if rank == 0 else None
+    report = progress_log(config.training.epochs) if rank == 0 else None
     try:
         table = store.table(config.model_modalities, config.model_tasks)
         result = fit(config, table, world=World(rank, world_size, device), report=report, checkpoint=checkpoint)
@@ -83,10 +86,19 @@ def train_on_worker(
     return summary
 
 
-def log_epoch(record: dict[str, Any]) -> None:
-    """One line for the user."""
-    score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
-    log.info("epoch %d: loss %.3f%s, %.1f s", record["epoch"], record["train_loss"], score, record["seconds"])
+def progress_log(num_epochs: int) -> Callable[[dict[str, Any]], None]:
+    """A report for `fit` that logs an epoch every few seconds, and the last one."""
+    told_s = time.monotonic()
+
+    def tell(record: dict[str, Any]) -> None:
+        nonlocal told_s
+        if record["epoch"] < num_epochs and time.monotonic() - told_s < LOG_INTERVAL_S:
+            return
+        told_s = time.monotonic()
+        score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
+        log.info("epoch %d/%d: loss %.3f%s", record["epoch"], num_epochs, record["train_loss"], score)
+
+    return tell
 
 
 def summarise(result: FitResult, digest: str, num_workers: int, device: torch.device) -> dict[str, Any]:
