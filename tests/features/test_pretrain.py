@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -91,3 +92,13 @@ def test_one_class_is_refused(config: Config, shapes: Path) -> None:
     write_shard(shapes / "data" / "shapes" / "0.parquet", 0, 20, colour=["red"] * 20)
     with pytest.raises(DataError, match="needs two classes of 'colour'"):
         fit(config, shapes / "one")
+
+
+def test_two_ray_train_workers_train_one_network(config: Config, shapes: Path) -> None:
+    """A fit across workers that hangs, that returns one worker's own network, or that cannot be loaded afterwards."""
+    two = config.with_overrides({"modalities.image.encoder.num_workers": 2, "modalities.image.encoder.epochs": 8})
+    store = extract(two, str(shapes / "two"))
+    table = store.table(["image"])
+    centres = np.stack([table.features["image"][table.labels["colour"] == c].mean(0) for c in range(3)])
+    nearest = np.linalg.norm(table.features["image"][:, None] - centres, axis=2).argmin(1)
+    assert (nearest == table.labels["colour"]).mean() > 0.9
