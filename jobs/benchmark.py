@@ -137,6 +137,7 @@ def loop_extract(config: Config, shards: list[str], uri: str, folder: Path) -> R
     start = time.perf_counter()
     encoder: Any = load_fitted(build_encoder(config.modalities["image"].encoder), uri)
     torch.set_num_threads(cluster.cores())
+    cluster.keep_freed_memory()
     seconds = {"start": time.perf_counter() - start, "read": 0.0, "decode": 0.0, "encode": 0.0, "write": 0.0}
     num_rows = 0
     folder.mkdir(parents=True, exist_ok=True)
