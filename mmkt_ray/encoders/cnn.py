@@ -9,7 +9,7 @@ No Ray and no files in here: arrays in, module out; the caller writes checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 AUGMENTATIONS = ("flip", "crop", "cutout")
 PRECISIONS = ("bf16", "fp32")
@@ -146,27 +147,25 @@ def apply_cnn(
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def augment_batch(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, rng: np.random.Generator) -> Tensor:
-    """Mirrors, shifts and blanks each of the uint8 `images` (B, 3, S, S) on its own; `mirror` (B,) bool.
-
-    One gather for the whole batch: torchvision.transforms.v2 would give all images of a batch the same shift.
-    """
-    num, _, side, _ = images.shape
-    rows = np.tile(np.arange(side), (num, 1))
-    columns = np.where(mirror[:, None], rows[:, ::-1], rows)
+def build_transform(recipe: CNNRecipe) -> v2.Transform:
+    """The random part of the augmentation, for one uint8 image (3, S, S) at a time."""
+    steps: list[v2.Transform] = []
     if "crop" in recipe.augment:
-        shifts = rng.integers(-recipe.crop_pad, recipe.crop_pad, (2, num, 1), endpoint=True)
-        moved = (rows + shifts[0], columns + shifts[1])
-        rows, columns = (side - 1 - abs(side - 1 - abs(index)) for index in moved)  # reflected at both ends
-    pixels = torch.from_numpy(rows[:, :, None] * side + columns[:, None, :]).to(images.device)  # (B, S, S)
-    images = images.flatten(2).gather(2, pixels.view(num, 1, -1).expand(-1, 3, -1)).view_as(images)
+        steps.append(v2.RandomCrop(recipe.image_size, padding=recipe.crop_pad, padding_mode="reflect"))
     if "cutout" in recipe.augment:
-        hole = max(1, round(recipe.cutout_frac * side))
-        offsets = np.arange(side) - rng.integers(0, side - hole, (2, num, 1), endpoint=True)
-        inside = (offsets >= 0) & (offsets < hole)
-        blank = torch.from_numpy(inside[0, :, :, None] & inside[1, :, None, :]).to(images.device)
-        images = images.masked_fill(blank[:, None], 128)
-    return images
+        steps.append(v2.RandomErasing(p=1.0, scale=(recipe.cutout_frac**2,) * 2, ratio=(1.0, 1.0), value=128))
+    return v2.Compose(steps) if steps else v2.Identity()
+
+
+def augment_batch(images: Tensor, mirror: np.ndarray, transform: v2.Transform, seed: Sequence[int]) -> Tensor:
+    """Mirrors some of the uint8 `images` (B, 3, S, S), `mirror` (B,) bool, and transforms each on its own.
+
+    One by one, because torchvision draws once for all that it is given. The draws depend on `seed` alone.
+    """
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        chosen = zip(images, mirror, strict=True)
+        return torch.stack([transform(v2.functional.horizontal_flip(x) if flip else x) for x, flip in chosen])
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -234,14 +233,15 @@ class _Fit:
         """
         seed, batch_size = self.recipe.seed, min(self.recipe.batch_size, len(images))
         order = np.random.default_rng([seed, epoch]).permutation(len(images))
-        rng = np.random.default_rng([seed, epoch, self.rank])
+        transform = build_transform(self.recipe)
         # Every second epoch, starting with the first or the second at random: airbench's alternating flip.
         mirror = np.random.default_rng(seed).random(len(images)) < 0.5
         mirror = (mirror ^ bool(epoch % 2)) & ("flip" in self.recipe.augment)
         for start in range(0, len(order) - batch_size + 1, batch_size):
             chosen = np.sort(order[start : start + batch_size][self.rank :: self.world_size])
-            x, y = (torch.from_numpy(column[chosen]).to(self.device) for column in (images, labels))
-            yield augment_batch(x, mirror[chosen], self.recipe, rng), y
+            x, y = (torch.from_numpy(column[chosen]) for column in (images, labels))
+            x = augment_batch(x, mirror[chosen], transform, (seed, epoch, self.rank, start))
+            yield x.to(self.device), y.to(self.device)
 
     def train_epoch(self, epoch: int, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """One pass over the images. Returns mean loss and accuracy over all workers."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import http.client
 import importlib.util
 import io
 import json
 import tarfile
-import urllib.request
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from importlib import resources
+from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageChops, ImageDraw, ImageFont, features
+from sklearn.datasets import fetch_20newsgroups
+from torchvision.datasets.utils import download_url
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, unknown_name
@@ -27,27 +30,9 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 _CIFAR10_RECORD = 1 + 3 * 32 * 32  # label, then the red, green and blue plane
 
 
-@dataclass(frozen=True)
-class Archive:
-    """A file that can be downloaded."""
-
-    name: str
-    url: str
-    sha256: str
-
-
-ARCHIVES = {
-    "cifar10": Archive(
-        "cifar-10-binary.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    ),
-    "20news": Archive(  # the archive that scikit-learn's fetch_20newsgroups reads
-        "20news-bydate.tar.gz",
-        "https://ndownloader.figshare.com/files/5975967",
-        "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610",
-    ),
-}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the publisher states it
+CIFAR10_ARCHIVE, NEWS_ARCHIVE = "cifar-10-binary.tar.gz", "20news-bydate.tar.gz"
 
 
 def fetch(name: str, out: str) -> str:
@@ -65,18 +50,37 @@ def fetch(name: str, out: str) -> str:
 
 
 def fetch_20news(out: str) -> str:
-    """`20news-bydate.tar.gz`: class folders of posts; for `reader: folders` with `encoding: latin-1`."""
-    return f"20news: {_download(ARCHIVES['20news'], out)}"
+    """`20news-bydate.tar.gz`: class folders of posts; for `reader: folders` with `encoding: latin-1`.
+
+    scikit-learn downloads, checks and reads the posts. It is given an empty folder, as it would load a pickle that it
+    finds in its cache.
+    """
+    uri = storage.join(out, NEWS_ARCHIVE)
+    if not storage.exists(uri):
+        with tempfile.TemporaryDirectory() as folder, _told_where_to_put(NEWS_ARCHIVE, uri):
+            posts = fetch_20newsgroups(data_home=folder, subset="all", shuffle=False)
+        named = zip(map(Path, posts.filenames), posts.data, strict=True)
+        files = sorted(("/".join(path.parts[-3:]), text.encode("latin-1")) for path, text in named)
+        storage.write_bytes(uri, _tar_gz(files))
+    return f"20news: {uri}"
 
 
 def fetch_cifar10(out: str) -> str:
-    """`cifar10/{train,test}-*.parquet` as on the Hugging Face hub, with lossless PNG and class names."""
+    """`cifar10/{train,test}-*.parquet` as on the Hugging Face hub, with lossless PNG and class names.
+
+    torchvision downloads and checks the archive. Its `CIFAR10` class is not used, as it unpickles the Python version;
+    this is the binary version of the same images.
+    """
     uris = {f"data_batch_{i + 1}.bin": f"train-{i:05d}-of-00005.parquet" for i in range(5)}
     uris |= {"test_batch.bin": "test-00000-of-00001.parquet"}
     uris = {member: storage.join(out, "cifar10", file) for member, file in uris.items()}
     missing = {member: uri for member, uri in uris.items() if not storage.exists(uri)}
     if missing:
-        archive = _download(ARCHIVES["cifar10"], out)
+        archive = storage.join(out, CIFAR10_ARCHIVE)
+        if not storage.exists(archive):
+            with tempfile.TemporaryDirectory() as folder, _told_where_to_put(CIFAR10_ARCHIVE, archive):
+                download_url(CIFAR10_URL, folder, CIFAR10_ARCHIVE, CIFAR10_MD5)
+                storage.write_bytes(archive, Path(folder, CIFAR10_ARCHIVE).read_bytes())
         for member, data in _archive_files(archive):
             if member in missing:
                 storage.write_table(missing.pop(member), _cifar10_table(data, archive))
@@ -88,28 +92,27 @@ def fetch_cifar10(out: str) -> str:
     return f"cifar10: {len(uris)} shards in {storage.join(out, 'cifar10')}"
 
 
-def _download(archive: Archive, out: str) -> str:
-    """The archive's place in `out`, after fetching it if it is not there."""
-    uri = storage.join(out, archive.name)
-    if storage.exists(uri):
-        return uri
-    digest = hashlib.sha256()
+@contextmanager
+def _told_where_to_put(name: str, uri: str) -> Iterator[None]:
+    """What a library's failed or damaged download means for the user."""
     try:
-        with urllib.request.urlopen(archive.url, timeout=60) as response, storage.atomic(uri) as (fs, path):
-            with fs.open_output_stream(path, compression=None) as target:
-                while piece := response.read(1 << 20):
-                    digest.update(piece)
-                    target.write(piece)
-            if digest.hexdigest() != archive.sha256:
-                raise DataError(
-                    f"{archive.url} sent a damaged file (SHA-256 {digest.hexdigest()}): run the same command again"
-                )
-    except (OSError, http.client.HTTPException) as error:
+        yield
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise DataError(
-            f"cannot download {archive.url}: {error}; get the file on a machine that can, "
+            f"cannot download {name}: {error}; get the file on a machine that can, "
             f"put it at '{uri}' and run the same command again"
         ) from None
-    return uri
+
+
+def _tar_gz(files: list[tuple[str, bytes]]) -> bytes:
+    """The files as a `.tar.gz` whose bytes depend on them alone."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def _archive_files(uri: str) -> Iterator[tuple[str, bytes]]:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import _twenty_newsgroups
 
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.samples import fetch as fetching
 from mmkt_ray.samples.cleaning import decode_image
-from mmkt_ray.samples.fetch import Archive, fetch
+from mmkt_ray.samples.fetch import fetch
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """A function that makes a local file the source of a data set."""
+def serve(monkeypatch, tmp_path):
+    """A function that makes a file the source of a data set, served by HTTP; the libraries' own downloaders fetch it."""
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def place(name: str, file: Path, sha256: str | None = None) -> None:
-        digest = sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
-        monkeypatch.setitem(fetching.ARCHIVES, name, Archive(fetching.ARCHIVES[name].name, file.as_uri(), digest))
+    def place(name: str, file: Path, *, damaged: bool = False) -> None:
+        content = file.read_bytes() if file.exists() else b""
+        url = f"http://127.0.0.1:{server.server_port}/{file.name}"
+        if name == "cifar10":
+            monkeypatch.setattr(fetching, "CIFAR10_URL", url)
+            monkeypatch.setattr(fetching, "CIFAR10_MD5", "0" * 32 if damaged else hashlib.md5(content).hexdigest())
+        else:
+            checksum = "0" * 64 if damaged else hashlib.sha256(content).hexdigest()
+            source = _twenty_newsgroups.RemoteFileMetadata("20news-bydate.tar.gz", url, checksum)
+            monkeypatch.setattr(_twenty_newsgroups, "ARCHIVE", source)
 
-    return place
+    yield place
+    server.shutdown()
+    server.server_close()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *args: object) -> None:
+        """Nothing: the requests are no part of a test's output."""
 
 
 @pytest.fixture
@@ -74,30 +99,57 @@ def test_fetching_again_does_nothing_and_completes_what_is_missing(small_cifar10
     assert [s.stat().st_mtime_ns for i, s in enumerate(shards) if i != 2] == [t for i, t in enumerate(times) if i != 2]
 
 
-def test_20news_is_placed_as_it_is(serve, tmp_path):
-    """Catches an archive that is repacked, or one under a name that the config does not read."""
-    (tmp_path / "served").write_bytes(b"archive")
-    serve("20news", tmp_path / "served")
+def test_20news_reads_back_as_it_was_served(serve, tmp_path, write_tar, make_config, read_all):
+    """Catches posts lost or changed on their way through scikit-learn's reader: latin-1 bytes, groups, the split."""
+    posts = [
+        ("20news-bydate-train/sci.space/1", "na\u00efve \u00ff\x80".encode("latin-1")),
+        ("20news-bydate-train/rec.autos/2", b"cars\r\n"),
+        ("20news-bydate-test/sci.space/3", b"moon"),
+    ]
+    write_tar(tmp_path / "served.tar.gz", posts, mode="w:gz")
+    serve("20news", tmp_path / "served.tar.gz")
     fetch("20news", str(tmp_path / "out"))
-    assert (tmp_path / "out" / "20news-bydate.tar.gz").read_bytes() == b"archive"
+    with tarfile.open(tmp_path / "out" / "20news-bydate.tar.gz") as archive:
+        assert sorted((m.name, archive.extractfile(m).read()) for m in archive) == sorted(posts)
+    source = {
+        "reader": "folders",
+        "path": "20news-bydate.tar.gz",
+        "encoding": "latin-1",
+        "columns": {"text": "content", "label": "folder"},
+    }
+    rows, _ = read_all(make_config(tmp_path / "out", source))
+    found = {(r["text"], r["label"], r["split"]) for r in rows.to_pylist()}
+    assert ("moon", "sci.space", "test") in found
+    assert ("na\u00efve \u00ff\x80", "sci.space") in {f[:2] for f in found}
 
 
-def test_damaged_download_leaves_nothing(serve, tmp_path):
+def test_no_pickle_is_loaded_on_the_way(serve, tmp_path, write_tar, small_cifar10, monkeypatch):
+    """Catches a loader that takes its data from a pickled cache, which could run anyone's code."""
+    write_tar(tmp_path / "news.tar.gz", [(f"20news-bydate-{s}/a/1", b"x") for s in ("train", "test")], mode="w:gz")
+    serve("20news", tmp_path / "news.tar.gz")
+    serve("cifar10", small_cifar10[0])
+    for function in ("load", "loads"):
+        monkeypatch.setattr(pickle, function, lambda *_, **__: pytest.fail("a pickle was loaded"))
+    fetch("20news", str(tmp_path / "out"))
+    fetch("cifar10", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["20news", "cifar10"])
+def test_damaged_download_leaves_nothing(serve, tmp_path, name):
     """Catches a half download that the next run takes for the data."""
     (tmp_path / "served").write_bytes(b"archive")
-    serve("20news", tmp_path / "served", sha256="0" * 64)
-    with pytest.raises(DataError, match="sent a damaged file"):
-        fetch("20news", str(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    serve(name, tmp_path / "served", damaged=True)
+    with pytest.raises(DataError, match="cannot download"):
+        fetch(name, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
-def test_failed_download_says_which_file_to_put_where(serve, tmp_path):
+@pytest.mark.parametrize("name", ["20news", "cifar10"])
+def test_failed_download_says_which_file_to_put_where(serve, tmp_path, name):
     """Catches a bare network error on a machine without internet access."""
-    serve("cifar10", tmp_path / "nowhere", sha256="0" * 64)
-    with pytest.raises(
-        DataError, match=r"get the file on a machine that can, put it at '.*/out/cifar-10-binary.tar.gz'"
-    ):
-        fetch("cifar10", str(tmp_path / "out"))
+    serve(name, tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"get the file on a machine that can, put it at '.*/out/.*\.tar\.gz'"):
+        fetch(name, str(tmp_path / "out"))
 
 
 def test_wrong_archive_in_place_is_told(tmp_path, write_tar):
