@@ -1,0 +1,53 @@
+"""The one typed, frozen description of a run, read from YAML or built in Python.
+
+Unknown keys are errors that name the nearest known key. A choice with options of its own may be written as its bare
+name (`fusion: concat`) or as a mapping (`fusion: {name: hierarchical, depth: 2}`). Dimensions are derived, never stated.
+"""
+
+from mmkt_ray.config.modalities import (
+    CnnEncoder,
+    CustomEncoder,
+    EncoderConfig,
+    ModalityConfig,
+    PixelsEncoder,
+    ReduceConfig,
+    TaskConfig,
+    TfidfEncoder,
+)
+from mmkt_ray.config.model import SCHEMES, FusionConfig, ModelConfig
+from mmkt_ray.config.parsing import parse_override
+from mmkt_ray.config.reading import describe_fields, fingerprint, load_config
+from mmkt_ray.config.run import Config, parse_config
+from mmkt_ray.config.samples import JoinCombine, PairCombine, SamplesConfig, SourceConfig, UnionCombine
+from mmkt_ray.config.section import SPLITS, Section
+from mmkt_ray.config.training import EvaluationConfig, ExtractConfig, TrainingConfig
+
+__all__ = [
+    "SCHEMES",
+    "SPLITS",
+    "CnnEncoder",
+    "Config",
+    "CustomEncoder",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "ExtractConfig",
+    "FusionConfig",
+    "JoinCombine",
+    "ModalityConfig",
+    "ModelConfig",
+    "PairCombine",
+    "PixelsEncoder",
+    "ReduceConfig",
+    "SamplesConfig",
+    "Section",
+    "SourceConfig",
+    "TaskConfig",
+    "TfidfEncoder",
+    "TrainingConfig",
+    "UnionCombine",
+    "describe_fields",
+    "fingerprint",
+    "load_config",
+    "parse_config",
+    "parse_override",
+]

@@ -1,0 +1,110 @@
+"""Modalities, their encoders and reducers; tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from mmkt_ray.config.section import Section, named
+from mmkt_ray.errors import unknown_name
+
+
+class CnnEncoder(Section):
+    """Small convolutional network, trained here on one modality and one task, then frozen."""
+
+    name: Literal["cnn"] = "cnn"
+    pretrain: str = Field(description="the task it is trained on")
+    image_size: int = Field(32, ge=9, le=256, description="side in pixels that images are resized to")
+    width: int = Field(64, ge=8, description="channels of the first block; later blocks are multiples")
+    epochs: int = Field(10, ge=1, description="passes over the train split")
+    batch_size: int = Field(500, ge=2, description="images per optimiser step, over all workers")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
+    augment: tuple[Literal["flip", "crop", "cutout"], ...] = Field(
+        ("flip", "crop"), description="training augmentation; cutout pays in longer runs"
+    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
+
+
+class PixelsEncoder(Section):
+    """Shallow image features without training: colour thumbnail and oriented-gradient histograms."""
+
+    name: Literal["pixels"] = "pixels"
+    image_size: int = Field(32, ge=8, le=256, description="side in pixels that images are resized to")
+
+
+class TfidfEncoder(Section):
+    """TF-IDF with scikit-learn's options and results, fitted in one distributed pass."""
+
+    name: Literal["tfidf"] = "tfidf"
+    lowercase: bool = Field(True, description="lower-case before tokenising")
+    ngram_range: tuple[int, int] = Field((1, 1), description="shortest and longest n-gram")
+    min_df: int = Field(1, ge=1, description="drop terms in fewer documents")
+    max_df: float = Field(1.0, gt=0, le=1, description="drop terms in more than this share of documents")
+    max_features: int | None = Field(None, ge=1, description="keep the most frequent terms only")
+    stop_words: Literal["english"] | None = Field(None, description="stop word list")
+    sublinear_tf: bool = Field(False, description="1 + log(tf) in place of tf")
+    norm: Literal["l1", "l2"] | None = Field("l2", description="row normalisation")
+
+
+class CustomEncoder(Section):
+    """An encoder of the user's, named `module:Class`."""
+
+    name: str = Field(description="module:Class, importable on every node")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
+
+
+ENCODERS: dict[str, type[Section]] = {"cnn": CnnEncoder, "pixels": PixelsEncoder, "tfidf": TfidfEncoder}
+
+
+def _encoder_tag(value: Any) -> str:
+    name = value.get("name", "") if isinstance(value, Mapping) else value.name
+    if name not in ENCODERS and ":" not in str(name):
+        raise unknown_name("encoder", str(name), [*ENCODERS, "your.module:Class"])
+    return "custom" if ":" in name else name
+
+
+EncoderConfig = Annotated[
+    Annotated[CnnEncoder, Tag("cnn")]
+    | Annotated[PixelsEncoder, Tag("pixels")]
+    | Annotated[TfidfEncoder, Tag("tfidf")]
+    | Annotated[CustomEncoder, Tag("custom")],
+    Discriminator(_encoder_tag),
+    BeforeValidator(named),
+]
+
+
+class ReduceConfig(Section):
+    """Linear reduction of one modality's features, fitted exactly on the train split."""
+
+    name: Literal["pca", "svd", "standardize"] = Field(
+        description="pca (centred), svd (uncentred, sparse input too), standardize (no change of width)"
+    )
+    dim: int | None = Field(None, ge=1, description="features kept (pca and svd)")
+
+    @model_validator(mode="after")
+    def _dim_where_it_means_something(self) -> ReduceConfig:
+        if (self.name == "standardize") != (self.dim is None):
+            raise ValueError("pca and svd need dim; standardize takes none")
+        return self
+
+
+class ModalityConfig(Section):
+    """One modality: what it is, how it is encoded, how its features are reduced."""
+
+    kind: Literal["image", "text"] = Field(description="what the column holds: image = encoded bytes, text = string")
+    encoder: EncoderConfig = Field(description="raw values -> feature vectors")
+    reduce: Annotated[ReduceConfig, BeforeValidator(named)] | None = Field(
+        None, description="features -> fewer features"
+    )
+    hidden_dim: int | None = Field(
+        None, ge=1, description="tower width under sharing: separate; null: from the features' width"
+    )
+
+
+class TaskConfig(Section):
+    """One label column to predict."""
+
+    kind: Literal["multiclass"] = Field("multiclass", description="one class per sample")

@@ -1,0 +1,105 @@
+"""A raw mapping -> a checked section: dotted overrides, and error messages that name the nearest known key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from mmkt_ray.config.section import Section
+from mmkt_ray.errors import ConfigError, nearest
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
+    """Check a raw mapping. Raises: ConfigError with one line per fault."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(e), section) for e in error.errors())) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `a.b=c` into a dotted key and a YAML value. Raises: ConfigError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, got '{text}'; e.g. --set training.epochs=5")
+    return key.strip(), yaml.safe_load(value)
+
+
+def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = raw
+    for part in parents:
+        child = _child(node, part, dotted)
+        if child is None or isinstance(child, str):  # absent, or a bare name that now gets options
+            child = {} if child is None else {"name": child}
+            _assign(node, part, child)
+        node = child
+    _child(node, last, dotted)
+    _assign(node, last, value)
+
+
+def _child(node: Any, part: str, dotted: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    raise ConfigError(f"cannot set '{dotted}': '{part}' is not inside a mapping or list here")
+
+
+def _assign(node: Any, part: str, value: Any) -> None:
+    node[int(part) if isinstance(node, list) else part] = value
+
+
+def sections(annotation: Any, mark: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """The sections inside a field's type, with the mark that its key takes (`[]` in lists, `.<name>` in mappings)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        name = annotation.model_fields.get("name")
+        chosen = get_args(name.annotation) if name is not None else ()
+        yield mark + (f"({chosen[0]})" if len(chosen) == 1 else ""), annotation
+        return
+    origin = get_origin(annotation)
+    inner = "[]" if origin is tuple else ".<name>" if origin is dict else ""
+    for part in get_args(annotation):
+        yield from sections(part, mark + inner)
+
+
+def _explain(error: dict[str, Any], root: type[Section]) -> str:
+    """One line for one pydantic error: where, what, and for an unknown key the nearest known one."""
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        return f"unknown key '{where}': {nearest(str(key), _known_keys(parents, root))}"
+    if error["type"] == "missing":
+        return f"'{where}' is missing"
+    if error["type"] == "union_tag_invalid":
+        return f"{where}: unknown name '{error['ctx']['tag']}': known: {error['ctx']['expected_tags']}"
+    got = error.get("input")
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    return (
+        f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
+        if where
+        else error["msg"].removeprefix("Value error, ")
+    )
+
+
+def _known_keys(parents: list[Any], root: type[Section]) -> list[str]:
+    """The fields of the section found by walking `parents` (which may hold list indices, mapping keys and union tags)."""
+    candidates: list[type[Section]] = [root]
+    for part in parents:
+        fields = [c.model_fields[part] for c in candidates if isinstance(part, str) and part in c.model_fields]
+        if fields:
+            candidates = [s for f in fields for _, s in sections(f.annotation)]
+        else:  # an index, a mapping's key or a union's tag: narrow by tag where it is one
+            candidates = [c for c in candidates if _tag(c) == part] or candidates
+    return sorted({name for c in candidates for name in c.model_fields})
+
+
+def _tag(section: type[Section]) -> str | None:
+    name = section.model_fields.get("name")
+    values = get_args(name.annotation) if name is not None else ()
+    return values[0] if len(values) == 1 else None

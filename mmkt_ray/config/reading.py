@@ -1,0 +1,61 @@
+"""YAML files, fingerprints, and the list of all keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from mmkt_ray.config.parsing import sections, set_dotted
+from mmkt_ray.config.run import Config, parse_config
+from mmkt_ray.config.section import Section
+from mmkt_ray.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML config and apply dotted overrides.
+
+    Raises: ConfigError if the file is missing, is not YAML, or says something unknown or impossible.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no config at '{path}'; the ones that come with the project are in jobs/configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"'{path}' must be a mapping of keys, got {type(raw).__name__}")
+    for key, value in (overrides or {}).items():
+        set_dotted(raw, key, value)
+    config = parse_config(raw)
+    config.expand_variants()  # a wrong variant is told now, not after an hour of extraction
+    return config
+
+
+def fingerprint(value: Any, length: int = 16) -> str:
+    """Hex digest of any JSON-able value or config section; equal content gives equal digests on every machine."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of the config as (dotted key, default, description): the source of the CLI's help and of the docs."""
+    for name, field in section.model_fields.items():
+        default = (
+            "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
+        )
+        children = list(sections(field.annotation))
+        yield f"{prefix}{name}", default if not children or field.is_required() else "", field.description or ""
+        for mark, child in children:
+            yield from describe_fields(child, f"{prefix}{name}{mark}.")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

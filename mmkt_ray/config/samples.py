@@ -1,0 +1,87 @@
+"""Where raw shards are and how their rows become samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from mmkt_ray.config.section import Section, named
+
+
+class SourceConfig(Section):
+    """One set of shards that share a layout."""
+
+    reader: Literal["parquet", "webdataset", "folders", "manifest"] = Field(description="layout of the shards")
+    path: str = Field(description="file, folder, glob or URI; relative paths are under data_root")
+    columns: dict[str, str] = Field(
+        description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field"
+    )
+    split: Literal["train", "val", "test"] | None = Field(
+        None, description="split of all rows here; null: from a split column, the folder's name, or a hash of the id"
+    )
+    encoding: str = Field("utf-8", description="text encoding of the raw files")
+    limit: int | None = Field(None, ge=1, description="read at most this many rows of each shard (for a quick look)")
+    allow_outside: bool = Field(
+        False, description="manifest cells may be absolute paths or leave the manifest's folder"
+    )
+
+
+class SplitConfig(Section):
+    """Shares of the rows that no source gives a split, drawn by a hash of the sample id (or of the join key)."""
+
+    val_frac: float = Field(
+        0.1, ge=0, lt=1, description="share for validation; also taken from given train rows if no source gives val"
+    )
+    test_frac: float = Field(0.2, ge=0, lt=1, description="share for test")
+
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> SplitConfig:
+        if self.val_frac + self.test_frac >= 1:
+            raise ValueError("val_frac + test_frac must be below 1, or nothing is left to train on")
+        return self
+
+
+class UnionCombine(Section):
+    """Unpaired rows one after another, nulls elsewhere."""
+
+    name: Literal["union"] = "union"
+
+
+class JoinCombine(Section):
+    """Rows with the same `key` become one sample."""
+
+    name: Literal["join"] = "join"
+    how: Literal["inner", "outer"] = Field(
+        "inner", description="outer keeps rows without a partner (missing modalities)"
+    )
+
+
+class PairCombine(Section):
+    """Synthetic pairs within a split: each row of one modality gets a random row of the other with the matching label."""
+
+    name: Literal["pair"] = "pair"
+    labels: dict[str, str] = Field(
+        description="modality -> the task whose label decides the match, two entries; the first is kept once per row"
+    )
+    mapping: dict[str, str] | None = Field(
+        None, description="class of the first label -> class of the second; null: the same class names"
+    )
+
+
+CombineConfig = Annotated[
+    Annotated[UnionCombine, Tag("union")] | Annotated[JoinCombine, Tag("join")] | Annotated[PairCombine, Tag("pair")],
+    Discriminator(lambda v: v.get("name", "") if isinstance(v, Mapping) else v.name),
+    BeforeValidator(named),
+]
+
+
+class SamplesConfig(Section):
+    """Where the raw shards are and how their rows become samples."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="the sets of shards")
+    combine: CombineConfig = Field(UnionCombine(), description="how rows of several sources become samples")
+    split: SplitConfig = Field(SplitConfig(), description="shares of val and test where none is given")
+    max_image_pixels: int = Field(64_000_000, ge=1, description="images with more pixels are rejected unread")
+    max_reject_frac: float = Field(0.01, ge=0, le=1, description="the job stops when more rows than this are rejected")
