@@ -2,6 +2,8 @@
 
     python jobs/benchmark.py extract --data ../shared/data   CIFAR-10 through the CNN: pipeline against a hand-tuned loop
     python jobs/benchmark.py text --data ../shared/data      TF-IDF fit and transform: pipeline and kernel against scikit-learn
+    python jobs/benchmark.py search --config jobs/configs/openmoji_search.yaml   candidates per hour: search against Ray Tune,
+                                                             random search and TPE; each once, for --seconds
 
 Each round runs every contender once, one after another, so that a machine that slows down slows all of them. Ratios are taken
 round by round. Start-up (Ray's processes, imports, loading the encoder) is told apart from the steady rate.
@@ -27,16 +29,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 import torch
+from benchmark_search import search_contenders  # beside this file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray import cluster
-from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config import Config, load_config, parse_config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.cnn import SmallCNN, autocast
 from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
-from mmkt_ray.run import hardware, read_commit
+from mmkt_ray.run import extract_step, hardware, read_commit
 from mmkt_ray.samples.readers import list_shards
 
 Result = dict[str, float]
@@ -44,7 +47,7 @@ Result = dict[str, float]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["extract", "text"])
+    parser.add_argument("what", choices=["extract", "text", "search"])
     parser.add_argument("--data", default="data", help="folder with cifar10/ and 20news-bydate.tar.gz")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one that is not")
     parser.add_argument(
@@ -54,12 +57,17 @@ def main() -> int:
         help="text: how often the corpus is repeated, so that start-up is not all there is",
     )
     parser.add_argument("--limit", type=int, default=None, help="extract: rows of each shard")
+    parser.add_argument("--config", default="jobs/configs/openmoji_search.yaml", help="search: its config")
+    parser.add_argument("--seconds", type=float, default=300.0, help="search: time budget of each contender")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
     args = parser.parse_args()
     cluster.connect()
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
-        contenders = {"extract": extract_contenders, "text": text_contenders}[args.what](args, Path(folder))
-        report = measure(contenders, args.rounds)
+        if args.what == "search":
+            report = measure_search(args.config, args.seconds)
+        else:
+            contenders = {"extract": extract_contenders, "text": text_contenders}[args.what](args, Path(folder))
+            report = measure(contenders, args.rounds)
     report |= {
         "what": args.what,
         "arguments": vars(args),
@@ -87,6 +95,22 @@ def measure(contenders: dict[str, Callable[[], Result]], num_rounds: int) -> dic
         for key in sorted(counted[0][name].keys() & counted[0][first].keys() & {"rows_per_s", "steady_rows_per_s"}):
             ratios[f"{name} / {first}, {key}"] = spread([r[name][key] / r[first][key] for r in counted])
     return {"rounds": num_rounds, "figures": figures, "ratios": ratios}
+
+
+def measure_search(config_path: str, seconds: float) -> dict[str, Any]:
+    """Each contender once, for the same time; features are extracted before, if they are not there."""
+    config = load_config(config_path)
+    store = extract_step(config.model_copy(update={"variants": {}}))["model"]
+    figures = {}
+    for name, run in search_contenders(config, store, seconds).items():
+        figures[name] = run()
+        print(name, {k: v for k, v in figures[name].items() if k != "curve"}, file=sys.stderr)
+    ratios = {
+        f"ours / {name}, per_hour": figures["ours"]["per_hour"] / f["per_hour"]
+        for name, f in figures.items()
+        if f["per_hour"]
+    }
+    return {"figures": figures, "ratios": ratios}
 
 
 def spread(values: list[float]) -> dict[str, float]:

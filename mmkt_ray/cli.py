@@ -41,12 +41,24 @@ def build_parser() -> argparse.ArgumentParser:
         "extract": "raw shards -> features in Parquet",
         "train": "features -> models (extracts first if needed)",
         "evaluate": "models -> metrics, predictions and their comparison",
+        "search": "features -> thousands of candidates, and the winner on test (extracts first if needed)",
+        "scores": "features -> how well they will serve each task, before anything is trained",
+        "transfer": "what transfers from which modality and task to which, over label budgets and seeds",
+        "repeat": "every variant from several seeds: which differences are luck",
         "report": "result files -> HTML page, plots and tables",
     }
     for name, text in steps.items():
         command = commands.add_parser(name, help=text, description=text, epilog="all keys of a config: mmkt config")
         command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
+        if name == "repeat":
+            command.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
+        if name == "evaluate":
+            command.add_argument(
+                "--missing",
+                action="store_true",
+                help="also score each model against the share of rows that lack a modality: missing.json",
+            )
     _add_predict(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument(
@@ -152,23 +164,44 @@ def _dispatch(args: argparse.Namespace) -> str:
         import yaml
 
         return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return _step(args.command, config)
+    return _step(args.command, config, missing=getattr(args, "missing", False), num_seeds=getattr(args, "seeds", 1))
 
 
-def _step(command: str, config: Config) -> str:
+def _step(command: str, config: Config, missing: bool, num_seeds: int) -> str:
     from mmkt_ray import run as steps  # torch and ray load here, so that --help is quick
 
     if command == "run":
         return steps.run(config)
     if command == "report":
         return f"report: {steps.report_step(config)}"
+    if command == "search":
+        return _search(config)
     stores = steps.extract_step(config)
     if command == "extract":
         return "\n".join(sorted({f"features: {store.uri}" for store in stores.values()}))
+    if command == "scores":
+        return steps.scores_step(config, stores)
+    if command == "transfer":
+        return steps.transfer_step(config, stores)
+    if command == "repeat":
+        return steps.repeat_step(config, stores, num_seeds)
     steps.train_step(config, stores)
     if command == "train":
         return f"models: {steps.run_folder(config)}/models"
-    return steps.comparison_table(steps.evaluate_step(config, stores))
+    table = steps.comparison_table(steps.evaluate_step(config, stores))
+    return f"{table}\n\n{steps.missing_step(config, stores)}" if missing else table
+
+
+def _search(config: Config) -> str:
+    from mmkt_ray import run as steps
+    from mmkt_ray.search.search import check_search, result_table, search
+
+    check_search(config)
+    config = config.model_copy(update={"variants": {}})
+    store = steps.extract_step(config)["model"]
+    folder = steps.run_folder(config)
+    table = result_table(search(config, store, folder))
+    return f"{table}\n\nleaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"
 
 
 def _predict(args: argparse.Namespace) -> str:

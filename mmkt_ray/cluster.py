@@ -10,13 +10,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-import torch
 
 from mmkt_ray.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ def run_on_workers(
     With several workers torch.distributed is set up (gloo on CPUs, NCCL on GPUs) and a dead worker restarts them all, up to
     twice; the loop itself resumes from its own checkpoint. Raises: ResourceError if the cluster can't place them.
     """
+    import torch
+
     if num_workers == 1:
         keep_freed_memory()
         torch.set_num_threads(cores())
@@ -130,6 +134,7 @@ def run_on_workers(
 def _run_train(
     loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None
 ) -> Any:
+    import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
     from ray.train.torch import TorchTrainer, get_device
 

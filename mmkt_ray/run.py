@@ -18,11 +18,25 @@ from typing import Any
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.evaluation.evaluate import compare, comparison_table, evaluate_baselines, evaluate_model, write_gallery
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.contribution import insights
+from mmkt_ray.evaluation.evaluate import (
+    compare,
+    comparison_table,
+    evaluate_baselines,
+    evaluate_model,
+    missing_curves,
+    missing_table,
+    write_gallery,
+)
+from mmkt_ray.evaluation.scores import scores_table, transferability
+from mmkt_ray.evaluation.suspects import find_suspects
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.report.page import build_report
+from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.trainer import train
+from mmkt_ray.training.transfer_matrix import transfer_matrix, transfer_table
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +53,7 @@ def run(config: Config) -> str:
     stores = extract_step(config)
     train_step(config, stores)
     results = evaluate_step(config, stores)
+    study_step(config, stores, results["main"])
     page = report_step(config)
     return f"{comparison_table(results)}\n\nreport: {page}"
 
@@ -80,8 +95,8 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri = run_folder(config)
     with _record(config, "evaluate"):
-        for name in stores:
-            evaluate_model(storage.join(uri, "models", name), stores[name])
+        for name, variant in config.expand_variants().items():
+            evaluate_model(storage.join(uri, "models", name), stores[name], evaluation=variant.evaluation)
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
                 evaluate_baselines(config, store, storage.join(uri, "baselines", store.uri.rsplit("/", 1)[-1]))
@@ -90,6 +105,53 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
         if results["main"] in stores:
             write_gallery(storage.join(uri, "models", results["main"]))
         return results
+
+
+def study_step(config: Config, stores: dict[str, Store], main: str) -> None:
+    """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads."""
+    uri, wanted = run_folder(config), config.evaluation.studies
+    with _record(config, "study"):
+        if "insight" in wanted:
+            insights(uri, stores)
+        if "scores" in wanted:
+            transferability(uri, stores)
+        variant = config.expand_variants().get(main)  # None: a baseline is best
+        if "suspects" in wanted:
+            store = stores.get(main) or next(iter(stores.values()))
+            find_suspects(store, variant or config, storage.join(uri, "suspects.parquet"))
+        if "missing" in wanted and variant is not None and len(variant.model_modalities) > 1:
+            missing_curves(storage.join(uri, "models", main), stores[main], uri, evaluation=config.evaluation)
+
+
+def scores_step(config: Config, stores: dict[str, Store]) -> str:
+    """How well the features will serve each task, before anything is trained, as text."""
+    with _record(config, "scores"):
+        return scores_table(transferability(run_folder(config), stores))
+
+
+def transfer_step(config: Config, stores: dict[str, Store]) -> str:
+    """Sources against targets, as text."""
+    with _record(config, "transfer"):
+        return transfer_table(transfer_matrix(config, next(iter(stores.values())), run_folder(config)))
+
+
+def repeat_step(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
+    """All variants from several seeds, as text."""
+    with _record(config, "repeat"):
+        return seeds_table(repeat(config, stores, run_folder(config), num_seeds))
+
+
+def missing_step(config: Config, stores: dict[str, Store]) -> str:
+    """Scores of every evaluated variant of several modalities against the share of rows that lack one, as text."""
+    uri = run_folder(config)
+    fused = [n for n, variant in config.expand_variants().items() if len(variant.model_modalities) > 1]
+    if not fused:
+        raise ConfigError("--missing needs a model of several modalities: all of this run's read one only")
+    with _record(config, "missing"):
+        return "\n\n".join(
+            missing_table(missing_curves(storage.join(uri, "models", n), stores[n], uri, evaluation=config.evaluation))
+            for n in fused
+        )
 
 
 def report_step(config: Config) -> str:

@@ -81,12 +81,13 @@ def test_predict_with_missing_modalities_and_no_labels(config: Config, shapes: P
         predict(str(model), [str(new)], str(shapes / "strict"))
     path = predict(str(model), [str(new)], str(shapes / "out"), max_reject_frac=0.5)
     rows = pd.read_parquet(path).set_index("sample_id")
-    assert sorted(rows.index) == ["n0", "n1", "n3"]
+    assert sorted(rows.index) == ["n0", "n1", "n2", "n3"]
     assert rows.loc["n0", "colour_pred"] == "red"
-    assert list(rows.loc["n1", "missing"]) == ["image"]
+    assert list(rows.loc["n1", "missing"]) == list(rows.loc["n2", "missing"]) == ["image"]
     assert list(rows.loc["n3", "missing"]) == ["text"]
     assert np.allclose([p.sum() for p in rows["colour_proba"]], 1, atol=1e-5)
-    assert pd.read_parquet(shapes / "out" / "rejects.parquet")["sample_id"].tolist() == ["n2"]
+    rejects = pd.read_parquet(shapes / "out" / "rejects.parquet")
+    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2"], ["modality"])
 
 
 def test_user_errors_are_sentences_with_status_2(

@@ -7,43 +7,62 @@ name (`fusion: concat`) or as a mapping (`fusion: {name: hierarchical, depth: 2}
 from mmkt_ray.config.modalities import (
     CnnEncoder,
     CustomEncoder,
+    EfficientNetLite0Encoder,
     EncoderConfig,
+    HuggingFaceEncoder,
+    LogMelCnnEncoder,
+    MinilmEncoder,
     ModalityConfig,
     PixelsEncoder,
     ReduceConfig,
     TaskConfig,
     TfidfEncoder,
+    TorchvisionEncoder,
 )
-from mmkt_ray.config.model import SCHEMES, FusionConfig, ModelConfig
+from mmkt_ray.config.model import FUSES, FUSIONS, MISSING_STRATEGIES, SCHEMES, FusionConfig, ModelConfig
 from mmkt_ray.config.parsing import parse_override
 from mmkt_ray.config.reading import describe_fields, fingerprint, load_config
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.samples import JoinCombine, PairCombine, SamplesConfig, SourceConfig, UnionCombine
+from mmkt_ray.config.search import ObjectiveConfig, ParameterConfig, SearchConfig
 from mmkt_ray.config.section import SPLITS, Section
-from mmkt_ray.config.training import EvaluationConfig, ExtractConfig, TrainingConfig
+from mmkt_ray.config.training import AugmentConfig, EvaluationConfig, ExtractConfig, TrainingConfig, TransferConfig
 
 __all__ = [
+    "FUSES",
+    "FUSIONS",
+    "MISSING_STRATEGIES",
     "SCHEMES",
     "SPLITS",
+    "AugmentConfig",
     "CnnEncoder",
     "Config",
     "CustomEncoder",
+    "EfficientNetLite0Encoder",
     "EncoderConfig",
     "EvaluationConfig",
     "ExtractConfig",
     "FusionConfig",
+    "HuggingFaceEncoder",
     "JoinCombine",
+    "LogMelCnnEncoder",
+    "MinilmEncoder",
     "ModalityConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "PairCombine",
+    "ParameterConfig",
     "PixelsEncoder",
     "ReduceConfig",
     "SamplesConfig",
+    "SearchConfig",
     "Section",
     "SourceConfig",
     "TaskConfig",
     "TfidfEncoder",
+    "TorchvisionEncoder",
     "TrainingConfig",
+    "TransferConfig",
     "UnionCombine",
     "describe_fields",
     "fingerprint",

@@ -49,6 +49,62 @@ class TfidfEncoder(Section):
     norm: Literal["l1", "l2"] | None = Field("l2", description="row normalisation")
 
 
+class LogMelCnnEncoder(Section):
+    """Log-mel spectrogram as an image for a small convolutional network, trained here on one modality and one task."""
+
+    name: Literal["logmel_cnn"] = "logmel_cnn"
+    pretrain: str = Field(description="the task it is trained on")
+    sample_rate: int = Field(8000, ge=1000, le=192_000, description="samples per second that audio is resampled to")
+    seconds: float = Field(1.0, gt=0, le=60, description="length that clips are cut or padded to")
+    image_size: int = Field(32, ge=9, le=256, description="mel bands, and time steps that the clip is divided into")
+    width: int = Field(32, ge=8, description="channels of the first block; later blocks are multiples")
+    epochs: int = Field(10, ge=1, description="passes over the train split")
+    batch_size: int = Field(128, ge=2, description="clips per optimiser step, over all workers")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
+    augment: tuple[Literal["crop", "cutout"], ...] = Field(
+        ("crop",), description="training augmentation: shift in time and pitch, cutout"
+    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
+
+
+class TorchvisionEncoder(Section):
+    """Any torchvision classification backbone, frozen; its penultimate features."""
+
+    name: Literal["torchvision"] = "torchvision"
+    architecture: str = Field("resnet18", description="name in torchvision.models, e.g. resnet18, vit_b_16")
+    weights: str = Field(
+        "download", description="a .safetensors or .pth state dict (weights only), or download: torchvision's default"
+    )
+    image_size: int = Field(224, ge=32, le=1024, description="side in pixels that images are resized to")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of encoding")
+
+
+class EfficientNetLite0Encoder(Section):
+    """EfficientNet-Lite0 of ImageNet, its weights from an installed package; extra `pretrained`."""
+
+    name: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+    image_size: int = Field(128, ge=32, le=1024, description="side in pixels that images are resized to")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
+
+
+class MinilmEncoder(Section):
+    """all-MiniLM-L6-v2 sentence encoder, its weights from an installed package; extra `pretrained`."""
+
+    name: Literal["minilm"] = "minilm"
+    max_tokens: int = Field(128, ge=4, le=512, description="texts are cut to this many tokens")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
+
+
+class HuggingFaceEncoder(Section):
+    """A BERT-like text encoder from a Hugging Face folder with safetensors, mean-pooled; extra `pretrained`."""
+
+    name: Literal["huggingface"] = "huggingface"
+    folder: str = Field(description="folder with config.json, tokenizer.json and model.safetensors")
+    max_tokens: int = Field(128, ge=4, le=512, description="texts are cut to this many tokens")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
+
+
 class CustomEncoder(Section):
     """An encoder of the user's, named `module:Class`."""
 
@@ -56,7 +112,26 @@ class CustomEncoder(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
 
 
-ENCODERS: dict[str, type[Section]] = {"cnn": CnnEncoder, "pixels": PixelsEncoder, "tfidf": TfidfEncoder}
+ENCODERS: dict[str, type[Section]] = {
+    "cnn": CnnEncoder,
+    "pixels": PixelsEncoder,
+    "tfidf": TfidfEncoder,
+    "logmel_cnn": LogMelCnnEncoder,
+    "torchvision": TorchvisionEncoder,
+    "efficientnet-lite0": EfficientNetLite0Encoder,
+    "minilm": MinilmEncoder,
+    "huggingface": HuggingFaceEncoder,
+}
+KINDS = {  # what each encoder reads
+    "cnn": "image",
+    "pixels": "image",
+    "tfidf": "text",
+    "logmel_cnn": "audio",
+    "torchvision": "image",
+    "efficientnet-lite0": "image",
+    "minilm": "text",
+    "huggingface": "text",
+}
 
 
 def _encoder_tag(value: Any) -> str:
@@ -70,6 +145,11 @@ EncoderConfig = Annotated[
     Annotated[CnnEncoder, Tag("cnn")]
     | Annotated[PixelsEncoder, Tag("pixels")]
     | Annotated[TfidfEncoder, Tag("tfidf")]
+    | Annotated[LogMelCnnEncoder, Tag("logmel_cnn")]
+    | Annotated[TorchvisionEncoder, Tag("torchvision")]
+    | Annotated[EfficientNetLite0Encoder, Tag("efficientnet-lite0")]
+    | Annotated[MinilmEncoder, Tag("minilm")]
+    | Annotated[HuggingFaceEncoder, Tag("huggingface")]
     | Annotated[CustomEncoder, Tag("custom")],
     Discriminator(_encoder_tag),
     BeforeValidator(named),
@@ -94,7 +174,9 @@ class ReduceConfig(Section):
 class ModalityConfig(Section):
     """One modality: what it is, how it is encoded, how its features are reduced."""
 
-    kind: Literal["image", "text"] = Field(description="what the column holds: image = encoded bytes, text = string")
+    kind: Literal["image", "text", "audio"] = Field(
+        description="what the column holds: image and audio = encoded bytes of a file, text = string"
+    )
     encoder: EncoderConfig = Field(description="raw values -> feature vectors")
     reduce: Annotated[ReduceConfig, BeforeValidator(named)] | None = Field(
         None, description="features -> fewer features"
@@ -107,4 +189,14 @@ class ModalityConfig(Section):
 class TaskConfig(Section):
     """One label column to predict."""
 
-    kind: Literal["multiclass"] = Field("multiclass", description="one class per sample")
+    kind: Literal["multiclass", "binary", "multilabel"] = Field(
+        "multiclass",
+        description="one of several classes, one of two (the later in sorted order is the positive one), or any number of "
+        "classes per sample (a list in the source, or a string split at `separator`)",
+    )
+    separator: str = Field("|", min_length=1, description="multilabel: what separates the classes in a string")
+    inputs: tuple[str, ...] | None = Field(None, description="modalities that the task may read; null: all")
+    label_frac: float | None = Field(
+        None, gt=0, le=1, description="share of the task's train labels that is used; null: training.label_frac"
+    )
+    loss_weight: float = Field(1.0, gt=0, description="factor of the task's loss")

@@ -9,21 +9,41 @@ from pydantic import BeforeValidator, Field, model_validator
 from mmkt_ray.config.section import Section, named
 from mmkt_ray.errors import unknown_name
 
-SCHEMES = ("separate", "architecture", "task", "modality", "task_modality")
+SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
+FUSES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")
+FUSIONS = (*FUSES, "hierarchical", "decision")
+MISSING_STRATEGIES = ("mask", "drop", "mean", "zero", "token", "generate")
 
 
 class FusionConfig(Section):
     """How the modalities' representations become one."""
 
-    name: Literal["concat", "hierarchical", "decision"] = Field(
-        "concat", description="feature-level, level upon level, or per-modality decisions"
-    )
+    name: str = Field("concat", description="fusion method: " + ", ".join(FUSIONS))
     depth: int = Field(1, ge=1, le=16, description="levels of hierarchical fusion")
+    fuse: str = Field("concat", description="what hierarchical fusion does at each level: " + ", ".join(FUSES))
+    rank: int = Field(16, ge=1, description="rank of low_rank_bilinear's tensor")
+    num_heads: int = Field(4, ge=1, description="attention heads; must divide model.hidden_dim")
+    combine: Literal["learned", "average", "product"] = Field(
+        "learned", description="decision fusion: learned weights, mean of probabilities, product of experts"
+    )
 
     @model_validator(mode="after")
-    def _depth_is_hierarchical(self) -> FusionConfig:
-        if self.name != "hierarchical" and self.depth != 1:
-            raise ValueError(f"depth is for hierarchical fusion; {self.name} has none")
+    def _options_that_mean_something(self) -> FusionConfig:
+        if self.name not in FUSIONS:
+            raise unknown_name("fusion", self.name, FUSIONS)
+        if self.fuse not in FUSES:
+            raise unknown_name("fuse of hierarchical fusion", self.fuse, FUSES)
+        inner = self.fuse if self.name == "hierarchical" else self.name
+        belongs = {
+            "depth": self.name == "hierarchical",
+            "fuse": self.name == "hierarchical",
+            "rank": inner == "low_rank_bilinear",
+            "num_heads": inner == "attention",
+            "combine": self.name == "decision",
+        }
+        for option, meant in belongs.items():
+            if not meant and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} means nothing to {self.name} fusion; leave it out")
         return self
 
 
@@ -37,9 +57,19 @@ class ModelConfig(Section):
         "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES)
     )
     num_levels: int = Field(1, ge=0, le=16, description="tower levels; 0: features go straight into the fusion")
+    num_experts: int = Field(4, ge=1, le=64, description="experts of each mmoe level")
     hidden_dim: int = Field(256, ge=1, description="width of towers and fusion")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout in towers and fusion")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input features")
+    modality_dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance of each present modality to be hidden in training; one always stays"
+    )
+    missing: Literal["mask", "drop", "mean", "zero", "token", "generate"] = Field(
+        "mask",
+        description="missing modalities: mask fuses what is there, drop trains on complete rows only, mean and zero fill "
+        "features, token learns a stand-in (from train rows that lack the modality: where there are few, with "
+        "modality_dropout), generate predicts the missing features from the present ones",
+    )
 
     @model_validator(mode="after")
     def _known_schemes(self) -> ModelConfig:
@@ -48,6 +78,9 @@ class ModelConfig(Section):
                 raise unknown_name("sharing scheme", scheme, SCHEMES)
         if len(self.schemes) != self.num_levels:
             raise ValueError(f"sharing names {len(self.schemes)} levels but num_levels is {self.num_levels}")
+        fusion = self.fusion
+        if "attention" in (fusion.name, fusion.fuse) and self.hidden_dim % fusion.num_heads:
+            raise ValueError(f"hidden_dim {self.hidden_dim} is no multiple of fusion.num_heads {fusion.num_heads}")
         return self
 
     @property

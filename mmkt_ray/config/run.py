@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.modalities import ModalityConfig, TaskConfig
+from mmkt_ray.config.modalities import KINDS, ModalityConfig, TaskConfig
 from mmkt_ray.config.model import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
 from mmkt_ray.config.samples import PairCombine, SamplesConfig
+from mmkt_ray.config.search import SearchConfig
 from mmkt_ray.config.section import Section
-from mmkt_ray.config.training import EvaluationConfig, ExtractConfig, TrainingConfig
+from mmkt_ray.config.training import EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.errors import ConfigError, nearest
 
 
@@ -30,6 +31,8 @@ class Config(Section):
     model: ModelConfig = Field(ModelConfig(), description="fusion and sharing")
     training: TrainingConfig = Field(TrainingConfig(), description="fitting")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and intervals")
+    transfer: TransferMatrixConfig = Field(TransferMatrixConfig(), description="what `mmkt transfer` compares")
+    search: SearchConfig | None = Field(None, description="what `mmkt search` tries; null: its defaults")
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="models to compare: name -> dotted overrides of this config; none: one model, 'model'",
@@ -39,7 +42,7 @@ class Config(Section):
     def _names_agree(self) -> Config:
         reserved = {"sample_id", "split", "key"}
         names = [*self.modalities, *self.tasks]
-        if clash := (reserved & set(names)) | {n for n in names if names.count(n) > 1}:
+        if clash := ((reserved | {"cleaned"}) & set(names)) | {n for n in names if names.count(n) > 1}:
             raise ConfigError(f"column names must be distinct and not {sorted(reserved)}: {sorted(clash)}")
         for source in self.samples.sources:
             for column in source.columns:
@@ -60,7 +63,11 @@ class Config(Section):
                 raise ConfigError(
                     f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
                 )
-            kind = {"cnn": "image", "pixels": "image", "tfidf": "text"}.get(modality.encoder.name, modality.kind)
+            if task is not None and self.tasks[task].kind == "multilabel":
+                raise ConfigError(
+                    f"modalities.{name}.encoder.pretrain: '{task}' is multilabel; name a multiclass or binary task"
+                )
+            kind = KINDS.get(modality.encoder.name, modality.kind)
             if kind != modality.kind:
                 raise ConfigError(
                     f"modalities.{name}: encoder '{modality.encoder.name}' reads {kind}, the modality's kind is {modality.kind}"
@@ -72,6 +79,30 @@ class Config(Section):
             for name in chosen or ():
                 if name not in known:
                     raise ConfigError(f"model.{what}: unknown '{name}': {nearest(name, known)}")
+        if self.model.missing == "generate" and len(self.model_modalities) > 1:
+            for name in self.model_modalities:
+                if self.modalities[name].encoder.name == "tfidf" and self.modalities[name].reduce is None:
+                    raise ConfigError(
+                        f"model.missing: generate cannot predict sparse features: add modalities.{name}.reduce, "
+                        "e.g. {name: svd, dim: 256}"
+                    )
+        for name, task_config in self.tasks.items():
+            for modality_name in task_config.inputs or ():
+                if modality_name not in self.modalities:
+                    raise ConfigError(
+                        f"tasks.{name}.inputs: unknown modality '{modality_name}': {nearest(modality_name, self.modalities)}"
+                    )
+            if name in self.model_tasks and not self.task_inputs(name):
+                raise ConfigError(
+                    f"task '{name}' reads {list(task_config.inputs or ())}, the model only {list(self.model_modalities)}: "
+                    "add a modality to model.modalities, or leave the task out of model.tasks"
+                )
+        for modality_name in self.training.transfer.init:
+            if modality_name not in self.modalities:
+                raise ConfigError(
+                    f"training.transfer.init: unknown modality '{modality_name}': {nearest(modality_name, self.modalities)}"
+                )
+        self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks})
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
         return self
@@ -99,6 +130,21 @@ class Config(Section):
         """Tasks the model predicts, sorted."""
         return tuple(sorted(self.model.tasks or self.tasks))
 
+    @property
+    def training_seed(self) -> int:
+        """What decides the initialisation, the order of batches and the dropout of a model."""
+        return self.seed if self.training.seed is None else self.training.seed
+
+    def label_fracs(self) -> dict[str, float]:
+        """Share of its train labels that each task of the model uses."""
+        shares = {t: self.tasks[t].label_frac for t in self.model_tasks}
+        return {t: self.training.label_frac if share is None else share for t, share in shares.items()}
+
+    def task_inputs(self, task: str) -> tuple[str, ...]:
+        """Modalities that the model reads for a task, sorted."""
+        allowed = self.tasks[task].inputs
+        return tuple(m for m in self.model_modalities if allowed is None or m in allowed)
+
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """A new config with dotted keys replaced, e.g. `{"model.fusion": "concat"}`; checked like any other."""
         raw = self.model_dump(mode="json")
@@ -107,9 +153,30 @@ class Config(Section):
         return parse_config(raw)
 
     def expand_variants(self) -> dict[str, Config]:
-        """Each compared model's own full config, without variants; one named `model` when there are none."""
+        """Each compared model's own full config, without variants; one named `model` when there are none.
+
+        In the order to train them in: a model comes after those that it takes knowledge over from.
+        Raises: ConfigError if one of these is unknown, or takes over from itself in the end.
+        """
         base = self.model_copy(update={"variants": {}})
-        return {name: base.with_overrides(o) for name, o in self.variants.items()} or {"model": base}
+        configs = {name: base.with_overrides(o) for name, o in self.variants.items()} or {"model": base}
+        ordered: dict[str, Config] = {}
+        while len(ordered) < len(configs):
+            ready = {n: c for n, c in configs.items() if n not in ordered and c.sources <= ordered.keys()}
+            if not ready:
+                waiting = [n for n in configs if n not in ordered]
+                for name in waiting:
+                    for source in sorted(configs[name].sources - configs.keys()):
+                        raise ConfigError(f"variants.{name} takes over from '{source}': {nearest(source, configs)}")
+                raise ConfigError(f"these variants take over from each other in a circle: {', '.join(waiting)}")
+            ordered |= ready
+        return ordered
+
+    @property
+    def sources(self) -> set[str]:
+        """Names of the variants that this model takes knowledge over from; what holds a slash is a model folder instead."""
+        transfer = self.training.transfer
+        return {name for name in (*transfer.init.values(), *transfer.teachers) if "/" not in name}
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

@@ -21,6 +21,10 @@ class SourceConfig(Section):
     split: Literal["train", "val", "test"] | None = Field(
         None, description="split of all rows here; null: from a split column, the folder's name, or a hash of the id"
     )
+    absent: Literal["error", "null"] = Field(
+        "error",
+        description="a modality or task whose column a shard lacks: an error, or null in all of the shard's rows",
+    )
     encoding: str = Field("utf-8", description="text encoding of the raw files")
     limit: int | None = Field(None, ge=1, description="read at most this many rows of each shard (for a quick look)")
     allow_outside: bool = Field(
@@ -84,4 +88,8 @@ class SamplesConfig(Section):
     combine: CombineConfig = Field(UnionCombine(), description="how rows of several sources become samples")
     split: SplitConfig = Field(SplitConfig(), description="shares of val and test where none is given")
     max_image_pixels: int = Field(64_000_000, ge=1, description="images with more pixels are rejected unread")
+    drop_leakage: bool = Field(
+        False,
+        description="leave out train rows whose whole content is in val or test too (the audit lists them anyway)",
+    )
     max_reject_frac: float = Field(0.01, ge=0, le=1, description="the job stops when more rows than this are rejected")

@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmkt_ray.config.section import Section
+from mmkt_ray.errors import ConfigError
+
+
+class AugmentConfig(Section):
+    """Augmentation of features while training."""
+
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of a text's terms that is left out; sparse text features only"
+    )
+    noise: float = Field(
+        0.0, ge=0, description="standard deviation of Gaussian noise on dense features, which are at unit scale"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution that mixes pairs of rows; 0: none")
+
+
+class TransferConfig(Section):
+    """What this model takes over from models that are trained already; each is named as a variant, or is a model folder."""
+
+    init: dict[str, str] = Field(
+        default_factory=dict,
+        description="modality -> model whose input stage and towers of that modality start this one's",
+    )
+    tuning: Literal["finetune", "frozen", "gradual"] = Field(
+        "finetune", description="what was taken over is trained on, kept, or unfrozen level by level from the top"
+    )
+    teachers: tuple[str, ...] = Field(
+        (), description="models whose mean prediction this one learns to match (distillation)"
+    )
+    distill_weight: float = Field(
+        0.5, ge=0, le=1, description="share of the distillation loss; the rest is the labels'"
+    )
+    temperature: float = Field(2.0, gt=0, description="softens the teachers' and the student's predictions")
 
 
 class TrainingConfig(Section):
     """How the model is fitted."""
 
+    seed: int | None = Field(None, ge=0, description="seed of initialisation, batches and dropout; null: the run's")
     epochs: int = Field(30, ge=1, description="passes over the train split at most")
     batch_size_per_worker: int = Field(256, ge=1, description="samples per step on each worker")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    label_frac: float = Field(
+        1.0, gt=0, le=1, description="share of each task's train labels that is used, the same share of each class"
+    )
     class_weights: Literal["balanced"] | None = Field(
         None, description="balanced: weight classes by inverse train frequency"
+    )
+    resample: Literal["balanced"] | None = Field(
+        None, description="balanced: draw rows so that every class of every task comes up about equally often"
+    )
+    generate: Literal["smote", "mixup"] | None = Field(
+        None,
+        description="synthetic rows for rare classes: smote between neighbours of a class, mixup between any two of its rows",
+    )
+    logit_adjustment: float = Field(
+        0.0, ge=0, description="times the log of the class frequencies added to the logits in training"
+    )
+    balance: Literal["ogm_ge", "gradient_blending", "mmpareto"] | None = Field(
+        None, description="balance between modalities, so that the faster one does not hold up the others"
+    )
+    task_weighting: Literal["sum", "uncertainty", "gradnorm"] = Field(
+        "sum", description="how the tasks' losses are weighted"
+    )
+    augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of features")
+    transfer: TransferConfig = Field(TransferConfig(), description="knowledge taken over from other models")
+    exclude: str | None = Field(
+        None,
+        description="Parquet file whose column sample_id names train rows to leave out; its path from the current folder",
     )
     patience: int = Field(
         0,
@@ -27,12 +86,55 @@ class TrainingConfig(Section):
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 runs in this process without ceremony")
 
+    @model_validator(mode="after")
+    def _one_answer_to_imbalance(self) -> TrainingConfig:
+        chosen = [name for name in ("class_weights", "resample", "logit_adjustment") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(
+                f"{' and '.join(chosen)} each make up for the class frequencies; together rare classes count twice: keep one"
+            )
+        return self
+
+    def check_combinations(self, inputs: Mapping[str, tuple[str, ...]]) -> None:
+        """inputs: task -> the modalities that the model reads for it. Raises: ConfigError for what makes no sense."""
+        if self.balance and max(map(len, inputs.values())) < 2:
+            raise ConfigError(
+                f"training.balance: {self.balance} balances the modalities of a task, and no task of the model reads two: "
+                "leave it out"
+            )
+        if self.task_weighting == "gradnorm" and len(inputs) < 2:
+            raise ConfigError(
+                "training.task_weighting: gradnorm balances several tasks, and the model has one: use sum"
+            )
+
+
+class TransferMatrixConfig(Section):
+    """What `mmkt transfer` fits: sources against targets. A node is written `image:category`, `image+text:category`."""
+
+    sources: tuple[str, ...] | None = Field(None, description="nodes whose knowledge is tried; null: all")
+    targets: tuple[str, ...] | None = Field(None, description="nodes that are to gain from it; null: all")
+    methods: tuple[Literal["finetune", "frozen", "gradual", "distill", "joint"], ...] = Field(
+        ("finetune", "frozen", "distill", "joint"), description="ways to transfer, each tried where it applies"
+    )
+    label_fracs: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.1, 1.0), min_length=1, description="shares of the target's train labels; the source has all of its own"
+    )
+    seeds: int = Field(3, ge=1, description="runs of each cell")
+
 
 class EvaluationConfig(Section):
     """How results are told."""
 
     bootstrap_samples: int = Field(1000, ge=100, description="resamples of the test rows for each interval")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")
+    calibrate: bool = Field(
+        False, description="fit one temperature per task on val, so that probabilities mean what they say"
+    )
+    studies: tuple[Literal["insight", "scores", "suspects", "missing"], ...] = Field(
+        ("insight", "scores", "suspects", "missing"),
+        description="what a run looks into beside the comparison: what each modality knows; how well features promised to "
+        "serve; rows that contradict their label; scores of the main model when modalities go missing",
+    )
     baselines: bool = Field(True, description="majority class and logistic regression, each modality and concatenated")
 
 
@@ -42,6 +144,9 @@ class ExtractConfig(Section):
     chunk_rows: int = Field(1024, ge=1, description="rows of one unit of work and of one Parquet part")
     chunk_bytes: int = Field(
         32_000_000, ge=1, description="raw bytes of one unit of work at most (one sample may exceed it)"
+    )
+    feature_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="type of dense features in the store; float16 halves it"
     )
     encode_batch_size: int = Field(256, ge=1, description="samples per forward pass; fixed, the last one is padded")
     num_actors: int | None = Field(

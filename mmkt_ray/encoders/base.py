@@ -30,7 +30,8 @@ class Encoder(Protocol):
         ...
 
     def encode(self, values: Sequence[Any]) -> Features:
-        """Present values only: images as RGB uint8 (H, W, 3) or as `prepare` returns them, texts as str. (B, D) float32."""
+        """Present values only: images as RGB uint8 (H, W, 3), audio as samples.cleaning.Clip, either also as `prepare` returns
+        it; texts as str. (B, D) float32."""
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -20,6 +20,11 @@ ENCODERS = {  # imported when built: a process that counts words needs no torch
     "cnn": "mmkt_ray.encoders.image:CnnImageEncoder",
     "pixels": "mmkt_ray.encoders.image:PixelsImageEncoder",
     "tfidf": "mmkt_ray.encoders.text:TfidfEncoder",
+    "logmel_cnn": "mmkt_ray.encoders.audio:LogMelCnnAudioEncoder",
+    "torchvision": "mmkt_ray.encoders.pretrained.images:TorchvisionImageEncoder",
+    "efficientnet-lite0": "mmkt_ray.encoders.pretrained.images:EfficientNetLite0ImageEncoder",
+    "minilm": "mmkt_ray.encoders.pretrained.texts:MinilmTextEncoder",
+    "huggingface": "mmkt_ray.encoders.pretrained.texts:HuggingFaceTextEncoder",
 }
 
 

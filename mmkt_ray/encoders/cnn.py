@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2  # imported where a network is trained: it takes as long as torch itself
 
 AUGMENTATIONS = ("flip", "crop", "cutout")
 PRECISIONS = ("bf16", "fp32")
@@ -149,6 +151,8 @@ def apply_cnn(
 
 def build_transform(recipe: CNNRecipe) -> v2.Transform:
     """The random part of the augmentation, for one uint8 image (3, S, S) at a time."""
+    from torchvision.transforms import v2
+
     steps: list[v2.Transform] = []
     if "crop" in recipe.augment:
         steps.append(v2.RandomCrop(recipe.image_size, padding=recipe.crop_pad, padding_mode="reflect"))
@@ -162,10 +166,12 @@ def augment_batch(images: Tensor, mirror: np.ndarray, transform: v2.Transform, s
 
     One by one, because torchvision draws once for all that it is given. The draws depend on `seed` alone.
     """
+    from torchvision.transforms.v2.functional import horizontal_flip
+
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         chosen = zip(images, mirror, strict=True)
-        return torch.stack([transform(v2.functional.horizontal_flip(x) if flip else x) for x, flip in chosen])
+        return torch.stack([transform(horizontal_flip(x) if flip else x) for x, flip in chosen])
 
 
 # --- training -----------------------------------------------------------------------------------------------

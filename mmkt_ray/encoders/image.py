@@ -14,89 +14,28 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmkt_ray.config import CnnEncoder, PixelsEncoder
-from mmkt_ray.encoders.cnn import CNNRecipe, SmallCNN, apply_cnn
+from mmkt_ray.config import PixelsEncoder
+from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.errors import DataError
 
 
-def resize(image: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, S, S) uint8, bilinear with antialiasing; the aspect ratio is not kept."""
+def resize(image: np.ndarray, side: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, S, S) uint8, with antialiasing; the aspect ratio is not kept."""
     if image.shape[:2] != (side, side):
-        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        image = np.asarray(Image.fromarray(image).resize((side, side), how))
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
-class CnnImageEncoder:
-    """Penultimate features of a `SmallCNN` that was trained on one task; D = 4 * width."""
-
-    version = 1
-
-    def __init__(self, config: CnnEncoder) -> None:
-        self.config = config
-        self.device = torch.device("cpu")
-        self.encode_batch_size = 256
-        self.model: SmallCNN | None = None
-        self.class_names: list[str] = []
-
-    @property
-    def dim(self) -> int:
-        return 4 * self.config.width
+class CnnImageEncoder(TrainedCnn):
+    """A small CNN over images that was trained on one task, then frozen."""
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (3, S, S) uint8: done where the image is decoded, so that no full-size pixels travel."""
         return resize(image, self.config.image_size)
 
-    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Prepared images (B, 3, S, S) -> (B, D) float32. Batches have one fixed shape, so that a row's features do not
-        depend on its neighbours and a GPU compiles once."""
-        return self._apply(values, lambda model: model.features)
-
     def predict(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Logits (B, C) of the task it was trained on, averaged over six views; C as in `class_names`."""
-        return self._apply(values, lambda model: model.forward_tta)
-
-    def _apply(self, values: Sequence[np.ndarray], function: Any) -> np.ndarray:
-        if self.model is None:
-            raise DataError("the CNN encoder is not trained yet: run `mmkt extract` first, which trains it")
-        images = np.stack(values)
-        padding = -len(images) % self.encode_batch_size
-        padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
-        outputs = apply_cnn(
-            function(self.model),
-            padded,
-            device=self.device,
-            precision=self.config.precision,
-            encode_batch_size=self.encode_batch_size,
-        )
-        return outputs[: len(images)]
-
-    def to(self, device: torch.device, encode_batch_size: int) -> None:
-        """Move to a device and say how many images a forward pass takes."""
-        self.device, self.encode_batch_size = device, encode_batch_size
-        if self.model is not None:
-            self.model.to(device, memory_format=torch.channels_last)
-
-    def recipe(self, seed: int) -> CNNRecipe:
-        """The training recipe that the config asks for."""
-        asked = self.config.model_dump(
-            include={"epochs", "batch_size", "width", "image_size", "augment", "precision", "lr"}
-        )
-        return CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
-
-    def adopt(self, model: SmallCNN, class_names: list[str]) -> None:
-        """Take a trained network."""
-        self.model, self.class_names = model.eval(), class_names
-
-    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        if self.model is None:
-            return {}, {}
-        tensors = {k: v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
-        return tensors, {"options": self.model.options, "class_names": self.class_names}
-
-    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        model = SmallCNN(**rest["options"])
-        model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
-        self.adopt(model.to(memory_format=torch.channels_last), rest["class_names"])
+        return self._apply(self._trained().forward_tta, values)
 
 
 class PixelsImageEncoder:

@@ -13,8 +13,10 @@ from typing import TypeAlias
 import numpy as np
 import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 
 from mmkt_ray.encoders.base import Features
+from mmkt_ray.evaluation.calibration import usable
 from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.features.store import FeatureTable
 
@@ -36,12 +38,12 @@ def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Ba
     no labelled train row has is left out; so is the concatenation of fewer than two. Empty without labelled train rows.
     """
     labels = table.labels[task]
-    rows = np.flatnonzero((table.split == "train") & (labels >= 0))
+    rows = np.flatnonzero((table.split == "train") & usable(labels))
     if len(rows) == 0:
         return {}
-    usable = [m for m in sorted(table.features) if table.present[m][rows].any()]
-    sets = [(m,) for m in usable] + ([tuple(usable)] if len(usable) > 1 else [])
-    fitted: dict[str, Baseline] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), usable)}
+    there = [m for m in sorted(table.features) if table.present[m][rows].any()]
+    sets = [(m,) for m in there] + ([tuple(there)] if len(there) > 1 else [])
+    fitted: dict[str, Baseline] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), there)}
     for modalities in sets:
         fitted[baseline_name(modalities)] = Logreg.fit(table.take(rows), task, modalities, seed)
     return fitted
@@ -49,7 +51,7 @@ def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Ba
 
 @dataclass(frozen=True)
 class Majority:
-    """Predicts the train split's class frequencies, whatever the sample."""
+    """Predicts the train split's class frequencies, of a multilabel task each by itself, whatever the sample."""
 
     modalities: tuple[str, ...]  # those a sample must have one of, so that it is scored on the rows of the others
     frequency: np.ndarray  # (C,) float32
@@ -58,9 +60,9 @@ class Majority:
 
     @classmethod
     def fit(cls, labels: np.ndarray, num_classes: int, modalities: Sequence[str]) -> Majority:
-        """Count the labels (N,) >= 0."""
-        counts = np.bincount(labels, minlength=num_classes)
-        return cls(tuple(modalities), (counts / counts.sum()).astype(np.float32))
+        """Count the labels, (N,) >= 0 or (N, C) of 0 and 1."""
+        counts = np.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(axis=0)
+        return cls(tuple(modalities), (counts / len(labels)).astype(np.float32))
 
     def predict(self, table: FeatureTable) -> np.ndarray:
         """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
@@ -71,7 +73,8 @@ class Majority:
 
 @dataclass(frozen=True)
 class Logreg:
-    """Multinomial logistic regression (L2, C = 1) on one modality or on several side by side.
+    """Logistic regression (L2, C = 1) on one modality or on several side by side: multinomial; of a multilabel task one for
+    each class.
 
     Dense features are standardised by the train rows that have them, sparse ones are taken as they are (see `_assemble`
     for both together); an absent modality is a row of zeros. To stay a matter of seconds it fits on at most
@@ -82,41 +85,45 @@ class Logreg:
 
     modalities: tuple[str, ...]
     inputs: dict[str, _Scaling | _Columns] = field(repr=False)
-    model: LogisticRegression | None  # None: the train rows have one class only
-    classes: np.ndarray  # classes among the train rows
-    num_classes: int  # C
+    model: LogisticRegression | OneVsRestClassifier | None  # None: `constant` says all
+    classes: np.ndarray  # the classes that the model's columns are of
+    constant: np.ndarray  # (C,) probabilities of the classes that need no model: each train row has them, or none
     seconds: float
 
     @classmethod
     def fit(cls, train: FeatureTable, task: str, modalities: tuple[str, ...], seed: int = 0) -> Logreg:
         """Fit on the labelled rows of `train` that have one of `modalities` (there must be some)."""
         started = time.perf_counter()
-        rows = np.flatnonzero(readable(train, modalities) & (train.labels[task] >= 0))
+        rows = np.flatnonzero(readable(train, modalities) & usable(train.labels[task]))
         if len(rows) > MAX_TRAIN_ROWS:
             rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAIN_ROWS, replace=False))
         train = train.take(rows)
         labels = train.labels[task]
         inputs = {m: _fit_input(train.features[m], train.present[m]) for m in modalities}
-        classes = np.unique(labels)
+        num_classes = len(train.class_names[task])
+        share = Majority.fit(labels, num_classes, modalities).frequency
+        classes = np.flatnonzero((share > 0) & (share < 1))
         model = None
-        if len(classes) > 1:
+        if len(classes):
             model = LogisticRegression(C=1.0, solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4)
-            model.fit(_assemble(inputs, train), labels)
-        return cls(modalities, inputs, model, classes, len(train.class_names[task]), time.perf_counter() - started)
+            model = model if labels.ndim == 1 else OneVsRestClassifier(model)
+            model.fit(_assemble(inputs, train), labels if labels.ndim == 1 else labels[:, classes])
+        return cls(modalities, inputs, model, classes, np.floor(share), time.perf_counter() - started)
 
     @property
     def num_params(self) -> int:
         """Weights and biases."""
-        return 0 if self.model is None else int(self.model.coef_.size + self.model.intercept_.size)
+        fitted = self.model.estimators_ if isinstance(self.model, OneVsRestClassifier) else [self.model]
+        return sum(int(m.coef_.size + m.intercept_.size) for m in fitted if m is not None)
 
     def predict(self, table: FeatureTable) -> np.ndarray:
         """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
         rows = np.flatnonzero(readable(table, self.modalities))
-        proba = np.full((len(table.sample_id), self.num_classes), np.nan, dtype=np.float32)
-        proba[rows] = 0
-        if len(rows):
-            found = 1.0 if self.model is None else self.model.predict_proba(_assemble(self.inputs, table.take(rows)))
-            proba[np.ix_(rows, self.classes)] = found
+        proba = np.full((len(table.sample_id), len(self.constant)), np.nan, dtype=np.float32)
+        proba[rows] = self.constant
+        if len(rows) and self.model is not None:
+            found = self.model.predict_proba(_assemble(self.inputs, table.take(rows)))
+            proba[np.ix_(rows, self.classes)] = found[:, -len(self.classes) :]
         return proba
 
 

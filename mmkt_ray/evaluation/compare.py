@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.intervals import METRICS, Interval, paired_difference, verdict
-from mmkt_ray.features.store import UNSEEN
+from mmkt_ray.evaluation.intervals import METRICS, paired_difference, verdict
+from mmkt_ray.evaluation.metrics import is_right
+from mmkt_ray.features.store import encode_labels
 
 DIFFERENT_SAMPLES = "different samples"
 REFERENCE = "best single modality"
@@ -30,8 +32,8 @@ def compare(run_uri: str) -> dict[str, Any]:
         run, split, confidence, main (the trained model chosen on val over all tasks), notes [..]
         models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
                         training_s, store, folder}}
-        tasks: {task: {num_classes, selected_on: val|test, best, best_trained, best_fused, best_single (names),
-                       rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals), balanced_accuracy,
+        tasks: {task: {kind, num_classes, selected_on: val|test, best, best_trained, best_fused, best_single (names),
+                       rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals or None), balanced_accuracy,
                                val_accuracy,
                                versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
                                         (paired differences)} or None, verdict}]}}
@@ -40,7 +42,7 @@ def compare(run_uri: str) -> dict[str, Any]:
     `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
     """
     run = read_optional(storage.join(run_uri, "run.json")) or {}
-    models = [*_trained(run_uri, run), *_baselines(run_uri, run)]
+    models = evaluated_models(run_uri, run)
     if not models:
         raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
     tasks = sorted({t for m in models for t, record in m.tasks.items() if record.get("num_rows")})
@@ -101,18 +103,26 @@ class Evaluated:
         }
 
     def predictions(self, task: str) -> pd.DataFrame:
-        """The labelled and predicted samples: columns label and pred, indexed by sample_id."""
+        """The labelled and predicted samples: columns label and pred, indexed by sample_id; tuples where they are lists."""
         if task not in self._cache:
             fs, path = storage.resolve(self.predictions_uri)
             names = {f"{task}_label": "label", f"{task}_pred": "pred"}
             filters = [("model", "==", self.record["name"])] if self.kind == "baseline" else None
             table = pq.read_table(path, filesystem=fs, columns=["sample_id", *names], filters=filters)
-            self._cache[task] = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
+            frame = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
+            if self.tasks[task].get("kind") == "multilabel":
+                frame = frame.map(lambda classes: tuple(sorted(classes)))
+            self._cache[task] = frame
         return self._cache[task]
 
     def shares_samples(self, other: Evaluated, task: str) -> bool:
         """True if both predicted some sample of the task."""
         return bool(self.predictions(task).index.isin(other.predictions(task).index).any())
+
+
+def evaluated_models(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
+    """What was evaluated in a run folder, trained models first; run: its run.json."""
+    return [*_trained(run_uri, run), *_baselines(run_uri, run)]
 
 
 def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
@@ -165,6 +175,7 @@ def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
     fused = [m for m in trained if len(m.record["modalities"]) > 1]
     single = best_single(task, models, scores, relative_to=_best(fused or trained, scores))
     return {
+        "kind": models[0].tasks[task].get("kind", "multiclass"),
         "num_classes": len(models[0].tasks[task]["class_names"]),
         "selected_on": on,
         "best": _name(_best(models, scores)),
@@ -216,7 +227,7 @@ def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any
     record = model.tasks[task]
     row = {
         "model": model.name,
-        **{k: record[k] for k in ("num_rows", "num_unseen", "balanced_accuracy")},
+        **{k: record.get(k) for k in ("num_rows", "num_unseen", "balanced_accuracy")},
         **record["intervals"],
     }
     row["val_accuracy"] = record["val"]["accuracy"] if record.get("val") else None
@@ -235,11 +246,17 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
     if both.empty:
         return None
     names = sorted({*model.tasks[task]["class_names"], *other.tasks[task]["class_names"]})
-    labels, pred, pred_other = (pd.Index(names).get_indexer(both[c]) for c in ("label", "pred", "pred_other"))
-    labels = np.where(labels < 0, UNSEEN, labels)
+    labels, pred, pred_other = (
+        encode_labels(pa.chunked_array([pa.array(both[c].tolist())]), names) for c in ("label", "pred", "pred_other")
+    )
     options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
-    found = {m: paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options) for m in METRICS}
-    shared = {"ours": float((pred == labels).mean()), "theirs": float((pred_other == labels).mean())}
+    shared = {"ours": float(is_right(labels, pred).mean()), "theirs": float(is_right(labels, pred_other).mean())}
+    found: dict[str, Any] = {}
+    for m in METRICS:
+        try:
+            found[m] = paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options)
+        except ValueError:  # undefined where neither a label nor a prediction has any class
+            found[m] = None
     return {"model": other.name, "num_rows": len(both), "shared_accuracy": shared, **found}
 
 
@@ -274,42 +291,15 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
             '"Different samples": no single modality was scored on the same samples, so there is no fair difference.'
         )
     if any(r["num_unseen"] for r in rows):
-        notes.append("Some test labels are of classes that the train split does not have; they count as wrong.")
+        notes.append(
+            "Some test labels are of classes that the train split does not have; they count as wrong, "
+            "or are left out of a multilabel row."
+        )
+    multilabel = [t for t, found in results["tasks"].items() if found["kind"] == "multilabel"]
+    if multilabel:
+        notes.append(
+            f"Accuracy of {', '.join(multilabel)} is subset accuracy: a sample is right if all of its classes are."
+        )
     if any(r["versus"] and r["versus"]["num_rows"] < r["num_rows"] for r in rows):
         notes.append("Where two models can read different samples, their difference is over those that both can read.")
     return notes
-
-
-# --- plain text ----------------------------------------------------------------------------------------------------
-
-_WIDTH = 100
-
-
-def comparison_table(results: dict[str, Any]) -> str:
-    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first."""
-    lines = []
-    for task, found in results["tasks"].items():
-        single = found["best_single"]
-        lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
-        rows = sorted(found["rows"], key=lambda r: -r["accuracy"]["value"])
-        cells = [[r["model"], _percent(r["accuracy"]), _percent(r["macro_f1"]), _difference(r)] for r in rows]
-        percent = f"{100 * results['confidence']:g} %"
-        cells.insert(0, ["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"])
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
-        for row in cells:
-            row[0] = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
-            lines.append(("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip())
-        lines.append("")
-    return "\n".join([*lines, *results["notes"]]).rstrip()
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
-
-
-def _difference(row: dict[str, Any]) -> str:
-    if not row["versus"]:
-        return row["verdict"]
-    d = row["versus"]["accuracy"]
-    return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] {row['verdict']}"

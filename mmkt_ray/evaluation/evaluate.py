@@ -1,7 +1,7 @@
 """Score a trained model, or the baselines, on a split of a feature store, and leave the result files beside them.
 
-Which rows count: all labelled rows of the split that have at least one modality the model reads. When only a subset of
-its modalities is given, the rows that have at least one of the subset.
+Which rows count for a task: all labelled rows of the split that have at least one modality that the model reads for it.
+When only a subset of its modalities is given, the rows that have at least one of the subset.
 
 Axes: N rows of the split that the model can read, C classes.
 """
@@ -22,30 +22,56 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.baselines import MAJORITY, Baseline, fit_baselines
-from mmkt_ray.evaluation.compare import compare, comparison_table
+from mmkt_ray.evaluation.calibration import fit_temperatures, probability_scores
+from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.gallery import write_gallery
-from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.inference import predict_logits, predict_table, probabilities
 from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals
-from mmkt_ray.evaluation.metrics import classification_metrics
-from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.rows import Rows, load_rows, prediction_table, readable
-from mmkt_ray.features.store import MISSING, FeatureTable, Store
+from mmkt_ray.evaluation.metrics import is_right, predicted, task_metrics
+from mmkt_ray.evaluation.missing import missing_curves
+from mmkt_ray.evaluation.model_folder import load_model, save_temperatures
+from mmkt_ray.evaluation.rows import (
+    Rows,
+    has_prediction,
+    load_rows,
+    prediction_table,
+    presence_patterns,
+    without_unreadable,
+)
+from mmkt_ray.evaluation.tables import comparison_table, missing_table
+from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.models import Predictor
 
-__all__ = ["compare", "comparison_table", "evaluate_baselines", "evaluate_model", "write_gallery"]
+__all__ = [
+    "compare",
+    "comparison_table",
+    "evaluate_baselines",
+    "evaluate_model",
+    "missing_curves",
+    "missing_table",
+    "write_gallery",
+]
 
 MAX_MODALITIES_FOR_ALL_SUBSETS = 4
 Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
 
 
-def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[str, Any]:
+def evaluate_model(
+    model_uri: str, store: Store, split: str = "test", evaluation: EvaluationConfig | None = None
+) -> dict[str, Any]:
     """Score a model folder on a split; also its accuracy on `val`, by which models are chosen.
+
+    evaluation: how; null: as when the model was trained. With `calibrate`, one temperature per task is fitted on `val` and
+    kept in the model's card, so that prediction uses it too; without, the card's temperatures are taken back.
 
     Writes `metrics.json` (`metrics-<split>.json` for other splits) and `predictions-<split>.parquet` into the folder.
     Returns what metrics.json holds:
 
         name, split, store (fingerprint), modalities, num_params, training_s, confidence, num_rows, seconds
-        tasks: {task: {metrics of `classification_metrics`,
-                       intervals: {accuracy, macro_f1: {value, low, high}},
+        tasks: {task: {metrics of `task_metrics`,
+                       intervals: {accuracy, macro_f1: {value, low, high} (None: undefined)},
+                       calibration: {temperature, num_val_rows, note, before, after: {log_loss, calibration_error,
+                                     reliability}}, if asked for
                        subsets: {"image+text": {modalities, num_modalities, num_rows, accuracy, macro_f1 (intervals),
                                                 all: {accuracy, macro_f1} of all modalities on the same rows}},
                        patterns: {"image+text": {num_rows, accuracy}} by the modalities a row has,
@@ -56,26 +82,37 @@ def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[st
     started = time.perf_counter()
     model, card = load_model(model_uri)
     config = parse_config(card["config"])
-    settings = _Settings(config.evaluation, config.seed)
+    settings = _Settings(evaluation or config.evaluation, config.seed)
     data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"])
+    calibration = _calibrate(model, data) if settings.evaluation.calibrate else {}
+    model.temperatures = {t: record["temperature"] for t, record in calibration.items()}
+    save_temperatures(model_uri, model.temperatures)
 
     def predict(table: FeatureTable, subset: Sequence[str] = config.model_modalities) -> Proba:
-        return predict_table(model, table, drop=[m for m in config.model_modalities if m not in subset])
+        proba = predict_table(model, table, drop=[m for m in config.model_modalities if m not in subset])
+        inputs = {t: [m for m in config.task_inputs(t) if m in subset] for t in proba}
+        return without_unreadable(_checked(proba, model_uri), table, inputs)
 
     part = _part(data, store, split)
-    proba = _checked(predict(part.table), model_uri)
-    tasks: dict[str, Any] = {
-        t: _task_scores(part.table, t, proba[t], settings) | {"subsets": {}} for t in config.model_tasks
-    }
+    proba = predict(part.table)
+    tasks: dict[str, Any] = {t: _task_scores(part, t, proba[t], settings) | {"subsets": {}} for t in config.model_tasks}
     for subset in modality_subsets(config.model_modalities):
         found = predict(part.table, subset)
         for t, scores in tasks.items():
-            scores["subsets"]["+".join(subset)] = _subset_scores(part.table, t, subset, found[t], proba[t], settings)
+            if set(subset) & set(config.task_inputs(t)):
+                name = "+".join(subset)
+                scores["subsets"][name] = _subset_scores(part.table, t, subset, found[t], proba[t], settings)
+    if calibration:
+        raw = probabilities(model, predict_logits(model, part.table), temperatures={})
+        raw = without_unreadable(raw, part.table, {t: config.task_inputs(t) for t in raw})
+        for t, record in calibration.items():
+            both = {"before": raw[t], "after": proba[t]}
+            tasks[t]["calibration"] = record | {k: _calibration_scores(part.table, t, p) for k, p in both.items()}
     val = _val_scores(data, split, predict)
     for t, scores in tasks.items():
         scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
     record = {
-        **_identity(store, split, config.evaluation, part),
+        **_identity(store, split, settings.evaluation, part),
         "name": model_uri.rstrip("/").rpartition("/")[2],
         "modalities": list(config.model_modalities),
         "num_params": sum(p.numel() for p in model.parameters()),
@@ -87,6 +124,21 @@ def evaluate_model(model_uri: str, store: Store, split: str = "test") -> dict[st
     storage.write_table(storage.join(model_uri, f"predictions-{split}.parquet"), predictions)
     storage.write_json(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"), record)
     return record
+
+
+def _calibrate(model: Predictor, data: Rows) -> dict[str, dict[str, Any]]:
+    """A temperature for each task from the val rows; see `fit_temperatures`."""
+    table = data.table.take(data.readable("val"))
+    logits = without_unreadable(predict_logits(model, table), table, model.spec.inputs)
+    known = {t: has_prediction(values) for t, values in logits.items()}
+    return fit_temperatures(
+        {t: values[known[t]] for t, values in logits.items()}, {t: table.labels[t][known[t]] for t in logits}
+    )
+
+
+def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
+    known = has_prediction(proba)
+    return probability_scores(table.labels[task][known], proba[known])
 
 
 def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, Any]:
@@ -112,7 +164,7 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
             "modalities": [] if name == MAJORITY else sorted({m for b in models.values() for m in b.modalities}),
             "num_params": sum(m.num_params for m in models.values()),
             "training_s": sum(m.seconds for m in models.values()),
-            "tasks": {t: _task_scores(part.table, t, p, settings) for t, p in proba.items()},
+            "tasks": {t: _task_scores(part, t, p, settings) for t, p in proba.items()},
         }
         val = _val_scores(data, "test", partial(_predict_baselines, models))
         for t, scores in records[name]["tasks"].items():
@@ -155,10 +207,9 @@ class _Settings:
     evaluation: EvaluationConfig
     seed: int
 
-    def intervals(self, labels: np.ndarray, proba: np.ndarray) -> dict[str, Interval]:
+    def intervals(self, labels: np.ndarray, pred: np.ndarray, num_classes: int) -> dict[str, Interval | None]:
         """Of accuracy and macro-F1; empty without labelled rows."""
         num, confidence = self.evaluation.bootstrap_samples, self.evaluation.confidence
-        pred, num_classes = proba.argmax(axis=1), proba.shape[1]
         return bootstrap_intervals(labels, pred, num_classes, num_resamples=num, confidence=confidence, seed=self.seed)
 
 
@@ -179,41 +230,46 @@ def _checked(proba: Proba, model_uri: str) -> Proba:
     return proba
 
 
-def _task_scores(table: FeatureTable, task: str, proba: np.ndarray, settings: _Settings) -> dict[str, Any]:
+def _task_scores(part: Rows, task: str, proba: np.ndarray, settings: _Settings) -> dict[str, Any]:
     """Metrics and intervals of one task over the rows that are labelled and have a prediction."""
-    rows = np.isfinite(proba).all(axis=1)
-    labels, proba = table.labels[task][rows], proba[rows]
-    metrics = classification_metrics(labels, proba, table.class_names[task])
-    return {**metrics, "class_names": table.class_names[task], "intervals": settings.intervals(labels, proba)}
+    table, rows = part.table, has_prediction(proba)
+    labels, proba, names = table.labels[task][rows], proba[rows], table.class_names[task]
+    kind = table.kinds.get(task, "multiclass")
+    return {
+        **task_metrics(kind, labels, proba, names),
+        "num_unseen": int(part.unseen(task)[rows].sum()),
+        "class_names": names,
+        "intervals": settings.intervals(labels, predicted(proba, kind), len(names)),
+    }
 
 
 def _subset_scores(
     table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: _Settings
 ) -> dict[str, Any]:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
-    rows = readable(table, subset) & (table.labels[task] != MISSING)
-    labels = table.labels[task][rows]
-    every = _point_scores(labels, proba_all[rows], table.class_names[task])
+    rows = has_prediction(proba) & labelled(table.labels[task])
+    labels, pred = table.labels[task][rows], predicted(proba[rows], table.kinds.get(task, "multiclass"))
+    every = _point_scores(table, task, rows, proba_all)
     sizes = {"num_modalities": len(subset), "num_rows": len(labels)}
-    return {"modalities": list(subset), **sizes, **settings.intervals(labels, proba[rows]), "all": every}
+    intervals = settings.intervals(labels, pred, len(table.class_names[task]))
+    return {"modalities": list(subset), **sizes, **intervals, "all": every}
 
 
-def _point_scores(labels: np.ndarray, proba: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    metrics = classification_metrics(labels, proba, class_names)
+def _point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
+    kind = table.kinds.get(task, "multiclass")
+    metrics = task_metrics(kind, table.labels[task][rows], proba[rows], table.class_names[task])
     return {name: metrics.get(name) for name in ("num_rows", "accuracy", "macro_f1")}
 
 
 def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
-    """Labelled rows by the modalities they have, with the accuracy on each kind."""
-    modalities = sorted(table.present)
-    present = np.stack([table.present[m] for m in modalities], axis=1)
-    labelled = table.labels[task] != MISSING
-    right = proba.argmax(axis=1) == table.labels[task]
+    """Labelled and readable rows by the modalities they have, with the accuracy on each kind."""
+    rows = labelled(table.labels[task]) & has_prediction(proba)
+    right = is_right(table.labels[task], predicted(proba, table.kinds.get(task, "multiclass")))
     found = {}
-    for pattern in np.unique(present[labelled], axis=0)[::-1]:
-        rows = labelled & (present == pattern).all(axis=1)
-        name = "+".join(m for m, here in zip(modalities, pattern, strict=True) if here)
-        found[name] = {"num_rows": int(rows.sum()), "accuracy": float(right[rows].mean())}
+    for name, here in presence_patterns(table).items():
+        chosen = rows & here
+        if chosen.any():
+            found[name] = {"num_rows": int(chosen.sum()), "accuracy": float(right[chosen].mean())}
     return found
 
 
@@ -225,6 +281,5 @@ def _val_scores(data: Rows, split: str, predict: Callable[[FeatureTable], Proba]
     table = data.table.take(rows)
     scores = {}
     for task, proba in predict(table).items():
-        known = np.isfinite(proba).all(axis=1)
-        scores[task] = _point_scores(table.labels[task][known], proba[known], table.class_names[task])
+        scores[task] = _point_scores(table, task, has_prediction(proba), proba)
     return {task: s for task, s in scores.items() if s["num_rows"]}

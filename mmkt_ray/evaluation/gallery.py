@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
@@ -30,8 +31,9 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
 
     Returns {split, tasks: {task: {right, wrong, tie: [{sample_id, label, pred, proba, second, second_proba,
     inputs: {modality: {kind, png (base64) | text} or None if the sample has none}}]}}}: the most confident right and
-    wrong ones, and those with the least between the two most probable classes. If the shards are no longer where the
-    config says, `inputs` is empty and `note` tells why.
+    wrong ones, and those with the least between the two most probable classes. In a multilabel task label and pred are
+    the classes joined by commas, proba is that of the least sure decision about a class, and `second` that class. If the
+    shards are no longer where the config says, `inputs` is empty and `note` tells why.
 
     Raises: DataError if the model was not evaluated on the split.
     """
@@ -58,21 +60,29 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
 
 def _choose(table: pa.Table, task: str, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The groups of one task, each of at most NUM_PER_GROUP samples; near ties are samples of neither other group."""
-    table = table.filter(table.column(f"{task}_label").is_valid())
+    columns = [table.column(f"{task}_{c}") for c in ("label", "pred")]
+    table = table.filter(pc.and_(columns[0].is_valid(), columns[1].is_valid()))
     if len(table) == 0:
         return {"right": [], "wrong": [], "tie": []}
     proba = np.stack(table.column(f"{task}_proba").to_numpy())
+    multilabel = pa.types.is_list(columns[0].type)
     labels, pred, ids = (
-        np.array(table.column(c).to_pylist(), dtype=object) for c in (f"{task}_label", f"{task}_pred", "sample_id")
+        np.array([_told(v) for v in table.column(c).to_pylist()], dtype=object)
+        for c in (f"{task}_label", f"{task}_pred", "sample_id")
     )
-    order = np.argsort(-proba, axis=1, kind="stable")[:, :2]
-    top = np.take_along_axis(proba, order, axis=1)
     right = labels == pred
+    if multilabel:  # the two answers about the class that the model is least sure of
+        doubt = np.abs(proba - 0.5).argmin(axis=1)
+        unsure = proba[np.arange(len(proba)), doubt]
+        top = np.stack([np.maximum(unsure, 1 - unsure), np.minimum(unsure, 1 - unsure)], axis=1)
+        second: np.ndarray | None = doubt
+    else:
+        order = np.argsort(-proba, axis=1, kind="stable")[:, :2]
+        top = np.take_along_axis(proba, order, axis=1)
+        second = order[:, 1] if proba.shape[1] > 1 else None
 
     def describe(row: int) -> dict[str, Any]:
-        runner_up = (
-            {"second": class_names[order[row, 1]], "second_proba": float(top[row, 1])} if proba.shape[1] > 1 else {}
-        )
+        runner_up = {} if second is None else {"second": class_names[second[row]], "second_proba": float(top[row, -1])}
         return {
             "sample_id": ids[row],
             "label": labels[row],
@@ -89,6 +99,11 @@ def _choose(table: pa.Table, task: str, class_names: list[str]) -> dict[str, lis
     closest = np.argsort(top[:, 0] - top[:, -1], kind="stable")
     groups["tie"] = closest[~np.isin(closest, np.concatenate(list(groups.values())))][:NUM_PER_GROUP]
     return {name: [describe(int(r)) for r in rows] for name, rows in groups.items()}
+
+
+def _told(value: str | list[str]) -> str:
+    """A class name, or a list of them in words."""
+    return value if isinstance(value, str) else ", ".join(sorted(value)) or "none"
 
 
 def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -110,6 +125,8 @@ def _show(value: Any, kind: str) -> dict[str, Any] | None:
     if kind == "text":
         text = " ".join(str(value).split())
         return {"kind": "text", "text": text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"}
+    if kind == "audio":
+        return {"kind": "text", "text": f"audio, {len(value):,} bytes"}
     return {"kind": "image", "png": thumbnail(value)}
 
 

@@ -5,7 +5,7 @@ Axes: N samples of a table, B rows of a batch, C classes of one task.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import Features, ModelSpec, MultimodalModel, SparseBatch
+from mmkt_ray.models import EnsembleSpec, Features, ModelSpec, Predictor, SparseBatch, to_proba
 
 
 def model_inputs(
@@ -42,31 +42,50 @@ def model_inputs(
     return features, present
 
 
-@torch.inference_mode()
 def predict_table(
-    model: MultimodalModel, table: FeatureTable, batch_size: int = 1024, drop: Collection[str] = ()
+    model: Predictor, table: FeatureTable, batch_size: int = 1024, drop: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """Probabilities of every sample, in the table's order: task -> (N, C) float32, on the device the model is on.
 
     Modalities in `drop` count as absent: so a fused model is evaluated on a subset of its modalities. The model must be
-    in eval mode, as `load_model` returns it; then a row's result does not depend on the rows beside it.
+    in eval mode, as `load_model` returns it; then a row's result does not depend on the rows beside it. Logits are
+    divided by the model's temperatures.
 
     Raises: DataError if the table's features are not those the model was fitted on.
     """
-    assert not model.training, "predict_table wants a model in eval mode"
+    return probabilities(model, predict_logits(model, table, batch_size, drop))
+
+
+def probabilities(
+    model: Predictor, logits: Mapping[str, np.ndarray], temperatures: Mapping[str, float] | None = None
+) -> dict[str, np.ndarray]:
+    """Logits, task -> (N, C), as probabilities; at the model's temperatures where no others are given."""
+    by_task = model.temperatures if temperatures is None else temperatures
+    return {
+        t: to_proba(torch.from_numpy(values) / by_task.get(t, 1.0), model.spec.kinds[t]).numpy()
+        for t, values in logits.items()
+    }
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: Predictor, table: FeatureTable, batch_size: int = 1024, drop: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The same before probabilities are made of it: task -> (N, C) float32."""
+    assert not model.training, "prediction wants a model in eval mode"
     check_features(model.spec, table)
     device = next(model.parameters()).device
     num_rows = len(table.sample_id)
-    proba = {t: np.empty((num_rows, c), dtype=np.float32) for t, c in model.spec.tasks.items()}
+    found = {t: np.empty((num_rows, c), dtype=np.float32) for t, c in model.spec.tasks.items()}
     for start in range(0, num_rows, batch_size):
         rows = slice(start, start + batch_size)
         logits = model(*model_inputs(table, rows, model.spec.modalities, device, drop))
         for t, values in logits.items():
-            proba[t][rows] = values.softmax(dim=1).cpu().numpy()
-    return proba
+            found[t][rows] = values.cpu().numpy()
+    return found
 
 
-def check_features(spec: ModelSpec, table: FeatureTable) -> None:
+def check_features(spec: ModelSpec | EnsembleSpec, table: FeatureTable) -> None:
     """Raises: DataError if a modality is missing in the table or has another width than the model was built for."""
     for m, expected in spec.modalities.items():
         if m not in table.features:

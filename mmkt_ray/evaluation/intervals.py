@@ -4,6 +4,9 @@ Rows are drawn with replacement. The scores depend only on how often each combin
 so a resample is one multinomial draw over these combinations ("cells"): the same distribution as drawing N rows, at a
 cost that does not grow with N.
 
+Labels and predictions are (N,) class indices, or (N, C) of 0 and 1 for a multilabel task, whose accuracy is subset
+accuracy: a row counts if every class of it is right.
+
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
 Axes: N samples, C classes, K distinct cells, R resamples.
 
@@ -14,13 +17,15 @@ intervals are too narrow. Macro-F1 over classes with a handful of rows is biased
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import TypedDict
 
 import numpy as np
 import scipy.sparse as sp
 
-from mmkt_ray.evaluation.metrics import as_codes, scores_from_counts
-from mmkt_ray.features.store import MISSING
+from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts
+from mmkt_ray.features.store import labelled
 
 METRICS = ("accuracy", "macro_f1")
 _MAX_CELLS_AT_ONCE = 20_000_000  # of R x K counts: 160 MB
@@ -42,33 +47,42 @@ def bootstrap_intervals(
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> dict[str, Interval]:
+) -> dict[str, Interval | None]:
     """Accuracy and macro-F1 with intervals.
 
     Args:
-        labels, pred: (N,) class indices; labels may be MISSING (left out) or UNSEEN (always wrong).
+        labels, pred: see above; labels may be MISSING (left out) or UNSEEN (always wrong).
         num_classes: C.
         num_resamples: R, at least some hundred for stable ends.
         confidence: share of repetitions of the whole study whose interval covers the true score.
 
     Returns:
-        {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled.
+        {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled. Macro-F1 is None where no row
+        has or gets any class.
 
     A bootstrap of rows that are all right (or all wrong) has no spread. Both metrics then take the exact bound of
     Clopper & Pearson (1934) for a share: 20 right of 20 gives [0.83, 1], not [1, 1].
     """
-    labels, pred = labels[labels != MISSING], pred[labels != MISSING]
-    if len(labels) == 0:
+    rows = labelled(labels)
+    if not rows.any():
         return {}
-    cells, counts = np.unique(np.stack([as_codes(labels, num_classes), pred], axis=1), axis=0, return_counts=True)
-    value = _scores(cells, counts[None], num_classes)
-    draws = [_scores(cells, drawn, num_classes) for drawn in _resample(counts, num_resamples, seed)]
-    found = {m: _percentiles(float(value[m][0]), np.concatenate([d[m] for d in draws]), confidence) for m in METRICS}
-    if found["accuracy"]["value"] in (0.0, 1.0):
-        bound = ((1 - confidence) / 2) ** (1 / len(labels))
-        for interval in found.values():
+    draws = bootstrap_scores(labels[rows], pred[rows], num_classes, num_resamples, seed)
+    found = {m: _percentiles(float(values[0]), values[1:], confidence) for m, values in draws.items()}
+    bound = ((1 - confidence) / 2) ** (1 / int(rows.sum()))
+    for interval in found.values():
+        if interval is not None and interval["value"] in (0.0, 1.0):
             interval["low" if interval["value"] == 1.0 else "high"] = bound if interval["value"] == 1.0 else 1 - bound
     return found
+
+
+def bootstrap_scores(
+    labels: np.ndarray, pred: np.ndarray, num_classes: int, num_resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Metric -> (1 + R,): the score of the labelled rows given, then those of the resamples; NaN where undefined."""
+    (label, guess), counts = _cells(labels, pred, num_classes=num_classes)
+    outcome = _Outcome.of(label, guess, num_classes)
+    drawn = [outcome.scores(d) for d in chain([counts[None]], _resample(counts, num_resamples, seed))]
+    return {m: np.concatenate([d[m] for d in drawn]) for m in METRICS}
 
 
 def paired_difference(
@@ -85,27 +99,39 @@ def paired_difference(
     """Score of `pred_a` minus score of `pred_b` on the same rows, resampled jointly.
 
     Both predictions of a row stay together, so what makes a row hard for both cancels out and the interval is narrower
-    than two separate ones suggest. labels, pred_a, pred_b: (N,), some of them labelled; `metric` is one of METRICS.
+    than two separate ones suggest. Some rows are labelled; `metric` is one of METRICS.
 
-    Raises: ValueError for another metric or if no row is labelled.
+    Raises: ValueError for another metric, if no row is labelled, or if the metric is undefined on these rows.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got '{metric}'")
-    known = labels != MISSING
-    if not known.any():
+    rows = labelled(labels)
+    if not rows.any():
         raise ValueError("no labelled row to compare on")
-    columns = [as_codes(labels[known], num_classes), pred_a[known], pred_b[known]]
+    values = difference_scores(labels[rows], pred_a[rows], pred_b[rows], metric, num_classes, num_resamples, seed)
+    found = _percentiles(float(values[0]), values[1:], confidence)
+    if found is None:
+        raise ValueError(f"{metric} is undefined: no row has or gets any class")
+    return found
+
+
+def difference_scores(
+    labels: np.ndarray,
+    pred_a: np.ndarray,
+    pred_b: np.ndarray,
+    metric: str,
+    num_classes: int,
+    num_resamples: int,
+    seed: int,
+) -> np.ndarray:
+    """(1 + R,): the difference a - b on the labelled rows given, then those of the resamples; NaN where undefined."""
     if metric == "accuracy":  # who is right is all that matters: four cells
-        columns = [np.zeros(len(columns[0]), int), *(np.where(p == columns[0], 0, 1) for p in columns[1:])]
-        num_classes = 1
-    cells, counts = np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)
-
-    def difference(drawn: np.ndarray) -> np.ndarray:
-        a, b = (_scores(cells[:, [0, i]], drawn, num_classes)[metric] for i in (1, 2))
-        return a - b
-
-    drawn = np.concatenate([difference(d) for d in _resample(counts, num_resamples, seed)])
-    return _percentiles(float(difference(counts[None])[0]), drawn, confidence)
+        pred_a, pred_b = (np.where(is_right(as_codes(labels, num_classes), p), 0, 1) for p in (pred_a, pred_b))
+        labels, num_classes = np.zeros(len(labels), int), 1
+    (label, *preds), counts = _cells(labels, pred_a, pred_b, num_classes=num_classes)
+    a, b = (_Outcome.of(label, p, num_classes) for p in preds)
+    blocks = chain([counts[None]], _resample(counts, num_resamples, seed))
+    return np.concatenate([a.scores(d)[metric] - b.scores(d)[metric] for d in blocks])
 
 
 def verdict(difference: Interval) -> str:
@@ -124,15 +150,45 @@ def _resample(counts: np.ndarray, num_resamples: int, seed: int) -> Iterator[np.
         yield rng.multinomial(total, counts / total, size=min(block, num_resamples - start))
 
 
-def _scores(cells: np.ndarray, counts: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Scores (R,) of counts (R, K), where cells (K, 2) says label and prediction of each cell."""
-    label, pred = cells.T
-    width = num_classes + 1  # one more for UNSEEN
-    support, predicted = (counts @ sp.csr_matrix(np.eye(width)[codes]) for codes in (label, pred))
-    right = (counts * (label == pred)) @ sp.csr_matrix(np.eye(width)[label])
-    return scores_from_counts(right, support, predicted)
+def _cells(labels: np.ndarray, *preds: np.ndarray, num_classes: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct combinations of label and predictions, each (K,) or (K, C), and how often each occurs (K,)."""
+    columns = [as_codes(labels, num_classes), *preds]
+    width = 1 if labels.ndim == 1 else labels.shape[1]
+    flat = np.concatenate([c.reshape(len(c), width).astype(np.int32) for c in columns], axis=1)
+    cells, counts = np.unique(flat, axis=0, return_counts=True)
+    parts = np.split(cells, len(columns), axis=1)
+    return [p[:, 0] if labels.ndim == 1 else p for p in parts], counts
 
 
-def _percentiles(value: float, drawn: np.ndarray, confidence: float) -> Interval:
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+@dataclass(frozen=True)
+class _Outcome:
+    """What a model's predictions come to in each of K cells. W = C, and one more for UNSEEN where a row has one class."""
+
+    hit: np.ndarray  # (K,) the row is right
+    right: sp.csr_matrix  # (K, W) true positives of each class
+    support: sp.csr_matrix  # (K, W) labels
+    predicted: sp.csr_matrix  # (K, W) predictions
+
+    @classmethod
+    def of(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> _Outcome:
+        """label, pred: (K,) codes, or (K, C) of 0 and 1."""
+        hit = is_right(label, pred)
+        if label.ndim == 1:
+            each = [sp.csr_matrix(np.eye(num_classes + 1)[codes]) for codes in (label, pred)]
+        else:
+            each = [sp.csr_matrix(codes.astype(float)) for codes in (label, pred)]
+        support, predicted = each
+        return cls(hit, support.multiply(predicted).tocsr(), support, predicted)
+
+    def scores(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores (R,) of counts (R, K)."""
+        totals = [counts @ part for part in (self.right, self.support, self.predicted)]
+        return {"accuracy": counts @ self.hit / counts.sum(axis=1), "macro_f1": macro_f1_from_counts(*totals)}
+
+
+def _percentiles(value: float, drawn: np.ndarray, confidence: float) -> Interval | None:
+    """None where the score is undefined; a resample that lacks what defines it is left out."""
+    if np.isnan(value):
+        return None
+    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"value": value, "low": float(low), "high": float(high)}

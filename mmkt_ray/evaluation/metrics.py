@@ -4,7 +4,8 @@ Axes: N samples, C classes known to the model, R resamples.
 
 Averages: macro is over the classes that occur among labels or predictions, balanced accuracy over those among labels.
 A label of a class that the train split does not have (UNSEEN) can't be predicted: all such labels count as one more
-class that is always wrong.
+class that is always wrong. A score that is undefined is None: the recall of a class without a row, the area under a
+curve without a positive.
 """
 
 from __future__ import annotations
@@ -13,19 +14,63 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support
 
-from mmkt_ray.features.store import MISSING, UNSEEN
+from mmkt_ray.evaluation.calibration import probability_scores, usable
+from mmkt_ray.evaluation.multilabel import multilabel_metrics
+from mmkt_ray.evaluation.ranking import auroc, mean_defined, none_if_nan
+from mmkt_ray.features.store import MISSING, UNSEEN, labelled
 
 MAX_CONFUSION_CLASSES = 200  # above, only the most confused pairs are kept: a 1000 x 1000 matrix is 1e6 lines of JSON
 NUM_CONFUSED_PAIRS = 20
-NUM_CALIBRATION_BINS = 15
-_SMALLEST = 1e-7  # probabilities are float32: smaller ones are noise to the logarithm
+
+
+def predicted(proba: np.ndarray, kind: str) -> np.ndarray:
+    """(N,) the most probable class, the first one of a tie; of a multilabel task (N, C) int8, 1 from one half on."""
+    return (proba >= 0.5).astype(np.int8) if kind == "multilabel" else proba.argmax(axis=1)
+
+
+def is_right(labels: np.ndarray, pred: np.ndarray) -> np.ndarray:
+    """(N,) bool: the prediction is the label; of a multilabel task, every class of the row is right."""
+    same = labels == pred
+    return same if same.ndim == 1 else same.all(axis=1)
+
+
+def task_metrics(kind: str, labels: np.ndarray, proba: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """All scores of one task of any kind, with its `kind`; see `classification_metrics` and `multilabel_metrics`.
+
+    A binary task has the scores of two classes, and of the positive one (the later name) by itself: `positive`,
+    `precision`, `recall`, `f1`, `average_precision`, and `auroc`. Raises: ValueError as `classification_metrics`.
+    """
+    _check(labels, proba, class_names)
+    if kind == "multilabel":
+        return {"kind": kind, **multilabel_metrics(labels, proba, class_names)}
+    scores = classification_metrics(labels, proba, class_names)
+    if kind == "binary" and scores["num_rows"] and len(class_names) == 2:
+        scores |= _positive_scores(scores["per_class"], labels, proba, class_names[1])
+    return {"kind": kind, **scores}
+
+
+def _positive_scores(per_class: dict[str, Any], labels: np.ndarray, proba: np.ndarray, positive: str) -> dict[str, Any]:
+    rows = usable(labels)
+    has, score = labels[rows] == 1, proba[rows, 1]
+    return {
+        "positive": positive,
+        **{name: per_class[positive][name] for name in ("precision", "recall", "f1")},
+        "average_precision": float(average_precision_score(has, score)) if has.any() else None,
+        "auroc": auroc(has, score),
+    }
+
+
+def _check(labels: np.ndarray, proba: np.ndarray, class_names: Sequence[str]) -> None:
+    if proba.shape != (len(labels), len(class_names)):
+        raise ValueError(f"proba has shape {proba.shape}, expected {(len(labels), len(class_names))}")
+    if not np.isfinite(proba[labelled(labels)]).all():
+        raise ValueError("some probabilities are no numbers (NaN or infinite)")
 
 
 def classification_metrics(labels: np.ndarray, proba: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """All scores of one task, ready for JSON.
+    """All scores of one task with one class per row, ready for JSON.
 
     Args:
         labels: (N,) int, index into `class_names`, MISSING (row left out) or UNSEEN (row counts as wrong).
@@ -34,18 +79,15 @@ def classification_metrics(labels: np.ndarray, proba: np.ndarray, class_names: S
 
     Returns:
         `num_rows`, `num_unseen`, `accuracy`, `balanced_accuracy`, `{macro,micro,weighted}_{precision,recall,f1}`,
-        `log_loss` (nats), `auroc` (one class against the rest, averaged) and `calibration_error` (0..1),
+        `auroc` (one class against the rest, averaged), `log_loss` (nats), `calibration_error` (0..1) and `reliability`,
         `per_class` {name: {precision, recall, f1, support}}, `confusion` C x C counts [label][prediction] or None,
         `most_confused` [[label, prediction, count], ..]. Only the first two if no row is labelled.
 
     Raises:
         ValueError: shapes disagree, or a probability is no number.
     """
-    if proba.shape != (len(labels), len(class_names)):
-        raise ValueError(f"proba has shape {proba.shape}, expected {(len(labels), len(class_names))}")
+    _check(labels, proba, class_names)
     labels, proba = labels[labels != MISSING], proba[labels != MISSING]
-    if not np.isfinite(proba).all():
-        raise ValueError("some probabilities are no numbers (NaN or infinite)")
     num_unseen = int((labels == UNSEEN).sum())
     if len(labels) == 0:
         return {"num_rows": 0, "num_unseen": 0}
@@ -54,31 +96,37 @@ def classification_metrics(labels: np.ndarray, proba: np.ndarray, class_names: S
         "num_rows": len(labels),
         "num_unseen": num_unseen,
         **_averages(labels, pred),
-        **_probability_scores(labels, proba),
+        "auroc": _macro_auroc(labels, proba),
+        **probability_scores(labels, proba),
         **_by_class(labels, pred, class_names),
     }
 
 
 def as_codes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels (N,) with UNSEEN replaced by one more class, `num_classes`."""
-    return np.where(labels == UNSEEN, num_classes, labels)
+    """Labels (N,) with UNSEEN replaced by one more class, `num_classes`; labels (N, C) as they are."""
+    return labels if labels.ndim == 2 else np.where(labels == UNSEEN, num_classes, labels)
 
 
 def scores_from_counts(right: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracy and macro-F1 of many resamples at once: what `_averages` gives for each, without scikit-learn.
 
     Args:
-        right, support, predicted: (R, C) true positives, labels and predictions of each class in each resample.
+        right, support, predicted: (R, C) true positives, labels and predictions of each class in each resample; one
+            label and one prediction per row.
 
     Returns:
         `accuracy` and `macro_f1`, each (R,).
     """
+    macro_f1 = macro_f1_from_counts(right, support, predicted)
+    return {"accuracy": right.sum(axis=1) / support.sum(axis=1), "macro_f1": macro_f1}
+
+
+def macro_f1_from_counts(right: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Macro-F1 (R,) of counts (R, C) as for `scores_from_counts`, of any kind of task; NaN where no class occurs."""
     involved = support + predicted
     f1 = np.divide(2.0 * right, involved, out=np.zeros(involved.shape), where=involved > 0)
-    return {
-        "accuracy": right.sum(axis=1) / support.sum(axis=1),
-        "macro_f1": f1.sum(axis=1) / (involved > 0).sum(axis=1),
-    }
+    num = (involved > 0).sum(axis=1)
+    return np.divide(f1.sum(axis=1), num, out=np.full(len(num), np.nan), where=num > 0)
 
 
 def _averages(labels: np.ndarray, pred: np.ndarray) -> dict[str, float]:
@@ -94,14 +142,14 @@ def _averages(labels: np.ndarray, pred: np.ndarray) -> dict[str, float]:
 
 def _by_class(labels: np.ndarray, pred: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     codes = np.arange(len(class_names))
-    columns = precision_recall_fscore_support(labels, pred, labels=codes, zero_division=0)
+    columns = precision_recall_fscore_support(labels, pred, labels=codes, zero_division=np.nan)
     seen = labels != UNSEEN
     matrix = (
         confusion_matrix(labels[seen], pred[seen], labels=codes) if seen.any() else np.zeros((len(codes),) * 2, int)
     )
     return {
         "per_class": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
+            name: {"precision": none_if_nan(p), "recall": none_if_nan(r), "f1": none_if_nan(f), "support": int(s)}
             for name, p, r, f, s in zip(class_names, *columns, strict=True)
         },
         "confusion": matrix.tolist() if len(class_names) <= MAX_CONFUSION_CLASSES else None,
@@ -117,39 +165,7 @@ def _most_confused(matrix: np.ndarray, class_names: Sequence[str]) -> list[list[
     return [[class_names[t], class_names[p], int(wrong[t, p])] for t, p in cells if wrong[t, p] > 0]
 
 
-def _probability_scores(labels: np.ndarray, proba: np.ndarray) -> dict[str, float | None]:
-    """Scores of the probabilities themselves, over rows of known class; None where there is no such row."""
-    seen = labels != UNSEEN
-    labels, proba = labels[seen], proba[seen].astype(np.float64)
-    if len(labels) == 0:
-        return {"log_loss": None, "auroc": None, "calibration_error": None}
-    of_label = proba[np.arange(len(labels)), labels]
-    return {
-        "log_loss": float(-np.log(of_label.clip(_SMALLEST, 1)).mean()),
-        "auroc": _auroc(labels, proba),
-        "calibration_error": _calibration_error(proba.max(axis=1), proba.argmax(axis=1) == labels),
-    }
-
-
-def _auroc(labels: np.ndarray, proba: np.ndarray) -> float | None:
-    """Mean over classes of the area under the ROC curve, one class against the rest (the Mann-Whitney statistic).
-
-    Classes without a positive or without a negative row have no such area and are left out; None if all are.
-    """
-    areas = []
-    for code, column in enumerate(proba.T):  # one class at a time: N x C ranks of many classes would not fit in memory
-        positive = labels == code
-        num_positive = int(positive.sum())
-        if num_pairs := num_positive * (len(labels) - num_positive):
-            areas.append((rankdata(column)[positive].sum() - num_positive * (num_positive + 1) / 2) / num_pairs)
-    return float(np.mean(areas)) if areas else None
-
-
-def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy over equal-width bins, weighted by rows.
-
-    Source: Guo et al. 2017, On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599
-    """
-    bins = np.minimum((confidence * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
-    gap = np.bincount(bins, weights=right - confidence, minlength=NUM_CALIBRATION_BINS)
-    return float(np.abs(gap).sum() / len(right))
+def _macro_auroc(labels: np.ndarray, proba: np.ndarray) -> float | None:
+    """Mean over classes of the area under the ROC curve, one class against the rest, over rows of known class."""
+    rows = usable(labels)
+    return mean_defined([auroc(labels[rows] == c, proba[rows, c]) for c in range(proba.shape[1])])

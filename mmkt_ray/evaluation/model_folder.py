@@ -1,7 +1,7 @@
 """The model folder: weights and everything needed to use them.
 
     <model>/model.safetensors   the MultimodalModel's state
-    <model>/config.json         its card, published last: a folder without it is no model
+    <model>/config.json         its card, published last: a folder without it is no model; evaluation adds `temperatures`
 
 Nothing in it is a pickle.
 """
@@ -20,13 +20,13 @@ from safetensors.torch import save as save_tensors
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.models import ModelSpec, MultimodalModel
+from mmkt_ray.models import Predictor, build_model
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def save_model(
-    uri: str, model: MultimodalModel, config: Config, store_manifest: Mapping[str, Any], extra: Mapping[str, Any]
+    uri: str, model: Predictor, config: Config, store_manifest: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> None:
     """Publish a model. `extra` (JSON-able) goes into the card as it is, e.g. the training's fingerprint and summary."""
     spec = model.spec
@@ -45,6 +45,13 @@ def save_model(
     storage.write_json(storage.join(uri, "config.json"), card)
 
 
+def save_temperatures(uri: str, temperatures: Mapping[str, float]) -> None:
+    """Put into the card what each task's logits are to be divided by from now on; none: nothing."""
+    card = read_card(uri)
+    if card is not None and card.get("temperatures", {}) != temperatures:
+        storage.write_json(storage.join(uri, "config.json"), card | {"temperatures": dict(temperatures)})
+
+
 def read_card(uri: str) -> dict[str, Any] | None:
     """The card of a published model; None if there is none. Raises: DataError if it is damaged."""
     try:
@@ -56,8 +63,8 @@ def read_card(uri: str) -> dict[str, Any] | None:
     return card
 
 
-def load_model(uri: str) -> tuple[MultimodalModel, dict[str, Any]]:
-    """The model in eval mode, on the CPU, and its card (`class_names`, `encoders`, `config`, ..).
+def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
+    """The model in eval mode, on the CPU, and its card (`class_names`, `encoders`, `config`, `temperatures`, ..).
 
     Raises: DataError if the folder is missing, unfinished, damaged, or of another schema version.
     """
@@ -69,10 +76,11 @@ def load_model(uri: str) -> tuple[MultimodalModel, dict[str, Any]]:
             f"'{uri}' has schema version {card.get('schema_version')}, this is {SCHEMA_VERSION}: train again"
         )
     try:
-        model = MultimodalModel(ModelSpec.from_dict(card["spec"]))
+        model = build_model(card["spec"])
         model.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, "model.safetensors"))))
     except FileNotFoundError:
         raise DataError(f"'{uri}' has no model.safetensors: remove the folder and train again") from None
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
+    model.temperatures = dict(card.get("temperatures", {}))
     return model.eval(), card

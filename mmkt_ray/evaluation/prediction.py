@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,10 +13,11 @@ from mmkt_ray.config import Config, PairCombine, UnionCombine, parse_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
-from mmkt_ray.models import MultimodalModel
+from mmkt_ray.models import Predictor
 from mmkt_ray.samples.readers import list_shards
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,9 @@ def predict(
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
     inputs: shards read as the model's `like`-th source is, or as `reader` and `columns` say; none: the sources of training.
-    Columns written: sample_id, missing (the absent modalities), and per task <task>_pred and <task>_proba (class
-    probabilities in the order of the model's class names); null where no modality that the model reads is there.
+    Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
+    <task>_proba (class probabilities in the order of the model's class names); null where no modality that the model reads
+    for the task is there. A modality that new Parquet or CSV shards have no column for is absent in all of their rows.
     Raises: ConfigError, DataError.
     """
     model, card = load_model(model_uri)
@@ -85,34 +86,32 @@ def prediction_config(
     }:
         raise ConfigError(f"--column: {sorted(unknown)} is no modality of the model; it reads {sorted(modalities)}")
     wanted = {*modalities, "sample_id", "split", "key"}
-    narrowed = [s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}}) for s in sources]
+    narrowed = [
+        s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}, "absent": "null"})
+        for s in sources
+    ]
     feeding = tuple(s for s in narrowed if set(s.columns) & set(modalities))
     how = config.samples.combine
     combined = (
         UnionCombine() if isinstance(how, PairCombine) else how
     )  # synthetic pairs need labels; new rows have none
-    samples = config.samples.model_copy(update={"sources": feeding, "combine": combined})
+    samples = config.samples.model_copy(update={"sources": feeding, "combine": combined, "drop_leakage": False})
     return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {}})
 
 
-def write_predictions(path: str, model: MultimodalModel, store: Store, class_names: Mapping[str, list[str]]) -> None:
+def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:
     """Predict part by part: one part of the store is in memory at a time."""
     modalities = sorted(model.spec.modalities)
     with storage.atomic(path) as (fs, temporary):
         writer = None
         for table in store.tables(modalities, tasks=[]):
-            proba = predict_table(model, table)
-            known = np.any([table.present[m] for m in modalities], axis=0)
-            absent = [[m for m in modalities if not table.present[m][i]] for i in range(len(table.sample_id))]
+            proba = without_unreadable(predict_table(model, table), table, model.spec.inputs)
             columns = {
                 "sample_id": pa.array(table.sample_id, pa.string()),
-                "missing": pa.array(absent, pa.list_(pa.string())),
+                "missing": missing_column(table, modalities),
             }
             for task, names in sorted(class_names.items()):
-                best = np.array(names, dtype=object)[proba[task].argmax(1)]
-                columns[f"{task}_pred"] = pa.array(np.where(known, best, None), pa.string())
-                flat = pa.array(proba[task].astype(np.float32).ravel())
-                columns[f"{task}_proba"] = pa.FixedSizeListArray.from_arrays(flat, len(names), mask=pa.array(~known))
+                columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task])
             batch = pa.table(columns)
             writer = writer or pq.ParquetWriter(temporary, batch.schema, filesystem=fs, compression="zstd")
             writer.write_table(batch)

@@ -19,7 +19,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine, PairCombine, fingerprint
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.publish import publish, published, source_rejects
-from mmkt_ray.features.store import Store, column_of
+from mmkt_ray.features.store import Store, column_of, hash_of
 from mmkt_ray.samples.schema import Reject, reject_table
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
         "combine": how.model_dump(mode="json"),
         "seed": config.seed if how.name == "pair" else 0,
     }
+    if config.samples.drop_leakage:
+        plan["drop_leakage"] = True
     uri = storage.join(run_uri, "features", f"{unit}-{fingerprint(plan)}")
     if store := published(uri, [unit], source=source):
         log.info("%s samples are up to date: %s", unit, uri)
@@ -207,10 +209,8 @@ def write_parts(config: Config, source: Store, uri: str, unit: str, combined: Co
                 "split": pa.array(combined.splits[piece], pa.string()),
                 "key": pa.array(combined.keys[piece], pa.string()),
             }
-            wanted = [(column_of(m), r) for m, r in sorted(combined.modality_rows.items())] + sorted(
-                combined.task_rows.items()
-            )
-            for name, rows in wanted:
+            wanted = [(name(m), r) for name in (column_of, hash_of) for m, r in sorted(combined.modality_rows.items())]
+            for name, rows in wanted + sorted(combined.task_rows.items()):
                 chosen = pa.array([r if r != ABSENT else None for r in rows[piece]], pa.int64())
                 columns[name] = spilled.column(name).take(chosen).combine_chunks()
             end = start + size >= len(combined.sample_ids)

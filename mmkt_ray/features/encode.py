@@ -4,75 +4,127 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import Row, make_row, part_name, unpack
-from mmkt_ray.features.store import column_of, feature_type, from_arrow, part_schema, to_arrow
-from mmkt_ray.samples.cleaning import decode_image
-from mmkt_ray.samples.schema import Reject, reject_table
+from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
+from mmkt_ray.samples.cleaning import decode_and_tell, decode_audio
+from mmkt_ray.samples.content import hash_array, hash_text
+from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
 
-SHAPE = b"shape"  # metadata of a column of decoded images
+if TYPE_CHECKING:
+    import torch  # imported where something is encoded: the other stages' processes start seconds sooner
+
+SHAPE = b"shape"  # metadata of a column of decoded images or audio
+UNREADABLE = "unreadable"  # in `cleaned`: the modality was there and could not be decoded
 
 
-def decode_column(column: pa.ChunkedArray, prepare: Any, max_pixels: int) -> tuple[list[Any], dict[int, str]]:
-    """Encoded images (N,) -> N prepared images (None where null or broken), and row -> reason for the broken."""
-    values: list[Any] = []
-    broken: dict[int, str] = {}
+class Decoded(NamedTuple):
+    """A column of N images or sounds, decoded."""
+
+    values: list[Any]  # prepared; None where null or broken
+    broken: dict[int, str]  # row -> why it could not be decoded
+    hashes: list[int | None]  # of the content as decoded, before it was prepared
+    changes: list[list[str]]  # what was normalised
+
+
+def decode_column(column: pa.ChunkedArray, kind: str, prepare: Any, max_pixels: int) -> Decoded:
+    """Decode and prepare a column of encoded images or audio."""
+    decoded = Decoded([], {}, [], [])
     for i, data in enumerate(column.to_pylist()):
-        image = None
+        value, content, changes = None, None, list[str]()
         if data is not None:
             try:
-                image = decode_image(data, max_pixels)
+                value, content, changes = decode_one(data, kind, max_pixels)
             except ValueError as error:
-                broken[i] = str(error)
-        values.append(prepare(image) if image is not None and prepare is not None else image)
-    return values, broken
+                decoded.broken[i], changes = str(error), [UNREADABLE]
+        decoded.values.append(prepare(value) if value is not None and prepare is not None else value)
+        decoded.hashes.append(content)
+        decoded.changes.append(changes)
+    return decoded
+
+
+def decode_one(data: bytes, kind: str, max_pixels: int) -> tuple[Any, int, list[str]]:
+    """A decoded image or sound, the hash of its content, and what was normalised. Raises: ValueError if it is broken."""
+    if kind == "audio":
+        clip = decode_audio(data)
+        return clip, hash_array(clip.samples), []
+    pixels, changes = decode_and_tell(data, max_pixels)
+    return pixels, hash_array(pixels), changes
+
+
+def note_content(samples: pa.Table, name: str, hashes: Any, changes: Sequence[Sequence[str]]) -> pa.Table:
+    """The samples with the hashes of a modality's content, and `cleaned` extended by what was changed in it."""
+    samples = samples.append_column(hash_of(name), pa.array(hashes, pa.uint64()))
+    if not any(changes):
+        return samples
+    before = samples.column("cleaned").to_pylist()
+    after = [[*(b or ()), *(f"{name}: {c}" for c in more)] or None for b, more in zip(before, changes, strict=True)]
+    return samples.set_column(samples.column_names.index("cleaned"), "cleaned", pa.array(after, pa.list_(pa.string())))
+
+
+def changes_of(part: pa.Table, name: str) -> list[list[str]]:
+    """What was changed in a modality of each row of a stored part."""
+    cells = part.column("cleaned").to_pylist()
+    return [[c.removeprefix(f"{name}: ") for c in cell or () if c.startswith(f"{name}: ")] for cell in cells]
 
 
 def decode_chunk(batch: Row, config: Config) -> Row:
-    """Stage 2, only where encoders run on GPUs: images are decoded and prepared on CPUs, so that the GPU does not wait.
+    """Stage 2, only where encoders run on GPUs: images and audio are decoded and prepared on CPUs, so that the GPU does not wait.
 
-    A prepared image replaces the encoded one as raw bytes, its shape in the column's metadata; a broken one becomes a reject.
+    A prepared value replaces the encoded one as raw bytes, its shape in the column's metadata; a broken one becomes null.
     """
     start = time.perf_counter()
+    broken: dict[str, dict[int, str]] = {}
     samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
     for name, modality in sorted(config.modalities.items()):
         prepare = getattr(build_encoder(modality.encoder), "prepare", None)
-        if modality.kind != "image" or prepare is None:  # without prepare the size is unknown: the encoder decodes
+        if modality.kind == "text" or prepare is None:  # without prepare the size is unknown: the encoder decodes
             continue
-        images, broken = decode_column(samples.column(name), prepare, config.samples.max_image_pixels)
-        shape = next((image.shape for image in images if image is not None), ())
-        column = pa.array([None if image is None else image.tobytes() for image in images], pa.large_binary())
+        decoded = decode_column(samples.column(name), modality.kind, prepare, config.samples.max_image_pixels)
+        values, broken[name] = decoded.values, decoded.broken
+        shape = next((value.shape for value in values if value is not None), ())
+        column = pa.array([None if value is None else value.tobytes() for value in values], pa.large_binary())
         field = pa.field(name, pa.large_binary(), metadata={SHAPE: json.dumps(shape)})
         samples = samples.set_column(samples.column_names.index(name), field, column)
-        samples, lost = drop_broken(
-            samples, {i: f"{name}: {reason}" for i, reason in broken.items()}, str(batch["unit"][0])
-        )
-        rejects = pa.concat_tables([rejects, lost])
+        samples = note_content(samples, name, decoded.hashes, decoded.changes)
+    keep, told = settle_broken(samples, broken, sorted(config.modalities), str(batch["unit"][0]))
+    samples, rejects = samples.filter(pa.array(keep)), pa.concat_tables([rejects, told])
     seconds = json.loads(batch["seconds"][0]) | {"decode": time.perf_counter() - start}
     return make_row(str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0]), samples, rejects, seconds)
 
 
-def drop_broken(samples: pa.Table, broken: dict[int, str], unit: str) -> tuple[pa.Table, pa.Table]:
-    """The samples without the broken rows, and these as rejects."""
-    if not broken:
-        return samples, reject_table([])
+def settle_broken(
+    samples: pa.Table, broken: dict[str, dict[int, str]], modalities: Sequence[str], unit: str
+) -> tuple[np.ndarray, pa.Table]:
+    """Which rows stay (N,) bool, and a reject for each row with a broken modality. broken: modality -> row -> reason.
+
+    A row that has another modality stays without the broken one, and its reject tells so by the stage `modality`.
+    """
+    left = np.zeros(len(samples), dtype=bool)
+    reasons: dict[int, list[str]] = {}
+    for name in modalities:
+        present = samples.column(name).is_valid().to_numpy().copy()
+        for i, reason in broken.get(name, {}).items():
+            present[i] = False
+            reasons.setdefault(i, []).append(f"{name}: {reason}")
+        left |= present
+    keep = left.copy()
+    keep[[i for i in range(len(samples)) if i not in reasons]] = True
     ids = samples.column("sample_id").to_pylist()
-    keep = np.ones(len(samples), dtype=bool)
-    keep[list(broken)] = False
-    return samples.filter(pa.array(keep)), reject_table(
-        [Reject(ids[i], unit, "decode", reason) for i, reason in sorted(broken.items())]
+    return keep, reject_table(
+        [Reject(ids[i], unit, MODALITY if keep[i] else "decode", "; ".join(reasons[i])) for i in sorted(reasons)]
     )
 
 
@@ -89,6 +141,8 @@ class EncodePlan:
 
 def assigned_device(use_gpu: bool) -> torch.device:
     """The device that Ray gave this actor: inside it a GPU is always number 0. Raises: ResourceError if torch can't use it."""
+    import torch
+
     if use_gpu and not torch.cuda.is_available():
         raise ResourceError(
             "Ray gave this encoder actor a GPU, but torch finds none: is the driver there, is this torch built for it? "
@@ -101,6 +155,8 @@ class EncodeChunk:
     """Stage 3: decode, then features of every modality. Runs in an actor that loads the encoders once."""
 
     def __init__(self, plan: EncodePlan) -> None:
+        import torch
+
         cluster.keep_freed_memory()
         torch.set_num_threads(plan.num_threads)
         self.plan = plan
@@ -120,72 +176,85 @@ class EncodeChunk:
         seconds: dict[str, float] = json.loads(batch["seconds"][0])
         unit, index, last = str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0])
         stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
-        values, broken = self._decode(samples, stored, seconds)
-        kept, lost = drop_broken(samples, broken, unit)
-        keep = np.array([i not in broken for i in range(len(samples))], dtype=bool)
+        samples, values, broken = self._decode(samples, stored, seconds)
+        keep, told = settle_broken(samples, broken, list(self.encoders), unit)
+        kept = samples.filter(pa.array(keep))
         columns = {name: kept.column(name) for name in ("sample_id", "split", "key")}
         for name, encoder in self.encoders.items():
             start = time.perf_counter()
-            column = stored.get(name)
-            if column is None:
+            part = stored.get(name)
+            if part is None:
                 chosen = [value for value, wanted in zip(values[name], keep, strict=True) if wanted]
-                columns[column_of(name)] = encode_column(encoder, chosen)
+                columns[column_of(name)] = encode_column(encoder, chosen, self.plan.config.extract.feature_dtype)
                 seconds[f"encode {name}"] = time.perf_counter() - start
             else:
-                columns[column_of(name)] = column.filter(pa.array(keep))
-        columns |= {task: kept.column(task) for task in sorted(self.plan.config.tasks)}
+                columns[column_of(name)] = part.column(column_of(name)).filter(pa.array(keep))
+        rest = [*map(hash_of, self.encoders), *sorted(self.plan.config.tasks), "cleaned"]
+        columns |= {name: kept.column(name) for name in rest}
         part = pa.table(columns, schema=self.schema)
-        return make_row(unit, index, last, part, pa.concat_tables([rejects, lost]), seconds)
+        return make_row(unit, index, last, part, pa.concat_tables([rejects, told]), seconds)
 
     def _decode(
-        self, samples: pa.Table, stored: dict[str, pa.Array | None], seconds: dict[str, float]
-    ) -> tuple[dict[str, list[Any]], dict[int, str]]:
-        """Values of each modality that is not stored already, None where absent; and the rows that can't be decoded."""
+        self, samples: pa.Table, stored: dict[str, pa.Table | None], seconds: dict[str, float]
+    ) -> tuple[pa.Table, dict[str, list[Any]], dict[str, dict[int, str]]]:
+        """The samples with hashes of their content; values of each modality that is not stored already, None where absent;
+        and by modality the rows that can't be decoded."""
         start = time.perf_counter()
         values: dict[str, list[Any]] = {}
-        broken: dict[int, str] = {}
+        broken: dict[str, dict[int, str]] = {}
         for name, encoder in self.encoders.items():
-            if stored.get(name) is not None:
+            kind = self.plan.config.modalities[name].kind
+            if (part := stored.get(name)) is not None:
+                if hash_of(name) not in samples.column_names:  # not decoded by the stage before
+                    changes = changes_of(part, name) if kind != "text" else []  # texts are normalised on reading
+                    known = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
+                    broken[name] = dict.fromkeys(known, "unreadable, as found when the modality was encoded")
+                    samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
                 continue
             field, column = samples.schema.field(name), samples.column(name)
-            if self.plan.config.modalities[name].kind != "image":
+            if kind == "text":
                 values[name] = column.to_pylist()
+                hashes = [None if text is None else hash_text(text) for text in values[name]]
+                samples = note_content(samples, name, hashes, [])
             elif field.metadata and SHAPE in field.metadata:  # decoded by the stage before
                 shape = json.loads(field.metadata[SHAPE])
                 values[name] = [
                     None if v is None else np.frombuffer(v, np.uint8).reshape(shape) for v in column.to_pylist()
                 ]
             else:
-                values[name], reasons = decode_column(
-                    column, getattr(encoder, "prepare", None), self.plan.config.samples.max_image_pixels
-                )
-                broken |= {i: f"{name}: {reason}" for i, reason in reasons.items()}
+                max_pixels = self.plan.config.samples.max_image_pixels
+                decoded = decode_column(column, kind, getattr(encoder, "prepare", None), max_pixels)
+                values[name], broken[name] = decoded.values, decoded.broken
+                samples = note_content(samples, name, decoded.hashes, decoded.changes)
         seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
-        return values, broken
+        return samples, values, broken
 
 
-def encode_column(encoder: Any, values: list[Any]) -> pa.Array:
+def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> pa.Array:
     """Values (N, None where absent) -> feature column of N rows, null where absent."""
     present = np.array([value is not None for value in values], dtype=bool)
     if not present.any():
-        return pa.nulls(len(values), feature_type(encoder.dim, getattr(encoder, "sparse", False)))
-    return to_arrow(encoder.encode([value for value in values if value is not None]), present)
+        return pa.nulls(len(values), feature_type(encoder.dim, getattr(encoder, "sparse", False), dtype))
+    return to_arrow(encoder.encode([value for value in values if value is not None]), present, dtype)
 
 
-def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples: pa.Table) -> pa.Array | None:
-    """The modality's column for these samples from another store's part, or None if it lacks any of them."""
+def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples: pa.Table) -> pa.Table | None:
+    """The modality's columns for these samples from another store's part, or None if it lacks any of them."""
     fs, path = storage.resolve(storage.join(uri, "data", part_name(unit, index, last)))
     try:
-        part = pq.read_table(path, filesystem=fs, columns=["sample_id", column_of(modality)])
+        columns = ["sample_id", column_of(modality), hash_of(modality), "cleaned"]
+        part = pq.read_table(path, filesystem=fs, columns=columns)
     except FileNotFoundError:
         return None
     where = pc.index_in(samples.column("sample_id").combine_chunks(), part.column("sample_id").combine_chunks())
     if where.null_count:
         return None
-    return part.column(column_of(modality)).combine_chunks().take(where)
+    return part.take(where)
 
 
-def reduce_part(batch: Row, source_uri: str, reducers: dict[str, Any], dims: dict[str, int]) -> Row:
+def reduce_part(
+    batch: Row, source_uri: str, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32"
+) -> Row:
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()
     name = str(batch["name"][0])
@@ -195,9 +264,9 @@ def reduce_part(batch: Row, source_uri: str, reducers: dict[str, Any], dims: dic
         position = part.column_names.index(column_of(modality))
         features, present = from_arrow(part.column(position), dims[modality])
         if present.any():
-            reduced = to_arrow(reducer.encode(features[present]), present)
+            reduced = to_arrow(reducer.encode(features[present]), present, dtype)
         else:
-            reduced = pa.nulls(len(part), feature_type(reducer.dim, sparse=False))
+            reduced = pa.nulls(len(part), feature_type(reducer.dim, False, dtype))
         part = part.set_column(position, column_of(modality), reduced)
     unit, index, *end = name.removesuffix(".parquet").split("-")
     seconds = {"reduce": time.perf_counter() - start}

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, ReduceConfig, fingerprint
+from mmkt_ray.config import Config, ReduceConfig, TaskConfig, fingerprint
 from mmkt_ray.encoders.build import build_reducer, load_fitted, read_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
@@ -28,6 +28,7 @@ from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, redu
 from mmkt_ray.features.fit import fit_encoders, fit_reducers
 from mmkt_ray.features.publish import check_budget, publish, published
 from mmkt_ray.features.store import Store
+from mmkt_ray.samples.content import NORMALISATION
 from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.schema import Shard
 
@@ -67,7 +68,11 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     """The store of all shards through fitted encoders (modality -> folder)."""
     cards = {m: read_card(uri) for m, uri in sorted(encoders.items())}
     layout = fingerprint(reading_layout(config))
-    plan = {"layout": layout, "encoders": {m: c["fingerprint"] for m, c in cards.items()}}
+    plan: dict[str, Any] = {"layout": layout, "encoders": {m: c["fingerprint"] for m, c in cards.items()}}
+    # under another way of combining it is the combined store that leaves rows out
+    if config.samples.drop_leakage and config.samples.combine.name == "union":
+        plan["drop_leakage"] = True
+        layout += "-without-leakage"  # reducers are fitted on the rows that stay
     uri = storage.join(run_uri, "features", f"encoded-{fingerprint(plan)}")
     units = [shard.unit for shard in shards]
     done, complete = stored_chunks(uri)
@@ -150,7 +155,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
             m: load_fitted(build_reducer(ReduceConfig(**cards[m]["config"])), folder) for m, folder in reducers.items()
         }
         cluster.connect()
-        work = partial(reduce_part, source_uri=encoded.uri, reducers=loaded, dims={m: encoded.dim(m) for m in loaded})
+        dims, dtype = {m: encoded.dim(m) for m in loaded}, config.extract.feature_dtype
+        work = partial(reduce_part, source_uri=encoded.uri, reducers=loaded, dims=dims, dtype=dtype)
         with cluster.one_row_blocks():
             names = ray.data.from_items([{"name": name} for name in todo], override_num_blocks=min(len(todo), 64))
             parts = names.map_batches(work, batch_size=1).map_batches(partial(write_part, store_uri=uri), batch_size=1)
@@ -171,16 +177,22 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
 
 def reading_layout(config: Config) -> dict[str, Any]:
     """All that decides which rows a chunk holds and what is in them before encoding."""
-    samples = config.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine"})
+    samples = config.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine", "drop_leakage"})
     return {
         "samples": samples,
+        "normalisation": NORMALISATION,
         "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
         "columns": {
             "modalities": {m: c.kind for m, c in sorted(config.modalities.items())},
-            "tasks": sorted(config.tasks),
+            "tasks": [name_with_separator(t, c) for t, c in sorted(config.tasks.items())],
         },
         "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
-    }
+    } | ({} if config.extract.feature_dtype == "float32" else {"dtype": config.extract.feature_dtype})
+
+
+def name_with_separator(task: str, config: TaskConfig) -> str:
+    """A task's name, and for lists of classes what they are split at."""
+    return f"{task} split at {config.separator}" if config.kind == "multilabel" else task
 
 
 def stored_chunks(uri: str) -> tuple[dict[str, set[int]], set[str]]:

@@ -14,13 +14,13 @@ from typing import Any
 import ray
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import CnnEncoder, Config, Section, fingerprint
+from mmkt_ray.config import Config, Section, fingerprint
 from mmkt_ray.encoders.base import Mergeable
 from mmkt_ray.encoders.build import build_encoder, build_reducer, read_card, save_fitted
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.pretrain import pretrain_cnn
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
+from mmkt_ray.samples.content import NORMALISATION
 from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
@@ -37,18 +37,20 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
     """The folder of one modality's fitted encoder. Raises: DataError if its train split is empty."""
     section = config.modalities[modality].encoder
     encoder: Any = build_encoder(section)
-    trained = isinstance(section, CnnEncoder)
+    task: str | None = getattr(section, "pretrain", None)
+    trained = task is not None
     if not trained and not isinstance(encoder, Mergeable):
         uri = storage.join(run_uri, "encoders", f"{modality}-{fingerprint(section, 12)}")
         if not storage.exists(storage.join(uri, "encoder.json")):
             _save(encoder, section, uri, units=[])
         return uri
-    narrow = only_modality(config, modality, section.pretrain if isinstance(section, CnnEncoder) else None)
+    narrow = only_modality(config, modality, task)
     feeding = [s for s in shards if modality in config.samples.sources[s.source].columns]
     identity = [
         section.model_dump(mode="json"),
         config.seed if trained else 0,
-        narrow.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine"}),
+        narrow.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine", "drop_leakage"}),
+        NORMALISATION,
         config.samples.combine.name == "join",  # the split is then drawn by the key
     ]
     prefix = f"{modality}-{fingerprint(identity, 12)}"
@@ -58,7 +60,9 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
     cluster.connect()
     log.info("fitting the %s encoder '%s' on the train split of %d shards", modality, section.name, len(feeding))
-    if isinstance(section, CnnEncoder):
+    if trained:
+        from mmkt_ray.features.pretrain import pretrain_cnn  # with torch, which processes that count have no use for
+
         pretrain_cnn(encoder, narrow, modality, feeding, uri)
     else:
         groups = [partial(encoder_statistics, narrow, modality, shard) for shard in feeding]

@@ -1,7 +1,7 @@
-"""Training the CNN encoder on one modality and one task: the unimodal knowledge that is transferred.
+"""Training a CNN encoder on one modality and one task: the unimodal knowledge that is transferred.
 
-Images are decoded and resized once into Parquet parts beside the encoder; each worker maps them as one array of
-uint8, so that every epoch is a true shuffle of all images and memory is the page cache's.
+Images, or spectrograms of audio, are decoded and prepared once into Parquet parts beside the encoder; each worker maps
+them as one array of uint8, so that every epoch is a true shuffle of all and memory is the page cache's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import CnnEncoder, Config
+from mmkt_ray.config import CnnEncoder, Config, LogMelCnnEncoder
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.encoders.cnn import fit_cnn
-from mmkt_ray.encoders.image import CnnImageEncoder
-from mmkt_ray.errors import DataError
+from mmkt_ray.encoders.frozen import TrainedCnn
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.publish import sort_classes
 from mmkt_ray.samples.readers import read_chunks
@@ -36,13 +36,18 @@ from mmkt_ray.samples.schema import Shard
 log = logging.getLogger(__name__)
 
 
-def pretrain_cnn(encoder: Any, config: Config, modality: str, shards: list[Shard], uri: str) -> None:
+def pretrain_cnn(encoder: TrainedCnn, config: Config, modality: str, shards: list[Shard], uri: str) -> None:
     """Train `encoder` on the labelled train rows of `shards`; `config` is narrowed to its modality and task.
 
-    Resumes from the last finished epoch after a kill. Raises: DataError if fewer than two classes are there.
+    Resumes from the last finished epoch after a kill. Raises: ConfigError for a multilabel task; DataError if fewer than
+    two classes are there.
     """
-    section = config.modalities[modality].encoder
-    assert isinstance(section, CnnEncoder)
+    section = encoder.config
+    if config.tasks[section.pretrain].kind == "multilabel":
+        raise ConfigError(
+            f"modalities.{modality}.encoder.pretrain: '{section.pretrain}' has several classes per sample; "
+            f"the {section.name} encoder learns from a multiclass or binary task"
+        )
     pieces = storage.join(uri, "images")
     decode = ray.remote(_decode_shard)
     ray.get([decode.remote(config, modality, section.pretrain, shard, pieces) for shard in shards])
@@ -50,7 +55,7 @@ def pretrain_cnn(encoder: Any, config: Config, modality: str, shards: list[Shard
     class_names = sort_classes(counts)
     if len(class_names) < 2:
         raise DataError(
-            f"the cnn encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, "
+            f"the {section.name} encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, "
             f"got {class_names or 'none'}"
         )
     job = {"config": config, "modality": modality, "class_names": class_names, "uri": uri}
@@ -63,12 +68,12 @@ def pretrain_cnn(encoder: Any, config: Config, modality: str, shards: list[Shard
     storage.remove(storage.join(uri, "checkpoint.safetensors"))
 
 
-def _options(section: CnnEncoder, class_names: list[str]) -> dict[str, int]:
+def _options(section: CnnEncoder | LogMelCnnEncoder, class_names: list[str]) -> dict[str, int]:
     return {"num_classes": len(class_names), "image_size": section.image_size, "width": section.width}
 
 
 def _decode_shard(config: Config, modality: str, task: str, shard: Shard, pieces: str) -> None:
-    """Write the shard's labelled train images, prepared, as parts of (pixels, label); extraction will reject broken ones."""
+    """Write the shard's labelled train values, prepared, as parts of (pixels, label); extraction will reject broken ones."""
     encoder: Any = build_encoder(config.modalities[modality].encoder)
     if storage.exists(storage.join(pieces, f"{shard.unit}.done")):
         return
@@ -78,7 +83,8 @@ def _decode_shard(config: Config, modality: str, task: str, shard: Shard, pieces
             pc.and_(chunk.table.column(modality).is_valid(), chunk.table.column(task).is_valid()),
         )
         rows = chunk.table.filter(usable)
-        images, _ = decode_column(rows.column(modality), encoder.prepare, config.samples.max_image_pixels)
+        kind, max_pixels = config.modalities[modality].kind, config.samples.max_image_pixels
+        images = decode_column(rows.column(modality), kind, encoder.prepare, max_pixels).values
         good = [i for i, image in enumerate(images) if image is not None]
         if good:
             pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
@@ -124,9 +130,8 @@ def _map_images(pieces: str, side: int, class_names: list[str], folder: str) -> 
 def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
     """On each worker: the training itself. Rank 0 keeps a checkpoint per epoch and returns the weights."""
     config: Config = job["config"]
-    section = config.modalities[job["modality"]].encoder
-    assert isinstance(section, CnnEncoder)
-    encoder = CnnImageEncoder(section)
+    encoder: Any = build_encoder(config.modalities[job["modality"]].encoder)
+    section = encoder.config
     checkpoint = storage.join(job["uri"], "checkpoint.safetensors")
     state = dict(load_tensors(storage.read_bytes(checkpoint))) if storage.exists(checkpoint) else None
     folder = tempfile.mkdtemp(prefix="mmkt-images-")

@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.audit import audit, leaking_rows, read_contents
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store
-from mmkt_ray.samples.schema import REJECT_SCHEMA, Reject, reject_table
+from mmkt_ray.samples.schema import MODALITY, REJECT_SCHEMA, Reject, reject_table
 
 log = logging.getLogger(__name__)
+
+LEAKAGE = "leakage"  # stage of the rejects that are left out because they leak
 
 
 def published(uri: str, units: list[str], source: Store | None = None) -> Store | None:
@@ -34,9 +37,9 @@ def check_budget(num_rows: int, num_rejects: int, max_reject_frac: float, reason
     total = num_rows + num_rejects
     if num_rejects > max_reject_frac * total:
         raise DataError(
-            f"{num_rejects} of {total} rows were rejected, more than samples.max_reject_frac = {max_reject_frac:g} allows"
-            f"{reasons}; the store's rejects/ folder has each row's reason: mend the data or raise the budget, "
-            "and give the same command again"
+            f"{num_rejects} of {total} rows were rejected or lost a modality, more than samples.max_reject_frac = "
+            f"{max_reject_frac:g} allows{reasons}; the store's rejects/ folder has each row's reason: mend the data or raise "
+            "the budget, and give the same command again"
         )
 
 
@@ -66,12 +69,21 @@ def publish(
         storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
     if source is None:
         reject_duplicates(uri, parts)
+    paired = config.samples.combine.name != "union"
+    is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
+    if config.samples.drop_leakage and is_whole:
+        drop_leakage(uri, parts, sorted(modalities))
     counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
-    if rejects is None:
-        rejects = collect_rejects(uri, parts, names or {}) if source is None else source_rejects(source)
+    check_binary(config, counts)
+    own = collect_rejects(uri, parts, names or {})
+    if source is not None:
+        own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
+    rejects = own
     reasons = Counter(shorten(r) for r in rejects.column("reason").to_pylist())
     told = "; the most frequent: " + "; ".join(f"{n} x {r}" for r, n in reasons.most_common(3)) if reasons else ""
-    check_budget(counts["rows"], len(rejects), config.samples.max_reject_frac if source is None else 1.0, told)
+    num_faulty = pc.sum(pc.not_equal(rejects.column("stage"), LEAKAGE)).as_py() or 0  # those left out on request aside
+    num_kept = pc.sum(pc.equal(rejects.column("stage"), MODALITY)).as_py() or 0  # they are among the rows
+    check_budget(counts["rows"] - num_kept, num_faulty, config.samples.max_reject_frac if source is None else 1.0, told)
     if not counts["rows"]:
         raise DataError("no sample is left: the sources hold no readable row" + told)
     classes = {t: sort_classes(counts["by_task"][t].get("train", {})) for t in sorted(config.tasks)}
@@ -85,8 +97,9 @@ def publish(
         "synthetic_pairs": False,
         "modalities": modalities,
         "tasks": {t: {"kind": config.tasks[t].kind, "classes": classes[t]} for t in sorted(config.tasks)},
-        "counts": counts | {"rejects": len(rejects)},
+        "counts": counts | {"rejects": len(rejects) - num_kept, "unreadable_modalities": num_kept},
         "reject_reasons": dict(reasons.most_common(50)),
+        "cleaned": count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {}),
         **run_summary,
         **(extra or {}),
     }
@@ -94,8 +107,9 @@ def publish(
         [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
+    storage.write_json(storage.join(uri, "audit.json"), audit(uri, parts, sorted(modalities), sorted(config.tasks)))
     storage.write_json(storage.join(uri, "manifest.json"), manifest)
-    log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects))
+    log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects) - num_kept)
     return Store(uri, manifest)
 
 
@@ -116,20 +130,27 @@ def reject_duplicates(uri: str, parts: list[str]) -> None:
             keep[i] = sample_id not in seen
             seen.add(sample_id)
         if not keep.all():
-            _drop_rows(uri, name, keep)
+            _drop_rows(uri, name, keep, "check", "duplicate sample_id: an earlier row has it already")
 
 
-def _drop_rows(uri: str, name: str, keep: np.ndarray) -> None:
+def drop_leakage(uri: str, parts: list[str], modalities: list[str]) -> None:
+    """Train rows whose whole content is in val or test too move to the part's rejects. Rewrites only affected parts."""
+    contents = read_contents(uri, parts, modalities)
+    keep = ~leaking_rows(contents)
+    for name, kept in zip(parts, np.split(keep, np.cumsum(contents.lengths)[:-1]), strict=True):
+        if not kept.all():
+            _drop_rows(uri, name, kept, LEAKAGE, "the same content is in val or test; left out by samples.drop_leakage")
+
+
+def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -> None:
     table = _read(uri, name)
     lost = table.column("sample_id").filter(pa.array(~keep)).to_pylist()
-    rejects = [
-        Reject(i, name.split("-")[0], "check", "duplicate sample_id: an earlier row has it already") for i in lost
-    ]
+    rejects = [Reject(i, name.split("-")[0], stage, reason) for i in lost]
     old = storage.join(uri, "rejects", name)
-    before = [_read_uri(old)] if storage.exists(old) else []
-    storage.write_table(
-        old, pa.concat_tables([*before, reject_table(rejects)])
-    )  # first: a row may be told twice, never lost
+    before = _read_uri(old) if storage.exists(old) else reject_table([])
+    told = pc.and_(pc.equal(before["stage"], stage), pc.is_in(before["sample_id"], pa.array(lost, pa.string())))
+    # first: a publishing that breaks off here has told of rows that are still there, and is given again
+    storage.write_table(old, pa.concat_tables([before.filter(pc.invert(told)), reject_table(rejects)]))
     storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
 
 
@@ -160,12 +181,8 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[st
         split = table.column("split")
         by_split.update(split.to_pylist())
         for task in tasks:
-            for pair in (
-                pa.table({"split": split, "label": table.column(task)})
-                .group_by(["split", "label"])
-                .aggregate([([], "count_all")])
-                .to_pylist()
-            ):
+            labels = _labels(split, table.column(task)).group_by(["split", "label"])
+            for pair in labels.aggregate([([], "count_all")]).to_pylist():
                 if pair["label"] is not None:
                     by_task[task].setdefault(pair["split"], Counter())[pair["label"]] += pair["count_all"]
         for modality in modalities:
@@ -176,6 +193,33 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[st
         "by_task": {t: {s: dict(sorted(c.items())) for s, c in sorted(v.items())} for t, v in by_task.items()},
         "missing": {m: dict(sorted(c.items())) for m, c in missing.items()},
     }
+
+
+def _labels(split: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.Table:
+    """Columns split and label: a row for each label, of a multilabel task for each class of each row."""
+    if pa.types.is_list(labels.type):
+        labels = labels.combine_chunks()
+        split, labels = split.take(pc.list_parent_indices(labels)), pc.list_flatten(labels)
+    return pa.table({"split": split, "label": labels})
+
+
+def check_binary(config: Config, counts: dict[str, Any]) -> None:
+    """Raises: DataError if a binary task has more than two classes in the train split."""
+    for task, section in sorted(config.tasks.items()):
+        classes = sort_classes(counts["by_task"][task].get("train", {}))
+        if section.kind == "binary" and len(classes) > 2:
+            raise DataError(
+                f"task '{task}' is binary, but the train split has {len(classes)} classes: {', '.join(classes[:20])}; "
+                f"set tasks.{task}.kind: multiclass, or map another column"
+            )
+
+
+def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
+    """Values that were normalised, by modality and by what was changed: {"text: control characters": 12}."""
+    total: Counter[str] = Counter()
+    for name in parts:
+        total.update(pc.list_flatten(_read(uri, name, ["cleaned"]).column(0)).to_pylist())
+    return dict(sorted(total.items()))
 
 
 def sort_classes(counts: dict[str, int]) -> list[str]:

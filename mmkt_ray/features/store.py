@@ -1,17 +1,18 @@
 """The feature store: a Parquet folder that any reader opens, its manifest, and the table that training reads.
 
-    <store>/data/part-*.parquet   sample_id, split, <modality>_features (null when absent), one column per task
+    <store>/data/part-*.parquet   sample_id, split, <modality>_features (null when absent), one column per task;
+                                  <modality>_hash of the content, `cleaned`: what was normalised in the row
     <store>/rejects.parquet       sample_id, source, stage, reason
     <store>/manifest.json         published last; a folder without it is not a store
 
-Axes: N samples, D features of one modality. Dense features are fixed-size lists of float32; sparse ones are structs of
-`indices: list<int32>` and `values: list<float32>`.
+Axes: N samples, D features of one modality, C classes of one task. Dense features are fixed-size lists of float32 or
+float16; sparse ones are structs of `indices: list<int32>` and `values: list<float32>`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,19 +36,31 @@ def column_of(modality: str) -> str:
     return f"{modality}_features"
 
 
-def feature_type(dim: int, sparse: bool) -> pa.DataType:
-    """Arrow type of a feature column of width `dim`."""
-    return SPARSE if sparse else pa.list_(pa.float32(), dim)
+def hash_of(modality: str) -> str:
+    """Name of the column with the 64-bit hash of a modality's content."""
+    return f"{modality}_hash"
+
+
+def feature_type(dim: int, sparse: bool, dtype: str = "float32") -> pa.DataType:
+    """Arrow type of a feature column of width `dim`; `dtype` is that of dense features."""
+    return SPARSE if sparse else pa.list_(pa.from_numpy_dtype(dtype), dim)
+
+
+def label_type(kind: str) -> pa.DataType:
+    """Arrow type of a task's column: one class name, or a list of them."""
+    return pa.list_(pa.string()) if kind == "multilabel" else pa.string()
 
 
 def part_schema(config: Config, widths: dict[str, tuple[int, bool]]) -> pa.Schema:
     """The schema of every part of a store, whatever is null in it. widths: modality -> (D, sparse)."""
     columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
-    columns += [(column_of(m), feature_type(*width)) for m, width in sorted(widths.items())]
-    return pa.schema(columns + [(task, pa.string()) for task in sorted(config.tasks)])
+    columns += [(column_of(m), feature_type(*w, config.extract.feature_dtype)) for m, w in sorted(widths.items())]
+    columns += [(hash_of(m), pa.uint64()) for m in sorted(widths)]
+    columns += [(task, label_type(config.tasks[task].kind)) for task in sorted(config.tasks)]
+    return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
 
 
-def to_arrow(features: Features, present: np.ndarray) -> pa.Array:
+def to_arrow(features: Features, present: np.ndarray, dtype: str = "float32") -> pa.Array:
     """Features of the present rows (P, D) -> column of N rows with nulls. present: (N,) bool with P true."""
     null = pa.array(~present)
     if isinstance(features, sp.csr_matrix):
@@ -58,7 +71,7 @@ def to_arrow(features: Features, present: np.ndarray) -> pa.Array:
         indices = pa.ListArray.from_arrays(pa.array(starts), pa.array(matrix.indices.astype(np.int32)))
         values = pa.ListArray.from_arrays(pa.array(starts), pa.array(matrix.data.astype(np.float32)))
         return pa.StructArray.from_arrays([indices, values], fields=list(SPARSE), mask=null)
-    dense = np.zeros((len(present), features.shape[1]), dtype=np.float32)
+    dense = np.zeros((len(present), features.shape[1]), dtype=dtype)
     dense[present] = features
     return pa.FixedSizeListArray.from_arrays(pa.array(dense.ravel()), dense.shape[1], mask=null)
 
@@ -87,8 +100,10 @@ class FeatureTable:
     split: np.ndarray  # (N,) str
     features: dict[str, Features]  # modality -> (N, D) float32, zero rows where absent
     present: dict[str, np.ndarray]  # modality -> (N,) bool
-    labels: dict[str, np.ndarray]  # task -> (N,) int64 index into class_names, or MISSING / UNSEEN
+    labels: dict[str, np.ndarray]  # task -> (N,) int64 index into class_names, or MISSING / UNSEEN; multilabel: below
     class_names: dict[str, list[str]]  # task -> sorted classes of the train split
+    kinds: dict[str, str] = field(default_factory=dict)  # task -> multiclass (also where not named), binary, multilabel
+    # labels of a multilabel task are (N, C) int8, 1 where the sample has the class; rows of MISSING without a label
 
     def rows(self, split: str) -> np.ndarray:
         """Indices of the samples of one split."""
@@ -103,6 +118,7 @@ class FeatureTable:
             {m: p[rows] for m, p in self.present.items()},
             {t: y[rows] for t, y in self.labels.items()},
             self.class_names,
+            self.kinds,
         )
 
 
@@ -153,6 +169,7 @@ class Store:
             present={m: p for m, (_, p) in loaded.items()},
             labels={t: encode_labels(rows.column(t), class_names[t]) for t in tasks},
             class_names=class_names,
+            kinds={t: self.manifest["tasks"][t]["kind"] for t in tasks},
         )
 
 
@@ -172,6 +189,22 @@ def open_store(uri: str) -> Store:
 
 
 def encode_labels(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
-    """Class names (N,) -> codes (N,) int64; null becomes MISSING, a class that is not in `class_names` UNSEEN."""
+    """Class names (N,) -> codes (N,) int64; null becomes MISSING, a class that is not in `class_names` UNSEEN.
+
+    Lists of class names (N,) -> (N, C) int8: 1 at a list's classes, unseen ones left out; a row of MISSING for null.
+    """
     index = {name: i for i, name in enumerate(class_names)}
-    return np.array([MISSING if v is None else index.get(v, UNSEEN) for v in column.to_pylist()], dtype=np.int64)
+    if not pa.types.is_list(column.type):
+        return np.array([MISSING if v is None else index.get(v, UNSEEN) for v in column.to_pylist()], dtype=np.int64)
+    codes = np.zeros((len(column), len(class_names)), dtype=np.int8)
+    for row, names in zip(codes, column.to_pylist(), strict=True):
+        if names is None:
+            row[:] = MISSING
+        else:
+            row[[index[name] for name in names if name in index]] = 1
+    return codes
+
+
+def labelled(labels: np.ndarray) -> np.ndarray:
+    """(N,) bool: which rows of a task's labels, of any kind, have one. A class unknown to the train split counts."""
+    return (labels if labels.ndim == 1 else labels.min(axis=1, initial=0)) != MISSING

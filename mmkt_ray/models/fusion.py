@@ -2,9 +2,9 @@
 
 Axes: B batch, M modalities, H hidden, C classes.
 
-A fusion is built from the widths of its inputs, says in `widths` what it hands on, and names the `head` that reads it.
-It takes signals of any widths, dense or sparse: one that needs equal widths projects them itself. `present` marks the
-rows that have a modality; a part without an entry there is present in all rows. Each fusion is an entry of `FUSIONS`.
+A fusion is built from the widths of its inputs, says in `widths` what it hands on, and builds the head that reads it.
+It takes signals of any widths, dense or sparse. `present` marks the rows that have a modality; what an absent one holds
+has no influence. Each fusion is an entry of `FUSIONS`.
 
 Sources: feature-level (early) and decision-level (late) fusion: Baltrusaitis et al. 2019, section 6
 (https://arxiv.org/abs/1705.09406). Hierarchical: F(k) = Fuse(F(1), ..., F(k-1)).
@@ -12,15 +12,16 @@ Sources: feature-level (early) and decision-level (late) fusion: Baltrusaitis et
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkt_ray.models.fuses import FUSES, Masks, Parts, masked_softmax, stack_masks
 from mmkt_ray.models.sharing import module_name
-from mmkt_ray.models.towers import ConcatLinear, Features, Width, make_linear
-
-Parts = dict[str, Features]  # name -> (B, D_name)
-Masks = dict[str, Tensor]  # name -> (B,) bool
+from mmkt_ray.models.towers import ConcatLinear, Width, make_linear
 
 
 class LinearHead(ConcatLinear):
@@ -28,41 +29,61 @@ class LinearHead(ConcatLinear):
 
 
 class DecisionHead(nn.Module):
-    """One linear classifier per modality; their log-probabilities averaged with learned weights.
+    """One linear classifier per modality, z_m = W_m F_m + b_m; their decisions combined over the present modalities.
 
-    Logits (B, C) = sum over the present m of w_m log softmax(W_m F_m + b_m), where w = softmax over the present
-    modalities of one learned number each. Zeros, that is even odds, where nothing is present.
+    A decision is a vector of log-probabilities, log softmax(z_m). Logits (B, C):
+        learned: sum of w_m log p_m, w = softmax over the present modalities of one learned number each
+        average: log of the mean of p_m
+        product: sum of log p_m, which the softmax after it renormalises (product of experts, Hinton 2002,
+            https://doi.org/10.1162/089976602760128018)
+    Of a multilabel task each class is a decision between yes and no. In log odds the same combinations are the weighted
+    sum of z_m, the log odds of the mean of sigmoid(z_m), and the sum of z_m.
+    Zeros, that is even odds, where nothing is present.
     """
 
-    def __init__(self, widths: dict[str, Width], num_classes: int) -> None:
+    def __init__(self, widths: dict[str, Width], num_classes: int, kind: str, combine: str) -> None:
         super().__init__()
-        self.modalities = sorted(widths)
+        self.modalities, self.multilabel, self.combine = sorted(widths), kind == "multilabel", combine
         self.classifiers = nn.ModuleDict({module_name(m): make_linear(widths[m], num_classes) for m in self.modalities})
-        self.weights = nn.Parameter(torch.zeros(len(widths)))  # (M,) even to begin with
+        self.weights = nn.Parameter(torch.zeros(len(widths))) if combine == "learned" else None  # (M,) even at first
 
     def forward(self, parts: Parts, present: Masks) -> Tensor:
-        decisions = [F.log_softmax(self.classifiers[module_name(m)](parts[m]), dim=-1) for m in self.modalities]
-        mask = torch.stack([present[m] for m in self.modalities], dim=1)  # (B, M)
-        lowest = torch.finfo(self.weights.dtype).min  # not -inf, which gives NaN where all are absent
-        scores = torch.where(mask, self.weights, lowest)
-        weights = torch.where(mask, scores.softmax(dim=1), 0.0)
-        masked = torch.where(mask[:, :, None], torch.stack(decisions, dim=1), 0.0)  # (B, M, C)
-        return (weights[:, :, None] * masked).sum(dim=1)
+        z = torch.stack([self.classifiers[module_name(m)](parts[m]) for m in self.modalities], dim=1)  # (B, M, C)
+        mask = stack_masks(self.modalities, parts, present)
+        z = torch.where(mask[:, :, None], z, 0.0)
+        decisions = z if self.multilabel else F.log_softmax(z, dim=-1)
+        if self.combine == "average":
+            if self.multilabel:
+                return log_mean(F.logsigmoid(z), mask) - log_mean(F.logsigmoid(-z), mask)
+            return log_mean(decisions, mask)
+        weights = mask.to(z.dtype) if self.weights is None else masked_softmax(self.weights.expand(mask.shape), mask)
+        return (weights[:, :, None] * decisions).sum(dim=1)
+
+
+def log_mean(log_p: Tensor, mask: Tensor) -> Tensor:
+    """log of the mean of p over the masked entries of dim 1: (B, M, C), (B, M) -> (B, C); zeros where there is none."""
+    lowest = torch.finfo(log_p.dtype).min
+    total = torch.where(mask[:, :, None], log_p, lowest).logsumexp(dim=1)
+    count = mask.sum(dim=1, keepdim=True)
+    return torch.where(count > 0, total - count.clamp(min=1).log(), 0.0)
 
 
 class Fusion(nn.Module):
-    """Base: says what the head reads. `depth` is for those that have one."""
+    """Base: hands the signals on as they are. `options` is the config's fusion section as plain values."""
 
-    head: type[LinearHead] | type[DecisionHead] = LinearHead
     widths: dict[str, Width]  # of the parts that `forward` returns
 
-    def __init__(self, widths: dict[str, Width], hidden_dim: int, depth: int, dropout: float) -> None:
+    def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.widths = widths
+        self.widths, self.options = widths, options
 
     def forward(self, inputs: Parts, present: Masks) -> tuple[Parts, Masks]:
         """inputs: modality -> (B, D_m); present: modality -> (B,) bool. Returns what the head reads, and its masks."""
         return inputs, present
+
+    def build_head(self, num_classes: int, kind: str) -> nn.Module:
+        """A head for one task on what this fusion hands on: (parts, masks) -> logits (B, C)."""
+        return LinearHead(self.widths, num_classes)
 
 
 class Concat(Fusion):
@@ -75,29 +96,22 @@ class Concat(Fusion):
 class Decision(Fusion):
     """Task-level (late) fusion: every modality decides for itself, the head combines the decisions."""
 
-    head = DecisionHead
-
-
-class Fuse(nn.Module):
-    """Concatenation, linear, layer norm, ReLU, dropout: name -> (B, D_name) to (B, H)."""
-
-    def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.linear = ConcatLinear(widths, hidden_dim)
-        self.rest = nn.Sequential(nn.LayerNorm(hidden_dim), nn.ReLU(), nn.Dropout(dropout))
-
-    def forward(self, parts: Parts, present: Masks) -> Tensor:
-        return self.rest(self.linear(parts, present))
+    def build_head(self, num_classes: int, kind: str) -> nn.Module:
+        return DecisionHead(self.widths, num_classes, kind, self.options["combine"])
 
 
 class Hierarchical(Fusion):
-    """F(1) = Fuse(F_1, .., F_n); F(k) = Fuse(F(1), .., F(k-1)); the head reads F(K), K = depth."""
+    """F(1) = Fuse(F_1, .., F_n); F(k) = Fuse(F(1), .., F(k-1)); the head reads F(K), K = depth.
 
-    def __init__(self, widths: dict[str, Width], hidden_dim: int, depth: int, dropout: float) -> None:
-        fused = [f"F{k}" for k in range(1, depth + 1)]
-        super().__init__({fused[-1]: Width(hidden_dim)}, hidden_dim, depth, dropout)
-        reads = [widths, *({name: Width(hidden_dim) for name in fused[:k]} for k in range(1, depth))]
-        self.fuses = nn.ModuleList(Fuse(r, hidden_dim, dropout) for r in reads)
+    Fuse is any of `FUSES`. A fuse by its own name (`fusion: gated`) is depth 1 of it.
+    """
+
+    def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Mapping[str, Any]) -> None:
+        fused = [f"F{k}" for k in range(1, options["depth"] + 1)]
+        super().__init__({fused[-1]: Width(hidden_dim)}, hidden_dim, dropout, options)
+        fuse = FUSES[options["fuse"] if options["name"] == "hierarchical" else options["name"]]
+        reads = [widths, *({name: Width(hidden_dim) for name in fused[:k]} for k in range(1, len(fused)))]
+        self.fuses = nn.ModuleList(fuse(r, hidden_dim, dropout, options) for r in reads)
 
     def forward(self, inputs: Parts, present: Masks) -> tuple[Parts, Masks]:
         """inputs: modality -> (B, D_m); present: modality -> (B,) bool. Returns {"F<K>": (B, H)}, {}."""
@@ -108,4 +122,9 @@ class Hierarchical(Fusion):
         return {last: fused[last]}, {}
 
 
-FUSIONS: dict[str, type[Fusion]] = {"concat": Concat, "hierarchical": Hierarchical, "decision": Decision}
+FUSIONS: dict[str, type[Fusion]] = {
+    **dict.fromkeys(FUSES, Hierarchical),
+    "concat": Concat,
+    "hierarchical": Hierarchical,
+    "decision": Decision,
+}

@@ -1,142 +1,163 @@
 """The assembled model: input stages, levels of towers, fusion, one head per task.
 
-Axes: B batch, D features of one modality, C classes of one task.
+Axes: B batch, D features of one modality, H width of a signal, C classes of one task.
 
 Every row goes through every tower, absent ones masked afterwards, so shapes and graph never depend on the data: every
-parameter gets a gradient in every step, as DistributedDataParallel and compilers like it.
+parameter gets a gradient in every step, as DistributedDataParallel and compilers like it, and models of one spec can be
+stacked (`torch.func.functional_call` under `vmap`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkt_ray.config import Config
 from mmkt_ray.models.fusion import FUSIONS
-from mmkt_ray.models.sharing import SCHEMES, Pair, module_name, own_widths, shares_tasks
-from mmkt_ray.models.towers import Features, InputStage, Level, Path, Width
+from mmkt_ray.models.levels import Path, build_level
+from mmkt_ray.models.missing import FILLS, Generators, fill_presence, hide_modalities
+from mmkt_ray.models.sharing import Pair, module_name, own_widths, shares_tasks
+from mmkt_ray.models.spec import ModelSpec, generator_sources
+from mmkt_ray.models.towers import Features, InputStage, Width
 
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One modality as the model sees it."""
-
-    dim: int  # D
-    sparse: bool
-    hidden_dim: int  # width of its towers where each modality has its own (sharing: separate)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """All that is needed to build a MultimodalModel; plain values, so that it can be kept as JSON."""
-
-    modalities: dict[str, InputSpec]
-    tasks: dict[str, int]  # task -> C
-    fusion: str
-    depth: int
-    schemes: tuple[str, ...]  # one per tower level, bottom to top
-    hidden_dim: int
-    dropout: float
-    feature_dropout: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {**asdict(self), "schemes": list(self.schemes)}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ModelSpec:
-        """The spec that `to_dict` was called on. Raises: TypeError, KeyError if `raw` is none."""
-        inputs = {m: InputSpec(**i) for m, i in raw["modalities"].items()}
-        return cls(**{**raw, "modalities": inputs, "schemes": tuple(raw["schemes"])})
-
-
-def build_spec(
-    config: Config, dims: Mapping[str, int], sparse: Mapping[str, bool], num_classes: Mapping[str, int]
-) -> ModelSpec:
-    """The model that `config` describes over features of these widths (by modality) and these tasks' class counts."""
-    model = config.model
-    inputs = {
-        m: InputSpec(dims[m], sparse[m], config.modalities[m].hidden_dim or min(model.hidden_dim, dims[m]))
-        for m in config.model_modalities
-    }
-    return ModelSpec(
-        modalities=inputs,
-        tasks={t: num_classes[t] for t in config.model_tasks},
-        fusion=model.fusion.name,
-        depth=model.fusion.depth,
-        schemes=model.schemes,
-        hidden_dim=model.hidden_dim,
-        dropout=model.dropout,
-        feature_dropout=model.feature_dropout,
-    )
+Signals = dict[Pair, Features]  # (task, modality) -> (B, H)
 
 
 class MultimodalModel(nn.Module):
     """Features of several modalities, any of them absent in any row -> logits of several tasks.
 
-    Fusion parameters follow the top level's scheme: one fusion for all tasks where it shares towers over tasks, else
-    one per task. Heads are per task always.
+    Fusion parameters follow the top level's scheme: one fusion for all tasks that read the same modalities where it
+    gives them the same signals, else one per task. Heads are per task always.
     """
+
+    modality_dropout: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         modalities, tasks = sorted(spec.modalities), sorted(spec.tasks)
+        self.reads = {t: tuple(sorted(spec.inputs[t])) for t in tasks}  # task -> modalities
+        self.register_buffer("modality_dropout", torch.tensor(spec.modality_dropout), persistent=False)
         self.inputs = nn.ModuleDict()
-        self.paths: dict[Pair, Path] = {(t, m): (m,) for t in tasks for m in modalities}
+        self.paths: dict[Pair, Path] = {(t, m): (m,) for t in tasks for m in self.reads[t]}
+        raw: dict[str, Width] = {}
         widths: dict[Path, Width] = {}
         for m in modalities:
-            widths[m,] = Width(spec.modalities[m].dim, spec.modalities[m].sparse)
-            self.inputs[module_name(m)] = InputStage(widths[m,], spec.feature_dropout)
+            raw[m] = Width(spec.modalities[m].dim, spec.modalities[m].sparse)
+            stage = InputStage(raw[m], spec.missing if self.read_by(m) else "mask", spec.feature_dropout)
+            self.inputs[module_name(m)], widths[m,] = stage, stage.width
         self.levels = nn.ModuleList()
         for scheme in spec.schemes:
             out_dims = {m: i.hidden_dim if own_widths(scheme) else spec.hidden_dim for m, i in spec.modalities.items()}
-            level = Level(scheme, self.paths, widths, out_dims, spec.hidden_dim, spec.dropout)
+            level = build_level(scheme, self.paths, widths, out_dims, spec.hidden_dim, spec.dropout, spec.num_experts)
             self.levels.append(level)
             self.paths, widths = level.paths, level.widths
         self.fusions, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for t in tasks:
             name = self._fusion_name(t)
             if name not in self.fusions:
-                reads = {m: widths[self.paths[t, m]] for m in modalities}
-                self.fusions[name] = FUSIONS[spec.fusion](reads, spec.hidden_dim, spec.depth, spec.dropout)
-            fusion = self.fusions[name]
-            self.heads[module_name(t)] = fusion.head(fusion.widths, spec.tasks[t])
+                reads = {m: widths[self.paths[t, m]] for m in self.reads[t]}
+                fusion = FUSIONS[spec.fusion["name"]](reads, spec.hidden_dim, spec.dropout, spec.fusion)
+                self.fusions[name] = fusion
+            self.heads[module_name(t)] = self.fusions[name].build_head(spec.tasks[t], spec.kinds[t])
+        self.generators = Generators(raw, generator_sources(spec))
+        self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
+
+    def read_by(self, modality: str) -> list[str]:
+        """The tasks that read a modality."""
+        return [t for t, modalities in self.reads.items() if modality in modalities]
 
     def _fusion_name(self, task: str) -> str:
+        """Tasks of one name share the fusion."""
         shared = bool(self.spec.schemes) and shares_tasks(self.spec.schemes[-1])
-        return module_name() if shared else module_name(task)
+        return module_name(*self.reads[task]) if shared else module_name(task)
+
+    def fit_generators(self, features: Mapping[str, Any], present: Mapping[str, np.ndarray]) -> None:
+        """Prepare `missing: generate`, before training and after `set_statistics`; nothing to do for other strategies.
+
+        Args:
+            features: modality -> raw features of the train rows (N, D), a NumPy array or a SciPy CSR matrix.
+            present: modality -> (N,) bool.
+
+        Raises: DataError if there are no rows to learn from.
+        """
+        needed = {m for target, sources in self.generators.sources.items() for m in (target, *sources)}
+        scaled = {}
+        for m in sorted(needed):
+            mean, std = (x.cpu().numpy() for x in (self.inputs[module_name(m)].mean, self.inputs[module_name(m)].std))
+            scaled[m] = features[m] / std if self.spec.modalities[m].sparse else (features[m] - mean) / std
+        self.generators.fit(scaled, present)
 
     def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
         """features: modality -> (B, D_m) tensor or SparseBatch; present: modality -> (B,) bool.
 
         Returns task -> logits (B, C). What an absent modality's features hold has no influence.
         """
-        modalities = sorted(self.spec.modalities)
-        signals: dict[Path, Features] = {(m,): self.inputs[module_name(m)](features[m], present[m]) for m in modalities}
+        return self.decide(*self.encode(features, present))
+
+    def encode(self, features: dict[str, Features], present: dict[str, Tensor]) -> tuple[Signals, dict[str, Tensor]]:
+        """What the towers hand to the fusion, and which modalities count as present there: modality -> (B,) bool.
+
+        Missing modalities are treated as the strategy says, and in training some are hidden. Pairs that share all towers
+        have the same signal, the same object. Without levels, signals are the input stage's, dense or sparse.
+        """
+        present = {m: present[m] for m in sorted(self.spec.modalities)}
+        if self.training:
+            present = hide_modalities(present, self.modality_dropout, self.reads.values())
+        scaled = {m: self.inputs[module_name(m)].standardize(features[m], present[m]) for m in present}
+        generated = self.generators(scaled, present)
+        signals: dict[Path, Features] = {
+            (m,): self.inputs[module_name(m)](scaled[m], present[m], generated.get(m)) for m in present
+        }
         for level in self.levels:
             signals = level(signals)
-        present = {m: present[m] for m in modalities}
+        filled = fill_presence(present) if self.spec.missing in FILLS else present
+        return {pair: signals[path] for pair, path in self.paths.items()}, filled
+
+    def decide(self, signals: Signals, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `encode` returned, or a change of it -> task -> logits (B, C)."""
         fused: dict[Any, Any] = {}  # tasks that share the fusion and all it reads share the work too
         logits = {}
-        for t in sorted(self.spec.tasks):
-            name, reads = self._fusion_name(t), {m: self.paths[t, m] for m in modalities}
-            work = (name, *reads.values())
+        for t, modalities in self.reads.items():
+            name, reads = self._fusion_name(t), {m: signals[t, m] for m in modalities}
+            work = (name, *map(id, reads.values()))
             if work not in fused:
-                fused[work] = self.fusions[name]({m: signals[path] for m, path in reads.items()}, present)
+                fused[work] = self.fusions[name](reads, {m: present[m] for m in modalities})
             logits[t] = self.heads[module_name(t)](*fused[work])
         return logits
 
     def tower(self, level: int, task: str, modality: str) -> nn.Module:
-        """The tower that the pair owns at a level (0 is the lowest); the same object for pairs that share it."""
-        return self.levels[level].towers[module_name(*SCHEMES[self.spec.schemes[level]](task, modality))]
+        """What works on the pair's signal at a level (0 is the lowest); the same object for pairs that share it."""
+        return self.levels[level].tower((task, modality))
+
+    def modality_parameters(self, modality: str) -> list[list[str]]:
+        """Names in `state_dict` on the way of a modality's signal: of its input stage, of level 1, .., of level L.
+
+        What it shares with other modalities is included. Fusions, heads and generators belong to no single modality.
+        """
+        prefixes = [[f"inputs.{module_name(modality)}."]]
+        for i, level in enumerate(self.levels):
+            prefixes.append([f"levels.{i}.{name}." for name in level.modules_of(modality)])
+        names = list(self.state_dict())
+        return [[name for name in names if name.startswith(tuple(stage))] for stage in prefixes]
 
     def num_parameters_by_part(self) -> dict[str, int]:
-        """Trained numbers in `input` (adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`."""
-        parts: dict[str, list[nn.Module]] = {"input": [level.adapters for level in self.levels]}
-        parts |= {f"level_{i}": [level.towers] for i, level in enumerate(self.levels, start=1)}
-        parts |= {"fusion": [self.fusions], "heads": [self.heads]}
-        return {part: sum(p.numel() for m in modules for p in m.parameters()) for part, modules in parts.items()}
+        """Trained numbers in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`."""
+        parts = {"input": count(self.inputs) + sum(count(level.adapters) for level in self.levels)}
+        for i, level in enumerate(self.levels, start=1):
+            parts[f"level_{i}"] = count(level) - count(level.adapters)
+        return parts | {"fusion": count(self.fusions), "heads": count(self.heads)}
+
+
+def count(module: nn.Module) -> int:
+    """Trained numbers of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def to_proba(logits: Tensor, kind: str) -> Tensor:
+    """Class probabilities (B, C) of a task of this kind: of multilabel tasks each class by itself, else they sum to one."""
+    return logits.sigmoid() if kind == "multilabel" else F.softmax(logits, dim=-1)

@@ -35,8 +35,35 @@ class SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_dim).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: SparseBatch) -> Tensor:
-        y: Tensor = _SparseMatmul.apply(x.indices, x.offsets, x.values, self.weight)
+        y = sparse_matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+def sparse_matmul(x: SparseBatch, weight: Tensor) -> Tensor:
+    """X W: (B, D) times (D, H). Differentiable in W; W may be stacked by `torch.func.vmap`."""
+    product: Tensor = _SparseMatmul.apply(x.indices, x.offsets, x.values, weight)
+    return product
+
+
+def keep_rows(x: SparseBatch, kept: Tensor) -> SparseBatch:
+    """The batch with zeros in the rows that are not kept; kept: (B,) bool."""
+    keep = torch.repeat_interleave(kept, x.offsets.diff(), output_size=len(x.values))  # (Z,)
+    return x._replace(values=torch.where(keep, x.values, 0.0))
+
+
+def append_column(x: SparseBatch, column: Tensor, dim: int) -> SparseBatch:
+    """[X, column]: one more column behind the `dim` of X; column: (B,)."""
+    before = torch.arange(len(column), device=column.device)  # (B,) values put in ahead of each row
+    old = torch.arange(len(x.values), device=column.device)
+    old = old + torch.repeat_interleave(before, x.offsets.diff(), output_size=len(old))
+    places = torch.cat([old, x.offsets[1:] + before])  # where the old values and the new ones go
+    indices = torch.cat([x.indices, torch.full_like(before, dim)])
+    values = torch.cat([x.values, column.to(x.values.dtype)])
+    return SparseBatch(
+        torch.empty_like(indices).index_copy(0, places, indices),
+        x.offsets + torch.arange(len(x.offsets), device=column.device),
+        torch.empty_like(values).index_copy(0, places, values),
+    )
 
 
 class _SparseMatmul(torch.autograd.Function):
@@ -47,25 +74,41 @@ class _SparseMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, offsets: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    def forward(indices: Tensor, offsets: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        """out[b] = sum over i in offsets[b]..offsets[b + 1] of values[i] * weight[indices[i]]."""
+        return F.embedding_bag(
+            indices, weight, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        indices, offsets, values, weight = inputs
         ctx.save_for_backward(indices, offsets, values)
-        ctx.weight_shape = weight.shape
-        return _sum_rows(weight, indices, offsets, values)
+        ctx.num_columns = len(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
         """grad: (B, H). The gradient of the weights (D, H) is X^T grad, X the batch: so the batch is sorted by column."""
         indices, offsets, values = ctx.saved_tensors
         order = torch.argsort(indices, stable=True)
-        numbers = torch.arange(len(grad), device=grad.device)
+        numbers = torch.arange(len(offsets) - 1, device=grad.device)
         rows = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))  # (Z,) row of each value
         columns, counts = torch.unique_consecutive(indices[order], return_counts=True)
+        weight_grad = grad.new_zeros(ctx.num_columns, grad.shape[1])
         column_offsets = F.pad(counts.cumsum(0), (1, 0))
-        weight_grad = grad.new_zeros(ctx.weight_shape)
-        weight_grad[columns] = _sum_rows(grad.contiguous(), rows[order], column_offsets, values[order])
+        weight_grad[columns] = _SparseMatmul.apply(rows[order], column_offsets, values[order], grad)
         return None, None, None, weight_grad
 
-
-def _sum_rows(table: Tensor, indices: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
-    """out[b] = sum over i in offsets[b]..offsets[b + 1] of values[i] * table[indices[i]]."""
-    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        """K members on the same columns: their tables side by side in one product, unless their values differ too."""
+        indices, offsets, values, weight = inputs
+        members = range(info.batch_size)
+        assert in_dims[:2] == (None, None), "members read the same columns"
+        tables = weight.expand(len(members), *weight.shape) if in_dims[3] is None else weight.movedim(in_dims[3], 0)
+        if in_dims[2] is not None:
+            own = values.movedim(in_dims[2], 0)
+            return torch.stack([_SparseMatmul.apply(indices, offsets, own[k], tables[k]) for k in members]), 0
+        together = tables.movedim(0, 1)  # (D, K, H)
+        product = _SparseMatmul.apply(indices, offsets, values, together.flatten(1))
+        return product.unflatten(1, together.shape[1:]), 1

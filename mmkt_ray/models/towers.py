@@ -1,4 +1,4 @@
-"""What stands below the fusion: input stages, linear layers on dense or sparse parts, towers, levels of towers.
+"""What stands below the fusion: input stages, linear layers on dense or sparse parts, towers.
 
 Axes: B batch, D width of the features that come in, H hidden width.
 
@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mmkt_ray.models.sharing import SCHEMES, Pair, module_name
-from mmkt_ray.models.sparse import SparseBatch, SparseLinear
+from mmkt_ray.models.dropout import Dropout
+from mmkt_ray.models.sharing import module_name
+from mmkt_ray.models.sparse import SparseBatch, SparseLinear, append_column, keep_rows
 
 Features: TypeAlias = Tensor | SparseBatch
 
@@ -57,31 +58,49 @@ class ConcatLinear(nn.Module):
 
 
 class InputStage(nn.Module):
-    """Brings one modality's features to unit scale by statistics of the train rows, then drops some while training.
+    """Brings one modality's features to unit scale by statistics of the train rows, fills absent rows, drops features.
 
-    Dense: (x - mean) / std per feature, zeros in absent rows. Sparse: divided by one number, the root mean square of
-    the non-zero train values, so that zeros stay zeros and one learning rate suits both kinds.
+    Dense: (x - mean) / std per feature. Sparse: divided by one number, the root mean square of the non-zero train
+    values, so that zeros stay zeros and one learning rate suits both kinds. What fills an absent row is in `missing.py`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: Width, feature_dropout: float) -> None:
+    def __init__(self, width: Width, missing: str, feature_dropout: float) -> None:
         super().__init__()
         shape = () if width.sparse else (width.dim,)
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
-        self.dropout = nn.Dropout(feature_dropout)
+        self.dropout = Dropout(feature_dropout)
+        self.dim, self.missing = width.dim, missing
+        self.marks_absence = missing == "token" and width.sparse
+        self.width = Width(width.dim + self.marks_absence, width.sparse)  # of what `forward` returns
+        self.token = nn.Parameter(torch.zeros(width.dim)) if missing == "token" and not width.sparse else None
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """mean, std: (D,) for dense features, () for sparse ones, whose mean is not used."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, 1.0))
 
-    def forward(self, x: Features, present: Tensor) -> Features:
+    def standardize(self, x: Features, present: Tensor) -> Features:
+        """x: (B, D); present: (B,) bool. The features at unit scale, zeros in absent rows, whatever these hold."""
         if isinstance(x, SparseBatch):
-            return x._replace(values=self.dropout(x.values / self.std))
-        return self.dropout(torch.where(present[:, None], (x - self.mean) / self.std, 0.0))
+            return keep_rows(x._replace(values=x.values / self.std), present)
+        return torch.where(present[:, None], (x - self.mean) / self.std, 0.0)
+
+    def forward(self, x: Features, present: Tensor, generated: Tensor | None = None) -> Features:
+        """x: what `standardize` returned; generated: (B, D) for absent rows. Returns signals of `self.width`."""
+        if isinstance(x, SparseBatch):
+            x = x._replace(values=self.dropout(x.values))
+            return append_column(x, ~present, self.dim) if self.marks_absence else x
+        if generated is not None:
+            x = torch.where(present[:, None], x, generated)
+        elif self.token is not None:
+            x = torch.where(present[:, None], x, self.token)
+        elif self.missing == "zero":
+            x = torch.where(present[:, None], x, -self.mean / self.std)
+        return self.dropout(x)
 
 
 class Tower(nn.Sequential):
@@ -92,53 +111,4 @@ class Tower(nn.Sequential):
         self.linear = make_linear(width, out_dim)
         self.norm = nn.LayerNorm(out_dim)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
-
-
-Path = tuple[object, ...]  # (modality, key at level 1, key at level 2, ..): pairs with equal paths carry equal signals
-
-
-class Level(nn.Module):
-    """All towers of one level: one per key of the scheme, each applied once to every distinct signal that reaches it.
-
-    Where the signals that meet in one tower differ in width or kind, each modality gets a linear adapter to `hidden_dim`
-    in front of that tower. It is shared by exactly the tasks that share the tower, so it leaks nothing between others.
-    """
-
-    def __init__(
-        self,
-        scheme: str,
-        paths: dict[Pair, Path],
-        widths: dict[Path, Width],
-        out_dims: dict[str, int],
-        adapter_dim: int,
-        dropout: float,
-    ) -> None:
-        """paths, widths: the signals that come in; out_dims: modality -> width of the towers it goes through."""
-        super().__init__()
-        keys = {pair: SCHEMES[scheme](*pair) for pair in sorted(paths)}
-        self.paths: dict[Pair, Path] = {pair: (*paths[pair], key) for pair, key in keys.items()}
-        self.widths: dict[Path, Width] = {}
-        self.steps: list[tuple[Path, str, str, Path]] = []  # signal in, adapter ("" for none), tower, signal out
-        self.adapters, self.towers = nn.ModuleDict(), nn.ModuleDict()
-        for key in sorted(set(keys.values())):
-            sources = {self.paths[pair]: paths[pair] for pair in keys if keys[pair] == key}  # signal out -> signal in
-            kinds = {widths[source] for source in sources.values()}
-            width = kinds.pop() if len(kinds) == 1 else None  # None: they differ and need adapters
-            modality = next(pair[1] for pair in keys if keys[pair] == key)
-            tower, out_dim = module_name(*key), out_dims[modality]
-            self.towers[tower] = Tower(width or Width(adapter_dim), out_dim, dropout)
-            for target, source in sources.items():
-                adapter = "" if width else module_name(*key, str(source[0]))
-                if adapter and adapter not in self.adapters:
-                    self.adapters[adapter] = make_linear(widths[source], adapter_dim)
-                self.steps.append((source, adapter, tower, target))
-                self.widths[target] = Width(out_dim)
-
-    def forward(self, signals: dict[Path, Features]) -> dict[Path, Features]:
-        """signals: path -> (B, D). Returns this level's paths -> (B, H)."""
-        outputs: dict[Path, Features] = {}
-        for source, adapter, tower, target in self.steps:
-            x = signals[source]
-            outputs[target] = self.towers[tower](self.adapters[adapter](x) if adapter else x)
-        return outputs
+        self.dropout = Dropout(dropout)

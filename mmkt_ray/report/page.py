@@ -4,13 +4,12 @@
     <run>/report/results.json    the numbers (evaluation/compare.py)
     <run>/report/<task>-<plot>.png
 
-Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so.
+Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so. Sections of what a run
+need not have (findings.py, searched.py) are there where their file is.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -18,8 +17,18 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
-from mmkt_ray.report import plots, words
+from mmkt_ray.report import findings, plots, searched, words
+from mmkt_ray.report.figures import Figures
 
+SCORE_NAMES = (
+    *("accuracy", "balanced_accuracy", "hamming_loss", "precision", "recall", "f1"),
+    *(
+        f"{average}_{name}"
+        for average in ("macro", "micro", "weighted", "samples")
+        for name in ("precision", "recall", "f1")
+    ),
+    *("average_precision", "macro_average_precision", "micro_average_precision", "auroc", "calibration_error"),
+)
 GROUP_TITLES = {"right": "Most confident and right", "wrong": "Most confident and wrong", "tie": "Near ties"}
 
 
@@ -33,18 +42,29 @@ def build_report(run_uri: str) -> str:
     models = {name: _read_model(run_uri, name, m) for name, m in results["models"].items()}
     colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
     figures = Figures(storage.join(run_uri, "report"))
+    stores = _stores(run, results)
     context = {
         "results": results,
         "headlines": [words.headline(t, results) for t in results["tasks"]],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
-        "data": [_data_card(store, names, run_uri) for store, names in _stores(run, results).items()],
+        "knowledge": findings.knowledge(run_uri, figures),
+        "search": searched.search(run_uri, figures),
+        "seeds": searched.seeds(run_uri),
+        "missing": findings.missing(run_uri, results, colors, figures),
+        "calibration": findings.calibration(models, results, figures),
+        "transfer": findings.transfer(run_uri, figures),
+        "representation": findings.representation(run_uri),
+        "parameters": findings.parameters(run_uri, results),
+        "audits": findings.audits(run_uri, stores),
+        "data": [_data_card(store, names, run_uri) for store, names in stores.items()],
         "run": run,
         "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True)
         if run.get("config")
         else None,
         "colors": colors,
         "group_titles": GROUP_TITLES,
+        "score_names": SCORE_NAMES,
     }
     uri = storage.join(run_uri, "report", "index.html")
     storage.write_bytes(uri, _environment().get_template("template.html.j2").render(context).encode())
@@ -64,23 +84,6 @@ def _environment() -> jinja2.Environment:
         "seconds": words.seconds,
     }
     return environment
-
-
-class Figures:
-    """Draws each figure for light and dark pages; writes the light one as a file beside the page."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def add(self, name: str, title: str, alt: str, draw: Callable[[plots.Theme], bytes]) -> dict[str, str]:
-        """What the template needs to show a figure: title, alt text, light and dark data URIs."""
-        light, dark = draw(plots.LIGHT), draw(plots.DARK)
-        storage.write_bytes(storage.join(self.folder, f"{name}.png"), light)
-        return {"title": title, "alt": alt, "light": _data_uri(light), "dark": _data_uri(dark)}
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str, Any]:
@@ -133,10 +136,9 @@ def _task_figures(
     """The figures of a task, in the page's order; those without data are left out."""
     rows, shown, single = found["rows"], found["best_trained"] or found["best"], found["best_single"]
     best = max(rows, key=lambda r: r["accuracy"]["value"])
-    prefix = _file_name(task)
     drawn = [
         figures.add(
-            f"{prefix}-accuracy",
+            f"{task}-accuracy",
             "Accuracy of every model",
             f"Bars of accuracy on task {task}; best: {best['model']}, {words.percent(best['accuracy']['value'])}",
             lambda theme: plots.accuracy_bars(rows, colors, theme),
@@ -146,7 +148,7 @@ def _task_figures(
         alt = f"Accuracy differences to the best single modality on task {task}, with intervals; also in the table"
         drawn.append(
             figures.add(
-                f"{prefix}-differences",
+                f"{task}-differences",
                 "Against the best single modality",
                 alt,
                 lambda theme: plots.differences(rows, colors, theme),
@@ -157,7 +159,7 @@ def _task_figures(
         alt = f"Loss and validation accuracy over epochs on task {task} for {', '.join(histories)}"
         drawn.append(
             figures.add(
-                f"{prefix}-learning",
+                f"{task}-learning",
                 "Learning curves",
                 alt,
                 lambda theme: plots.learning_curves(histories, task, colors, theme),
@@ -168,7 +170,7 @@ def _task_figures(
         alt = f"Confusion matrix of {shown} on task {task}, share of each label's samples by prediction"
         drawn.append(
             figures.add(
-                f"{prefix}-confusion",
+                f"{task}-confusion",
                 f"What {shown} takes for what, %",
                 alt,
                 lambda theme: plots.confusion(record["confusion"], record["class_names"], theme),
@@ -178,16 +180,9 @@ def _task_figures(
     per_class = {name: models[name]["tasks"][task]["per_class"] for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
     drawn.append(
-        figures.add(
-            f"{prefix}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme)
-        )
+        figures.add(f"{task}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme))
     )
     return drawn
-
-
-def _file_name(task: str) -> str:
-    """The task's name with only what every file system takes."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in task)
 
 
 # --- gallery and data ----------------------------------------------------------------------------------------------

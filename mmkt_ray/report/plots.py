@@ -87,16 +87,12 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], 
             a, color = row["accuracy"], colors[row["model"]]
             axes.barh(y, 100 * a["value"], height=0.62, color=color, alpha=0.85)
             axes.plot([100 * a["low"], 100 * a["high"]], [y, y], color=theme.ink, linewidth=1.6, solid_capstyle="butt")
-            axes.plot(
-                100 * row["macro_f1"]["value"],
-                y,
-                "D",
-                markersize=4.5,
-                markerfacecolor="white",
-                markeredgecolor=theme.ink,
-            )
+            f1 = row["macro_f1"]["value"] if row["macro_f1"] else 0.0
+            if row["macro_f1"]:
+                style: Any = {"markersize": 4.5, "markerfacecolor": "white", "markeredgecolor": theme.ink}
+                axes.plot(100 * f1, y, "D", **style)
             axes.text(
-                100 * max(a["high"], row["macro_f1"]["value"] + 0.015) + 1.5,
+                100 * max(a["high"], f1 + 0.015) + 1.5,
                 y,
                 f"{100 * a['value']:.1f}",
                 va="center",
@@ -105,7 +101,7 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], 
         axes.set_xlim(0, 112)
         axes.set_xticks(range(0, 101, 20))
         axes.set_xlabel("accuracy, % (line: interval, ◇: macro-F1)")
-        _name_rows(axes, [r["model"] for r in rows])
+        name_rows(axes, [r["model"] for r in rows])
 
     return draw(1.0 + 0.34 * len(rows), theme, paint)
 
@@ -148,7 +144,7 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
         axes.set_axisbelow(True)
         axes.set_xlim(-1.05 * edge, 1.05 * edge)
         axes.set_xlabel("accuracy against the best single modality, points")
-        _name_rows(axes, [r["model"] for r in rows])
+        name_rows(axes, [r["model"] for r in rows])
 
     return draw(1.0 + 0.34 * len(rows), theme, paint)
 
@@ -227,12 +223,14 @@ def class_f1(
     Classes without test samples are left out; of more than MAX_F1_CLASSES the worst of the first model are drawn.
     """
     first = next(iter(per_class.values()))
-    names = sorted((n for n in first if first[n]["support"]), key=lambda n: first[n]["f1"])[:MAX_F1_CLASSES][::-1]
+    names = sorted((n for n in first if first[n]["support"]), key=lambda n: first[n]["f1"] or 0.0)[:MAX_F1_CLASSES][
+        ::-1
+    ]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for number, (model, scores) in enumerate(per_class.items()):
-            values = [100 * scores[n]["f1"] if n in scores else np.nan for n in names]
+            values = [100 * (scores[n]["f1"] or 0.0) if n in scores else np.nan for n in names]
             face = colors[model] if number == 0 else "none"
             axes.scatter(
                 values,
@@ -248,7 +246,7 @@ def class_f1(
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel("F1, %")
-        _name_rows(axes, names)
+        name_rows(axes, names)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
     return draw(1.3 + 0.26 * len(names), theme, paint)
@@ -260,7 +258,8 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Row names on the left, without ticks and line."""
     axes.set_yticks(range(len(names)), [shorten(n, 24) for n in names])
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.tick_params(axis="y", length=0)

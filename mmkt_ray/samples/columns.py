@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,12 @@ import pyarrow.compute as pc
 
 from mmkt_ray.config import Config, SourceConfig
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.samples.content import normalise_texts
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 4_000_000  # small beside a chunk: chunks decide a reader's memory
+FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
 MAX_FILE_BYTES = 512_000_000  # a larger file or archive member is rejected unread
 
 _UNSAFE_IN_ID = re.compile("[%|\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -30,7 +32,7 @@ _UNSAFE_IN_ID = re.compile("[%|\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Row:
-    """One converted row: image cells are bytes, all others strings, and any may be absent."""
+    """One converted row: image and audio cells are bytes, multilabel ones lists, all others strings; any may be absent."""
 
     sample_id: str
     cells: dict[str, Any]
@@ -75,9 +77,28 @@ class Reading:
 
     @cached_property
     def kinds(self) -> dict[str, str]:
-        """Each column that the source fills -> image, text or label (which sample_id, key, split are too)."""
-        modalities = self.config.modalities
-        return {c: modalities[c].kind if c in modalities else "label" for c in self.source.columns}
+        """Each column that the source fills -> image, audio, text, labels (multilabel) or label (sample_id, key, split too)."""
+        kinds = {t: "labels" for t, task in self.config.tasks.items() if task.kind == "multilabel"}
+        kinds |= {m: modality.kind for m, modality in self.config.modalities.items()}
+        return {c: kinds.get(c, "label") for c in self.source.columns}
+
+    def narrowed(self, known: Collection[str]) -> Reading:
+        """This reading without the modalities and tasks whose column is not among the shard's, where `absent: null` says so.
+
+        If no modality is left it stays as it is, so that the reader's own check tells what the shard lacks.
+        """
+        fixed = {"sample_id", "split", "key"}
+        columns = {c: theirs for c, theirs in self.source.columns.items() if c in fixed or theirs in known}
+        if self.source.absent == "error" or not set(columns) & set(self.config.modalities):
+            return self
+        sources = list(self.config.samples.sources)
+        sources[self.shard.source] = self.source.model_copy(update={"columns": columns})
+        samples = self.config.samples.model_copy(update={"sources": tuple(sources)})
+        return Reading(self.config.model_copy(update={"samples": samples}), self.shard)
+
+    def separator(self, column: str) -> str:
+        """What separates the classes of a multilabel column where they stand in one string."""
+        return self.config.tasks[column].separator if column in self.config.tasks else ""
 
     def place(self, mark: str, where: object) -> str:
         """The id of a row that has none of its own: the shard's name, a mark, and where in it the row is."""
@@ -88,14 +109,15 @@ class Reading:
         cells: dict[str, Any] = {"split": raw["split"]} if "split" in raw else {}
         try:
             for column, kind in self.kinds.items():
-                cells[column] = convert_cell(column, kind, raw.get(column), self.source.encoding)
+                value = raw.get(column)
+                cells[column] = convert_cell(column, kind, value, self.source.encoding, self.separator(column))
         except ValueError as error:
             return self.reject(place, str(error))
         if "sample_id" in self.kinds:
             if cells["sample_id"] is None:
                 return self.reject(place, "sample_id is null")
             place = escape_id(cells.pop("sample_id"))
-        num_bytes = sum(len(cells[column] or "") for column, kind in self.kinds.items() if kind != "label")
+        num_bytes = sum(len(cells[c] or "") for c, kind in self.kinds.items() if not kind.startswith("label"))
         return Row(place, cells, num_bytes)
 
     def reject(self, sample_id: str, reason: str) -> Reject:
@@ -126,15 +148,22 @@ def _as_bytes(char: str) -> bytes:
         return char.encode("utf-8", "surrogatepass")
 
 
-def convert_cell(column: str, kind: str, value: Any, encoding: str) -> Any:
-    """A raw cell as bytes (image) or string (text, label). Raises: ValueError that says what was got."""
+def convert_cell(column: str, kind: str, value: Any, encoding: str, separator: str = "") -> Any:
+    """A raw cell as bytes (image, audio), string (text, label) or list of strings (labels).
+
+    Raises: ValueError that says what was got.
+    """
     if value is None:
         return None
     try:
-        if kind == "image":
+        if kind in FILE_KINDS:
             if not isinstance(value, bytes):
-                raise ValueError(f"an image must be encoded bytes, got {type(value).__name__}")
+                raise ValueError(f"{kind} must be encoded bytes, got {type(value).__name__}")
             return value
+        if kind == "labels":
+            names = label_names(value, separator)
+            "".join(names or ()).encode()
+            return names
         if kind == "text" and isinstance(value, bytes):
             return decode_text(value, encoding)
         text = value if kind == "text" and isinstance(value, str) else label_text(value)
@@ -178,6 +207,20 @@ def label_text(value: Any) -> str | None:
     return None if value is None else str(value).strip() or None
 
 
+def label_names(value: Any, separator: str) -> list[str] | None:
+    """The class names of a multilabel cell, sorted, each once: of a list, or of a string split at `separator`.
+
+    An empty list, or a string of separators alone, is no class; null, NaN and a blank string are no label (None).
+    Raises: ValueError for mappings, lists in lists and bytes that are no UTF-8.
+    """
+    if not isinstance(value, list | tuple | set):
+        text = label_text(value)
+        if text is None:
+            return None
+        value = text.split(separator) if isinstance(value, str | bytes) else [text]
+    return sorted({name for name in map(label_text, value) if name is not None})
+
+
 # --- blocks --------------------
 
 
@@ -208,15 +251,19 @@ def _block(reading: Reading, rows: list[Row], rejects: list[Reject]) -> Block:
 def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Table, list[Reject]]:
     """The samples of a block, and the rows that are none.
 
-    Blank texts become null. A row is rejected if no modality is left, if its split is no known word, or if
+    Texts are normalised, blank ones become null. A row is rejected if no modality is left, if its split is no known word, or if
     its id is in `seen`: the ids of the shard so far, extended here; None where ids cannot repeat.
     """
     num_rows = len(block.ids)
     columns = {f.name: block.columns.get(f.name, pa.nulls(num_rows, f.type)) for f in reading.schema}
     present = pa.array([False] * num_rows, pa.bool_())
-    for name, modality in reading.config.modalities.items():
+    cleaned: dict[int, list[str]] = {}
+    for name, modality in sorted(reading.config.modalities.items()):
         if modality.kind == "text" and name in block.columns:
-            columns[name] = _blank_to_null(columns[name])
+            text, changed = normalise_texts(columns[name])
+            columns[name] = _blank_to_null(text)
+            for i, changes in changed.items():
+                cleaned.setdefault(i, []).extend(f"{name}: {change}" for change in changes)
         present = pc.or_(present, columns[name].is_valid())
     errors = {i: "no modality is present" for i, ok in enumerate(present.to_pylist()) if not ok} | block.errors
     splits: list[str | None] = [None] * num_rows
@@ -231,6 +278,7 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
         except ValueError as error:
             errors[i] = str(error)
     columns |= {"sample_id": pa.array(block.ids, pa.string()), "split": pa.array(splits, pa.string())}
+    columns["cleaned"] = pa.array([cleaned.get(i) for i in range(num_rows)], pa.list_(pa.string()))
     table = pa.table(columns, schema=reading.schema)
     if errors:
         table = table.filter(pa.array([i not in errors for i in range(num_rows)]))

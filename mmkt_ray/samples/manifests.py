@@ -1,4 +1,4 @@
-"""Manifests: tables that name an image's file and hold everything else, as CSV, JSON lines or Parquet."""
+"""Manifests: tables that name an image's or a sound's file and hold everything else, as CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO, Any, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.columns import MAX_FILE_BYTES, Block, Reading, Row, decode_text
+from mmkt_ray.samples.columns import FILE_KINDS, MAX_FILE_BYTES, Block, Reading, Row, decode_text
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.parquet import column_at, read_batches
-from mmkt_ray.samples.schema import Reject
+from mmkt_ray.samples.parquet import column_at, narrowed_to_shard, read_batches
+from mmkt_ray.samples.schema import MODALITY, Reject
 
 Raw = dict[str, Any]
 Placed = tuple[str, Raw] | Reject  # the row's place, its cells by the source's column names
 
 
 def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
-    """Rows of a manifest; image cells are paths relative to its folder, text cells are the text itself.
+    """Rows of a manifest; image and audio cells are paths relative to its folder, text cells are the text itself.
 
     A row's place is the line it begins on (CSV, JSON lines; the first line is 1) or its index (Parquet).
 
@@ -30,21 +31,33 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
     for row in rows:
-        yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+        if isinstance(row, Reject):
+            yield row
+        else:
+            yield from _convert(reading, files, *row)
 
 
-def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
+def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Iterator[Row | Reject]:
+    """The row, and beside it a reject for each of its files that cannot be read, if it has another modality."""
     cells = {column: raw.get(name) for column, name in reading.source.columns.items()}
+    unread = []
     for column, kind in reading.kinds.items():
-        if kind == "image":
+        if kind in FILE_KINDS:
             try:
-                cells[column] = _read_image(files, cells[column])
+                cells[column] = _read_file(files, cells[column])
             except ValueError as error:
-                return reading.reject(place, f"{column}: {error}")
-    return reading.convert(place, cells)
+                cells[column] = None
+                unread.append(f"{column}: {error}")
+    if unread and all(cells.get(m) in (None, "") for m in reading.config.modalities):
+        yield reading.reject(place, "; ".join(unread))
+        return
+    row = reading.convert(place, cells)
+    yield row
+    if unread and isinstance(row, Row):
+        yield replace(reading.reject(row.sample_id, "; ".join(unread)), stage=MODALITY)
 
 
-def _read_image(files: FileReader, cell: Any) -> bytes | None:
+def _read_file(files: FileReader, cell: Any) -> bytes | None:
     if cell is None or cell == "":
         return None
     if not isinstance(cell, str):
@@ -103,7 +116,7 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
 
 def _parquet_rows(reading: Reading) -> Iterator[Placed]:
     first = 0
-    paths = sorted(set(reading.source.columns.values()))
+    paths = sorted(set(narrowed_to_shard(reading).source.columns.values()))
     for batch in read_batches(reading, paths):
         if isinstance(batch, Block):
             yield from batch.rejects
@@ -115,7 +128,7 @@ def _parquet_rows(reading: Reading) -> Iterator[Placed]:
 
 
 def _check_columns(reading: Reading, known: list[str]) -> None:
-    for column in reading.source.columns.values():
+    for column in reading.narrowed(known).source.columns.values():
         if column not in known:
             where = f"samples.sources[{reading.shard.source}].columns"
             raise DataError(f"{where}: '{reading.shard.name}' has no column '{column}'; {nearest(column, known)}")

@@ -15,11 +15,13 @@ from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.columns import (
     BLOCK_BYTES,
     BLOCK_ROWS,
+    FILE_KINDS,
     Block,
     Reading,
     convert_cell,
     escape_id,
     is_utf8,
+    label_names,
     label_text,
 )
 from mmkt_ray.samples.files import FileReader
@@ -34,6 +36,7 @@ def read_parquet(reading: Reading) -> Iterator[Block]:
 
     Raises: DataError if a column that the config names is missing or of a type that cannot be read.
     """
+    reading = narrowed_to_shard(reading)
     first = 0
     for batch in read_batches(reading, sorted(set(reading.source.columns.values()))):
         if isinstance(batch, Block):
@@ -41,6 +44,18 @@ def read_parquet(reading: Reading) -> Iterator[Block]:
             continue
         yield _convert(reading, batch, first)
         first += batch.num_rows
+
+
+def narrowed_to_shard(reading: Reading) -> Reading:
+    """The reading without what the shard has no column for, where `absent: null` says so."""
+    if reading.source.absent == "error":
+        return reading
+    fs, path = storage.resolve(reading.shard.uri)
+    try:
+        schema = pq.read_schema(path, filesystem=fs)
+    except (pa.ArrowException, OSError):  # told by the reader, which opens it again
+        return reading
+    return reading.narrowed({leaf for f in schema for leaf, _ in _leaves(f.name, f.type)})
 
 
 def read_batches(reading: Reading, paths: list[str]) -> Iterator[pa.RecordBatch | Block]:
@@ -139,20 +154,22 @@ def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Sch
     if pa.types.is_null(raw.type):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
-    if kind == "image":
-        return _image_column(reading, raw)
+    if kind in FILE_KINDS:
+        return _file_column(reading, raw, kind)
     if kind == "text" and (_is_binary(raw.type) or _is_string(raw.type)):
         return _text_column(raw, reading.source.encoding if _is_binary(raw.type) else "utf-8")
     names = _class_names(schema, path)
+    if kind == "labels":
+        return _labels_column(raw, names, reading.separator(column))
     converted, errors = _label_column(raw, names)
     return converted.cast(reading.schema.field(column).type), errors
 
 
-def _image_column(reading: Reading, raw: pa.Array) -> Converted:
+def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
     """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
     if not pa.types.is_struct(raw.type):
         if not _is_binary(raw.type):
-            raise TypeError("an image must be encoded bytes; if these are paths, set reader: manifest")
+            raise TypeError(f"{kind} must be encoded bytes; if these are paths, set reader: manifest")
         return raw.cast(pa.large_binary()), {}
     data = pc.struct_field(raw, "bytes").cast(pa.large_binary())
     if data.null_count == 0 or raw.type.get_field_index("path") < 0:
@@ -202,6 +219,26 @@ def _label_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     return pa.array(named, pa.string()).take(encoded.indices), errors
 
 
+def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
+    """Sorted lists of class names. class_names: of a list of ClassLabel, whose integers they replace."""
+    kind = raw.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        raw = raw.cast(pa.large_list(pa.large_binary())) if _is_string(kind.value_type) else raw
+    elif _is_string(kind):
+        raw = raw.cast(pa.large_binary())  # unchecked, as in _label_column
+    values: list[list[str] | None] = []
+    errors: dict[int, str] = {}
+    for i, value in enumerate(raw.to_pylist()):
+        try:
+            if class_names is not None and isinstance(value, list):
+                value = [_class_name(code, class_names) for code in value]
+            values.append(label_names(value, separator))
+        except ValueError as error:
+            values.append(None)
+            errors[i] = str(error)
+    return pa.array(values, pa.list_(pa.string())), errors
+
+
 def _class_name(value: int, class_names: list[str]) -> str | None:
     if value == -1:
         return None
@@ -211,10 +248,11 @@ def _class_name(value: int, class_names: list[str]) -> str | None:
 
 
 def _class_names(schema: pa.Schema, path: str) -> list[str] | None:
-    """Names of a ClassLabel column in the metadata of the Hugging Face `datasets` library, or None."""
+    """Names of a column of ClassLabel, or of lists of it, in the metadata of the Hugging Face `datasets` library, or None."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[path]["names"] if features[path]["_type"] == "ClassLabel" else None
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][path]
+        feature = feature.get("feature", feature)  # of a list
+        names = feature["names"] if feature["_type"] == "ClassLabel" else None
         return [str(name) for name in names] if names else None
     except (KeyError, TypeError, ValueError):  # other metadata than this: the integers stand for themselves
         return None

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from mmkt_ray.config import Config
 
+MODALITY = "modality"  # a reject's stage: one of the row's modalities was unreadable, the row itself is kept
 REJECT_SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
 )
@@ -36,17 +37,21 @@ class Reject:
 
     sample_id: str
     source: str  # the shard's name
-    stage: str  # read | decode | encode | combine | check
+    stage: str  # read | decode | encode | combine | check | leakage; modality: the row stays, without that modality
     reason: str
 
 
 def sample_schema(config: Config) -> pa.Schema:
-    """Columns of a chunk of samples: sample_id, split, key, one per modality, one per task (class names as strings)."""
-    value = {"image": pa.large_binary(), "text": pa.large_string()}
+    """Columns of a chunk of samples: sample_id, split, key, one per modality, one per task (class names), `cleaned`.
+
+    `cleaned` lists what was normalised in the row, `text: control characters`; null where nothing was.
+    """
+    value = {"image": pa.large_binary(), "audio": pa.large_binary(), "text": pa.large_string()}
+    label = {"multilabel": pa.list_(pa.string())}
     columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
     columns += [(name, value[m.kind]) for name, m in sorted(config.modalities.items())]
-    columns += [(name, pa.string()) for name in sorted(config.tasks)]
-    return pa.schema(columns)
+    columns += [(name, label.get(t.kind, pa.string())) for name, t in sorted(config.tasks.items())]
+    return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
 
 
 def reject_table(rejects: list[Reject]) -> pa.Table:

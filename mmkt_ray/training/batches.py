@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.encoders.base import Features as TableFeatures
-from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.inference import model_inputs
-from mmkt_ray.features.store import MISSING, FeatureTable
+from mmkt_ray.features.store import MISSING, FeatureTable, labelled
 from mmkt_ray.models import Features
 
 
@@ -30,14 +31,47 @@ class World:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  (immutable)
 
 
+class Mixed(NamedTuple):
+    """What each row of a batch was mixed with."""
+
+    labels: dict[str, Tensor]  # task -> (B,) or (B, C), the partners'
+    share: Tensor  # (B,) how much of the row is its partner, 0 to 1
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of one step. The labels of the whole step come along, so that no rank has to ask the others."""
 
     features: dict[str, Features]  # modality -> (B, D)
     present: dict[str, Tensor]  # modality -> (B,) bool
-    labels: dict[str, Tensor]  # task -> (B,) int64, MISSING or UNSEEN where there is none
-    step_labels: dict[str, Tensor]  # task -> (R * B,) int64, of all ranks
+    labels: dict[str, Tensor]  # task -> (B,) int64 or (B, C) int8, below 0 where there is none
+    step_present: dict[str, Tensor]  # modality -> (R * B,) bool, of all ranks
+    step_labels: dict[str, Tensor]  # task -> (R * B, ..), of all ranks
+    mixed: Mixed | None = None
+    targets: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # task -> (B, C) what teachers say, NaN where they say nothing
+    num_targets: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # task -> () rows of the step, of all ranks, that have one
+
+    def restrict(self, modality: str, there: Tensor) -> Batch:
+        """The same rows, without the labels of those that lack a modality, and without teachers' targets.
+
+        there: (B,) bool, rows in which the modality is seen."""
+        own, step = self.present[modality] & there, self.step_present[modality]
+        mixed = self.mixed and self.mixed._replace(labels=_hide(self.mixed.labels, own))
+        labels, step_labels = _hide(self.labels, own), _hide(self.step_labels, step)
+        return replace(self, labels=labels, step_labels=step_labels, mixed=mixed, targets={}, num_targets={})
+
+
+def has_target(labels: Tensor) -> Tensor:
+    """(B,) bool: which rows of a task's labels, (B,) or (B, C), can be learnt from."""
+    return (labels if labels.ndim == 1 else labels.amin(dim=1)) >= 0
+
+
+def _hide(labels: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+    return {t: torch.where(kept if y.ndim == 1 else kept[:, None], y, MISSING) for t, y in labels.items()}
 
 
 def narrow(table: FeatureTable, modalities: Sequence[str], tasks: Sequence[str]) -> FeatureTable:
@@ -52,14 +86,26 @@ def narrow(table: FeatureTable, modalities: Sequence[str], tasks: Sequence[str])
         present={m: table.present[m] for m in modalities},
         labels={t: table.labels[t] for t in tasks},
         class_names={t: table.class_names[t] for t in tasks},
+        kinds={t: table.kinds.get(t, "multiclass") for t in tasks},
     )
 
 
 def usable_rows(table: FeatureTable, split: str) -> np.ndarray:
     """Indices of the split's rows that have some modality and some label; the others have nothing to teach or to test."""
     readable = np.any([present for present in table.present.values()], axis=0)
-    labelled = np.any([labels != MISSING for labels in table.labels.values()], axis=0)
-    return np.flatnonzero((table.split == split) & readable & labelled)
+    with_label = np.any([labelled(labels) for labels in table.labels.values()], axis=0)
+    return np.flatnonzero((table.split == split) & readable & with_label)
+
+
+def complete_rows(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
+    """Those of the rows that have every modality. Raises: DataError if there are rows, but no complete one."""
+    complete = rows[np.all([present[rows] for present in table.present.values()], axis=0)]
+    if len(rows) and not len(complete):
+        raise DataError(
+            f"none of the {len(rows)} labelled train rows has all of {', '.join(table.present)}, and model.missing: drop "
+            "trains on complete rows only: choose another model.missing, such as mask"
+        )
+    return complete
 
 
 def feature_statistics(features: TableFeatures, present: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -81,32 +127,64 @@ class EpochBatches:
     The steps of an epoch are evened out rather than ending in a rest: 300 rows in batches of at most 256 are two steps of
     150. Fewer than R * steps rows at the start of the order come twice, so that every batch is full and every rank has
     equally many. The order depends on seed and epoch only: nothing to keep for a resume.
+
+    With `weights`, an epoch is as many rows drawn with replacement, each with a chance in proportion to its weight.
     """
 
     def __init__(
-        self, table: FeatureTable, rows: np.ndarray, batch_size_per_worker: int, seed: int, world: World
+        self,
+        table: FeatureTable,
+        rows: np.ndarray,
+        batch_size_per_worker: int,
+        seed: int,
+        world: World,
+        weights: np.ndarray | None = None,
+        targets: dict[str, np.ndarray] | None = None,
     ) -> None:
+        """targets: task -> (N, C) what teachers say of the table's first N rows, NaN where they say nothing."""
         self.table, self.rows, self.seed, self.world = table, rows, seed, world
+        self.targets = targets or {}
+        self.chances = None if weights is None else weights / weights.sum()
         self.num_steps = math.ceil(len(rows) / (batch_size_per_worker * world.size))
         self.batch_size = math.ceil(len(rows) / (max(1, self.num_steps) * world.size))
 
     def order(self, epoch: int) -> np.ndarray:
         """Row indices (steps, R, B) of an epoch: what every rank reads at every step."""
-        shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         shape = (self.num_steps, self.world.size, self.batch_size)
-        return np.resize(shuffled, shape)
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.chances is not None:
+            return rng.choice(self.rows, size=shape, p=self.chances)
+        return np.resize(rng.permutation(self.rows), shape)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""
         for step in self.order(epoch):
-            yield read_batch(self.table, step[self.world.rank], step.ravel(), self.world.device)
+            batch = read_batch(self.table, step[self.world.rank], step.ravel(), self.world.device)
+            yield self._with_targets(batch, step) if self.targets else batch
+
+    def _with_targets(self, batch: Batch, step: np.ndarray) -> Batch:
+        """step: (R, B) row indices."""
+        device, num_rows = self.world.device, len(next(iter(self.targets.values())))
+        known = {t: ~np.isnan(y[:, 0]) for t, y in self.targets.items()}
+        mine, ours = step[self.world.rank], step.ravel()[step.ravel() < num_rows]
+        targets = {t: np.where((mine < num_rows)[:, None], y[mine % num_rows], np.nan) for t, y in self.targets.items()}
+        return replace(
+            batch,
+            targets={t: torch.from_numpy(y).float().to(device) for t, y in targets.items()},
+            num_targets={t: torch.tensor(known[t][ours].sum(), device=device) for t in targets},
+        )
 
 
 def read_batch(table: FeatureTable, rows: np.ndarray, step_rows: np.ndarray, device: torch.device) -> Batch:
     """A batch of `rows` within a step of `step_rows`."""
     features, present = model_inputs(table, rows, table.features, device)
-    return Batch(features, present, _read_labels(table, rows, device), _read_labels(table, step_rows, device))
+    labels = _read(table.labels, rows, device)
+    if len(rows) == len(step_rows):  # one rank
+        return Batch(features, present, labels, present, labels)
+    return Batch(
+        features, present, labels, _read(table.present, step_rows, device), _read(table.labels, step_rows, device)
+    )
 
 
-def _read_labels(table: FeatureTable, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    return {t: torch.from_numpy(y[rows]).to(device, non_blocking=True) for t, y in table.labels.items()}
+def _read(columns: dict[str, np.ndarray], rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values[rows]).to(device, non_blocking=True) for name, values in columns.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,14 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.models.sharing import module_name
-from mmkt_ray.training.batches import EpochBatches, World, feature_statistics, narrow, usable_rows
+from mmkt_ray.training.augment import augment_batch, check_augment
+from mmkt_ray.training.balance import LEARNERS
+from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
+from mmkt_ray.training.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
 from mmkt_ray.training.objective import Objective, check_task, count_classes
+from mmkt_ray.training.task_weighting import TASK_WEIGHTINGS
+from mmkt_ray.training.transfer import Knowledge, freeze, take_over, teacher_targets, trainable_stages
 from mmkt_ray.training.validation import validate
 
 WARMUP_FRAC = 0.05
@@ -51,13 +56,15 @@ def fit(
     table: FeatureTable,
     *,
     world: World = World(),  # noqa: B008  (immutable)
+    knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Fit the model that `config` describes to the train split of `table`.
 
     With `world.size` > 1, torch.distributed is initialised and every rank calls with the same config and table. The same
-    seed and world give the same bits on a CPU. `report` gets each epoch's record, on every rank.
+    seed and world give the same bits on a CPU. `report` gets each epoch's record, on every rank. `knowledge` holds the models
+    that `training.transfer` names; the table has what the teachers among them read.
 
     Raises:
         ConfigError: the table lacks a modality or a task of the model; the loss is no number.
@@ -65,7 +72,7 @@ def fit(
     """
     cuda = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the caller's random state stays as it was
-        run = Fitting(config, narrow(table, config.model_modalities, config.model_tasks), world)
+        run = Fitting(config, table, world, knowledge)
         saved = checkpoint.load() if checkpoint else None
         if saved is not None:
             run.load_state(*saved)
@@ -88,30 +95,70 @@ def spec_of(config: Config, table: FeatureTable) -> ModelSpec:
     )
 
 
+def training_rows(
+    config: Config, table: FeatureTable, targets: Mapping[str, np.ndarray]
+) -> tuple[FeatureTable, np.ndarray]:
+    """The table as `training` wants it, some rows or labels taken away, and its train rows to learn from.
+
+    targets: what teachers say, task -> (N, C); rows that they can read teach without a label too.
+
+    Raises: DataError if a task has nothing to learn.
+    """
+    training = config.training
+    if training.exclude:
+        table = leave_out(table, read_excluded(training.exclude))
+    rows = usable_rows(table, "train")
+    if config.model.missing == "drop":
+        rows = complete_rows(table, rows)
+    if min(config.label_fracs().values()) < 1:
+        table = keep_labels(table, rows, config.label_fracs(), config.seed)
+        rows = np.intersect1d(rows, usable_rows(table, "train"))
+    for t, labels in sorted(table.labels.items()):
+        check_task(t, count_classes(labels[rows], len(table.class_names[t])), table.class_names[t])
+    if targets:
+        taught = np.any([~np.isnan(values).any(axis=1) for values in targets.values()], axis=0)
+        readable = np.any(list(table.present.values()), axis=0) & (table.split == "train")
+        rows = np.union1d(rows, np.flatnonzero(taught & readable))
+    return table, rows
+
+
 class Fitting:
     """A run between two epochs: model, optimiser, and what is known so far."""
 
-    def __init__(self, config: Config, table: FeatureTable, world: World) -> None:
-        self.training, self.seed, self.table, self.world = config.training, config.seed, table, world
-        train_rows, self.val_rows = usable_rows(table, "train"), usable_rows(table, "val")
-        counts = {t: count_classes(y[train_rows], len(table.class_names[t])) for t, y in table.labels.items()}
-        for t in sorted(counts):
-            check_task(t, counts[t], table.class_names[t])
+    def __init__(
+        self,
+        config: Config,
+        table: FeatureTable,
+        world: World,
+        knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
+    ) -> None:
+        self.training, self.seed, self.world = config.training, config.training_seed, world
+        targets = distillation_targets(config, table, knowledge)
+        table = narrow(table, config.model_modalities, config.model_tasks)
+        check_augment(self.training.augment, {m: sp.issparse(f) for m, f in table.features.items()})
+        table, train_rows = training_rows(config, table, targets)
         torch.manual_seed(self.seed)
-        self.model = MultimodalModel(spec_of(config, table))
-        for m, features in table.features.items():
-            statistics = feature_statistics(features, table.present[m] & (table.split == "train"))
-            self.model.inputs[module_name(m)].set_statistics(*statistics)
-        self.model.to(world.device)
-        self.net = parallel(self.model, world)
-        self.batches = EpochBatches(table, train_rows, self.training.batch_size_per_worker, self.seed, world)
-        self.objective = Objective(
-            counts,
-            class_weights=self.training.class_weights,
-            label_smoothing=self.training.label_smoothing,
-            device=world.device,
+        self.model = build_model(config, table).to(world.device)
+        self.taken_over = take_over(self.model, knowledge)  # names, stage by stage
+        self.stds = {m: self.model.inputs[module_name(m)].std for m in table.features}
+        if self.training.generate:
+            table, train_rows = add_synthetic(table, train_rows, self.training.generate, self.seed)
+        self.table, self.train_rows, self.val_rows = table, train_rows, usable_rows(table, "val")
+        self.batches = EpochBatches(
+            table,
+            train_rows,
+            self.training.batch_size_per_worker,
+            self.seed,
+            world,
+            weights=balanced_chances(table, train_rows) if self.training.resample else None,
+            targets=targets,
         )
-        self.optimizer = build_optimizer(self.model, self.training.lr, self.training.weight_decay)
+        objective = build_objective(config, table, train_rows, world)
+        spec = self.model.spec
+        weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, world)
+        self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, world).to(world.device)
+        self.net = parallel(self.learner, world)
+        self.optimizer = build_optimizer(self.learner, self.training.lr, self.training.weight_decay)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}  # the best epoch's weights; empty without a val split
@@ -130,6 +177,7 @@ class Fitting:
             raise ConfigError(
                 f"the training loss is {train_loss} in epoch {epoch}: lower training.lr (now {self.training.lr:g})"
             )
+        self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
         val = validate(self.model, self.table, self.val_rows, self.world) if len(self.val_rows) else None
         record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
         self.history.append(record)
@@ -142,27 +190,32 @@ class Fitting:
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the train rows; the mean loss of its steps over all ranks."""
         # a seed of its own for every epoch and rank: dropout needs no generator state kept for a resume
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, self.world.rank]).generate_state(1)[0]))
+        torch.manual_seed(seed_of(self.seed, epoch, self.world.rank))
+        self.learner.begin_epoch(seed_of(self.seed, epoch))
         self.net.train()
         total = torch.zeros((), device=self.world.device)
         num_steps = self.batches.num_steps
+        frozen = self._frozen(epoch)
         for step, batch in enumerate(self.batches.epoch(epoch), start=(epoch - 1) * num_steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.training.lr * rate(step, self.training.epochs * num_steps)
-            logits = self.net(batch.features, batch.present)
-            loss = self.objective(logits, batch.labels, self.objective.total_weights(batch.step_labels))
-            # DDP takes the mean over ranks, the step's loss is the sum of their parts
-            (loss * self.world.size).backward()
+            total += self.learner.gradients(self.net, augment_batch(batch, self.training.augment, self.stds))
+            freeze(self.model, frozen)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            total += loss.detach()
         if self.world.size > 1:
             dist.all_reduce(total)
         return total.item() / num_steps
 
+    def _frozen(self, epoch: int) -> set[str]:
+        """Parameters that were taken over and do not learn in this epoch."""
+        num_stages = len(self.taken_over)
+        learning = trainable_stages(self.training.transfer.tuning, num_stages, epoch, self.training.epochs)
+        return {name for stage in set(range(num_stages)) - learning for name in self.taken_over[stage]}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Flat tensors `model.*`, `best.*`, `optimizer.<parameter>.*`, and the JSON-able rest."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        """Flat tensors `learner.*`, `best.*`, `optimizer.<parameter>.*`, and the JSON-able rest."""
+        tensors = {f"learner.{name}": value for name, value in self.learner.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
@@ -170,7 +223,7 @@ class Fitting:
 
     def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Take back what `state` returned."""
-        self.model.load_state_dict(_under("model.", tensors))
+        self.learner.load_state_dict(_under("learner.", tensors))
         self.best = {name: value.to(self.world.device) for name, value in _under("best.", tensors).items()}
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", tensors).items():
@@ -193,12 +246,59 @@ class Fitting:
         )
 
 
-def parallel(model: MultimodalModel, world: World) -> nn.Module:
-    """The model, averaging gradients over ranks where there are several."""
+def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
+    """An untrained model that knows the statistics of the train rows' features. Raises: DataError as `fit_generators`."""
+    model = MultimodalModel(spec_of(config, table))
+    for m, features in table.features.items():
+        statistics = feature_statistics(features, table.present[m] & (table.split == "train"))
+        model.inputs[module_name(m)].set_statistics(*statistics)
+    if config.model.missing == "generate":
+        train = table.rows("train")
+        model.fit_generators(
+            {m: f[train] for m, f in table.features.items()}, {m: p[train] for m, p in table.present.items()}
+        )
+    return model
+
+
+def distillation_targets(config: Config, table: FeatureTable, knowledge: Knowledge) -> dict[str, np.ndarray]:
+    """What the teachers say of the train rows: task -> (N, C), NaN elsewhere; none without teachers."""
+    if not knowledge.teachers:
+        return {}
+    rows = table.rows("train")
+    known = teacher_targets(
+        knowledge.teachers, table.take(rows), config.model_tasks, config.training.transfer.temperature
+    )
+    targets = {t: np.full((len(table.split), y.shape[1]), np.nan, dtype=np.float32) for t, y in known.items()}
+    for t, values in known.items():
+        targets[t][rows] = values
+    return targets
+
+
+def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world: World) -> Objective:
+    """The losses of the tasks, with the class frequencies of `rows`."""
+    return Objective(
+        {t: count_classes(labels[rows], len(table.class_names[t])) for t, labels in table.labels.items()},
+        class_weights=config.training.class_weights,
+        label_smoothing=config.training.label_smoothing,
+        logit_adjustment=config.training.logit_adjustment,
+        loss_weights={t: config.tasks[t].loss_weight for t in table.labels},
+        distill_weight=config.training.transfer.distill_weight,
+        temperature=config.training.transfer.temperature,
+        device=world.device,
+    )
+
+
+def seed_of(*parts: int) -> int:
+    """One seed for torch from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def parallel(learner: nn.Module, world: World) -> nn.Module:
+    """The learner, averaging gradients over ranks where there are several."""
     if world.size == 1:
-        return model
+        return learner
     device_ids = [world.device] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(learner, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -14,12 +14,14 @@ import torch
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.errors import UserError
+from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.evaluation.model_folder import read_card, save_model
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.checkpoint import FileCheckpoint
+from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.loop import FitResult, fit
+from mmkt_ray.training.transfer import load_knowledge, source_uris
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +39,17 @@ def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
     """
     # workers have another current folder
     store_uri, model_uri = storage.absolute(store_uri), storage.absolute(model_uri)
-    digest = training_fingerprint(config, open_store(store_uri))
+    if config.training.exclude:
+        config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
+    folder = model_uri.rpartition("/")[0]  # where the run's other models lie
+    digest = training_fingerprint(config, open_store(store_uri), folder)
     card = read_card(model_uri) or {}
     if card.get("fingerprint") == digest and storage.exists(storage.join(model_uri, "model.safetensors")):
         return {**card["training"], "status": "up to date"}
     storage.make_dir(model_uri)
     scratch = storage.join(model_uri, ".train")
     job = {"config": config, "store_uri": store_uri, "model_uri": model_uri, "scratch": scratch, "fingerprint": digest}
+    job["folder"] = folder
     outcome = cluster.run_on_workers(train_on_worker, job, config.training.num_workers, scratch)
     if isinstance(outcome, UserError):
         raise outcome
@@ -51,16 +57,30 @@ def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
     return {**outcome, "status": "trained"}
 
 
-def training_fingerprint(config: Config, store: Store) -> str:
-    """Digest of all that decides the weights: data, model, training, seed."""
+def training_fingerprint(config: Config, store: Store, folder: str) -> str:
+    """Digest of all that decides the weights: data, model, training, seed, and the models that knowledge comes from.
+
+    Raises: DataError if one of these is not trained yet.
+    """
+    sources = {}
+    for name, uri in source_uris(config.training.transfer, folder).items():
+        card = read_card(uri)
+        if card is None:
+            raise DataError(
+                f"training.transfer names '{name}', but there is no trained model at '{uri}': train it first"
+            )
+        sources[name] = card["fingerprint"]
     widths = {m: config.modalities[m].hidden_dim for m in config.model_modalities}
     parts = {
         "store": store.manifest["fingerprint"],
         "modalities": widths,
         "tasks": config.model_tasks,
         "model": config.model.model_dump(mode="json", exclude={"modalities", "tasks"}),
-        "training": config.training.model_dump(mode="json"),
-        "seed": config.seed,
+        "training": config.training.model_dump(mode="json", exclude={"exclude"}),
+        "excluded": read_excluded(config.training.exclude).tolist() if config.training.exclude else [],
+        "seed": [config.seed, config.training_seed],
+        "sources": sources,
+        "tasks_config": {t: config.tasks[t].model_dump(mode="json") for t in config.model_tasks},
     }
     return fingerprint(parts)
 
@@ -75,8 +95,10 @@ def train_on_worker(
     checkpoint = FileCheckpoint(storage.join(job["scratch"], f"{digest}.safetensors"), CHECKPOINT_INTERVAL_S)
     report = progress_log(config.training.epochs) if rank == 0 else None
     try:
-        table = store.table(config.model_modalities, config.model_tasks)
-        result = fit(config, table, world=World(rank, world_size, device), report=report, checkpoint=checkpoint)
+        knowledge = load_knowledge(config.training.transfer, job["folder"])
+        table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
+        world = World(rank, world_size, device)
+        result = fit(config, table, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
     except UserError as error:
         return error
     summary = summarise(result, digest, world_size, device)

@@ -20,26 +20,31 @@ from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.model_folder import save_model
-from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, to_arrow
+from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, label_type, open_store, to_arrow
 from mmkt_ray.training.loop import fit
 
 THINGS = ("bird", "boat", "car", "cat")
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 30, 30)}
 SINGLES = {"image": {"model.modalities": ["image"]}, "text": {"model.modalities": ["text"]}}
 VARIANTS = {**SINGLES, "concat": {}}
+TASKS = {"thing": "multiclass", "colour": "multiclass"}
+KINDS = {"thing": "multiclass", "warm": "binary", "tags": "multilabel"}  # one task of each kind
+TAGS = {"bird": ["animal", "flies"], "boat": ["swims"], "car": [], "cat": ["animal"], "unicorn": ["animal", "magic"]}
 IMAGE_DIM, TEXT_DIM = 12, 40
 
 
-def make_config(folder: Path, variants: Mapping[str, Any] = VARIANTS, **overrides: Any) -> Config:
-    """The config of the run; keyword `a__b` overrides `a.b`."""
-    columns = {"sample_id": "id", "image": "image", "text": "caption", "thing": "thing", "colour": "colour"}
+def make_config(
+    folder: Path, variants: Mapping[str, Any] = VARIANTS, tasks: Mapping[str, str] = TASKS, **overrides: Any
+) -> Config:
+    """The config of the run; tasks: name -> kind; keyword `a__b` overrides `a.b`."""
+    columns = {"sample_id": "id", "image": "image", "text": "caption", **{t: t for t in tasks}}
     raw = {
         "name": "things",
         "data_root": str(folder / "data"),
         "run_root": str(folder / "runs"),
         "samples": {"sources": [{"reader": "parquet", "path": "*.parquet", "columns": columns}]},
         "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {"thing": {}, "colour": {}},
+        "tasks": {t: {"kind": kind} for t, kind in tasks.items()},
         "model": {"hidden_dim": 32},
         "training": {"epochs": 6, "batch_size_per_worker": 64, "lr": 5e-3},
         "evaluation": {"bootstrap_samples": 200},
@@ -53,7 +58,8 @@ def draw_samples(
 ) -> dict[str, Any]:
     """Columns of N samples: sample_id, split, thing, colour, image (N, IMAGE_DIM), text (N, TEXT_DIM), presence.
 
-    `test` may hold a thing that `train` lacks: the last one of more than four.
+    `test` may hold a thing that `train` lacks: the last one of more than four. Two more follow from these: `warm`, yes or
+    no, from the colour, and `tags`, a list, from the thing (with the unseen thing's own tag) and the colour red.
     """
     rng = np.random.default_rng(seed)
     split = rng.choice(["train", "val", "test"], num_rows, p=[0.6, 0.1, 0.3])
@@ -68,7 +74,12 @@ def draw_samples(
         np.arange(TEXT_DIM) % len(things) == thing[:, None]
     )
     gone = rng.random(num_rows)
+    tags = [
+        None if i % 17 == 0 else [*TAGS.get(things[t], ()), *["red"] * int(colour[i] == 2)] for i, t in enumerate(thing)
+    ]
     return {
+        "warm": ["yes" if c == 2 else "no" for c in colour],
+        "tags": tags,
         "sample_id": [f"s{i}" for i in range(num_rows)],
         "split": split.tolist(),
         "thing": [None if rng.random() < 0.05 else things[i] for i in thing],
@@ -78,18 +89,21 @@ def draw_samples(
     }
 
 
-def write_store(uri: str, samples: Mapping[str, Any], synthetic_pairs: bool = False) -> Store:
+def write_store(
+    uri: str, samples: Mapping[str, Any], synthetic_pairs: bool = False, tasks: Mapping[str, str] = TASKS
+) -> Store:
     """A published feature store of these samples."""
-    columns = {c: pa.array(samples[c], pa.string()) for c in ("sample_id", "split", "thing", "colour")}
+    columns = {c: pa.array(samples[c], pa.string()) for c in ("sample_id", "split")}
+    columns |= {t: pa.array(samples[t], label_type(kind)) for t, kind in tasks.items()}
     for m in ("image", "text"):
         features, present = samples[m]
         columns[column_of(m)] = to_arrow(features[present], present)
     storage.write_table(storage.join(uri, "data", "part-0.parquet"), pa.table(columns))
     splits = np.array(samples["split"])
     by_task: dict[str, Any] = {}
-    for task in ("thing", "colour"):
-        for split, name in zip(samples["split"], samples[task], strict=True):
-            if name is not None:
+    for task in tasks:
+        for split, label in zip(samples["split"], samples[task], strict=True):
+            for name in label if isinstance(label, list) else [label] if label is not None else []:
                 counts = by_task.setdefault(task, {}).setdefault(split, {})
                 counts[name] = counts.get(name, 0) + 1
     manifest = {
@@ -108,7 +122,7 @@ def write_store(uri: str, samples: Mapping[str, Any], synthetic_pairs: bool = Fa
             },
             "text": {"dim": TEXT_DIM, "sparse": True, "kind": "text", "encoder": {"name": "tfidf"}, "reduce": None},
         },
-        "tasks": {t: {"kind": "multiclass", "classes": sorted(by_task[t]["train"])} for t in by_task},
+        "tasks": {t: {"kind": kind, "classes": sorted(by_task[t]["train"])} for t, kind in tasks.items()},
         "counts": {
             "rows": len(splits),
             "rejects": 3,
@@ -147,8 +161,7 @@ def write_shards(folder: Path, samples: Mapping[str, Any]) -> None:
             else None
             for i in rows
         ],
-        "thing": samples["thing"],
-        "colour": samples["colour"],
+        **{t: pa.array(samples[t], label_type(kind)) for t, kind in {**TASKS, **KINDS}.items()},
     }
     (folder / "data").mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), folder / "data" / "0.parquet")
@@ -165,7 +178,8 @@ def write_run(folder: Path, config: Config, samples: Mapping[str, Any], **store_
     """Store, models, evaluation, baselines, comparison, gallery, run.json: all but the report. Returns the folder."""
     run_uri = str(folder / "runs" / config.name)
     write_shards(folder, samples)
-    store = write_store(f"{run_uri}/features/union", samples, **store_options)
+    tasks = {t: task.kind for t, task in config.tasks.items()}
+    store = write_store(f"{run_uri}/features/union", samples, tasks=tasks, **store_options)
     variants = config.expand_variants()
     for name, variant in variants.items():
         train_variant(variant, store, f"{run_uri}/models/{name}")

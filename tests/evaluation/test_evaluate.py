@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.compare import compare, comparison_table
+from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model, modality_subsets
 from mmkt_ray.evaluation.gallery import thumbnail, write_gallery
+from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features.store import open_store
 from tests.evaluation.runs import (
     THINGS,

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, f1_score
 
 from mmkt_ray.evaluation.intervals import METRICS, bootstrap_intervals, paired_difference, verdict
 from mmkt_ray.evaluation.metrics import classification_metrics, scores_from_counts
@@ -119,3 +120,54 @@ def test_a_thousand_resamples_of_ten_thousand_rows_are_quick():
     started = time.process_time()
     bootstrap_intervals(labels, pred, 20, num_resamples=1000)
     assert time.process_time() - started < 3.0
+
+
+def draw_multilabel(num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N, 3) and two predictions, the first of them the better one."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((num_rows, 3)) < [0.5, 0.3, 0.1]).astype(np.int8)
+    worse = np.where(rng.random((num_rows, 3)) < 0.2, 1 - labels, labels)
+    better = np.where(rng.random((num_rows, 3)) < 0.5, labels, worse)
+    return labels, better, worse
+
+
+def test_multilabel_intervals_are_a_bootstrap_of_rows():
+    """Catches decisions resampled one by one: a row's classes go together, and the interval would be too narrow."""
+    labels, pred, _ = draw_multilabel(200, seed=0)
+    found = bootstrap_intervals(labels, pred, 3, num_resamples=2000)
+    assert found["accuracy"]["value"] == pytest.approx(accuracy_score(labels, pred))
+    assert found["macro_f1"]["value"] == pytest.approx(f1_score(labels, pred, average="macro"))
+    rows = np.random.default_rng(1).integers(0, 200, (400, 200))
+    for name, drawn in (
+        ("accuracy", [accuracy_score(labels[r], pred[r]) for r in rows]),
+        ("macro_f1", [f1_score(labels[r], pred[r], average="macro") for r in rows]),
+    ):
+        assert (found[name]["high"] - found[name]["low"]) / (2 * 1.96) == pytest.approx(np.std(drawn), rel=0.15)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_multilabel_difference_is_that_of_the_scores_and_rows_without_a_label_are_left_out(metric):
+    """Catches rows of MISSING scored as wrong, and two models' predictions mixed up in the cells."""
+    labels, better, worse = draw_multilabel(300, seed=2)
+    scores = [bootstrap_intervals(labels[:250], p[:250], 3)[metric]["value"] for p in (better, worse)]
+    labels[250:] = MISSING
+    found = paired_difference(labels, better, worse, metric, num_classes=3)
+    assert found["value"] == pytest.approx(scores[0] - scores[1])
+    assert verdict(found) == "better"
+
+
+def test_an_undefined_macro_f1_has_no_interval():
+    """Catches a macro-F1 of 0 (or NaN in the JSON) where no row has a class and none is predicted."""
+    nothing = np.zeros((20, 3), np.int8)
+    found = bootstrap_intervals(nothing, nothing, 3)
+    assert found["macro_f1"] is None
+    assert found["accuracy"]["value"] == 1
+    with pytest.raises(ValueError, match="undefined"):
+        paired_difference(nothing, nothing, nothing, "macro_f1", num_classes=3)
+
+
+def test_many_classes_do_not_overflow_the_labels():
+    """Catches int8 labels that a class number above 127 does not fit into."""
+    labels = np.zeros((10, 200), np.int8)
+    labels[:, 150] = 1
+    assert bootstrap_intervals(labels, labels, 200)["macro_f1"]["value"] == 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import (
     accuracy_score,
+    average_precision_score,
     balanced_accuracy_score,
     confusion_matrix,
     f1_score,
@@ -14,7 +15,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmkt_ray.evaluation.metrics import as_codes, classification_metrics, scores_from_counts
+from mmkt_ray.evaluation.metrics import as_codes, classification_metrics, scores_from_counts, task_metrics
 from mmkt_ray.features.store import MISSING, UNSEEN
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -75,7 +76,7 @@ def test_per_class_scores_carry_their_names():
     found = classification_metrics(labels, proba, NAMES)["per_class"]
     expected = f1_score(labels, proba.argmax(axis=1), labels=range(5), average=None, zero_division=0)
     assert [found[n]["f1"] for n in NAMES] == pytest.approx(expected.tolist())
-    assert found["e"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert found["e"] == {"precision": 0, "recall": None, "f1": 0, "support": 0}  # predicted, and no row has it
     assert sum(c["support"] for c in found.values()) == 200
 
 
@@ -134,3 +135,36 @@ def test_the_most_confused_pairs_come_first_and_without_the_diagonal():
     labels = np.array([0] * 10 + [1] * 5 + [2] * 3)
     proba = np.eye(5)[[1] * 10 + [2] * 5 + [2] * 3]
     assert classification_metrics(labels, proba, NAMES)["most_confused"] == [["a", "b", 10], ["b", "c", 5]]
+
+
+def test_undefined_scores_of_a_class_are_none():
+    """Catches a recall of 0 told for a class that no row has, or a precision of 0 for one that nothing predicts."""
+    labels = np.array([0, 0, 1, 1])
+    found = classification_metrics(labels, np.eye(5)[[0, 0, 0, 2]], NAMES)["per_class"]
+    assert found["b"] == {"precision": None, "recall": 0, "f1": 0, "support": 2}
+    assert found["c"] == {"precision": 0, "recall": None, "f1": 0, "support": 0}
+    assert found["d"] == {"precision": None, "recall": None, "f1": None, "support": 0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_binary_scores_are_those_of_the_positive_class(seed):
+    """Catches scores of the first class told for the positive one, and ties that an area under a curve counts whole."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, 80)
+    positive = (rng.random(80) * 0.6 + 0.4 * labels).round(1)
+    labels[:5] = MISSING
+    found = task_metrics("binary", labels, np.stack([1 - positive, positive], axis=1), ["ham", "spam"])
+    labels, positive = labels[5:], positive[5:]
+    pred = (positive > 0.5).astype(int)
+    assert (found["kind"], found["positive"]) == ("binary", "spam")
+    expected = precision_recall_fscore_support(labels, pred, average="binary")[:3]
+    assert [found[n] for n in ("precision", "recall", "f1")] == pytest.approx(expected)
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, positive))
+    assert found["average_precision"] == pytest.approx(average_precision_score(labels, positive))
+
+
+def test_binary_scores_without_a_positive_row_are_none():
+    """Catches an average precision of 0 (and scikit-learn's warning) where there is nothing to rank."""
+    found = task_metrics("binary", np.zeros(4, int), np.tile([0.8, 0.2], (4, 1)), ["ham", "spam"])
+    assert [found[n] for n in ("average_precision", "auroc", "precision", "recall", "f1")] == [None] * 5
+    assert found["accuracy"] == 1

@@ -44,8 +44,25 @@ def test_decoding_before_or_inside_the_actor_gives_the_same_rows(shapes: Path, m
     inside, before = encode(batch), encode(decode_chunk(batch, config))
     assert unpack(inside["table"][0]).equals(unpack(before["table"][0]))
     assert unpack(inside["rejects"][0]).equals(unpack(before["rejects"][0]))
-    assert unpack(inside["table"][0]).column("sample_id").to_pylist() == ["s90", "s92"]
-    assert unpack(inside["table"][0]).column("image_features").null_count == 1
+    table, told = unpack(inside["table"][0]), unpack(inside["rejects"][0])
+    assert table.column("sample_id").to_pylist() == ["s90", "s91", "s92"]
+    assert table.column("image_features").is_null().to_pylist() == [False, True, True]
+    assert (told.column("sample_id").to_pylist(), told.column("stage").to_pylist()) == (["s91"], ["modality"])
+
+
+def test_a_row_with_nothing_but_a_broken_image_is_rejected(shapes: Path, make_config: MakeConfig) -> None:
+    """A row of nulls in the store, or a row that is lost without a word."""
+    config = image_config(make_config, shapes)
+    images = pa.array([b"broken", b"broken", png("red", 1)], pa.binary())
+    captions = pa.array([None, "a red square", None])
+    write_shard(shapes / "data" / "shapes" / "bad.parquet", 90, 3, image=images, caption=captions)
+    encode = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1))
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    for row in (encode(batch), encode(decode_chunk(batch, config))):
+        told = unpack(row["rejects"][0])
+        assert unpack(row["table"][0]).column("sample_id").to_pylist() == ["s91", "s92"]
+        assert told.column("stage").to_pylist() == ["decode", "modality"]
+        assert all(reason.startswith("image: ") for reason in told.column("reason").to_pylist())
 
 
 def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig) -> None:

@@ -131,12 +131,15 @@ def test_bad_rows_are_rejected_with_reasons_and_nothing_else_is_lost(shapes: Pat
     assert sorted(rejects.index) == ["bad3", "bad5", "bad7", "s0"]
     assert rejects.loc["bad7", "stage"] == "read"
     assert "no modality" in rejects.loc["bad7", "reason"]
-    assert rejects.loc["bad5", "stage"] == "decode"
+    assert rejects.loc["bad5", "stage"] == "modality"  # its text is kept
     assert rejects.loc["bad5", "reason"].startswith("image: ")
     assert rejects.loc["bad5", "source"] == "shapes/bad.parquet"
     assert "duplicate" in rejects.loc["s0", "reason"]
-    assert store.manifest["counts"]["rows"] + len(rejects) == 130
-    assert len(pd.read_parquet(f"{store.uri}/data")) == 126
+    counts = store.manifest["counts"]
+    assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (128, 2, 2)
+    rows = pd.read_parquet(f"{store.uri}/data").set_index("sample_id")
+    assert len(rows) == 128
+    assert rows.loc["bad5", "image_features"] is None
 
 
 def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> None:
@@ -145,7 +148,8 @@ def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> N
     write_shard(shapes / "data" / "shapes" / "bad.parquet", 200, 40, **columns)
     with pytest.raises(DataError, match=r"40 of 160 rows were rejected.*max_reject_frac"):
         run(make_config())
-    assert run(make_config(samples__max_reject_frac=0.5)).manifest["counts"]["rejects"] == 40
+    counts = run(make_config(samples__max_reject_frac=0.5)).manifest["counts"]
+    assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (160, 0, 40)
 
 
 def test_missing_modalities_and_labels_are_nulls(shapes: Path, make_config: MakeConfig) -> None:

@@ -1,5 +1,6 @@
 """The CNN encoder: trained on the train split of one modality and one task, resumable, then frozen."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
-from mmkt_ray.errors import DataError
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features import pretrain
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.fit import fit_encoder
@@ -102,3 +103,49 @@ def test_two_ray_train_workers_train_one_network(config: Config, shapes: Path) -
     centres = np.stack([table.features["image"][table.labels["colour"] == c].mean(0) for c in range(3)])
     nearest = np.linalg.norm(table.features["image"][:, None] - centres, axis=2).argmin(1)
     assert (nearest == table.labels["colour"]).mean() > 0.9
+
+
+def wav(hz: float, seed: int) -> bytes:
+    """A tone in noise."""
+    soundfile = pytest.importorskip("soundfile", reason="the extra `audio` is not installed")
+    noise = np.random.default_rng(seed).normal(0, 0.05, 4000)
+    sink = io.BytesIO()
+    soundfile.write(sink, np.sin(2 * np.pi * hz * np.arange(4000) / 8000) * 0.3 + noise, 8000, format="WAV")
+    return sink.getvalue()
+
+
+def test_audio_goes_the_way_of_images(shapes: Path, make_config: Callable[..., Config]) -> None:
+    """Catches what holds for images alone: in reading, decoding, training, rejecting, storing."""
+    hz = {"red": 300.0, "green": 900.0, "blue": 2500.0}
+    colours = [list(hz)[i % 3] for i in range(120)]
+    sounds = [wav(hz[c], i) for i, c in enumerate(colours)]
+    sounds[7] = b"RIFF no sound"
+    write_shard(shapes / "data" / "heard" / "0.parquet", 0, 120, image=pa.array(sounds, pa.binary()), colour=colours)
+    source = {
+        "reader": "parquet",
+        "path": "heard/*.parquet",
+        "columns": {"sample_id": "id", "sound": "image", "colour": "colour"},
+    }
+    encoder = CNN | {"name": "logmel_cnn", "seconds": 0.5}
+    config = make_config(
+        modalities={"sound": {"kind": "audio", "encoder": encoder}},
+        samples__sources=[source],
+        samples__max_reject_frac=0.1,
+        samples__split={"val_frac": 0.0, "test_frac": 0.3},
+    )
+    store = extract(config, str(shapes / "run"))
+    table = store.table(["sound"])
+    assert table.features["sound"].shape == (119, 32)
+    assert store.manifest["counts"]["rejects"] == 1
+    train, test = table.rows("train"), table.rows("test")
+    features, labels = table.features["sound"], table.labels["colour"]
+    centres = np.stack([features[train][labels[train] == c].mean(0) for c in range(3)])
+    nearest = np.linalg.norm(features[test][:, None] - centres, axis=2).argmin(1)
+    assert (nearest == labels[test]).mean() > 0.9
+
+
+def test_a_task_with_several_classes_per_sample_is_refused(config: Config, shapes: Path) -> None:
+    """Catches a network trained on lists of classes as if each list were a class."""
+    several = config.with_overrides({"tasks.colour.kind": "multilabel"})
+    with pytest.raises(ConfigError, match="'colour' has several classes per sample"):
+        fit(several, shapes / "several")

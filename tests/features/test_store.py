@@ -1,12 +1,15 @@
 """Feature columns to Arrow and back; labels to codes."""
 
+import duckdb
 import numpy as np
+import polars
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 
 from mmkt_ray.features.publish import sort_classes
-from mmkt_ray.features.store import MISSING, UNSEEN, encode_labels, from_arrow, to_arrow
+from mmkt_ray.features.store import MISSING, UNSEEN, encode_labels, from_arrow, labelled, to_arrow
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -48,3 +51,25 @@ def test_whole_numbers_sort_by_value() -> None:
     """Digits in the order 0, 1, 10, 2 in every table."""
     assert sort_classes({"10": 1, "2": 1, "0": 1}) == ["0", "2", "10"]
     assert sort_classes({"b": 1, "10": 1, "a": 1}) == ["10", "a", "b"]
+
+
+def test_float16_features_survive_the_store(tmp_path):
+    """Catches a type that another reader refuses, and float16 that reaches the models as it is."""
+    present = np.array([True, False, True])
+    column = to_arrow(np.array([[0.1, 2.0], [3.0, -4.0]], np.float32), present, "float16")
+    pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet")
+    features, found = from_arrow(pq.read_table(tmp_path / "x.parquet").column("x"), 2)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, [[0.1, 2.0], [0, 0], [3.0, -4.0]], atol=1e-4)
+    assert found.tolist() == present.tolist()
+    assert duckdb.read_parquet(str(tmp_path / "x.parquet")).fetchall()[2][0] == [3.0, -4.0]
+    assert polars.read_parquet(tmp_path / "x.parquet")["x"].null_count() == 1
+
+
+def test_lists_of_classes_become_indicator_rows():
+    """Catches a class of the test split only that shifts the columns, and "no class" taken for "no label"."""
+    column = pa.chunked_array([pa.array([["b", "a"], None, [], ["new", "c"]], pa.list_(pa.string()))])
+    codes = encode_labels(column, ["a", "b", "c"])
+    assert codes.tolist() == [[1, 1, 0], [MISSING] * 3, [0, 0, 0], [0, 0, 1]]
+    assert labelled(codes).tolist() == [True, False, True, True]
+    assert labelled(np.array([2, MISSING, UNSEEN])).tolist() == [True, False, True]

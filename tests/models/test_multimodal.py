@@ -11,74 +11,57 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from torch.func import functional_call, grad, stack_module_state, vmap
 
-from mmkt_ray.models import InputSpec, ModelSpec, MultimodalModel, SparseBatch
-from mmkt_ray.models.sharing import SCHEMES
-from mmkt_ray.models.sparse import SparseLinear
+from mmkt_ray.config import MISSING_STRATEGIES, SCHEMES
+from mmkt_ray.models import ModelSpec, MultimodalModel
+from mmkt_ray.models.sparse import SparseLinear, append_column
 from mmkt_ray.models.towers import Tower
-
-B = 9
-FUSED = [("concat", 1), ("hierarchical", 3), ("decision", 1)]
+from tests.models.examples import FUSIONS_TO_TRY, B, garbage, make_batch, make_spec, sparse_batch
 
 
-def make_spec(schemes=("task",), fusion="concat", depth=1, dims=None, sparse=("text",), dropout=0.0):
-    dims = dims or {"image": 4, "text": 7}
-    inputs = {m: InputSpec(d, m in sparse, min(6, d)) for m, d in dims.items()}
-    return ModelSpec(inputs, {"a": 2, "b": 3}, fusion, depth, tuple(schemes), 6, dropout, dropout)
-
-
-def sparse_batch(matrix):
-    matrix = sp.csr_matrix(matrix, dtype=np.float32)
-    return SparseBatch(
-        *(torch.from_numpy(x) for x in (matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64), matrix.data))
-    )
-
-
-def make_batch(spec, seed=0):
-    rng = np.random.default_rng(seed)
-    features = {}
-    for m, i in spec.modalities.items():
-        x = rng.normal(size=(B, i.dim)).astype(np.float32)
-        features[m] = sparse_batch(x * (rng.random(x.shape) < 0.4)) if i.sparse else torch.from_numpy(x)
-    present = {m: torch.from_numpy(rng.random(B) < 0.6) for m in features}
-    return features, present
-
-
-def garbage(features, present, rng):
-    """The same features with absent rows replaced by something wild."""
-    out = {}
-    for m, x in features.items():
-        if isinstance(x, SparseBatch):
-            absent = torch.repeat_interleave(~present[m], x.offsets.diff())
-            out[m] = x._replace(values=torch.where(absent, torch.tensor(1e3 * rng.normal()).float(), x.values))
-        else:
-            out[m] = torch.where(present[m][:, None], x, torch.tensor([np.nan, np.inf, -1e9, 3.0]))
-    return out
-
-
-@pytest.mark.parametrize(("fusion", "depth"), FUSED)
-@pytest.mark.parametrize("schemes", [(), *((s,) for s in SCHEMES), ("separate", "task_modality")])
-def test_what_an_absent_modality_holds_has_no_influence(fusion, depth, schemes):
-    """A mask that is applied before a tower with a bias only, multiplied onto NaN, or forgotten for sparse features."""
-    model = MultimodalModel(make_spec(schemes, fusion, depth)).eval()
+@pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
+@pytest.mark.parametrize("schemes", [(), *((s,) for s in SCHEMES), ("separate", "mmoe", "cross_stitch")])
+@pytest.mark.parametrize("missing", ["mask", "zero", "token"])
+def test_what_an_absent_modality_holds_has_no_influence(fusion, schemes, missing):
+    """Catches a mask before a tower with a bias only, one multiplied onto NaN, or one forgotten for sparse features."""
+    model = MultimodalModel(make_spec(schemes, fusion, missing=missing)).eval()
     features, present = make_batch(model.spec)
-    wild = garbage(features, present, np.random.default_rng(1))
+    wild = garbage(features, present)
     for t, logits in model(features, present).items():
         assert torch.equal(logits, model(wild, present)[t])
         assert torch.isfinite(logits).all()
 
 
-def test_garbage_in_absent_rows_reaches_no_gradient():
-    """0 * NaN in the backward pass of a masked row."""
-    model = MultimodalModel(make_spec(("task_modality",), "hierarchical", 2))
+@pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
+@pytest.mark.parametrize("scheme", ["task_modality", "cross_stitch", "mmoe"])
+def test_garbage_in_absent_rows_reaches_no_gradient(fusion, scheme):
+    """Catches 0 * NaN in the backward pass of a masked row."""
+    model = MultimodalModel(make_spec((scheme,), fusion))
     features, present = make_batch(model.spec)
-    sum(x.sum() for x in model(garbage(features, present, np.random.default_rng(1)), present).values()).backward()
+    sum(x.sum() for x in model(garbage(features, present), present).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("scheme", "runs"), [("separate", 4), ("task", 2), ("modality", 4), ("task_modality", 2)])
+@pytest.mark.parametrize("missing", MISSING_STRATEGIES)
+@pytest.mark.parametrize("schemes", [("mmoe", "cross_stitch"), ("task_modality", "separate")])
+def test_a_row_does_not_depend_on_the_rows_beside_it(schemes, missing):
+    """Catches statistics, gates or fills taken over the batch."""
+    model = MultimodalModel(make_spec(schemes, "gated", sparse=(), missing=missing)).eval()
+    features, present = make_batch(model.spec)
+    together = model(features, present)
+    for b in range(B):
+        row = slice(b, b + 1)
+        alone = model({m: x[row] for m, x in features.items()}, {m: p[row] for m, p in present.items()})
+        for t in together:
+            torch.testing.assert_close(alone[t], together[t][row])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "runs"), [("separate", 4), ("task", 2), ("modality", 4), ("task_modality", 2), ("cross_stitch", 4)]
+)
 def test_a_signal_passes_a_tower_once(scheme, runs, monkeypatch):
-    """Work done again for every task that shares a tower; two modalities' signals taken for one in a shared tower."""
+    """Catches work done again for every task that shares a tower; two modalities' signals taken for one in a shared tower."""
     calls = []
     forward = Tower.forward
     monkeypatch.setattr(Tower, "forward", lambda self, x: calls.append(self) or forward(self, x))
@@ -87,39 +70,63 @@ def test_a_signal_passes_a_tower_once(scheme, runs, monkeypatch):
     assert len(calls) == 2 * runs
 
 
+@pytest.mark.parametrize("scheme", ["task", "task_modality"])
+def test_experts_work_once_on_a_signal_that_all_pairs_of_a_modality_share(scheme, monkeypatch):
+    """Catches experts that run for every task on the same signal."""
+    calls = []
+    forward = Tower.forward
+    monkeypatch.setattr(Tower, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    model = MultimodalModel(make_spec((scheme, "mmoe")))
+    model(*make_batch(model.spec))
+    assert len(calls) == 2 + 2 * model.spec.num_experts
+
+
 def test_tasks_that_share_all_towers_share_the_fusion():
-    """A fusion of its own for each task under a trunk that all tasks share, or one for all where they share none."""
+    """Catches a fusion of its own for each task under a trunk that all tasks share, or one for all where they share none."""
     fusions = {s: len(MultimodalModel(make_spec((s,), "hierarchical")).fusions) for s in SCHEMES}
-    assert fusions == {"separate": 2, "architecture": 2, "task": 1, "modality": 2, "task_modality": 1}
+    shared = {"task", "task_modality"}
+    assert fusions == {s: 1 if s in shared else 2 for s in SCHEMES}
     assert len(MultimodalModel(make_spec((), "hierarchical")).fusions) == 2
 
 
 @given(
-    schemes=st.lists(st.sampled_from(sorted(SCHEMES)), max_size=3),
-    fused=st.sampled_from(FUSED),
+    schemes=st.lists(st.sampled_from(SCHEMES), max_size=3),
+    fusion=st.sampled_from(sorted(FUSIONS_TO_TRY)),
     dims=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     sparse=st.sets(st.integers(0, 2)),
+    missing=st.sampled_from(MISSING_STRATEGIES),
+    reads=st.tuples(*[st.sets(st.integers(0, 2), min_size=1)] * 2),
 )
-@settings(max_examples=40, deadline=None)
-def test_any_order_of_levels_builds_trains_and_comes_back_from_json(schemes, fused, dims, sparse):
-    """Widths that do not meet between levels; a parameter without a gradient (which stops DDP); a spec that JSON changes."""
+@settings(max_examples=80, deadline=None)
+def test_any_order_of_levels_builds_trains_and_comes_back_from_json(schemes, fusion, dims, sparse, missing, reads):
+    """Catches widths that do not meet between levels; a parameter without a gradient (which stops DDP); a spec that JSON
+    changes; a modality that no task reads."""
     names = [f"m{i}" for i in range(len(dims))]
-    spec = make_spec(schemes, *fused, dims=dict(zip(names, dims, strict=True)), sparse={f"m{i}" for i in sparse})
+    inputs = {
+        t: [n for i, n in enumerate(names) if i in chosen] or names for t, chosen in zip("ab", reads, strict=True)
+    }
+    dims, kept = dict(zip(names, dims, strict=True)), {f"m{i}" for i in sparse} if missing != "generate" else ()
+    spec = make_spec(schemes, fusion, dims, kept, inputs, missing=missing, modality_dropout=0.5)
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     model = MultimodalModel(spec)
     features, present = make_batch(spec)
     logits = model(features, present)
     assert {t: tuple(x.shape) for t, x in logits.items()} == {"a": (B, 2), "b": (B, 3)}
     sum(x.square().sum() for x in logits.values()).backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert sum(model.num_parameters_by_part().values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_the_same_seed_builds_the_same_model():
-    """Initialisation that follows the order in which modalities were named."""
+    """Catches initialisation that follows the order in which modalities were named."""
     spec = make_spec(("separate", "task"))
     turned = ModelSpec(
-        **{**vars(spec), "modalities": dict(reversed(spec.modalities.items())), "tasks": {"b": 3, "a": 2}}
+        **{
+            **vars(spec),
+            "modalities": dict(reversed(spec.modalities.items())),
+            "inputs": {"b": ("text", "image"), "a": ("text", "image")},
+            "tasks": {"b": 3, "a": 2},
+        }
     )
     states = []
     for s in (spec, turned):
@@ -130,7 +137,7 @@ def test_the_same_seed_builds_the_same_model():
 
 
 def test_a_sparse_linear_layer_is_the_dense_one():
-    """Columns or empty rows mixed up in the sorted backward pass."""
+    """Catches columns or empty rows mixed up in the sorted backward pass."""
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(7, 11)) * (rng.random((7, 11)) < 0.3)).astype(np.float32)
     x[3] = x[6] = 0
@@ -143,7 +150,7 @@ def test_a_sparse_linear_layer_is_the_dense_one():
 
 
 def test_sparse_and_dense_features_give_the_same_model():
-    """A second meaning of the same features because they were kept sparse."""
+    """Catches a second meaning of the same features because they were kept sparse."""
     dense = MultimodalModel(make_spec((), sparse=())).eval()
     sparse = MultimodalModel(make_spec((), sparse=("text",))).eval()
     with torch.no_grad():
@@ -159,12 +166,12 @@ def test_sparse_and_dense_features_give_the_same_model():
 
 
 def test_without_levels_concat_is_logistic_regression():
-    """A hidden layer or a norm between features and head, so that the simplest model is not the baseline it claims to be."""
+    """Catches a hidden layer or a norm between features and head, so that the simplest model is no baseline."""
     rng = np.random.default_rng(0)
     x = {"image": rng.normal(size=(300, 4)).astype(np.float32), "text": rng.normal(size=(300, 7)).astype(np.float32)}
     together = np.hstack([x["image"], x["text"]])
     y = (together @ rng.normal(size=(11, 3)) + rng.gumbel(size=(300, 3))).argmax(1)
-    model = MultimodalModel(make_spec((), sparse=()))
+    model = MultimodalModel(make_spec((), sparse=(), kinds={"a": "binary", "b": "multiclass"}))
     features = {m: torch.from_numpy(v) for m, v in x.items()}
     present = {m: torch.ones(300, dtype=torch.bool) for m in x}
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -182,7 +189,7 @@ def test_without_levels_concat_is_logistic_regression():
 
 
 def test_dropout_is_off_in_eval_mode_and_on_in_training():
-    """Feature dropout that is never applied to sparse values, or stays on when predicting."""
+    """Catches feature dropout that is never applied to sparse values, or stays on when predicting."""
     model = MultimodalModel(make_spec((), dropout=0.5))
     features, _ = make_batch(model.spec)
     present = {m: torch.ones(B, dtype=torch.bool) for m in features}
@@ -190,3 +197,85 @@ def test_dropout_is_off_in_eval_mode_and_on_in_training():
         only = {m: present[m], other: torch.zeros(B, dtype=torch.bool)}
         assert not torch.equal(model.train()(features, only)["a"], model(features, only)["a"])
         assert torch.equal(model.eval()(features, only)["a"], model(features, only)["a"])
+
+
+@pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
+@pytest.mark.parametrize("schemes", [("separate", "mmoe"), ("task", "cross_stitch")])
+def test_deciding_on_what_was_encoded_is_the_forward_pass(fusion, schemes):
+    """Catches a step of `forward` that `encode` and `decide` leave out; a signal replaced for one task that another reads."""
+    model = MultimodalModel(make_spec(schemes, fusion, missing="token")).eval()
+    features, present = make_batch(model.spec)
+    logits = model(features, present)
+    signals, seen = model.encode(features, present)
+    assert {pair: tuple(x.shape) for pair, x in signals.items()} == {(t, m): (B, 6) for t in "ab" for m in present}
+    assert all(torch.equal(x, logits[t]) for t, x in model.decide(signals, seen).items())
+    changed = model.decide(signals | {("a", "image"): signals["a", "image"] + 1}, seen)
+    assert not torch.equal(changed["a"], logits["a"])
+    assert torch.equal(changed["b"], logits["b"])
+
+
+@pytest.mark.parametrize(
+    "schemes", [(), ("task",), ("modality",), ("task_modality", "separate"), ("mmoe", "cross_stitch")]
+)
+@pytest.mark.parametrize("fusion", ["concat", "attention", "decision"])
+def test_a_task_sees_its_inputs_only(schemes, fusion):
+    """Catches a task that reads a modality it may not; one whose shared fusion expects the other task's modalities."""
+    model = MultimodalModel(make_spec(schemes, fusion, inputs={"a": ["image"]}, sparse=(), missing="token")).eval()
+    features, present = make_batch(model.spec)
+    logits = model(features, present)
+    other = model(features | {"text": features["text"] + 1}, present)
+    assert torch.equal(logits["a"], other["a"])
+    assert torch.equal((logits["b"] != other["b"]).any(dim=1), present["text"])
+    assert len(model.fusions) == 2
+    assert ("a", "text") not in model.encode(features, present)[0]
+
+
+SIGNAL_PATHS = [(s,) for s in SCHEMES] + [("task", "mmoe", "cross_stitch"), ("task_modality", "separate")]
+
+
+@pytest.mark.parametrize("schemes", SIGNAL_PATHS)
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_the_parameters_of_a_modality_are_those_that_its_signals_depend_on(schemes, modality):
+    """Catches a shared tower, an adapter, a gate or a mixing matrix that is left out, or another modality's put in."""
+    model = MultimodalModel(make_spec(schemes, missing="token", sparse=()))
+    stages = model.modality_parameters(modality)
+    assert len(stages) == 1 + len(schemes)
+    assert f"inputs.[{modality}].mean" in stages[0]
+    features, present = make_batch(model.spec)
+    signals, _ = model.encode(features, present)
+    sum(x.square().sum() for (_, m), x in signals.items() if m == modality).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    listed = [name for stage in stages for name in stage]
+    assert len(listed) == len(set(listed))
+    assert set(listed) & dict(model.named_parameters()).keys() == reached
+    for level, stage in enumerate(stages[1:]):
+        assert all(name.startswith(f"levels.{level}.") for name in stage)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
+@pytest.mark.parametrize("schemes", [("mmoe",), ("cross_stitch",), ("task_modality",)])
+def test_models_of_one_spec_can_be_stacked(fusion, schemes):
+    """Catches control flow on data, or an operation without a batching rule, that a population could not train through."""
+    models = [MultimodalModel(make_spec(schemes, fusion, missing="token")).eval() for _ in range(2)]
+    batch = make_batch(models[0].spec)
+
+    def loss(parameters, buffers):
+        return sum(x.square().sum() for x in functional_call(models[0], (parameters, buffers), batch).values())
+
+    stacked = stack_module_state(models)
+    losses, gradients = vmap(loss)(*stacked), vmap(grad(loss))(*stacked)
+    for k, model in enumerate(models):
+        alone = sum(x.square().sum() for x in model(*batch).values())
+        alone.backward()
+        torch.testing.assert_close(losses[k], alone)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name][k], p.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_column_is_appended_to_a_sparse_batch():
+    """Catches values that slip into the row before or after; empty rows."""
+    x = np.random.default_rng(0).normal(size=(5, 4)) * np.array([1, 0, 1, 0, 1])[:, None]
+    column = torch.tensor([1.0, 0, 0, 1, 1])
+    got = append_column(sparse_batch(x), column, 4)
+    dense = sp.csr_matrix((got.values.numpy(), got.indices.numpy(), got.offsets.numpy()), shape=(5, 5)).toarray()
+    np.testing.assert_array_equal(dense, np.hstack([x, column[:, None]]).astype(np.float32))

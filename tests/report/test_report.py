@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.report import plots, words
 from mmkt_ray.report.page import build_report
-from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
-
-HOSTILE = "<script>alert(1)</script>"
-ATTRIBUTE = '"><img src=x onerror=alert(2)>'
-THINGS = ("bird", "boat $x_{$", HOSTILE, ATTRIBUTE)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A finished run whose class names and texts are hostile."""
-    folder = tmp_path_factory.mktemp("run")
-    config = make_config(folder, {**VARIANTS, "hierarchical": {"model.fusion": {"name": "hierarchical", "depth": 2}}})
-    return Path(write_run(folder, config, draw_samples(500, THINGS), synthetic_pairs=True))
+from tests.report.pages import ATTRIBUTE, HOSTILE, Elements
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +26,6 @@ def page(finished) -> str:
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-class Elements(HTMLParser):
-    """Every start tag with its attributes, and all text outside <style>."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str) -> list[dict]:
-        return [a for t, a in self.tags if t == tag]
 
 
 def test_hostile_names_and_texts_stay_text(page):
@@ -84,15 +52,12 @@ def test_every_figure_has_words_and_a_dark_twin(page, finished):
     elements = Elements(page)
     images = [a["src"] for a in elements.all("img")]
     assert all(len(a["alt"]) > 10 for a in elements.all("img"))
-    assert len(elements.all("source")) == 10  # two tasks: accuracy, differences, learning, confusion, classes
+    plots = ("accuracy", "differences", "learning", "confusion", "classes", "reliability")
+    assert len(elements.all("source")) == 2 * len(plots)  # two tasks
     for uri in [*images, *(a["srcset"] for a in elements.all("source"))]:
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).verify()
     beside = {f.name for f in (finished / "report").iterdir()}
-    expected = {
-        f"{t}-{p}.png"
-        for t in ("colour", "thing")
-        for p in ("accuracy", "differences", "learning", "confusion", "classes")
-    }
+    expected = {f"{t}-{p}.png" for t in ("colour", "thing") for p in plots}
     assert beside == {"index.html", "results.json", *expected}
 
 

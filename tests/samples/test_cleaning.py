@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mmkt_ray.samples.cleaning import decode_image
+from mmkt_ray.samples.cleaning import decode_and_tell, decode_image
 
 MAX_PIXELS = 1_000_000
 
@@ -122,6 +122,48 @@ def test_exif_orientation_is_applied(kind):
     assert pixels.shape == (16, 8, 3)
     assert pixels[2].mean() > 240
     assert pixels[-2].mean() < 15
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])  # CMYK is left to Pillow
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_equals_pillows(photo, orientation, mode):
+    """Catches mirrored or wrongly turned pictures of the fast JPEG path, and turns that go untold."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo.convert(mode), "JPEG", exif=exif, quality=95)
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+    pixels, changes = decode_and_tell(data, MAX_PIXELS)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).max() <= 6
+    assert pixels.flags.c_contiguous
+    assert changes == ["turned upright"] * (orientation > 1) + ["CMYK to RGB"] * (mode == "CMYK")
+
+
+def test_exif_data_without_a_turn_keeps_the_fast_path(photo, monkeypatch):
+    """Catches every photo of a camera going the slow way."""
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    data = encode(photo, "JPEG", exif=exif)
+    monkeypatch.setattr(Image, "open", None)
+    assert decode_image(data, MAX_PIXELS).shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "changes"),
+    [
+        ("RGB", "PNG", []),
+        ("P", "GIF", []),
+        ("RGBA", "PNG", []),  # opaque
+        ("CMYK", "TIFF", ["CMYK to RGB"]),
+        ("I;16", "PNG", ["scaled to 8 bit"]),
+    ],
+)
+def test_changes_are_told(photo, mode, kind, changes):
+    """Catches conversions that nobody hears of, and alarms about images that look as before."""
+    image = Image.fromarray(np.full((24, 40), 999, np.uint16)) if mode == "I;16" else photo.convert(mode)
+    assert decode_and_tell(encode(image, kind), MAX_PIXELS)[1] == changes
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 7))
+    assert decode_and_tell(encode(clear, "PNG"), MAX_PIXELS)[1] == ["laid on white"]
 
 
 def test_damaged_exif_costs_the_orientation_only(photo):

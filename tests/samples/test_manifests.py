@@ -78,7 +78,8 @@ def test_paths_out_of_the_folder_are_rejected_unless_allowed(make_config, read_a
     os.symlink(root, root / "m" / "linked")
     write_rows(root / "m" / "a.jsonl", [{"file": cell.format(root=root), "words": "t", "kind": "x"}])
     table, rejects = read_all(make_config(f"{scheme}{root}", manifest("m/a.jsonl")))
-    assert table.num_rows == 0
+    assert (table["image"].to_pylist(), table["text"].to_pylist()) == ([None], ["t"])
+    assert rejects[0].stage == "modality"
     assert "is outside of the folder" in rejects[0].reason
     assert "allow_outside: true" in rejects[0].reason
     allowed, _ = read_all(make_config(f"{scheme}{root}", manifest("m/a.jsonl", allow_outside=True)))
@@ -93,8 +94,8 @@ def test_links_inside_the_folder_are_followed(make_config, read_all, root, png):
     assert read_all(make_config(root, manifest("data/a.jsonl")))[0]["image"].to_pylist() == [png(1)]
 
 
-def test_bad_cells_cost_their_row(make_config, read_all, root):
-    """Catches a missing file, a folder, an unknown scheme or a wrong type that stops the job."""
+def test_bad_files_cost_their_modality_and_bad_cells_their_row(make_config, read_all, root):
+    """Catches a missing file, a folder or a wrong type that stops the job, or that costs the text beside it."""
     bad = ["pics/nope.png", "pics", "web://x/y.png", 5, "pics/\x00.png"]
     rows = [
         {"file": "pics/1.png", "words": "t", "kind": "x"},
@@ -102,10 +103,16 @@ def test_bad_cells_cost_their_row(make_config, read_all, root):
     ]
     write_rows(
         root / "m" / "a.jsonl",
-        [*rows, {"file": None, "words": ["list"], "kind": "x"}, {"words": "t", "kind": {}}],
+        [
+            *rows,
+            {"file": None, "words": ["list"], "kind": "x"},
+            {"words": "t", "kind": {}},
+            {"file": "gone", "kind": "x"},
+        ],
     )
     table, rejects = read_all(make_config(root, manifest("m/a.jsonl", allow_outside=True)))
-    assert table.num_rows == 1
+    assert (table.num_rows, table["image"].null_count, table["text"].null_count) == (6, 5, 0)
+    assert [r.stage for r in rejects] == ["modality"] * 5 + ["read"] * 3
     expected = [
         "no file",
         "no regular file",
@@ -114,6 +121,7 @@ def test_bad_cells_cost_their_row(make_config, read_all, root):
         "NUL",
         "single value",
         "single value",
+        "no file",
     ]
     assert len(rejects) == len(expected)
     for reject, reason in zip(rejects, expected, strict=True):

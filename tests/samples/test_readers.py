@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.samples.columns import escape_id, label_text
+from mmkt_ray.samples.columns import escape_id, label_names, label_text
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
 from mmkt_ray.samples.schema import sample_schema
 
@@ -189,6 +189,74 @@ def test_limit_counts_rows_of_each_shard(make_config, read_all, tmp_path, suffix
 def test_labels_become_class_names(value, name):
     """Catches the same class twice, as '3' and '3.0', and empty strings that become a class."""
     assert label_text(value) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (["b", "a", "b", None, " "], ["a", "b"]),
+        ([], []),
+        ([2, 10.0, True], ["10", "2", "true"]),
+        ("b| a||b", ["a", "b"]),
+        ("|", []),
+        (b"a|\xc3\xa9", ["a", "\u00e9"]),
+        ("", None),
+        (None, None),
+        (float("nan"), None),
+        (3, ["3"]),
+    ],
+)
+def test_multilabel_cells_become_sorted_class_names(value, names):
+    """Catches 'no class' taken for 'no label', doubled classes, and an order that makes equal sets differ."""
+    assert label_names(value, "|") == names
+
+
+@pytest.mark.parametrize(
+    "layout", ["list", "large_list", "fixed_size_list", "string", "classes", "csv", "jsonl", "tar"]
+)
+def test_multilabel_in_every_layout(make_config, read_all, write_tar, tmp_path, layout):
+    """Catches a reader that rejects lists, splits a class name, or keeps the numbers of a list of ClassLabel."""
+    rows = [["b", "a"], [], None]
+    source = PARQUET
+    if layout in ("csv", "jsonl"):
+        source = {**PARQUET, "reader": "manifest", "path": f"a.{layout}"}
+        (tmp_path / "a.csv").write_text("text,label\nt,b; a\nt,;\nt,\n")
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "t", "label": r}) + "\n" for r in rows))
+    elif layout == "tar":
+        source = WEBDATASET
+        members = [
+            (f"{i}.{k}", v)
+            for i, r in enumerate(rows)
+            for k, v in (("txt", b"t"), ("json", json.dumps({"kind": r}).encode()))
+        ]
+        write_tar(tmp_path / "a.tar", members)
+    elif layout == "classes":
+        labels = pa.array([[1, 0], [], None], pa.list_(pa.int64()))
+        feature = {"feature": {"names": ["a", "b"], "_type": "ClassLabel"}, "_type": "Sequence"}
+        metadata = {"huggingface": json.dumps({"info": {"features": {"label": feature}}})}
+        table = pa.table({"text": ["t"] * 3, "label": labels}).replace_schema_metadata(metadata)
+        pq.write_table(table, tmp_path / "a.parquet")
+    elif layout == "string":
+        write_parquet(tmp_path / "a.parquet", text=["t"] * 3, label=["b; a", ";", None])
+    else:
+        kind = {"list": pa.list_(pa.string()), "large_list": pa.large_list(pa.large_string())}.get(layout)
+        if kind is None:
+            kind, rows = pa.list_(pa.string(), 2), [["b", "a"], ["", ""], None]
+        write_parquet(tmp_path / "a.parquet", text=["t"] * 3, label=pa.array(rows, kind))
+    table, rejects = read_all(make_config(tmp_path, source, tasks={"label": {"kind": "multilabel", "separator": ";"}}))
+    assert not rejects
+    assert table["label"].to_pylist() == [["a", "b"], [], None]
+
+
+def test_a_broken_multilabel_cell_costs_its_row(make_config, read_all, tmp_path):
+    """Catches undecodable names and numbers without a name that stop a job or become a class."""
+    names = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff"]).buffers())
+    labels = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), names)
+    write_parquet(tmp_path / "a.parquet", text=["x", "x"], label=labels)
+    config = make_config(tmp_path, PARQUET, tasks={"label": {"kind": "multilabel"}})
+    table, rejects = read_all(config)
+    assert table["label"].to_pylist() == [["ok"]]
+    assert [(r.sample_id, r.reason.split(":")[0]) for r in rejects] == [("a.parquet#1", "label")]
 
 
 def test_float_labels_of_parquet_and_jsonl_agree(make_config, read_all, tmp_path):

@@ -1,14 +1,16 @@
 """Which rows a rank reads at which step, and what becomes of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import MISSING
-from mmkt_ray.training.batches import EpochBatches, World, feature_statistics, narrow, usable_rows
+from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
 
 
 @given(
@@ -54,6 +56,7 @@ def test_a_batch_holds_the_rows_features_presence_and_labels(table):
             assert np.array_equal(dense, table.features["text"][mine].toarray())
             for m, t in (("image", "topic"), ("text", "mood")):
                 assert np.array_equal(batch.present[m], table.present[m][mine])
+                assert np.array_equal(batch.step_present[m], table.present[m][step.ravel()])
                 assert np.array_equal(batch.labels[t], table.labels[t][mine])
                 assert np.array_equal(batch.step_labels[t], table.labels[t][step.ravel()])
 
@@ -89,3 +92,38 @@ def test_a_column_that_the_store_lacks_is_named(table):
     """A KeyError in place of the nearest name."""
     with pytest.raises(ConfigError, match=r"modality 'imag'.*'image'"):
         narrow(table, ["imag"], ["topic"])
+
+
+def test_weighted_rows_come_up_by_their_weights_and_the_epoch_stays_as_long():
+    """Catches weights of other rows, ranks that draw on their own, and an epoch of another length."""
+    rows, weights = np.array([5, 7, 9]), np.array([0.0, 1.0, 3.0])
+    batches = [EpochBatches(None, np.tile(rows, 400), 50, 0, World(r, 2), np.tile(weights, 400)) for r in (0, 1)]
+    assert np.array_equal(batches[0].order(3), batches[1].order(3))
+    assert not np.array_equal(batches[0].order(3), batches[0].order(4))
+    drawn = batches[0].order(1)
+    assert drawn.shape == EpochBatches(None, np.tile(rows, 400), 50, 0, World(0, 2)).order(1).shape
+    assert (drawn != 5).all()
+    assert (drawn == 9).mean() == pytest.approx(0.75, abs=0.05)
+
+
+def test_complete_rows_have_every_modality_and_none_is_an_error(table):
+    """Catches a training on rows that lack something under missing: drop, or an empty one that goes on."""
+    rows = usable_rows(table, "train")
+    expected = rows[table.present["image"][rows] & table.present["text"][rows]]
+    assert np.array_equal(complete_rows(table, rows), expected)
+    alone = dataclasses.replace(table, present={"image": table.present["image"], "text": ~table.present["image"]})
+    with pytest.raises(DataError, match=r"none of the \d+ labelled train rows has all of image, text"):
+        complete_rows(alone, rows)
+
+
+def test_teachers_targets_follow_their_rows(table):
+    """Catches targets of other rows, and a synthetic row (behind the first N) that gets one."""
+    rows, num_rows = usable_rows(table, "train"), len(table.split)
+    targets = np.random.default_rng(0).random((num_rows - 20, 3)).astype(np.float32)
+    targets[:9] = np.nan
+    for rank in (0, 1):
+        batches = EpochBatches(table, rows, 40, 0, World(rank, 2), targets={"topic": targets})
+        for step, batch in zip(batches.order(1), batches.epoch(1), strict=True):
+            padded = np.concatenate([targets, np.full((20, 3), np.nan, np.float32)])
+            np.testing.assert_array_equal(batch.targets["topic"], padded[step[rank]])
+            assert batch.num_targets["topic"] == (~np.isnan(padded[step.ravel(), 0])).sum()

@@ -1,21 +1,26 @@
 """Fitting: it learns, says the same again, goes on after a kill, and several workers count like one."""
 
 import dataclasses
+import math
 import multiprocessing
 import queue
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
 from sklearn.metrics import accuracy_score, f1_score
 
+from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.features.store import MISSING, UNSEEN
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.loop import build_optimizer, fit, rate
+from mmkt_ray.training.loop import Fitting, build_optimizer, fit, rate
+from mmkt_ray.training.objective import count_classes
+from mmkt_ray.training.transfer import Knowledge, Source
 from mmkt_ray.training.validation import validate
 
 
@@ -162,37 +167,208 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert sorted(rates[5:], reverse=True) == rates[5:]
 
 
-def fit_as_rank(rank, port, config, table, queue):
+WORLD_OPTIONS = [
+    {"training.class_weights": "balanced"},
+    {"training.balance": "ogm_ge", "training.resample": "balanced"},
+    {"training.balance": "gradient_blending", "training.task_weighting": "uncertainty"},
+    {"training.balance": "mmpareto", "training.task_weighting": "gradnorm", "training.generate": "mixup"},
+]
+
+
+def fit_as_rank(rank, port, configs, table, queue):
     """One of two workers; they meet at the port."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        world = World(rank, 2)
-        result = fit(config, table, world=world)
-        assert_equal_runs(result, fit(config, table, world=world))
-        scores = validate(result.model, table, np.flatnonzero(table.split == "val"), world)
-        queue.put((weights(result), without_seconds(result.history), scores))
+        world, rows = World(rank, 2), np.flatnonzero(table.split == "val")
+        for config in configs:
+            result = fit(config, table, world=world)
+            assert_equal_runs(result, fit(config, table, world=world))
+            scores = validate(result.model, table, rows, world)
+            queue.put((weights(result), without_seconds(result.history), scores))
     finally:
         dist.destroy_process_group()
 
 
 def test_two_workers_count_and_learn_like_one(make_config, table, free_port):
-    """Rank 0's share reported as the whole; ranks that drift apart; a gradient that depends on how a step is split."""
-    options = {"model.dropout": 0.0, "training.epochs": 2, "training.class_weights": "balanced"}
-    context = multiprocessing.get_context("spawn")
-    config = make_config(**options, **{"training.batch_size_per_worker": 32})
-    theirs, mine = context.Queue(), queue.Queue()
-    worker = context.Process(target=fit_as_rank, args=(1, free_port, config, table, theirs))
-    worker.start()
-    fit_as_rank(0, free_port, config, table, mine)  # this process is the other worker
-    (first, history, scores), (second, other_history, other_scores) = mine.get(), theirs.get(timeout=60)
-    worker.join(timeout=60)
-    assert all(np.array_equal(first[k], second[k]) for k in first)
-    assert (history, scores) == (other_history, other_scores)
+    """Rank 0's share reported as the whole; ranks that drift apart; a gradient that depends on how a step is split.
 
-    one = fit(make_config(**options, **{"training.batch_size_per_worker": 64}), table)
-    for name, value in weights(one).items():
-        np.testing.assert_allclose(first[name], value, atol=2e-4)
-    one.model.load_state_dict({k: torch.from_numpy(v) for k, v in first.items()})
-    alone = validate(one.model, table, np.flatnonzero(table.split == "val"), World())
-    assert (alone["accuracy"], alone["macro_f1"]) == (scores["accuracy"], scores["macro_f1"])
-    assert alone["loss"] == pytest.approx(scores["loss"])
+    Also under balance and task weighting: scores, gradients or norms of one rank's rows, noise that differs by rank.
+    """
+    context = multiprocessing.get_context("spawn")
+    common = {"model.dropout": 0.0, "training.epochs": 2}
+    configs = [make_config(**common, **o, **{"training.batch_size_per_worker": 32}) for o in WORLD_OPTIONS]
+    theirs, mine = context.Queue(), queue.Queue()
+    worker = context.Process(target=fit_as_rank, args=(1, free_port, configs, table, theirs))
+    worker.start()
+    fit_as_rank(0, free_port, configs, table, mine)  # this process is the other worker
+    for config in configs:
+        (first, history, scores), (second, other_history, other_scores) = mine.get(), theirs.get(timeout=60)
+        assert all(np.array_equal(first[k], second[k]) for k in first)
+        assert (history, scores) == (other_history, other_scores)
+
+        one = fit(config.with_overrides({"training.batch_size_per_worker": 64}), table)
+        for name, value in weights(one).items():
+            np.testing.assert_allclose(first[name], value, atol=5e-4, err_msg=f"{config.training.balance} {name}")
+        one.model.load_state_dict({k: torch.from_numpy(v) for k, v in first.items()})
+        alone = validate(one.model, table, np.flatnonzero(table.split == "val"), World())
+        assert (alone["accuracy"], alone["macro_f1"]) == (scores["accuracy"], scores["macro_f1"])
+        assert alone["loss"] == pytest.approx(scores["loss"])
+    worker.join(timeout=60)
+
+
+# --- which rows and labels, kinds of task ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tagged(table):
+    """The table with `mood` as a multilabel task: three tags, told by the text."""
+    tags = (table.features["text"][:, :3].toarray() > 0).astype(np.int8)
+    tags[::7] = MISSING
+    kinds = {"topic": "multiclass", "mood": "multilabel"}
+    return dataclasses.replace(
+        table,
+        labels={**table.labels, "mood": tags},
+        class_names={**table.class_names, "mood": ["a", "b", "c"]},
+        kinds=kinds,
+    )
+
+
+def test_a_multilabel_task_is_learned_and_scored_as_scikit_learn_does(make_config, tagged):
+    """Catches softmax over the classes of a multilabel task, unlabelled rows scored, accuracy of decisions for that of rows."""
+    options = {"tasks.mood.kind": "multilabel", "training.epochs": 25, "training.lr": 0.03}
+    result = fit(make_config(**options), tagged)
+    val = tagged.take(tagged.rows("val"))
+    kept = (val.present["image"] | val.present["text"]) & (val.labels["mood"][:, 0] != MISSING)
+    truth, proba = val.labels["mood"][kept], predict_table(result.model, val)["mood"][kept]
+    pred = proba >= 0.5
+    assert result.val["accuracy"]["mood"] == pytest.approx(accuracy_score(truth, pred))
+    assert result.val["macro_f1"]["mood"] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
+    assert result.val["macro_f1"]["mood"] > 0.55
+    text = val.present["text"][kept]
+    assert (truth[text] == pred[text]).mean() > 0.85
+
+
+def test_a_binary_task_is_two_classes(make_config, table):
+    """Catches a binary task that is trained otherwise than one of two classes."""
+    kinds = {"topic": "multiclass", "mood": "binary"}
+    result = fit(make_config(**{"tasks.mood.kind": "binary"}), dataclasses.replace(table, kinds=kinds))
+    assert_equal_runs(result, fit(make_config(), table))
+
+
+def test_missing_drop_trains_on_complete_rows_and_validates_on_all(make_config, table):
+    """Catches incomplete rows in training, or a val score that is better because the hard rows are gone."""
+    config = make_config(**{"model.missing": "drop"})
+    complete = table.present["image"] & table.present["text"]
+    kept = table.take(np.flatnonzero((table.split != "train") | complete))
+    run = Fitting(config, table, World())
+    assert complete[run.train_rows].all()
+    assert len(run.val_rows) == len(Fitting(make_config(), kept, World()).val_rows)
+    assert not complete[run.val_rows].all()
+
+
+def test_fewer_labels_are_fewer_rows_and_not_fewer_val_rows(make_config, table):
+    """Catches labels taken from the val split, and rows without any label left that still count in an epoch."""
+    run, whole = (Fitting(make_config(**{"training.label_frac": f}), table, World()) for f in (0.1, 1.0))
+    assert len(run.train_rows) < 0.25 * len(whole.train_rows)
+    assert np.array_equal(run.val_rows, whole.val_rows)
+    for t in table.labels:
+        assert np.array_equal(run.table.labels[t][run.val_rows], table.labels[t][run.val_rows])
+        before, after = (
+            count_classes(r.table.labels[t][r.train_rows], len(table.class_names[t])) for r in (whole, run)
+        )
+        assert np.abs(after - 0.1 * before).max() <= 0.5
+
+
+def test_excluded_rows_change_nothing_any_more(make_config, table, tmp_path):
+    """Catches excluded rows that still shape the statistics or the batches."""
+    uri, rows = str(tmp_path / "out.parquet"), np.flatnonzero(table.split == "train")[:30]
+    storage.write_table(uri, pa.table({"sample_id": table.sample_id[rows]}))
+    config = make_config(**{"training.exclude": uri})
+    image = table.features["image"].copy()
+    image[rows] = 1e3
+    spoilt = dataclasses.replace(table, features={**table.features, "image": image})
+    assert_equal_runs(fit(config, table), fit(config, spoilt))
+
+
+@pytest.mark.parametrize("method", ["smote", "mixup"])
+def test_synthetic_rows_are_trained_on_and_do_not_shift_the_statistics(make_config, table, method):
+    """Catches rows made up and never read, a rare class that stays rare, statistics of made up rows."""
+    labels = {
+        **table.labels,
+        "topic": np.where((table.labels["topic"] == 2) & (np.arange(420) % 2 > 0), 0, table.labels["topic"]),
+    }
+    rare = dataclasses.replace(table, labels=labels)
+    run, plain = (Fitting(make_config(**{"training.generate": m}), rare, World()) for m in (method, None))
+    counts = count_classes(run.table.labels["topic"][run.train_rows], 3)
+    assert np.ptp(counts) <= 4, "rounded in each presence pattern"
+    assert set(run.batches.order(1).ravel()) == set(run.train_rows)
+    assert all(torch.equal(run.stds[m], plain.stds[m]) for m in run.stds)
+    assert math.isfinite(run.run_epoch()["train_loss"])
+
+
+def test_the_imbalance_methods_help_the_rare_class(make_config, table):
+    """Catches an option that is accepted and not used: the recall of a rare class must rise with each of them."""
+    noisy = table.features["image"] + 2.0 * np.random.default_rng(0).normal(size=table.features["image"].shape)
+    topic = table.labels["topic"].copy()
+    topic[(topic == 2) & (table.split == "train") & (np.arange(420) % 6 > 0)] = MISSING
+    rare = dataclasses.replace(
+        table, features={**table.features, "image": noisy.astype(np.float32)}, labels={**table.labels, "topic": topic}
+    )
+    kept = np.flatnonzero((rare.split != "train") & (topic == 2) & rare.present["image"])
+
+    def recall(**options):
+        config = make_config(**{"model.tasks": ["topic"], "training.epochs": 10, **options})
+        return (predict_table(fit(config, rare).model, rare)["topic"][kept].argmax(axis=1) == 2).mean()
+
+    plain = recall()
+    for option, value in {
+        "class_weights": "balanced",
+        "resample": "balanced",
+        "generate": "smote",
+        "logit_adjustment": 1.0,
+    }.items():
+        assert recall(**{f"training.{option}": value}) > plain, option
+
+
+def test_two_answers_to_imbalance_at_once_are_refused(make_config):
+    """Catches rare classes that count twice."""
+    with pytest.raises(ConfigError, match="class_weights and resample"):
+        make_config(**{"training.class_weights": "balanced", "training.resample": "balanced"})
+
+
+# --- knowledge of other models ---------------------------------------------------------------------------------------
+
+
+def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config, table):
+    """Catches towers that weight decay or momentum moves though they are frozen, and stages freed from the bottom."""
+    classes = dict(table.class_names)
+    source = Source(fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes)
+    start = source.model.state_dict()
+
+    def moved(tuning, epochs):
+        options = {"training.transfer.tuning": tuning, "training.transfer.init": {"image": "x"}, "model.num_levels": 2}
+        run = Fitting(make_config(**options), table, World(), Knowledge(init={"image": source}))
+        for _ in range(epochs):
+            run.run_epoch()
+        now = run.model.state_dict()
+        stages = [[n for n in names if n in start] for names in run.taken_over]
+        return [any(not torch.equal(now[n], start[n]) for n in names) for names in stages]
+
+    assert moved("finetune", 1) == [False, True, True], "the input stage has statistics only"
+    assert moved("frozen", 2) == [False, False, False]
+    assert moved("gradual", 1) == [False, False, False]
+    assert moved("gradual", 2) == [False, False, True]
+    assert moved("gradual", 4) == [False, True, True]
+
+
+def test_a_student_learns_what_only_its_teacher_was_told(make_config, table):
+    """Catches targets of other rows, and teachers that are loaded and not listened to."""
+    teacher = Source(fit(make_config(**{"training.epochs": 12}), table).model, dict(table.class_names))
+    lies = np.where(table.labels["topic"] >= 0, (table.labels["topic"] + 1) % 3, MISSING)
+    topic = np.where(table.split == "train", lies, table.labels["topic"])
+    lied_to = dataclasses.replace(table, labels={**table.labels, "topic": topic})
+    options = {"model.modalities": ["image"], "model.tasks": ["topic"], "training.epochs": 12}
+    alone = fit(make_config(**options), lied_to)
+    options |= {"training.transfer.teachers": ["x"], "training.transfer.distill_weight": 1.0}
+    taught = fit(make_config(**options), lied_to, knowledge=Knowledge(teachers=(teacher,)))
+    assert taught.val["accuracy"]["topic"] > 0.75 > alone.val["accuracy"]["topic"] + 0.1

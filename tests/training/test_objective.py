@@ -8,6 +8,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import MISSING, UNSEEN
+from mmkt_ray.training.batches import Batch, Mixed
 from mmkt_ray.training.objective import Objective, balanced_weights, check_task, count_classes
 
 LOGITS = {
@@ -21,6 +22,10 @@ LABELS = {
 COUNTS = {"topic": np.array([50, 30, 5]), "mood": np.array([9, 90])}
 
 
+def total(objective, *arguments):
+    return torch.stack(list(objective.losses(*arguments).values())).sum()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("class_weights", [None, "balanced"])
 def test_each_task_is_the_mean_over_its_labelled_rows(smoothing, class_weights):
@@ -31,13 +36,13 @@ def test_each_task_is_the_mean_over_its_labelled_rows(smoothing, class_weights):
         kept = LABELS[t] >= 0
         weight = torch.tensor(balanced_weights(COUNTS[t])).float() if class_weights else None
         expected += F.cross_entropy(LOGITS[t][kept], LABELS[t][kept], weight, label_smoothing=smoothing)
-    torch.testing.assert_close(objective(LOGITS, LABELS), expected)
+    torch.testing.assert_close(total(objective, LOGITS, LABELS), expected)
 
 
 def test_rows_without_a_label_get_no_gradient():
     """A masked row that still pulls on the logits."""
     logits = {t: x.clone().requires_grad_() for t, x in LOGITS.items()}
-    Objective(COUNTS, class_weights="balanced", label_smoothing=0.1)(logits, LABELS).backward()
+    total(Objective(COUNTS, class_weights="balanced", label_smoothing=0.1), logits, LABELS).backward()
     for t, x in logits.items():
         assert torch.equal(x.grad.abs().sum(1) > 0, LABELS[t] >= 0)
 
@@ -45,7 +50,7 @@ def test_rows_without_a_label_get_no_gradient():
 def test_a_batch_without_labels_of_a_task_gives_zero_and_a_graph():
     """NaN from a mean over nothing, or a loss that has no gradient and stops DDP."""
     logits = {t: x.clone().requires_grad_() for t, x in LOGITS.items()}
-    loss = Objective(COUNTS)(logits, {t: torch.full((10,), MISSING) for t in LABELS})
+    loss = total(Objective(COUNTS), logits, {t: torch.full((10,), MISSING) for t in LABELS})
     loss.backward()
     assert loss.item() == 0
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in logits.values())
@@ -57,9 +62,10 @@ def test_the_losses_of_the_parts_of_a_step_sum_to_the_loss_of_the_step():
     totals = objective.total_weights(LABELS)
     parts = [slice(0, 2), slice(2, 9), slice(9, 10)]
     losses = [
-        objective({t: x[p] for t, x in LOGITS.items()}, {t: y[p] for t, y in LABELS.items()}, totals) for p in parts
+        total(objective, {t: x[p] for t, x in LOGITS.items()}, {t: y[p] for t, y in LABELS.items()}, totals)
+        for p in parts
     ]
-    torch.testing.assert_close(sum(losses), objective(LOGITS, LABELS))
+    torch.testing.assert_close(sum(losses), total(objective, LOGITS, LABELS))
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
@@ -79,3 +85,94 @@ def test_a_task_with_nothing_to_learn_is_refused(counts, says):
         check_task("mood", np.array(counts, dtype=int), ["bad", "good"])
     assert "model.tasks" in str(error.value), "what to do"
     check_task("mood", np.array([1, 1]), ["bad", "good"])
+
+
+# --- several classes per row, mixed rows, teachers -------------------------------------------------------------------
+
+TAGS = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [MISSING] * 3, [0, 1, 1]], dtype=torch.int8)
+TAG_LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+TAG_COUNTS = count_classes(TAGS.numpy(), 3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("class_weights", [None, "balanced"])
+def test_multilabel_is_torchs_binary_cross_entropy_over_the_labelled_rows(smoothing, class_weights):
+    """Catches rows without labels counted as all-negative, and classes weighted by anything but negatives / positives."""
+    objective = Objective({"tags": TAG_COUNTS}, class_weights=class_weights, label_smoothing=smoothing)
+    kept = TAGS[:, 0] >= 0
+    pos_weight = torch.tensor([2 / 2, 2 / 2, 3 / 1]) if class_weights else None
+    target = TAGS[kept] * (1 - smoothing) + smoothing / 2
+    expected = F.binary_cross_entropy_with_logits(TAG_LOGITS[kept], target, pos_weight=pos_weight)
+    torch.testing.assert_close(objective.losses({"tags": TAG_LOGITS}, {"tags": TAGS})["tags"], expected)
+
+
+def test_multilabel_counts_and_checks():
+    """Catches negatives counted from unlabelled rows, and a task whose rows are all the same that is trained anyway."""
+    assert TAG_COUNTS.tolist() == [[2, 2, 3], [2, 2, 1]]
+    check_task("tags", TAG_COUNTS, ["a", "b", "c"])
+    with pytest.raises(DataError, match=r"all 4 labelled train rows of task 'tags'"):
+        check_task("tags", np.array([[4, 0], [0, 4]]), ["a", "b"])
+    with pytest.raises(DataError, match="no labelled row"):
+        check_task("tags", np.zeros((2, 2), int), ["a", "b"])
+
+
+def test_logit_adjustment_is_the_formula():
+    """Catches a prior with the wrong sign, or one that is applied to rare classes of an empty count as minus infinity."""
+    prior = torch.tensor(COUNTS["topic"] / COUNTS["topic"].sum()).float()
+    expected = F.cross_entropy(LOGITS["topic"] + 1.5 * prior.log(), LABELS["topic"].clamp(min=-1), ignore_index=-1)
+    found = Objective(COUNTS, logit_adjustment=1.5).losses(LOGITS, LABELS)["topic"]
+    torch.testing.assert_close(found, expected)
+    shifted = TAG_LOGITS + torch.tensor(np.log(TAG_COUNTS[1] / TAG_COUNTS[0])).float()
+    kept = TAGS[:, 0] >= 0
+    found = Objective({"tags": TAG_COUNTS}, logit_adjustment=1.0).losses({"tags": TAG_LOGITS}, {"tags": TAGS})["tags"]
+    torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(shifted[kept], TAGS[kept].float()))
+    empty = Objective({"topic": np.array([5, 0, 3])}, logit_adjustment=1.0)
+    assert empty.losses({"topic": LOGITS["topic"]}, {"topic": LABELS["topic"]})["topic"].isfinite()
+
+
+def test_a_loss_weight_is_a_factor():
+    """Catches a task's loss_weight that normalisation takes out again."""
+    plain, weighted = Objective(COUNTS), Objective(COUNTS, loss_weights={"mood": 3.0})
+    a, b = plain.losses(LOGITS, LABELS), weighted.losses(LOGITS, LABELS)
+    torch.testing.assert_close(b["mood"], 3 * a["mood"])
+    torch.testing.assert_close(b["topic"], a["topic"])
+
+
+def batch_of(labels, **more):
+    present = {"image": torch.ones(len(next(iter(labels.values()))), dtype=torch.bool)}
+    return Batch({}, present, labels, present, labels, **more)
+
+
+def test_a_mixed_row_has_the_loss_of_its_soft_label():
+    """Catches the partner's label counted in full, or the labels the wrong way round."""
+    labels, order = {"topic": torch.tensor([0, 1, 2, 0])}, torch.tensor([1, 2, 3, 0])
+    share, logits = torch.tensor([0.0, 0.3, 0.5, 1.0]), LOGITS["topic"][:4]
+    hot = F.one_hot(labels["topic"], 3).float()
+    soft = torch.lerp(hot, hot[order], share[:, None])
+    batch = batch_of(labels, mixed=Mixed({"topic": labels["topic"][order]}, share))
+    found = Objective({"topic": COUNTS["topic"]}).of_batch({"topic": logits}, batch)["topic"]
+    torch.testing.assert_close(found, F.cross_entropy(logits, soft))
+
+
+def test_teachers_targets_take_their_share_of_the_loss():
+    """Catches rows that no teacher knows giving NaN, and a distillation loss averaged over one rank's rows only."""
+    labels = {"topic": LABELS["topic"]}
+    target = torch.softmax(torch.randn(10, 3, generator=torch.Generator().manual_seed(3)), dim=1)
+    target[4:] = torch.nan
+    objective = Objective({"topic": COUNTS["topic"]}, distill_weight=0.25, temperature=2.0)
+    batch = batch_of(labels, targets={"topic": target}, num_targets={"topic": torch.tensor(8)})
+    logits = {"topic": LOGITS["topic"]}
+    scaled = F.log_softmax(LOGITS["topic"][:4] / 2, dim=1)
+    expected = 0.75 * objective.losses(logits, labels)["topic"]
+    expected += 0.25 * 4 * F.kl_div(scaled, target[:4], reduction="sum") / 8
+    torch.testing.assert_close(objective.of_batch(logits, batch)["topic"], expected)
+
+
+def test_a_modality_alone_is_judged_by_the_rows_that_have_it():
+    """Catches a unimodal head that is trained on rows without its modality, on this rank or in the step's total."""
+    there = torch.tensor([True, False] * 5)
+    labels = {"topic": LABELS["topic"]}
+    batch = Batch({}, {"image": there}, labels, {"image": there}, labels).restrict("image", torch.ones(10).bool())
+    found = Objective({"topic": COUNTS["topic"]}).of_batch({"topic": LOGITS["topic"]}, batch)["topic"]
+    kept = there & (LABELS["topic"] >= 0)
+    torch.testing.assert_close(found, F.cross_entropy(LOGITS["topic"][kept], LABELS["topic"][kept]))

@@ -37,7 +37,10 @@ def write_store(uri, table, mood=None):
         "fingerprint": f"store-{mood}",
         "parts": ["part-0.parquet", "part-1.parquet"],
         "modalities": {m: {"dim": f.shape[1], "fingerprint": m, "folders": []} for m, f in table.features.items()},
-        "tasks": {t: {"classes": [mood] if mood and t == "mood" else c} for t, c in table.class_names.items()},
+        "tasks": {
+            t: {"kind": "multiclass", "classes": [mood] if mood and t == "mood" else c}
+            for t, c in table.class_names.items()
+        },
     }
     storage.write_json(f"{uri}/manifest.json", manifest)
     return uri
@@ -128,6 +131,7 @@ def test_an_error_of_the_user_crosses_processes_as_a_value(make_config, table, t
     """A user's error raised in a Ray Train worker: retried twice as a crash, then shown with Ray's traceback around it."""
     hopeless = write_store(str(tmp_path / "store"), table, mood="same")
     job = {"config": make_config(), "store_uri": hopeless, "scratch": str(tmp_path), "fingerprint": "f00"}
+    job["folder"] = str(tmp_path)
     outcome = trainer.train_on_worker(job, 0, 1, torch.device("cpu"))
     assert isinstance(pickle.loads(pickle.dumps(outcome)), DataError)
     with pytest.raises(DataError, match="'mood'"):

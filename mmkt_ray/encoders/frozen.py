@@ -1,0 +1,96 @@
+"""What encoders that run a frozen network share: a device, batches of one fixed shape; and the CNN that is trained here.
+
+Axes: B values, S side of a square image, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkt_ray.config import CnnEncoder, LogMelCnnEncoder
+from mmkt_ray.encoders.cnn import CNNRecipe, SmallCNN, apply_cnn
+from mmkt_ray.errors import DataError
+
+
+class FrozenNetwork:
+    """A network over prepared images (3, S, S) uint8: where it runs, and how many images a forward pass takes."""
+
+    model: Any = None  # None until trained or loaded
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.device = torch.device("cpu")
+        self.encode_batch_size = 256
+
+    def to(self, device: torch.device, encode_batch_size: int) -> None:
+        """Move to a device and say how many images a forward pass takes."""
+        self.device, self.encode_batch_size = device, encode_batch_size
+        if self.model is not None:
+            self.model.to(device, memory_format=torch.channels_last)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], values: Sequence[np.ndarray]) -> np.ndarray:
+        """`function` of the images (B, 3, S, S). Batches have one fixed shape, so that a row's features do not depend on
+        its neighbours and a GPU compiles once."""
+        images = np.stack(values)
+        padding = -len(images) % self.encode_batch_size
+        padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
+        outputs = apply_cnn(
+            function,
+            padded,
+            device=self.device,
+            precision=self.config.precision,
+            encode_batch_size=self.encode_batch_size,
+        )
+        return outputs[: len(images)]
+
+
+class TrainedCnn(FrozenNetwork):
+    """Penultimate features of a `SmallCNN` that was trained on one task; D = 4 * width. A subclass says how to `prepare`."""
+
+    version = 1
+
+    def __init__(self, config: CnnEncoder | LogMelCnnEncoder) -> None:
+        super().__init__(config)
+        self.class_names: list[str] = []
+
+    @property
+    def dim(self) -> int:
+        return 4 * self.config.width
+
+    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Prepared values (B, 3, S, S) -> (B, D) float32."""
+        return self._apply(self._trained().features, values)
+
+    def _trained(self) -> SmallCNN:
+        if self.model is None:
+            raise DataError(
+                f"the {self.config.name} encoder is not trained yet: run `mmkt extract` first, which trains it"
+            )
+        return self.model
+
+    def recipe(self, seed: int) -> CNNRecipe:
+        """The training recipe that the config asks for."""
+        asked = self.config.model_dump(
+            include={"epochs", "batch_size", "width", "image_size", "augment", "precision", "lr"}
+        )
+        return CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
+
+    def adopt(self, model: SmallCNN, class_names: list[str]) -> None:
+        """Take a trained network."""
+        self.model, self.class_names = model.eval(), class_names
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        if self.model is None:
+            return {}, {}
+        tensors = {k: v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
+        return tensors, {"options": self.model.options, "class_names": self.class_names}
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        model = SmallCNN(**rest["options"])
+        model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+        self.adopt(model.to(memory_format=torch.channels_last), rest["class_names"])

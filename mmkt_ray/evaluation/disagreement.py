@@ -1,0 +1,91 @@
+"""Where models of one modality each contradict one another, and who is right then.
+
+Axes: N rows that all of them predicted, M modalities, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from mmkt_ray.evaluation.answers import models_of, read_predictions
+from mmkt_ray.evaluation.intervals import Interval
+
+NUM_EXAMPLES = 8
+
+
+def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str, Any] | None:
+    """The best model of each single modality beside the others; None where there are fewer than two or no common row.
+
+    {models {modality: name}, num_rows, differ_frac (interval), right_when_differ {modality: share}, none_right_frac,
+    fused {model, right_when_differ} or None, examples [{sample_id, label, predictions {modality: {pred, proba}}, fused}]}.
+    The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
+    """
+    chosen = _single_models(models_of(run_uri, results, task))
+    frames = {m: read_predictions(run_uri, results, name, task) for m, name in chosen.items()}
+    rows = sorted(set.intersection(*(set(f.index) for f in frames.values()))) if len(frames) > 1 else []
+    if not rows:
+        return None
+    frames = {m: f.loc[rows] for m, f in frames.items()}
+    labels = next(iter(frames.values()))["label"].tolist()
+    right = {m: _same(f["pred"], labels) for m, f in frames.items()}
+    differ = np.array([len(set(preds)) > 1 for preds in zip(*(f["pred"] for f in frames.values()), strict=True)])
+    share = binomtest(int(differ.sum()), len(rows)).proportion_ci(results["confidence"], method="wilson")
+    fused_name = results["tasks"][task]["best_fused"]
+    fused = read_predictions(run_uri, results, fused_name, task).reindex(rows)["pred"] if fused_name else pd.Series()
+    return {
+        "models": chosen,
+        "num_rows": len(rows),
+        "differ_frac": Interval(value=float(differ.mean()), low=float(share.low), high=float(share.high)),
+        "right_when_differ": {m: _share(r[differ]) for m, r in right.items()},
+        "none_right_frac": _share(~np.any(list(right.values()), axis=0)[differ]),
+        "fused": {"model": fused_name, "right_when_differ": _share(_same(fused, labels)[differ])}
+        if fused_name
+        else None,
+        "examples": [
+            {
+                "sample_id": rows[i],
+                "label": show(labels[i]),
+                "predictions": {
+                    m: {"pred": show(f["pred"].iloc[i]), "proba": float(f["proba"].iloc[i].max())}
+                    for m, f in frames.items()
+                },
+                "fused": show(fused.iloc[i]) if fused_name else None,
+            }
+            for i in _farthest_apart(frames, differ)
+        ],
+    }
+
+
+def _single_models(models: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """modality -> the model that reads it alone: trained before baselines, then the best on val."""
+    chosen: dict[str, Any] = {}
+    for model in (m for m in models if len(m["reads"]) == 1):
+        best = chosen.setdefault(model["reads"][0], model)
+        chosen[model["reads"][0]] = max(best, model, key=lambda m: (m["kind"] == "trained", m["val"]))
+    return {modality: model["name"] for modality, model in sorted(chosen.items())}
+
+
+def _farthest_apart(frames: dict[str, pd.DataFrame], differ: np.ndarray) -> list[int]:
+    proba = np.stack([np.stack(f["proba"]) for f in frames.values()])  # (M, N, C)
+    distance = np.where(differ, np.abs(proba - proba.mean(axis=0)).sum(axis=(0, 2)), -1)
+    return [int(i) for i in np.argsort(-distance, kind="stable")[:NUM_EXAMPLES] if differ[i]]
+
+
+def _same(pred: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
+    return np.array([p == y for p, y in zip(pred, labels, strict=True)])
+
+
+def _share(mask: np.ndarray) -> float | None:
+    return float(mask.mean()) if len(mask) else None
+
+
+def show(value: Any) -> str | None:
+    """A class, or a set of classes, as text; None for no prediction."""
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    return value if isinstance(value, str) else None

@@ -1,0 +1,265 @@
+"""How a model's scores fall as modalities go missing, beside the best model of what is still there.
+
+Rows are hidden at random: at rate r a share r of the rows that have the modality, and another one that the task reads,
+loses it; under "any" each chosen row loses one of those it has, drawn at random. So no row is left with nothing. The model
+is asked once with everything and once without each modality; every rate and seed is a mixture of these answers.
+
+The reference is no single model: every row gets the prediction of the best single-modality model (on `val`) among those
+whose modality the row still has. A fused model that stays below it would better have been left out.
+
+Axes: N rows of the split, C classes of one task, R resamples, S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from mmkt_ray import storage
+from mmkt_ray.config import EvaluationConfig, parse_config
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.intervals import METRICS, bootstrap_scores, difference_scores
+from mmkt_ray.evaluation.metrics import predicted, task_metrics
+from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
+from mmkt_ray.features.store import FeatureTable, Store, encode_labels, label_type, labelled
+
+ANY = "any"
+RATES = tuple(r / 10 for r in range(11))
+NUM_SEEDS = 3
+
+Curve = list[list[float] | None]  # [value, low, high] for each rate; None where undefined
+
+
+def missing_curves(
+    model_uri: str,
+    store: Store,
+    run_uri: str,
+    *,
+    rates: Sequence[float] = RATES,
+    num_seeds: int = NUM_SEEDS,
+    split: str = "test",
+    evaluation: EvaluationConfig | None = None,
+) -> dict[str, Any]:
+    """Scores against the share of rows that lack a modality; written to `<model>/missing.json` and returned:
+
+        model, split, confidence, num_seeds, modalities, rates [..]
+        curves: {hidden modality or "any": {task: {num_rows, accuracy, macro_f1: [[value, low, high] for each rate]}}}
+        reference: the same for the best single-modality models of what is there, where the run evaluated any, and
+                   `models` {modality: name}; difference: the same for model - reference, paired
+        patterns: {"image+text": {task: {num_rows and every score that is one number}}} by what rows have as they are
+        answers: [{hidden, task, rate, difference [value, low, high], text}]: where the model stands worst
+
+    Intervals hold both the rows that happen to be in the split and those that happen to be hidden: they are percentiles of
+    the bootstrap over all seeds. `run_uri` is the run whose evaluated models are the reference; evaluation: null: as when
+    the model was trained. Raises: ConfigError if the model reads one modality only; DataError as `load_model`.
+    """
+    model, card = load_model(model_uri)
+    config = parse_config(card["config"])
+    modalities = config.model_modalities
+    if len(modalities) < 2:
+        raise ConfigError(f"'{model_uri}' reads {modalities[0]} only: without it there is nothing left to predict from")
+    data = load_rows(store, modalities, config.model_tasks, card["class_names"])
+    part = data.take(data.readable(split))
+    inputs = {t: config.task_inputs(t) for t in config.model_tasks}
+    whole = predict_table(model, part.table)
+    without = {m: predict_table(model, part.table, drop=[m]) for m in modalities}
+    options = evaluation or config.evaluation
+    draw = _Draws(options.bootstrap_samples // num_seeds, options.confidence, num_seeds, config.seed)
+    run = read_optional(storage.join(run_uri, "run.json")) or {}
+    singles = [m for m in evaluated_models(run_uri, run) if m.record.get("store") == store.manifest.get("fingerprint")]
+    result: dict[str, Any] = {
+        "model": model_uri.rstrip("/").rpartition("/")[2],
+        "split": split,
+        "confidence": options.confidence,
+        "num_seeds": num_seeds,
+        "modalities": list(modalities),
+        "rates": list(rates),
+        "curves": {},
+        "reference": {},
+        "difference": {},
+        "patterns": _patterns(part.table, without_unreadable(whole, part.table, inputs)),
+    }
+    for task in config.model_tasks:
+        kind = part.table.kinds.get(task, "multiclass")
+        answers = _Answers(
+            part.table,
+            task,
+            inputs[task],
+            predicted(whole[task], kind),
+            {m: predicted(without[m][task], kind) for m in modalities},
+            _best_singles(singles, part, task, inputs[task]),
+        )
+        for hidden in (*inputs[task], ANY):
+            for name, scores in answers.curves(hidden, rates, draw).items():
+                result[name].setdefault(hidden, {})[task] = scores
+    result["answers"] = _tell(result)
+    storage.write_json(storage.join(model_uri, "missing.json"), result)
+    return result
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Single:
+    """The best single-modality model of one modality: its predictions for the rows, and which rows have one."""
+
+    name: str
+    score: float  # accuracy on val
+    pred: np.ndarray  # (N,) codes or (N, C)
+    known: np.ndarray  # (N,) bool
+
+
+def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities: Sequence[str]) -> dict[str, _Single]:
+    """Modality -> its best model; the best modality last."""
+    found = {}
+    for modality in modalities:
+        able = [m for m in models if m.record["modalities"] == [modality] and m.tasks.get(task, {}).get("num_rows")]
+        best = max(able, key=lambda m: _val_accuracy(m, task), default=None)
+        if best is not None:
+            pred = best.predictions(task)["pred"].reindex(part.table.sample_id)
+            known = pred.notna().to_numpy()
+            names, kind = part.table.class_names[task], part.table.kinds.get(task, "multiclass")
+            codes = _encode(pred, known, names, kind)
+            found[modality] = _Single(best.name, _val_accuracy(best, task), codes, known)
+    return dict(sorted(found.items(), key=lambda item: item[1].score))
+
+
+def _encode(pred: pd.Series, known: np.ndarray, names: Sequence[str], kind: str) -> np.ndarray:
+    told = [v if k else None for v, k in zip(pred.tolist(), known, strict=True)]
+    return encode_labels(pa.chunked_array([pa.array(told, label_type(kind))]), names)
+
+
+def _val_accuracy(model: Evaluated, task: str) -> float:
+    scores = model.tasks[task].get("val") or model.tasks[task]
+    return float(scores["accuracy"])
+
+
+# --- one task -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """How rows are hidden and resampled."""
+
+    num_resamples: int  # R of each seed
+    confidence: float
+    num_seeds: int
+    seed: int
+
+    def interval(self, scores: Sequence[np.ndarray]) -> list[float] | None:
+        """Scores (1 + R,) of each seed, the score itself first -> [mean, low, high]; None where undefined."""
+        value = float(np.mean([s[0] for s in scores]))
+        if np.isnan(value):
+            return None
+        ends = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
+        low, high = np.nanquantile(np.concatenate([s[1:] for s in scores]), ends)
+        return [value, float(low), float(high)]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the model says about one task with all modalities and without each of them."""
+
+    table: FeatureTable
+    task: str
+    inputs: Sequence[str]  # modalities that the task reads
+    whole: np.ndarray  # (N,) codes or (N, C)
+    without: dict[str, np.ndarray]  # modality -> the same without it
+    singles: dict[str, _Single]
+
+    def curves(self, hidden: str, rates: Sequence[float], draw: _Draws) -> dict[str, dict[str, Any]]:
+        """`curves`, `reference` and `difference` of one hidden modality; empty if no row can lose it."""
+        present = np.stack([self.table.present[m] for m in self.inputs], axis=1)  # (N, M)
+        able = labelled(self.table.labels[self.task]) & (present.sum(axis=1) > 1)
+        if hidden != ANY:
+            able &= self.table.present[hidden]
+        rows = np.flatnonzero(able)
+        if len(rows) == 0:
+            return {}
+        orders = [self._hiding_order(hidden, rows, present, [draw.seed, s]) for s in range(draw.num_seeds)]
+        names = ["curves"] + (["reference", "difference"] if set(self.singles) == set(self.inputs) else [])
+        found: dict[str, dict[str, Any]] = {n: {"num_rows": len(rows)} | {m: [] for m in METRICS} for n in names}
+        for rate in rates:
+            scores = [self._scores(rows, order, round(rate * len(rows)), draw, len(names) > 1) for order in orders]
+            for name in names:
+                for metric in METRICS:
+                    found[name][metric].append(draw.interval([s[name][metric] for s in scores]))
+        if len(names) > 1:
+            found["reference"]["models"] = {m: s.name for m, s in self.singles.items()}
+        return found
+
+    def _hiding_order(
+        self, hidden: str, rows: np.ndarray, present: np.ndarray, seed: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows in the order in which they lose a modality (indices into `rows`), and which one: index into `inputs`."""
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(rows))
+        if hidden != ANY:
+            return order, np.full(len(rows), list(self.inputs).index(hidden))
+        return order, np.where(present[rows], rng.random((len(rows), len(self.inputs))), -1).argmax(axis=1)
+
+    def _scores(
+        self, rows: np.ndarray, order: tuple[np.ndarray, np.ndarray], num_hidden: int, draw: _Draws, compared: bool
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Metric -> (1 + R,) of the model, and where asked of the reference and of their difference."""
+        gone = np.full(len(rows), -1)
+        gone[order[0][:num_hidden]] = order[1][order[0][:num_hidden]]
+        pred, other = self.whole[rows], np.zeros_like(self.whole[rows])
+        for i, m in enumerate(self.inputs):
+            pred[gone == i] = self.without[m][rows[gone == i]]
+        for m, single in self.singles.items():  # the best one last, so that it has the last word
+            there = single.known[rows] & (gone != list(self.inputs).index(m))
+            other[there] = single.pred[rows[there]]
+        labels, num_classes = self.table.labels[self.task][rows], len(self.table.class_names[self.task])
+        options = (num_classes, draw.num_resamples, draw.seed)
+        found = {"curves": bootstrap_scores(labels, pred, *options)}
+        if compared:
+            found["reference"] = bootstrap_scores(labels, other, *options)
+            found["difference"] = {m: difference_scores(labels, pred, other, m, *options) for m in METRICS}
+        return found
+
+
+# --- what it comes to -----------------------------------------------------------------------------------------------
+
+
+def _patterns(table: FeatureTable, proba: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Every score that is one number, by what the rows have as they are."""
+    found: dict[str, Any] = {}
+    for pattern, here in presence_patterns(table).items():
+        for task, values in proba.items():
+            rows = here & has_prediction(values) & labelled(table.labels[task])
+            if rows.any():
+                kind = table.kinds.get(task, "multiclass")
+                scores = task_metrics(kind, table.labels[task][rows], values[rows], table.class_names[task])
+                numbers = {k: v for k, v in scores.items() if v is None or isinstance(v, int | float)}
+                found.setdefault(pattern, {})[task] = {k: v for k, v in numbers.items() if k != "confusion"}
+    return found
+
+
+def _tell(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each hidden modality and task the rate at which the model stands worst against the reference, in words."""
+    told = []
+    for hidden, by_task in result["difference"].items():
+        for task, scores in by_task.items():
+            rate, worst = min(zip(result["rates"], scores["accuracy"], strict=True), key=lambda pair: pair[1][0])
+            lost = "any modality" if hidden == ANY else hidden
+            beside = f"the best single-modality model of what is there ({task})"
+            text = f"With {lost} missing the model is never shown to be worse than {beside}"
+            shown = [(r, d) for r, d in zip(result["rates"], scores["accuracy"], strict=True) if d[2] < 0]
+            if shown:
+                rate, worst = min(shown, key=lambda pair: pair[1][0])
+                text = (
+                    f"With {lost} missing in {100 * rate:.0f} % of rows the model is {-100 * worst[0]:.1f} points "
+                    f"[{-100 * worst[2]:.1f}, {-100 * worst[1]:.1f}] below {beside}"
+                )
+            told.append({"hidden": hidden, "task": task, "rate": rate, "difference": worst, "text": text + "."})
+    return told

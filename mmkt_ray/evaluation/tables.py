@@ -1,0 +1,55 @@
+"""Results as plain text, for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmkt_ray.evaluation.intervals import Interval
+
+_WIDTH = 100
+
+
+def comparison_table(results: dict[str, Any]) -> str:
+    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first."""
+    lines = []
+    for task, found in results["tasks"].items():
+        single = found["best_single"]
+        lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
+        rows = sorted(found["rows"], key=lambda r: -r["accuracy"]["value"])
+        cells = [[r["model"], _percent(r["accuracy"]), _percent(r["macro_f1"]), _difference(r)] for r in rows]
+        percent = f"{100 * results['confidence']:g} %"
+        cells.insert(0, ["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"])
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
+        for row in cells:
+            row[0] = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
+            lines.append(("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip())
+        lines.append("")
+    return "\n".join([*lines, *results["notes"]]).rstrip()
+
+
+def _percent(interval: Interval | None) -> str:
+    if interval is None:
+        return "undefined"
+    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if not row["versus"]:
+        return row["verdict"]
+    d = row["versus"]["accuracy"]
+    return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] {row['verdict']}"
+
+
+def missing_table(result: dict[str, Any]) -> str:
+    """The accuracies as text: a line for the model and one for the reference, a column for each rate."""
+    lines = [f"{result['model']}: accuracy in % by the share of rows that lack a modality"]
+    head = "".join(f"{100 * r:6.0f}" for r in result["rates"])
+    for hidden, by_task in result["curves"].items():
+        for task in by_task:
+            lines.append(f"  {task}, without {hidden}".ljust(34)[:34] + head)
+            for name, title in (("curves", "model"), ("reference", "best single of what is there")):
+                if task in result[name].get(hidden, {}):
+                    values = [v[0] for v in result[name][hidden][task]["accuracy"]]
+                    lines.append(f"    {title}".ljust(34) + "".join(f"{100 * v:6.1f}" for v in values))
+    return "\n".join([*lines, *(a["text"] for a in result["answers"])])

@@ -1,0 +1,218 @@
+"""The same content twice: across splits (leakage), within one, and under different labels (conflicts).
+
+Content is compared by the 64-bit hashes that the parts of a store hold beside the features: of pixels or audio as decoded,
+of texts as normalised, case and white space aside. What is found is written to `<store>/audit.json`:
+
+    num_rows
+    modalities: {modality: duplicates of it}
+    samples: duplicates of whole samples: the same modalities present, each with the same content
+    conflicts: {task: {num_groups, num_rows, examples}} of whole samples with the same content and different labels
+
+where duplicates are {num_groups, num_rows (in groups), by_splits: {"test+train": groups}, num_leaking (train rows whose
+content is in val or test too), examples: [{splits, samples: [{sample_id, split, labels}]}]}, leaking ones first.
+
+Memory: about 10 bytes a row and modality, and the ids and labels of the examples. Axes: N rows, G groups of equal content.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.config import SPLITS
+from mmkt_ray.features.store import hash_of
+
+MAX_EXAMPLES = 100  # groups of each kind that are listed
+MAX_SAMPLES = 10  # samples listed of one group
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Hashes of N rows in the order of a store's parts."""
+
+    parts: list[str]  # names of the parts
+    lengths: list[int]  # their rows
+    split: np.ndarray  # (N,) int8, index into SPLITS
+    hashes: dict[str, np.ndarray]  # modality -> (N,) uint64
+    present: dict[str, np.ndarray]  # modality -> (N,) bool
+
+    def whole(self) -> np.ndarray:
+        """Hash of all modalities of a row together, which are absent included: (N,) uint64."""
+        mixed = np.zeros(len(self.split), dtype=np.uint64)
+        for modality in sorted(self.hashes):
+            spread = _mix(
+                self.hashes[modality] ^ np.uint64(0x9E3779B97F4A7C15)
+            )  # else a hash of 0 would be as an absent one
+            mixed = _mix(mixed) + np.where(self.present[modality], spread, np.uint64(0))
+        return mixed
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 that spreads every bit (the finaliser of SplitMix64), so that sums of it seldom agree."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def read_contents(uri: str, parts: list[str], modalities: Sequence[str]) -> Contents:
+    """The hash columns of a store's parts. Modalities that some part has no hashes of are left out."""
+    split: list[np.ndarray] = []
+    hashes: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    present: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    for name in parts:
+        fs, path = storage.resolve(storage.join(uri, "data", name))
+        known = pq.read_schema(path, filesystem=fs).names
+        hashes = {m: found for m, found in hashes.items() if hash_of(m) in known}
+        table = pq.read_table(path, filesystem=fs, columns=["split", *map(hash_of, hashes)])
+        split.append(pc.index_in(table.column("split"), pa.array(SPLITS)).to_numpy().astype(np.int8))
+        for m, found in hashes.items():
+            column = table.column(hash_of(m))
+            present[m].append(column.is_valid().to_numpy())
+            found.append(pc.fill_null(column, pa.scalar(0, pa.uint64())).to_numpy())
+    return Contents(
+        parts,
+        [len(s) for s in split],
+        np.concatenate([np.empty(0, np.int8), *split]),
+        {m: np.concatenate([np.empty(0, np.uint64), *found]) for m, found in hashes.items()},
+        {m: np.concatenate([np.empty(0, bool), *present[m]]) for m in hashes},
+    )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of the same content, group by group."""
+
+    rows: np.ndarray  # rows of all groups, those of one group together
+    group: np.ndarray  # the group of each of them, 0 .. G-1, rising
+    split_sets: np.ndarray  # (G,) bit set of the splits of a group's rows
+    leaks: np.ndarray  # (G,) bool: has a train row and one of val or test
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.split_sets)
+
+
+def find_groups(hashes: np.ndarray, rows: np.ndarray, split: np.ndarray) -> Groups:
+    """Groups of two and more among `rows` with equal hashes. hashes, split: of all N rows."""
+    rows = rows[np.argsort(hashes[rows], kind="stable")]
+    _, group, counts = np.unique(hashes[rows], return_inverse=True, return_counts=True)
+    repeated = counts[group] > 1
+    rows, group = rows[repeated], np.unique(group[repeated], return_inverse=True)[1]
+    split_sets = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int8)
+    np.bitwise_or.at(split_sets, group, np.int8(1) << split[rows])
+    train = np.int8(1 << SPLITS.index("train"))
+    return Groups(rows, group, split_sets, ((split_sets & train) != 0) & (split_sets != train))
+
+
+def leaking_rows(contents: Contents) -> np.ndarray:
+    """(N,) bool: train rows whose whole content is in val or test too."""
+    groups = find_groups(contents.whole(), np.arange(len(contents.split)), contents.split)
+    leaking = np.zeros(len(contents.split), dtype=bool)
+    leaking[groups.rows[groups.leaks[groups.group]]] = True
+    return leaking & (contents.split == SPLITS.index("train"))
+
+
+def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+    """What audit.json holds, of the parts of a store."""
+    contents = read_contents(uri, parts, modalities)
+    labels = Labels(uri, contents, tasks)
+    found = {
+        m: find_groups(contents.hashes[m], np.flatnonzero(contents.present[m]), contents.split)
+        for m in sorted(contents.hashes)
+    }
+    whole = find_groups(contents.whole(), np.arange(len(contents.split)) if found else np.empty(0, int), contents.split)
+    return {
+        "num_rows": len(contents.split),
+        "modalities": {m: _describe(groups, contents.split, labels) for m, groups in found.items()},
+        "samples": _describe(whole, contents.split, labels),
+        "conflicts": {task: _conflicts(whole, labels, task) for task in tasks},
+    }
+
+
+def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> dict[str, Any]:
+    by_splits = Counter(groups.split_sets.tolist())
+    train = split[groups.rows] == SPLITS.index("train")
+    first = np.argsort(~groups.leaks, kind="stable")[:MAX_EXAMPLES]
+    return {
+        "num_groups": groups.num_groups,
+        "num_rows": len(groups.rows),
+        "by_splits": {"+".join(_splits_in(bits)): n for bits, n in sorted(by_splits.items())},
+        "num_leaking": int((groups.leaks[groups.group] & train).sum()),
+        "examples": _examples(groups, first, labels),
+    }
+
+
+def _conflicts(groups: Groups, labels: Labels, task: str) -> dict[str, Any]:
+    """Groups of the same content with more than one label of a task; rows without a label conflict with none."""
+    codes = labels.codes(task, groups.rows)
+    pairs = np.unique(np.stack([groups.group, codes])[:, codes >= 0], axis=1)
+    wrong = np.flatnonzero(np.bincount(pairs[0], minlength=groups.num_groups) > 1)
+    return {
+        "num_groups": len(wrong),
+        "num_rows": int(np.isin(groups.group, wrong).sum()),
+        "examples": _examples(groups, wrong[:MAX_EXAMPLES], labels),
+    }
+
+
+def _examples(groups: Groups, chosen: np.ndarray, labels: Labels) -> list[dict[str, Any]]:
+    """Some groups with their first MAX_SAMPLES samples."""
+    starts, ends = np.searchsorted(groups.group, [chosen, chosen + 1])
+    members = [groups.rows[a:b][:MAX_SAMPLES] for a, b in zip(starts, ends, strict=True)]
+    samples = iter(labels.samples(np.concatenate([np.empty(0, np.int64), *members])))
+    return [
+        {
+            "splits": _splits_in(int(groups.split_sets[g])),
+            "num_rows": int(b - a),
+            "samples": [next(samples) for _ in rows],
+        }
+        for g, a, b, rows in zip(chosen.tolist(), starts, ends, members, strict=True)
+    ]
+
+
+def _splits_in(bits: int) -> list[str]:
+    return sorted(name for i, name in enumerate(SPLITS) if bits >> i & 1)
+
+
+class Labels:
+    """Ids, splits and labels of some of a store's rows, read when they are asked for."""
+
+    def __init__(self, uri: str, contents: Contents, tasks: Sequence[str]) -> None:
+        self.uri, self.tasks, self.parts = uri, list(tasks), contents.parts
+        self.ends = np.cumsum([0, *contents.lengths])
+
+    def _read(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
+        """Columns of the rows (at least one), in their order."""
+        order = np.argsort(rows, kind="stable")
+        tables = []
+        for i in np.unique(np.searchsorted(self.ends, rows, side="right") - 1).tolist():
+            fs, path = storage.resolve(storage.join(self.uri, "data", self.parts[i]))
+            inside = rows[order][(rows[order] >= self.ends[i]) & (rows[order] < self.ends[i + 1])] - self.ends[i]
+            tables.append(pq.read_table(path, filesystem=fs, columns=columns).take(pa.array(inside)))
+        return pa.concat_tables(tables).take(pa.array(np.argsort(order, kind="stable")))
+
+    def codes(self, task: str, rows: np.ndarray) -> np.ndarray:
+        """A number for each row's label, the same for the same label; -1 without a label."""
+        if not len(rows):
+            return np.empty(0, dtype=np.int64)
+        values = self._read(rows, [task]).column(0).to_pylist()
+        return pd.factorize(pd.Series([tuple(v) if isinstance(v, list) else v for v in values], dtype=object))[0]
+
+    def samples(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """The rows as an example lists them."""
+        if not len(rows):
+            return []
+        table = self._read(rows, ["sample_id", "split", *self.tasks])
+        return [
+            {"sample_id": r["sample_id"], "split": r["split"], "labels": {t: r[t] for t in self.tasks}}
+            for r in table.to_pylist()
+        ]

@@ -1,0 +1,26 @@
+"""Dropout whose rate is a number in the model rather than in the code, so that stacked models can each have their own.
+
+Source: Srivastava et al. 2014 (https://jmlr.org/papers/v15/srivastava14a.html).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Dropout(nn.Module):
+    """As `nn.Dropout`. Draws one number per value even at rate 0, so that equal seeds draw alike whatever the rates."""
+
+    rate: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape."""
+        if not self.training:
+            return x
+        kept = torch.rand(x.shape, device=x.device) >= self.rate
+        return torch.where(kept, x / (1 - self.rate), 0.0)

@@ -1,0 +1,193 @@
+"""What the page tells beyond scores, each from a result file that a run may have or lack.
+
+<run>/insight.json             what each modality knows (evaluation/contribution.py)
+<run>/transferability.json     scores of features before training (evaluation/scores.py)
+<run>/transfer.json            gains of transfer over from scratch
+<model>/missing.json           scores against the share of rows that lack a modality
+<store>/audit.json             leakage, conflicting labels and suspects in the data
+metrics and cards of models    calibration, numbers of parameters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mmkt_ray import storage
+from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.report import curves, words
+from mmkt_ray.report.figures import Figures
+
+MAX_HEAT_MAPS = 6
+MAX_LISTED = 6  # shown losses and gains of transfer, each
+RATES_IN_TABLE = (0.0, 0.2, 0.5, 0.8, 1.0)
+
+
+def knowledge(run_uri: str, figures: Figures) -> dict[str, Any] | None:
+    """Plain answers, Shapley values and disagreement of every task."""
+    insight = read_optional(storage.join(run_uri, "insight.json"))
+    if insight is None:
+        return None
+    tasks = []
+    for task, found in insight["tasks"].items():
+        share = found["shapley"]
+        figure = None
+        if share:
+            values = share["accuracy"]["values"]
+            alt = f"Shapley values of accuracy on task {task}: " + ", ".join(
+                f"{m} {words.points(v['value'])} points" for m, v in values.items()
+            )
+            title = f"{task}: what {share['model']} takes from each modality"
+            figure = figures.add(f"{task}-shapley", title, alt, partial(curves.contributions, share["accuracy"]))
+        if share or found["answers"] or found["disagreement"]:
+            tasks.append({"name": task, "figure": figure, **found})
+    return {"tasks": tasks, "notes": insight["notes"], "confidence": insight["confidence"]} if tasks else None
+
+
+def representation(run_uri: str) -> dict[str, Any] | None:
+    """Transferability scores, best LogME first."""
+    found = read_optional(storage.join(run_uri, "transferability.json"))
+    if found is None:
+        return None
+    stores = {s["store"] for task in found["tasks"].values() for s in task["sets"]}
+    for task in found["tasks"].values():
+        task["sets"] = sorted(task["sets"], key=lambda s: -s["logme"])
+    return {**found, "several_stores": len(stores) > 1}
+
+
+def parameters(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Numbers of trained parameters by part of each trained model."""
+    rows = []
+    for name, about in results["models"].items():
+        card = (
+            (read_optional(storage.join(run_uri, about["folder"], "config.json")) or {})
+            if about["kind"] == "trained"
+            else {}
+        )
+        parts = card.get("training", {}).get("num_params_by_part")
+        if parts:
+            rows.append({"model": name, "about": about, "parts": parts, "total": sum(parts.values())})
+    columns = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads"]
+    columns = sorted(columns, key=lambda c: order.index(c) if c in order else len(order))
+    return {"rows": sorted(rows, key=lambda r: r["total"]), "columns": columns} if rows else None
+
+
+def missing(
+    run_uri: str, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+) -> dict[str, Any] | None:
+    """For each task and hidden modality: curves of all models that have them, and how far they fall below the reference."""
+    files = {
+        name: read_optional(storage.join(run_uri, about["folder"], "missing.json"))
+        for name, about in results["models"].items()
+        if about["kind"] == "trained"
+    }
+    files = {name: f for name, f in files.items() if f}
+    places = dict.fromkeys((t, h) for f in files.values() for h, by_task in f["curves"].items() for t in by_task)
+    if not places:
+        return None
+    below = [
+        {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["difference"] and a["difference"][2] < 0
+    ]
+    num = sum(len(f["answers"]) for f in files.values())
+    sections = [_missing_of(task, hidden, files, colors, figures) for task, hidden in sorted(places)]
+    return {"sections": sections, "below": below, "num": num}
+
+
+def _missing_of(
+    task: str, hidden: str, files: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+) -> dict[str, Any]:
+    shown = {n: f for n, f in files.items() if task in f["curves"].get(hidden, {})}
+    rates = next(iter(shown.values()))["rates"]
+    points = {n: f["curves"][hidden][task]["accuracy"] for n, f in shown.items()}
+    references = [f["reference"].get(hidden, {}).get(task) for f in shown.values()]
+    reference = next((r["accuracy"] for r in references if r), None)
+    what = "any modality" if hidden == "any" else hidden
+    figure = figures.add(
+        f"{task}-without-{hidden}",
+        f"{task}: {what} hidden",
+        f"Accuracy on task {task} against the share of samples without {what}, for {', '.join(points)}; also in the table",
+        partial(curves.missing_curves, rates, points, reference, colors),
+    )
+    at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
+    rows = []
+    for name, f in shown.items():
+        answers = [a for a in f["answers"] if (a["hidden"], a["task"]) == (hidden, task)]
+        rows.append({"model": name, "values": [points[name][i] for i in at], "answer": answers[0] if answers else None})
+    return {"task": task, "hidden": what, "figure": figure, "rates": [rates[i] for i in at], "rows": rows}
+
+
+def calibration(models: Mapping[str, Any], results: Mapping[str, Any], figures: Figures) -> list[dict[str, Any]]:
+    """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
+    sections = []
+    for task, found in results["tasks"].items():
+        rows = []
+        for row in found["rows"]:
+            record = models[row["model"]]["tasks"][task]
+            fitted = record.get("calibration")
+            after = fitted["after"] if fitted else record
+            if after.get("reliability"):
+                rows.append(
+                    {
+                        "model": row["model"],
+                        "temperature": fitted["temperature"] if fitted else None,
+                        "note": fitted["note"] if fitted else None,
+                        "before": fitted["before"] if fitted else None,
+                        "after": after,
+                    }
+                )
+        shown = next((r for r in rows if r["model"] == (found["best_trained"] or found["best"])), None)
+        if shown is None:
+            continue
+        lines = (
+            {"before": shown["before"]["reliability"], "after": shown["after"]["reliability"]}
+            if shown["before"]
+            else {}
+        )
+        lines = lines or {shown["model"]: shown["after"]["reliability"]}
+        figure = figures.add(
+            f"{task}-reliability",
+            f"{task}: does {shown['model']} know how sure it may be?",
+            f"Reliability of {shown['model']} on task {task}: share that came true by confidence; "
+            f"calibration error {words.percent(shown['after']['calibration_error'])}",
+            partial(curves.reliability, lines),
+        )
+        rows.sort(key=lambda r: r["after"]["calibration_error"])
+        sections.append({"task": task, "figure": figure, "rows": rows, "fitted": any(r["before"] for r in rows)})
+    return sections
+
+
+def transfer(run_uri: str, figures: Figures) -> dict[str, Any] | None:
+    """The transfer matrix: heat maps by method and share of labels, gains and losses that are shown."""
+    found = read_optional(storage.join(run_uri, "transfer.json"))
+    if not found or not found["cells"]:
+        return None
+    cells = sorted(found["cells"], key=lambda c: c["gain"])
+    maps = dict.fromkeys((c["label_frac"], c["method"]) for c in found["cells"])
+    drawn = []
+    for frac, method in sorted(maps)[:MAX_HEAT_MAPS]:
+        chosen = [c for c in cells if (c["label_frac"], c["method"]) == (frac, method)]
+        drawn.append(
+            figures.add(
+                f"transfer-{method}-{frac:g}",
+                f"{method}, {100 * frac:g} % of the labels",
+                f"Gain over from scratch in points by {method} with {100 * frac:g} % of the labels; also in the table",
+                partial(curves.gains, chosen),
+            )
+        )
+    return {
+        "figures": drawn,
+        "cells": cells,
+        "worse": [c for c in cells if c["high"] < 0],
+        "better": [c for c in reversed(cells) if c["low"] > 0],
+        "num": len(cells),
+        "num_hidden": max(0, len(maps) - MAX_HEAT_MAPS),
+        "listed": MAX_LISTED,
+    }
+
+
+def audits(run_uri: str, stores: Mapping[str, Any]) -> dict[str, Any]:
+    """store -> what was found in its data, for stores that were audited."""
+    found = {store: read_optional(storage.join(run_uri, store, "audit.json")) for store in stores}
+    return {store: audit for store, audit in found.items() if audit}

@@ -1,0 +1,196 @@
+"""What the page tells of a search and of several seeds, each from result files that a run may have or lack.
+
+<run>/search/result.json, report.json     `mmkt search`: what won, on what evidence; what all candidates show
+<run>/seeds.json                          `mmkt repeat`: the same models from several seeds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mmkt_ray import storage
+from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.report import search_plots, words
+from mmkt_ray.report.figures import Figures
+
+MAX_SLICES = 8
+STATUS = {
+    "finished": "trained to the end",
+    "stopped": "stopped early",
+    "diverged": "diverged",
+    "failed": "failed",
+    "out_of_memory": "did not fit into memory",
+}
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+RIVALS = {"best single modality": "the best single modality", "best concat": "the best plain concat"}
+
+
+def search(run_uri: str, figures: Figures) -> dict[str, Any] | None:
+    """Tried, winner, comparisons, finalists, ensemble and figures; None without a finished search."""
+    result = read_optional(storage.join(run_uri, "search", "result.json"))
+    insight = read_optional(storage.join(run_uri, "search", "report.json"))
+    if result is None or insight is None:
+        return None
+    metric, aim = result["objective"]["metric"], result["objective"]["task"]
+    winner = result["finalists"][result["winner"]]
+    tasks = sorted(winner["test"], key=lambda t: (t != aim, t))
+    order = sorted(result["finalists"], key=lambda role: -result["finalists"][role]["val"])
+    return {
+        **result,
+        "metric": METRICS[metric],
+        "tried_words": [
+            f"{words.count(n)} {STATUS.get(status, status)}"
+            for status, n in result["tried"].items()
+            if status != "candidates"
+        ],
+        "about": {role: describe(finalist) for role, finalist in result["finalists"].items()},
+        "tasks": tasks,
+        "answers": [a for t in tasks for a in answers_of(t, result)],
+        "rows": [{"role": role, "task": t, **row_of(role, t, result)} for role in order for t in tasks],
+        "order": order,
+        "keys": list(dict.fromkeys(key for role in order for key in result["overrides"][role])),
+        "maps": _heat_maps(insight, METRICS[metric], figures),
+        **_figures(insight, METRICS[metric], figures),
+    }
+
+
+def describe(finalist: Mapping[str, Any]) -> str:
+    """`image + text, fusion hierarchical (depth 2), sharing task`."""
+    sharing = finalist["sharing"] if isinstance(finalist["sharing"], str) else ", ".join(finalist["sharing"])
+    if len(finalist["modalities"]) == 1:
+        return f"{finalist['modalities'][0]} alone, sharing {sharing}"
+    depth = f" (depth {finalist['fusion']['depth']})" if "depth" in finalist["fusion"] else ""
+    return f"{' + '.join(finalist['modalities'])}, fusion {finalist['fusion']['name']}{depth}, sharing {sharing}"
+
+
+def answers_of(task: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One task's lines {kind (won | better | worse | tie | open), text}: the winner's test score, then its rivals."""
+    metric, winner = result["objective"]["metric"], result["winner"]
+    test = result["finalists"][winner]["test"][task]
+    scores = ", ".join(f"{METRICS[m]} {_score(test[m])}" for m in METRICS if test[m])
+    lines = [
+        {"kind": "won", "text": f"{task}: the winner has {scores} on {words.count(test['num_rows'])} test samples."}
+    ]
+    for name, rival in RIVALS.items():
+        role = result["compared_with"].get(name)
+        if role == winner:
+            lines.append({"kind": "open", "text": f"{task}: the winner is {rival} itself."})
+        elif role is None:
+            lines.append({"kind": "open", "text": f"{task}: {rival} was not tried."})
+        else:
+            about = f"{rival} ({describe(result['finalists'][role])})"
+            lines.append(_against(task, "the winner", about, result["versus"].get(role, {}).get(task), metric))
+    if result.get("ensemble"):
+        scores = result["ensemble_test"].get(task, {})
+        told = ", ".join(f"{METRICS[m]} {_score(scores[m])}" for m in METRICS if scores.get(m))
+        versus = result["ensemble_versus_winner"].get(task)
+        lines.append(_against(task, f"the ensemble ({told})", "the winner", versus, metric))
+    return lines
+
+
+def _against(task: str, ours: str, theirs: str, versus: Mapping[str, Any] | None, metric: str) -> dict[str, str]:
+    """The line on one paired comparison, by `metric`, where it is undefined by accuracy."""
+    used = next((m for m in (metric, "accuracy") if versus and versus[m]), None)
+    if versus is None or used is None:
+        return {"kind": "open", "text": f"{task}: no samples to compare {ours} with {theirs}."}
+    found = versus[used]
+    size = f"{words.points(found['value'])} points of {METRICS[used]}"
+    size += f" [{words.points(found['low'])}, {words.points(found['high'])}]"
+    size += f" on {words.count(versus['num_rows'])} samples"
+    said = {"better": "is better than", "worse": "is worse than", "tie": "ties with"}[found["verdict"]]
+    return {"kind": found["verdict"], "text": f"{task}: {ours} {said} {theirs}: {size}."}
+
+
+def _score(interval: Mapping[str, float]) -> str:
+    return f"{words.percent(interval['value'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+
+
+def row_of(role: str, task: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A finalist's scores on one task, and by how much the winner is ahead of it."""
+    finalist = result["finalists"][role]
+    versus = result["versus"].get(role, {}).get(task) or {}
+    return {
+        "val": finalist["val"],
+        "by_seed": finalist["val_by_seed"],
+        "test": finalist["test"].get(task),
+        "versus": versus.get(result["objective"]["metric"]),
+    }
+
+
+def _heat_maps(insight: Mapping[str, Any], metric: str, figures: Figures) -> list[dict[str, str]]:
+    drawn = []
+    for found in insight["heat_maps"]:
+        rows, columns = (search_plots.key_name(found[k]) for k in ("rows", "columns"))
+        cells = [
+            (score, f"{row} with {column}")
+            for row, scores in zip(found["row_names"], found["score"], strict=True)
+            for column, score in zip(found["column_names"], scores, strict=True)
+            if score is not None
+        ]
+        if not cells:
+            continue
+        best, where = max(cells)
+        alt = f"Best val {metric} by {rows} and {columns}; the highest, {words.percent(best)}, is {where}"
+        title = f"{rows} × {columns}: best val {metric}, %"
+        drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, partial(search_plots.heat_map, found)))
+    return drawn
+
+
+def _figures(insight: Mapping[str, Any], metric: str, figures: Figures) -> dict[str, Any]:
+    """The figures that there is data for: `curve`, `importance`, `slices`, and how many slices are left out."""
+    curve, shares = insight["curve"], insight["importance"]
+    found: dict[str, Any] = {"curve": None, "importance": None}
+    if curve:
+        alt = f"Best val {metric} so far over the time of search; at the end {words.percent(curve[-1][1])}"
+        paint = partial(search_plots.anytime, curve, metric)
+        found["curve"] = figures.add("search-curve", "The best score so far", alt, paint)
+    if shares:
+        alt = "Share of the variance of scores by key: " + ", ".join(
+            f"{k} {words.percent(s)}" for k, s in shares.items()
+        )
+        found["importance"] = figures.add(
+            "search-importance", "What matters", alt, partial(search_plots.importance, shares)
+        )
+    told = {k: p for k, p in insight["slices"].items() if len({point[0] for point in p}) > 1}
+    keys = sorted(told, key=lambda k: -(shares or {}).get(k, 0.0))
+    found["slices"] = [
+        figures.add(
+            f"search-slice-{key}",
+            search_plots.key_name(key),
+            f"Val {metric} of {len(told[key])} candidates by {key}; the best one has {_plain(told[key])}",
+            partial(search_plots.slices, told[key], key, metric),
+        )
+        for key in keys[:MAX_SLICES]
+    ]
+    return found | {"num_slices_hidden": max(0, len(keys) - MAX_SLICES)}
+
+
+def _plain(points: list[list[Any]]) -> str:
+    value = max(points, key=lambda p: p[1])[0]
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def seeds(run_uri: str) -> dict[str, Any] | None:
+    """Every task's models, best first, with a verdict each, and one sentence on which differences are more than luck."""
+    found = read_optional(storage.join(run_uri, "seeds.json"))
+    if not found or not found["tasks"]:
+        return None
+    tasks = []
+    for task, told in found["tasks"].items():
+        rows = [
+            {"model": name, **about, "verdict": _verdict(about["versus"])} for name, about in told["models"].items()
+        ]
+        rows.sort(key=lambda r: -r["score"]["value"])
+        by_verdict = {v: [r["model"] for r in rows if r["verdict"] == v] for v in ("better", "tie", "worse")}
+        tasks.append(
+            {"name": task, "num_rows": told["num_rows"], "reference": told["reference"], "rows": rows, **by_verdict}
+        )
+    return {"num": len(found["seeds"]), "tasks": tasks}
+
+
+def _verdict(gain: Mapping[str, float] | None) -> str | None:
+    if gain is None:
+        return None
+    return "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "tie"

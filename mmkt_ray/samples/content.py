@@ -1,0 +1,77 @@
+"""What a sample holds, however it is written: texts in one Unicode form, and hashes by which the same content is found.
+
+Axes: N rows.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import numpy as np
+import pyarrow as pa
+from xxhash import xxh3_64_intdigest
+
+NORMALISATION = 1  # version of the rules below: part of what identifies features
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+_BOM = "\ufeff"
+
+
+def normalise_text(text: str) -> tuple[str, list[str]]:
+    """The text in Unicode's composed form (NFC), without byte order mark and control characters; and what was changed.
+
+    Windows line ends become line feeds. Any other control character becomes a space, so that it still separates words.
+    """
+    changes = []
+    if text.startswith(_BOM):
+        text = text.removeprefix(_BOM)
+        changes.append("byte order mark")
+    if "\r\n" in text:
+        text = text.replace("\r\n", "\n")
+        changes.append("line ends")
+    if _CONTROL.search(text):
+        text = _CONTROL.sub(" ", text)
+        changes.append("control characters")
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        changes.append("Unicode form")
+    return text, changes
+
+
+def normalise_texts(column: pa.LargeStringArray) -> tuple[pa.LargeStringArray, dict[int, list[str]]]:
+    """Normalised texts (N,), and row -> what was changed in it. Plain ASCII, most of most corpora, is passed over quickly."""
+    changed: dict[int, list[str]] = {}
+    values: dict[int, str] = {}
+    for i in _rows_to_look_at(column).tolist():
+        text, changes = normalise_text(column[i].as_py())
+        if changes:
+            values[i], changed[i] = text, changes
+    if not values:
+        return column, {}
+    texts = column.to_pylist()
+    for i, text in values.items():
+        texts[i] = text
+    return pa.array(texts, column.type), changed
+
+
+def _rows_to_look_at(column: pa.LargeStringArray) -> np.ndarray:
+    """Rows with a byte that is a control character's or not ASCII."""
+    _, offset_buffer, data_buffer = column.buffers()
+    if not len(column) or data_buffer is None:
+        return np.array([], dtype=np.int64)
+    offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
+    data = np.frombuffer(data_buffer, np.uint8)[offsets[0] : offsets[-1]]
+    special = (data - np.uint8(0x20)) >= 0x5F  # below a space, where it wraps round, or above a tilde
+    special &= (data != 0x09) & (data != 0x0A)
+    return np.unique(np.searchsorted(offsets - offsets[0], np.flatnonzero(special), side="right") - 1)
+
+
+def hash_text(text: str) -> int:
+    """64-bit hash of a text (XXH3); the same for texts that differ in case and white space only."""
+    return xxh3_64_intdigest(text.casefold().encode().translate(None, b" \t\n"))
+
+
+def hash_array(values: np.ndarray) -> int:
+    """64-bit hash of decoded pixels or audio samples (XXH3), their shape included."""
+    return xxh3_64_intdigest(np.ascontiguousarray(values).data, seed=xxh3_64_intdigest(repr(values.shape).encode()))

@@ -1,0 +1,121 @@
+"""A greedy ensemble of the best candidates: models are added, with replacement, as long as the validation score allows.
+
+Source: ensemble selection, Caruana et al. 2004 (https://doi.org/10.1145/1015330.1015432).
+Axes: E candidates, N val rows, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mmkt_ray import cluster
+from mmkt_ray.config import SearchConfig
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts, predicted
+from mmkt_ray.features.store import FeatureTable, labelled
+from mmkt_ray.models import MultimodalModel
+from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
+from mmkt_ray.search.leaderboard import overrides_of
+from mmkt_ray.search.space import Overrides, Space
+from mmkt_ray.search.trial import objective_of
+from mmkt_ray.training.batches import narrow, usable_rows
+from mmkt_ray.training.population import Population
+
+NUM_CANDIDATES = 50  # the library that is picked from
+
+Proba = Mapping[str, np.ndarray]  # task -> (N, C)
+
+
+def select_ensemble(
+    library: Sequence[Proba], score: Callable[[Proba], float], num_picks: int
+) -> tuple[list[int], float]:
+    """Indices picked from the library, best first and perhaps several times, and the validation score of their mean.
+
+    Starts with the best one; each step adds the one that does most for the mean of the probabilities. What is kept is the
+    best of the ensembles on the way, the smallest of equals.
+    """
+    total: dict[str, np.ndarray] = {t: np.zeros_like(p) for t, p in library[0].items()}
+    picks: list[int] = []
+    best: tuple[list[int], float] = ([], -np.inf)
+    for size in range(1, num_picks + 1):
+        scores = [score({t: (total[t] + p[t]) / size for t in total}) for p in library]
+        picks.append(int(np.argmax(scores)))
+        total = {t: total[t] + library[picks[-1]][t] for t in total}
+        if scores[picks[-1]] > best[1]:
+            best = (list(picks), float(scores[picks[-1]]))
+    return best
+
+
+def build_ensemble(
+    space: Space, settings: SearchConfig, rows: pd.DataFrame, table: FeatureTable
+) -> tuple[EnsembleModel, dict[str, Any]]:
+    """The ensemble of `settings.ensemble` picks among the leaderboard's best, trained again in stacks; and what it is:
+
+    `val` (its score), `best_member_val`, `library` (how many it was picked from), `members` [{candidate, picks}].
+    """
+    best = rows[rows["score"].notna()].sort_values("score", ascending=False, kind="stable")[:NUM_CANDIDATES]
+    models = train_again(space, settings, [overrides_of(row) for _, row in best.iterrows()], table)
+    val = table.take(usable_rows(narrow(table, space.config.model_modalities, space.config.model_tasks), "val"))
+    library = [predict_table(model, val) for model in models]
+    objective = objective_of(settings.objective)
+
+    def score(proba: Proba) -> float:
+        return objective(quick_scores(val, proba))
+
+    picks, value = select_ensemble(library, score, settings.ensemble)
+    counts = Counter(picks)
+    spec = EnsembleSpec(tuple(models[i].spec for i in counts), tuple(counts.values()))
+    about = {
+        "val": value,
+        "best_member_val": max(score(p) for p in library),
+        "library": len(library),
+        "members": [{"candidate": best.iloc[i]["candidate"], "picks": n} for i, n in counts.items()],
+    }
+    return EnsembleModel(spec, [models[i] for i in counts]).eval(), about
+
+
+def quick_scores(table: FeatureTable, proba: Proba) -> dict[str, dict[str, float]]:
+    """`accuracy` and `macro_f1` by task, as evaluation defines them, of the labelled rows; only these, because selection
+    asks for them thousands of times."""
+    found: dict[str, dict[str, float]] = {"accuracy": {}, "macro_f1": {}}
+    for t, values in proba.items():
+        rows = labelled(table.labels[t])
+        if not rows.any():
+            continue
+        pred = predicted(values[rows], table.kinds.get(t, "multiclass"))
+        codes = as_codes(table.labels[t][rows], values.shape[1])
+        right, support, given = codes * pred, codes, pred
+        if codes.ndim == 1:
+            each = (codes[codes == pred], codes, pred)
+            right, support, given = (np.bincount(x, minlength=values.shape[1] + 1)[None] for x in each)
+        totals = [x.sum(axis=0, keepdims=True) for x in (right, support, given)]
+        found["accuracy"][t] = float(is_right(codes, pred).mean())
+        found["macro_f1"][t] = float(macro_f1_from_counts(*totals)[0])
+    return found
+
+
+def train_again(
+    space: Space, settings: SearchConfig, candidates: Sequence[Overrides], table: FeatureTable
+) -> list[MultimodalModel]:
+    """The candidates' models in their order, those of one architecture trained together to the last epoch."""
+    torch.set_num_threads(cluster.cores())
+    groups: dict[str, list[int]] = {}
+    for i, overrides in enumerate(candidates):
+        architecture = {k: v for k, v in overrides.items() if k not in space.members}
+        groups.setdefault(json.dumps(architecture, sort_keys=True), []).append(i)
+    found: dict[int, MultimodalModel] = {}
+    for key, indices in groups.items():
+        own = space.configure(json.loads(key))
+        members = [{k: v for k, v in candidates[i].items() if k in space.members} for i in indices]
+        part = narrow(table, own.model_modalities, own.model_tasks)
+        population = Population(own, part, members, objective=objective_of(settings.objective))
+        population.train(own.training.epochs)
+        found |= {i: population.model(j) for j, i in enumerate(indices)}
+    return [found[i] for i in range(len(candidates))]

@@ -1,0 +1,188 @@
+"""The best candidates trained anew, with several seeds each, and told on the test split once.
+
+Who wins is decided on validation: the mean over the seeds. The test split then says how the winner does, and by paired
+differences what it gains over the other finalists, the best single modality and the best plain concatenation. A difference
+whose interval holds 0 is a tie. Intervals draw both the test rows and the seeds anew.
+
+Source: Efron & Tibshirani 1993, chapters 13 and 16 (the paired bootstrap).
+Axes: S seeds, N test rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ray
+import torch
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import Config, SearchConfig, parse_config
+from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.evaluation.metrics import predicted
+from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model
+from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
+from mmkt_ray.models import MultimodalModel
+from mmkt_ray.models.ensemble import EnsembleModel
+from mmkt_ray.search.paired import draw_scores, interval_of
+from mmkt_ray.search.space import Overrides, Space
+from mmkt_ray.search.trial import objective_of
+from mmkt_ray.training.loop import fit
+from mmkt_ray.training.trainer import summarise, training_fingerprint
+
+SINGLE, CONCAT = "best single modality", "best concat"
+
+
+def choose_finalists(rows: pd.DataFrame, num: int) -> tuple[dict[str, pd.Series], dict[str, str]]:
+    """Role -> leaderboard row: the best `num`, each of another architecture while there are any, and what these are to be
+    compared with; and which role is the best single modality and which the best plain concatenation, if tried.
+
+    Raises: DataError if no candidate has a score.
+    """
+    scored = rows[rows["score"].notna()].sort_values("score", ascending=False, kind="stable")
+    if scored.empty:
+        raise DataError(
+            f"no candidate of the search has a score; why: {rows['reason'].value_counts().index[:3].tolist()}"
+        )
+    distinct = scored.drop_duplicates("architecture")
+    chosen = pd.concat([distinct, scored.drop(distinct.index)])[:num]
+    found = {f"candidate {i}": row for i, (_, row) in enumerate(chosen.iterrows(), start=1)}
+    fused = scored["modalities"].str.contains("+", regex=False)
+    compared = {}
+    for name, part in ((SINGLE, scored[~fused]), (CONCAT, scored[fused & (scored["fusion"] == "concat")])):
+        if len(part):
+            best = part.iloc[0]
+            same = [role for role, row in found.items() if row["candidate"] == best["candidate"]]
+            compared[name] = same[0] if same else name
+            found.setdefault(compared[name], best)
+    return found, compared
+
+
+def fit_finalists(
+    space: Space, chosen: Mapping[str, Overrides], seeds: int, store: Store, folder: str
+) -> dict[str, list[str]]:
+    """Role -> model folders, one for each seed, fitted as Ray tasks; those that are there are not fitted again."""
+    cluster.connect()
+    folders: dict[str, list[str]] = {}
+    waiting = []
+    fit_one = ray.remote(num_cpus=1)(_fit_one)
+    for role, overrides in chosen.items():
+        config = space.configure(overrides)
+        configs = [config.with_overrides({"seed": config.seed + i}) for i in range(seeds)]
+        folders[role] = [storage.join(folder, f"{training_fingerprint(c, store, folder)}") for c in configs]
+        waiting += [fit_one.remote(c, store.uri, uri) for c, uri in zip(configs, folders[role], strict=True)]
+    ray.get(waiting)
+    return folders
+
+
+def _fit_one(config: Config, store_uri: str, uri: str) -> None:
+    """Fit one model and publish it as a model folder."""
+    if read_card(uri) is not None:
+        return
+    torch.set_num_threads(1)
+    store = open_store(store_uri)
+    result = fit(config, store.table(config.model_modalities, config.model_tasks))
+    digest = training_fingerprint(config, store, uri.rpartition("/")[0])
+    summary = summarise(result, digest, 1, torch.device("cpu"))
+    save_model(uri, result.model, config, store.manifest, {"fingerprint": digest, "training": summary})
+
+
+def tell(
+    space: Space,
+    search: SearchConfig,
+    folders: Mapping[str, list[str]],
+    store: Store,
+    ensemble: EnsembleModel | None = None,
+) -> dict[str, Any]:
+    """Who wins on validation, and the test scores: the test split is read here and nowhere else in a search.
+
+    Returns: `winner` (role), `finalists` {role: {modalities, fusion, sharing, val (mean over seeds), val_by_seed, folders,
+    test: {task: {metric: interval or None}}}}, `versus` {role: {task: {num_rows, metric: {value, low, high, verdict}}}}:
+    the winner minus each other finalist on the rows that both can read; `ensemble_test`, `ensemble_versus_winner` likewise,
+    if there is one; `confidence`.
+    """
+    config = space.config
+    table = store.table(config.model_modalities, config.model_tasks)
+    test = table.take(table.rows("test"))
+    score = objective_of(search.objective)
+    finalists: dict[str, dict[str, Any]] = {}
+    models, mean_val = {}, {}
+    for role, uris in folders.items():
+        cards = [read_card(uri) or {} for uri in uris]
+        own = parse_config(cards[0]["config"])
+        by_seed = [score(card["training"]["val"]) for card in cards]
+        mean_val[role] = float(np.mean(by_seed))
+        models[role] = _Predictions(own, predict_seeds([load_model(uri)[0] for uri in uris], test))
+        finalists[role] = {
+            "modalities": list(own.model_modalities),
+            "fusion": own.model.fusion.model_dump(mode="json", exclude_defaults=True) | {"name": own.model.fusion.name},
+            "sharing": own.model.sharing,
+            "val": mean_val[role],
+            "val_by_seed": by_seed,
+            "folders": list(uris),
+        }
+    winner = max(mean_val, key=mean_val.__getitem__)
+    for role, finalist in finalists.items():
+        finalist["test"] = _compare(config, test, [models[role]])
+    others = {role: model for role, model in models.items() if role != winner}
+    versus = {role: _compare(config, test, [models[winner], model]) for role, model in others.items()}
+    told = {"winner": winner, "finalists": finalists, "versus": versus, "confidence": config.evaluation.confidence}
+    if ensemble is not None:
+        together = _Predictions(config, predict_seeds([ensemble], test))
+        told["ensemble_test"] = _compare(config, test, [together])
+        told["ensemble_versus_winner"] = _compare(config, test, [together, models[winner]])
+    return told
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    config: Config
+    by_task: dict[str, np.ndarray]  # see `predict_seeds`
+
+    def readable(self, table: FeatureTable, task: str) -> np.ndarray:
+        """(N,) bool: the row has a modality that the model reads for the task."""
+        return np.logical_or.reduce([table.present[m] for m in self.config.task_inputs(task)])
+
+
+def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions]) -> dict[str, Any]:
+    """By task: the scores of one model, or the differences of the first to the second, on the rows that all can read."""
+    found: dict[str, Any] = {}
+    for task in config.model_tasks:
+        rows = labelled(test.labels[task]) & np.logical_and.reduce([m.readable(test, task) for m in models])
+        if not rows.any():
+            continue
+        drawn = draw_scores(
+            test.labels[task][rows],
+            [m.by_task[task][:, rows] for m in models],
+            len(test.class_names[task]),
+            config.evaluation.bootstrap_samples,
+            config.seed,
+        )
+        found[task] = {"num_rows": int(rows.sum())}
+        for metric, values in drawn.items():
+            two = len(models) == 2
+            interval = interval_of(values[0] - values[1] if two else values[0], config.evaluation.confidence)
+            told = {"verdict": verdict_of(interval)} if two and interval else {}
+            found[task][metric] = {**interval, **told} if interval else None
+    return found
+
+
+def verdict_of(difference: Interval) -> str:
+    """better | worse | tie."""
+    if difference["low"] > 0:
+        return "better"
+    return "worse" if difference["high"] < 0 else "tie"
+
+
+def predict_seeds(models: Iterable[MultimodalModel | EnsembleModel], table: FeatureTable) -> dict[str, np.ndarray]:
+    """Task -> predictions (S, N), of multilabel tasks (S, N, C), of the models of several seeds."""
+    found: dict[str, list[np.ndarray]] = {}
+    for model in models:
+        for task, proba in predict_table(model, table).items():
+            found.setdefault(task, []).append(predicted(proba, table.kinds.get(task, "multiclass")))
+    return {task: np.stack(values) for task, values in found.items()}

@@ -1,0 +1,150 @@
+"""Every candidate in Parquet: a part for each trial, written anew after each rung, and the parts as one leaderboard.
+
+    <run>/search/parts/<digest>-<trial>.parquet   digest: of what decides the results; other searches' parts lie beside
+    <run>/search/leaderboard.parquet              all candidates of this search, in the order of the trials
+
+Columns: candidate, trial, reference, architecture, modalities, fusion, overrides (JSON of all that was chosen), one for
+each searched key (null where it does not apply), score, first_score (after the first rung), loss, accuracy.<task>,
+macro_f1.<task>, epochs, best_epoch, seconds, status (finished | stopped | diverged | failed | out_of_memory), reason,
+finished_at (seconds since the start).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, ParameterConfig
+from mmkt_ray.search.halving import Candidate
+from mmkt_ray.search.space import Overrides, Space, label_of, text_of
+
+NUMBERS = {"epochs": pa.int32(), "best_epoch": pa.int32(), "seconds": pa.float64(), "finished_at": pa.float64()}
+
+
+class Leaderboard:
+    """The files of one search."""
+
+    def __init__(self, search_uri: str, space: Space, digest: str) -> None:
+        self.space, self.digest = space, digest
+        self.parts_uri = storage.join(search_uri, "parts")
+        self.uri = storage.join(search_uri, "leaderboard.parquet")
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, equal in every part."""
+        texts = ("candidate", "reference", "architecture", "modalities", "fusion", "overrides")
+        tasks = self.space.config.model_tasks
+        columns = [("trial", pa.int64()), *((name, pa.string()) for name in texts)]
+        columns += [(key, arrow_type(p)) for key, p in self.space.parameters.items()]
+        columns += [(name, pa.float64()) for name in ("score", "first_score", "loss")]
+        columns += [(f"{metric}.{t}", pa.float64()) for metric in ("accuracy", "macro_f1") for t in tasks]
+        return pa.schema([*columns, *NUMBERS.items(), ("status", pa.string()), ("reason", pa.string())])
+
+    def write_part(
+        self,
+        trial: int,
+        reference: str | None,
+        architecture: Overrides,
+        config: Config | None,
+        candidates: Sequence[Candidate],
+    ) -> None:
+        """What is known of a trial's candidates by now. config: of the architecture, None if it has none."""
+        about = {
+            "trial": trial,
+            "reference": reference,
+            "architecture": f"reference: {reference}" if reference else label_of(architecture),
+            "modalities": "+".join(config.model_modalities) if config else None,
+            "fusion": config.model.fusion.name if config else None,
+        }
+        rows = [
+            {**about, "candidate": f"{trial}-{i}", **self._row(architecture, c)}
+            for i, c in enumerate(candidates)
+            if c.epochs or c.status != "running"
+        ]
+        if rows:
+            uri = storage.join(self.parts_uri, f"{self.digest}-{trial:06d}.parquet")
+            storage.write_table(uri, pa.Table.from_pylist(rows, self.schema))
+
+    def _row(self, architecture: Overrides, candidate: Candidate) -> dict[str, Any]:
+        overrides = {**architecture, **candidate.member}
+        running = candidate.status == "running"
+        row: dict[str, Any] = {
+            "overrides": json.dumps(overrides),
+            "score": candidate.score if np.isfinite(candidate.score) else None,
+            "first_score": candidate.first_score if np.isfinite(candidate.first_score) else None,
+            **{name: getattr(candidate, name) for name in NUMBERS},
+            "status": "stopped" if running else candidate.status,
+            "reason": f"its architecture was given up after epoch {candidate.epochs}" if running else candidate.reason,
+        }
+        for key, parameter in self.space.parameters.items():
+            if key in overrides:
+                row[key] = text_of(overrides[key]) if arrow_type(parameter) == pa.string() else overrides[key]
+        if candidate.val is not None:
+            row["loss"] = candidate.val["loss"]
+            for metric in ("accuracy", "macro_f1"):
+                row |= {f"{metric}.{t}": value for t, value in candidate.val[metric].items()}
+        return row
+
+    def parts(self) -> Iterator[pa.Table]:
+        """The parts there are, one after another."""
+        for info in storage.list_files(self.parts_uri, f"{self.digest}-*.parquet"):
+            fs, path = storage.resolve(storage.join(self.parts_uri, info.base_name))
+            yield pq.read_table(path, filesystem=fs)
+
+    def publish(self) -> int:
+        """Write the leaderboard, part by part; returns how many candidates it has."""
+        num_rows = 0
+        with storage.atomic(self.uri) as (fs, path), pq.ParquetWriter(path, self.schema, filesystem=fs) as writer:
+            for part in self.parts():
+                writer.write_table(part)
+                num_rows += len(part)
+        return num_rows
+
+    def read(self) -> pd.DataFrame:
+        """The published leaderboard."""
+        fs, path = storage.resolve(self.uri)
+        return pq.read_table(path, filesystem=fs).to_pandas()
+
+    def references_done(self) -> set[str]:
+        """The references that have a part."""
+        return {name for part in self.parts() if (name := part.column("reference")[0].as_py()) is not None}
+
+    def progress(self) -> tuple[int, int, float]:
+        """What is on disk: candidates, the next trial's number, seconds of search so far."""
+        num_candidates, next_trial, elapsed = 0, 0, 0.0
+        for part in self.parts():
+            num_candidates += len(part)
+            next_trial = max(next_trial, part.column("trial")[0].as_py() + 1)
+            elapsed = max(elapsed, *part.column("finished_at").to_pylist())
+        return num_candidates, next_trial, elapsed
+
+
+def arrow_type(parameter: ParameterConfig) -> pa.DataType:
+    """The type of a searched key's column; choices are text."""
+    if parameter.choice is not None:
+        return pa.string()
+    return pa.int64() if parameter.int is not None else pa.float64()
+
+
+def overrides_of(row: Mapping[str, Any]) -> Overrides:
+    """What a leaderboard's row has chosen."""
+    return dict(json.loads(row["overrides"]))
+
+
+def visited(leaderboard: Leaderboard) -> list[tuple[Overrides, float]]:
+    """For each trial on disk that is no reference: its architecture, and its best score (0 without one)."""
+    found = []
+    for part in leaderboard.parts():
+        rows = part.to_pylist()
+        if rows[0]["reference"] is None:
+            chosen = overrides_of(rows[0])
+            architecture = {key: chosen[key] for key in leaderboard.space.architecture if key in chosen}
+            found.append((architecture, max((r["score"] or 0.0 for r in rows), default=0.0)))
+    return found

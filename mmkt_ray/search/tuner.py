@@ -1,0 +1,237 @@
+"""Ray Tune over architectures: one trial is one architecture and a population of candidates.
+
+Optuna's sampler proposes architectures and learns from the best score of each; ASHA stops poor ones early. Tune sees a few
+numbers of each trial, whatever the size of its population: the candidates themselves go to Parquet parts.
+
+Sources: TPE, Bergstra et al. 2011 (https://papers.nips.cc/paper/4443); ASHA, Li et al. 2020 (https://arxiv.org/abs/1810.05934).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import optuna
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from mmkt_ray import cluster
+from mmkt_ray.config import ParameterConfig, SearchConfig
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.search.leaderboard import visited
+from mmkt_ray.search.space import Overrides, Space, text_of, values_of
+from mmkt_ray.search.trial import Job, Trial
+
+log = logging.getLogger(__name__)
+
+LOG_INTERVAL_S = 10.0
+
+
+class PopulationTrial(tune.Trainable):
+    """A trial as Tune drives it; a step is a rung."""
+
+    def setup(self, config: dict[str, Any], *, job: Job, table: FeatureTable) -> None:
+        """job, table: from the object store, shared by all trials of a node."""
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        self.job, self.table = job, table
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1 / job.search.trials_per_gpu)
+        cluster.keep_freed_memory()
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The actor takes the next trial."""
+        architecture, reference = architecture_of(self.job.space, new_config), new_config["reference"]
+        self.trial = Trial(self.job, self.table, new_config["number"], architecture, reference, self.device)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """See Trial."""
+        return self.trial.step()
+
+
+@dataclass
+class Proposals:
+    """Optuna's define-by-run space: called for each trial, in the driver. The first trials are the references."""
+
+    space: Space
+    next_number: int
+    references: list[str] = field(default_factory=list)
+
+    def __call__(self, trial: optuna.Trial) -> dict[str, Any]:
+        number, self.next_number = self.next_number, self.next_number + 1
+        if self.references:
+            return {"number": number, "reference": self.references.pop(0)}
+        chosen: Overrides = {}
+        for key, parameter in self.space.architecture.items():
+            if self.space.applies(key, chosen):
+                chosen[key] = value_of(parameter, suggest(trial, key, parameter))
+        return {"number": number, "reference": None}
+
+
+def suggest(trial: optuna.Trial, key: str, parameter: ParameterConfig) -> Any:
+    """Optuna's suggestion; choices as text, which is what it can keep."""
+    distribution = distribution_of(parameter)
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return trial.suggest_categorical(key, list(distribution.choices))
+    if isinstance(distribution, optuna.distributions.IntDistribution):
+        return trial.suggest_int(key, distribution.low, distribution.high)
+    return trial.suggest_float(key, distribution.low, distribution.high, log=distribution.log)
+
+
+def distribution_of(parameter: ParameterConfig) -> Any:
+    """A parameter as Optuna says it."""
+    if parameter.choice is not None:
+        return optuna.distributions.CategoricalDistribution([text_of(v) for v in parameter.choice])
+    if parameter.int is not None:
+        return optuna.distributions.IntDistribution(*parameter.int)
+    low, high = parameter.loguniform or parameter.float or (0.0, 1.0)
+    return optuna.distributions.FloatDistribution(low, high, log=parameter.loguniform is not None)
+
+
+def value_of(parameter: ParameterConfig, suggested: Any) -> Any:
+    """The value that Optuna's suggestion stands for."""
+    if parameter.choice is None:
+        return suggested
+    return next(v for v in values_of(parameter) if text_of(v) == suggested)
+
+
+def suggestion_of(parameter: ParameterConfig, value: Any) -> Any:
+    """What Optuna would have suggested."""
+    return value if parameter.choice is None else text_of(value)
+
+
+def architecture_of(space: Space, proposal: Mapping[str, Any]) -> Overrides:
+    """What a proposal, as Tune hands it to a trial, has chosen."""
+    if proposal["reference"] is not None:
+        return space.references()[proposal["reference"]]
+    return {k: value_of(p, proposal[k]) for k, p in space.architecture.items() if k in proposal}
+
+
+def build_sampler(job: Job, next_number: int, num_trials: int) -> OptunaSearch:
+    """Optuna's searcher, told of the trials that are on disk; each architecture comes up once if there is time for it."""
+    space = job.space
+    known = visited(job.leaderboard)
+    done = job.leaderboard.references_done()
+    references = [name for name in space.references() if name not in done]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            seed=space.config.seed + next_number, multivariate=True, group=True, constant_liar=True
+        )
+    everything = list(islice(space.architectures(), num_trials + len(known) + 1)) if space.countable else []
+    todo = [a for a in everything if a not in [architecture for architecture, _ in known]]
+    if len(todo) > num_trials - len(references):
+        todo = []
+    np.random.default_rng(space.config.seed).shuffle(todo)
+    enqueued: list[dict[str, Any]] = [{} for _ in references]  # a reference takes a turn without choosing anything
+    enqueued += [{k: suggestion_of(space.architecture[k], v) for k, v in chosen.items()} for chosen in todo]
+    searcher = OptunaSearch(
+        Proposals(space, next_number, references),
+        metric="score",
+        mode="max",
+        sampler=sampler,
+        points_to_evaluate=enqueued,
+    )
+    for architecture, score in known:
+        if architecture:
+            searcher._ot_study.add_trial(frozen_trial(space, architecture, score))
+    return searcher
+
+
+def frozen_trial(space: Space, chosen: Mapping[str, Any], score: float) -> optuna.trial.FrozenTrial:
+    """A finished trial, for a study that did not run it."""
+    parameters = {k: space.parameters[k] for k in chosen}
+    return optuna.trial.create_trial(
+        params={k: suggestion_of(p, chosen[k]) for k, p in parameters.items()},
+        distributions={k: distribution_of(p) for k, p in parameters.items()},
+        value=score,
+    )
+
+
+def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> None:
+    """Search on with so many trials; all that they find is in the leaderboard's parts.
+
+    An interrupt goes up at once: parts are whole at any time.
+    """
+    resources = cluster.connect()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupt ends the search here, not Tune's own way
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the parts are the record
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # a table of its own on stdout
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that these loggers' files are not there
+    _, next_number, _ = job.leaderboard.progress()
+    search = job.search
+    gpus = 1 / search.trials_per_gpu if resources.num_gpus else 0
+    trainable = tune.with_resources(
+        tune.with_parameters(PopulationTrial, job=job, table=table), {"cpu": 1, "gpu": gpus}
+    )
+    scheduler = AsyncHyperBandScheduler(
+        time_attr="budget",
+        metric="score",
+        mode="max",
+        max_t=search.eta ** (search.rungs - 1),
+        reduction_factor=search.eta,
+        stop_last_trials=False,
+    )
+    with tempfile.TemporaryDirectory(prefix="mmkt-search-") as scratch:
+        results = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=build_sampler(job, next_number, num_trials),
+                scheduler=scheduler,
+                num_samples=num_trials,
+                max_concurrent_trials=num_concurrent(resources, search),
+                reuse_actors=True,
+                time_budget_s=time_budget_s,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[Progress()],
+                failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
+    if results.errors:
+        log.warning("%d trials broke off, the first with: %s", len(results.errors), results.errors[0])
+
+
+def num_concurrent(resources: cluster.Resources, search: SearchConfig) -> int:
+    """Trials at a time: what the GPUs take, else one for each core; a Ray of our own counts more CPUs than there are."""
+    if resources.num_gpus:
+        return max(1, int(resources.num_gpus * search.trials_per_gpu))
+    return int(resources.num_cpus) if len(ray.nodes()) > 1 else min(int(resources.num_cpus), cluster.cores())
+
+
+class Progress(tune.Callback):
+    """Logs a line every few seconds."""
+
+    def __init__(self) -> None:
+        self.num_candidates, self.best, self.told_s = 0, 0.0, time.monotonic()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See Tune."""
+        if result["training_iteration"] == 1:
+            self.num_candidates += result["candidates"]
+        self.best = max(self.best, result["score"])
+        if time.monotonic() - self.told_s > LOG_INTERVAL_S:
+            self.told_s = time.monotonic()
+            log.info("%d candidates, best validation score %.4f", self.num_candidates, self.best)

@@ -1,0 +1,108 @@
+"""What is trained: the model with what stands beside it, and how a step's gradient comes about.
+
+Axes: B rows of a batch, C classes of one task, H width of a signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.models import Features, MultimodalModel
+from mmkt_ray.models.sharing import module_name, own_widths
+from mmkt_ray.training.batches import Batch, World, has_target
+from mmkt_ray.training.objective import Objective
+from mmkt_ray.training.task_weighting import TaskWeighting
+
+Logits = dict[str, Tensor]  # task -> (B, C)
+
+
+class Learner(nn.Module):
+    """Base: the model and the weights of its tasks, no balance."""
+
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
+        super().__init__()
+        self.model, self.weighting = model, weighting
+        self.objective, self.world = objective, world
+
+    def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> Any:
+        """What `gradients` needs of a batch: here the logits. See `MultimodalModel.forward`."""
+        return self.model(features, present)
+
+    def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
+        """Leave the step's gradient in every parameter, the same on all ranks; this rank's part of the loss ().
+
+        net: this learner, under DistributedDataParallel where there are several ranks.
+        """
+        return self.backward(self.objective.of_batch(net(batch.features, batch.present), batch), batch)
+
+    def backward(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Weigh the tasks' losses and go back through them; the sum ()."""
+        loss = self.weigh(losses, batch)
+        # DDP takes the mean over ranks, the step's loss is the sum of their parts
+        (loss * self.world.size).backward()
+        return loss.detach()
+
+    def weigh(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """The tasks' losses as one ()."""
+        labelled = {t: has_target(y).any() for t, y in batch.step_labels.items()}
+        return self.weighting(losses, labelled, self.model)
+
+    def begin_epoch(self, seed: int) -> None:
+        """seed: the epoch's, the same on all ranks."""
+
+    def end_epoch(self, epoch: int, table: FeatureTable, train_rows: np.ndarray, val_rows: np.ndarray) -> None:
+        """Look at how the epoch (from 1) went."""
+
+
+class UnimodalHeads(Learner):
+    """Base of those that train a linear head on the signal of each modality beside the fused model."""
+
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
+        super().__init__(model, objective, weighting, world)
+        spec = model.spec
+        if not spec.schemes:
+            raise ConfigError(
+                "training.balance needs towers to balance, and model.num_levels is 0: set it to 1 or more"
+            )
+        self.modalities = sorted(m for m in spec.modalities if model.read_by(m))
+        self.heads = nn.ModuleDict()
+        for t in sorted(spec.tasks):
+            for m in sorted(spec.inputs[t]):
+                width = spec.modalities[m].hidden_dim if own_widths(spec.schemes[-1]) else spec.hidden_dim
+                self.heads[module_name(t, m)] = nn.Linear(width, spec.tasks[t])
+
+    def forward(
+        self, features: dict[str, Features], present: dict[str, Tensor]
+    ) -> tuple[Logits, dict[str, Logits], dict[str, Tensor]]:
+        """The fused logits, those of the unimodal heads (modality -> task -> (B, C)), and what `encode` says is present."""
+        signals, seen = self.model.encode(features, present)
+        alone: dict[str, Logits] = {m: {} for m in self.modalities}
+        for (t, m), signal in signals.items():
+            alone[m][t] = self.heads[module_name(t, m)](signal)
+        return self.model.decide(signals, seen), alone, seen
+
+
+def own_parameters(model: MultimodalModel) -> dict[str, list[nn.Parameter]]:
+    """Modality -> the trained parameters that its signals alone go through. Raises: ConfigError if one has none."""
+    parameters = dict(model.named_parameters())
+    names = {
+        m: {n for stage in model.modality_parameters(m) for n in stage}
+        for m in model.spec.modalities
+        if model.read_by(m)
+    }
+    own = {}
+    for m in sorted(names):
+        shared = set().union(*(names[other] for other in names if other != m))
+        own[m] = [parameters[n] for n in sorted(names[m] - shared) if n in parameters]
+        if not own[m]:
+            raise ConfigError(
+                f"training.balance acts on the parameters of each modality alone, and '{m}' has none: share towers between "
+                "tasks only (model.sharing: task), with model.num_levels of 1 or more"
+            )
+    return own

@@ -1,0 +1,187 @@
+"""The page's sections on what was found: each there with its file, in plain words, and not there without it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.evaluation.contribution import insights
+from mmkt_ray.evaluation.missing import missing_curves
+from mmkt_ray.evaluation.scores import transferability
+from mmkt_ray.features.store import open_store
+from mmkt_ray.report import curves, findings, plots
+from mmkt_ray.report.page import build_report
+from tests.report.pages import HOSTILE, Elements
+
+SECTIONS = ("knowledge", "missing", "calibration", "transfer", "representation", "parameters")
+
+
+def transfer_cell(source: str, target: str, gain: float, method: str = "finetune", label_frac: float = 0.1) -> dict:
+    about = {"source": source, "target": target, "method": method, "label_frac": label_frac, "seeds": 3}
+    return about | {"gain": gain, "low": gain - 0.02, "high": gain + 0.02}
+
+
+def duplicates(*samples: dict) -> dict:
+    groups = [{"splits": ["test", "train"], "num_rows": len(samples), "samples": list(samples)}] if samples else []
+    counts = {"num_groups": len(groups), "num_rows": len(samples), "num_leaking": len(groups)}
+    return counts | {"by_splits": {"test+train": 1} if groups else {}, "examples": groups}
+
+
+@pytest.fixture(scope="module")
+def told(finished, tmp_path_factory) -> Path:
+    """The run with every result file that the page may tell of; those of the evaluation by the real code."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("told") / "run"))
+    store = open_store(str(run / "features" / "union"))
+    stores = dict.fromkeys(("image", "text", "concat", "hierarchical"), store)
+    insights(str(run), stores)
+    transferability(str(run), stores)
+    missing_curves(str(run / "models" / "concat"), store, str(run), num_seeds=1)
+    card = storage.read_json(str(run / "models" / "concat" / "config.json"))
+    card["training"]["num_params_by_part"] = {"level_1": 1200, "heads": 34}
+    storage.write_json(str(run / "models" / "concat" / "config.json"), card)
+    cells = [
+        transfer_cell("image:thing", "text:thing", -0.031),
+        transfer_cell("text:thing", "image:thing", 0.05, "frozen"),
+    ]
+    storage.write_json(str(run / "transfer.json"), {"cells": [*cells, transfer_cell("a", "b", 0.0)]})
+    samples = [
+        {"sample_id": f"{x}1", "split": x, "labels": {"thing": HOSTILE, "colour": None}} for x in ("test", "train")
+    ]
+    found = duplicates(*samples)
+    suspect = {
+        "sample_id": "s7",
+        "task": "thing",
+        "kind": "label",
+        "label": HOSTILE,
+        "score": 0.987,
+        "text_confidence": None,
+    }
+    audit = {
+        "num_rows": 500,
+        "modalities": {"image": found, "text": duplicates()},
+        "samples": duplicates(),
+        "conflicts": {"thing": {k: found[k] for k in ("num_groups", "num_rows", "examples")}},
+        "suspects": {
+            "num_rows": {"thing": 300},
+            "num_suspects": {"thing": {"label": 1, "modalities": 0}},
+            "top": [suspect],
+        },
+    }
+    storage.write_json(str(run / "features" / "union" / "audit.json"), audit)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(told) -> Elements:
+    return Elements(Path(build_report(str(told))).read_text(encoding="utf-8"))
+
+
+def text_of(page: Elements) -> str:
+    return " ".join(page.text.split())
+
+
+def test_every_section_is_there_and_linked(page):
+    """Catches a section that is left out, or a link in the head that leads nowhere."""
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert set(SECTIONS) <= ids
+    assert {a["href"][1:] for a in page.all("a")} <= ids
+
+
+def test_the_plain_answers_stand_on_the_page(page, told):
+    """Catches answers that are computed and not told, and shares without their numbers."""
+    text, insight = text_of(page), storage.read_json(str(told / "insight.json"))
+    for found in insight["tasks"].values():
+        for answer in found["answers"]:
+            assert " ".join(answer["sentence"].split()) in text
+        for share in found["shapley"]["accuracy"]["values"].values():
+            assert f"{100 * share['value']:+.1f}".replace("-", "−") in text
+
+
+def test_negative_transfer_is_said_plainly(page):
+    """Catches a matrix that shows gains only, and one that sells noise as a gain."""
+    text = text_of(page)
+    assert "Of 3 transfers, 1 are shown to help and 1 to hurt" in text
+    assert "▼ hurtsimage:thing → text:thing by finetune at 10 % of the labels: −3.1 points [−5.1, −1.1]" in text
+    assert "a → b by" not in text
+
+
+def test_faults_of_the_data_are_listed(page):
+    """Catches leakage and conflicts that only a JSON file knows of."""
+    text = text_of(page)
+    for expected in (
+        "Leakage: 1 train samples have the same image as a val or test sample",
+        "No train sample has the same text as a val or test sample",
+        "Conflicting labels: 2 samples in 1 groups",
+        "thing 1 labels and 0 pairs of modalities, of 300 samples.",
+        "0.987",
+    ):
+        assert expected in text
+
+
+def test_names_from_the_data_stay_text(page):
+    """Catches a new template without escaping."""
+    assert not page.all("script")
+    assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
+    assert HOSTILE in page.text
+
+
+def test_every_figure_of_a_finding_has_words_and_a_dark_twin(page):
+    """Catches a plot that says nothing to who cannot see it."""
+    assert all(len(a["alt"]) > 30 for a in page.all("img") if not a["alt"].startswith("image of"))
+    assert len(page.all("picture")) == len(page.all("source"))
+
+
+def test_without_its_file_a_section_is_not_there(told, tmp_path, monkeypatch):
+    """Catches empty headings and dead links for what a run did not do."""
+    monkeypatch.setattr(plots, "DPI", 20)
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    for lost in ("insight.json", "transfer.json", "transferability.json", "models/concat/missing.json"):
+        (run / lost).unlink()
+    page = Elements(Path(build_report(str(run))).read_text(encoding="utf-8"))
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert ids & set(SECTIONS) == {"calibration", "parameters"}
+    assert {a["href"][1:] for a in page.all("a")} <= ids
+
+
+def test_parameters_are_counted_by_part(told):
+    """Catches counts of a part that not every model has, and levels out of order."""
+    about = {"kind": "trained", "modalities": ["a"], "sharing": "task"}
+    for name, parts in (
+        ("small", {"heads": 5, "level_1": 2}),
+        ("big", {"heads": 5, "level_2": 9, "level_1": 2, "fusion": 1}),
+    ):
+        storage.write_json(str(told / "other" / name / "config.json"), {"training": {"num_params_by_part": parts}})
+    models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")} | {"logreg:a": {"kind": "baseline"}}
+    found = findings.parameters(str(told), {"models": models})
+    assert found["columns"] == ["level_1", "level_2", "fusion", "heads"]
+    assert [(r["model"], r["total"]) for r in found["rows"]] == [("small", 7), ("big", 17)]
+
+
+def test_a_task_of_several_classes_per_sample_has_its_table_of_classes(told, tmp_path, monkeypatch):
+    """Catches a page that fails, or draws a confusion matrix, where classes do not exclude each other."""
+    monkeypatch.setattr(plots, "DPI", 20)
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    for path in (run / "models").glob("*/metrics.json"):
+        record = storage.read_json(str(path))
+        task = record["tasks"]["thing"]
+        task |= {"kind": "multilabel", "confusion": None, "most_confused": [], "balanced_accuracy": None}
+        task |= {"samples_f1": 0.4321, "hamming_loss": 0.1234}
+        next(iter(task["per_class"].values())).update(f1=None, precision=None)
+        task["intervals"]["macro_f1"] = None
+        storage.write_json(str(path), record)
+    page = Elements(Path(build_report(str(run))).read_text(encoding="utf-8"))
+    text = text_of(page)
+    assert "samples f1" in text
+    assert "43.2 %" in text
+    assert "subset accuracy" in text
+    assert not [a for a in page.all("img") if re.match(r"Confusion matrix .* on task thing", a["alt"])]
+
+
+def test_curves_with_undefined_points_are_drawn():
+    """Catches a rate at which no score is defined that fails the whole page."""
+    points = [[0.9, 0.8, 1.0], None]
+    assert curves.missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}, plots.LIGHT).startswith(
+        b"\x89PNG"
+    )

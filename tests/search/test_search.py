@@ -1,0 +1,166 @@
+"""A whole search on Ray: trials, leaderboard, finalists, winner; and what is left of it when it ends early."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.config import SearchConfig
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
+from mmkt_ray.search.search import check_search, explore, result_table, search, search_digest
+
+
+@pytest.fixture(scope="module")
+def found(ray_local, make_config, store, tmp_path_factory):
+    """(config, run folder, result) of a finished search."""
+    config, run_uri = make_config(), str(tmp_path_factory.mktemp("run"))
+    return config, run_uri, search(config, store, run_uri)
+
+
+def read_rows(run_uri):
+    return pq.read_table(f"{run_uri}/search/leaderboard.parquet").to_pandas()
+
+
+def test_every_candidate_is_on_the_leaderboard_with_its_parameters_and_its_end(found):
+    """Catches candidates that get lost on the way through Tune, and architectures that never come up."""
+    _, run_uri, result = found
+    rows = read_rows(run_uri)
+    assert rows["candidate"].is_unique
+    assert len(rows) == result["tried"]["candidates"] == 72
+    assert set(rows["status"]) == {"finished", "stopped"}
+    hierarchical = rows["model.fusion.name"] == "hierarchical"
+    assert rows.loc[hierarchical, "model.fusion.depth"].notna().all()
+    assert rows.loc[~hierarchical, "model.fusion.depth"].isna().all()
+    assert set(rows["reference"].dropna()) == {"image", "text", "concat"}
+    assert rows[rows["reference"].isna()]["architecture"].nunique() == 6
+    assert rows[rows["reference"].notna()].groupby("trial")["epochs"].max().eq(9).all()
+
+
+def test_the_winner_is_chosen_on_val_and_told_on_test(found, store):
+    """Catches a winner by its test score, a test score of other rows or another model, and missing comparisons."""
+    _, run_uri, result = found
+    val = {role: finalist["val"] for role, finalist in result["finalists"].items()}
+    assert result["winner"] == max(val, key=val.get)
+    assert set(result["versus"]) == set(val) - {result["winner"]}
+    assert set(result["compared_with"]) == {"best single modality", "best concat"}
+    assert set(result["compared_with"].values()) <= set(val)
+    winner = result["finalists"][result["winner"]]
+    assert len(winner["folders"]) == 2
+    table = store.table()
+    test = table.take(table.rows("test"))
+    inputs = winner["modalities"]
+    accuracies = []
+    for uri in winner["folders"]:
+        model, _ = load_model(uri)
+        rows = np.logical_or.reduce([test.present[m] for m in inputs])
+        accuracies.append((predict_table(model, test)["topic"].argmax(axis=1) == test.labels["topic"])[rows].mean())
+    told = winner["test"]["topic"]["accuracy"]
+    assert told["value"] == pytest.approx(np.mean(accuracies))
+    assert told["low"] <= told["value"] <= told["high"]
+    single = result["compared_with"]["best single modality"]
+    assert result["versus"][single]["mood"]["accuracy"]["verdict"] in {"better", "worse", "tie"}
+    assert "72 candidates tried" in result_table(result)
+    assert storage.read_json(f"{run_uri}/search/report.json")["curve"][-1][2] == 72
+
+
+def test_the_winner_is_a_model_folder(found, store):
+    """Catches a winner that can't be used, or is not the one of the result."""
+    _, run_uri, result = found
+    model, card = load_model(f"{run_uri}/models/search_winner")
+    best = result["finalists"][result["winner"]]
+    assert card["training"]["val"]["score"] == pytest.approx(max(best["val_by_seed"]))
+    table = store.table(model.spec.modalities, list(model.spec.tasks))
+    assert np.isfinite(predict_table(model, table)["mood"]).all()
+
+
+def test_the_same_command_again_does_nothing_twice(found, store, monkeypatch):
+    """Catches finished trials or finalists that are trained again after a restart."""
+    config, run_uri, result = found
+    files = {p: p.stat().st_mtime_ns for p in Path(run_uri, "search").rglob("*.safetensors")}
+    files |= {p: p.stat().st_mtime_ns for p in Path(run_uri, "search", "parts").iterdir()}
+    monkeypatch.setattr("mmkt_ray.search.search.run_trials", lambda *_: pytest.fail("trials run again"))
+    assert search(config, store, run_uri) == result
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_a_killed_search_goes_on_with_what_is_missing(found, make_config, store, tmp_path):
+    """Catches a restart that begins anew, repeats finished trials, draws the same candidates again, or stops short."""
+    _, run_uri, _ = found
+    config = make_config(**{"search.max_candidates": 36})
+    space = check_search(config)
+    before = Leaderboard(str(tmp_path), space, search_digest(space, config.search, store))
+    parts = sorted(Path(run_uri, "search", "parts").iterdir())[1:5]
+    for part in parts:
+        storage.write_bytes(f"{before.parts_uri}/{part.name}", part.read_bytes())
+    explore(space, config.search, before, store.table())
+    rows = before.read()
+    assert len(rows) == 36
+    assert rows["candidate"].is_unique
+    old = pq.read_table([str(p) for p in parts]).to_pandas()
+    assert set(old["candidate"]) < set(rows["candidate"])
+    assert not rows["training.lr"].duplicated().any()
+    assert rows[~rows["candidate"].isin(old["candidate"])]["finished_at"].min() >= old["finished_at"].max()
+    assert set(rows["reference"].dropna()) == {"image", "text", "concat"}
+
+
+def test_a_spent_time_budget_starts_nothing(found, make_config, store, tmp_path, monkeypatch):
+    """Catches a restart that begins its time anew; a longer budget goes on."""
+    _, run_uri, result = found
+    config = make_config(**{"search.max_candidates": 1000, "search.time_budget_s": result["seconds"]})
+    space = check_search(config)
+    board = Leaderboard(f"{run_uri}/search", space, search_digest(space, config.search, store))
+    asked = []
+    monkeypatch.setattr("mmkt_ray.search.search.run_trials", lambda *args: asked.append(args[2:]))
+    explore(space, config.search, board, store.table())
+    assert asked == []
+    longer = config.search.model_copy(update={"time_budget_s": result["seconds"] + 5})
+    explore(space, longer, board, store.table())
+    ((num_trials, seconds),) = asked
+    assert seconds == pytest.approx(5)
+    assert num_trials == -(-(1000 - 72) // 54)  # nine stacks of six in a trial, as there are candidates enough
+
+
+def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, tmp_path):
+    """Catches Ctrl-C that is swallowed by Tune, or that leaves the candidates in pieces."""
+    config = make_config(**{"search.max_candidates": 1_000_000})
+    space = check_search(config)
+    board = Leaderboard(str(tmp_path), space, search_digest(space, config.search, store))
+
+    def interrupt():
+        while board.progress()[0] == 0:
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        explore(space, config.search, board, store.table())
+    assert len(board.read()) == sum(len(part) for part in board.parts()) > 0
+    assert all(overrides_of(row) for _, row in board.read().iterrows())
+
+
+def test_an_impossible_search_is_refused_before_any_work(make_config, store, tmp_path, monkeypatch):
+    """Catches an objective that no task has and features that can't be stacked, found after the start."""
+    monkeypatch.setattr("mmkt_ray.search.search.run_trials", lambda *_: pytest.fail("the search has begun"))
+    with pytest.raises(ConfigError, match="did you mean 'mood'"):
+        search(make_config(**{"search.objective.task": "moood"}), store, str(tmp_path))
+    with pytest.raises(ConfigError, match="balance"):
+        search(make_config(**{"training.balance": "ogm_ge"}), store, str(tmp_path))
+    space = {"training.balance": {"choice": [None, "ogm_ge"]}}
+    with pytest.raises(ConfigError, match=r"training\.balance=ogm_ge.*can't be searched"):
+        search(make_config(**{"search.space": space}), store, str(tmp_path))
+
+
+def test_without_a_search_section_the_defaults_are_searched(make_config):
+    """Catches defaults that refuse themselves."""
+    space = check_search(make_config(search=None))
+    assert len(list(space.architectures())) == (4 + 4) * 5
+    assert SearchConfig().max_candidates == 10_000

@@ -1,0 +1,105 @@
+"""The transfer matrix and repeats: the right pairs, gains against the right scratch runs, nothing fitted twice."""
+
+import numpy as np
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.features.store import open_store
+from mmkt_ray.training.repeats import repeat, seeds_table
+from mmkt_ray.training.transfer_matrix import (
+    Node,
+    list_nodes,
+    methods_for,
+    seed_row_interval,
+    transfer_matrix,
+    transfer_table,
+)
+from tests.training.test_trainer import write_store
+
+IMAGE, TEXT, BOTH = ("image",), ("text",), ("image", "text")
+
+
+@pytest.fixture(scope="module")
+def store(table, tmp_path_factory):
+    return open_store(write_store(str(tmp_path_factory.mktemp("store")), table))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "methods"),
+    [
+        (Node(IMAGE, "topic"), Node(IMAGE, "topic"), set()),
+        (Node(IMAGE, "topic"), Node(IMAGE, "mood"), {"finetune", "frozen", "gradual"}),
+        (Node(BOTH, "topic"), Node(IMAGE, "topic"), {"finetune", "frozen", "gradual", "distill"}),
+        (Node(TEXT, "topic"), Node(IMAGE, "topic"), {"distill"}),
+        (Node(TEXT, "mood"), Node(IMAGE, "topic"), {"joint"}),
+    ],
+)
+def test_each_pair_gets_the_methods_that_make_sense(source, target, methods):
+    """Catches a student taught by itself, and towers taken from a model that has none of the modality."""
+    assert set(methods_for(source, target)) == methods
+
+
+def test_the_interval_covers_both_seeds_and_rows():
+    """Catches an interval from the rows alone: two seeds that disagree by a lot must make it wide."""
+    rng = np.random.default_rng(0)
+    agreeing = rng.normal(0.1, 0.3, (4, 400))
+    disagreeing = agreeing + np.array([[0.2], [-0.2], [0.2], [-0.2]])
+    narrow, wide = (seed_row_interval(d, 500, 0.95, 0) for d in (agreeing, disagreeing))
+    assert narrow["value"] == pytest.approx(agreeing.mean())
+    assert narrow["low"] < narrow["value"] < narrow["high"]
+    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
+
+
+def test_the_matrix_tells_what_helps(make_config, store, tmp_path, monkeypatch):
+    """Catches gains over other seeds' scratch runs, transfer without the source's knowledge, and a rerun that fits again."""
+    config = make_config(
+        **{
+            "training.epochs": 6,
+            "transfer.sources": ["image:topic", "image+text:topic"],
+            "transfer.targets": ["image:topic", "text:mood"],
+            "transfer.label_fracs": [0.02],
+            "training.transfer.distill_weight": 0.9,
+            "transfer.methods": ["frozen", "distill", "joint"],
+            "transfer.seeds": 2,
+        }
+    )
+    result = transfer_matrix(config, store, str(tmp_path))
+    told = {(c["source"], c["target"], c["method"]): c for c in result["cells"]}
+    assert set(told) == {
+        ("image+text:topic", "image:topic", "frozen"),
+        ("image+text:topic", "image:topic", "distill"),
+        ("image:topic", "text:mood", "joint"),
+        ("image+text:topic", "text:mood", "frozen"),
+    }
+    scratch = {t["target"]: t["score"] for t in result["targets"]}
+    helped = told["image+text:topic", "image:topic", "distill"]
+    assert helped["gain"] > 0.02  # the teacher speaks of all train rows, of which scratch knows a fiftieth
+    assert helped["low"] <= helped["gain"] <= helped["high"]
+    assert scratch["image:topic"] + helped["gain"] <= 1.0
+    assert "image+text:topic -> image:topic (distill)" in transfer_table(result)
+    monkeypatch.setattr("mmkt_ray.training.transfer_matrix._fit_cell", lambda *_: pytest.fail("fitted again"))
+    assert transfer_matrix(config, store, str(tmp_path)) == result
+
+
+def test_nodes_are_those_that_the_rows_carry(make_config, store):
+    """Catches a matrix over modality and task pairs that no row has together."""
+    nodes = {str(n) for n in list_nodes(make_config(**{"tasks.mood.inputs": ["text"]}), store)}
+    assert nodes == {"image:topic", "text:topic", "image+text:topic", "text:mood"}
+    with pytest.raises(ConfigError, match="did you mean 'image:topic'"):
+        transfer_matrix(make_config(**{"transfer.sources": ["imag:topic"]}), store, "nowhere")
+
+
+def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
+    """Catches seeds that change nothing, and variants compared on rows that one of them can't read."""
+    variants = {"image": {"model.modalities": ["image"]}, "both": {}}
+    config = make_config(variants=variants, **{"training.epochs": 2})
+    result = repeat(config, {name: store for name in variants}, str(tmp_path), 2)
+    found = result["tasks"]["topic"]
+    assert len(set(found["models"]["both"]["by_seed"])) == 2
+    assert found["reference"] == "image"
+    table = store.table()
+    both = table.present["image"] & table.present["text"] & (table.labels["topic"] != -1) & (table.split == "test")
+    assert found["num_rows"] == both.sum()
+    assert "against image" in seeds_table(result)
+    assert storage.read_json(str(tmp_path / "seeds.json")) == result
