@@ -23,4 +23,4 @@ class Dropout(nn.Module):
         if not self.training:
             return x
         kept = torch.rand(x.shape, device=x.device) >= self.rate
-        return torch.where(kept, x / (1 - self.rate), 0.0)
+        return x * torch.where(kept, 1 / (1 - self.rate), 0.0)  # one factor per value: a single product to go back through

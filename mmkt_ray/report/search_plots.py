@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mmkt_ray.report.plots import LIGHT, Theme, draw, name_rows, shorten
 
@@ -20,6 +22,15 @@ def key_name(key: str) -> str:
     for section in ("model.", "training."):
         key = key.removeprefix(section)
     return key.removesuffix(".name").replace(".", " ").replace("_", " ")
+
+
+def choice_name(text: str) -> str:
+    """`["task", "modality"]` -> `task, modality`; other texts as they are."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return ", ".join(map(str, value)) if isinstance(value, list) else text
 
 
 def heat_map(found: Mapping[str, Any], theme: Theme) -> bytes:
@@ -35,7 +46,7 @@ def heat_map(found: Mapping[str, Any], theme: Theme) -> bytes:
         ramp = LinearSegmentedColormap.from_list("score", theme.ramp)
         axes.imshow(score, cmap=ramp, vmin=low - 0.15 * max(high - low, 1.0), vmax=high, aspect="auto")
         for axis, key, names in ((axes.xaxis, "columns", "column_names"), (axes.yaxis, "rows", "row_names")):
-            axis.set_ticks(range(len(found[names])), [shorten(n, 18) for n in found[names]], fontsize=8)
+            axis.set_ticks(range(len(found[names])), [shorten(choice_name(n), 18) for n in found[names]], fontsize=8)
             axis.set_label_text(key_name(found[key]))
         axes.tick_params(length=0)
         axes.tick_params(axis="x", rotation=30 if len(found["column_names"]) > 3 else 0)
@@ -63,13 +74,13 @@ def anytime(curve: Sequence[Sequence[float]], metric: str, theme: Theme) -> byte
         axes.annotate(
             f"{100 * best[-1]:.1f} after {int(count[-1]):,} candidates",
             (at[-1] / size, 100 * best[-1]),
-            (-4, -16),
+            (4, 9),
             textcoords="offset points",
             ha="right",
             fontsize=9,
         )
-        axes.set_xlim(left=0)
-        axes.margins(y=0.2)
+        axes.set_xlim(0, 1.05 * at[-1] / size)
+        axes.margins(y=0.22)
         axes.grid(axis="y", linewidth=0.6)
         axes.set(xlabel=f"time of search, {unit}", ylabel=f"best val {metric}, %")
 
@@ -121,8 +132,11 @@ def slices(points: Sequence[Sequence[Any]], key: str, metric: str, theme: Theme)
             name_rows(axes, names)
         else:
             axes.set(xlabel=key_name(key), ylabel=f"val {metric}, %")
-            if at.min() > 0 and at.max() > 30 * at.min():
+            low, high = np.quantile(at, [0.05, 0.95])
+            if at.min() > 0 and high > 30 * low:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
     return draw(1.5 + 0.34 * len(names) if names else 3.0, theme, paint)
@@ -140,4 +154,6 @@ def _rows_of(points: Sequence[Sequence[Any]]) -> tuple[list[str], np.ndarray]:
         distinct = sorted(set(values), reverse=True)
         if len(distinct) > MAX_LISTED_VALUES or not all(float(v).is_integer() for v in distinct):
             return [], np.array(values, dtype=float)
-    return [v if isinstance(v, str) else f"{v:g}" for v in distinct], np.array([distinct.index(v) for v in values])
+    return [choice_name(v) if isinstance(v, str) else f"{v:g}" for v in distinct], np.array(
+        [distinct.index(v) for v in values]
+    )

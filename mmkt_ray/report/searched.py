@@ -42,12 +42,12 @@ def search(run_uri: str, figures: Figures) -> dict[str, Any] | None:
         "metric": METRICS[metric],
         "tried_words": [
             f"{words.count(n)} {STATUS.get(status, status)}"
-            for status, n in result["tried"].items()
+            for status, n in sorted(result["tried"].items(), key=lambda item: -item[1])
             if status != "candidates"
         ],
         "about": {role: describe(finalist) for role, finalist in result["finalists"].items()},
         "tasks": tasks,
-        "answers": [a for t in tasks for a in answers_of(t, result)],
+        "answers": [*(a for t in tasks for a in answers_of(t, result)), *notes_of(result)],
         "rows": [{"role": role, "task": t, **row_of(role, t, result)} for role in order for t in tasks],
         "order": order,
         "keys": list(dict.fromkeys(key for role in order for key in result["overrides"][role])),
@@ -66,7 +66,7 @@ def describe(finalist: Mapping[str, Any]) -> str:
 
 
 def answers_of(task: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One task's lines {kind (won | better | worse | tie | open), text}: the winner's test score, then its rivals."""
+    """One task's lines {kind (won | better | worse | tie | open), text}: the winner's test score, its rivals, the ensemble."""
     metric, winner = result["objective"]["metric"], result["winner"]
     test = result["finalists"][winner]["test"][task]
     scores = ", ".join(f"{METRICS[m]} {_score(test[m])}" for m in METRICS if test[m])
@@ -75,18 +75,26 @@ def answers_of(task: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
     for name, rival in RIVALS.items():
         role = result["compared_with"].get(name)
-        if role == winner:
-            lines.append({"kind": "open", "text": f"{task}: the winner is {rival} itself."})
-        elif role is None:
-            lines.append({"kind": "open", "text": f"{task}: {rival} was not tried."})
-        else:
+        if role not in (None, result["winner"]):
             about = f"{rival} ({describe(result['finalists'][role])})"
             lines.append(_against(task, "the winner", about, result["versus"].get(role, {}).get(task), metric))
     if result.get("ensemble"):
         scores = result["ensemble_test"].get(task, {})
         told = ", ".join(f"{METRICS[m]} {_score(scores[m])}" for m in METRICS if scores.get(m))
-        versus = result["ensemble_versus_winner"].get(task)
-        lines.append(_against(task, f"the ensemble ({told})", "the winner", versus, metric))
+        ours = f"the ensemble ({told})" if told else "the ensemble"
+        lines.append(_against(task, ours, "the winner", result["ensemble_versus_winner"].get(task), metric))
+    return lines
+
+
+def notes_of(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Lines on the rivals that the winner can't be compared with."""
+    lines = []
+    for name, rival in RIVALS.items():
+        role = result["compared_with"].get(name)
+        if role == result["winner"]:
+            lines.append({"kind": "open", "text": f"The winner is {rival} itself."})
+        elif role is None:
+            lines.append({"kind": "open", "text": f"{rival.capitalize()} was not tried."})
     return lines
 
 
@@ -124,7 +132,7 @@ def _heat_maps(insight: Mapping[str, Any], metric: str, figures: Figures) -> lis
     for found in insight["heat_maps"]:
         rows, columns = (search_plots.key_name(found[k]) for k in ("rows", "columns"))
         cells = [
-            (score, f"{row} with {column}")
+            (score, f"{search_plots.choice_name(row)} with {search_plots.choice_name(column)}")
             for row, scores in zip(found["row_names"], found["score"], strict=True)
             for column, score in zip(found["column_names"], scores, strict=True)
             if score is not None
@@ -147,9 +155,8 @@ def _figures(insight: Mapping[str, Any], metric: str, figures: Figures) -> dict[
         paint = partial(search_plots.anytime, curve, metric)
         found["curve"] = figures.add("search-curve", "The best score so far", alt, paint)
     if shares:
-        alt = "Share of the variance of scores by key: " + ", ".join(
-            f"{k} {words.percent(s)}" for k, s in shares.items()
-        )
+        ranked = sorted(shares.items(), key=lambda item: -item[1])
+        alt = "Share of the variance of scores by key: " + ", ".join(f"{k} {words.percent(s)}" for k, s in ranked)
         found["importance"] = figures.add(
             "search-importance", "What matters", alt, partial(search_plots.importance, shares)
         )
@@ -169,7 +176,7 @@ def _figures(insight: Mapping[str, Any], metric: str, figures: Figures) -> dict[
 
 def _plain(points: list[list[Any]]) -> str:
     value = max(points, key=lambda p: p[1])[0]
-    return value if isinstance(value, str) else f"{value:.3g}"
+    return search_plots.choice_name(value) if isinstance(value, str) else f"{value:.3g}"
 
 
 def seeds(run_uri: str) -> dict[str, Any] | None:
