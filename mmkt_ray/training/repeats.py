@@ -17,6 +17,7 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import Interval
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.models import Predictor
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.transfer_matrix import Node, score_rows, seed_row_interval, target_rows
 
@@ -27,7 +28,7 @@ def repeat(config: Config, stores: Mapping[str, Store], run_uri: str, num_seeds:
     """Fit every variant with `num_seeds` seeds, score them on test, write `<run>/seeds.json`; goes on after a kill.
 
     The features stay as they are; `training.seed` alone differs. Variants are compared on rows that all of them can read,
-    each with the single-modality variant that is best on val.
+    each with the single-modality variant that is best on val (on test, where there is no val split).
 
     Returns: seeds, `tasks`: task -> {num_rows, reference, models: {variant: {score (interval over seeds and rows), by_seed,
     versus (interval of the gain over the reference; None for itself)}}}.
@@ -38,16 +39,19 @@ def repeat(config: Config, stores: Mapping[str, Store], run_uri: str, num_seeds:
     val: dict[str, dict[str, float]] = {}
     for name, variant in variants.items():
         table = stores[name].table(variant.model_modalities, variant.model_tasks)
+        judged_on = "val" if (table.split == "val").any() else "test"
         for seed in seeds:
             uri = storage.join(run_uri, "seeds", str(seed), name)
             train(variant.with_overrides({"training.seed": seed}), stores[name].uri, uri)
             model, _ = load_model(uri)
             for task in variant.model_tasks:
                 node = Node(tuple(variant.model_modalities), task)
-                scores = spread(predict_table(model, target_rows(table, node))[task], table, node)
+                scores = spread(split_scores(model, table, node, "test"), table, node)
                 found.setdefault(task, {}).setdefault(name, []).append(scores)
-                chosen = score_rows(predict_table(model, target_rows(table, node, "val"))[task], table, node, "val")
-                val.setdefault(task, {})[name] = val.get(task, {}).get(name, 0.0) + float(chosen.mean()) / num_seeds
+                by_task = val.setdefault(task, {})
+                by_task[name] = (
+                    by_task.get(name, 0.0) + float(split_scores(model, table, node, judged_on).mean()) / num_seeds
+                )
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
     result = {
@@ -58,12 +62,17 @@ def repeat(config: Config, stores: Mapping[str, Store], run_uri: str, num_seeds:
     return result
 
 
+def split_scores(model: Predictor, table: FeatureTable, node: Node, split: str) -> np.ndarray:
+    """The model's score in [0, 1] on each labelled row of a split that the node reads."""
+    return score_rows(predict_table(model, target_rows(table, node, split))[node.task], table, node, split)
+
+
 def spread(scores: np.ndarray, table: FeatureTable, node: Node) -> np.ndarray:
-    """Probabilities of the rows that the node reads -> scores of all test rows with a label (M,), NaN where unreadable."""
+    """Scores of the test rows that the node reads -> of all test rows with a label (M,), NaN where unreadable."""
     every = np.flatnonzero((table.split == "test") & labelled(table.labels[node.task]))
     readable = np.logical_and.reduce([table.present[m] for m in node.modalities])[every]
     spread_out = np.full(len(every), np.nan)
-    spread_out[readable] = score_rows(scores, table, node)
+    spread_out[readable] = scores
     return spread_out
 
 
