@@ -13,7 +13,7 @@ from mmkt_ray.search.leaderboard import overrides_of
 from mmkt_ray.search.space import Space, text_of
 from mmkt_ray.search.tuner import distribution_of, suggestion_of
 
-MAX_IMPORTANCE_ROWS = 2000  # fANOVA's forest takes seconds on so many
+MAX_IMPORTANCE_ROWS = 500  # fANOVA takes minutes on some thousand
 MAX_SLICE_POINTS = 500
 MAX_CURVE_POINTS = 300
 
@@ -101,7 +101,7 @@ def importance(space: Space, scored: pd.DataFrame) -> dict[str, float] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+            study, evaluator=optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
         )
     return {key: float(share) for key, share in found.items()}
 
