@@ -182,14 +182,14 @@ def _step(command: str, config: Config, missing: bool, num_seeds: int) -> str:
     if command == "scores":
         return steps.scores_step(config, stores)
     if command == "transfer":
-        return steps.transfer_step(config, stores)
+        return steps.transfer_step(config, stores) + steps.refresh_report(config)
     if command == "repeat":
-        return steps.repeat_step(config, stores, num_seeds)
+        return steps.repeat_step(config, stores, num_seeds) + steps.refresh_report(config)
     steps.train_step(config, stores)
     if command == "train":
         return f"models: {steps.run_folder(config)}/models"
     table = steps.comparison_table(steps.evaluate_step(config, stores))
-    return f"{table}\n\n{steps.missing_step(config, stores)}" if missing else table
+    return f"{table}\n\n{steps.missing_step(config, stores)}{steps.refresh_report(config)}" if missing else table
 
 
 def _search(config: Config) -> str:
@@ -201,7 +201,8 @@ def _search(config: Config) -> str:
     store = steps.extract_step(config)["model"]
     folder = steps.run_folder(config)
     table = result_table(search(config, store, folder))
-    return f"{table}\n\nleaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"
+    places = f"leaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"
+    return f"{table}\n\n{places}{steps.refresh_report(config)}"
 
 
 def _predict(args: argparse.Namespace) -> str:

@@ -160,6 +160,13 @@ def report_step(config: Config) -> str:
         return build_report(run_folder(config))
 
 
+def refresh_report(config: Config) -> str:
+    """The page made anew with what has come to the run since, and a line that says where; nothing if there is none yet."""
+    if not storage.exists(storage.join(run_folder(config), "report", "index.html")):
+        return ""
+    return f"\n\nreport: {report_step(config)}"
+
+
 @contextmanager
 def _record(config: Config, stage: str) -> Iterator[None]:
     """Keep the seconds of a stage in run.json."""
