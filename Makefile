@@ -20,7 +20,7 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
 test: env  ## run the tests; ARGS="-m 'not cluster' tests/models" picks some
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env  ## ruff over all Python files
 	$(BIN)/ruff check .

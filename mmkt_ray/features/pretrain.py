@@ -27,7 +27,7 @@ from mmkt_ray.config import CnnEncoder, Config, LogMelCnnEncoder
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.encoders.cnn import fit_cnn
 from mmkt_ray.encoders.frozen import TrainedCnn
-from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.errors import DataError
 from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.publish import sort_classes
 from mmkt_ray.samples.readers import read_chunks
@@ -39,15 +39,9 @@ log = logging.getLogger(__name__)
 def pretrain_cnn(encoder: TrainedCnn, config: Config, modality: str, shards: list[Shard], uri: str) -> None:
     """Train `encoder` on the labelled train rows of `shards`; `config` is narrowed to its modality and task.
 
-    Resumes from the last finished epoch after a kill. Raises: ConfigError for a multilabel task; DataError if fewer than
-    two classes are there.
+    Resumes from the last finished epoch after a kill. Raises: DataError if fewer than two classes are there.
     """
     section = encoder.config
-    if config.tasks[section.pretrain].kind == "multilabel":
-        raise ConfigError(
-            f"modalities.{modality}.encoder.pretrain: '{section.pretrain}' has several classes per sample; "
-            f"the {section.name} encoder learns from a multiclass or binary task"
-        )
     pieces = storage.join(uri, "images")
     decode = ray.remote(_decode_shard)
     ray.get([decode.remote(config, modality, section.pretrain, shard, pieces) for shard in shards])
