@@ -10,6 +10,7 @@ Axes: B rows of a chunk, N rows of the train split, D features in, K features ou
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +121,12 @@ def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.
     return values[::-1], vectors[:, ::-1], rank
 
 
-class _CentringReducer(_Reducer):
+class _CentringReducer(_Reducer, ABC):
     """What fits on moments."""
 
+    @abstractmethod
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Second moment of centred rows (B, D), as in Moments: (D,) or (D, D)."""
 
     def partial(self, features: Features) -> Moments:
         """Moments of one chunk (B, D)."""

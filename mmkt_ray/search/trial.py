@@ -108,7 +108,7 @@ class Trial:
         halving = self.halving
         try:
             halving.run_rung(self.write_sometimes)
-        except Exception as error:
+        except Exception as error:  # whatever one architecture raises must cost only its own candidates
             log.warning("trial %d failed: %s", self.number, error)
             halving.fail(f"{type(error).__name__}: {error}")
         self.write()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +20,7 @@ from mmkt_ray.errors import ConfigError, DataError
 State = dict[str, Tensor]
 
 
-class FixedWeights:
+class FixedWeights(ABC):
     """Fitted state of an encoder whose weights lie elsewhere: their digest, as a run shall not carry copies of large files."""
 
     config: Any
@@ -27,9 +28,9 @@ class FixedWeights:
     model: Any = None
     digest = ""
 
+    @abstractmethod
     def open(self) -> tuple[nn.Module, str]:
         """The network with its weights, and their digest. Raises: DataError if they are not there or do not fit."""
-        raise NotImplementedError
 
     def load(self) -> None:
         """Take the network, frozen, if that is not done yet."""
