@@ -42,9 +42,12 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(wildcard requirements.lock)) uv
 
 # Rebuilt when the lock or pyproject.toml changes. --quiet: also no warning where a link from uv's cache must be a copy.
+# Compiled once here: uv does not by itself, and each of Ray's many processes would (torch's import 5 s instead of 2)
+# where nothing may be written at run time (PYTHONDONTWRITEBYTECODE, a read-only image).
 $(VENV)/.stamp: pyproject.toml requirements.lock | $(BIN)/uv
 	@echo "installing requirements.lock into $(VENV)"
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@$(BIN)/python -c "from mmkt_ray.encoders.text import compile_kernels; compile_kernels()"
+	@$(BIN)/python -m compileall -q mmkt_ray
 	@touch $@

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -165,11 +168,11 @@ def frozen_trial(space: Space, chosen: Mapping[str, Any], score: float) -> optun
 def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> None:
     """Search on with so many trials; all that they find is in the leaderboard's parts.
 
-    An interrupt goes up at once: parts are whole at any time.
+    An interrupt goes up at Tune's next step: parts are whole at any time.
     """
     resources = cluster.connect()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupt ends the search here, not Tune's own way
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own way to end hides that the search was interrupted
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the parts are the record
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # a table of its own on stdout
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that these loggers' files are not there
@@ -187,7 +190,8 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
         reduction_factor=search.eta,
         stop_last_trials=False,
     )
-    with tempfile.TemporaryDirectory(prefix="mmkt-search-") as scratch:
+    watcher = Watcher()
+    with tempfile.TemporaryDirectory(prefix="mmkt-search-") as scratch, watcher.take_interrupts():
         results = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -203,7 +207,7 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
                 name="search",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[Progress()],
+                callbacks=[watcher],
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
@@ -219,11 +223,37 @@ def num_concurrent(resources: cluster.Resources, search: SearchConfig) -> int:
     return int(resources.num_cpus) if len(ray.nodes()) > 1 else min(int(resources.num_cpus), cluster.cores())
 
 
-class Progress(tune.Callback):
-    """Logs a line every few seconds."""
+class Watcher(tune.Callback):
+    """Logs a line every few seconds, and turns an interrupt into KeyboardInterrupt where nothing can swallow it.
+
+    Python raises it wherever the main thread happens to be: inside a finalizer it is printed and lost.
+    """
 
     def __init__(self) -> None:
-        self.num_candidates, self.best, self.told_s = 0, 0.0, time.monotonic()
+        self.num_candidates, self.best, self.told_s, self.interrupted = 0, 0.0, time.monotonic(), False
+
+    @contextmanager
+    def take_interrupts(self) -> Iterator[None]:
+        """Within it the first Ctrl-C ends the search at Tune's next step, the second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # no signal comes here
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def remember(*_: object) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """See Tune."""
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
