@@ -146,7 +146,7 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
     section = config.modalities["image"].encoder
     encoder: Any = build_encoder(section)
     torch.manual_seed(0)
-    encoder.adopt(SmallCNN(10, width=section.width), [str(i) for i in range(10)])  # type: ignore[union-attr]
+    encoder.adopt(SmallCNN(10, width=encoder.config.width), [str(i) for i in range(10)])
     uri = str(folder / "encoder")
     save_fitted(encoder, section, uri, {"units": [], "sparse": False})
     shards = [shard.uri for shard in list_shards(config)]

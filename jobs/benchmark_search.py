@@ -3,6 +3,7 @@
 Same features, same epochs, same time budget for each; the store of an extracted config is read once before.
 
 - ours: `mmkt_ray.search`, populations and successive halving on all cores
+- ours_all_epochs: the same without halving, so that every candidate is trained for as many epochs as the others' are
 - tune: Ray Tune, one candidate per trial, function trainable, as its documentation shows
 - random, tpe: random search and Optuna's TPE one by one in this process on all cores, without any of Tune's overhead
 """
@@ -47,6 +48,7 @@ def search_contenders(config: Config, store: Store, budget_s: float) -> dict[str
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     contenders = {
         "ours": lambda: ours(space, settings, table, store),
+        "ours_all_epochs": lambda: ours(space, settings.model_copy(update={"rungs": 1}), table, store),
         "tune": lambda: one_per_trial(space, settings, table, score),
     }
     for name, sampler in one_by_one.items():

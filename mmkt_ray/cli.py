@@ -53,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
         _add_set(command)
         if name == "repeat":
             command.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
+            command.add_argument(
+                "--against",
+                metavar="VARIANT",
+                help="what the others are compared with (default: the best of those that read one modality)",
+            )
         if name == "evaluate":
             command.add_argument(
                 "--missing",
@@ -164,12 +169,13 @@ def _dispatch(args: argparse.Namespace) -> str:
         import yaml
 
         return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return _step(args.command, config, missing=getattr(args, "missing", False), num_seeds=getattr(args, "seeds", 1))
+    return _step(args, config)
 
 
-def _step(command: str, config: Config, missing: bool, num_seeds: int) -> str:
+def _step(args: argparse.Namespace, config: Config) -> str:
     from mmkt_ray import run as steps  # torch and ray load here, so that --help is quick
 
+    command = args.command
     if command == "run":
         return steps.run(config)
     if command == "report":
@@ -184,12 +190,12 @@ def _step(command: str, config: Config, missing: bool, num_seeds: int) -> str:
     if command == "transfer":
         return steps.transfer_step(config, stores) + steps.refresh_report(config)
     if command == "repeat":
-        return steps.repeat_step(config, stores, num_seeds) + steps.refresh_report(config)
+        return steps.repeat_step(config, stores, args.seeds, args.against) + steps.refresh_report(config)
     steps.train_step(config, stores)
     if command == "train":
         return f"models: {steps.run_folder(config)}/models"
     table = steps.comparison_table(steps.evaluate_step(config, stores))
-    return f"{table}\n\n{steps.missing_step(config, stores)}{steps.refresh_report(config)}" if missing else table
+    return f"{table}\n\n{steps.missing_step(config, stores)}{steps.refresh_report(config)}" if args.missing else table
 
 
 def _search(config: Config) -> str:

@@ -135,10 +135,10 @@ def transfer_step(config: Config, stores: dict[str, Store]) -> str:
         return transfer_table(transfer_matrix(config, next(iter(stores.values())), run_folder(config)))
 
 
-def repeat_step(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
+def repeat_step(config: Config, stores: dict[str, Store], num_seeds: int, against: str | None = None) -> str:
     """All variants from several seeds, as text."""
     with _record(config, "repeat"):
-        return seeds_table(repeat(config, stores, run_folder(config), num_seeds))
+        return seeds_table(repeat(config, stores, run_folder(config), num_seeds, against))
 
 
 def missing_step(config: Config, stores: dict[str, Store]) -> str:

@@ -12,21 +12,20 @@ from mmkt_ray.config.modalities import (
     HuggingFaceEncoder,
     LogMelCnnEncoder,
     MinilmEncoder,
-    ModalityConfig,
     PixelsEncoder,
     ReduceConfig,
     TaskConfig,
     TfidfEncoder,
     TorchvisionEncoder,
 )
-from mmkt_ray.config.model import FUSES, FUSIONS, MISSING_STRATEGIES, SCHEMES, FusionConfig, ModelConfig
+from mmkt_ray.config.model import FUSES, FUSIONS, MISSING_STRATEGIES, SCHEMES, FusionConfig
 from mmkt_ray.config.parsing import parse_override
 from mmkt_ray.config.reading import describe_fields, fingerprint, load_config
 from mmkt_ray.config.run import Config, parse_config
-from mmkt_ray.config.samples import JoinCombine, PairCombine, SamplesConfig, SourceConfig, UnionCombine
+from mmkt_ray.config.samples import JoinCombine, PairCombine, SourceConfig, UnionCombine
 from mmkt_ray.config.search import ObjectiveConfig, ParameterConfig, SearchConfig
 from mmkt_ray.config.section import SPLITS, Section
-from mmkt_ray.config.training import AugmentConfig, EvaluationConfig, ExtractConfig, TrainingConfig, TransferConfig
+from mmkt_ray.config.training import AugmentConfig, EvaluationConfig, TransferConfig
 
 __all__ = [
     "FUSES",
@@ -41,27 +40,22 @@ __all__ = [
     "EfficientNetLite0Encoder",
     "EncoderConfig",
     "EvaluationConfig",
-    "ExtractConfig",
     "FusionConfig",
     "HuggingFaceEncoder",
     "JoinCombine",
     "LogMelCnnEncoder",
     "MinilmEncoder",
-    "ModalityConfig",
-    "ModelConfig",
     "ObjectiveConfig",
     "PairCombine",
     "ParameterConfig",
     "PixelsEncoder",
     "ReduceConfig",
-    "SamplesConfig",
     "SearchConfig",
     "Section",
     "SourceConfig",
     "TaskConfig",
     "TfidfEncoder",
     "TorchvisionEncoder",
-    "TrainingConfig",
     "TransferConfig",
     "UnionCombine",
     "describe_fields",

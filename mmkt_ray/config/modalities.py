@@ -112,17 +112,7 @@ class CustomEncoder(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
 
 
-ENCODERS: dict[str, type[Section]] = {
-    "cnn": CnnEncoder,
-    "pixels": PixelsEncoder,
-    "tfidf": TfidfEncoder,
-    "logmel_cnn": LogMelCnnEncoder,
-    "torchvision": TorchvisionEncoder,
-    "efficientnet-lite0": EfficientNetLite0Encoder,
-    "minilm": MinilmEncoder,
-    "huggingface": HuggingFaceEncoder,
-}
-KINDS = {  # what each encoder reads
+KINDS = {  # every encoder that comes with the project, and what it reads
     "cnn": "image",
     "pixels": "image",
     "tfidf": "text",
@@ -136,8 +126,8 @@ KINDS = {  # what each encoder reads
 
 def _encoder_tag(value: Any) -> str:
     name = value.get("name", "") if isinstance(value, Mapping) else value.name
-    if name not in ENCODERS and ":" not in str(name):
-        raise unknown_name("encoder", str(name), [*ENCODERS, "your.module:Class"])
+    if name not in KINDS and ":" not in str(name):
+        raise unknown_name("encoder", str(name), [*KINDS, "your.module:Class"])
     return "custom" if ":" in name else name
 
 

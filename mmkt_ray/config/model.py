@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -12,7 +12,8 @@ from mmkt_ray.errors import unknown_name
 SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
 FUSES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")
 FUSIONS = (*FUSES, "hierarchical", "decision")
-MISSING_STRATEGIES = ("mask", "drop", "mean", "zero", "token", "generate")
+MissingStrategy: TypeAlias = Literal["mask", "drop", "mean", "zero", "token", "generate"]
+MISSING_STRATEGIES: tuple[str, ...] = get_args(MissingStrategy)
 
 
 class FusionConfig(Section):
@@ -62,9 +63,9 @@ class ModelConfig(Section):
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout in towers and fusion")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input features")
     modality_dropout: float = Field(
-        0.0, ge=0, lt=1, description="chance of each present modality to be hidden in training; one always stays"
+        0.2, ge=0, lt=1, description="chance of each present modality to be hidden in training; one always stays"
     )
-    missing: Literal["mask", "drop", "mean", "zero", "token", "generate"] = Field(
+    missing: MissingStrategy = Field(
         "mask",
         description="missing modalities: mask fuses what is there, drop trains on complete rows only, mean and zero fill "
         "features, token learns a stand-in (from train rows that lack the modality: where there are few, with "

@@ -31,6 +31,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b` of nested mappings and lists in place, making what is absent. Raises: ConfigError if a part holds none."""
     *parents, last = dotted.split(".")
     node: Any = raw
     for part in parents:

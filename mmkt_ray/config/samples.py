@@ -90,6 +90,8 @@ class SamplesConfig(Section):
     max_image_pixels: int = Field(64_000_000, ge=1, description="images with more pixels are rejected unread")
     drop_leakage: bool = Field(
         False,
-        description="leave out train rows whose whole content is in val or test too (the audit lists them anyway)",
+        description="leave out train rows whose whole content is in val or test too (the audit lists them anyway); encoders are "
+        "not fitted on them either, which takes one more pass over the shards. Under join and pair it is combined samples that "
+        "are left out, after encoders and reducers are fitted on their rows",
     )
     max_reject_frac: float = Field(0.01, ge=0, le=1, description="the job stops when more rows than this are rejected")

@@ -46,7 +46,7 @@ def _load(name: str) -> Any:
 
 
 def build_reducer(config: ReduceConfig) -> Any:
-    """An unfitted reducer: see encoders/reduce.py."""
+    """An unfitted reducer for its config section; what it can do: encoders/reduce.py."""
     return REDUCERS[config.name](config)
 
 

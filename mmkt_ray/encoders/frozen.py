@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.config import CnnEncoder, LogMelCnnEncoder
-from mmkt_ray.encoders.cnn import CNNRecipe, SmallCNN, apply_cnn
+from mmkt_ray.encoders.cnn import SmallCNN, apply_cnn
+from mmkt_ray.encoders.cnn_training import CNNRecipe
 from mmkt_ray.errors import DataError
 
 

@@ -9,4 +9,7 @@ Files that this package leaves in a run folder:
     <run>/baselines/<store>/metrics.json              the same scores for each baseline on that store
     <run>/baselines/<store>/predictions-test.parquet  the same rows, with a `model` column
     <run>/report/results.json                         all models side by side (compare.py)
+    <run>/insight.json                                what each modality knows (contribution.py)
+    <run>/transferability.json                        scores of features before training (scores.py)
+    <run>/suspects.parquet                            train rows to look at again (suspects.py)
 """

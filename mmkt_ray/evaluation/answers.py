@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.intervals import Interval, paired_difference
+from mmkt_ray.evaluation.rows import read_predictions
+from mmkt_ray.evaluation.seeds import mean_interval
+from mmkt_ray.evaluation.tables import points
 
 NEGLIGIBLE = 0.01  # a gain below this is none
 
@@ -87,20 +89,19 @@ def paired_test(ours: np.ndarray, theirs: np.ndarray, confidence: float, num_res
         a, b = ((1 - scores).astype(int) for scores in (ours, theirs))
         options: Any = {"confidence": confidence, "num_resamples": num_resamples}
         found = paired_difference(np.zeros(len(ours), int), a, b, num_classes=2, **options)
+        assert found is not None  # accuracy is always defined
         better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
         return {**found, "p": float(binomtest(better, better + worse).pvalue) if better + worse else 1.0}
-    values, counts = np.unique(ours - theirs, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(ours), counts / len(ours), size=num_resamples) @ values / len(ours)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    p = ttest_rel(ours, theirs).pvalue if len(values) > 1 else float(not values.any())
-    return {"value": float((ours - theirs).mean()), "low": float(low), "high": float(high), "p": float(p)}
+    gain = ours - theirs
+    p = ttest_rel(ours, theirs).pvalue if np.ptp(gain) > 0 else float(not gain.any())
+    return {**mean_interval(gain[None], num_resamples, confidence, seed=0), "p": float(p)}
 
 
 def sentence(task: str, answer: dict[str, Any]) -> str:
     """The answer in words; differences in points."""
     what, rest = _and(answer["modalities"]), _and(answer["rest_modalities"])
     several = len(answer["modalities"]) > 1
-    interval = f"[{_points(answer['low'])}, {_points(answer['high'])}]"
+    interval = f"[{points(answer['low'])}, {points(answer['high'])}]"
     ends = sorted(abs(answer[end]) for end in ("low", "high"))
     sizes = f"{100 * abs(answer['value']):.1f} points [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
     scores = {k: f"{100 * v:.1f} %" for k, v in answer["scores"].items()}
@@ -111,19 +112,14 @@ def sentence(task: str, answer: dict[str, Any]) -> str:
         "adds": f"{what} {'add' if several else 'adds'} {sizes} to {rest} for {task} ({models}).",
         "hurts": f"Fusing hurts {task}: adding {what} to {rest} costs {sizes} ({models}).",
         "suffices": f"{rest} alone {'suffice' if len(answer['rest_modalities']) > 1 else 'suffices'} for {task}: "
-        f"adding {what} changes {_points(answer['value'])} points {interval} ({models}).",
+        f"adding {what} changes {points(answer['value'])} points {interval} ({models}).",
         "unclear": f"Whether {what} {'help' if several else 'helps'} {rest} for {task} is not shown: "
-        f"{_points(answer['value'])} points {interval} ({models}).",
+        f"{points(answer['value'])} points {interval} ({models}).",
     }[answer["kind"]]
     if answer["differs"]:
         settings = "; ".join(f"{key} {ours} and {theirs}" for key, (ours, theirs) in answer["differs"].items())
         text += f" Their training differs: {settings}."
     return text
-
-
-def _points(value: float) -> str:
-    text = f"{100 * value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def _and(names: Sequence[str]) -> str:
@@ -183,7 +179,7 @@ def _compare(
     run_uri: str, results: dict[str, Any], task: str, fused: dict[str, Any], rest: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The answer without its words; None if the two predicted no row in common."""
-    ours, theirs = (read_predictions(run_uri, results, m["name"], task) for m in (fused, rest))
+    ours, theirs = (predictions_of(run_uri, results, m["name"], task) for m in (fused, rest))
     both = ours.join(theirs.add_suffix("_rest"), how="inner")
     both = both[both["label"] == both["label_rest"]]
     if both.empty:
@@ -213,17 +209,12 @@ def _num_resamples(run_uri: str, results: dict[str, Any], name: str) -> int:
 # --- predictions -----------------------------------------------------------------------------------------------------
 
 
-def read_predictions(run_uri: str, results: dict[str, Any], name: str, task: str) -> pd.DataFrame:
-    """Labelled and predicted rows of a model by sample_id: label, pred (a class, or a sorted tuple of classes), proba (C,)."""
+def predictions_of(run_uri: str, results: dict[str, Any], name: str, task: str) -> pd.DataFrame:
+    """Columns label, pred and proba of `read_predictions` of one of the run's models."""
     about = results["models"][name]
-    fs, path = storage.resolve(storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet"))
-    columns = {f"{task}_{c}": c for c in ("label", "pred", "proba")}
-    filters = [("model", "==", about["name"])] if about["kind"] == "baseline" else None
-    table = pq.read_table(path, filesystem=fs, columns=["sample_id", *columns], filters=filters)
-    frame = table.to_pandas().rename(columns=columns).set_index("sample_id").dropna()
-    for column in ("label", "pred"):
-        frame[column] = [v if isinstance(v, str) else tuple(sorted(v)) for v in frame[column]]
-    return frame
+    uri = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
+    model = about["name"] if about["kind"] == "baseline" else None
+    return read_predictions(uri, task, model, ("label", "pred", "proba"))
 
 
 def row_scores(labels: Sequence[Any], pred: Sequence[Any]) -> np.ndarray:

@@ -73,7 +73,7 @@ class Majority:
 
 @dataclass(frozen=True)
 class Logreg:
-    """Logistic regression (L2, C = 1) on one modality or on several side by side: multinomial; of a multilabel task one for
+    """Logistic regression (L2) on one modality or on several side by side: multinomial; of a multilabel task one for
     each class.
 
     Dense features are standardised by the train rows that have them, sparse ones are taken as they are (see `_assemble`
@@ -91,8 +91,13 @@ class Logreg:
     seconds: float
 
     @classmethod
-    def fit(cls, train: FeatureTable, task: str, modalities: tuple[str, ...], seed: int = 0) -> Logreg:
-        """Fit on the labelled rows of `train` that have one of `modalities` (there must be some)."""
+    def fit(
+        cls, train: FeatureTable, task: str, modalities: tuple[str, ...], seed: int = 0, inverse_l2: float = 1.0
+    ) -> Logreg:
+        """Fit on the labelled rows of `train` that have one of `modalities` (there must be some).
+
+        inverse_l2: scikit-learn's C, the weight of the rows' losses against the penalty.
+        """
         started = time.perf_counter()
         rows = np.flatnonzero(readable(train, modalities) & usable(train.labels[task]))
         if len(rows) > MAX_TRAIN_ROWS:
@@ -105,7 +110,7 @@ class Logreg:
         classes = np.flatnonzero((share > 0) & (share < 1))
         model = None
         if len(classes):
-            model = LogisticRegression(C=1.0, solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4)
+            model = LogisticRegression(C=inverse_l2, solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4)
             model = model if labels.ndim == 1 else OneVsRestClassifier(model)
             model.fit(_assemble(inputs, train), labels if labels.ndim == 1 else labels[:, classes])
         return cls(modalities, inputs, model, classes, np.floor(share), time.perf_counter() - started)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.intervals import METRICS, paired_difference, verdict
 from mmkt_ray.evaluation.metrics import is_right
+from mmkt_ray.evaluation.rows import read_predictions
 from mmkt_ray.features.store import encode_labels
 
 DIFFERENT_SAMPLES = "different samples"
@@ -103,16 +103,10 @@ class Evaluated:
         }
 
     def predictions(self, task: str) -> pd.DataFrame:
-        """The labelled and predicted samples: columns label and pred, indexed by sample_id; tuples where they are lists."""
+        """Columns label and pred of `read_predictions`."""
         if task not in self._cache:
-            fs, path = storage.resolve(self.predictions_uri)
-            names = {f"{task}_label": "label", f"{task}_pred": "pred"}
-            filters = [("model", "==", self.record["name"])] if self.kind == "baseline" else None
-            table = pq.read_table(path, filesystem=fs, columns=["sample_id", *names], filters=filters)
-            frame = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
-            if self.tasks[task].get("kind") == "multilabel":
-                frame = frame.map(lambda classes: tuple(sorted(classes)))
-            self._cache[task] = frame
+            model = self.record["name"] if self.kind == "baseline" else None
+            self._cache[task] = read_predictions(self.predictions_uri, task, model)
         return self._cache[task]
 
     def shares_samples(self, other: Evaluated, task: str) -> bool:
@@ -251,12 +245,7 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
     )
     options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
     shared = {"ours": float(is_right(labels, pred).mean()), "theirs": float(is_right(labels, pred_other).mean())}
-    found: dict[str, Any] = {}
-    for m in METRICS:
-        try:
-            found[m] = paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options)
-        except ValueError:  # undefined where neither a label nor a prediction has any class
-            found[m] = None
+    found = {m: paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options) for m in METRICS}
     return {"model": other.name, "num_rows": len(both), "shared_accuracy": shared, **found}
 
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import parse_config
@@ -23,14 +22,14 @@ from mmkt_ray.evaluation.answers import answer_tasks
 from mmkt_ray.evaluation.compare import compare, read_optional
 from mmkt_ray.evaluation.disagreement import disagreements
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, Interval
-from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts, predicted
+from mmkt_ray.evaluation.intervals import percentiles, resampled_scores
+from mmkt_ray.evaluation.metrics import predicted
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.rows import load_rows, readable
+from mmkt_ray.evaluation.ranking import none_if_nan
+from mmkt_ray.evaluation.rows import load_rows, readable, subsets
 from mmkt_ray.features.store import Store, labelled
 
 MAX_MODALITIES = 8  # 2^8 passes over the test rows
-_MAX_DRAWN = 20_000_000  # counts at once: 160 MB
 
 
 def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
@@ -104,11 +103,6 @@ def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[st
     return found
 
 
-def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """All 2^M subsets; that of number s has the modalities whose bit is set in s."""
-    return [tuple(m for i, m in enumerate(modalities) if s >> i & 1) for s in range(2 ** len(modalities))]
-
-
 def shapley_weights(num: int) -> np.ndarray:
     """(M, 2^M) weights: `weights @ values` are the Shapley values of M = `num` players."""
     weights = np.zeros((num, 2**num))
@@ -143,29 +137,15 @@ def contributions(
         Rows are resampled jointly over the subsets, so what makes a row hard for all of them cancels out.
     """
     weights = shapley_weights(len(modalities))
-    cells, counts = _cells(labels, predictions)
-    outcomes = [_Outcome(labels[cells], pred[cells], num_classes) for pred in predictions]
-    point = {m: np.array([o.score(m, counts[None])[0] for o in outcomes]) for m in METRICS}
-    rng = np.random.default_rng(seed)
-    block = max(1, _MAX_DRAWN // len(counts))
-    drawn: dict[str, list[np.ndarray]] = {m: [] for m in METRICS}
-    for start in range(0, num_resamples, block):
-        weight = rng.multinomial(counts.sum(), counts / counts.sum(), size=min(block, num_resamples - start))
-        for m in METRICS:
-            drawn[m].append(weights @ np.stack([o.score(m, weight) for o in outcomes]))
-    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
     found = {}
-    for metric, values in point.items():
-        low, high = np.quantile(np.concatenate(drawn[metric], axis=1), ends, axis=1)
-        intervals = [
-            Interval(value=float(v), low=float(a), high=float(b))
-            for v, a, b in zip(weights @ values, low, high, strict=True)
-        ]
+    for metric, drawn in resampled_scores(labels, predictions, num_classes, num_resamples, seed).items():
+        shares = [percentiles(values, confidence) for values in weights @ drawn]
+        scores = [none_if_nan(v) for v in drawn[:, 0]]
         found[metric] = {
-            "full": float(values[-1]),
-            "empty": float(values[0]),
-            "values": dict(zip(modalities, intervals, strict=True)),
-            "subsets": {"+".join(s): float(v) for s, v in zip(subsets(modalities), values, strict=True) if s},
+            "full": scores[-1],
+            "empty": scores[0],
+            "values": dict(zip(modalities, shares, strict=True)),
+            "subsets": {"+".join(s): v for s, v in zip(subsets(modalities), scores, strict=True) if s},
         }
     return found
 
@@ -177,36 +157,3 @@ def majority(labels: np.ndarray, num_classes: int) -> np.ndarray:
     if labels.ndim == 2:
         return (known.mean(axis=0) > 0.5).astype(labels.dtype) if len(known) else np.zeros(num_classes, labels.dtype)
     return np.array(np.bincount(known[known >= 0], minlength=num_classes).argmax())
-
-
-def _cells(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """One row of each distinct combination of label and predictions (K,), and how many rows are like it (K,)."""
-    columns = np.column_stack([labels, *predictions])
-    _, first, counts = np.unique(columns, axis=0, return_index=True, return_counts=True)
-    return first, counts
-
-
-class _Outcome:
-    """One subset's predictions, so that scores of many resamples are a few products of matrices."""
-
-    def __init__(self, labels: np.ndarray, pred: np.ndarray, num_classes: int) -> None:
-        self.exact = is_right(labels, pred)
-        self.support, self.predicted = (_members(values, num_classes) for values in (labels, pred))
-        self.right = self.support.multiply(self.predicted).tocsr()
-
-    def score(self, metric: str, counts: np.ndarray) -> np.ndarray:
-        """(R,) scores of resamples (R, K); accuracy of sets of classes is the share that is predicted exactly."""
-        if metric == "accuracy":
-            return counts @ self.exact / counts.sum(axis=1)
-        by_class = [counts @ members for members in (self.right, self.support, self.predicted)]
-        return macro_f1_from_counts(*by_class)
-
-
-def _members(values: np.ndarray, num_classes: int) -> sp.csr_matrix:
-    """(K, C) or, of codes, (K, C + 1): 1 where the row has the class; the last one is of unseen classes."""
-    if values.ndim == 2:
-        return sp.csr_matrix(values.astype(np.int64))
-    codes = as_codes(values, num_classes)
-    return sp.csr_matrix(
-        (np.ones(len(codes), int), (np.arange(len(codes)), codes)), shape=(len(codes), num_classes + 1)
-    )

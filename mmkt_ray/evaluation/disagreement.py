@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from mmkt_ray.evaluation.answers import models_of, read_predictions
+from mmkt_ray.evaluation.answers import models_of, predictions_of
 from mmkt_ray.evaluation.intervals import Interval
 
 NUM_EXAMPLES = 8
@@ -26,7 +26,7 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
     """
     chosen = _single_models(models_of(run_uri, results, task))
-    frames = {m: read_predictions(run_uri, results, name, task) for m, name in chosen.items()}
+    frames = {m: predictions_of(run_uri, results, name, task) for m, name in chosen.items()}
     rows = sorted(set.intersection(*(set(f.index) for f in frames.values()))) if len(frames) > 1 else []
     if not rows:
         return None
@@ -36,7 +36,7 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     differ = np.array([len(set(preds)) > 1 for preds in zip(*(f["pred"] for f in frames.values()), strict=True)])
     share = binomtest(int(differ.sum()), len(rows)).proportion_ci(results["confidence"], method="wilson")
     fused_name = results["tasks"][task]["best_fused"]
-    fused = read_predictions(run_uri, results, fused_name, task).reindex(rows)["pred"] if fused_name else pd.Series()
+    fused = predictions_of(run_uri, results, fused_name, task).reindex(rows)["pred"] if fused_name else pd.Series()
     return {
         "models": chosen,
         "num_rows": len(rows),

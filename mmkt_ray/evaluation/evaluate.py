@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +35,7 @@ from mmkt_ray.evaluation.rows import (
     load_rows,
     prediction_table,
     presence_patterns,
+    subsets,
     without_unreadable,
 )
 from mmkt_ray.evaluation.tables import comparison_table, missing_table
@@ -73,6 +73,7 @@ def evaluate_model(
                        calibration: {temperature, num_val_rows, note, before, after: {log_loss, calibration_error,
                                      reliability}}, if asked for
                        subsets: {"image+text": {modalities, num_modalities, num_rows, accuracy, macro_f1 (intervals),
+                                                metrics: those of `task_metrics` from these modalities alone,
                                                 all: {accuracy, macro_f1} of all modalities on the same rows}},
                        patterns: {"image+text": {num_rows, accuracy}} by the modalities a row has,
                        val: {num_rows, accuracy, macro_f1} or None}}
@@ -182,11 +183,10 @@ def _predict_baselines(models: Mapping[str, Baseline], table: FeatureTable) -> P
 
 
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """All non-empty subsets, largest first; of more than four modalities only: all, all but one, each alone."""
-    sizes = list(range(len(modalities), 0, -1))
-    if len(modalities) > MAX_MODALITIES_FOR_ALL_SUBSETS:
-        sizes = [len(modalities), len(modalities) - 1, 1]
-    return [subset for size in sizes for subset in combinations(sorted(modalities), size)]
+    """The subsets that are scored, largest first: all; of more than four modalities only all, all but one, each alone."""
+    num = len(modalities)
+    sizes = range(1, num + 1) if num <= MAX_MODALITIES_FOR_ALL_SUBSETS else (1, num - 1, num)
+    return sorted(subsets(sorted(modalities), sizes), key=len, reverse=True)
 
 
 def _part(data: Rows, store: Store, split: str) -> Rows:
@@ -248,11 +248,16 @@ def _subset_scores(
 ) -> dict[str, Any]:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
     rows = has_prediction(proba) & labelled(table.labels[task])
-    labels, pred = table.labels[task][rows], predicted(proba[rows], table.kinds.get(task, "multiclass"))
-    every = _point_scores(table, task, rows, proba_all)
-    sizes = {"num_modalities": len(subset), "num_rows": len(labels)}
-    intervals = settings.intervals(labels, pred, len(table.class_names[task]))
-    return {"modalities": list(subset), **sizes, **intervals, "all": every}
+    labels, proba, names = table.labels[task][rows], proba[rows], table.class_names[task]
+    kind = table.kinds.get(task, "multiclass")
+    return {
+        "modalities": list(subset),
+        "num_modalities": len(subset),
+        "num_rows": len(labels),
+        **settings.intervals(labels, predicted(proba, kind), len(names)),
+        "metrics": task_metrics(kind, labels, proba, names),
+        "all": _point_scores(table, task, rows, proba_all),
+    }
 
 
 def _point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import EnsembleSpec, Features, ModelSpec, Predictor, SparseBatch, to_proba
 
@@ -83,6 +84,12 @@ def predict_logits(
         for t, values in logits.items():
             found[t][rows] = values.cpu().numpy()
     return found
+
+
+def score_rows(model: Predictor, table: FeatureTable, task: str, rows: np.ndarray) -> np.ndarray:
+    """The score in [0, 1] of the chosen rows, (R,); see `row_scores`. rows: mask (N,) of labelled ones."""
+    part = table.take(np.flatnonzero(rows))
+    return row_scores(part.labels[task], predicted(predict_table(model, part)[task], model.spec.kinds[task]))
 
 
 def check_features(spec: ModelSpec | EnsembleSpec, table: FeatureTable) -> None:

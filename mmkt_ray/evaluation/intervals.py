@@ -1,14 +1,15 @@
 """Bootstrap percentile intervals: how far a score on these test rows may lie from the score on new rows.
 
-Rows are drawn with replacement. The scores depend only on how often each combination of label and prediction occurs,
+Rows are drawn with replacement. The scores depend only on how often each combination of label and predictions occurs,
 so a resample is one multinomial draw over these combinations ("cells"): the same distribution as drawing N rows, at a
-cost that does not grow with N.
+cost that does not grow with N. Scores of several predictions are drawn jointly: what makes a row hard for all of them
+cancels out of their differences. Models of several seeds: seeds.py.
 
 Labels and predictions are (N,) class indices, or (N, C) of 0 and 1 for a multilabel task, whose accuracy is subset
 accuracy: a row counts if every class of it is right.
 
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
-Axes: N samples, C classes, K distinct cells, R resamples.
+Axes: N samples, C classes, K distinct cells, P predictions of the same rows, R resamples.
 
 Limits: the rows must be independent draws. Rows that share a text or an image (label-made pairs) are not, and their
 intervals are too narrow. Macro-F1 over classes with a handful of rows is biased in small resamples.
@@ -16,7 +17,7 @@ intervals are too narrow. Macro-F1 over classes with a handful of rows is biased
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypedDict
@@ -28,7 +29,7 @@ from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts
 from mmkt_ray.features.store import labelled
 
 METRICS = ("accuracy", "macro_f1")
-_MAX_CELLS_AT_ONCE = 20_000_000  # of R x K counts: 160 MB
+_MAX_COUNTS = 20_000_000  # drawn at once: 160 MB
 
 
 class Interval(TypedDict):
@@ -66,23 +67,13 @@ def bootstrap_intervals(
     rows = labelled(labels)
     if not rows.any():
         return {}
-    draws = bootstrap_scores(labels[rows], pred[rows], num_classes, num_resamples, seed)
-    found = {m: _percentiles(float(values[0]), values[1:], confidence) for m, values in draws.items()}
+    drawn = resampled_scores(labels[rows], [pred[rows]], num_classes, num_resamples, seed)
+    found = {m: percentiles(scores[0], confidence) for m, scores in drawn.items()}
     bound = ((1 - confidence) / 2) ** (1 / int(rows.sum()))
     for interval in found.values():
         if interval is not None and interval["value"] in (0.0, 1.0):
             interval["low" if interval["value"] == 1.0 else "high"] = bound if interval["value"] == 1.0 else 1 - bound
     return found
-
-
-def bootstrap_scores(
-    labels: np.ndarray, pred: np.ndarray, num_classes: int, num_resamples: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Metric -> (1 + R,): the score of the labelled rows given, then those of the resamples; NaN where undefined."""
-    (label, guess), counts = _cells(labels, pred, num_classes=num_classes)
-    outcome = _Outcome.of(label, guess, num_classes)
-    drawn = [outcome.scores(d) for d in chain([counts[None]], _resample(counts, num_resamples, seed))]
-    return {m: np.concatenate([d[m] for d in drawn]) for m in METRICS}
 
 
 def paired_difference(
@@ -95,74 +86,60 @@ def paired_difference(
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Interval:
-    """Score of `pred_a` minus score of `pred_b` on the same rows, resampled jointly.
+) -> Interval | None:
+    """Score of `pred_a` minus score of `pred_b` on the same rows, resampled jointly; None where it is undefined.
 
-    Both predictions of a row stay together, so what makes a row hard for both cancels out and the interval is narrower
-    than two separate ones suggest. Some rows are labelled; `metric` is one of METRICS.
+    Both predictions of a row stay together, so the interval is narrower than two separate ones suggest. Some rows are
+    labelled; `metric` is one of METRICS.
 
-    Raises: ValueError for another metric, if no row is labelled, or if the metric is undefined on these rows.
+    Raises: ValueError for another metric, or if no row is labelled.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got '{metric}'")
     rows = labelled(labels)
     if not rows.any():
         raise ValueError("no labelled row to compare on")
-    values = difference_scores(labels[rows], pred_a[rows], pred_b[rows], metric, num_classes, num_resamples, seed)
-    found = _percentiles(float(values[0]), values[1:], confidence)
-    if found is None:
-        raise ValueError(f"{metric} is undefined: no row has or gets any class")
-    return found
-
-
-def difference_scores(
-    labels: np.ndarray,
-    pred_a: np.ndarray,
-    pred_b: np.ndarray,
-    metric: str,
-    num_classes: int,
-    num_resamples: int,
-    seed: int,
-) -> np.ndarray:
-    """(1 + R,): the difference a - b on the labelled rows given, then those of the resamples; NaN where undefined."""
+    labels, preds = labels[rows], [pred_a[rows], pred_b[rows]]
     if metric == "accuracy":  # who is right is all that matters: four cells
-        pred_a, pred_b = (np.where(is_right(as_codes(labels, num_classes), p), 0, 1) for p in (pred_a, pred_b))
+        codes = as_codes(labels, num_classes)
+        preds = [np.where(is_right(codes, p), 0, 1) for p in preds]
         labels, num_classes = np.zeros(len(labels), int), 1
-    (label, *preds), counts = _cells(labels, pred_a, pred_b, num_classes=num_classes)
-    a, b = (_Outcome.of(label, p, num_classes) for p in preds)
-    blocks = chain([counts[None]], _resample(counts, num_resamples, seed))
-    return np.concatenate([a.scores(d)[metric] - b.scores(d)[metric] for d in blocks])
+    a, b = resampled_scores(labels, preds, num_classes, num_resamples, seed)[metric]
+    return percentiles(a - b, confidence)
 
 
-def verdict(difference: Interval) -> str:
-    """What a paired difference shows, in words."""
+def resampled_scores(
+    labels: np.ndarray, preds: Sequence[np.ndarray], num_classes: int, num_resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Metric -> (P, 1 + R): the score of each prediction on the labelled rows given, then on the resamples, which are the
+    same for all; NaN where undefined."""
+    (label, *guesses), counts = _cells(labels, preds, num_classes)
+    outcomes = [Outcome.of(label, guess, num_classes) for guess in guesses]
+    blocks = chain([counts[None]], draw_counts(counts, num_resamples, np.random.default_rng(seed)))
+    drawn = [[outcome.scores(block) for outcome in outcomes] for block in blocks]
+    return {m: np.concatenate([[s[m] for s in scores] for scores in drawn], axis=1) for m in METRICS}
+
+
+def percentiles(scores: np.ndarray, confidence: float) -> Interval | None:
+    """Scores (1 + R,) -> the first one between percentiles of the others; None where it is undefined (NaN). Resamples that
+    lack what defines it are left out."""
+    if np.isnan(scores[0]):
+        return None
+    low, high = np.nanquantile(scores[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return {"value": float(scores[0]), "low": float(low), "high": float(high)}
+
+
+def verdict(difference: Interval, neither: str = "no difference shown") -> str:
+    """What a paired difference shows: better, worse or `neither`."""
     if difference["low"] > 0:
         return "better"
-    return "worse" if difference["high"] < 0 else "no difference shown"
-
-
-def _resample(counts: np.ndarray, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Counts (K,) of the rows -> blocks (r, K) of counts in resamples of as many rows, `num_resamples` in all."""
-    rng = np.random.default_rng(seed)
-    total = int(counts.sum())
-    block = max(1, _MAX_CELLS_AT_ONCE // len(counts))
-    for start in range(0, num_resamples, block):
-        yield rng.multinomial(total, counts / total, size=min(block, num_resamples - start))
-
-
-def _cells(labels: np.ndarray, *preds: np.ndarray, num_classes: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The distinct combinations of label and predictions, each (K,) or (K, C), and how often each occurs (K,)."""
-    columns = [as_codes(labels, num_classes), *preds]
-    width = 1 if labels.ndim == 1 else labels.shape[1]
-    flat = np.concatenate([c.reshape(len(c), width).astype(np.int32) for c in columns], axis=1)
-    cells, counts = np.unique(flat, axis=0, return_counts=True)
-    parts = np.split(cells, len(columns), axis=1)
-    return [p[:, 0] if labels.ndim == 1 else p for p in parts], counts
+    return "worse" if difference["high"] < 0 else neither
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What a model's predictions come to in each of K cells. W = C, and one more for UNSEEN where a row has one class."""
+class Outcome:
+    """What predictions come to in each of K cells (or rows), so that the scores of many resamples are a few products of
+    matrices. W = C, and one more for UNSEEN where a row has one class."""
 
     hit: np.ndarray  # (K,) the row is right
     right: sp.csr_matrix  # (K, W) true positives of each class
@@ -170,25 +147,39 @@ class _Outcome:
     predicted: sp.csr_matrix  # (K, W) predictions
 
     @classmethod
-    def of(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> _Outcome:
-        """label, pred: (K,) codes, or (K, C) of 0 and 1."""
-        hit = is_right(label, pred)
-        if label.ndim == 1:
-            each = [sp.csr_matrix(np.eye(num_classes + 1)[codes]) for codes in (label, pred)]
-        else:
-            each = [sp.csr_matrix(codes.astype(float)) for codes in (label, pred)]
-        support, predicted = each
-        return cls(hit, support.multiply(predicted).tocsr(), support, predicted)
+    def of(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> Outcome:
+        """label, pred: (K,) codes up to `num_classes` (see `as_codes`), or (K, C) of 0 and 1. A negative prediction, of a
+        class that is not among the C, is wrong."""
+        support, predicted = (_members(values, num_classes) for values in (label, pred))
+        return cls(is_right(label, pred), support.multiply(predicted).tocsr(), support, predicted)
 
     def scores(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores (R,) of counts (R, K)."""
+        """Metric -> (R,) of how often each cell is drawn, (R, K)."""
         totals = [counts @ part for part in (self.right, self.support, self.predicted)]
         return {"accuracy": counts @ self.hit / counts.sum(axis=1), "macro_f1": macro_f1_from_counts(*totals)}
 
 
-def _percentiles(value: float, drawn: np.ndarray, confidence: float) -> Interval | None:
-    """None where the score is undefined; a resample that lacks what defines it is left out."""
-    if np.isnan(value):
-        return None
-    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"value": value, "low": float(low), "high": float(high)}
+def draw_counts(counts: np.ndarray, num_resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Counts (K,) of the rows -> blocks (r, K) of counts in resamples of as many rows, `num_resamples` in all."""
+    total = int(counts.sum())
+    block = max(1, _MAX_COUNTS // len(counts))
+    for start in range(0, num_resamples, block):
+        yield rng.multinomial(total, counts / total, size=min(block, num_resamples - start))
+
+
+def _members(values: np.ndarray, num_classes: int) -> sp.csr_matrix:
+    """(K, C) as they are, of codes (K, C + 1): 1 where the row has the class; nothing in the row of a negative code."""
+    if values.ndim == 2:
+        return sp.csr_matrix(values.astype(float))
+    rows = np.flatnonzero(values >= 0)
+    return sp.csr_matrix((np.ones(len(rows)), (rows, values[rows])), shape=(len(values), num_classes + 1))
+
+
+def _cells(labels: np.ndarray, preds: Sequence[np.ndarray], num_classes: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct combinations of label and predictions, each (K,) or (K, C), and how often each occurs (K,)."""
+    columns = [as_codes(labels, num_classes), *preds]
+    width = 1 if labels.ndim == 1 else labels.shape[1]
+    flat = np.concatenate([c.reshape(len(c), width).astype(np.int32) for c in columns], axis=1)
+    cells, counts = np.unique(flat, axis=0, return_counts=True)
+    parts = np.split(cells, len(columns), axis=1)
+    return [p[:, 0] if labels.ndim == 1 else p for p in parts], counts

@@ -36,6 +36,15 @@ def is_right(labels: np.ndarray, pred: np.ndarray) -> np.ndarray:
     return same if same.ndim == 1 else same.all(axis=1)
 
 
+def row_scores(labels: np.ndarray, pred: np.ndarray) -> np.ndarray:
+    """(N,) score in [0, 1] of each row: right or wrong; of a multilabel task the F1 of its classes, 1 where there are none."""
+    if labels.ndim == 1:
+        return is_right(labels, pred).astype(float)
+    real, found = labels == 1, pred == 1
+    total = real.sum(axis=1) + found.sum(axis=1)
+    return np.where(total > 0, 2 * (real & found).sum(axis=1) / np.maximum(total, 1), 1.0)
+
+
 def task_metrics(kind: str, labels: np.ndarray, proba: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """All scores of one task of any kind, with its `kind`; see `classification_metrics` and `multilabel_metrics`.
 
@@ -107,22 +116,11 @@ def as_codes(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return labels if labels.ndim == 2 else np.where(labels == UNSEEN, num_classes, labels)
 
 
-def scores_from_counts(right: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy and macro-F1 of many resamples at once: what `_averages` gives for each, without scikit-learn.
-
-    Args:
-        right, support, predicted: (R, C) true positives, labels and predictions of each class in each resample; one
-            label and one prediction per row.
-
-    Returns:
-        `accuracy` and `macro_f1`, each (R,).
-    """
-    macro_f1 = macro_f1_from_counts(right, support, predicted)
-    return {"accuracy": right.sum(axis=1) / support.sum(axis=1), "macro_f1": macro_f1}
-
-
 def macro_f1_from_counts(right: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Macro-F1 (R,) of counts (R, C) as for `scores_from_counts`, of any kind of task; NaN where no class occurs."""
+    """Macro-F1 (R,) of many resamples at once, what scikit-learn gives for each; NaN where no class occurs.
+
+    right, support, predicted: (R, C) true positives, labels and predictions of each class in each resample.
+    """
     involved = support + predicted
     f1 = np.divide(2.0 * right, involved, out=np.zeros(involved.shape), where=involved > 0)
     num = (involved > 0).sum(axis=1)

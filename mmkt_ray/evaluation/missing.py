@@ -25,7 +25,7 @@ from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, bootstrap_scores, difference_scores
+from mmkt_ray.evaluation.intervals import METRICS, percentiles, resampled_scores
 from mmkt_ray.evaluation.metrics import predicted, task_metrics
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
@@ -34,8 +34,6 @@ from mmkt_ray.features.store import FeatureTable, Store, encode_labels, label_ty
 ANY = "any"
 RATES = tuple(r / 10 for r in range(11))
 NUM_SEEDS = 3
-
-Curve = list[list[float] | None]  # [value, low, high] for each rate; None where undefined
 
 
 def missing_curves(
@@ -157,12 +155,9 @@ class _Draws:
 
     def interval(self, scores: Sequence[np.ndarray]) -> list[float] | None:
         """Scores (1 + R,) of each seed, the score itself first -> [mean, low, high]; None where undefined."""
-        value = float(np.mean([s[0] for s in scores]))
-        if np.isnan(value):
-            return None
-        ends = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
-        low, high = np.nanquantile(np.concatenate([s[1:] for s in scores]), ends)
-        return [value, float(low), float(high)]
+        mean = np.mean([s[0] for s in scores])
+        found = percentiles(np.concatenate([[mean], *(s[1:] for s in scores)]), self.confidence)
+        return [found["value"], found["low"], found["high"]] if found else None
 
 
 @dataclass(frozen=True)
@@ -220,11 +215,12 @@ class _Answers:
             there = single.known[rows] & (gone != list(self.inputs).index(m))
             other[there] = single.pred[rows[there]]
         labels, num_classes = self.table.labels[self.task][rows], len(self.table.class_names[self.task])
-        options = (num_classes, draw.num_resamples, draw.seed)
-        found = {"curves": bootstrap_scores(labels, pred, *options)}
+        preds = [pred, other] if compared else [pred]
+        scores = resampled_scores(labels, preds, num_classes, draw.num_resamples, draw.seed)
+        found = {"curves": {m: s[0] for m, s in scores.items()}}
         if compared:
-            found["reference"] = bootstrap_scores(labels, other, *options)
-            found["difference"] = {m: difference_scores(labels, pred, other, m, *options) for m in METRICS}
+            found["reference"] = {m: s[1] for m, s in scores.items()}
+            found["difference"] = {m: s[0] - s[1] for m, s in scores.items()}
         return found
 
 

@@ -5,12 +5,15 @@ Axes: N rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mmkt_ray import storage
 from mmkt_ray.evaluation.metrics import predicted
 from mmkt_ray.features.store import UNSEEN, FeatureTable, Store, encode_labels, label_type
 
@@ -41,6 +44,13 @@ class Rows:
 def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:
     """(N,) bool: the sample has at least one of the modalities."""
     return np.logical_or.reduce([table.present[m] for m in modalities])
+
+
+def subsets(modalities: Sequence[str], sizes: Collection[int] | None = None) -> list[tuple[str, ...]]:
+    """The sets of so many of the modalities (None: all 2^M, the empty one first), in the order of their numbers: that of
+    number s has the modalities whose bit is set in s."""
+    every = [tuple(m for i, m in enumerate(modalities) if s >> i & 1) for s in range(2 ** len(modalities))]
+    return [subset for subset in every if sizes is None or len(subset) in sizes]
 
 
 def presence_patterns(table: FeatureTable) -> dict[str, np.ndarray]:
@@ -113,6 +123,21 @@ def prediction_table(rows: Rows, modalities: Sequence[str], proba: Mapping[str, 
         columns[f"{task}_label"] = pa.array(labels.tolist(), label_type(kind))
         columns |= prediction_columns(task, values, names, kind)
     return pa.table(columns)
+
+
+def read_predictions(
+    uri: str, task: str, model: str | None = None, columns: Sequence[str] = ("label", "pred")
+) -> pd.DataFrame:
+    """The labelled and predicted rows of such a file by sample_id: label and pred (a class, or a sorted tuple of classes) and
+    proba (C,), as `columns` has them. model: whose rows, of a file of several models."""
+    fs, path = storage.resolve(uri)
+    names = {f"{task}_{c}": c for c in columns}
+    filters = [("model", "==", model)] if model else None
+    table = pq.read_table(path, filesystem=fs, columns=["sample_id", *names], filters=filters)
+    frame = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
+    for column in ("label", "pred"):
+        frame[column] = [v if isinstance(v, str) else tuple(sorted(v)) for v in frame[column]]
+    return frame
 
 
 def missing_column(table: FeatureTable, modalities: Sequence[str]) -> pa.Array:

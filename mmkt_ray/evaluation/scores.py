@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from scipy.stats import spearmanr, weightedtau
 from mmkt_ray import storage
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.evaluation.transferability import Moments, h_score, leep, linear_cka, logme
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 
@@ -112,7 +112,7 @@ def _score_store(store: Store, found: dict[str, Any], results: dict[str, Any] | 
 def _sets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """Each modality alone, then together: every set of up to four modalities, of more than four only all."""
     sizes = range(1, len(modalities) + 1) if len(modalities) <= 4 else (1, len(modalities))
-    return [subset for size in sizes for subset in combinations(modalities, size)]
+    return sorted(subsets(modalities, sizes), key=len)
 
 
 def _survey(store: Store) -> tuple[list[tuple[str, ...]], dict[str, float]]:

@@ -9,6 +9,20 @@ from mmkt_ray.evaluation.intervals import Interval
 _WIDTH = 100
 
 
+def points(value: float) -> str:
+    """0.031 -> `+3.1`, with a true minus sign; in percentage points."""
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def told(interval: Interval | None, form: str = ".1f") -> str:
+    """An interval in percentage points, each number in this format."""
+    if interval is None:
+        return "undefined"
+    value, low, high = (format(100 * interval[end], form) for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def comparison_table(results: dict[str, Any]) -> str:
     """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first."""
     lines = []
@@ -16,7 +30,7 @@ def comparison_table(results: dict[str, Any]) -> str:
         single = found["best_single"]
         lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
         rows = sorted(found["rows"], key=lambda r: -r["accuracy"]["value"])
-        cells = [[r["model"], _percent(r["accuracy"]), _percent(r["macro_f1"]), _difference(r)] for r in rows]
+        cells = [[r["model"], told(r["accuracy"]), told(r["macro_f1"]), _difference(r)] for r in rows]
         percent = f"{100 * results['confidence']:g} %"
         cells.insert(0, ["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"])
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
@@ -28,17 +42,10 @@ def comparison_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *results["notes"]]).rstrip()
 
 
-def _percent(interval: Interval | None) -> str:
-    if interval is None:
-        return "undefined"
-    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
-
-
 def _difference(row: dict[str, Any]) -> str:
     if not row["versus"]:
         return row["verdict"]
-    d = row["versus"]["accuracy"]
-    return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] {row['verdict']}"
+    return f"{told(row['versus']['accuracy'], '+.1f')} {row['verdict']}"
 
 
 def missing_table(result: dict[str, Any]) -> str:

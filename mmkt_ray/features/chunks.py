@@ -42,6 +42,7 @@ def unpack(data: bytes) -> pa.Table:
 
 
 def make_row(unit: str, index: int, last: bool, table: pa.Table, rejects: pa.Table, seconds: dict[str, float]) -> Row:
+    """A chunk as it travels. seconds: by stage, so far."""
     return {
         "unit": [unit],
         "index": [index],

@@ -20,12 +20,13 @@ import ray.data
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, ReduceConfig, TaskConfig, fingerprint
-from mmkt_ray.encoders.build import build_reducer, load_fitted, read_card
+from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, read_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
-from mmkt_ray.features.fit import fit_encoders, fit_reducers
+from mmkt_ray.features.fit import fit_encoders, fit_reducers, is_fitted
+from mmkt_ray.features.leakage import find_leaking
 from mmkt_ray.features.publish import check_budget, publish, published
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.content import NORMALISATION
@@ -45,11 +46,25 @@ def extract(config: Config, run_uri: str) -> Store:
     Raises: ConfigError, DataError (bad paths, too many rejects), ResourceError (the cluster can't place the work).
     """
     shards = list_shards(config)
-    encoders = fit_encoders(config, run_uri, shards)
+    encoders = fit_encoders(config, run_uri, shards, leaking_train_rows(config, run_uri, shards))
     encoded = encode(config, run_uri, shards, encoders)
     check_not_empty(encoded)
     reduced = reduce(config, run_uri, encoded, fit_reducers(config, run_uri, encoded))
     return combine(config, run_uri, reduced)
+
+
+def drops_rows(config: Config) -> bool:
+    """Whether leaking rows are left out before combining: under join and pair it is the combined samples that leak."""
+    return config.samples.drop_leakage and config.samples.combine.name == "union"
+
+
+def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, list[str]]:
+    """Unit of a shard -> ids of its train rows that no encoder may be fitted on, as they will be left out."""
+    sections = [modality.encoder for modality in config.modalities.values()]
+    if not drops_rows(config) or not any(is_fitted(build_encoder(section), section) for section in sections):
+        return {}
+    uri = storage.join(run_uri, "features", f"contents-{fingerprint(reading_layout(config))}")
+    return find_leaking(config, uri, shards)
 
 
 def check_not_empty(store: Store) -> None:
@@ -69,8 +84,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     cards = {m: read_card(uri) for m, uri in sorted(encoders.items())}
     layout = fingerprint(reading_layout(config))
     plan: dict[str, Any] = {"layout": layout, "encoders": {m: c["fingerprint"] for m, c in cards.items()}}
-    # under another way of combining it is the combined store that leaves rows out
-    if config.samples.drop_leakage and config.samples.combine.name == "union":
+    if drops_rows(config):
         plan["drop_leakage"] = True
         layout += "-without-leakage"  # reducers are fitted on the rows that stay
     uri = storage.join(run_uri, "features", f"encoded-{fingerprint(plan)}")

@@ -7,7 +7,7 @@ The tree is fixed so that the same shards give the same sums, bit for bit, whate
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,18 +28,30 @@ log = logging.getLogger(__name__)
 FAN_IN = 8  # statistics that one merge takes
 
 
-def fit_encoders(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, str]:
-    """Folders of the fitted encoders by modality; fits only what is not fitted yet."""
-    return {name: fit_encoder(config, run_uri, name, shards) for name in sorted(config.modalities)}
+def fit_encoders(
+    config: Config, run_uri: str, shards: list[Shard], leaking: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
+    """Folders of the fitted encoders by modality; fits only what is not fitted yet.
+
+    leaking: unit of a shard -> ids of its train rows to leave out (leakage.py).
+    """
+    return {name: fit_encoder(config, run_uri, name, shards, leaking or {}) for name in sorted(config.modalities)}
 
 
-def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]) -> str:
+def is_fitted(encoder: Any, section: Section) -> bool:
+    """Whether an encoder of this kind learns from the samples."""
+    return hasattr(section, "pretrain") or isinstance(encoder, Mergeable)
+
+
+def fit_encoder(
+    config: Config, run_uri: str, modality: str, shards: list[Shard], leaking: Mapping[str, Sequence[str]]
+) -> str:
     """The folder of one modality's fitted encoder. Raises: DataError if its train split is empty."""
     section = config.modalities[modality].encoder
     encoder: Any = build_encoder(section)
     task: str | None = getattr(section, "pretrain", None)
     trained = task is not None
-    if not trained and not isinstance(encoder, Mergeable):
+    if not is_fitted(encoder, section):
         uri = storage.join(run_uri, "encoders", f"{modality}-{fingerprint(section, 12)}")
         if not storage.exists(storage.join(uri, "encoder.json")):
             _save(encoder, section, uri, units=[])
@@ -53,6 +65,8 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
         NORMALISATION,
         config.samples.combine.name == "join",  # the split is then drawn by the key
     ]
+    left_out = {shard.unit: leaking[shard.unit] for shard in feeding if shard.unit in leaking}
+    identity += [left_out] if left_out else []
     prefix = f"{modality}-{fingerprint(identity, 12)}"
     units = [shard.unit for shard in feeding]
     if kept := find_fit(run_uri, prefix, units):
@@ -63,9 +77,9 @@ def fit_encoder(config: Config, run_uri: str, modality: str, shards: list[Shard]
     if trained:
         from mmkt_ray.features.pretrain import pretrain_cnn  # with torch, which processes that count have no use for
 
-        pretrain_cnn(encoder, narrow, modality, feeding, uri)
+        pretrain_cnn(encoder, narrow, modality, feeding, uri, left_out)
     else:
-        groups = [partial(encoder_statistics, narrow, modality, shard) for shard in feeding]
+        groups = [partial(encoder_statistics, narrow, modality, s, left_out.get(s.unit, ())) for s in feeding]
         total = merge_in_tree(groups, encoder.merge)
         if total is None:
             raise DataError(

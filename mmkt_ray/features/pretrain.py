@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,26 +26,35 @@ from safetensors.torch import save as save_tensors
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import CnnEncoder, Config, LogMelCnnEncoder
 from mmkt_ray.encoders.build import build_encoder
-from mmkt_ray.encoders.cnn import fit_cnn
+from mmkt_ray.encoders.cnn_training import fit_cnn
 from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.publish import sort_classes
 from mmkt_ray.samples.readers import read_chunks
-from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.schema import Shard, train_rows
 
 log = logging.getLogger(__name__)
 
 
-def pretrain_cnn(encoder: TrainedCnn, config: Config, modality: str, shards: list[Shard], uri: str) -> None:
+def pretrain_cnn(
+    encoder: TrainedCnn,
+    config: Config,
+    modality: str,
+    shards: list[Shard],
+    uri: str,
+    leaking: Mapping[str, Sequence[str]],
+) -> None:
     """Train `encoder` on the labelled train rows of `shards`; `config` is narrowed to its modality and task.
+
+    leaking: unit of a shard -> ids of its train rows to leave out.
 
     Resumes from the last finished epoch after a kill. Raises: DataError if fewer than two classes are there.
     """
     section = encoder.config
     pieces = storage.join(uri, "images")
     decode = ray.remote(_decode_shard)
-    ray.get([decode.remote(config, modality, section.pretrain, shard, pieces) for shard in shards])
+    ray.get([decode.remote(config, modality, shard, pieces, leaking.get(shard.unit, ())) for shard in shards])
     counts = _count_classes(pieces)
     class_names = sort_classes(counts)
     if len(class_names) < 2:
@@ -66,17 +76,15 @@ def _options(section: CnnEncoder | LogMelCnnEncoder, class_names: list[str]) -> 
     return {"num_classes": len(class_names), "image_size": section.image_size, "width": section.width}
 
 
-def _decode_shard(config: Config, modality: str, task: str, shard: Shard, pieces: str) -> None:
+def _decode_shard(config: Config, modality: str, shard: Shard, pieces: str, leaking: Sequence[str]) -> None:
     """Write the shard's labelled train values, prepared, as parts of (pixels, label); extraction will reject broken ones."""
     encoder: Any = build_encoder(config.modalities[modality].encoder)
+    task = encoder.config.pretrain
     if storage.exists(storage.join(pieces, f"{shard.unit}.done")):
         return
     for chunk in read_chunks(config, shard):
-        usable = pc.and_(
-            pc.equal(chunk.table.column("split"), "train"),
-            pc.and_(chunk.table.column(modality).is_valid(), chunk.table.column(task).is_valid()),
-        )
-        rows = chunk.table.filter(usable)
+        train = train_rows(chunk.table, leaking)
+        rows = train.filter(pc.and_(train.column(modality).is_valid(), train.column(task).is_valid()))
         kind, max_pixels = config.modalities[modality].kind, config.samples.max_image_pixels
         images = decode_column(rows.column(modality), kind, encoder.prepare, max_pixels).values
         good = [i for i, image in enumerate(images) if image is not None]

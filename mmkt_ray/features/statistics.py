@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,15 +14,18 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.features.store import column_of, from_arrow
 from mmkt_ray.samples.readers import read_chunks
-from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.schema import Shard, train_rows
 
 
-def encoder_statistics(config: Config, modality: str, shard: Shard) -> Any:
-    """Statistics of one shard's train rows; None if it has none. Holds one chunk and the merged statistics."""
+def encoder_statistics(config: Config, modality: str, shard: Shard, leaking: Sequence[str]) -> Any:
+    """Statistics of one shard's train rows, those with an id in `leaking` left out; None if it has none.
+
+    Holds one chunk and the merged statistics.
+    """
     encoder: Any = build_encoder(config.modalities[modality].encoder)
     total = None
     for chunk in read_chunks(config, shard):
-        train = chunk.table.filter(pc.equal(chunk.table.column("split"), "train")).column(modality).drop_null()
+        train = train_rows(chunk.table, leaking).column(modality).drop_null()
         if len(train):
             part = encoder.partial(train.to_pylist())
             total = part if total is None else encoder.merge([total, part])

@@ -23,6 +23,5 @@ class Dropout(nn.Module):
         if not self.training:
             return x
         kept = torch.rand(x.shape, device=x.device) >= self.rate
-        return x * torch.where(
-            kept, 1 / (1 - self.rate), 0.0
-        )  # one factor per value: a single product to go back through
+        # one factor per value: a single product to go back through
+        return x * torch.where(kept, 1 / (1 - self.rate), 0.0)

@@ -1,7 +1,7 @@
 """Levels of towers: hard sharing by key functions, cross-stitch units, mixtures of experts; all with one interface.
 
-A level is built from the signals that come in (`paths`, `widths`) and says which it hands on. Levels of all kinds stack
-in any order.
+A level is built from its scheme, the signals that come in (`paths`, `widths`) and the model's spec, and says in `paths` and
+`widths` which it hands on. Levels of all kinds stack in any order. The level of a scheme is an entry of `LEVELS`.
 
 Axes: B batch, D width of a signal that comes in, H hidden width, T tasks that read a modality, E experts.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkt_ray.models.sharing import SCHEMES, Pair, module_name
+from mmkt_ray.models.spec import ModelSpec
 from mmkt_ray.models.towers import Features, Tower, Width, make_linear
 
 Path = tuple[object, ...]  # (modality, key at level 1, key at level 2, ..): pairs with equal paths carry equal signals
@@ -24,16 +25,8 @@ class Level(nn.Module):
     in front of that tower. It is shared by exactly the tasks that share the tower, so it leaks nothing between others.
     """
 
-    def __init__(
-        self,
-        scheme: str,
-        paths: dict[Pair, Path],
-        widths: dict[Path, Width],
-        out_dims: dict[str, int],
-        adapter_dim: int,
-        dropout: float,
-    ) -> None:
-        """paths, widths: the signals that come in; out_dims: modality -> width of the towers it goes through."""
+    def __init__(self, scheme: str, paths: dict[Pair, Path], widths: dict[Path, Width], spec: ModelSpec) -> None:
+        """paths, widths: the signals that come in."""
         super().__init__()
         self.keys = {pair: SCHEMES[scheme](*pair) for pair in sorted(paths)}
         self.paths: dict[Pair, Path] = {pair: (*paths[pair], key) for pair, key in self.keys.items()}
@@ -44,12 +37,12 @@ class Level(nn.Module):
             sources = {self.paths[pair]: paths[pair] for pair in self.keys if self.keys[pair] == key}  # out -> in
             width = common_width({widths[source] for source in sources.values()})
             modality = next(pair[1] for pair in self.keys if self.keys[pair] == key)
-            tower, out_dim = module_name(*key), out_dims[modality]
-            self.towers[tower] = Tower(width or Width(adapter_dim), out_dim, dropout)
+            tower, out_dim = module_name(*key), spec.tower_dim(scheme, modality)
+            self.towers[tower] = Tower(width or Width(spec.hidden_dim), out_dim, spec.dropout)
             for target, source in sources.items():
                 adapter = "" if width else module_name(*key, str(source[0]))
                 if adapter and adapter not in self.adapters:
-                    self.adapters[adapter] = make_linear(widths[source], adapter_dim)
+                    self.adapters[adapter] = make_linear(widths[source], spec.hidden_dim)
                 self.steps.append((source, adapter, tower, target))
                 self.widths[target] = Width(out_dim)
 
@@ -95,15 +88,8 @@ class CrossStitchLevel(Level):
     channel. A modality that only one task reads has nothing to be mixed with and passes as it is.
     """
 
-    def __init__(
-        self,
-        paths: dict[Pair, Path],
-        widths: dict[Path, Width],
-        out_dims: dict[str, int],
-        adapter_dim: int,
-        dropout: float,
-    ) -> None:
-        super().__init__("architecture", paths, widths, out_dims, adapter_dim, dropout)
+    def __init__(self, scheme: str, paths: dict[Pair, Path], widths: dict[Path, Width], spec: ModelSpec) -> None:
+        super().__init__("architecture", paths, widths, spec)
         readers = {m: [path for (_, modality), path in self.paths.items() if modality == m] for _, m in self.paths}
         self.readers = {m: found for m, found in sorted(readers.items()) if len(found) > 1}
         self.mixing = nn.ModuleDict({module_name(m): CrossStitch(len(found)) for m, found in self.readers.items()})
@@ -130,10 +116,9 @@ class ExpertsLevel(nn.Module):
     Source: Ma et al. 2018 (https://doi.org/10.1145/3219819.3220007), where the pairs are tasks only.
     """
 
-    def __init__(
-        self, paths: dict[Pair, Path], widths: dict[Path, Width], hidden_dim: int, dropout: float, num_experts: int
-    ) -> None:
+    def __init__(self, scheme: str, paths: dict[Pair, Path], widths: dict[Path, Width], spec: ModelSpec) -> None:
         super().__init__()
+        hidden_dim = spec.hidden_dim
         self.sources = {pair: paths[pair] for pair in sorted(paths)}
         self.paths: dict[Pair, Path] = {pair: (*paths[pair], pair) for pair in self.sources}
         self.widths: dict[Path, Width] = dict.fromkeys(self.paths.values(), Width(hidden_dim))
@@ -142,9 +127,11 @@ class ExpertsLevel(nn.Module):
         for (_, m), source in self.sources.items():
             if width is None and module_name(m) not in self.adapters:
                 self.adapters[module_name(m)] = make_linear(widths[source], hidden_dim)
-        self.towers = nn.ModuleList(Tower(width or Width(hidden_dim), hidden_dim, dropout) for _ in range(num_experts))
+        self.towers = nn.ModuleList(
+            Tower(width or Width(hidden_dim), hidden_dim, spec.dropout) for _ in range(spec.num_experts)
+        )
         for pair, source in self.sources.items():
-            self.gates[module_name(*pair)] = make_linear(widths[source], num_experts)
+            self.gates[module_name(*pair)] = make_linear(widths[source], spec.num_experts)
 
     def forward(self, signals: dict[Path, Features]) -> dict[Path, Features]:
         """signals: path -> (B, D). Returns this level's paths -> (B, H)."""
@@ -175,18 +162,8 @@ def common_width(widths: set[Width]) -> Width | None:
     return next(iter(widths)) if len(widths) == 1 else None
 
 
-def build_level(
-    scheme: str,
-    paths: dict[Pair, Path],
-    widths: dict[Path, Width],
-    out_dims: dict[str, int],
-    hidden_dim: int,
-    dropout: float,
-    num_experts: int,
-) -> Level | ExpertsLevel:
-    """The level of a scheme on the signals `paths`, `widths`; out_dims: modality -> width that it hands on."""
-    if scheme == "mmoe":
-        return ExpertsLevel(paths, widths, hidden_dim, dropout, num_experts)
-    if scheme == "cross_stitch":
-        return CrossStitchLevel(paths, widths, out_dims, hidden_dim, dropout)
-    return Level(scheme, paths, widths, out_dims, hidden_dim, dropout)
+LEVELS: dict[str, type[Level | ExpertsLevel]] = {
+    **dict.fromkeys(SCHEMES, Level),
+    "cross_stitch": CrossStitchLevel,
+    "mmoe": ExpertsLevel,
+}

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkt_ray.models.fusion import FUSIONS
-from mmkt_ray.models.levels import Path, build_level
+from mmkt_ray.models.levels import LEVELS, Path
 from mmkt_ray.models.missing import FILLS, Generators, fill_presence, hide_modalities
-from mmkt_ray.models.sharing import Pair, module_name, own_widths, shares_tasks
+from mmkt_ray.models.sharing import Pair, module_name, shares_tasks
 from mmkt_ray.models.spec import ModelSpec, generator_sources
 from mmkt_ray.models.towers import Features, InputStage, Width
 
@@ -52,8 +52,7 @@ class MultimodalModel(nn.Module):
             self.inputs[module_name(m)], widths[m,] = stage, stage.width
         self.levels = nn.ModuleList()
         for scheme in spec.schemes:
-            out_dims = {m: i.hidden_dim if own_widths(scheme) else spec.hidden_dim for m, i in spec.modalities.items()}
-            level = build_level(scheme, self.paths, widths, out_dims, spec.hidden_dim, spec.dropout, spec.num_experts)
+            level = LEVELS[scheme](scheme, self.paths, widths, spec)
             self.levels.append(level)
             self.paths, widths = level.paths, level.widths
         self.fusions, self.heads = nn.ModuleDict(), nn.ModuleDict()

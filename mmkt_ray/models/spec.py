@@ -8,6 +8,7 @@ from typing import Any
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.models.sharing import own_widths
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class ModelSpec:
     feature_dropout: float
     modality_dropout: float
     missing: str  # one of config.MISSING_STRATEGIES
+
+    def tower_dim(self, scheme: str, modality: str) -> int:
+        """Width of what a level of this scheme makes of a modality's signals."""
+        return self.modalities[modality].hidden_dim if own_widths(scheme) else self.hidden_dim
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.evaluation.tables import points
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 
@@ -36,7 +37,7 @@ def knowledge(run_uri: str, figures: Figures) -> dict[str, Any] | None:
         if share:
             values = share["accuracy"]["values"]
             alt = f"Shapley values of accuracy on task {task}: " + ", ".join(
-                f"{m} {words.points(v['value'])} points" for m, v in values.items()
+                f"{m} {points(v['value'])} points" for m, v in values.items()
             )
             title = f"{task}: what {share['model']} takes from each modality"
             figure = figures.add(f"{task}-shapley", title, alt, partial(curves.contributions, share["accuracy"]))

@@ -17,6 +17,7 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
+from mmkt_ray.evaluation.tables import points
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
 
@@ -65,6 +66,7 @@ def build_report(run_uri: str) -> str:
         "colors": colors,
         "group_titles": GROUP_TITLES,
         "score_names": SCORE_NAMES,
+        "max_confusion_classes": plots.MAX_CONFUSION_CLASSES,
     }
     uri = storage.join(run_uri, "report", "index.html")
     storage.write_bytes(uri, _environment().get_template("template.html.j2").render(context).encode())
@@ -79,7 +81,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": words.percent,
-        "points": words.points,
+        "points": points,
         "count": words.count,
         "seconds": words.seconds,
     }
@@ -117,7 +119,6 @@ def _task_section(
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
         "record": record,
-        "confused": record["most_confused"] if len(record["class_names"]) > plots.MAX_CONFUSION_CLASSES else [],
         "num_f1_hidden": max(0, sum(c["support"] > 0 for c in record["per_class"].values()) - plots.MAX_F1_CLASSES),
         "subsets": sorted(
             (

@@ -12,6 +12,8 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.evaluation.intervals import verdict
+from mmkt_ray.evaluation.tables import points
 from mmkt_ray.report import search_plots, words
 from mmkt_ray.report.figures import Figures
 
@@ -104,8 +106,8 @@ def _against(task: str, ours: str, theirs: str, versus: Mapping[str, Any] | None
     if versus is None or used is None:
         return {"kind": "open", "text": f"{task}: no samples to compare {ours} with {theirs}."}
     found = versus[used]
-    size = f"{words.points(found['value'])} points of {METRICS[used]}"
-    size += f" [{words.points(found['low'])}, {words.points(found['high'])}]"
+    size = f"{points(found['value'])} points of {METRICS[used]}"
+    size += f" [{points(found['low'])}, {points(found['high'])}]"
     size += f" on {words.count(versus['num_rows'])} samples"
     said = {"better": "is better than", "worse": "is worse than", "tie": "ties with"}[found["verdict"]]
     return {"kind": found["verdict"], "text": f"{task}: {ours} {said} {theirs}: {size}."}
@@ -187,17 +189,12 @@ def seeds(run_uri: str) -> dict[str, Any] | None:
     tasks = []
     for task, told in found["tasks"].items():
         rows = [
-            {"model": name, **about, "verdict": _verdict(about["versus"])} for name, about in told["models"].items()
+            {"model": name, **about, "verdict": verdict(about["versus"]["accuracy"], "tie") if about["versus"] else None}
+            for name, about in told["models"].items()
         ]
-        rows.sort(key=lambda r: -r["score"]["value"])
+        rows.sort(key=lambda r: -r["accuracy"]["value"])
         by_verdict = {v: [r["model"] for r in rows if r["verdict"] == v] for v in ("better", "tie", "worse")}
         tasks.append(
             {"name": task, "num_rows": told["num_rows"], "reference": told["reference"], "rows": rows, **by_verdict}
         )
-    return {"num": len(found["seeds"]), "tasks": tasks}
-
-
-def _verdict(gain: Mapping[str, float] | None) -> str | None:
-    if gain is None:
-        return None
-    return "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "tie"
+    return {"num": len(found["seeds"]), "against": found["against"], "tasks": tasks}

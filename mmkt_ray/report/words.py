@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mmkt_ray.evaluation.compare import DIFFERENT_SAMPLES
+from mmkt_ray.evaluation.tables import points
 
 
 def percent(value: float | None) -> str:
     """0.912 -> `91.2 %`."""
     return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def points(value: float) -> str:
-    """0.031 -> `+3.1`, with a true minus sign; in percentage points."""
-    text = f"{100 * value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def count(value: int) -> str:

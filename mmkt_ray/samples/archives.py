@@ -24,7 +24,8 @@ from mmkt_ray.samples.splits import split_in_name
 
 _MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
 _EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent
+# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. Both kinds, and the list of
+# members below, are in the module but not in its type stubs
 _EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 _DamagedHeader: type[Exception] = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
 
@@ -56,8 +57,7 @@ class Member(NamedTuple):
     """A file in an archive or a folder."""
 
     name: str
-    data: bytes  # empty if not wanted or not readable
-    fault: str | None = None  # why it was not read
+    data: bytes | ValueError  # empty if not wanted; why it could not be read
 
 
 def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member | Reject]:
@@ -79,16 +79,13 @@ def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member
 
 def _read_member(archive: TarFile, info: tarfile.TarInfo) -> Member:
     if info.issym() or info.islnk():
-        return Member(
-            info.name,
-            b"",
-            f"'{info.name}' is a link to '{info.linkname}'; links in archives are not followed",
-        )
+        link = f"'{info.name}' is a link to '{info.linkname}'; links in archives are not followed"
+        return Member(info.name, ValueError(link))
     if not info.isreg():
-        return Member(info.name, b"", f"'{info.name}' is no regular file")
+        return Member(info.name, ValueError(f"'{info.name}' is no regular file"))
     if info.size > MAX_FILE_BYTES:
         limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
-        return Member(info.name, b"", f"'{info.name}' has {info.size:,} bytes, {limit}")
+        return Member(info.name, ValueError(f"'{info.name}' has {info.size:,} bytes, {limit}"))
     stream = archive.extractfile(info)
     assert stream is not None, "a regular file has content"
     return Member(info.name, stream.read())
@@ -103,8 +100,7 @@ class _Group:
 
     key: str
     suffixes: set[str] = field(default_factory=set)
-    data: dict[str, bytes] = field(default_factory=dict)  # the wanted suffixes -> content
-    faults: list[str] = field(default_factory=list)
+    data: dict[str, bytes | ValueError] = field(default_factory=dict)  # the wanted suffixes -> content
 
 
 def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
@@ -132,9 +128,7 @@ def _groups(reading: Reading, wanted: set[str]) -> Iterator[_Group | Reject]:
                 yield group
             group = _Group(key)  # also for a suffix that repeats: a second sample with the same key
         group.suffixes.add(suffix)
-        if member.fault is not None:
-            group.faults.append(member.fault)
-        elif suffix in wanted:
+        if suffix in wanted:
             group.data[suffix] = member.data
     if group is not None:
         yield group
@@ -151,15 +145,18 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _webdataset_row(reading: Reading, group: _Group) -> Row | Reject:
-    place = reading.place("#", group.key)
-    if group.faults:
-        return reading.reject(place, "; ".join(group.faults))
-    try:
-        fields = json.loads(group.data["json"]) if "json" in group.data else None
-    except (ValueError, RecursionError) as error:
-        return reading.reject(place, f"its json member is not valid JSON: {error}")
+    fields = _parse_json(group.data.get("json"))
     cells = {c: _first_there(_specs(spec), group, fields) for c, spec in reading.source.columns.items()}
-    return reading.convert(place, cells)
+    return reading.convert(reading.place("#", group.key), cells)
+
+
+def _parse_json(data: bytes | ValueError | None) -> Any:
+    if data is None or isinstance(data, ValueError):
+        return data
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"its json member is not valid JSON: {error}")
 
 
 def _first_there(specs: list[str], group: _Group, fields: Any) -> Any:
@@ -174,6 +171,8 @@ def _first_there(specs: list[str], group: _Group, fields: Any) -> Any:
 
 
 def _json_field(fields: Any, path: str) -> Any:
+    if isinstance(fields, ValueError):
+        return fields
     for part in path.split("."):
         fields = fields.get(part) if isinstance(fields, dict) else None
     return fields
@@ -207,17 +206,12 @@ def _folder_files(reading: Reading) -> Iterator[Member]:
     files = FileReader(reading, base=reading.shard.uri)
     for info in storage.list_files(reading.shard.uri):
         if visible(info.base_name) and not info.base_name.endswith(SUFFIXES["folders"]):
-            try:
-                yield Member(info.base_name, files.read(info.base_name))
-            except ValueError as error:
-                yield Member(info.base_name, b"", str(error))
+            yield Member(info.base_name, files.read_cell(info.base_name))
 
 
 def _folder_row(reading: Reading, member: Member, is_archive: bool) -> Row | Reject:
     path = member.name.removeprefix("./")
     place = reading.place("/", path)
-    if member.fault is not None:
-        return reading.reject(place, member.fault)
     folders = path.split("/")[:-1] if is_archive else [posixpath.basename(reading.shard.uri)]
     raw: dict[str, Any] = {
         "content": member.data,

@@ -1,14 +1,11 @@
 """From a layout's raw cells to the columns of the sample schema; what cannot become a sample is told why.
 
 A layout's reader yields `Block`s: converted cells, and the rows that could not be converted. `clean` makes
-sample tables of them.
+sample tables of them. A raw cell may be a ValueError, which says why it could not be read.
 """
 
 from __future__ import annotations
 
-import codecs
-import math
-import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,15 +16,13 @@ import pyarrow.compute as pc
 
 from mmkt_ray.config import Config, SourceConfig
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.samples.cells import convert_cell, escape_id
 from mmkt_ray.samples.content import normalise_texts
-from mmkt_ray.samples.schema import Reject, Shard, sample_schema
+from mmkt_ray.samples.schema import MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 4_000_000  # small beside a chunk: chunks decide a reader's memory
-FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
 MAX_FILE_BYTES = 512_000_000  # a larger file or archive member is rejected unread
-
-_UNSAFE_IN_ID = re.compile("[%|\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class Row:
     sample_id: str
     cells: dict[str, Any]
     num_bytes: int = 0
+    unread: str = ""  # why modalities could not be read, which are absent for that reason
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class Block:
     ids: list[str]
     columns: dict[str, pa.Array]  # some of the sample schema's columns; `split` as given
     errors: dict[int, str] = field(default_factory=dict)  # row of this block -> why it is no sample
+    unread: dict[int, str] = field(default_factory=dict)  # row -> why modalities of it, null here, could not be read
     rejects: list[Reject] = field(default_factory=list)  # rows that have no place in the block
 
 
@@ -105,25 +102,31 @@ class Reading:
         return escape_id(f"{self.shard.name}{mark}{where}")
 
     def convert(self, place: str, raw: dict[str, Any]) -> Row | Reject:
-        """Make a row of raw cells; its id is the mapped `sample_id` if the source has one, else its place."""
+        """Make a row of raw cells; its id is the mapped `sample_id` if the source has one, else its place.
+
+        A modality that cannot be read is left out of the row, which tells why; any other such cell costs the row.
+        """
         cells: dict[str, Any] = {"split": raw["split"]} if "split" in raw else {}
-        try:
-            for column, kind in self.kinds.items():
+        unread = []
+        for column, kind in self.kinds.items():
+            try:
                 value = raw.get(column)
                 cells[column] = convert_cell(column, kind, value, self.source.encoding, self.separator(column))
-        except ValueError as error:
-            return self.reject(place, str(error))
+            except ValueError as error:
+                if column not in self.config.modalities:
+                    return self.reject(place, str(error))
+                unread.append(str(error))
         if "sample_id" in self.kinds:
             if cells["sample_id"] is None:
                 return self.reject(place, "sample_id is null")
             place = escape_id(cells.pop("sample_id"))
-        num_bytes = sum(len(cells[c] or "") for c, kind in self.kinds.items() if not kind.startswith("label"))
-        return Row(place, cells, num_bytes)
+        num_bytes = sum(len(cells.get(m) or "") for m in self.config.modalities)
+        return Row(place, cells, num_bytes, "; ".join(unread))
 
-    def reject(self, sample_id: str, reason: str) -> Reject:
+    def reject(self, sample_id: str, reason: str, stage: str = "read") -> Reject:
         """A rejected row of this shard, with the id it has or would have had."""
         printable = reason.encode("utf-8", "backslashreplace").decode()  # names may hold bytes that are no text
-        return Reject(sample_id, self.shard.name, "read", printable)
+        return Reject(sample_id, self.shard.name, stage, printable)
 
     def unreadable(self, error: Exception) -> Reject:
         """The reject that stands for all rows of the shard that come after a fault in the file itself."""
@@ -131,94 +134,6 @@ class Reading:
             escape_id(self.shard.name),
             f"the shard is damaged, its rows from here on are lost: {error}; fetch or write the file again",
         )
-
-
-# --- one cell --------------------
-
-
-def escape_id(text: str) -> str:
-    """`text` with %, |, control characters and undecodable bytes percent-escaped; two texts stay two ids."""
-    return _UNSAFE_IN_ID.sub(lambda m: "".join(f"%{byte:02X}" for byte in _as_bytes(m[0])), text)
-
-
-def _as_bytes(char: str) -> bytes:
-    try:
-        return char.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return char.encode("utf-8", "surrogatepass")
-
-
-def convert_cell(column: str, kind: str, value: Any, encoding: str, separator: str = "") -> Any:
-    """A raw cell as bytes (image, audio), string (text, label) or list of strings (labels).
-
-    Raises: ValueError that says what was got.
-    """
-    if value is None:
-        return None
-    try:
-        if kind in FILE_KINDS:
-            if not isinstance(value, bytes):
-                raise ValueError(f"{kind} must be encoded bytes, got {type(value).__name__}")
-            return value
-        if kind == "labels":
-            names = label_names(value, separator)
-            "".join(names or ()).encode()
-            return names
-        if kind == "text" and isinstance(value, bytes):
-            return decode_text(value, encoding)
-        text = value if kind == "text" and isinstance(value, str) else label_text(value)
-        if text is not None:
-            text.encode()
-        return text
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{column}: not valid Unicode at character {error.start}; {_ENCODING_HINT}") from None
-    except ValueError as error:
-        raise ValueError(f"{column}: {error}") from None
-
-
-_ENCODING_HINT = "if the files are in another encoding, name it in the source, e.g. encoding: latin-1"
-
-
-def decode_text(data: bytes, encoding: str) -> str:
-    """Decoded text. Raises: ValueError that names the first bad byte."""
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not {encoding}: byte 0x{data[error.start]:02x} at position {error.start}; {_ENCODING_HINT}"
-        ) from None
-
-
-def label_text(value: Any) -> str | None:
-    """A class name, id or key as a string: 3 and 3.0 are '3', true is 'true'; blank and NaN are None.
-
-    Raises: ValueError for lists, mappings and bytes that are no UTF-8.
-    """
-    if isinstance(value, list | tuple | dict | set):
-        raise ValueError(f"must be a single value, got a {type(value).__name__}")
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, bytes):
-        value = decode_text(value, "utf-8")
-    return None if value is None else str(value).strip() or None
-
-
-def label_names(value: Any, separator: str) -> list[str] | None:
-    """The class names of a multilabel cell, sorted, each once: of a list, or of a string split at `separator`.
-
-    An empty list, or a string of separators alone, is no class; null, NaN and a blank string are no label (None).
-    Raises: ValueError for mappings, lists in lists and bytes that are no UTF-8.
-    """
-    if not isinstance(value, list | tuple | set):
-        text = label_text(value)
-        if text is None:
-            return None
-        value = text.split(separator) if isinstance(value, str | bytes) else [text]
-    return sorted({name for name in map(label_text, value) if name is not None})
 
 
 # --- blocks --------------------
@@ -245,11 +160,12 @@ def rows_to_blocks(reading: Reading, items: Iterable[Row | Reject]) -> Iterator[
 def _block(reading: Reading, rows: list[Row], rejects: list[Reject]) -> Block:
     names = {"split", *reading.kinds} - {"sample_id"}
     columns = {n: pa.array([r.cells.get(n) for r in rows], reading.schema.field(n).type) for n in names}
-    return Block([r.sample_id for r in rows], columns, rejects=rejects)
+    unread = {i: r.unread for i, r in enumerate(rows) if r.unread}
+    return Block([r.sample_id for r in rows], columns, unread=unread, rejects=rejects)
 
 
 def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Table, list[Reject]]:
-    """The samples of a block, and the rows that are none.
+    """The samples of a block, the rows that are none, and those that lack an unreadable modality (stage `modality`).
 
     Texts are normalised, blank ones become null. A row is rejected if no modality is left, if its split is no known word, or if
     its id is in `seen`: the ids of the shard so far, extended here; None where ids cannot repeat.
@@ -265,7 +181,8 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
             for i, changes in changed.items():
                 cleaned.setdefault(i, []).extend(f"{name}: {change}" for change in changes)
         present = pc.or_(present, columns[name].is_valid())
-    errors = {i: "no modality is present" for i, ok in enumerate(present.to_pylist()) if not ok} | block.errors
+    absent = [i for i, ok in enumerate(present.to_pylist()) if not ok]
+    errors = {i: block.unread.get(i, "no modality is present") for i in absent} | block.errors
     splits: list[str | None] = [None] * num_rows
     keys, given = columns["key"].to_pylist(), columns["split"].to_pylist()
     for i, sample_id in enumerate(block.ids):
@@ -282,7 +199,9 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
     table = pa.table(columns, schema=reading.schema)
     if errors:
         table = table.filter(pa.array([i not in errors for i in range(num_rows)]))
-    return table, block.rejects + [reading.reject(block.ids[i], errors[i]) for i in sorted(errors)]
+    told = {i: reading.reject(block.ids[i], reason, MODALITY) for i, reason in block.unread.items()}
+    told |= {i: reading.reject(block.ids[i], reason) for i, reason in errors.items()}
+    return table, block.rejects + [told[i] for i in sorted(told)]
 
 
 def _check_unseen(sample_id: str, seen: set[str]) -> None:
@@ -296,8 +215,3 @@ def _blank_to_null(text: pa.Array) -> pa.Array:
     if not pc.any(blank).as_py():
         return text
     return pc.if_else(pc.fill_null(blank, False), pa.scalar(None, text.type), text)
-
-
-def is_utf8(encoding: str) -> bool:
-    """True if `encoding` is a name of UTF-8, which Arrow decodes by itself."""
-    return codecs.lookup(encoding).name == "utf-8"

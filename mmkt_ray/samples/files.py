@@ -20,6 +20,13 @@ class FileReader:
         self.allow_outside = reading.source.allow_outside
         self._real_folders: dict[str, str] = {}  # folder -> where its links lead
 
+    def read_cell(self, cell: str) -> bytes | ValueError:
+        """The file's bytes, or why it cannot be read."""
+        try:
+            return self.read(cell)
+        except ValueError as error:
+            return error
+
     def read(self, cell: str) -> bytes:
         """The file's bytes. Raises: ValueError if it is missing, too large, no file or outside."""
         folder = posixpath.normpath(posixpath.dirname(cell))

@@ -6,15 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import IO, Any, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.columns import FILE_KINDS, MAX_FILE_BYTES, Block, Reading, Row, decode_text
+from mmkt_ray.samples.cells import FILE_KINDS
+from mmkt_ray.samples.columns import MAX_FILE_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import column_at, narrowed_to_shard, read_batches
-from mmkt_ray.samples.schema import MODALITY, Reject
+from mmkt_ray.samples.schema import Reject
 
 Raw = dict[str, Any]
 Placed = tuple[str, Raw] | Reject  # the row's place, its cells by the source's column names
@@ -31,38 +31,23 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
     for row in rows:
-        if isinstance(row, Reject):
-            yield row
-        else:
-            yield from _convert(reading, files, *row)
+        yield row if isinstance(row, Reject) else _convert(reading, files, *row)
 
 
-def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Iterator[Row | Reject]:
-    """The row, and beside it a reject for each of its files that cannot be read, if it has another modality."""
+def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
     cells = {column: raw.get(name) for column, name in reading.source.columns.items()}
-    unread = []
     for column, kind in reading.kinds.items():
         if kind in FILE_KINDS:
-            try:
-                cells[column] = _read_file(files, cells[column])
-            except ValueError as error:
-                cells[column] = None
-                unread.append(f"{column}: {error}")
-    if unread and all(cells.get(m) in (None, "") for m in reading.config.modalities):
-        yield reading.reject(place, "; ".join(unread))
-        return
-    row = reading.convert(place, cells)
-    yield row
-    if unread and isinstance(row, Row):
-        yield replace(reading.reject(row.sample_id, "; ".join(unread)), stage=MODALITY)
+            cells[column] = _read_file(files, cells[column])
+    return reading.convert(place, cells)
 
 
-def _read_file(files: FileReader, cell: Any) -> bytes | None:
+def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
     if cell is None or cell == "":
         return None
     if not isinstance(cell, str):
-        raise ValueError(f"must be the path of a file, got {type(cell).__name__}")
-    return files.read(cell)
+        return ValueError(f"must be the path of a file, got {type(cell).__name__}")
+    return files.read_cell(cell)
 
 
 def _csv_rows(reading: Reading) -> Iterator[Placed]:
@@ -101,7 +86,7 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
             num_rows += 1
             place = reading.place("#", number)
             try:
-                row = json.loads(decode_text(line, reading.source.encoding))
+                row = json.loads(line.decode(reading.source.encoding, "surrogateescape"))  # as in _csv_rows
             except (ValueError, RecursionError) as error:
                 yield reading.reject(place, f"not valid JSON: {error}")
                 continue

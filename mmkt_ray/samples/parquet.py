@@ -12,23 +12,13 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.columns import (
-    BLOCK_BYTES,
-    BLOCK_ROWS,
-    FILE_KINDS,
-    Block,
-    Reading,
-    convert_cell,
-    escape_id,
-    is_utf8,
-    label_names,
-    label_text,
-)
+from mmkt_ray.samples.cells import FILE_KINDS, decode_text, escape_id, is_utf8, label_names, label_text
+from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, Block, Reading
 from mmkt_ray.samples.files import FileReader
 
 _READ_BYTES = 4 << 20  # read at a time from each column of a shard
 
-Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows could not be converted
+Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows, null in it, could not be converted
 
 
 def read_parquet(reading: Reading) -> Iterator[Block]:
@@ -124,6 +114,7 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
     ids = [f"{places}{first + i}" for i in range(batch.num_rows)]
     converted: dict[str, pa.Array] = {}
     errors: dict[int, str] = {}
+    unread: dict[int, str] = {}
     for column, path in reading.source.columns.items():
         raw = column_at(batch, path)
         try:
@@ -132,12 +123,16 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
             raise DataError(
                 f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
             ) from None
-        errors = {i: f"{column}: {reason}" for i, reason in wrong.items()} | errors
+        told = unread if column in reading.config.modalities else errors
+        for i, reason in wrong.items():
+            told[i] = f"{told[i]}; {column}: {reason}" if i in told else f"{column}: {reason}"
     if "sample_id" in converted:
         mapped = converted.pop("sample_id").to_pylist()
-        errors = {i: "sample_id is null" for i, value in enumerate(mapped) if value is None} | errors
+        for i, value in enumerate(mapped):
+            if value is None:
+                errors.setdefault(i, "sample_id is null")
         ids = [place if value is None else escape_id(value) for place, value in zip(ids, mapped, strict=True)]
-    return Block(ids, converted, errors)
+    return Block(ids, converted, errors, unread)
 
 
 def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
@@ -196,7 +191,7 @@ def _text_column(raw: pa.Array, encoding: str) -> Converted:
     values, errors = [], {}
     for i, value in enumerate(data.to_pylist()):
         try:
-            values.append(convert_cell("", "text", value, encoding))
+            values.append(None if value is None else decode_text(value, encoding))
         except ValueError as error:
             values.append(None)
             errors[i] = str(error)

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from mmkt_ray.config import Config
 from mmkt_ray.samples.archives import read_folders, read_webdataset
-from mmkt_ray.samples.columns import Block, Reading, Row, clean, escape_id, rows_to_blocks
+from mmkt_ray.samples.cells import escape_id
+from mmkt_ray.samples.columns import Block, Reading, Row, clean, rows_to_blocks
 from mmkt_ray.samples.manifests import read_manifest
 from mmkt_ray.samples.parquet import read_parquet
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema

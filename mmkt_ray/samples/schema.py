@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmkt_ray.config import Config
 
@@ -52,6 +54,14 @@ def sample_schema(config: Config) -> pa.Schema:
     columns += [(name, value[m.kind]) for name, m in sorted(config.modalities.items())]
     columns += [(name, label.get(t.kind, pa.string())) for name, t in sorted(config.tasks.items())]
     return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
+
+
+def train_rows(samples: pa.Table, leaking: Sequence[str]) -> pa.Table:
+    """The samples of the train split, without those whose id is in `leaking`."""
+    train = samples.filter(pc.equal(samples.column("split"), "train"))
+    if not leaking:
+        return train
+    return train.filter(pc.invert(pc.is_in(train.column("sample_id"), pa.array(leaking, pa.string()))))
 
 
 def reject_table(rejects: list[Reject]) -> pa.Table:

@@ -114,8 +114,7 @@ def train_again(
     for key, indices in groups.items():
         own = space.configure(json.loads(key))
         members = [{k: v for k, v in candidates[i].items() if k in space.members} for i in indices]
-        part = narrow(table, own.model_modalities, own.model_tasks)
-        population = Population(own, part, members, objective=objective_of(settings.objective))
+        population = Population(own, table, members, objective=objective_of(settings.objective))
         population.train(own.training.epochs)
         found |= {i: population.model(j) for j, i in enumerate(indices)}
     return [found[i] for i in range(len(candidates))]

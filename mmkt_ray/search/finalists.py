@@ -23,13 +23,14 @@ from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, SearchConfig, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.evaluation.intervals import percentiles, verdict
 from mmkt_ray.evaluation.metrics import predicted
 from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model
+from mmkt_ray.evaluation.rows import readable
+from mmkt_ray.evaluation.seeds import seed_scores
 from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel
-from mmkt_ray.search.paired import draw_scores, interval_of
 from mmkt_ray.search.space import Overrides, Space
 from mmkt_ray.search.trial import objective_of
 from mmkt_ray.training.loop import fit
@@ -144,19 +145,17 @@ class _Predictions:
     config: Config
     by_task: dict[str, np.ndarray]  # see `predict_seeds`
 
-    def readable(self, table: FeatureTable, task: str) -> np.ndarray:
-        """(N,) bool: the row has a modality that the model reads for the task."""
-        return np.logical_or.reduce([table.present[m] for m in self.config.task_inputs(task)])
-
 
 def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions]) -> dict[str, Any]:
     """By task: the scores of one model, or the differences of the first to the second, on the rows that all can read."""
     found: dict[str, Any] = {}
     for task in config.model_tasks:
-        rows = labelled(test.labels[task]) & np.logical_and.reduce([m.readable(test, task) for m in models])
+        rows = labelled(test.labels[task])
+        for model in models:
+            rows &= readable(test, model.config.task_inputs(task))
         if not rows.any():
             continue
-        drawn = draw_scores(
+        drawn = seed_scores(
             test.labels[task][rows],
             [m.by_task[task][:, rows] for m in models],
             len(test.class_names[task]),
@@ -166,17 +165,10 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
         found[task] = {"num_rows": int(rows.sum())}
         for metric, values in drawn.items():
             two = len(models) == 2
-            interval = interval_of(values[0] - values[1] if two else values[0], config.evaluation.confidence)
-            told = {"verdict": verdict_of(interval)} if two and interval else {}
+            interval = percentiles(values[0] - values[1] if two else values[0], config.evaluation.confidence)
+            told = {"verdict": verdict(interval, "tie")} if two and interval else {}
             found[task][metric] = {**interval, **told} if interval else None
     return found
-
-
-def verdict_of(difference: Interval) -> str:
-    """better | worse | tie."""
-    if difference["low"] > 0:
-        return "better"
-    return "worse" if difference["high"] < 0 else "tie"
 
 
 def predict_seeds(models: Iterable[MultimodalModel | EnsembleModel], table: FeatureTable) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mmkt_ray.search.leaderboard import overrides_of
 from mmkt_ray.search.space import Space, text_of
-from mmkt_ray.search.tuner import distribution_of, suggestion_of
+from mmkt_ray.search.tuner import frozen_trial
 
 MAX_IMPORTANCE_ROWS = 500  # fANOVA takes minutes on some thousand
 MAX_SLICE_POINTS = 500
@@ -84,20 +84,12 @@ def importance(space: Space, scored: pd.DataFrame) -> dict[str, float] | None:
     part = scored[scored["reference"].isna() & scored["first_score"].notna()]
     if len(part) > MAX_IMPORTANCE_ROWS:
         part = part.sample(MAX_IMPORTANCE_ROWS, random_state=0)
+    if part["first_score"].nunique() < 2:
+        return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     for _, row in part.iterrows():
-        chosen = {k: v for k, v in overrides_of(row).items() if k in space.parameters}
-        parameters = {k: space.parameters[k] for k in chosen}
-        study.add_trial(
-            optuna.trial.create_trial(
-                params={k: suggestion_of(p, chosen[k]) for k, p in parameters.items()},
-                distributions={k: distribution_of(p) for k, p in parameters.items()},
-                value=row["first_score"],
-            )
-        )
-    if part["first_score"].nunique() < 2:
-        return None
+        study.add_trial(frozen_trial(space, overrides_of(row), row["first_score"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(

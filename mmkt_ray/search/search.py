@@ -18,9 +18,9 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, SearchConfig, fingerprint
-from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.model_folder import save_model
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.search.ensemble import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
 from mmkt_ray.search.insight import search_insight
@@ -28,6 +28,7 @@ from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.space import Space, build_space, label_of
 from mmkt_ray.search.trial import Job, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
+from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.population import check_stackable
 
 log = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
     `compared_with` {best single modality, best concat: role}, `ensemble` (see `build_ensemble`, or None), and
     all of `finalists.tell`.
 
-    Raises: ConfigError for an impossible search, DataError if no candidate has a score.
+    Raises: ConfigError for an impossible search, DataError if no candidate has, or could have, a score.
     """
+    if config.training.exclude:  # trials have another current folder
+        config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
     space, settings = check_search(config), config.search or SearchConfig()
     table = store.table(config.model_modalities, config.model_tasks)
-    check_features(space, table)
+    check_features(space, settings, table)
     uri = storage.join(run_uri, "search")
     leaderboard = Leaderboard(uri, space, search_digest(space, settings, store))
     storage.make_dir(uri)
@@ -84,13 +87,20 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
     return result
 
 
-def check_features(space: Space, table: FeatureTable) -> None:
-    """Raises: ConfigError if an architecture can't be trained in stacks on these features."""
+def check_features(space: Space, settings: SearchConfig, table: FeatureTable) -> None:
+    """Raises: ConfigError if an architecture can't be trained in stacks on these features, DataError if no val row has a
+    label to choose by."""
     for overrides in [{}, *space.some_architectures()]:
         try:
             check_stackable(space.configure(overrides), table, [{}])
         except ConfigError as error:
             raise ConfigError(f"{label_of(overrides)}: {error}" if overrides else str(error)) from None
+    tasks = [settings.objective.task] if settings.objective.task is not None else space.config.model_tasks
+    if not any((labelled(table.labels[t]) & (table.split == "val")).any() for t in tasks):
+        raise DataError(
+            f"a search chooses by the val rows' labels of {', '.join(tasks)}, and there are none: check the sources' splits, "
+            "or set search.objective.task to another task"
+        )
 
 
 def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, table: FeatureTable) -> None:
@@ -112,12 +122,18 @@ def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, tabl
 
 
 def search_digest(space: Space, settings: SearchConfig, store: Store) -> str:
-    """Digest of all that decides a candidate's result; how long to search is no part of it."""
+    """Digest of all that decides a candidate's result; how long to search is no part of it.
+
+    Raises: DataError if `training.exclude` names no file.
+    """
     config = space.config
+    base = config.model_dump(mode="json", include={"model", "training", "tasks", "seed"})
+    if config.training.exclude:  # what the file says, wherever it lies
+        base["training"]["exclude"] = read_excluded(config.training.exclude).tolist()
     parts = {
         "store": store.manifest["fingerprint"],
         "space": {key: p.model_dump(mode="json") for key, p in space.parameters.items()},
-        "base": config.model_dump(mode="json", include={"model", "training", "tasks", "seed"}),
+        "base": base,
         "widths": {m: config.modalities[m].hidden_dim for m in config.model_modalities},
         "search": settings.model_dump(mode="json", include={"objective", "eta", "rungs"}),
     }

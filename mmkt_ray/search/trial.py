@@ -17,7 +17,6 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.halving import Halving, rungs_of
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import Overrides, Space
-from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.population import Population
 
 log = logging.getLogger(__name__)
@@ -92,8 +91,7 @@ class Trial:
         """One stack, on this trial's device."""
         if self.config is None:
             raise self.fault
-        table = narrow(self.table, self.config.model_modalities, self.config.model_tasks)
-        return Population(self.config, table, members, self.device, objective_of(self.job.search.objective))
+        return Population(self.config, self.table, members, self.device, objective_of(self.job.search.objective))
 
     def clock(self) -> float:
         """Seconds since the search began."""

@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import optuna
-import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from mmkt_ray import cluster
-from mmkt_ray.config import ParameterConfig, SearchConfig
+from mmkt_ray.config import ParameterConfig
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.leaderboard import visited
 from mmkt_ray.search.space import Overrides, Space, text_of, values_of
@@ -38,7 +38,7 @@ from mmkt_ray.search.trial import Job, Trial
 
 log = logging.getLogger(__name__)
 
-LOG_INTERVAL_S = 10.0
+LOG_INTERVAL_S = COUNT_INTERVAL_S = 10.0
 
 
 class PopulationTrial(tune.Trainable):
@@ -178,9 +178,10 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that these loggers' files are not there
     _, next_number, _ = job.leaderboard.progress()
     search = job.search
-    gpus = 1 / search.trials_per_gpu if resources.num_gpus else 0
+    trials_per_gpu = search.trials_per_gpu if resources.num_gpus else None
     trainable = tune.with_resources(
-        tune.with_parameters(PopulationTrial, job=job, table=table), {"cpu": 1, "gpu": gpus}
+        tune.with_parameters(PopulationTrial, job=job, table=table),
+        {"cpu": 1, "gpu": 1 / trials_per_gpu if trials_per_gpu else 0},
     )
     scheduler = AsyncHyperBandScheduler(
         time_attr="budget",
@@ -190,15 +191,16 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
         reduction_factor=search.eta,
         stop_last_trials=False,
     )
-    watcher = Watcher()
+    searcher = build_sampler(job, next_number, num_trials)
+    limiter = ConcurrencyLimiter(searcher, num_concurrent(resources, trials_per_gpu))
+    watcher = Watcher(limiter, trials_per_gpu)
     with tempfile.TemporaryDirectory(prefix="mmkt-search-") as scratch, watcher.take_interrupts():
         results = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=build_sampler(job, next_number, num_trials),
+                search_alg=limiter,
                 scheduler=scheduler,
                 num_samples=num_trials,
-                max_concurrent_trials=num_concurrent(resources, search),
                 reuse_actors=True,
                 time_budget_s=time_budget_s,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -216,21 +218,28 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
         log.warning("%d trials broke off, the first with: %s", len(results.errors), results.errors[0])
 
 
-def num_concurrent(resources: cluster.Resources, search: SearchConfig) -> int:
-    """Trials at a time: what the GPUs take, else one for each core; a Ray of our own counts more CPUs than there are."""
-    if resources.num_gpus:
-        return max(1, int(resources.num_gpus * search.trials_per_gpu))
-    return int(resources.num_cpus) if len(ray.nodes()) > 1 else min(int(resources.num_cpus), cluster.cores())
+def num_concurrent(resources: cluster.Resources, trials_per_gpu: int | None) -> int:
+    """Trials at a time: what the GPUs of all nodes take, else (null) one for each core of theirs.
+
+    A Ray of our own counts more CPUs than there are. On a cluster one more waits, for which one that can grow does.
+    """
+    room = int(resources.num_gpus * trials_per_gpu if trials_per_gpu else resources.num_cpus)
+    if os.environ.get("RAY_ADDRESS"):
+        return room + 1
+    return max(1, room if trials_per_gpu else min(room, cluster.cores()))
 
 
 class Watcher(tune.Callback):
-    """Logs a line every few seconds, and turns an interrupt into KeyboardInterrupt where nothing can swallow it.
+    """Every few seconds logs a line and counts how many trials there is room for, as nodes come and go.
 
-    Python raises it wherever the main thread happens to be: inside a finalizer it is printed and lost.
+    It turns an interrupt into KeyboardInterrupt where nothing can swallow it: Python raises it wherever the main thread
+    happens to be, and inside a finalizer it is printed and lost.
     """
 
-    def __init__(self) -> None:
-        self.num_candidates, self.best, self.told_s, self.interrupted = 0, 0.0, time.monotonic(), False
+    def __init__(self, limiter: ConcurrencyLimiter, trials_per_gpu: int | None) -> None:
+        self.limiter, self.trials_per_gpu = limiter, trials_per_gpu
+        self.num_candidates, self.best, self.interrupted = 0, 0.0, False
+        self.told_s = self.counted_s = time.monotonic()
 
     @contextmanager
     def take_interrupts(self) -> Iterator[None]:
@@ -254,6 +263,9 @@ class Watcher(tune.Callback):
         """See Tune."""
         if self.interrupted:
             raise KeyboardInterrupt
+        if time.monotonic() - self.counted_s > COUNT_INTERVAL_S:
+            self.counted_s = time.monotonic()
+            self.limiter.set_max_concurrency(num_concurrent(cluster.connect(), self.trials_per_gpu))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -139,9 +139,8 @@ class GradientBlending(UnimodalHeads):
         exists = torch.tensor([[True, *(m in spec.inputs[t] for m in self.modalities)] for t in sorted(spec.tasks)])
         self.register_buffer("exists", exists, persistent=False)  # (T, 1 + M): the fused head, then one per modality
         self.register_buffer("shares", exists / exists.sum(dim=1, keepdim=True))
-        self.register_buffer(
-            "before", torch.full((2, *exists.shape), torch.nan)
-        )  # train and val losses at the last look
+        # train and val losses at the last look
+        self.register_buffer("before", torch.full((2, *exists.shape), torch.nan))
 
     def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
         """See Learner."""

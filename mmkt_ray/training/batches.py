@@ -48,12 +48,9 @@ class Batch:
     step_present: dict[str, Tensor]  # modality -> (R * B,) bool, of all ranks
     step_labels: dict[str, Tensor]  # task -> (R * B, ..), of all ranks
     mixed: Mixed | None = None
-    targets: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # task -> (B, C) what teachers say, NaN where they say nothing
-    num_targets: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # task -> () rows of the step, of all ranks, that have one
+    # what teachers say: task -> (B, C), NaN where they say nothing; and task -> () rows of the step, of all ranks, with one
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    num_targets: dict[str, Tensor] = field(default_factory=dict)
 
     def restrict(self, modality: str, there: Tensor) -> Batch:
         """The same rows, without the labels of those that lack a modality, and without teachers' targets.

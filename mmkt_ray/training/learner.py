@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import Features, MultimodalModel
-from mmkt_ray.models.sharing import module_name, own_widths
+from mmkt_ray.models.sharing import module_name
 from mmkt_ray.training.batches import Batch, World, has_target
 from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.task_weighting import TaskWeighting
@@ -74,8 +74,7 @@ class UnimodalHeads(Learner):
         self.heads = nn.ModuleDict()
         for t in sorted(spec.tasks):
             for m in sorted(spec.inputs[t]):
-                width = spec.modalities[m].hidden_dim if own_widths(spec.schemes[-1]) else spec.hidden_dim
-                self.heads[module_name(t, m)] = nn.Linear(width, spec.tasks[t])
+                self.heads[module_name(t, m)] = nn.Linear(spec.tower_dim(spec.schemes[-1], m), spec.tasks[t])
 
     def forward(
         self, features: dict[str, Features], present: dict[str, Tensor]

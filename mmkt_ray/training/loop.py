@@ -1,8 +1,6 @@
 """The training loop: features in, best model out. Plain torch; one process or many under torch.distributed.
 
-Axes: B rows of a batch, C classes of one task.
-
-Sources: AdamW (https://arxiv.org/abs/1711.05101), cosine decay (https://arxiv.org/abs/1608.03983).
+Axes: N rows of the table, C classes of one task.
 """
 
 from __future__ import annotations
@@ -30,11 +28,10 @@ from mmkt_ray.training.batches import EpochBatches, World, complete_rows, featur
 from mmkt_ray.training.checkpoint import Checkpoint
 from mmkt_ray.training.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
 from mmkt_ray.training.objective import Objective, check_task, count_classes
+from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.task_weighting import TASK_WEIGHTINGS
-from mmkt_ray.training.transfer import Knowledge, freeze, take_over, teacher_targets, trainable_stages
+from mmkt_ray.training.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
 from mmkt_ray.training.validation import validate
-
-WARMUP_FRAC = 0.05
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -133,7 +130,7 @@ class Fitting:
         knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     ) -> None:
         self.training, self.seed, self.world = config.training, config.training_seed, world
-        targets = distillation_targets(config, table, knowledge)
+        targets = distillation_targets(knowledge, table, config.model_tasks, self.training.transfer.temperature)
         table = narrow(table, config.model_modalities, config.model_tasks)
         check_augment(self.training.augment, {m: sp.issparse(f) for m, f in table.features.items()})
         table, train_rows = training_rows(config, table, targets)
@@ -260,20 +257,6 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
     return model
 
 
-def distillation_targets(config: Config, table: FeatureTable, knowledge: Knowledge) -> dict[str, np.ndarray]:
-    """What the teachers say of the train rows: task -> (N, C), NaN elsewhere; none without teachers."""
-    if not knowledge.teachers:
-        return {}
-    rows = table.rows("train")
-    known = teacher_targets(
-        knowledge.teachers, table.take(rows), config.model_tasks, config.training.transfer.temperature
-    )
-    targets = {t: np.full((len(table.split), y.shape[1]), np.nan, dtype=np.float32) for t, y in known.items()}
-    for t, values in known.items():
-        targets[t][rows] = values
-    return targets
-
-
 def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world: World) -> Objective:
     """The losses of the tasks, with the class frequencies of `rows`."""
     return Objective(
@@ -299,24 +282,6 @@ def parallel(learner: nn.Module, world: World) -> nn.Module:
         return learner
     device_ids = [world.device] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(learner, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: no biases, norms or combination weights."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def rate(step: int, num_steps: int) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
-    warmup = max(1, round(WARMUP_FRAC * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

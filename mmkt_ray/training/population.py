@@ -12,9 +12,9 @@ Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/210
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import model_inputs
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import MultimodalModel
-from mmkt_ray.training.batches import Batch, World, narrow
-from mmkt_ray.training.loop import Fitting, build_model, build_objective, rate, seed_of
+from mmkt_ray.models import Features, MultimodalModel
+from mmkt_ray.training.batches import Batch, World
+from mmkt_ray.training.learner import Logits
+from mmkt_ray.training.loop import Fitting, build_objective, seed_of, spec_of
+from mmkt_ray.training.objective import Objective
+from mmkt_ray.training.optimizer import rate
 from mmkt_ray.training.validation import summarise, tally_batch
 
 MEMBER_KEYS = frozenset(
@@ -42,7 +45,8 @@ MEMBER_KEYS = frozenset(
 )
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # as torch.optim.AdamW
 
-Objective = Callable[[Mapping[str, Any]], float]
+T = TypeVar("T")
+Score = Callable[[Mapping[str, Any]], float]  # of a member's validation scores, see training.validation
 Stack = dict[str, Tensor]  # parameter name -> (P, ..)
 
 
@@ -60,19 +64,18 @@ class Population:
         table: FeatureTable,
         members: Sequence[Mapping[str, Any]],
         device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
-        objective: Objective = mean_macro_f1,
+        objective: Score = mean_macro_f1,
     ) -> None:
-        """members: overrides of some of MEMBER_KEYS each; what they leave out is the config's.
+        """members: overrides of some of MEMBER_KEYS each; what they leave out is the config's. objective: what a member's
+        epochs are compared by.
 
         Raises: ConfigError, DataError as `fit`, and for what can't be stacked.
         """
         check_stackable(config, table, members)
-        self.config, self.table, self.objective = config, table, objective
+        self.config, self.objective = config, objective
         self.members = [dict(member) for member in members]
         self.values = {key: _column(config, members, key).to(device) for key in MEMBER_KEYS}  # key -> (P,)
-        self.run = Fitting(
-            config, table, World(device=device)
-        )  # batches, objective and the weights that all start from
+        self.run = Fitting(config, table, World(device=device))  # rows, batches and the weights that all start from
         self.ends = smoothing_ends(config, self.run)
         size = len(members)
         self.stack: Stack = {n: p.detach().expand(size, *p.shape).clone() for n, p in self.run.model.named_parameters()}
@@ -80,13 +83,12 @@ class Population:
         self.best: Stack = {n: p.clone() for n, p in self.stack.items()}
         self.val: list[dict[str, Any] | None] = [None] * size
         self.scores, self.best_epoch = np.full(size, -np.inf), np.zeros(size, dtype=int)
-        self.epoch, self.seconds = 0, 0.0
+        self.epoch = 0
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def train(self, until_epoch: int) -> None:
         """Train on until so many epochs are done, validating after each. A diverged member's score becomes NaN."""
-        started = time.perf_counter()
         for p in self.stack.values():
             p.requires_grad_(True)
         for epoch in range(self.epoch + 1, until_epoch + 1):
@@ -95,26 +97,32 @@ class Population:
             self._validate()
         for p in self.stack.values():
             p.requires_grad_(False)
-        self.seconds += time.perf_counter() - started
 
     def _train_epoch(self, epoch: int) -> None:
         model, batches, num_epochs = self.run.model.train(), self.run.batches, self.config.training.epochs
         torch.manual_seed(seed_of(self.config.training_seed, epoch, 0))
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
-            losses = self._forward(model, self.stack, lambda logits, s, b=batch: self._loss(logits, s, b), batch)
+            losses = self._forward(model, batch.features, batch.present, partial(self._loss, batch))
             losses.sum().backward()
             self._update(step, rate(step, num_epochs * batches.num_steps))
 
-    def _forward(self, model: MultimodalModel, stack: Stack, read: Any, batch: Any) -> Any:
-        """What `read` makes of each member's logits and label smoothing."""
+    def _forward(
+        self,
+        model: MultimodalModel,
+        features: dict[str, Features],
+        present: dict[str, Tensor],
+        read: Callable[[Logits, Tensor], T],
+    ) -> T:
+        """What `read` makes of each member's logits and label smoothing, stacked."""
         buffers = dict(model.named_buffers())
 
-        def one(parameters: Stack, rates: Stack, smoothing: Tensor) -> Any:
-            state = {**buffers, **parameters, **rates}
-            return read(functional_call(model, state, (batch.features, batch.present)), smoothing)
+        def one(parameters: Stack, rates: Stack, smoothing: Tensor) -> T:
+            return read(functional_call(model, {**buffers, **parameters, **rates}, (features, present)), smoothing)
 
-        smoothing = self.values["training.label_smoothing"]
-        return vmap(one, randomness="same")(stack, self._rates(model), smoothing)
+        stacked: T = vmap(one, randomness="same")(
+            self.stack, self._rates(model), self.values["training.label_smoothing"]
+        )
+        return stacked
 
     def _rates(self, model: MultimodalModel) -> Stack:
         """The members' own dropout rates, under the names of the model's buffers: (P,) each."""
@@ -125,7 +133,7 @@ class Population:
             n: self.values[keys.get(n, "model.feature_dropout" if n in feature else "model.dropout")] for n in names
         }
 
-    def _loss(self, logits: dict[str, Tensor], smoothing: Tensor, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, logits: Logits, smoothing: Tensor) -> Tensor:
         """One member's loss (). It is linear in the label smoothing, so it is mixed from those without and with all of it."""
         sharp, flat = (o.of_batch(logits, batch) for o in self.ends)
         return sum(((1 - smoothing) * sharp[t] + smoothing * flat[t] for t in sharp), start=smoothing.new_zeros(()))
@@ -150,14 +158,13 @@ class Population:
     @torch.no_grad()
     def _validate(self) -> None:
         """Score all members on the val rows; keep the weights of those that are better than before."""
-        model, rows = self.run.model.eval(), self.run.val_rows
+        model, table, rows, device = self.run.model.eval(), self.run.table, self.run.val_rows, self.run.world.device
         tallies: list[dict[str, np.ndarray]] = [{} for _ in self.members]
         for start in range(0, len(rows), 1024):
             chosen = rows[start : start + 1024]
-            batch = _Rows(*model_inputs(self.table, chosen, model.spec.modalities, self.run.world.device))
-            logits = self._forward(model, self.stack, lambda logits, _: logits, batch)
-            for t, found in logits.items():
-                labels = torch.from_numpy(self.table.labels[t][chosen]).to(self.run.world.device)
+            inputs = model_inputs(table, chosen, model.spec.modalities, device)
+            for t, found in self._forward(model, *inputs, lambda logits, _: logits).items():
+                labels = torch.from_numpy(table.labels[t][chosen]).to(device)
                 for tally, values in zip(tallies, found, strict=True):
                     tally[t] = tally.get(t, 0) + tally_batch(values, labels).cpu().numpy()
         better = np.zeros(len(self.members), dtype=bool)
@@ -167,7 +174,7 @@ class Population:
                 self.scores[i] = np.nan
             elif self._still_runs(i) and self.objective(val) > self.scores[i]:
                 better[i], self.val[i], self.scores[i], self.best_epoch[i] = True, val, self.objective(val), self.epoch
-        changed = torch.from_numpy(np.flatnonzero(better)).to(self.run.world.device)
+        changed = torch.from_numpy(np.flatnonzero(better)).to(device)
         for name, p in self.stack.items():
             self.best[name].index_copy_(0, changed, p.detach().index_select(0, changed))
 
@@ -209,38 +216,25 @@ class Population:
             "values": {key: torch.cat([p.values[key] for p in populations]) for key in first.values},
             "stack": {n: torch.cat([p.stack[n].detach() for p in populations]) for n in first.stack},
             "moments": {
-                n: (
-                    torch.cat([p.moments[n][0] for p in populations]),
-                    torch.cat([p.moments[n][1] for p in populations]),
-                )
-                for n in first.moments
+                n: tuple(torch.cat([p.moments[n][i] for p in populations]) for i in (0, 1)) for n in first.moments
             },
             "best": {n: torch.cat([p.best[n] for p in populations]) for n in first.best},
-            "seconds": sum(p.seconds for p in populations),
         }
         return merged
 
     def model(self, member: int) -> MultimodalModel:
         """One member by itself at its best epoch, in eval mode."""
-        own = self.config.with_overrides(self.members[member])
-        alone = build_model(own, narrow(self.table, own.model_modalities, own.model_tasks))
+        alone = MultimodalModel(spec_of(self.config.with_overrides(self.members[member]), self.run.table))
         alone.load_state_dict({**self.run.model.state_dict(), **{n: p[member] for n, p in self.best.items()}})
         return alone.eval()
 
 
-def smoothing_ends(config: Config, run: Fitting) -> tuple[Any, Any]:
+def smoothing_ends(config: Config, run: Fitting) -> tuple[Objective, Objective]:
     """The run's objective without label smoothing, and with nothing but it."""
     ends = [build_objective(config, run.table, run.train_rows, run.world) for _ in range(2)]
     for objective, smoothing in zip(ends, (0.0, 1.0), strict=True):
         objective.label_smoothing = smoothing
     return ends[0], ends[1]
-
-
-class _Rows:
-    """Features and presence of some rows, as a batch has them."""
-
-    def __init__(self, features: dict[str, Any], present: dict[str, Tensor]) -> None:
-        self.features, self.present = features, present
 
 
 def _column(config: Config, members: Sequence[Mapping[str, Any]], key: str) -> Tensor:

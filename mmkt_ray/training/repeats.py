@@ -1,104 +1,144 @@
 """The same models from several seeds: how much of a difference is luck of the initialisation and the order of batches.
 
-Axes: S seeds, N test rows.
+Axes: S seeds, N labelled test rows, C classes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
+from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.evaluation.intervals import METRICS, percentiles
+from mmkt_ray.evaluation.metrics import is_right, predicted
 from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.rows import readable
+from mmkt_ray.evaluation.seeds import seed_scores
+from mmkt_ray.evaluation.tables import told
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.models import Predictor
 from mmkt_ray.training.trainer import train
-from mmkt_ray.training.transfer_matrix import Node, score_rows, seed_row_interval, target_rows
 
 log = logging.getLogger(__name__)
 
 
-def repeat(config: Config, stores: Mapping[str, Store], run_uri: str, num_seeds: int) -> dict[str, Any]:
+@dataclass
+class Judged:
+    """One variant's predictions of one task's labelled test rows."""
+
+    labels: np.ndarray  # (N,) codes, or (N, C) of 0 and 1
+    able: np.ndarray  # (N,) rows that it can read: those that have one of its modalities
+    num_classes: int
+    pred: list[np.ndarray] = field(default_factory=list)  # by seed, as labels; of rows that it can read
+    val: list[float] = field(default_factory=list)  # by seed: accuracy on val; on test, where no val row tells
+
+
+def repeat(
+    config: Config, stores: Mapping[str, Store], run_uri: str, num_seeds: int, against: str | None = None
+) -> dict[str, Any]:
     """Fit every variant with `num_seeds` seeds, score them on test, write `<run>/seeds.json`; goes on after a kill.
 
-    The features stay as they are; `training.seed` alone differs. Variants are compared on rows that all of them can read,
-    each with the single-modality variant that is best on val (on test, where there is no val split).
+    The features stay as they are; `training.seed` alone differs. Variants are compared on rows that all of them can read
+    (those that have one of the modalities), each with the variant `against`; None: with the single-modality variant that is
+    best on val. A variant that can read no test row of a task is left out there.
 
-    Returns: seeds, `tasks`: task -> {num_rows, reference, models: {variant: {score (interval over seeds and rows), by_seed,
-    versus (interval of the gain over the reference; None for itself)}}}.
+    Returns: seeds, against, `tasks`: task -> {num_rows (None: no row that all can read, each has its own), reference, models:
+    {variant: {accuracy, macro_f1 (intervals over seeds and rows; None: undefined), by_seed and val (accuracies), versus:
+    {accuracy, macro_f1} (intervals of the gain over the reference; None for itself and where there is no common row)}}}.
+    Raises: ConfigError if there is no variant `against`.
     """
     variants = config.expand_variants()
+    if against is not None and against not in variants:
+        raise ConfigError(f"--against: no variant '{against}': {nearest(against, variants)}")
     seeds = [config.seed + i for i in range(num_seeds)]
-    found: dict[str, dict[str, list[np.ndarray]]] = {}  # task -> variant -> by seed (N,)
-    val: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Judged]] = {}  # task -> variant
     for name, variant in variants.items():
         table = stores[name].table(variant.model_modalities, variant.model_tasks)
-        judged_on = "val" if (table.split == "val").any() else "test"
         for seed in seeds:
             uri = storage.join(run_uri, "seeds", str(seed), name)
             train(variant.with_overrides({"training.seed": seed}), stores[name].uri, uri)
             model, _ = load_model(uri)
             for task in variant.model_tasks:
-                node = Node(tuple(variant.model_modalities), task)
-                scores = spread(split_scores(model, table, node, "test"), table, node)
-                found.setdefault(task, {}).setdefault(name, []).append(scores)
-                by_task = val.setdefault(task, {})
-                by_task[name] = (
-                    by_task.get(name, 0.0) + float(split_scores(model, table, node, judged_on).mean()) / num_seeds
-                )
+                _judge(model, table, task, variant, found.setdefault(task, {}), name)
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
+    candidates = [against] if against is not None else single
     result = {
         "seeds": seeds,
-        "tasks": {t: compare_seeds(config, by_name, val[t], single) for t, by_name in sorted(found.items())},
+        "against": against,
+        "tasks": {t: compare_seeds(config, by_name, candidates) for t, by_name in sorted(found.items()) if by_name},
     }
     storage.write_json(storage.join(run_uri, "seeds.json"), result)
     return result
 
 
-def split_scores(model: Predictor, table: FeatureTable, node: Node, split: str) -> np.ndarray:
-    """The model's score in [0, 1] on each labelled row of a split that the node reads."""
-    return score_rows(predict_table(model, target_rows(table, node, split))[node.task], table, node, split)
+def _judge(
+    model: Predictor, table: FeatureTable, task: str, config: Config, by_name: dict[str, Judged], name: str
+) -> None:
+    """Add one seed's predictions to a variant's, if there is a test row that it can read."""
+    rows = {s: np.flatnonzero((table.split == s) & labelled(table.labels[task])) for s in ("test", "val")}
+    able = {s: readable(table, config.task_inputs(task))[r] for s, r in rows.items()}
+    if not able["test"].any():
+        return
+    right = {}
+    for split in [s for s in rows if able[s].any()]:
+        part = table.take(rows[split][able[split]])
+        pred = predicted(predict_table(model, part)[task], model.spec.kinds[task])
+        right[split] = float(is_right(part.labels[task], pred).mean())
+        if split == "test":
+            labels = table.labels[task][rows[split]]
+            judged = by_name.setdefault(name, Judged(labels, able[split], len(table.class_names[task])))
+            judged.pred.append(pred)
+    judged.val.append(right.get("val", right["test"]))
 
 
-def spread(scores: np.ndarray, table: FeatureTable, node: Node) -> np.ndarray:
-    """Scores of the test rows that the node reads -> of all test rows with a label (M,), NaN where unreadable."""
-    every = np.flatnonzero((table.split == "test") & labelled(table.labels[node.task]))
-    readable = np.logical_and.reduce([table.present[m] for m in node.modalities])[every]
-    spread_out = np.full(len(every), np.nan)
-    spread_out[readable] = scores
-    return spread_out
+def compare_seeds(config: Config, by_name: Mapping[str, Judged], candidates: list[str]) -> dict[str, Any]:
+    """One task's models over seeds; see `repeat`. candidates: variants of which the best on val is the reference."""
+    every = list(by_name.values())
+    common: np.ndarray | None = None
+    if all(np.array_equal(judged.labels, every[0].labels) for judged in every):  # else they are of different stores
+        common = np.logical_and.reduce([judged.able for judged in every])
+        common = common if common.any() else None
+    reference = max((n for n in candidates if n in by_name), key=lambda n: np.mean(by_name[n].val), default=None)
+    found: dict[str, dict[str, Any]] = {}
+    if common is not None:
+        found = _compare(config, by_name, common, reference)
+    else:
+        for name, judged in by_name.items():
+            found |= _compare(config, {name: judged}, judged.able, None)
+    return {
+        "num_rows": int(common.sum()) if common is not None else None,
+        "reference": reference,
+        "models": {n: about | {"val": float(np.mean(by_name[n].val))} for n, about in found.items()},
+    }
 
 
-def compare_seeds(
-    config: Config, by_name: Mapping[str, list[np.ndarray]], val: Mapping[str, float], single: list[str]
-) -> dict[str, Any]:
-    """One task's models over seeds; see `repeat`. by_name: variant -> by seed (M,) scores of the test rows."""
-    num, confidence = config.evaluation.bootstrap_samples, config.evaluation.confidence
-    every = {name: np.stack(scores) for name, scores in by_name.items()}
-    groups = {s.shape[1] for s in every.values()}
-    common = np.logical_and.reduce([np.isfinite(s).all(axis=0) for s in every.values()]) if len(groups) == 1 else None
-    reference = max((n for n in single if n in every), key=lambda n: val[n], default=None)
-    models = {}
-    for name, scores in every.items():
-        own = scores[:, np.isfinite(scores).all(axis=0)] if common is None else scores[:, common]
-        versus: Interval | None = None
-        if reference is not None and name != reference and common is not None:
-            versus = seed_row_interval(own - every[reference][:, common], num, confidence, config.seed)
-        models[name] = {
-            "score": seed_row_interval(own, num, confidence, config.seed),
-            "by_seed": [float(s) for s in own.mean(axis=1)],
-            "val": val[name],
-            "versus": versus,
-        }
-    num_rows = int(common.sum()) if common is not None else None
-    return {"num_rows": num_rows, "reference": reference, "models": models}
+def _compare(
+    config: Config, by_name: Mapping[str, Judged], rows: np.ndarray, reference: str | None
+) -> dict[str, dict[str, Any]]:
+    """Variant -> scores on the same rows (N,) and differences to the reference."""
+    first = next(iter(by_name.values()))
+    labels = first.labels[rows]
+    preds = {n: np.stack([p[rows[judged.able]] for p in judged.pred]) for n, judged in by_name.items()}
+    evaluation = config.evaluation
+    drawn = seed_scores(labels, list(preds.values()), first.num_classes, evaluation.bootstrap_samples, config.seed)
+    by_model = {n: {m: drawn[m][i] for m in METRICS} for i, n in enumerate(preds)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, scores in by_model.items():
+        found[name] = {m: percentiles(scores[m], evaluation.confidence) for m in METRICS}
+        found[name]["by_seed"] = [float(is_right(labels, pred).mean()) for pred in preds[name]]
+        found[name]["versus"] = None
+        if reference is not None and name != reference:
+            gains = {m: scores[m] - by_model[reference][m] for m in METRICS}
+            found[name]["versus"] = {m: percentiles(gain, evaluation.confidence) for m, gain in gains.items()}
+    return found
 
 
 def seeds_table(result: Mapping[str, Any]) -> str:
@@ -106,16 +146,13 @@ def seeds_table(result: Mapping[str, Any]) -> str:
     lines = []
     for task, found in result["tasks"].items():
         rows = f"{found['num_rows']} test rows, " if found["num_rows"] else ""
-        lines.append(f"{task}: accuracy (multilabel: F1 by sample), {rows}{len(result['seeds'])} seeds")
+        lines.append(f"{task}: accuracy, macro-F1; {rows}{len(result['seeds'])} seeds")
         width = max(map(len, found["models"]))
         for name, model in found["models"].items():
             by_seed = " ".join(f"{100 * s:.1f}" for s in model["by_seed"])
-            gain = f"  {told(model['versus'], '+.1f')} against {found['reference']}" if model["versus"] else ""
-            lines.append(f"  {name:{width}}  {told(model['score'], '.1f')}  ({by_seed}){gain}")
+            line = f"  {name:{width}}  {told(model['accuracy'])}  ({by_seed})  {told(model['macro_f1'])}"
+            if model["versus"]:
+                gains = ", ".join(told(model["versus"][m], "+.1f") for m in METRICS)
+                line += f"  {gains} against {found['reference']}"
+            lines.append(line)
     return "\n".join(lines)
-
-
-def told(interval: Interval, form: str) -> str:
-    """An interval in points."""
-    value, low, high = (100 * interval[k] for k in ("value", "low", "high"))
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

@@ -9,7 +9,7 @@ the top, Howard & Ruder 2018 (https://arxiv.org/abs/1801.06146); distillation, H
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -143,6 +143,20 @@ def freeze(model: torch.nn.Module, names: Iterable[str]) -> None:
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
+
+
+def distillation_targets(
+    knowledge: Knowledge, table: FeatureTable, tasks: Collection[str], temperature: float
+) -> dict[str, np.ndarray]:
+    """What the teachers say of the train rows, see `teacher_targets`: task -> (N, C), NaN elsewhere; none without teachers."""
+    if not knowledge.teachers:
+        return {}
+    rows = table.rows("train")
+    known = teacher_targets(knowledge.teachers, table.take(rows), tasks, temperature)
+    targets = {t: np.full((len(table.split), y.shape[1]), np.nan, dtype=np.float32) for t, y in known.items()}
+    for t, values in known.items():
+        targets[t][rows] = values
+    return targets
 
 
 def teacher_targets(

@@ -29,8 +29,8 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.evaluation.inference import score_rows
+from mmkt_ray.evaluation.seeds import mean_interval
 from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train, training_fingerprint
@@ -95,10 +95,16 @@ def list_nodes(config: Config, store: Store) -> list[Node]:
     for task in config.model_tasks:
         inputs = config.task_inputs(task)
         for modalities in [*[(m,) for m in inputs], *([inputs] if len(inputs) > 1 else [])]:
-            together = np.logical_and.reduce([table.present[m] for m in modalities]) & labelled(table.labels[task])
-            if all((together & (table.split == split)).any() for split in ("train", "test")):
-                nodes.append(Node(modalities, task))
+            node = Node(modalities, task)
+            if all(node_rows(table, node, split).any() for split in ("train", "test")):
+                nodes.append(node)
     return nodes
+
+
+def node_rows(table: FeatureTable, node: Node, split: str) -> np.ndarray:
+    """(N,) bool: the labelled rows of a split that have all of the node's modalities."""
+    there = [table.present[m] for m in node.modalities]
+    return np.logical_and.reduce([table.split == split, labelled(table.labels[node.task]), *there])
 
 
 def _chosen(nodes: list[Node], names: tuple[str, ...] | None) -> list[Node]:
@@ -201,24 +207,8 @@ def _fit_cell(config: Config, cell: Cell, store_uri: str, uri: str) -> None:
     knowledge = load_knowledge(config.training.transfer, folder="")
     table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
     model = fit(config, table, knowledge=knowledge).model
-    scores = score_rows(predict_table(model, target_rows(table, cell.target))[cell.target.task], table, cell.target)
+    scores = score_rows(model, table, cell.target.task, node_rows(table, cell.target, "test"))
     storage.write_table(uri, pa.table({"score": scores}))
-
-
-def target_rows(table: FeatureTable, node: Node, split: str = "test") -> FeatureTable:
-    """The labelled rows of a split that have all of the node's modalities."""
-    rows = (table.split == split) & labelled(table.labels[node.task])
-    return table.take(np.flatnonzero(rows & np.logical_and.reduce([table.present[m] for m in node.modalities])))
-
-
-def score_rows(proba: np.ndarray, table: FeatureTable, node: Node, split: str = "test") -> np.ndarray:
-    """The score in [0, 1] of each of `target_rows`: right or wrong; of a multilabel task the F1 of the row's classes."""
-    labels = target_rows(table, node, split).labels[node.task]
-    if labels.ndim == 1:
-        return (proba.argmax(axis=1) == labels).astype(float)
-    predicted, real = proba >= 0.5, labels == 1
-    total = predicted.sum(axis=1) + real.sum(axis=1)
-    return np.where(total > 0, 2 * (predicted & real).sum(axis=1) / np.maximum(total, 1), 1.0)
 
 
 def _read_scores(uri: str) -> np.ndarray:
@@ -240,7 +230,7 @@ def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray])
             targets.append({"target": str(cell.target), "label_frac": cell.label_frac, "score": float(each.mean())})
             continue
         scratch = np.stack([scores[Cell(cell.target, cell.label_frac, s)] for s in seeds])
-        gain = seed_row_interval(each - scratch, num, confidence, config.seed)
+        gain = mean_interval(each - scratch, num, confidence, config.seed)
         found.append(
             {
                 "source": str(cell.source),
@@ -263,17 +253,6 @@ def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray])
         "targets": targets,
         "cells": found,
     }
-
-
-def seed_row_interval(differences: np.ndarray, num_resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of differences (S, N) with a bootstrap interval that draws both seeds and test rows anew."""
-    rng = np.random.default_rng(seed)
-    num_seeds, num_rows = differences.shape
-    weights = rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=num_resamples) / num_rows  # (R, N)
-    by_seed = differences @ weights.T  # (S, R)
-    drawn = np.take_along_axis(by_seed, rng.integers(num_seeds, size=(num_seeds, num_resamples)), axis=0).mean(axis=0)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"value": float(differences.mean()), "low": float(low), "high": float(high)}
 
 
 def transfer_table(result: dict[str, Any]) -> str:

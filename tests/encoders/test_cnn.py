@@ -14,15 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmkt_ray.encoders.cnn import (
-    MIN_IMAGE_SIZE,
-    CNNRecipe,
-    SmallCNN,
-    apply_cnn,
-    augment_batch,
-    build_transform,
-    fit_cnn,
-)
+from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN, apply_cnn
+from mmkt_ray.encoders.cnn_training import CNNRecipe, augment_batch, build_transform, fit_cnn
 
 CPU = torch.device("cpu")
 RECIPE = CNNRecipe(epochs=3, batch_size=32, width=8, image_size=16)

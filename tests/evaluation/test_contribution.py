@@ -11,7 +11,8 @@ from sklearn.metrics import f1_score
 from mmkt_ray import storage
 from mmkt_ray.evaluation.answers import decide, holm, paired_test, row_scores, sentence
 from mmkt_ray.evaluation.compare import compare
-from mmkt_ray.evaluation.contribution import contributions, insights, majority, shapley_weights, subsets
+from mmkt_ray.evaluation.contribution import contributions, insights, majority, shapley_weights
+from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.features.store import MISSING, UNSEEN, open_store
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
 
@@ -103,6 +104,7 @@ def test_knowing_nothing_is_the_most_frequent_class():
 def test_subsets_are_numbered_by_their_bits():
     """Catches predictions that belong to another subset."""
     assert subsets(["a", "b"]) == [(), ("a",), ("b",), ("a", "b")]
+    assert subsets(["a", "b"], sizes=(1,)) == [("a",), ("b",)]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support, recall_score
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model, modality_subsets
 from mmkt_ray.evaluation.gallery import thumbnail, write_gallery
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.evaluation.tables import comparison_table
-from mmkt_ray.features.store import open_store
+from mmkt_ray.features.store import MISSING, open_store
 from tests.evaluation.runs import (
     THINGS,
     VARIANTS,
@@ -129,6 +134,38 @@ def test_subsets_really_drop_modalities(finished, samples):
     assert subsets["text"]["accuracy"]["value"] < 0.5 < subsets["text"]["all"]["accuracy"]
     assert subsets["image"]["accuracy"]["value"] > 0.55
     assert [len(modality_subsets(list("abcdef")[:n])) for n in (1, 2, 3, 4, 5)] == [1, 3, 7, 15, 11]
+
+
+@pytest.mark.parametrize("task", ["thing", "colour"])
+@pytest.mark.parametrize("subset", [("image", "text"), ("image",), ("text",)])
+def test_each_subset_has_all_metrics_of_its_own(finished, task, subset):
+    """Catches a subset that is told the metrics of another one, or those of all modalities, or of other rows."""
+    folder = str(finished / "models" / "concat")
+    found = storage.read_json(f"{folder}/metrics.json")["tasks"][task]["subsets"]["+".join(subset)]["metrics"]
+    model, card = load_model(folder)
+    data = load_rows(open_store(str(finished / "features" / "union")), ["image", "text"], [task], card["class_names"])
+    there = np.any([data.table.present[m] for m in subset], axis=0)
+    table = data.table.take(np.flatnonzero((data.table.split == "test") & (data.table.labels[task] != MISSING) & there))
+    nothing = np.zeros(len(table.sample_id), bool)
+    alone = replace(table, present={m: p if m in subset else nothing for m, p in table.present.items()})
+    labels, names = table.labels[task], table.class_names[task]
+    pred, pred_all = (predict_table(model, t)[task].argmax(axis=1) for t in (alone, table))
+    assert found["num_rows"] == len(labels)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, pred))
+    recalls = recall_score(labels, pred, labels=np.unique(labels), average=None, zero_division=0)
+    assert found["balanced_accuracy"] == pytest.approx(recalls.mean())
+    for average in ("macro", "micro", "weighted"):
+        expected = precision_recall_fscore_support(labels, pred, average=average, zero_division=0)[:3]
+        assert [found[f"{average}_{n}"] for n in ("precision", "recall", "f1")] == pytest.approx(expected)
+    codes = range(len(names))
+    columns = precision_recall_fscore_support(labels, pred, labels=codes, zero_division=np.nan)
+    for name, *expected in zip(names, *columns, strict=True):
+        told = [found["per_class"][name][k] for k in ("precision", "recall", "f1", "support")]
+        assert told == pytest.approx([None if np.isnan(v) else v for v in expected])
+    seen = labels >= 0
+    assert found["confusion"] == confusion_matrix(labels[seen], pred[seen], labels=codes).tolist()
+    if len(subset) == 1:  # another matrix than with all modalities on the same rows
+        assert found["confusion"] != confusion_matrix(labels[seen], pred_all[seen], labels=codes).tolist()
 
 
 def test_a_model_is_scored_in_its_own_classes_whatever_the_store_calls_them(run, samples, tmp_path):

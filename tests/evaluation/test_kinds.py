@@ -45,6 +45,8 @@ def test_each_kind_has_its_own_scores(finished):
     assert tasks["tags"]["num_unseen"] > 0  # the unicorn's magic
     assert tasks["tags"]["macro_average_precision"] > 0.7
     for found in tasks.values():
+        whole = found["subsets"]["image+text"]["metrics"]
+        assert whole == {name: found[name] for name in whole}
         assert found["intervals"]["accuracy"]["value"] == pytest.approx(found["accuracy"])
         assert found["intervals"]["macro_f1"]["value"] == pytest.approx(found["macro_f1"])
 
@@ -113,7 +115,8 @@ def test_baselines_of_every_kind_know_something(finished):
 def test_calibration_is_kept_in_the_card_and_used_everywhere(finished, store, tmp_path):
     """Catches a temperature that only the report knows: predictions would go on as before."""
     config = make_config(tmp_path, tasks=KINDS)
-    sure = config.with_overrides({"training.epochs": 30, "training.lr": 0.05, "model.dropout": 0.0})
+    undisturbed = {"model.dropout": 0.0, "model.modality_dropout": 0.0}
+    sure = config.with_overrides({"training.epochs": 30, "training.lr": 0.05, **undisturbed})
     uri = str(tmp_path / "sure")
     train_variant(sure, store, uri)
     plain = evaluate_model(uri, store)

@@ -15,7 +15,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmkt_ray.evaluation.metrics import as_codes, classification_metrics, scores_from_counts, task_metrics
+from mmkt_ray.evaluation.intervals import Outcome
+from mmkt_ray.evaluation.metrics import as_codes, classification_metrics, row_scores, task_metrics
 from mmkt_ray.features.store import MISSING, UNSEEN
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -33,12 +34,6 @@ def draw(num_rows: int = 200, classes: int = 4, seed: int = 0) -> tuple[np.ndarr
 def _exact(proba: np.ndarray) -> np.ndarray:
     """The same probabilities in float64, summing to one closely enough for scikit-learn."""
     return proba.astype(float) / proba.astype(float).sum(axis=1, keepdims=True)
-
-
-def counts_of(labels: np.ndarray, pred: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
-    """Right, support, predicted, each (1, C + 1)."""
-    codes = as_codes(labels, num_classes)
-    return tuple(np.bincount(x, minlength=num_classes + 1)[None] for x in (codes[codes == pred], codes, pred))
 
 
 @pytest.mark.parametrize("classes", [4, 2, 1])
@@ -116,7 +111,7 @@ def test_the_fast_scores_are_the_slow_ones(seed):
     labels, proba = draw(num_rows=60, classes=3, seed=seed)
     labels[:7] = UNSEEN
     slow = classification_metrics(labels, proba, NAMES)
-    fast = scores_from_counts(*counts_of(labels, proba.argmax(axis=1), 5))
+    fast = Outcome.of(as_codes(labels, 5), proba.argmax(axis=1), 5).scores(np.ones((1, 60)))
     assert fast["accuracy"][0] == pytest.approx(slow["accuracy"])
     assert fast["macro_f1"][0] == pytest.approx(slow["macro_f1"])
 
@@ -168,3 +163,11 @@ def test_binary_scores_without_a_positive_row_are_none():
     found = task_metrics("binary", np.zeros(4, int), np.tile([0.8, 0.2], (4, 1)), ["ham", "spam"])
     assert [found[n] for n in ("average_precision", "auroc", "precision", "recall", "f1")] == [None] * 5
     assert found["accuracy"] == 1
+
+
+def test_a_row_scores_right_or_wrong_or_the_f1_of_its_classes():
+    """Catches an unseen label that counts as right, sets compared as wholes only, and a division by zero for empty ones."""
+    assert row_scores(np.array([0, 2, UNSEEN]), np.array([0, 1, 1])).tolist() == [1, 0, 0]
+    labels, pred = (np.array(rows, np.int8) for rows in ([[1, 1, 0, 0], [0] * 4], [[1, 0, 1, 1], [0] * 4]))
+    assert row_scores(labels, pred) == pytest.approx([0.4, 1.0])
+    assert row_scores(labels, pred)[0] == pytest.approx(f1_score(labels[0], pred[0]))

@@ -20,7 +20,9 @@ import yaml
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.extract import extract, stored_chunks
+from mmkt_ray.features.fit import fit_encoder
 from mmkt_ray.features.store import Store, column_of, open_store
+from mmkt_ray.samples.readers import list_shards
 from tests.shapes import png, write_shard
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -142,6 +144,29 @@ def test_bad_rows_are_rejected_with_reasons_and_nothing_else_is_lost(shapes: Pat
     assert rows.loc["bad5", "image_features"] is None
 
 
+def test_unreadable_files_and_texts_cost_their_modality(shapes: Path, make_config: MakeConfig) -> None:
+    """Catches rows lost to an image file that is gone or to a byte in their text; and counts that do not add up."""
+    (shapes / "data" / "shapes" / "there.png").write_bytes(png("red", 1))
+    paths = ["there.png", "gone.png", "there.png", "gone.png", "gone.png"]
+    columns = {
+        "image": pa.array([{"bytes": None, "path": path} for path in paths]),
+        "caption": pa.array([b"fine", b"fine", b"ab\xe9", b"ab\xe9", None]),
+    }
+    write_shard(shapes / "data" / "shapes" / "odd.parquet", 200, 5, **columns)
+    store = run(make_config(samples__max_reject_frac=0.1))
+    counts = store.manifest["counts"]
+    assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (123, 2, 2)
+    rejects = pd.read_parquet(f"{store.uri}/rejects.parquet").set_index("sample_id")
+    assert rejects["stage"].to_dict() == {"s201": "modality", "s202": "modality", "s203": "read", "s204": "read"}
+    assert rejects.loc["s201", "reason"].startswith("image: no file 'gone.png'")
+    assert rejects.loc["s202", "reason"].startswith("text: not utf-8: byte 0xe9")
+    assert "image: no file" in rejects.loc["s203", "reason"]
+    assert "text: not utf-8" in rejects.loc["s203", "reason"]
+    rows = pd.read_parquet(f"{store.uri}/data").set_index("sample_id")
+    assert rows.loc[["s200", "s201", "s202"], "image_features"].notna().tolist() == [True, False, True]
+    assert rows.loc[["s200", "s201", "s202"], "text_features"].notna().tolist() == [True, True, False]
+
+
 def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> None:
     """Half the data gone and a store published all the same; or the raised budget paying for everything again."""
     columns = {"image": pa.array([b"broken"] * 40, pa.binary())}
@@ -186,6 +211,30 @@ def test_nothing_fitted_knows_the_test_split(shapes: Path, make_config: MakeConf
         Path(make_config().run_root) / "without" / "encoders" / without.manifest["modalities"]["image"]["folders"][-1]
     )
     assert (scaler / "state.safetensors").read_bytes() == (other / "state.safetensors").read_bytes()
+
+
+def test_no_encoder_has_seen_the_rows_that_leak(shapes: Path, make_config: MakeConfig) -> None:
+    """Catches a vocabulary that was fitted on the very rows that are left out, as they are in the test split too."""
+    columns = {
+        "caption": [f"plantedterm {i}" for i in range(6)],
+        "image": pa.array([png("blue", i, 48) for i in range(6)], pa.binary()),
+    }
+    for k in range(2):
+        write_shard(shapes / "data" / "planted" / f"{k}.parquet", 500 + 100 * k, 6, **columns)
+    base = make_config().samples.sources[0].model_dump() | {"split": "train"}
+    sources = [
+        base,
+        base | {"path": "planted/0.parquet"},
+        base | {"path": "planted/1.parquet", "split": "test"},
+    ]
+    config = make_config(samples__sources=sources, samples__drop_leakage=True, samples__split__val_frac=0.0)
+    store = run(config)
+    assert (store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"]) == (126, 6)
+    kept = Path(config.run_root) / "shapes" / "encoders" / store.manifest["modalities"]["text"]["folders"][0]
+    assert b"plantedterm" not in (kept / "state.safetensors").read_bytes()
+    seen = fit_encoder(config, str(shapes / "seen"), "text", list_shards(config), {})
+    assert b"plantedterm" in (Path(seen) / "state.safetensors").read_bytes()
+    assert run(config).uri == store.uri
 
 
 def test_reducers_make_a_store_of_their_own(shapes: Path, make_config: MakeConfig) -> None:

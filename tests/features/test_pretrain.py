@@ -37,7 +37,7 @@ def config(shapes: Path, make_config: Callable[..., Config]) -> Config:
 
 
 def fit(config: Config, folder: Path) -> bytes:
-    uri = fit_encoder(config, str(folder), "image", list_shards(config))
+    uri = fit_encoder(config, str(folder), "image", list_shards(config), {})
     assert sorted(p.name for p in Path(uri).iterdir()) == ["encoder.json", "state.safetensors"]
     return (Path(uri) / "state.safetensors").read_bytes()
 
@@ -50,6 +50,18 @@ def test_the_test_split_changes_nothing_and_the_seed_everything(config: Config, 
     both = config.with_overrides({"samples.sources": [source, source | {"path": "planted/*.parquet", "split": "test"}]})
     assert fit(config, shapes / "a") == fit(both, shapes / "b")
     assert fit(config, shapes / "a") != fit(config.with_overrides({"seed": 1}), shapes / "a")
+
+
+def test_leaking_rows_change_nothing(config: Config, shapes: Path) -> None:
+    """Catches a network that was trained, label and all, on images that the test split has too."""
+    images = pa.array([png("green", i, 40) for i in range(12)], pa.binary())
+    write_shard(shapes / "data" / "planted" / "0.parquet", 500, 12, image=images)
+    source = config.samples.sources[0].model_dump()
+    both = config.with_overrides({"samples.sources": [source, source | {"path": "planted/*.parquet"}]})
+    shards = list_shards(both)
+    leaking = {shards[-1].unit: [f"s{500 + i}" for i in range(12)]}
+    uri = Path(fit_encoder(both, str(shapes / "b"), "image", shards, leaking))
+    assert (uri / "state.safetensors").read_bytes() == fit(config, shapes / "a")
 
 
 def test_a_killed_fit_goes_on_from_its_last_epoch(

@@ -83,6 +83,25 @@ def test_the_page_says_what_was_found_and_with_what(page, finished):
         assert expected in text, expected
 
 
+def test_each_subset_of_the_best_fused_model_opens_to_its_own_scores(page, finished):
+    """Catches a subset beside the matrix, or the classes, of another one."""
+    text = " ".join(Elements(page).text.split())
+    results = storage.read_json(str(finished / "report" / "results.json"))
+    for task, found in results["tasks"].items():
+        section = text.partition(f"Task: {task}")[2].partition("All scores of ")[0]
+        name = found["best_fused"]
+        record = storage.read_json(str(finished / "models" / name / "metrics.json"))["tasks"][task]
+        assert len(record["subsets"]) == 3
+        for scores in record["subsets"].values():
+            title = f"{name} given {' + '.join(scores['modalities'])}: what it takes for what"
+            told = section.partition(title)[2].partition(f"{name} given")[0].replace(" ", "")
+            for label, row in zip(record["class_names"], scores["metrics"]["confusion"], strict=True):
+                assert "".join([label.replace(" ", ""), *(str(n) for n in row if n)]) in told
+            assert f"macrof1{words.percent(scores['metrics']['macro_f1'])}".replace(" ", "") in told
+            for label, scored in scores["metrics"]["per_class"].items():
+                assert f"{label}{words.percent(scored['precision'])}".replace(" ", "") in told
+
+
 @pytest.mark.parametrize(
     "lost",
     [

@@ -51,11 +51,10 @@ def test_webdataset_groups_suffixes_and_json(make_config, read_all, write_tar, p
         {"sample_id": "a.tar#d/k1", "key": "d/k1", "image": png(1), "text": "one", "label": "3"},
         {"sample_id": "a.tar#d/k2", "key": "d/k2", "image": b"jpg first", "text": None, "label": None},
     ]
-    reasons = {r.sample_id: r.reason.split(":")[0] for r in rejects}
-    assert reasons == {
-        "a.tar#d/k3": "its json member is not valid JSON",
-        "a.tar#k4": "no modality is present",
-    }
+    reasons = {r.sample_id: r.reason for r in rejects}
+    assert reasons.keys() == {"a.tar#d/k3", "a.tar#k4"}
+    assert reasons["a.tar#d/k3"].startswith("label: its json member is not valid JSON")
+    assert reasons["a.tar#k4"] == "no modality is present"
 
 
 @pytest.mark.parametrize("gap", [[], [("other.txt", b"o")]])
@@ -78,6 +77,23 @@ def test_links_and_devices_are_rejected(make_config, read_all, write_tar, tmp_pa
     assert table["text"].to_pylist() == ["one", "three"]
     assert [r.sample_id for r in rejects] == ["a.tar#a/2" if source is WEBDATASET else "a.tar/a/2.txt"]
     assert "link" in rejects[0].reason or "no regular file" in rejects[0].reason
+
+
+def test_a_member_that_cannot_be_read_costs_its_modality(make_config, read_all, write_tar, png, tmp_path):
+    """Catches a sample lost to one of its members; and one whose label is unreadable that passes as unlabelled."""
+    link = header("a/1.png", tarfile.SYMTYPE, linkname="/etc/passwd")
+    entries = [link, ("a/1.txt", b"one"), ("a/2.png", png(2)), ("a/2.json", b"{broken"), ("a/3.png", png(3))]
+    write_tar(tmp_path / "a.tar", entries)
+    table, rejects = read_all(make_config(tmp_path, WEBDATASET))
+    assert table.select(["text", "image"]).to_pylist() == [
+        {"text": "one", "image": None},
+        {"text": None, "image": png(3)},
+    ]
+    assert sorted((r.sample_id, r.stage) for r in rejects) == [("a.tar#a/1", "modality"), ("a.tar#a/2", "read")]
+    caption = {**WEBDATASET, "columns": {"image": "png", "text": "json.caption", "label": "txt"}}
+    table, rejects = read_all(make_config(tmp_path, caption))
+    assert table["image"].to_pylist() == [png(2), png(3)]
+    assert ("a.tar#a/2", "modality") in [(r.sample_id, r.stage) for r in rejects]
 
 
 @pytest.mark.parametrize("name", ["../../escaped.txt", "/tmp/escaped.txt"])

@@ -105,27 +105,34 @@ def test_bad_files_cost_their_modality_and_bad_cells_their_row(make_config, read
         root / "m" / "a.jsonl",
         [
             *rows,
-            {"file": None, "words": ["list"], "kind": "x"},
             {"words": "t", "kind": {}},
+            {"file": None, "words": ["list"], "kind": "x"},
             {"file": "gone", "kind": "x"},
         ],
     )
     table, rejects = read_all(make_config(root, manifest("m/a.jsonl", allow_outside=True)))
     assert (table.num_rows, table["image"].null_count, table["text"].null_count) == (6, 5, 0)
-    assert [r.stage for r in rejects] == ["modality"] * 5 + ["read"] * 3
+    assert [r.stage for r in rejects] == ["read"] + ["modality"] * 5 + ["read"] * 2
     expected = [
+        "label: must be a single value",
         "no file",
         "no regular file",
         "cannot open",
         "must be the path",
         "NUL",
-        "single value",
-        "single value",
+        "text: must be a single value",
         "no file",
     ]
     assert len(rejects) == len(expected)
     for reject, reason in zip(rejects, expected, strict=True):
         assert reason in reject.reason
+
+
+def test_the_limit_counts_rows_not_what_is_told_of_them(make_config, read_all, root):
+    """Catches rows that a limit leaves out because files of earlier rows could not be read."""
+    write_rows(root / "m" / "a.jsonl", [{"file": "gone.png", "words": "t", "kind": "x"}] * 6)
+    table, rejects = read_all(make_config(root, manifest("m/a.jsonl", limit=4)))
+    assert (table.num_rows, len(rejects)) == (4, 4)
 
 
 def test_broken_lines_cost_their_row(make_config, read_all, root):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.samples.columns import escape_id, label_names, label_text
+from mmkt_ray.samples.cells import escape_id, label_names, label_text
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
 from mmkt_ray.samples.schema import sample_schema
 
@@ -326,6 +326,49 @@ def test_latin_1_where_utf_8_was_said(make_config, read_all, write_tar, tmp_path
     assert not rejects
 
 
+@pytest.mark.parametrize("layout", ["parquet", "strings", "tar", "csv", "jsonl"])
+def test_undecodable_text_costs_the_text_not_the_image(make_config, read_all, write_tar, png, tmp_path, layout):
+    """Catches an image and its label lost to a byte in the text beside it; and the row counted twice, as kept and rejected."""
+    bad = "ab\xe9".encode("latin-1")
+    texts = pa.array([b"good", bad, bad])
+    source = {**PARQUET, "path": f"a.{layout}", "columns": {**TEXT, "image": "image"}}
+    (tmp_path / "1.png").write_bytes(png(1))
+    if layout in ("parquet", "strings"):
+        if layout == "strings":
+            texts = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+        source["path"] = "a.parquet"
+        write_parquet(tmp_path / "a.parquet", text=texts, label=["x"] * 3, image=[png(1), png(1), None])
+    elif layout == "tar":
+        source = WEBDATASET
+        members = [("1.txt", b"good"), ("1.png", png(1)), ("2.txt", bad), ("2.png", png(1)), ("3.txt", bad)]
+        write_tar(tmp_path / "a.tar", [*members, ("3.json", b"{}")])
+    else:
+        row = {"csv": b"%s,x,%s\n", "jsonl": b'{"text": "%s", "label": "x", "image": "%s"}\n'}[layout]
+        header = b"text,label,image\n" if layout == "csv" else b""
+        rows = [(b"good", b"1.png"), (bad, b"1.png"), (bad, b"")]
+        (tmp_path / f"a.{layout}").write_bytes(header + b"".join(row % cells for cells in rows))
+        source["reader"] = "manifest"
+    table, rejects = read_all(make_config(tmp_path, source))
+    assert table.select(["text", "image"]).to_pylist() == [
+        {"text": "good", "image": png(1)},
+        {"text": None, "image": png(1)},
+    ]
+    assert [r.stage for r in rejects] == ["modality", "read"]
+    assert rejects[0].sample_id == table["sample_id"][1].as_py() != rejects[1].sample_id
+    assert all(r.reason.startswith("text: not ") and "encoding: latin-1" in r.reason for r in rejects)
+
+
+def test_a_row_rejected_for_another_reason_is_told_once(make_config, read_all, tmp_path):
+    """Catches counts that do not add up where a row lost a modality and is rejected all the same."""
+    texts = [b"good", b"\xff", b"\xff"]
+    write_parquet(tmp_path / "a.parquet", text=texts, image=[b"x"] * 3, label=["y"] * 3, id=["a", "b", "b"])
+    columns = {**TEXT, "image": "image", "sample_id": "id"}
+    table, rejects = read_all(make_config(tmp_path, {**PARQUET, "columns": columns}))
+    assert table["sample_id"].to_pylist() == ["a", "b"]
+    assert [(r.sample_id, r.stage) for r in rejects] == [("b", "modality"), ("b", "read")]
+    assert "duplicate" in rejects[1].reason
+
+
 def test_invalid_utf_8_in_a_string_column_is_rejected(make_config, read_all, tmp_path):
     """Catches strings that Arrow reads unchecked and that blow up much later in an encoder."""
     strings = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff"]).buffers())
@@ -386,9 +429,10 @@ def test_hugging_face_layout(make_config, read_all, tmp_path):
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, tmp_path / "a.parquet")
     read, rejects = read_all(make_config(tmp_path, {**PARQUET, "columns": {**TEXT, "image": "img"}}))
-    assert read["image"].to_pylist() == [b"here", b"from file", None]
-    assert read["label"].to_pylist() == ["dog", None, "cat"]
+    assert read["image"].to_pylist() == [b"here", b"from file", None, None]
+    assert read["label"].to_pylist() == ["dog", None, "cat", "cat"]
     assert ["outside" in rejects[0].reason, "label 7 has no name" in rejects[1].reason] == [True, True]
+    assert [(r.sample_id, r.stage) for r in rejects] == [("a.parquet#3", "modality"), ("a.parquet#4", "read")]
 
 
 @pytest.mark.parametrize(

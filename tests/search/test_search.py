@@ -4,19 +4,22 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.config import SearchConfig
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.features.store import MISSING
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
-from mmkt_ray.search.search import check_search, explore, result_table, search, search_digest
+from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,34 @@ def test_an_impossible_search_is_refused_before_any_work(make_config, store, tmp
     space = {"training.balance": {"choice": [None, "ogm_ge"]}}
     with pytest.raises(ConfigError, match=r"training\.balance=ogm_ge.*can't be searched"):
         search(make_config(**{"search.space": space}), store, str(tmp_path))
+
+
+def test_a_val_split_without_labels_to_choose_by_is_refused(make_config, store):
+    """Catches a search that tells after all its time that no candidate has a score, as if they had diverged."""
+    table = store.table()
+    hidden = np.where(table.split == "val", MISSING, table.labels["mood"])
+    table = replace(table, labels={**table.labels, "mood": hidden})
+    for task in ("topic", None):
+        config = make_config(**{"search.objective.task": task})
+        check_features(check_search(config), config.search, table)
+    config = make_config(**{"search.objective.task": "mood"})
+    with pytest.raises(DataError, match="labels of mood"):
+        check_features(check_search(config), config.search, table)
+
+
+def test_rows_left_out_are_found_from_anywhere_and_decide_the_result(
+    ray_local, make_config, store, tmp_path, monkeypatch
+):
+    """Catches a relative path that trials, which run in another folder, can't open; another list taken for the same search."""
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"sample_id": ["s0", "s1"]}), "out.parquet")
+    changes = {"training.exclude": "out.parquet", "training.epochs": 1, "search.max_candidates": 6}
+    config = make_config(**changes, **{"search.finalists": 1, "search.seeds": 1})
+    result = search(config, store, str(tmp_path / "run"))
+    assert result["tried"] == {"candidates": 6, "finished": 6}
+    before = search_digest(check_search(config), config.search, store)
+    pq.write_table(pa.table({"sample_id": ["s0", "s4"]}), "out.parquet")
+    assert search_digest(check_search(config), config.search, store) != before
 
 
 def test_without_a_search_section_the_defaults_are_searched(make_config):

@@ -25,7 +25,7 @@ def make_config() -> Callable[..., Config]:
                 "text": {"kind": "text", "encoder": "tfidf"},
             },
             "tasks": {"topic": {}, "mood": {}},
-            "model": {"hidden_dim": 16},
+            "model": {"hidden_dim": 16, "modality_dropout": 0.0},
             "training": {"epochs": 4, "batch_size_per_worker": 64, "lr": 0.01},
         }
         return parse_config(raw).with_overrides(overrides)

@@ -18,8 +18,9 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.features.store import MISSING, UNSEEN
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.loop import Fitting, build_optimizer, fit, rate
+from mmkt_ray.training.loop import Fitting, fit
 from mmkt_ray.training.objective import count_classes
+from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.transfer import Knowledge, Source
 from mmkt_ray.training.validation import validate
 

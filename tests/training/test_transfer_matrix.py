@@ -1,17 +1,18 @@
 """The transfer matrix and repeats: the right pairs, gains against the right scratch runs, nothing fitted twice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import open_store
+from mmkt_ray.features.store import MISSING, open_store
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.transfer_matrix import (
     Node,
     list_nodes,
     methods_for,
-    seed_row_interval,
     transfer_matrix,
     transfer_table,
 )
@@ -38,17 +39,6 @@ def store(table, tmp_path_factory):
 def test_each_pair_gets_the_methods_that_make_sense(source, target, methods):
     """Catches a student taught by itself, and towers taken from a model that has none of the modality."""
     assert set(methods_for(source, target)) == methods
-
-
-def test_the_interval_covers_both_seeds_and_rows():
-    """Catches an interval from the rows alone: two seeds that disagree by a lot must make it wide."""
-    rng = np.random.default_rng(0)
-    agreeing = rng.normal(0.1, 0.3, (4, 400))
-    disagreeing = agreeing + np.array([[0.2], [-0.2], [0.2], [-0.2]])
-    narrow, wide = (seed_row_interval(d, 500, 0.95, 0) for d in (agreeing, disagreeing))
-    assert narrow["value"] == pytest.approx(agreeing.mean())
-    assert narrow["low"] < narrow["value"] < narrow["high"]
-    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
 
 
 def test_the_matrix_tells_what_helps(make_config, store, tmp_path, monkeypatch):
@@ -99,7 +89,41 @@ def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
     assert len(set(found["models"]["both"]["by_seed"])) == 2
     assert found["reference"] == "image"
     table = store.table()
-    both = table.present["image"] & table.present["text"] & (table.labels["topic"] != -1) & (table.split == "test")
+    both = table.present["image"] & (table.labels["topic"] != -1) & (table.split == "test")
     assert found["num_rows"] == both.sum()
     assert "against image" in seeds_table(result)
+    model, reference = found["models"]["both"], found["models"]["image"]
+    for metric in ("accuracy", "macro_f1"):
+        gain = model[metric]["value"] - reference[metric]["value"]
+        assert model["versus"][metric]["value"] == pytest.approx(gain)
+    assert model["accuracy"]["value"] == pytest.approx(np.mean(model["by_seed"]))
     assert storage.read_json(str(tmp_path / "seeds.json")) == result
+
+
+def test_repeats_against_a_variant(make_config, store, tmp_path):
+    """Catches a gain over another model than the one that was asked for, and a misspelt one found after the training."""
+    variants = {"image": {"model.modalities": ["image"]}, "both": {}, "wide": {"model.hidden_dim": 16}}
+    config, stores = make_config(variants=variants, **{"training.epochs": 1}), {name: store for name in variants}
+    result = repeat(config, stores, str(tmp_path), 1, against="both")
+    found = result["tasks"]["topic"]
+    assert found["reference"] == result["against"] == "both"
+    assert [n for n, model in found["models"].items() if model["versus"] is None] == ["both"]
+    with pytest.raises(ConfigError, match="did you mean 'both'"):
+        repeat(config, stores, str(tmp_path), 1, against="bot")
+
+
+def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_config, table, tmp_path):
+    """Catches a model of two modalities that is scored on no row, or on none but paired ones, where there are no pairs."""
+    present = {"image": table.labels["topic"] != MISSING, "text": table.labels["topic"] == MISSING}
+    mood = np.where(present["text"], table.labels["mood"], MISSING)
+    unpaired = replace(table, present=present, labels=table.labels | {"mood": mood})
+    store = open_store(write_store(str(tmp_path / "unpaired"), unpaired))
+    pairs = {"image": "topic", "text": "mood"}
+    singles = {m: {"model.modalities": [m], "model.tasks": [task]} for m, task in pairs.items()}
+    variants = {**singles, "both": {}}
+    config = make_config(variants=variants, **{"training.epochs": 1})
+    tasks = repeat(config, {name: store for name in variants}, str(tmp_path), 2)["tasks"]
+    for single, task in pairs.items():
+        assert set(tasks[task]["models"]) == {single, "both"}
+        assert tasks[task]["reference"] == single
+        assert tasks[task]["num_rows"] == ((unpaired.split == "test") & (unpaired.labels[task] != MISSING)).sum()

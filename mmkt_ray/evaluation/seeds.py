@@ -1,0 +1,64 @@
+"""Scores of models of several seeds on the same rows, with intervals over rows and seeds.
+
+A resample draws the rows anew, jointly for all models, and for each model its seeds: what makes a row hard for all of them
+cancels out of a difference, and how much a score hangs on the seed is part of its interval.
+
+Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 13 and 16.
+Axes: S seeds, N rows, C classes, P models, R resamples. Labels are (N,) codes or (N, C) of 0 and 1; predictions have S in
+front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmkt_ray.evaluation.intervals import METRICS, Interval, Outcome, draw_counts, percentiles
+from mmkt_ray.evaluation.metrics import as_codes
+
+
+def seed_scores(
+    labels: np.ndarray, predictions: Sequence[np.ndarray], num_classes: int, num_resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Metric -> (P, 1 + R): the mean over seeds on the rows as they are, then in the resamples. All rows are labelled."""
+    codes = as_codes(labels, num_classes)
+
+    def scorer(pred: np.ndarray) -> _Scorer:
+        outcomes = [Outcome.of(codes, p, num_classes) for p in pred]
+
+        def scores(counts: np.ndarray) -> np.ndarray:
+            by_seed = [outcome.scores(counts) for outcome in outcomes]
+            return np.array([[s[m] for s in by_seed] for m in METRICS])
+
+        return scores
+
+    drawn = _resample([scorer(pred) for pred in predictions], len(labels), num_resamples, seed)
+    return dict(zip(METRICS, drawn.swapaxes(0, 1), strict=True))
+
+
+def mean_interval(scores: np.ndarray, num_resamples: int, confidence: float, seed: int) -> Interval:
+    """Mean of scores (S, N), or of differences of scores seed by seed, between percentiles; all are numbers, N > 0."""
+    num_rows = scores.shape[1]
+    drawn = _resample([lambda counts: scores[None] @ counts.T / num_rows], num_rows, num_resamples, seed)
+    found = percentiles(drawn[0, 0], confidence)
+    assert found is not None
+    return found
+
+
+_Scorer = Callable[[np.ndarray], np.ndarray]  # how often each row is drawn (r, N) -> scores (metrics, S, r)
+
+
+def _resample(scorers: Sequence[_Scorer], num_rows: int, num_resamples: int, seed: int) -> np.ndarray:
+    """(P, metrics, 1 + R) means over seeds: on the rows as they are, then in resamples of rows and seeds."""
+    rng = np.random.default_rng(seed)
+    every = np.ones(num_rows, int)
+    means = [np.stack([scores(every[None]).mean(axis=1) for scores in scorers])]
+    for counts in draw_counts(every, num_resamples, rng):
+        drawn = []
+        for scores in scorers:
+            by_seed = scores(counts)
+            choice = rng.integers(by_seed.shape[1], size=by_seed.shape[1:])
+            drawn.append(np.take_along_axis(by_seed, choice[None], axis=1).mean(axis=1))
+        means.append(np.stack(drawn))
+    return np.concatenate(means, axis=2)

@@ -1,0 +1,68 @@
+"""Train rows whose content is in val or test too, found before anything is fitted: no encoder shall see what is left out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from mmkt_ray import cluster, storage
+from mmkt_ray.config import Config
+from mmkt_ray.features.audit import leaking_rows, read_contents
+from mmkt_ray.features.encode import decode_one
+from mmkt_ray.features.store import hash_of
+from mmkt_ray.samples.content import hash_text
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.schema import Shard
+
+log = logging.getLogger(__name__)
+
+
+def find_leaking(config: Config, uri: str, shards: list[Shard]) -> dict[str, list[str]]:
+    """Ids of train rows whose whole content is in val or test too, by the unit of their shard; units without any left out.
+
+    Reads and decodes every shard once and keeps the hashes in the folder `uri`: another call takes them from there.
+    """
+    cluster.connect()
+    hash_one = ray.remote(hash_shard)
+    ray.get([hash_one.remote(config, shard, uri) for shard in shards])
+    parts = [f"{shard.unit}.parquet" for shard in shards]
+    contents = read_contents(uri, parts, sorted(config.modalities))
+    found = {}
+    for shard, leaks in zip(shards, np.split(leaking_rows(contents), np.cumsum(contents.lengths)[:-1]), strict=True):
+        if leaks.any():
+            fs, path = storage.resolve(storage.join(uri, "data", f"{shard.unit}.parquet"))
+            ids = pq.read_table(path, filesystem=fs, columns=["sample_id"]).column(0)
+            found[shard.unit] = ids.filter(pa.array(leaks)).to_pylist()
+    log.info("%d train rows are in val or test too: no encoder is fitted on them", sum(map(len, found.values())))
+    return found
+
+
+def hash_shard(config: Config, shard: Shard, uri: str) -> None:
+    """Write ids, splits and hashes of the content of a shard's rows, named and typed as in a store's part."""
+    target = storage.join(uri, "data", f"{shard.unit}.parquet")
+    if storage.exists(target):
+        return
+    pieces = []
+    for chunk in read_chunks(config, shard):
+        columns = {name: chunk.table.column(name) for name in ("sample_id", "split")}
+        for modality, section in sorted(config.modalities.items()):
+            values = chunk.table.column(modality).to_pylist()
+            hashes = [_hash(value, section.kind, config.samples.max_image_pixels) for value in values]
+            columns[hash_of(modality)] = pa.array(hashes, pa.uint64())
+        pieces.append(pa.table(columns))
+    storage.write_table(target, pa.concat_tables(pieces))
+
+
+def _hash(value: Any, kind: str, max_pixels: int) -> int | None:
+    """The same as the pipeline writes to a store: None where the modality is absent or can't be decoded."""
+    if value is None or kind == "text":
+        return None if value is None else hash_text(value)
+    try:
+        return decode_one(value, kind, max_pixels)[1]
+    except ValueError:
+        return None
