@@ -6,12 +6,14 @@ Axes: N samples, D features, C classes.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
@@ -112,7 +114,9 @@ class Logreg:
         if len(classes):
             model = LogisticRegression(C=inverse_l2, solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4)
             model = model if labels.ndim == 1 else OneVsRestClassifier(model)
-            model.fit(_assemble(inputs, train), labels if labels.ndim == 1 else labels[:, classes])
+            with warnings.catch_warnings():  # see above: near enough
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.fit(_assemble(inputs, train), labels if labels.ndim == 1 else labels[:, classes])
         return cls(modalities, inputs, model, classes, np.floor(share), time.perf_counter() - started)
 
     @property
