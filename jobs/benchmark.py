@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 import torch
-from benchmark_search import search_contenders  # beside this file
+from benchmark_search import draw_curves, search_contenders  # beside this file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray import cluster
@@ -77,6 +77,8 @@ def main() -> int:
     text = json.dumps(report, indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n")
+        if args.what == "search":
+            draw_curves(report["figures"], Path(args.out).with_suffix(".png"))
     print(text)
     return 0
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import ray
 import torch
+from matplotlib.figure import Figure
 from ray import tune
 
 from mmkt_ray import cluster
@@ -67,6 +69,20 @@ def ours(space: Space, settings: SearchConfig, table: FeatureTable, store: Store
         wall, rows = time.perf_counter() - started, leaderboard.read()
     done = {"candidates": len(rows), "full_training": int((rows["status"] == "finished").sum())}
     return {**done, "per_hour": 3600 * len(rows) / wall, "wall_s": wall, "curve": anytime_curve(rows)}
+
+
+def draw_curves(figures: dict[str, dict[str, Any]], path: Path) -> None:
+    """The best validation score of each contender against seconds, as PNG."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, found in figures.items():
+        seconds, best = ([point[i] for point in found["curve"]] for i in (0, 1))
+        label = f"{name.replace('_', ' ')} ({found['candidates']:,})"
+        axes.step([*seconds, found["wall_s"]], [*best, *best[-1:]], where="post", label=label)
+    best_of_all = max(f["curve"][-1][1] for f in figures.values() if f["curve"])
+    axes.set(xlabel="seconds", ylabel="best validation score so far", ylim=(best_of_all - 0.1, best_of_all + 0.01))
+    axes.legend(title="candidates", frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
 
 
 def told(points: list[Point], wall: float) -> dict[str, Any]:

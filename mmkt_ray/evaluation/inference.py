@@ -15,7 +15,7 @@ from torch import Tensor
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import EnsembleSpec, Features, ModelSpec, Predictor, SparseBatch, to_proba
+from mmkt_ray.models import Features, Predictor, PredictorSpec, SparseBatch, to_proba
 
 
 def model_inputs(
@@ -92,7 +92,7 @@ def score_rows(model: Predictor, table: FeatureTable, task: str, rows: np.ndarra
     return row_scores(part.labels[task], predicted(predict_table(model, part)[task], model.spec.kinds[task]))
 
 
-def check_features(spec: ModelSpec | EnsembleSpec, table: FeatureTable) -> None:
+def check_features(spec: PredictorSpec, table: FeatureTable) -> None:
     """Raises: DataError if a modality is missing in the table or has another width than the model was built for."""
     for m, expected in spec.modalities.items():
         if m not in table.features:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,11 @@ class EnsembleSpec:
         """JSON-able form."""
         return {"members": [spec.to_dict() for spec in self.members], "picks": list(self.picks)}
 
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> EnsembleSpec:
+        """The inverse."""
+        return cls(tuple(map(ModelSpec.from_dict, raw["members"])), tuple(raw["picks"]))
+
 
 class EnsembleModel(nn.Module):
     """Predicts as one model does; for prediction only."""
@@ -73,15 +78,5 @@ class EnsembleModel(nn.Module):
         return found
 
 
-Predictor: TypeAlias = MultimodalModel | EnsembleModel  # what a model folder holds
-
-
 def _readable(modalities: Sequence[str], present: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([present[m] for m in modalities]).any(dim=0)
-
-
-def build_model(raw: Mapping[str, Any]) -> MultimodalModel | EnsembleModel:
-    """The untrained model of a spec's JSON-able form, of one model or of an ensemble."""
-    if "members" not in raw:
-        return MultimodalModel(ModelSpec.from_dict(raw))
-    return EnsembleModel(EnsembleSpec(tuple(map(ModelSpec.from_dict, raw["members"])), tuple(raw["picks"])))

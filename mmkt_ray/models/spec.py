@@ -78,7 +78,7 @@ def build_spec(
         dropout=model.dropout,
         feature_dropout=model.feature_dropout,
         modality_dropout=model.modality_dropout,
-        missing=model.missing,
+        missing="mask" if model.missing == "expert" else model.missing,  # experts are models of their own
     )
     for target in generator_sources(spec):
         if spec.modalities[target].sparse:

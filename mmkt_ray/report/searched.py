@@ -189,7 +189,11 @@ def seeds(run_uri: str) -> dict[str, Any] | None:
     tasks = []
     for task, told in found["tasks"].items():
         rows = [
-            {"model": name, **about, "verdict": verdict(about["versus"]["accuracy"], "tie") if about["versus"] else None}
+            {
+                "model": name,
+                **about,
+                "verdict": verdict(about["versus"]["accuracy"], "tie") if about["versus"] else None,
+            }
             for name, about in told["models"].items()
         ]
         rows.sort(key=lambda r: -r["accuracy"]["value"])

@@ -252,6 +252,7 @@ def check_stackable(config: Config, table: FeatureTable, members: Sequence[Mappi
         )
     training = config.training
     refused = {
+        "model.missing: expert": config.model.missing == "expert",
         "training.balance": training.balance is not None,
         "training.task_weighting": training.task_weighting != "sum",
         "training.transfer": bool(training.transfer.init or training.transfer.teachers),

@@ -15,10 +15,11 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError, UserError
-from mmkt_ray.evaluation.model_folder import read_card, save_model
+from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.checkpoint import FileCheckpoint
+from mmkt_ray.training.experts import expert_configs, join_experts
 from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.loop import FitResult, fit
 from mmkt_ray.training.transfer import load_knowledge, source_uris
@@ -29,10 +30,10 @@ LOG_INTERVAL_S = 5.0
 CHECKPOINT_INTERVAL_S = 10.0  # what a killed run loses at most, beside the epoch it was in
 
 
-def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
+def train(config: Config, store_uri: str, model_uri: str, folder: str | None = None) -> dict[str, Any]:
     """Fit `config`'s model to the store and publish it as `model_uri`; a model of the same fingerprint is left as it is.
 
-    The same command resumes a killed run.
+    folder: where the models lie that `training.transfer` names; None: beside this one. The same command resumes a killed run.
     Returns: `status` (trained | up to date), `fingerprint`, `best_epoch`, `val` (its scores or None), `seconds`, `num_params`,
     `num_params_by_part`, `num_workers`, `device`, `history` (per epoch: epoch, train_loss, val, seconds).
     Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
@@ -41,12 +42,14 @@ def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
     store_uri, model_uri = storage.absolute(store_uri), storage.absolute(model_uri)
     if config.training.exclude:
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
-    folder = model_uri.rpartition("/")[0]  # where the run's other models lie
+    folder = folder or model_uri.rpartition("/")[0]
     digest = training_fingerprint(config, open_store(store_uri), folder)
     card = read_card(model_uri) or {}
     if card.get("fingerprint") == digest and storage.exists(storage.join(model_uri, "model.safetensors")):
         return {**card["training"], "status": "up to date"}
     storage.make_dir(model_uri)
+    if config.model.missing == "expert" and (parts := expert_configs(config)):
+        return {**_train_with_experts(config, parts, store_uri, model_uri, folder, digest), "status": "trained"}
     scratch = storage.join(model_uri, ".train")
     job = {"config": config, "store_uri": store_uri, "model_uri": model_uri, "scratch": scratch, "fingerprint": digest}
     job["folder"] = folder
@@ -55,6 +58,33 @@ def train(config: Config, store_uri: str, model_uri: str) -> dict[str, Any]:
         raise outcome
     storage.remove_folder(scratch)
     return {**outcome, "status": "trained"}
+
+
+def _train_with_experts(
+    config: Config, parts: dict[str, Config], store_uri: str, model_uri: str, folder: str, digest: str
+) -> dict[str, Any]:
+    """The fused model and its experts one after the other, each as a model of its own, then all of them as one."""
+    parts = {"fused": config.with_overrides({"model.missing": "mask"}), **parts}
+    scratch = storage.join(model_uri, ".parts")
+    uris = {name: storage.join(scratch, name if name == "fused" else f"expert-{name}") for name in parts}
+    summaries = {name: train(part, store_uri, uris[name], folder) for name, part in parts.items()}
+    models = {name: load_model(uri)[0] for name, uri in uris.items()}
+    store = open_store(store_uri)
+    fused = models.pop("fused")
+    model = join_experts(fused, models, store.table(config.model_modalities, config.model_tasks))
+    by_part = {**summaries["fused"]["num_params_by_part"]}
+    by_part |= {f"expert.{m}": summaries[m]["num_params"] for m in models}
+    summary = {
+        **{k: v for k, v in summaries["fused"].items() if k != "status"},
+        "fingerprint": digest,
+        "seconds": sum(s["seconds"] for s in summaries.values()),
+        "num_params": sum(s["num_params"] for s in summaries.values()),
+        "num_params_by_part": by_part,
+        "experts_for": {t: list(modalities) for t, modalities in model.spec.routes.items()},
+    }
+    save_model(model_uri, model, config, store.manifest, {"fingerprint": digest, "training": summary})
+    storage.remove_folder(scratch)
+    return summary
 
 
 def training_fingerprint(config: Config, store: Store, folder: str) -> str:

@@ -77,7 +77,7 @@ def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[str]]:
     for modality, source in sorted(knowledge.init.items()):
         if not isinstance(source.model, MultimodalModel):
             raise ConfigError(
-                f"training.transfer.init.{modality}: that model is an ensemble, which has no towers of its own"
+                f"training.transfer.init.{modality}: that model is made of several, and has no towers of its own"
             )
         if modality not in source.model.spec.modalities:
             raise ConfigError(
