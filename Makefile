@@ -8,10 +8,10 @@ ARGS   ?=
 export UV_SYSTEM_CERTS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types lock clean
+.PHONY: help env demo test test-hosts lint types lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.stamp  ## .venv with the package and the exact versions of requirements.lock (a few GB on first use)
 
@@ -20,7 +20,10 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
 test: env  ## run the tests; ARGS="-m 'not cluster' tests/models" picks some
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not hosts" $(ARGS)
+
+test-hosts: env  ## `ray up` to `ray down` on three hosts made of Linux namespaces, 4 min; root, openssh-server, rsync, iproute2
+	$(BIN)/python -m pytest -m hosts $(ARGS)
 
 lint: env  ## ruff over all Python files
 	$(BIN)/ruff check .
