@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from mmkt_ray import __version__
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
 from mmkt_ray.errors import UserError
+from mmkt_ray.submit import COMMANDS as SUBMITTED
+from mmkt_ray.submit import submit_command
 
 DESCRIPTION = """\
 Multimodal knowledge transfer as batch processing on Ray: what does each modality know, what transfers, which model to ship?
@@ -25,7 +27,7 @@ examples:
   mmkt config                                              every key of a config, with its default and meaning
   mmkt predict runs/openmoji/models/concat new/*.parquet   a trained model on new shards
 
-On a cluster the same is submitted: ray job submit --working-dir . -- python jobs/run.py CONFIG
+On a cluster the same is submitted: mmkt submit CONFIG --address http://HEAD:8265
 """
 
 
@@ -65,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
                 help="also score each model against the share of rows that lack a modality: missing.json",
             )
     _add_predict(commands)
+    _add_cluster(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument(
         "names", nargs="+", choices=["openmoji", "cifar10", "20news"], metavar="NAME", help="openmoji, cifar10, 20news"
@@ -85,6 +88,30 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="replace one value of the config, e.g. training.epochs=5; repeatable",
     )
+
+
+def _add_cluster(commands: argparse._SubParsersAction) -> None:
+    """What is asked before a large run, and how it is sent away."""
+    texts = {
+        "doctor": "what would stop a run: sources, columns, encoders, disk, nodes; ends with 1 if anything does",
+        "plan": "hours, bytes and cost of a run over more samples or nodes than there are here, and what breaks first",
+        "submit": "run a job on a cluster, follow its log and end with its exit code; with the same id again, follow it again",
+    }
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in texts.items()}
+    for command in parsers.values():
+        command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/")
+        _add_set(command)
+    plan, submit = parsers["plan"], parsers["submit"]
+    plan.add_argument("--samples", type=float, required=True, metavar="N", help="e.g. 1e9")
+    plan.add_argument("--candidates", type=float, default=0, metavar="N", help="also search over so many")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    plan.add_argument("--cpus-per-node", type=int, metavar="C", help="cores of each (default: as this machine)")
+    plan.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="default 0")
+    plan.add_argument("--price-per-node-hour", type=float, metavar="P", help="in any currency")
+    submit.add_argument("--address", required=True, help="the cluster's job server, e.g. http://10.0.0.1:8265")
+    submit.add_argument("--command", choices=SUBMITTED, default="run", dest="job", help="what to run (default run)")
+    submit.add_argument("--submission-id", metavar="ID", help="name of the job; the same again follows the same job")
+    submit.add_argument("--no-wait", action="store_true", help="submit and leave")
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -132,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("mmkt_ray").setLevel(logging.INFO)
     try:
+        if args.command in ("submit", "doctor"):
+            return _tell_status(args)
         print(_dispatch(args))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
@@ -155,6 +184,19 @@ def find_user_error(error: BaseException) -> UserError | None:
     return None
 
 
+def _tell_status(args: argparse.Namespace) -> int:
+    """The commands whose exit status is their answer."""
+    if args.command == "submit":
+        return submit_command(args)
+    from mmkt_ray.doctor import examine
+    from mmkt_ray.run import run_folder
+
+    config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
+    findings = examine(config, run_folder(config))
+    print("\n".join(map(str, findings)))
+    return int(not all(finding.ok for finding in findings))
+
+
 def _dispatch(args: argparse.Namespace) -> str:
     if args.command == "fetch":
         from mmkt_ray.samples.fetch import fetch
@@ -165,6 +207,11 @@ def _dispatch(args: argparse.Namespace) -> str:
     if args.command == "predict":
         return _predict(args)
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
+    if args.command == "plan":
+        from mmkt_ray.plan import plan_command
+        from mmkt_ray.run import run_folder
+
+        return plan_command(args, config, run_folder(config))
     if args.command == "config":
         import yaml
 

@@ -82,6 +82,7 @@ def configure_data() -> None:
     context.enable_fallback_to_arrow_object_ext_type = (
         False  # a stray Python object fails; it is never pickled into a file
     )
+    context.raise_original_map_exception = True  # a user's error says what to do, Ray's hides it
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 

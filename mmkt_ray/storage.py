@@ -1,6 +1,7 @@
 """Files of a run on any pyarrow filesystem: local paths and object-store URIs alike. Writes are atomic.
 
-A *uri* is an absolute local path or anything `pyarrow.fs.FileSystem.from_uri` takes (s3://, gs://, file://).
+A *uri* is an absolute local path or anything `pyarrow.fs.FileSystem.from_uri` takes (s3://, gs://, file://) without a query
+string: server, region and keys of an object store are in the environment (docs/storage.md).
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,17 +25,99 @@ import pyarrow.parquet as pq
 
 from mmkt_ray.errors import DataError, ResourceError
 
+S3_ATTEMPTS = 12  # at a request that is throttled or fails for a moment: waits double from 25 ms, 50 s in all
+
 _GLOB = set("*?[")
+_SETTINGS = re.compile(r"://[^/@]*:[^/@]*@|\?\w+=")  # keys before the bucket, a query string
+_URI_SIGNS = "/:%@*!$&'()+,;=~"  # what stays as it is; blanks and the signs of a pattern are quoted
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` and the path inside it. Raises: DataError for a scheme that pyarrow does not know."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
+    if found := _SETTINGS.search(uri):
+        raise DataError(
+            f"'{uri[: found.start()]}...' has settings or keys in it, which would be written to every result: put them "
+            "into the environment instead, e.g. AWS_ENDPOINT_URL=http://host:9000, AWS_REGION, AWS_ACCESS_KEY_ID"
+        )
     try:
-        return pafs.FileSystem.from_uri(uri)
+        fs, path = pafs.FileSystem.from_uri(quote(uri, safe=_URI_SIGNS))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"cannot open '{uri}': {error}; use a local path or a URI such as s3://bucket/folder") from None
+    if isinstance(fs, pafs.S3FileSystem):
+        return _s3(fs.region, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")), path
+    return fs, path
+
+
+@lru_cache
+def _s3(region: str, endpoint: str | None) -> pafs.FileSystem:
+    """S3 that waits longer at each try (pyarrow's own: 0.2 s, for 6 s in all), and where a small file is one put.
+
+    Not the strategy called standard: within pyarrow it has 100 retries for as long as the client lives, and then no more.
+    """
+    retries = pafs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS)
+    fs = pafs.S3FileSystem(region=region, endpoint_override=endpoint, retry_strategy=retries, allow_delayed_open=True)
+    return pafs.PyFileSystem(_PatientS3(fs))
+
+
+def _as_is(name: str) -> Callable[..., Any]:
+    return lambda self, *args: getattr(self.fs, name)(*args)
+
+
+class _PatientS3(pafs.FileSystemHandler):
+    """S3 but for its reads, see `_PatientFile`."""
+
+    get_file_info = get_file_info_selector = _as_is("get_file_info")
+    delete_file, delete_dir = _as_is("delete_file"), _as_is("delete_dir")
+    move, copy_file, normalize_path = _as_is("move"), _as_is("copy_file"), _as_is("normalize_path")
+    delete_dir_contents, open_append_stream = _as_is("delete_dir_contents"), _as_is("open_append_stream")
+
+    def __init__(self, fs: pafs.S3FileSystem) -> None:
+        self.fs = fs
+
+    def get_type_name(self) -> str:
+        return "s3"
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError("nobody empties all buckets")
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self.fs.create_dir(path, recursive=recursive)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        return pa.PythonFile(_PatientFile(self.fs.open_input_file(path)), mode="r")
+
+    open_input_stream = open_input_file
+
+    def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
+        return self.fs.open_output_stream(path, compression=None, metadata=metadata)
+
+
+class _PatientFile:
+    """Tries a read again if the reply was an error whose text is longer than the bytes that were asked for.
+
+    The SDK has no room for that text then, and takes the error for one of its own that is not worth another attempt.
+    """
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self.tell, self.seek, self.close, self.file = file.tell, file.seek, file.close, file
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+    def read(self, size: int | None = None) -> bytes:
+        start = self.file.tell()
+        for attempt in range(S3_ATTEMPTS - 1):
+            try:
+                return self.file.read(size)
+            except OSError as error:
+                if "Failed to flush response stream" not in str(error):
+                    raise
+            time.sleep(0.025 * 2**attempt)
+            self.file.seek(start)
+        return self.file.read(size)
 
 
 def absolute(uri: str) -> str:
@@ -93,9 +181,26 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write aside, then rename: a reader sees the old file or the new one, never a part (an object store's put is atomic)."""
+    """Replace a file: a reader sees the old one or the new one, never a part."""
+    fs, path = resolve(uri)
+    if not isinstance(fs, pafs.LocalFileSystem):
+        return _put(fs, path, data)
     with atomic(uri) as (fs, path), fs.open_output_stream(path, compression=None) as stream:
         stream.write(data)
+
+
+def _put(fs: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
+    """A whole object in one write: a stream that breaks off between two is closed by pyarrow, and what it has is published.
+
+    Raises: ResourceError if the store refuses it.
+    """
+    try:
+        with fs.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write '{path}' in the object store: {error}; mend that and give the same command again"
+        ) from None
 
 
 def write_table(uri: str, table: pa.Table) -> None:
@@ -106,29 +211,36 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 class atomic:
-    """Context manager: yields (filesystem, temporary path); on success the file is renamed to `uri`, on error removed."""
+    """Context manager: yields (filesystem, temporary path); on success the file becomes `uri`, on error it is removed.
+
+    Local files are written beside their place and renamed. Object stores have no rename, and publish what a stream has when
+    it is closed, be it by an error: the file is written to a local folder and put as a whole.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.fs, self.path = resolve(uri)
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
-        # object stores publish on close and have no rename, so they are written under the final name
-        self.temporary = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp" if self.local else self.path
+        aside = self.path if self.local else os.path.join(tempfile.gettempdir(), "mmkt")
+        self.temporary = f"{aside}.{uuid.uuid4().hex[:8]}.tmp"
 
     def __enter__(self) -> tuple[pafs.FileSystem, str]:
-        self.fs.create_dir(self.path.rpartition("/")[0], recursive=True)
-        return self.fs, self.temporary
+        os.makedirs(os.path.dirname(self.temporary), exist_ok=True)
+        return pafs.LocalFileSystem(), self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if not self.local:
-            return
-        if kind is None:
-            os.replace(self.temporary, self.path)
-            return
-        Path(self.temporary).unlink(missing_ok=True)
+        try:
+            if kind is None and self.local:
+                os.replace(self.temporary, self.path)
+            elif kind is None:
+                with pa.memory_map(self.temporary) as file:
+                    _put(self.fs, self.path, file.read_buffer())
+        finally:
+            Path(self.temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == 28:
             raise ResourceError(
-                f"disk full while writing '{self.uri}': free some space and run the same command again"
+                f"disk full while writing '{self.uri}': free some space in '{os.path.dirname(self.temporary)}' and run the "
+                "same command again"
             ) from error
 
 

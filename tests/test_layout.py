@@ -17,7 +17,7 @@ BASE = {"config", "cluster", "storage", "errors"}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
     {"cli", "__main__"},
-    {"run"},
+    {"run", "submit", "doctor", "plan"},
     {"report"},
     {"search"},
     {"training"},

@@ -115,6 +115,13 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     )
 
 
+def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
+    """Encoder actors, and the GPUs of each: as the config says, else one actor per GPU, or per two logical CPUs."""
+    num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
+    default = resources.num_gpus // num_gpus if num_gpus else resources.num_cpus // 2
+    return config.extract.num_actors or max(1, int(default)), num_gpus
+
+
 def run_encode(
     config: Config,
     uri: str,
@@ -126,9 +133,7 @@ def run_encode(
 ) -> None:
     """The pipeline itself."""
     resources = cluster.connect()
-    num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
-    default = resources.num_gpus // num_gpus if num_gpus else resources.num_cpus // 2
-    num_actors = config.extract.num_actors or max(1, int(default))
+    num_actors, num_gpus = encoder_pool(config, resources)
     cluster.check_fits(resources, num_actors, 1, num_gpus)
     plan = EncodePlan(config, encoders, reuse, use_gpu=num_gpus > 0, num_threads=max(1, cluster.cores() // num_actors))
     with cluster.one_row_blocks():

@@ -212,7 +212,7 @@ def _folder_files(reading: Reading) -> Iterator[Member]:
 def _folder_row(reading: Reading, member: Member, is_archive: bool) -> Row | Reject:
     path = member.name.removeprefix("./")
     place = reading.place("/", path)
-    folders = path.split("/")[:-1] if is_archive else [posixpath.basename(reading.shard.uri)]
+    folders = path.split("/")[:-1] if is_archive else [posixpath.basename(storage.resolve(reading.shard.uri)[1])]
     raw: dict[str, Any] = {
         "content": member.data,
         "folder": folders[-1] if folders else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Iterable
 from itertools import groupby
 from urllib.parse import quote, unquote
@@ -92,7 +93,8 @@ def _uri_at(uri: str, path: str) -> str:
     """`path` inside the filesystem of `uri`, as a URI of the same kind."""
     if "://" not in uri:
         return path
-    static = uri.partition("*")[0].rpartition("/")[0] if "*" in uri else uri
+    before = re.split(r"[*?[]", uri, maxsplit=1)[0]
+    static = uri if before == uri else before.rpartition("/")[0]
     below = path.removeprefix(storage.resolve(static)[1])
     return static + quote(below)
 

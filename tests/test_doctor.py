@@ -1,0 +1,185 @@
+"""Each thing that stops a run is found before the run, by its own line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmkt_ray import doctor
+from mmkt_ray.cli import main
+from mmkt_ray.cluster import Resources
+from mmkt_ray.config import Config
+from mmkt_ray.doctor import Finding, check_quickly, check_resources, examine, judge_node, own_versions, quick_findings
+from mmkt_ray.errors import DataError, ResourceError
+from mmkt_ray.run import run_folder
+from tests.heads import RAY, head, running, wait_until
+from tests.shapes import write_shard
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("shapes")
+MakeConfig = Callable[..., Config]
+
+
+def problems(findings: list[Finding]) -> list[str]:
+    return [str(finding) for finding in findings if not finding.ok]
+
+
+def test_a_sound_config_passes_and_counts_its_rows(make_config: MakeConfig) -> None:
+    """Catches a preflight that cries wolf, or leaves its probe behind; an estimate of rows from one shard alone."""
+    config = make_config()
+    findings = quick_findings(config, run_folder(config))
+    assert problems(findings) == []
+    assert "3 shards, about 120 rows" in str(findings[0])
+    assert list(Path(run_folder(config)).iterdir()) == []
+    check_quickly(config, run_folder(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"samples__sources__0__path": "shape/*.parquet"}, "did you mean 'shapes'"),
+        ({"samples__sources__0__columns__text": "captoin"}, "did you mean 'caption'"),
+        ({"samples__sources__0__columns__image": "caption"}, "image must be encoded bytes"),
+        ({"modalities__text__encoder": "nowhere:Class"}, "cannot build encoder 'nowhere:Class'"),
+        ({"modalities__text__encoder": {"name": "huggingface", "folder": "/nowhere"}}, "no config.json in '/nowhere'"),
+        ({"variants": {"a": {"modalities.text.encoder": "nowhere:Class"}}}, "cannot build encoder 'nowhere:Class'"),
+        ({"run_root": "/proc/nowhere"}, "cannot write to '/proc/nowhere"),
+    ],
+)
+def test_each_fault_is_told(make_config: MakeConfig, overrides: dict, complaint: str) -> None:
+    """Catches what used to be told after the encoders were fitted, or by a traceback on a node."""
+    config = make_config(**overrides)
+    found = problems(quick_findings(config, run_folder(config)))
+    assert len(found) == 1, found
+    assert complaint in found[0]
+    with pytest.raises(DataError, match="nothing was done yet"):
+        check_quickly(config, run_folder(config))
+
+
+def test_one_fault_does_not_hide_the_next(make_config: MakeConfig) -> None:
+    """Catches a preflight that has to be run once for each mistake, and a source called by another's number."""
+    sources = make_config().model_dump(mode="json")["samples"]["sources"]
+    broken = [
+        sources[0] | {"path": "nowhere"},
+        sources[0],
+        sources[0] | {"columns": {"image": "image", "colour": "color"}},
+    ]
+    config = make_config(samples__sources=broken, modalities__text__encoder="nowhere:Class")
+    found = problems(quick_findings(config, run_folder(config)))
+    assert [line.split()[1:3] for line in found] == [["source", "0"], ["source", "2"], ["encoder", "text:"]]
+    assert "samples.sources[0].path" in found[0]
+    assert "samples.sources[2].columns" in found[1]
+
+
+def test_a_column_that_is_always_null_is_pointed_out(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Catches a misspelt tar suffix, which is a null and no error, told only after all was encoded."""
+    write_shard(tmp_path / "data" / "shapes" / "0.parquet", 0, 40, caption=[None] * 40)
+    config = make_config()
+    findings = quick_findings(config, run_folder(config))
+    assert problems(findings) == []
+    assert "no text in the first 16: is the name right?" in str(findings[0])
+
+
+def test_a_disk_too_small_is_found(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a disk that is full after hours; a resumed run that is refused for what it has stored itself."""
+    config = make_config()
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    assert "choose another disk" in problems(quick_findings(config, run_folder(config)))[0]
+    stored = Path(run_folder(config), "features", "x")
+    stored.mkdir(parents=True)
+    (stored / "part").write_bytes(bytes(10**6))
+    assert problems(quick_findings(config, run_folder(config))) == []
+
+
+def test_work_that_cannot_be_placed_is_found(make_config: MakeConfig) -> None:
+    """Catches a pipeline or a training that would wait for ever."""
+    assert "2 encoder actors" in check_resources(make_config(extract__num_actors=2), Resources(4, 0))
+    with pytest.raises(ResourceError, match="at most 3"):
+        check_resources(make_config(extract__num_actors=4), Resources(4, 0))
+    with pytest.raises(ResourceError, match="GPUs, the cluster has 0"):
+        check_resources(make_config(extract__num_gpus=1), Resources(4, 0))
+    with pytest.raises(ResourceError, match=r"num_workers is 4.* at most 3"):
+        check_resources(make_config(variants={"a": {"training.num_workers": 4}}), Resources(4, 0))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_every_node_is_asked(make_config: MakeConfig) -> None:
+    """Catches a probe that stays in the run folder, and checks that no node runs."""
+    config = make_config()
+    findings = examine(config, run_folder(config))
+    assert problems(findings) == []
+    assert "shares the run folder" in str(findings[-1])
+    assert str(findings[-1]).startswith("ok       node 1 of 1")
+    assert list(Path(run_folder(config)).iterdir()) == []
+    wrong = examine(make_config(samples__sources__0__path="nowhere"), run_folder(config))
+    assert "not asked" in problems(wrong)[-1]
+
+
+@pytest.mark.cluster
+def test_a_node_with_a_disk_of_its_own_is_found(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Catches features that are written to a node's own disk, where no other node and no resumed run finds them."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a node with another disk takes a mount namespace, which takes root")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(make_config(extract__num_actors=2).model_dump(mode="json")))
+    (tmp_path / "runs").mkdir()
+    with head() as cluster:
+        join = f"{RAY} start --address {cluster.address} --node-ip-address 127.0.0.2 --num-cpus 1 --block"
+        hide = f"mount -t tmpfs none {tmp_path / 'runs'}"
+        with running(["unshare", "-m", "sh", "-c", f"{hide} && exec {join}"], RAY_TMPDIR=cluster.scratch):
+            wait_until(lambda: num_nodes(cluster.jobs) == 2)
+            found = subprocess.run(
+                [sys.executable, "-m", "mmkt_ray.cli", "doctor", str(path)],
+                env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+    assert found.returncode == 1, found.stderr
+    nodes = [line for line in found.stdout.splitlines() if " node " in line]
+    assert sorted(line.split()[0] for line in nodes) == ["ok", "problem"], found.stdout
+    assert sum("does not share" in line for line in nodes) == 1
+    assert not list((tmp_path / "runs" / "shapes").iterdir())
+
+
+def num_nodes(jobs: str) -> int:
+    with urllib.request.urlopen(f"{jobs}/nodes?view=summary", timeout=5) as answer:
+        summary = json.load(answer)["data"]["summary"]
+    return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+
+
+def test_what_a_node_says_is_judged() -> None:
+    """Catches other versions on a node, a folder that is shared in one direction only, a node that is silent."""
+    here = own_versions()
+    sound = {"versions": here, "sees": True, "wrong": []}
+    assert judge_node("n", here, sound, True, "/r").ok
+    for answer, wrote, complaint in [
+        (sound | {"versions": here | {"torch": "1.0"}}, True, "torch 1.0, this process has"),
+        (sound | {"sees": False}, False, "does not share '/r'"),
+        (sound, False, "does not share '/r'"),
+        (sound | {"wrong": ["encoder text: pip install x"]}, True, "pip install x"),
+        ("no answer in 1 s", False, "no answer"),
+    ]:
+        finding = judge_node("n", here, answer, wrote, "/r")
+        assert not finding.ok
+        assert complaint in finding.text
+
+
+def test_exit_status_and_one_line_each(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a 0 that lets a script go on to rent machines."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    assert main(["doctor", str(path), "--set", "samples.sources.0.path=nowhere"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["problem", "ok", "ok", "ok", "problem"]
