@@ -255,7 +255,7 @@ def _tell(result: dict[str, Any]) -> list[dict[str, Any]]:
                 rate, worst = min(shown, key=lambda pair: pair[1][0])
                 text = (
                     f"With {lost} missing in {100 * rate:.0f} % of rows the model is {-100 * worst[0]:.1f} points "
-                    f"[{-100 * worst[2]:.1f}, {-100 * worst[1]:.1f}] below {beside}"
+                    f"[{-100 * worst[2]:.1f}, {-100 * worst[1]:.1f}] below {beside}; model.missing: expert leaves such rows to it"
                 )
             told.append({"hidden": hidden, "task": task, "rate": rate, "difference": worst, "text": text + "."})
     return told
