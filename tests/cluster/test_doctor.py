@@ -22,7 +22,7 @@ from mmkt_ray.run import run_folder
 from tests.heads import RAY, head, running, wait_until
 from tests.shapes import write_shard
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("shapes")
 MakeConfig = Callable[..., Config]

@@ -20,7 +20,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.submit import STOPPED, exit_status, prepare
 from tests.heads import free_port, head, wait_until
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # what jobs/*.py is here: it tells what came with it, waits for a file where it is told to, ends with the config's seed
 SCRIPT = """\
