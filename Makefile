@@ -22,7 +22,7 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 test: env  ## run the tests; ARGS="-m 'not cluster' tests/models" picks some
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not hosts" $(ARGS)
 
-test-hosts: env  ## `ray up` to `ray down` on three hosts made of Linux namespaces, 4 min; root, openssh-server, rsync, iproute2
+test-hosts: env  ## tests on hosts made of Linux namespaces, 5 min; root, openssh-server, rsync, iproute2
 	$(BIN)/python -m pytest -m hosts $(ARGS)
 
 lint: env  ## ruff over all Python files

@@ -124,7 +124,7 @@ def test_every_node_is_asked(make_config: MakeConfig) -> None:
     assert "not asked" in problems(wrong)[-1]
 
 
-@pytest.mark.cluster
+@pytest.mark.hosts
 def test_a_node_with_a_disk_of_its_own_is_found(make_config: MakeConfig, tmp_path: Path) -> None:
     """Catches features that are written to a node's own disk, where no other node and no resumed run finds them."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
