@@ -19,7 +19,7 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt fetch openmoji --out data/openmoji
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
-test: env  ## run the tests; ARGS="-m 'not cluster' tests/models" picks some
+test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not hosts" $(ARGS)
 
 test-hosts: env  ## tests on hosts made of Linux namespaces, 5 min; root, openssh-server, rsync, iproute2
