@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN, apply_cnn, autocast
+from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN, autocast
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2  # imported where a network is trained: it takes as long as torch itself
@@ -217,7 +217,6 @@ def fit_cnn(
     world_size: int = 1,
     state: dict[str, Any] | None = None,
     on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
-    eval_set: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> SmallCNN:
     """Trains a `SmallCNN` on `images` (N, 3, S, S) uint8 and `labels` (N,) int64; returns it in eval mode.
 
@@ -238,9 +237,6 @@ def fit_cnn(
     fit = _Fit(model, recipe, device, rank, world_size)
     for epoch in range(fit.load_state(state) if state else 0, recipe.epochs):
         metrics = fit.train_epoch(epoch, images, labels)
-        if eval_set is not None:
-            logits = apply_cnn(model, eval_set[0], device=device, precision=recipe.precision)
-            metrics["eval_accuracy"] = float((logits.argmax(1) == eval_set[1]).mean())
         if on_epoch is not None:
             on_epoch(epoch + 1, metrics, partial(fit.state, epoch + 1))
     return model.to(memory_format=torch.contiguous_format).eval()  # as safetensors wants it

@@ -32,7 +32,8 @@ def compare(run_uri: str) -> dict[str, Any]:
         run, split, confidence, main (the trained model chosen on val over all tasks), notes [..]
         models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
                         training_s, store, folder}}
-        tasks: {task: {kind, num_classes, selected_on: val|test, best, best_trained, best_fused, best_single (names),
+        tasks: {task: {kind, num_classes, selected_on: val|test, best, best_trained, best_fused (see
+                       `smallest_of_best`), best_single (names),
                        rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals or None), balanced_accuracy,
                                val_accuracy,
                                versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
@@ -173,8 +174,8 @@ def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
         "num_classes": len(models[0].tasks[task]["class_names"]),
         "selected_on": on,
         "best": _name(_best(models, scores)),
-        "best_trained": _name(_best(trained, scores)),
-        "best_fused": _name(_best(fused, scores)),
+        "best_trained": _name(smallest_of_best(task, trained, scores)),
+        "best_fused": _name(smallest_of_best(task, fused, scores)),
         "best_single": _name(single),
         "rows": [_row(task, m, best_single(task, models, scores, relative_to=m)) for m in models],
     }
@@ -206,6 +207,24 @@ def best_single(
         singles = [m for m in singles if m is relative_to or m.shares_samples(relative_to, task)]
     trained = [m for m in singles if m.kind == "trained"]
     return _best(trained or singles, scores)
+
+
+def smallest_of_best(task: str, models: list[Evaluated], scores: dict[str, float]) -> Evaluated | None:
+    """The model with the fewest parameters of those within one standard error of the best score: of equals the one that costs
+    least to run, where the highest score would be chance.
+
+    Source: the one-standard-error rule, Breiman et al. 1984, Classification and Regression Trees, 3.4.3.
+    """
+    if not models:
+        return None
+    on = _selected_on(task, models)
+    num_rows = max((m.tasks[task]["val"] if on == "val" else m.tasks[task])["num_rows"] for m in models)
+    best = max(scores[m.name] for m in models)
+    least = best - (best * (1 - best) / num_rows) ** 0.5
+    return min(
+        (m for m in models if scores[m.name] >= least),
+        key=lambda m: (m.record.get("num_params") or 0, -scores[m.name]),
+    )
 
 
 def _best(models: list[Evaluated], scores: dict[str, float]) -> Evaluated | None:

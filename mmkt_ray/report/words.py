@@ -32,7 +32,7 @@ def seconds(value: float | None) -> str:
 def headline(task: str, results: dict[str, Any]) -> dict[str, str]:
     """The answer for one task: {task, tone (good|bad|plain), title, text}.
 
-    Speaks of the trained models that were best on the split named in `selected_on`, and of the fused one among them.
+    Speaks of the models that `compare` chose: among the trained ones, and among the fused ones.
     """
     found = results["tasks"][task]
     rows = {r["model"]: r for r in found["rows"]}

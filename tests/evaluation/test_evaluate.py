@@ -254,6 +254,19 @@ def test_models_are_chosen_on_val_not_on_test(run):
     assert (found["selected_on"], found["best_single"], found["best_trained"]) == ("val", "text", "text")
 
 
+@pytest.mark.parametrize(("num_rows", "chosen"), [(60, "text"), (60_000, "concat")])
+def test_of_models_that_val_cannot_tell_apart_the_smallest_is_chosen(run, num_rows, chosen):
+    """Catches a larger model put forward for one val sample more, and a smaller one where val does tell them apart."""
+    for name, (accuracy, num_params) in {"image": (0.3, 10), "text": (0.6, 20), "concat": (0.65, 30)}.items():
+        uri = str(run / "models" / name / "metrics.json")
+        record = storage.read_json(uri) | {"num_params": num_params}
+        for task in record["tasks"].values():
+            task["val"] |= {"accuracy": accuracy, "num_rows": num_rows}
+        storage.write_json(uri, record)
+    found = compare(str(run))["tasks"]["colour"]
+    assert (found["best_trained"], found["best_fused"]) == (chosen, "concat")
+
+
 def test_a_model_that_reads_only_the_easy_samples_is_not_the_best(run):
     """Catches a choice by accuracy alone: 99 % of a tenth of the samples is no better than 60 % of all."""
     for name, (accuracy, num_rows) in {"image": (0.99, 6), "text": (0.3, 60), "concat": (0.6, 60)}.items():
