@@ -6,6 +6,7 @@ string: server, region and keys of an object store are in the environment (docs/
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import json
 import os
@@ -13,7 +14,8 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ import pyarrow.parquet as pq
 from mmkt_ray.errors import DataError, ResourceError
 
 S3_ATTEMPTS = 12  # at a request that is throttled or fails for a moment: waits double from 25 ms, 50 s in all
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _GLOB = set("*?[")
 _SETTINGS = re.compile(r"://[^/@]*:[^/@]*@|\?\w+=")  # keys before the bucket, a query string
@@ -203,6 +207,31 @@ def _put(fs: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
         ) from None
 
 
+def read_table(uri: str, columns: Iterable[str] | None = None, filters: Any = None) -> pa.Table:
+    """A Parquet file, or some of its columns, of the rows that the filters leave (as pyarrow.parquet.read_table takes them).
+
+    Raises: FileNotFoundError; DataError for a column of an extension type.
+    """
+    fs, path = resolve(uri)
+    table = pq.read_table(path, filesystem=fs, columns=list(columns) if columns is not None else None, filters=filters)
+    for field in table.schema:
+        if name := extension_in(field.type):
+            raise DataError(
+                f"'{uri}' has '{field.name}' as '{name}', an extension type, whose code would run on the file's values "
+                "(Ray's unpickles them): this is no file that mmkt wrote; remove it and run the same command again"
+            )
+    return table
+
+
+def extension_in(kind: pa.DataType) -> str | None:
+    """The name of the extension type that a type is or has in it."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return str(kind.extension_name)
+    if isinstance(kind, pa.DictionaryType):
+        return extension_in(kind.value_type)
+    return next(filter(None, (extension_in(kind.field(i).type) for i in range(kind.num_fields))), None)
+
+
 def write_table(uri: str, table: pa.Table) -> None:
     """One Parquet file, atomically; zstd, no dictionary for numbers."""
     strings = [f.name for f in table.schema if pa.types.is_string(f.type)]
@@ -225,19 +254,36 @@ class atomic:
         self.temporary = f"{aside}.{uuid.uuid4().hex[:8]}.tmp"
 
     def __enter__(self) -> tuple[pafs.FileSystem, str]:
-        os.makedirs(os.path.dirname(self.temporary), exist_ok=True)
+        with self._telling():
+            os.makedirs(os.path.dirname(self.temporary), exist_ok=True)
         return pafs.LocalFileSystem(), self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if kind is None and self.local:
-                os.replace(self.temporary, self.path)
-            elif kind is None:
-                with pa.memory_map(self.temporary) as file:
-                    _put(self.fs, self.path, file.read_buffer())
+            with self._telling():
+                if error is not None:
+                    raise error
+                self._publish()
         finally:
             Path(self.temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == 28:
+
+    def _publish(self) -> None:
+        if self.local:
+            with open(self.temporary, "rb") as file:
+                os.fsync(file)  # a machine that loses its power may keep the name and lose what was not yet on the disk
+            os.replace(self.temporary, self.path)
+        else:
+            with pa.memory_map(self.temporary) as file:
+                _put(self.fs, self.path, file.read_buffer())
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Raises: ResourceError if the disk, or what the user may have of it, is full."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
             raise ResourceError(
                 f"disk full while writing '{self.uri}': free some space in '{os.path.dirname(self.temporary)}' and run the "
                 "same command again"
@@ -275,7 +321,7 @@ def read_json(uri: str) -> Any:
     """Parse a JSON file. Raises: FileNotFoundError, DataError if it is damaged."""
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bytes that are no text, too
         raise DataError(f"'{uri}' is damaged ({error}): remove it and run the same command again") from None
 
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mmkt_ray.config import Config, parse_config
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
 
@@ -32,3 +34,27 @@ def write_shard(path: Path, start: int, num_rows: int, **replace: list[Any]) -> 
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns | replace), path)
+
+
+def write_shards(folder: Path) -> None:
+    """Three shards of 40 rows in <folder>/data/shapes."""
+    for k in range(3):
+        write_shard(folder / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
+
+
+def shapes_config(folder: Path, **overrides: Any) -> Config:
+    """A config over those shards: shapes_config(folder, training__epochs=2)."""
+    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
+    raw = {
+        "name": "shapes",
+        "data_root": str(folder / "data"),
+        "run_root": str(folder / "runs"),
+        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
+        "modalities": {
+            "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
+            "text": {"kind": "text", "encoder": "tfidf"},
+        },
+        "tasks": {"colour": {}},
+        "extract": {"chunk_rows": 16, "num_actors": 1},
+    }
+    return parse_config(raw).with_overrides({key.replace("__", "."): value for key, value in overrides.items()})

@@ -88,6 +88,9 @@ class SamplesConfig(Section):
     combine: CombineConfig = Field(UnionCombine(), description="how rows of several sources become samples")
     split: SplitConfig = Field(SplitConfig(), description="shares of val and test where none is given")
     max_image_pixels: int = Field(64_000_000, ge=1, description="images with more pixels are rejected unread")
+    decode_timeout_s: float = Field(
+        30.0, gt=0, le=86_400, description="an image or sound that takes longer to decode counts as broken; seconds"
+    )
     drop_leakage: bool = Field(
         False,
         description="leave out train rows whose whole content is in val or test too (the audit lists them anyway); encoders are "

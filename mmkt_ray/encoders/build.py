@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -72,7 +73,11 @@ def read_card(uri: str) -> dict[str, Any]:
 
 
 def load_fitted(fitted: Any, uri: str) -> Any:
-    """Give a freshly built encoder or reducer its fitted state. Raises: DataError if there is none."""
+    """Give a freshly built encoder or reducer its fitted state. Raises: DataError if there is none, or it is damaged."""
     card = read_card(uri)
-    fitted.load_state(load_tensors(storage.read_bytes(storage.join(uri, "state.safetensors"))), card["rest"])
+    try:
+        tensors, rest = load_tensors(storage.read_bytes(storage.join(uri, "state.safetensors"))), card["rest"]
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError) as error:
+        raise DataError(f"the encoder in '{uri}' is damaged ({error}): remove the folder and extract again") from None
+    fitted.load_state(tensors, rest)
     return fitted

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.readers import find_samples
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 NUM_PER_GROUP = 4
 THUMBNAIL_SIDE = 96  # pixels
 EXCERPT_CHARS = 300
+LIMITS = Limits(max_pixels=64_000_000, timeout_s=30.0)  # where no config has others
 
 
 def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
@@ -42,8 +44,7 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     if card is None or not storage.exists(uri):
         raise DataError(f"no predictions on '{split}' in '{model_uri}': run `mmkt evaluate` first")
     config = parse_config(card["config"])
-    fs, path = storage.resolve(uri)
-    table = pq.read_table(path, filesystem=fs)
+    table = storage.read_table(uri)
     tasks = {t: _choose(table, t, card["class_names"][t]) for t in config.model_tasks}
     chosen = [s for groups in tasks.values() for group in groups.values() for s in group]
     gallery: dict[str, Any] = {"split": split, "tasks": tasks}
@@ -115,11 +116,13 @@ def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, An
     for sample_id, sources in parts.items():
         rows = [found[s] for s in sources if s in found]
         raw = {m: next((r[m] for r in rows if r.get(m) is not None), None) for m in config.model_modalities}
-        values[sample_id] = {m: _show(v, config.modalities[m].kind) for m, v in raw.items()} if rows else {}
+        values[sample_id] = (
+            {m: _show(v, config.modalities[m].kind, config.samples) for m, v in raw.items()} if rows else {}
+        )
     return values
 
 
-def _show(value: Any, kind: str) -> dict[str, Any] | None:
+def _show(value: Any, kind: str, samples: SamplesConfig) -> dict[str, Any] | None:
     if value is None:
         return None
     if kind == "text":
@@ -127,17 +130,15 @@ def _show(value: Any, kind: str) -> dict[str, Any] | None:
         return {"kind": "text", "text": text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"}
     if kind == "audio":
         return {"kind": "text", "text": f"audio, {len(value):,} bytes"}
-    return {"kind": "image", "png": thumbnail(value)}
+    return {"kind": "image", "png": thumbnail(value, Limits(samples.max_image_pixels, samples.decode_timeout_s))}
 
 
-def thumbnail(data: bytes) -> str | None:
+def thumbnail(data: bytes, limits: Limits = LIMITS) -> str | None:
     """Encoded image -> base64 PNG of at most THUMBNAIL_SIDE pixels a side, upright; None if it can't be decoded."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    (outcome,) = decode_samples([data], "image", limits)
+    if isinstance(outcome, Broken):
         return None
+    image = Image.fromarray(outcome[0])
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.metrics import predicted
@@ -130,10 +129,9 @@ def read_predictions(
 ) -> pd.DataFrame:
     """The labelled and predicted rows of such a file by sample_id: label and pred (a class, or a sorted tuple of classes) and
     proba (C,), as `columns` has them. model: whose rows, of a file of several models."""
-    fs, path = storage.resolve(uri)
     names = {f"{task}_{c}": c for c in columns}
     filters = [("model", "==", model)] if model else None
-    table = pq.read_table(path, filesystem=fs, columns=["sample_id", *names], filters=filters)
+    table = storage.read_table(uri, ["sample_id", *names], filters)
     frame = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
     for column in ("label", "pred"):
         frame[column] = [v if isinstance(v, str) else tuple(sorted(v)) for v in frame[column]]

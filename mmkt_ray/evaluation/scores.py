@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 from scipy.stats import spearmanr, weightedtau
 
@@ -209,14 +208,10 @@ def _leep_cells(run_uri: str, results: Mapping[str, Any]) -> list[dict[str, Any]
         tasks = [t for t, f in results["tasks"].items() if any(r["model"] == name for r in f["rows"])]
         if about["kind"] != "trained" or len(tasks) < 2:
             continue
-        fs, path = storage.resolve(storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet"))
+        predictions = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
         for target in tasks:
             for source in (t for t in tasks if t != target):
-                rows = (
-                    pq.read_table(path, filesystem=fs, columns=[f"{source}_proba", f"{target}_label"])
-                    .to_pandas()
-                    .dropna()
-                )
+                rows = storage.read_table(predictions, [f"{source}_proba", f"{target}_label"]).to_pandas().dropna()
                 proba = np.stack(rows[f"{source}_proba"]) if len(rows) else np.zeros((0, 1))
                 single = len(rows) and isinstance(rows[f"{target}_label"].iloc[0], str)
                 if single and np.allclose(proba.sum(axis=1), 1, atol=1e-3):

@@ -17,12 +17,11 @@ Memory: about 10 bytes a row and modality, and the ids and labels of the example
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -65,26 +64,30 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def read_contents(uri: str, parts: list[str], modalities: Sequence[str]) -> Contents:
     """The hash columns of a store's parts. Modalities that some part has no hashes of are left out."""
-    split: list[np.ndarray] = []
-    hashes: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
-    present: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    known = set(map(hash_of, modalities))
+    lengths = []
     for name in parts:
         fs, path = storage.resolve(storage.join(uri, "data", name))
-        known = pq.read_schema(path, filesystem=fs).names
-        hashes = {m: found for m, found in hashes.items() if hash_of(m) in known}
-        table = pq.read_table(path, filesystem=fs, columns=["split", *map(hash_of, hashes)])
-        split.append(pc.index_in(table.column("split"), pa.array(SPLITS)).to_numpy().astype(np.int8))
-        for m, found in hashes.items():
-            column = table.column(hash_of(m))
-            present[m].append(column.is_valid().to_numpy())
-            found.append(pc.fill_null(column, pa.scalar(0, pa.uint64())).to_numpy())
-    return Contents(
+        metadata = pq.read_metadata(path, filesystem=fs)
+        known &= set(metadata.schema.to_arrow_schema().names)
+        lengths.append(metadata.num_rows)
+    num_rows, kept = sum(lengths), [m for m in modalities if hash_of(m) in known]
+    contents = Contents(
         parts,
-        [len(s) for s in split],
-        np.concatenate([np.empty(0, np.int8), *split]),
-        {m: np.concatenate([np.empty(0, np.uint64), *found]) for m, found in hashes.items()},
-        {m: np.concatenate([np.empty(0, bool), *present[m]]) for m in hashes},
+        lengths,
+        np.empty(num_rows, np.int8),
+        {m: np.empty(num_rows, np.uint64) for m in kept},
+        {m: np.empty(num_rows, bool) for m in kept},
     )
+    for name, end, length in zip(parts, np.cumsum(lengths, dtype=int), lengths, strict=True):
+        table = storage.read_table(storage.join(uri, "data", name), ["split", *map(hash_of, kept)])
+        here = slice(end - length, end)
+        contents.split[here] = pc.index_in(table.column("split"), pa.array(SPLITS)).to_numpy()
+        for m in kept:
+            column = table.column(hash_of(m))
+            contents.present[m][here] = column.is_valid().to_numpy()
+            contents.hashes[m][here] = pc.fill_null(column, pa.scalar(0, pa.uint64())).to_numpy()
+    return contents
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,11 @@ class Groups:
 def find_groups(hashes: np.ndarray, rows: np.ndarray, split: np.ndarray) -> Groups:
     """Groups of two and more among `rows` with equal hashes. hashes, split: of all N rows."""
     rows = rows[np.argsort(hashes[rows], kind="stable")]
-    _, group, counts = np.unique(hashes[rows], return_inverse=True, return_counts=True)
-    repeated = counts[group] > 1
-    rows, group = rows[repeated], np.unique(group[repeated], return_inverse=True)[1]
+    found = hashes[rows]
+    first = np.ones(len(found), dtype=bool)  # of its group
+    first[1:] = found[1:] != found[:-1]
+    repeated = ~(first & np.append(first[1:], True))
+    rows, group = rows[repeated], np.cumsum(first[repeated]) - 1
     split_sets = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int8)
     np.bitwise_or.at(split_sets, group, np.int8(1) << split[rows])
     train = np.int8(1 << SPLITS.index("train"))
@@ -190,29 +195,30 @@ class Labels:
         self.uri, self.tasks, self.parts = uri, list(tasks), contents.parts
         self.ends = np.cumsum([0, *contents.lengths])
 
-    def _read(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
-        """Columns of the rows (at least one), in their order."""
+    def _read(self, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Columns of the rows, part by part: which of the rows, and their table."""
         order = np.argsort(rows, kind="stable")
-        tables = []
-        for i in np.unique(np.searchsorted(self.ends, rows, side="right") - 1).tolist():
-            fs, path = storage.resolve(storage.join(self.uri, "data", self.parts[i]))
-            inside = rows[order][(rows[order] >= self.ends[i]) & (rows[order] < self.ends[i + 1])] - self.ends[i]
-            tables.append(pq.read_table(path, filesystem=fs, columns=columns).take(pa.array(inside)))
-        return pa.concat_tables(tables).take(pa.array(np.argsort(order, kind="stable")))
+        bounds = np.searchsorted(rows[order], self.ends)
+        for i in np.flatnonzero(np.diff(bounds)).tolist():
+            here = order[bounds[i] : bounds[i + 1]]
+            table = storage.read_table(storage.join(self.uri, "data", self.parts[i]), columns)
+            yield here, table.take(pa.array(rows[here] - self.ends[i]))
 
     def codes(self, task: str, rows: np.ndarray) -> np.ndarray:
         """A number for each row's label, the same for the same label; -1 without a label."""
-        if not len(rows):
-            return np.empty(0, dtype=np.int64)
-        values = self._read(rows, [task]).column(0).to_pylist()
-        return pd.factorize(pd.Series([tuple(v) if isinstance(v, list) else v for v in values], dtype=object))[0]
+        codes = np.full(len(rows), -1, dtype=np.int64)
+        known: dict[Any, int] = {}
+        for here, table in self._read(rows, [task]):
+            labels = (tuple(v) if isinstance(v, list) else v for v in table.column(0).to_pylist())
+            codes[here] = [-1 if v is None else known.setdefault(v, len(known)) for v in labels]
+        return codes
 
     def samples(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The rows as an example lists them."""
-        if not len(rows):
-            return []
-        table = self._read(rows, ["sample_id", "split", *self.tasks])
+        found: dict[int, dict[str, Any]] = {}
+        for here, table in self._read(rows, ["sample_id", "split", *self.tasks]):
+            found |= zip(here.tolist(), table.to_pylist(), strict=True)
         return [
             {"sample_id": r["sample_id"], "split": r["split"], "labels": {t: r[t] for t in self.tasks}}
-            for r in table.to_pylist()
+            for _, r in sorted(found.items())
         ]

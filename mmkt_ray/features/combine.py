@@ -1,7 +1,7 @@
 """Samples of several modalities from rows of one: union (nothing to do), join on a key, pairs made by label.
 
 Works on encoded rows, so that nothing is encoded twice however often a row is used. The driver holds ids, splits, keys and
-labels (about 100 bytes a row); features stay in a memory-mapped file and are gathered part by part.
+labels (about 500 bytes a row); features stay in a memory-mapped file and are gathered part by part.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine, PairCombine, fingerprint
@@ -102,11 +102,21 @@ def read_index(source: Store, modalities: list[str], tasks: list[str]) -> RowInd
     table = pa.concat_tables(tables)
     return RowIndex(
         table.column("sample_id").to_pylist(),
-        table.column("split").to_pylist(),
-        table.column("key").to_pylist(),
+        shared_values(table.column("split")),
+        shared_values(table.column("key")),
         {m: np.concatenate(p) for m, p in presence.items()},
-        {t: table.column(t).to_pylist() for t in tasks},
+        {t: shared_values(table.column(t)) for t in tasks},
     )
+
+
+def shared_values(column: pa.ChunkedArray) -> list[Any]:
+    """The values, each of them one object however often it occurs."""
+    known: dict[Any, Any] = {}
+    return [
+        known.setdefault(tuple(value) if isinstance(value, list) else value, value)
+        for chunk in column.chunks
+        for value in chunk.to_pylist()
+    ]
 
 
 def join(index: RowIndex, how: JoinCombine) -> Combined:
@@ -211,20 +221,29 @@ def write_parts(config: Config, source: Store, uri: str, unit: str, combined: Co
             }
             wanted = [(name(m), r) for name in (column_of, hash_of) for m, r in sorted(combined.modality_rows.items())]
             for name, rows in wanted + sorted(combined.task_rows.items()):
-                chosen = pa.array([r if r != ABSENT else None for r in rows[piece]], pa.int64())
-                columns[name] = spilled.column(name).take(chosen).combine_chunks()
+                columns[name] = gather(spilled.column(name), np.array(rows[piece], dtype=np.int64))
             end = start + size >= len(combined.sample_ids)
             storage.write_table(
                 storage.join(uri, "data", f"{unit}-{number:06d}{'-end' if end else ''}.parquet"), pa.table(columns)
             )
 
 
+def gather(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
+    """The values at some rows, null for ABSENT. Of the column only these are read: its own `take` would copy all of it."""
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    chunk = np.searchsorted(starts, rows, side="right") - 1  # -1 for ABSENT
+    order = np.argsort(chunk, kind="stable")
+    pieces = [pa.nulls(int((chunk < 0).sum()), column.type)]
+    for i in np.unique(chunk[chunk >= 0]).tolist():
+        pieces.append(column.chunk(i).take(pa.array(rows[order][chunk[order] == i] - starts[i])))
+    return pa.concat_arrays(pieces).take(pa.array(np.argsort(order, kind="stable")))
+
+
 def _spill(source: Store, path: str) -> pa.Table:
     """The source's rows as an uncompressed Arrow file, mapped: gathering touches only the pages it needs."""
     writer = None
     for uri in source.parts():
-        fs, inner = storage.resolve(uri)
-        table = pq.read_table(inner, filesystem=fs)
+        table = storage.read_table(uri)
         writer = writer or pa.ipc.new_file(path, table.schema)
         writer.write_table(table)
     if writer is None:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config
+from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import Row, make_row, part_name, unpack
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
-from mmkt_ray.samples.cleaning import decode_and_tell, decode_audio
+from mmkt_ray.samples.cleaning import Clip
 from mmkt_ray.samples.content import hash_array, hash_text
+from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
 
 if TYPE_CHECKING:
@@ -39,29 +40,21 @@ class Decoded(NamedTuple):
     changes: list[list[str]]  # what was normalised
 
 
-def decode_column(column: pa.ChunkedArray, kind: str, prepare: Any, max_pixels: int) -> Decoded:
+def decode_column(column: pa.ChunkedArray, kind: str, prepare: Any, samples: SamplesConfig) -> Decoded:
     """Decode and prepare a column of encoded images or audio."""
-    decoded = Decoded([], {}, [], [])
-    for i, data in enumerate(column.to_pylist()):
-        value, content, changes = None, None, list[str]()
-        if data is not None:
-            try:
-                value, content, changes = decode_one(data, kind, max_pixels)
-            except ValueError as error:
-                decoded.broken[i], changes = str(error), [UNREADABLE]
-        decoded.values.append(prepare(value) if value is not None and prepare is not None else value)
-        decoded.hashes.append(content)
-        decoded.changes.append(changes)
+    size = len(column)
+    decoded = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)])
+    data = column.to_pylist()
+    present = [i for i, value in enumerate(data) if value is not None]
+    limits = Limits(samples.max_image_pixels, samples.decode_timeout_s)
+    for i, outcome in zip(present, decode_samples([data[i] for i in present], kind, limits), strict=True):
+        if isinstance(outcome, Broken):
+            decoded.broken[i], decoded.changes[i] = outcome.reason, [UNREADABLE]
+            continue
+        value, decoded.changes[i] = outcome
+        decoded.hashes[i] = hash_array(value.samples if isinstance(value, Clip) else value)
+        decoded.values[i] = value if prepare is None else prepare(value)
     return decoded
-
-
-def decode_one(data: bytes, kind: str, max_pixels: int) -> tuple[Any, int, list[str]]:
-    """A decoded image or sound, the hash of its content, and what was normalised. Raises: ValueError if it is broken."""
-    if kind == "audio":
-        clip = decode_audio(data)
-        return clip, hash_array(clip.samples), []
-    pixels, changes = decode_and_tell(data, max_pixels)
-    return pixels, hash_array(pixels), changes
 
 
 def note_content(samples: pa.Table, name: str, hashes: Any, changes: Sequence[Sequence[str]]) -> pa.Table:
@@ -92,7 +85,7 @@ def decode_chunk(batch: Row, config: Config) -> Row:
         prepare = getattr(build_encoder(modality.encoder), "prepare", None)
         if modality.kind == "text" or prepare is None:  # without prepare the size is unknown: the encoder decodes
             continue
-        decoded = decode_column(samples.column(name), modality.kind, prepare, config.samples.max_image_pixels)
+        decoded = decode_column(samples.column(name), modality.kind, prepare, config.samples)
         values, broken[name] = decoded.values, decoded.broken
         shape = next((value.shape for value in values if value is not None), ())
         column = pa.array([None if value is None else value.tobytes() for value in values], pa.large_binary())
@@ -222,8 +215,7 @@ class EncodeChunk:
                     None if v is None else np.frombuffer(v, np.uint8).reshape(shape) for v in column.to_pylist()
                 ]
             else:
-                max_pixels = self.plan.config.samples.max_image_pixels
-                decoded = decode_column(column, kind, getattr(encoder, "prepare", None), max_pixels)
+                decoded = decode_column(column, kind, getattr(encoder, "prepare", None), self.plan.config.samples)
                 values[name], broken[name] = decoded.values, decoded.broken
                 samples = note_content(samples, name, decoded.hashes, decoded.changes)
         seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
@@ -240,10 +232,9 @@ def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> pa
 
 def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples: pa.Table) -> pa.Table | None:
     """The modality's columns for these samples from another store's part, or None if it lacks any of them."""
-    fs, path = storage.resolve(storage.join(uri, "data", part_name(unit, index, last)))
+    columns = ["sample_id", column_of(modality), hash_of(modality), "cleaned"]
     try:
-        columns = ["sample_id", column_of(modality), hash_of(modality), "cleaned"]
-        part = pq.read_table(path, filesystem=fs, columns=columns)
+        part = storage.read_table(storage.join(uri, "data", part_name(unit, index, last)), columns)
     except FileNotFoundError:
         return None
     where = pc.index_in(samples.column("sample_id").combine_chunks(), part.column("sample_id").combine_chunks())
@@ -258,8 +249,7 @@ def reduce_part(
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()
     name = str(batch["name"][0])
-    fs, path = storage.resolve(storage.join(source_uri, "data", name))
-    part = pq.read_table(path, filesystem=fs)
+    part = storage.read_table(storage.join(source_uri, "data", name))
     for modality, reducer in reducers.items():
         position = part.column_names.index(column_of(modality))
         features, present = from_arrow(part.column(position), dims[modality])

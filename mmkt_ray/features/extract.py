@@ -196,7 +196,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
 
 def reading_layout(config: Config) -> dict[str, Any]:
     """All that decides which rows a chunk holds and what is in them before encoding."""
-    samples = config.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine", "drop_leakage"})
+    apart = {"max_reject_frac", "combine", "drop_leakage", "decode_timeout_s"}
+    samples = config.samples.model_dump(mode="json", exclude=apart)
     return {
         "samples": samples,
         "normalisation": NORMALISATION,

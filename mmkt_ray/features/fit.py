@@ -61,7 +61,9 @@ def fit_encoder(
     identity = [
         section.model_dump(mode="json"),
         config.seed if trained else 0,
-        narrow.samples.model_dump(mode="json", exclude={"max_reject_frac", "combine", "drop_leakage"}),
+        narrow.samples.model_dump(
+            mode="json", exclude={"max_reject_frac", "combine", "drop_leakage", "decode_timeout_s"}
+        ),
         NORMALISATION,
         config.samples.combine.name == "join",  # the split is then drawn by the key
     ]
@@ -169,21 +171,38 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
 def merge_in_tree(statistics: Sequence[Callable[[], Any]], merge: Callable[[list[Any]], Any]) -> Any:
     """Run each call as a Ray task and merge what they return, FAN_IN at a time, in the order given; None if all are None.
 
-    At most a few groups are under way at once, so that unmerged statistics do not pile up.
+    At most a few groups are under way at once, and FAN_IN merged ones are merged further at once, so that statistics do not
+    pile up: about FAN_IN at each level of the tree are held.
     """
     compute = ray.remote(lambda call: call())
     combine = ray.remote(
         lambda *parts: merge([p for p in parts if p is not None]) if any(p is not None for p in parts) else None
     )
-    level: list[Any] = []
+    levels: list[list[Any]] = []
+
+    def add(statistic: Any, level: int) -> None:
+        if level == len(levels):
+            levels.append([])
+        levels[level].append(statistic)
+        if len(levels[level]) == FAN_IN:
+            full, levels[level] = levels[level], []
+            add(combine.remote(*full), level + 1)
+
     limit = max(2, int(ray.cluster_resources().get("CPU", 1)) // FAN_IN * 2)
+    running: list[Any] = []
     for start in range(0, len(statistics), FAN_IN):
-        level.append(combine.remote(*[compute.remote(call) for call in statistics[start : start + FAN_IN]]))
-        if len(level) >= limit:
-            ray.wait(level, num_returns=len(level) - limit + 1, fetch_local=False)
-    while len(level) > 1:
-        level = [combine.remote(*level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
-    return ray.get(level[0])
+        if len(running) == limit:
+            running = ray.wait(running, num_returns=1, fetch_local=False)[1]
+        running.append(combine.remote(*[compute.remote(call) for call in statistics[start : start + FAN_IN]]))
+        add(running[-1], 0)
+    running.clear()
+    level = 0
+    while sum(map(len, levels)) > 1:  # what is left of a level is one more of the next
+        rest, levels[level] = levels[level], []
+        if rest:
+            add(combine.remote(*rest), level + 1)
+        level += 1
+    return ray.get(next(s for left in levels for s in left))
 
 
 def _save(fitted: Any, section: Section, uri: str, units: list[str]) -> None:

@@ -12,8 +12,9 @@ import ray
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config
+from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.features.audit import leaking_rows, read_contents
-from mmkt_ray.features.encode import decode_one
+from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.store import hash_of
 from mmkt_ray.samples.content import hash_text
 from mmkt_ray.samples.readers import read_chunks
@@ -35,8 +36,7 @@ def find_leaking(config: Config, uri: str, shards: list[Shard]) -> dict[str, lis
     found = {}
     for shard, leaks in zip(shards, np.split(leaking_rows(contents), np.cumsum(contents.lengths)[:-1]), strict=True):
         if leaks.any():
-            fs, path = storage.resolve(storage.join(uri, "data", f"{shard.unit}.parquet"))
-            ids = pq.read_table(path, filesystem=fs, columns=["sample_id"]).column(0)
+            ids = storage.read_table(storage.join(uri, "data", f"{shard.unit}.parquet"), ["sample_id"]).column(0)
             found[shard.unit] = ids.filter(pa.array(leaks)).to_pylist()
     log.info("%d train rows are in val or test too: no encoder is fitted on them", sum(map(len, found.values())))
     return found
@@ -47,22 +47,25 @@ def hash_shard(config: Config, shard: Shard, uri: str) -> None:
     target = storage.join(uri, "data", f"{shard.unit}.parquet")
     if storage.exists(target):
         return
-    pieces = []
-    for chunk in read_chunks(config, shard):
-        columns = {name: chunk.table.column(name) for name in ("sample_id", "split")}
-        for modality, section in sorted(config.modalities.items()):
-            values = chunk.table.column(modality).to_pylist()
-            hashes = [_hash(value, section.kind, config.samples.max_image_pixels) for value in values]
-            columns[hash_of(modality)] = pa.array(hashes, pa.uint64())
-        pieces.append(pa.table(columns))
-    storage.write_table(target, pa.concat_tables(pieces))
+    names = sorted(config.modalities)
+    schema = pa.schema(
+        [("sample_id", pa.string()), ("split", pa.string()), *((hash_of(m), pa.uint64()) for m in names)]
+    )
+    with storage.atomic(target) as (fs, path), pq.ParquetWriter(path, schema, filesystem=fs) as writer:
+        for chunk in read_chunks(config, shard):
+            columns = {name: chunk.table.column(name) for name in ("sample_id", "split")}
+            for modality in names:
+                column, kind = chunk.table.column(modality), config.modalities[modality].kind
+                columns[hash_of(modality)] = _hash_column(column, kind, config.samples)
+            writer.write_table(pa.table(columns, schema=schema))
 
 
-def _hash(value: Any, kind: str, max_pixels: int) -> int | None:
+def _hash_column(column: pa.ChunkedArray, kind: str, samples: SamplesConfig) -> list[int | None]:
     """The same as the pipeline writes to a store: None where the modality is absent or can't be decoded."""
-    if value is None or kind == "text":
-        return None if value is None else hash_text(value)
-    try:
-        return decode_one(value, kind, max_pixels)[1]
-    except ValueError:
-        return None
+    if kind == "text":
+        return [None if text is None else hash_text(text) for text in column.to_pylist()]
+    return decode_column(column, kind, _forget, samples).hashes
+
+
+def _forget(value: Any) -> None:
+    """In the place of an encoder's `prepare`: a chunk's decoded images need not be in memory together."""

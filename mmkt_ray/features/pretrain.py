@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import torch
 from safetensors.torch import load as load_tensors
@@ -85,8 +84,8 @@ def _decode_shard(config: Config, modality: str, shard: Shard, pieces: str, leak
     for chunk in read_chunks(config, shard):
         train = train_rows(chunk.table, leaking)
         rows = train.filter(pc.and_(train.column(modality).is_valid(), train.column(task).is_valid()))
-        kind, max_pixels = config.modalities[modality].kind, config.samples.max_image_pixels
-        images = decode_column(rows.column(modality), kind, encoder.prepare, max_pixels).values
+        kind = config.modalities[modality].kind
+        images = decode_column(rows.column(modality), kind, encoder.prepare, config.samples).values
         good = [i for i, image in enumerate(images) if image is not None]
         if good:
             pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
@@ -107,8 +106,7 @@ def _count_classes(pieces: str) -> dict[str, int]:
 
 def _read_pieces(pieces: str, columns: list[str]) -> Any:
     for info in storage.list_files(pieces, "*.parquet"):
-        fs, path = storage.resolve(storage.join(pieces, info.base_name))
-        yield pq.read_table(path, filesystem=fs, columns=columns)
+        yield storage.read_table(storage.join(pieces, info.base_name), columns)
 
 
 def _map_images(pieces: str, side: int, class_names: list[str], folder: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import xxhash
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
@@ -79,7 +79,7 @@ def publish(
     if source is not None:
         own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
     rejects = own
-    reasons = Counter(shorten(r) for r in rejects.column("reason").to_pylist())
+    reasons = count_reasons(rejects)
     told = "; the most frequent: " + "; ".join(f"{n} x {r}" for r, n in reasons.most_common(3)) if reasons else ""
     num_faulty = pc.sum(pc.not_equal(rejects.column("stage"), LEAKAGE)).as_py() or 0  # those left out on request aside
     num_kept = pc.sum(pc.equal(rejects.column("stage"), MODALITY)).as_py() or 0  # they are among the rows
@@ -118,19 +118,34 @@ def reject_duplicates(uri: str, parts: list[str]) -> None:
 
     Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
     """
-    ids = [_read(uri, name, ["sample_id"]).column(0) for name in parts]
-    if not parts or len(pc.unique(pa.chunked_array([c for i in ids for c in i.chunks], type=pa.string()))) == sum(
-        map(len, ids)
-    ):
+    hashes = [hash_strings(_read(uri, name, ["sample_id"]).column(0)) for name in parts]
+    repeated = _repeated(np.concatenate([np.empty(0, np.uint64), *hashes]))
+    if not len(repeated):
         return
     seen: set[str] = set()
-    for name, column in zip(parts, ids, strict=True):
-        keep = np.ones(len(column), dtype=bool)
-        for i, sample_id in enumerate(column.to_pylist()):
-            keep[i] = sample_id not in seen
+    for name, own in zip(parts, hashes, strict=True):
+        suspects = np.flatnonzero(np.isin(own, repeated))
+        if not len(suspects):
+            continue
+        ids = _read(uri, name, ["sample_id"]).column(0).take(pa.array(suspects)).to_pylist()
+        keep = np.ones(len(own), dtype=bool)
+        for row, sample_id in zip(suspects, ids, strict=True):
+            keep[row] = sample_id not in seen
             seen.add(sample_id)
         if not keep.all():
             _drop_rows(uri, name, keep, "check", "duplicate sample_id: an earlier row has it already")
+
+
+def hash_strings(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) uint64, the same for the same string."""
+    values = column.cast(pa.binary()).to_pylist()
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, values), np.uint64, len(values))
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """The values that occur more than once, sorted; `values` are sorted in place."""
+    values.sort()
+    return np.unique(values[1:][values[1:] == values[:-1]])
 
 
 def drop_leakage(uri: str, parts: list[str], modalities: list[str]) -> None:
@@ -162,7 +177,8 @@ def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Tab
     ]
     tables = [_read_uri(storage.join(uri, "rejects", n)) for n in files]
     table = pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
-    named = pa.array([names.get(s, s) for s in table.column("source").to_pylist()], pa.string())
+    sources = table.column("source").combine_chunks().dictionary_encode()
+    named = pa.array([names.get(s, s) for s in sources.dictionary.to_pylist()], pa.string()).take(sources.indices)
     return table.set_column(1, "source", named).sort_by([("source", "ascending"), ("sample_id", "ascending")])
 
 
@@ -227,6 +243,14 @@ def sort_classes(counts: dict[str, int]) -> list[str]:
     return sorted(counts, key=int if all(c.isdecimal() for c in counts) else None)
 
 
+def count_reasons(rejects: pa.Table) -> Counter[str]:
+    """How often each reason occurs, without what differs from row to row."""
+    counts: Counter[str] = Counter()
+    for batch in rejects.select(["reason"]).to_batches(max_chunksize=65536):
+        counts.update(shorten(reason) for reason in batch.column(0).to_pylist())
+    return counts
+
+
 def shorten(reason: str) -> str:
     """A reject's reason without what differs from row to row, for counting."""
     return reason.split(":")[0] if len(reason) > 80 else reason
@@ -237,5 +261,4 @@ def _read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def _read_uri(uri: str, columns: list[str] | None = None) -> pa.Table:
-    fs, path = storage.resolve(uri)
-    return pq.read_table(path, filesystem=fs, columns=columns)
+    return storage.read_table(uri, columns)

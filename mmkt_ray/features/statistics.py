@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from mmkt_ray import storage
@@ -34,7 +33,6 @@ def encoder_statistics(config: Config, modality: str, shard: Shard, leaking: Seq
 
 def reducer_statistics(reducer: ray.ObjectRef, part: str, modality: str, dim: int) -> Any:
     """Statistics of one part's train rows; None if it has none."""
-    fs, path = storage.resolve(part)
-    table = pq.read_table(path, filesystem=fs, columns=["split", column_of(modality)])
+    table = storage.read_table(part, ["split", column_of(modality)])
     column = table.filter(pc.equal(table.column("split"), "train")).column(column_of(modality)).drop_null()
     return ray.get(reducer).partial(from_arrow(column, dim)[0]) if len(column) else None

@@ -11,22 +11,25 @@ float16; sparse ones are structs of `indices: list<int32>` and `values: list<flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config
+from mmkt_ray.config import SPLITS, Config
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
 
 SCHEMA_VERSION = 1
 MISSING, UNSEEN = -1, -2  # label codes: no label; a class that the train split does not have
+
+MAPPED_BYTES = 64_000_000
 
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
 
@@ -94,7 +97,8 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, dim: int) -> tuple[Features, 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """What training and evaluation read: N samples in memory."""
+    """What training and evaluation read: N samples. Features of more than MAPPED_BYTES are mapped from a file that has no name
+    and vanishes with them: the kernel takes their pages back when memory is short."""
 
     sample_id: np.ndarray  # (N,) str
     split: np.ndarray  # (N,) str
@@ -140,8 +144,7 @@ class Store:
     def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The parts one after another, with some or all columns."""
         for uri in self.parts():
-            fs, path = storage.resolve(uri)
-            yield pq.read_table(path, filesystem=fs, columns=list(columns) if columns is not None else None)
+            yield storage.read_table(uri, columns)
 
     def table(self, modalities: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> FeatureTable:
         """Load features and labels. Raises: ConfigError for a modality or task that the store does not have."""
@@ -151,8 +154,7 @@ class Store:
             for name in names:
                 if name not in self.manifest[known]:
                     raise ConfigError(f"the store has no {what} '{name}': {nearest(name, self.manifest[known])}")
-        columns = ["sample_id", "split", *map(column_of, modalities), *tasks]
-        return self._load(pa.concat_tables(self.read(columns)), modalities, tasks)
+        return concat_tables(self.tables(modalities, tasks))
 
     def tables(self, modalities: Sequence[str], tasks: Sequence[str]) -> Iterator[FeatureTable]:
         """The same as `table`, part by part."""
@@ -164,13 +166,81 @@ class Store:
         class_names = {t: list(self.manifest["tasks"][t]["classes"]) for t in tasks}
         return FeatureTable(
             sample_id=rows.column("sample_id").to_numpy().astype(object),
-            split=rows.column("split").to_numpy().astype(object),
+            split=np.array(SPLITS, dtype=object)[pc.index_in(rows.column("split"), pa.array(SPLITS)).to_numpy()],
             features={m: f for m, (f, _) in loaded.items()},
             present={m: p for m, (_, p) in loaded.items()},
             labels={t: encode_labels(rows.column(t), class_names[t]) for t in tasks},
             class_names=class_names,
             kinds={t: self.manifest["tasks"][t]["kind"] for t in tasks},
         )
+
+
+class Growing:
+    """One array that grows at its first axis: in memory, and from MAPPED_BYTES on in a file (but for Python objects)."""
+
+    def __init__(self) -> None:
+        self.pieces: list[np.ndarray] = []
+        self.num_bytes = 0
+        self.file: IO[bytes] | None = None
+
+    def add(self, piece: np.ndarray) -> None:
+        """More rows, of the same type and width."""
+        self.pieces.append(piece)
+        self.num_bytes += piece.nbytes
+        if self.num_bytes > MAPPED_BYTES and piece.dtype != object:
+            self.file = self.file or tempfile.TemporaryFile(prefix="mmkt-features-")  # noqa: SIM115  (the array keeps it)
+            for waiting in self.pieces:
+                self.file.write(np.ascontiguousarray(waiting).data)
+            self.pieces = [piece[:0]]
+
+    def array(self) -> np.ndarray:
+        """All that was added."""
+        if self.file is None:
+            return np.concatenate(self.pieces)
+        self.file.flush()
+        mapped = np.memmap(self.file, self.pieces[0].dtype, mode="r+")
+        return np.asarray(mapped).reshape(-1, *self.pieces[0].shape[1:])
+
+
+def concat_tables(tables: Iterable[FeatureTable]) -> FeatureTable:
+    """The rows of tables of the same columns (at least one table); besides the result one table is in memory at a time."""
+    arrays: dict[tuple[str, str], Growing] = {}
+    for table in tables:
+        for key, piece in _arrays(table):
+            arrays.setdefault(key, Growing()).add(piece)
+        last = table
+    whole = {key: growing.array() for key, growing in arrays.items()}
+    features: dict[str, Features] = {}
+    for m, own in last.features.items():
+        if isinstance(own, np.ndarray):
+            features[m] = whole["dense", m]
+        else:
+            offsets = np.append(0, np.cumsum(whole["counts", m], dtype=np.int64))
+            parts = (whole["data", m], whole["indices", m], offsets)
+            features[m] = sp.csr_matrix(parts, shape=(len(offsets) - 1, own.shape[1]), copy=False)
+    return replace(
+        last,
+        sample_id=whole["", "sample_id"],
+        split=whole["", "split"],
+        features=features,
+        present={m: whole["present", m] for m in last.present},
+        labels={t: whole["labels", t] for t in last.labels},
+    )
+
+
+def _arrays(table: FeatureTable) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """The arrays of a table, all of which grow with its rows."""
+    yield ("", "sample_id"), table.sample_id
+    yield ("", "split"), table.split
+    yield from ((("present", m), p) for m, p in table.present.items())
+    yield from ((("labels", t), y) for t, y in table.labels.items())
+    for m, features in table.features.items():
+        if isinstance(features, np.ndarray):
+            yield ("dense", m), features
+        else:
+            yield ("data", m), features.data
+            yield ("indices", m), features.indices
+            yield ("counts", m), np.diff(features.indptr)
 
 
 def open_store(uri: str) -> Store:

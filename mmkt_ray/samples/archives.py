@@ -6,28 +6,32 @@ harm.
 
 from __future__ import annotations
 
+import io
 import json
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from tarfile import HeaderError, TarFile
-from typing import IO, Any, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.columns import MAX_FILE_BYTES, Reading, Row
+from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.schema import Reject
 from mmkt_ray.samples.shards import SUFFIXES, visible
 from mmkt_ray.samples.splits import split_in_name
 
+_SPARSE = "a sparse file, whose list of holes may be of any length: write the archive without --sparse"
 _MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
 _EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 # `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. Both kinds, and the list of
 # members below, are in the module but not in its type stubs
 _EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 _DamagedHeader: type[Exception] = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
+# `tarfile` checks little of what it parses: numbers, text, the length of a header, how deep headers follow one another
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 # --- tar --------------------
@@ -50,7 +54,25 @@ class _StrictTarInfo(tarfile.TarInfo):
         info = super().frombuf(buf, encoding, errors)
         if info.type in _EXTENDED_HEADERS and info.size > _MAX_HEADER_BYTES:
             raise _DamagedHeader(f"an extended header of {info.size:,} bytes")  # it would be read as a whole
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise _DamagedHeader(_SPARSE)
         return info
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        raise _DamagedHeader(_SPARSE)
+
+
+class _Ending(io.BufferedReader):
+    """A stream that says when it has ended: `tarfile` goes on reading for as many bytes as a member's header states."""
+
+    num_empty = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.num_empty += not data
+        if self.num_empty > 10:  # a few are regular, where the archive's last blocks are not there
+            raise EOFError("it ends within a member")
+        return data
 
 
 class Member(NamedTuple):
@@ -64,16 +86,19 @@ def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member
     """The visible files of an archive in order, wanted ones with data; last a reject if it is damaged."""
     fs, path = storage.resolve(reading.shard.uri)
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        raw = cast(IO[bytes], stream)
+        raw = _Ending(cast(Any, stream), 1 << 15)
+        # no other compression: xz takes as much memory as the file states
+        mode: Literal["r|gz", "r|"] = "r|gz" if raw.peek(2)[:2] == b"\x1f\x8b" else "r|"
         try:
             with TarFile.open(
-                fileobj=raw, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8", bufsize=1 << 15
+                fileobj=raw, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8", bufsize=1 << 15
             ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # else they all stay in memory
+                    archive.pax_headers.clear()  # type: ignore[attr-defined]
                     if not info.isdir() and visible(info.name):
                         yield _read_member(archive, info) if wanted(info.name) else Member(info.name, b"")
-        except (tarfile.TarError, EOFError) as error:
+        except _DAMAGE as error:
             yield reading.unreadable(error)
 
 
@@ -81,7 +106,7 @@ def _read_member(archive: TarFile, info: tarfile.TarInfo) -> Member:
     if info.issym() or info.islnk():
         link = f"'{info.name}' is a link to '{info.linkname}'; links in archives are not followed"
         return Member(info.name, ValueError(link))
-    if not info.isreg():
+    if not info.isreg() or info.issparse():
         return Member(info.name, ValueError(f"'{info.name}' is no regular file"))
     if info.size > MAX_FILE_BYTES:
         limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
@@ -153,6 +178,8 @@ def _webdataset_row(reading: Reading, group: _Group) -> Row | Reject:
 def _parse_json(data: bytes | ValueError | None) -> Any:
     if data is None or isinstance(data, ValueError):
         return data
+    if len(data) > MAX_ROW_BYTES:
+        return ValueError(f"its json member has {len(data):,} bytes, more than {MAX_ROW_BYTES:,}")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -24,7 +24,7 @@ def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
     to 8 bit. The size that the header states is checked before anything is decoded.
 
     Raises: ValueError if the data is no image, is damaged or of another format than FORMATS, or has more than
-        `max_pixels` pixels.
+        `max_pixels` pixels. MemoryError.
     """
     return decode_and_tell(data, max_pixels)[0]
 
@@ -102,12 +102,16 @@ def _decode_any(data: bytes, max_pixels: int) -> Decoded:
             raise ValueError(f"not a readable {', '.join(FORMATS)}; it begins with {data[:8]!r}") from None
         except Image.DecompressionBombError as error:
             raise ValueError(f"{error}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # decoders meet damaged data with errors of every kind
             raise ValueError(f"damaged: {type(error).__name__}: {error}") from error
         _check_size(*image.size, max_pixels)
         try:
             image.load()
             return _to_rgb(*_upright(image))
+        except MemoryError:
+            raise
         except Exception as error:  # as above
             raise ValueError(f"damaged: {type(error).__name__}: {error}") from error
 
@@ -116,6 +120,8 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
     try:
         turned = image.getexif().get(_ORIENTATION, 1) in _TURNS
         return ImageOps.exif_transpose(image), ["turned upright"] if turned else []
+    except MemoryError:
+        raise
     except Exception:  # damaged EXIF data costs the orientation, not the image
         return image, []
 
@@ -202,7 +208,8 @@ def _read_mono(sound: Any) -> np.ndarray:
             raise ValueError(
                 f"more than {MAX_AUDIO_FRAMES:,} frames ({MAX_AUDIO_FRAMES // 48_000 // 60} minutes at 48 kHz)"
             )
-        blocks.append(np.nan_to_num(block, posinf=0.0, neginf=0.0).mean(axis=1))
+        mono = np.nan_to_num(block, posinf=0.0, neginf=0.0).mean(axis=1)
+        blocks.append(np.nan_to_num(mono, posinf=0.0, neginf=0.0))  # the mean of extreme floats overflows
     if num_frames == 0:
         raise ValueError("it holds no sound (0 frames)")
     if num_frames < sound.frames < 1 << 62:  # a FLAC written to a pipe states no length

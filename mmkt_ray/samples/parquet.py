@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.cells import FILE_KINDS, decode_text, escape_id, is_utf8, label_names, label_text
-from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, Block, Reading
+from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
+from mmkt_ray.samples.pages import most_bytes_of_a_value
 
 _READ_BYTES = 4 << 20  # read at a time from each column of a shard
 
@@ -43,7 +45,7 @@ def narrowed_to_shard(reading: Reading) -> Reading:
     fs, path = storage.resolve(reading.shard.uri)
     try:
         schema = pq.read_schema(path, filesystem=fs)
-    except (pa.ArrowException, OSError):  # told by the reader, which opens it again
+    except (pa.ArrowException, OSError, ValueError):  # told by the reader, which opens it again
         return reading
     return reading.narrowed({leaf for f in schema for leaf, _ in _leaves(f.name, f.type)})
 
@@ -61,7 +63,8 @@ def read_batches(reading: Reading, paths: list[str]) -> Iterator[pa.RecordBatch 
             # pages are read one by one: buffering ahead would hold a whole row group of the shard
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
             _check_columns(reading, file.schema_arrow, paths)
-            for batch in file.iter_batches(_rows_per_block(file, paths), columns=paths, use_threads=False):
+            num_rows = _rows_per_block(file, paths, stream if isinstance(fs, pafs.LocalFileSystem) else None)
+            for batch in file.iter_batches(num_rows, columns=paths, use_threads=False):
                 if remaining is not None:
                     batch = batch.slice(0, remaining)
                     remaining -= batch.num_rows
@@ -69,7 +72,9 @@ def read_batches(reading: Reading, paths: list[str]) -> Iterator[pa.RecordBatch 
                     yield batch
                 if remaining == 0:
                     return
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a size or a name in the file's metadata
         if not is_damage(error, fs):
             raise
         yield Block([], {}, rejects=[reading.unreadable(error)])
@@ -84,10 +89,15 @@ def is_damage(error: Exception, fs: pafs.FileSystem) -> bool:
 
 def _check_columns(reading: Reading, schema: pa.Schema, paths: list[str]) -> None:
     known = {path: kind for f in schema for path, kind in _leaves(f.name, f.type)}
+    where = f"samples.sources[{reading.shard.source}].columns"
     for path in paths:
         if path not in known:
-            where = f"samples.sources[{reading.shard.source}].columns"
             raise DataError(f"{where}: '{reading.shard.name}' has no column '{path}'; {nearest(path, known)}")
+        if name := storage.extension_in(known[path]):
+            raise DataError(
+                f"{where}: '{reading.shard.name}' has '{path}' as '{name}', an extension type, whose code would run on the "
+                "file's values (Ray's unpickles them): write the column with a plain type"
+            )
 
 
 def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
@@ -98,15 +108,21 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
             yield from _leaves(f"{path}.{inner.name}", inner.type)
 
 
-def _rows_per_block(file: pq.ParquetFile, paths: list[str]) -> int:
-    """Rows that make up about a block's bytes in the row group with the largest rows."""
+def _rows_per_block(file: pq.ParquetFile, paths: list[str], stream: Any) -> int:
+    """Rows that make up about a block's bytes in the row group with the largest rows; fewer where a value may be in many rows.
+
+    stream: the file, for its pages' headers to be looked at; None to trust it, where each look is a request to a server.
+    Raises: ValueError for a page that is too large.
+    """
+    names = [file.schema.column(c).path for c in range(len(file.schema))]
+    columns = [c for c, name in enumerate(names) if any(f"{name}.".startswith(f"{path}.") for path in paths)]
     largest = 1.0
     for g in range(file.num_row_groups):
         group = file.metadata.row_group(g)
-        chunks = [group.column(c) for c in range(group.num_columns)]
-        mapped = [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{path}.") for path in paths)]
-        largest = max(largest, sum(c.total_uncompressed_size for c in mapped) / max(group.num_rows, 1))
-    return int(min(BLOCK_ROWS, max(1, BLOCK_BYTES // largest)))
+        num_bytes = sum(group.column(c).total_uncompressed_size for c in columns)
+        largest = max(largest, num_bytes / max(group.num_rows, 1))
+    repeated = most_bytes_of_a_value(file, stream, columns) if stream is not None else 0
+    return int(max(1, min(BLOCK_ROWS, BLOCK_BYTES // largest, MAX_FILE_BYTES // max(repeated, 1))))
 
 
 def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
@@ -145,6 +161,26 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
+def values_of(column: pa.Array) -> list[Any]:
+    """The values as Python's; for one that cannot be one (a date beyond year 9999, a string of other bytes) a ValueError."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value_of(scalar) for scalar in column]
+
+
+def _value_of(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError) as error:
+        return ValueError(f"not readable: {error}")
+
+
+def _check_value(value: Any) -> None:
+    if isinstance(value, ValueError):
+        raise value
+
+
 def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
     if pa.types.is_null(raw.type):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
@@ -171,9 +207,10 @@ def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
         return data, {}
     files = FileReader(reading)
     values, errors = data.to_pylist(), {}
-    for i, path in enumerate(pc.struct_field(raw, "path").to_pylist()):
+    for i, path in enumerate(values_of(pc.struct_field(raw, "path"))):
         if values[i] is None and path:
             try:
+                _check_value(path)
                 values[i] = files.read(path)
             except ValueError as error:
                 errors[i] = str(error)
@@ -204,8 +241,9 @@ def _label_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     encoded = (raw.cast(pa.large_binary()) if _is_string(raw.type) else raw).dictionary_encode()
     named: list[str | None] = []
     wrong: dict[int, str] = {}
-    for code, value in enumerate(encoded.dictionary.to_pylist()):
+    for code, value in enumerate(values_of(encoded.dictionary)):
         try:
+            _check_value(value)
             named.append(_class_name(value, class_names) if class_names is not None else label_text(value))
         except ValueError as error:
             named.append(None)
@@ -223,8 +261,9 @@ def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str)
         raw = raw.cast(pa.large_binary())  # unchecked, as in _label_column
     values: list[list[str] | None] = []
     errors: dict[int, str] = {}
-    for i, value in enumerate(raw.to_pylist()):
+    for i, value in enumerate(values_of(raw)):
         try:
+            _check_value(value)
             if class_names is not None and isinstance(value, list):
                 value = [_class_name(code, class_names) for code in value]
             values.append(label_names(value, separator))

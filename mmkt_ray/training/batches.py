@@ -21,6 +21,8 @@ from mmkt_ray.evaluation.inference import model_inputs
 from mmkt_ray.features.store import MISSING, FeatureTable, labelled
 from mmkt_ray.models import Features
 
+STATISTICS_ROWS = 8192  # in memory at a time
+
 
 @dataclass(frozen=True)
 class World:
@@ -108,14 +110,18 @@ def complete_rows(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
 def feature_statistics(features: TableFeatures, present: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) over the present rows; of sparse features 0 and the root mean square of the
     non-zero values, both (). Population statistics, in float64; ones and zeros where there is no row."""
-    kept = features[present]
-    if sp.issparse(kept):
-        mean_square = float(np.square(kept.data, dtype=np.float64).mean()) if kept.nnz else 1.0
-        return torch.tensor(0.0), torch.tensor(math.sqrt(mean_square))
-    if len(kept) == 0:
-        return torch.zeros(kept.shape[1]), torch.ones(kept.shape[1])
-    mean, std = kept.mean(axis=0, dtype=np.float64), kept.std(axis=0, dtype=np.float64)
-    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+    rows = np.flatnonzero(present)
+    blocks = [rows[i : i + STATISTICS_ROWS] for i in range(0, len(rows), STATISTICS_ROWS)]
+    if sp.issparse(features):
+        values = (features[block].data for block in blocks)
+        sums = [(len(v), float(np.square(v, dtype=np.float64).sum())) for v in values]
+        num_values, total = (sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0.0)
+        return torch.tensor(0.0), torch.tensor(math.sqrt(total / num_values) if num_values else 1.0)
+    if not blocks:
+        return torch.zeros(features.shape[1]), torch.ones(features.shape[1])
+    mean = sum(features[block].sum(axis=0, dtype=np.float64) for block in blocks) / len(rows)
+    variance = sum(np.square(features[block] - mean).sum(axis=0) for block in blocks) / len(rows)
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(variance)).float()
 
 
 class EpochBatches:

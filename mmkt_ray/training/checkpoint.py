@@ -6,11 +6,13 @@ import json
 import time
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mmkt_ray import storage
+from mmkt_ray.errors import DataError
 
 
 class Checkpoint(Protocol):
@@ -48,5 +50,10 @@ class FileCheckpoint:
         except FileNotFoundError:
             return None
         header_bytes = int.from_bytes(data[:8], "little")  # the safetensors format: length, JSON header, tensors
-        metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-        return load_tensors(data), json.loads(metadata["state"])
+        try:
+            metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+            return load_tensors(data), json.loads(metadata["state"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"the checkpoint '{self.uri}' is damaged ({error}): remove it to train from the start"
+            ) from None

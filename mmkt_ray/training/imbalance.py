@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from mmkt_ray import storage
@@ -32,9 +31,8 @@ MAX_SOURCES = 10_000  # rows of a class and pattern that SMOTE looks for neighbo
 
 def read_excluded(uri: str) -> np.ndarray:
     """The distinct sample_ids in a Parquet file, (N,) str. Raises: DataError if the file or its column is missing."""
-    fs, path = storage.resolve(uri)
     try:
-        column = pq.read_table(path, filesystem=fs, columns=["sample_id"]).column("sample_id")
+        column = storage.read_table(uri, ["sample_id"]).column("sample_id")
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise DataError(f"training.exclude needs a Parquet file with a column sample_id: '{uri}': {error}") from None
     return np.unique(column.to_numpy(zero_copy_only=False).astype(str))

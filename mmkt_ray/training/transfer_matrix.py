@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -214,8 +213,7 @@ def _fit_cell(config: Config, cell: Cell, store_uri: str, uri: str) -> None:
 
 
 def _read_scores(uri: str) -> np.ndarray:
-    fs, path = storage.resolve(uri)
-    return pq.read_table(path, filesystem=fs).column("score").to_numpy()
+    return storage.read_table(uri).column("score").to_numpy()
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Shards -> store: complete, resumable, exact, and honest about what it left out."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
@@ -28,6 +28,13 @@ from tests.shapes import png, write_shard
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 MakeConfig = Callable[..., Config]
+# An extraction in a process and a Ray of its own.
+DRIVER = """
+import json, pathlib, sys
+from mmkt_ray.config import parse_config
+from mmkt_ray.features.extract import extract
+extract(parse_config(json.loads(pathlib.Path(sys.argv[1]).read_text())), sys.argv[2])
+"""
 
 
 def run(config: Config) -> Store:
@@ -285,14 +292,11 @@ def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig
         modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.15}},
         extract__chunk_rows=4,
     )
-    quiet = run(config.model_copy(update={"name": "quiet"}))
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "mmkt_ray.cli", "extract", str(path)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]])
-    }
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "config.json"), f"{config.run_root}/shapes"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]])
+    quiet_log = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **quiet_log)
     data = next_store(Path(config.run_root) / "shapes" / "features", first)
     wait_until(lambda: num_parts(data) >= 3, first)
     os.kill(find_actor(first.pid), signal.SIGKILL)
@@ -302,8 +306,9 @@ def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig
     first.wait(timeout=120)
     done, _ = stored_chunks(str(data.parent))
     assert 0 < sum(map(len, done.values())) < 30
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-    store = open_store(str(data.parent))
+    store = run(config)
+    assert store.uri == str(data.parent)
+    quiet = run(config.model_copy(update={"name": "quiet"}))
     assert contents(store).equals(contents(quiet))
     assert store.manifest["fingerprint"] == quiet.manifest["fingerprint"]
 
