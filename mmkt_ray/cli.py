@@ -7,12 +7,16 @@ import logging
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mmkt_ray import __version__
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
-from mmkt_ray.errors import UserError
+from mmkt_ray.errors import ResourceError, UserError
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
+
+if TYPE_CHECKING:
+    from mmkt_ray.features.store import Store
 
 DESCRIPTION = """\
 Multimodal knowledge transfer as batch processing on Ray: what does each modality know, what transfers, which model to ship?
@@ -20,6 +24,7 @@ Multimodal knowledge transfer as batch processing on Ray: what does each modalit
 A run goes from raw shards to a report:  extract -> train -> evaluate -> report  (`mmkt run` does all four).
 Every step is resumable: give the same command again and it does only what is missing.
 """
+DATA_SETS = ("openmoji", "openmoji-keywords", "cifar10", "20news")
 EXAMPLES = """\
 examples:
   mmkt run jobs/configs/openmoji.yaml                      everything, on this machine
@@ -60,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar="VARIANT",
                 help="what the others are compared with (default: the best of those that read one modality)",
             )
+            command.add_argument(
+                "--missing",
+                action="store_true",
+                help="also score the models of all seeds against the share of rows that lack a modality: missing_seeds.json",
+            )
         if name == "evaluate":
             command.add_argument(
                 "--missing",
@@ -69,9 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_cluster(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
-    command.add_argument(
-        "names", nargs="+", choices=["openmoji", "cifar10", "20news"], metavar="NAME", help="openmoji, cifar10, 20news"
-    )
+    command.add_argument("names", nargs="+", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
     command.add_argument("--out", required=True, help="folder to write to")
     command = commands.add_parser("config", help="every key of a config with its default and meaning, or check a file")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
@@ -180,6 +188,11 @@ def find_user_error(error: BaseException) -> UserError | None:
     while seen is not None:
         if isinstance(seen, UserError):
             return UserError(str(getattr(seen, "cause", seen)))
+        if type(seen).__name__ in ("OutOfDiskError", "ObjectStoreFullError"):  # of Ray, which is not imported for this
+            return ResourceError(
+                "Ray's object store and the disk that it spills to are full: free some space there and give the same "
+                "command again"
+            )
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     return None
 
@@ -229,7 +242,7 @@ def _step(args: argparse.Namespace, config: Config) -> str:
         return f"report: {steps.report_step(config)}"
     if command == "search":
         return _search(config)
-    stores = steps.extract_step(config)
+    stores = steps.extract_step(config, trains=command in ("train", "evaluate", "repeat"))
     if command == "extract":
         return "\n".join(sorted({f"features: {store.uri}" for store in stores.values()}))
     if command == "scores":
@@ -237,12 +250,24 @@ def _step(args: argparse.Namespace, config: Config) -> str:
     if command == "transfer":
         return steps.transfer_step(config, stores) + steps.refresh_report(config)
     if command == "repeat":
-        return steps.repeat_step(config, stores, args.seeds, args.against) + steps.refresh_report(config)
+        table = steps.repeat_step(config, stores, args.seeds, args.against)
+        if args.missing:
+            table += "\n\n" + _missing_over_seeds(config, stores, args.seeds)
+        return table + steps.refresh_report(config)
     steps.train_step(config, stores)
     if command == "train":
         return f"models: {steps.run_folder(config)}/models"
     table = steps.comparison_table(steps.evaluate_step(config, stores))
     return f"{table}\n\n{steps.missing_step(config, stores)}{steps.refresh_report(config)}" if args.missing else table
+
+
+def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
+    from mmkt_ray import run as steps
+    from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
+
+    seeds = [config.seed + i for i in range(num_seeds)]
+    found = missing_over_seeds(config, stores, steps.run_folder(config), seeds)
+    return "\n\n".join(map(steps.missing_table, found.values()))
 
 
 def _search(config: Config) -> str:

@@ -10,10 +10,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
+from ray._private import ray_constants
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from mmkt_ray.errors import ResourceError
 
@@ -25,6 +29,8 @@ log = logging.getLogger(__name__)
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
 OBJECT_STORE_BYTES = 1_000_000_000
 NO_PROGRESS_TIMEOUT_S = 300
+MAX_FAILURES = 2  # deaths of training workers after which all are started again
+MAX_INIT_DEATHS = 2  # encoder actors in a row that may die while they load, each replaced by another
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,31 @@ def _attach(address: str) -> None:
 def _start_local() -> None:
     for name in ("ray", "ray.data", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(
-        address="local",  # never join a Ray that happens to run here
-        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-    )
+    with loopback_alone():
+        ray.init(
+            address="local",  # never join a Ray that happens to run here
+            num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.stat().st_uid == os.getuid():
+        token.chmod(0o600)  # Ray writes it for everybody to read
+
+
+@contextmanager
+def loopback_alone() -> Iterator[None]:
+    """A Ray that starts meanwhile listens on 127.0.0.1 alone.
+
+    Its processes do so if that is their node's address; on Linux Ray replaces it by one that other machines reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def configure_data() -> None:
@@ -84,6 +108,7 @@ def configure_data() -> None:
     )
     context.raise_original_map_exception = True  # a user's error says what to do, Ray's hides it
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS  # Ray's own: the first one ends the job
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -136,7 +161,8 @@ def _run_train(
     loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None
 ) -> Any:
     import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
     from ray.train.torch import TorchTrainer, get_device
 
     resources = connect()
@@ -153,17 +179,37 @@ def _run_train(
         torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
         return loop(payload["job"], context.get_world_rank(), context.get_world_size(), get_device())
 
-    name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
+    before = set(placement_group_table())
     with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
-        result = TorchTrainer(
-            on_worker,
-            train_loop_config={"job": job},
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-            run_config=RunConfig(
-                name=name, storage_path=scratch_uri or scratch, failure_config=FailureConfig(max_failures=2)
-            ),
-        ).fit()
-    return result.return_value
+        for attempt in range(MAX_FAILURES + 1):
+            name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
+            trainer = TorchTrainer(
+                on_worker,
+                train_loop_config={"job": job},
+                scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+                run_config=RunConfig(
+                    name=name,
+                    storage_path=scratch_uri or scratch,
+                    failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                ),
+            )
+            try:
+                return trainer.fit().return_value
+            except ControllerError as error:
+                # Ray Train does not try again by itself if a worker dies just as it is given its work
+                if attempt == MAX_FAILURES or not isinstance(error.controller_failure, RayActorError):
+                    raise
+                log.warning("a training worker died as it started; all start again")
+                release_groups(before)
+
+
+def release_groups(before: set[str]) -> None:
+    """Give back this job's placement groups that came since `before`: Ray Train leaves them, with the workers, if it fails
+    while it starts them."""
+    own = ray.get_runtime_context().get_job_id()
+    for group_id in set(placement_group_table()) - before:
+        if group_id.endswith(own):  # other jobs' groups are not ours
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
 
 
 def keep_freed_memory() -> None:

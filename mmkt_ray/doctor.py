@@ -1,6 +1,6 @@
-"""`mmkt doctor`: what would stop a run, found before anything is paid for.
+"""What would stop a run, found before anything is paid for: `mmkt doctor`, and the start of every extraction.
 
-`quick_findings` needs no Ray and about a second beside its imports; `cluster_findings` asks every node of the cluster.
+`quick_findings` needs no Ray and less than a second beside its imports; `cluster_findings` asks every node of the cluster.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -29,6 +30,7 @@ from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import Shard
 
 LOOK_ROWS = 64  # read of the first shard of each source
+LOOK_SHARDS = 3  # of a source whose first shards are empty or damaged
 NODE_TIMEOUT_S = 120.0  # for the nodes' answers: their processes start, and import torch
 
 
@@ -39,6 +41,7 @@ class Finding:
     what: str
     text: str  # what was found; or what is wrong and what to do
     ok: bool = True
+    stops: bool = True  # if not ok; else a run goes on: it may reject what was seen and find more
 
     def __str__(self) -> str:
         return f"{'ok' if self.ok else 'problem':9}{self.what}: {self.text}"
@@ -52,9 +55,18 @@ def examine(config: Config, run_uri: str) -> list[Finding]:
     return [*findings, Finding("cluster", "not asked: mend the rest first", ok=False)]
 
 
-def check_quickly(config: Config, run_uri: str) -> None:
-    """Before a run's first work. Raises: DataError with all that is wrong."""
-    if wrong := [f"{finding.what}: {finding.text}" for finding in quick_findings(config, run_uri) if not finding.ok]:
+def check_before_work(config: Config, run_uri: str, trains: bool) -> None:
+    """Before a run's first work; nodes are asked where there are several, training workers placed if it `trains`.
+
+    Raises: DataError with all that is wrong.
+    """
+    refuse(quick_findings(config, run_uri))
+    refuse(list(cluster_findings(config, run_uri, trains=trains, one_node=False)))
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raises: DataError with those that stop a run."""
+    if wrong := [f"{finding.what}: {finding.text}" for finding in findings if not finding.ok and finding.stops]:
         raise DataError("\n".join(["nothing was done yet:", *wrong]))
 
 
@@ -88,16 +100,32 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
     what = f"source {number} ({source.path})"
     try:
         shards = list_shards(alone)
-        chunk = next(read_chunks(alone, shards[0]))
-        if not len(chunk.table):
-            reason = chunk.rejects[0].reason if chunk.rejects else "it is empty"
-            raise DataError(f"no sample in the first rows of '{shards[0].name}': {reason}")
+        first, samples, reason = first_samples(alone, shards)
     except UserError as error:
         return Finding(what, str(error).replace("sources[0]", f"sources[{number}]"), ok=False), 0
-    rows = len(shards) * min(rows_in(shards[0], chunk.table), source.limit or 2**63)
-    return Finding(
-        what, f"{len(shards):,} shards, about {rows:,} rows{tell_gaps(chunk.table, list(source.columns))}"
-    ), rows
+    if not len(samples):
+        return Finding(what, f"no sample in the first rows of '{first.name}': {reason}", ok=False, stops=False), 0
+    rows = count_rows(shards, first, samples, source.limit)
+    gaps = tell_gaps(samples, list(source.columns))
+    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}"), rows
+
+
+def first_samples(config: Config, shards: list[Shard]) -> tuple[Shard, pa.Table, str]:
+    """Samples of the first shard that has any, with that shard; else none, and the first reason."""
+    reasons = []
+    for shard in shards[:LOOK_SHARDS]:
+        for chunk in read_chunks(config, shard):
+            if len(chunk.table):
+                return shard, chunk.table, ""
+            reasons += [reject.reason for reject in chunk.rejects]
+    return shards[0], chunk.table, (reasons or ["it is empty"])[0]
+
+
+def count_rows(shards: list[Shard], first: Shard, samples: pa.Table, limit: int | None) -> int:
+    """Rows of all shards, about: as many in each as in three of them."""
+    some = {first.uri: first} | {shard.uri: shard for shard in (shards[len(shards) // 2], shards[-1])}
+    counts = [min(rows_in(shard, samples), limit or 2**63) for shard in some.values()]
+    return len(shards) * sum(counts) // len(counts)
 
 
 def tell_gaps(table: pa.Table, columns: list[str]) -> str:
@@ -107,15 +135,18 @@ def tell_gaps(table: pa.Table, columns: list[str]) -> str:
 
 
 def rows_in(shard: Shard, first: pa.Table) -> int:
-    """Rows of a shard, about, in a compressed archive more; `first`: some of them."""
+    """Rows of a shard, about, in a compressed archive more; `first`: some of it, or of another one of the source."""
     fs, path = storage.resolve(shard.uri)
     info = fs.get_file_info(path)
     if path.endswith(".parquet"):
-        return int(pq.read_metadata(path, filesystem=fs).num_rows)
+        with suppress(pa.ArrowInvalid, OSError):  # damaged
+            return int(pq.read_metadata(path, filesystem=fs).num_rows)
+        return 0
     if info.type == pafs.FileType.Directory:
         return len(storage.list_files(shard.uri))
     if path.endswith((".csv", ".jsonl")):
-        return sum(piece.count(b"\n") for piece in storage.read_chunks(shard.uri))
+        start = next(storage.read_chunks(shard.uri), b"")
+        return int(start.count(b"\n") * info.size / max(1, len(start)))
     return int(max(len(first), info.size * len(first) / first.nbytes))
 
 
@@ -161,8 +192,8 @@ def check_storage(run_uri: str, needed: float) -> str:
 # --- the cluster --------------------
 
 
-def cluster_findings(config: Config, run_uri: str) -> Iterator[Finding]:
-    """Whether the work fits, and what each node says."""
+def cluster_findings(config: Config, run_uri: str, trains: bool = True, one_node: bool = True) -> Iterator[Finding]:
+    """Whether the work fits, and what each node says; one_node: also where there is but one."""
     import ray
 
     try:
@@ -170,11 +201,13 @@ def cluster_findings(config: Config, run_uri: str) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("cluster", str(error), ok=False)
         return
-    yield attempt("resources", partial(check_resources, config, resources))
+    yield attempt("resources", partial(check_resources, config, resources, trains))
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and not one_node:
+        return
     probe = storage.join(run_uri, f".doctor-{uuid.uuid4().hex[:8]}")
     storage.write_bytes(storage.join(probe, "driver"), b"")
     try:
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         answers = ask_nodes(nodes, config, probe)
         seen = {info.base_name for info in storage.list_files(probe)}
     finally:
@@ -183,12 +216,12 @@ def cluster_findings(config: Config, run_uri: str) -> Iterator[Finding]:
         yield judge_node(f"node {number + 1} of {len(nodes)}", own_versions(), answers[node], node in seen, run_uri)
 
 
-def check_resources(config: Config, resources: cluster.Resources) -> str:
-    """Encoder actors with a CPU to spare, and training workers. Raises: ResourceError."""
+def check_resources(config: Config, resources: cluster.Resources, trains: bool = True) -> str:
+    """Encoder actors with a CPU to spare, and training workers if it `trains`. Raises: ResourceError."""
     num_actors, num_gpus = encoder_pool(config, resources)
     cluster.check_fits(resources, num_actors, 1, num_gpus)
     workers = max(variant.training.num_workers for variant in config.expand_variants().values())
-    if workers > 1 and workers + 1 > resources.num_cpus:
+    if trains and workers > 1 and workers + 1 > resources.num_cpus:
         raise ResourceError(
             f"training.num_workers is {workers}; with their driver they need {workers + 1} CPUs and the cluster has "
             f"{resources.num_cpus:g}: set it to at most {max(1, int(resources.num_cpus) - 1)}, or add nodes"

@@ -18,6 +18,7 @@ from typing import Any
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.doctor import check_before_work
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.contribution import insights
 from mmkt_ray.evaluation.evaluate import (
@@ -40,6 +41,7 @@ from mmkt_ray.training.transfer_matrix import transfer_matrix, transfer_table
 
 log = logging.getLogger(__name__)
 
+EXTRACTED = {"samples", "modalities", "tasks", "extract", "seed", "data_root"}  # sections that decide features
 LIBRARIES = ("ray", "torch", "torchvision", "scikit-learn", "pyarrow", "pandas", "numpy")
 
 
@@ -50,7 +52,7 @@ def run_folder(config: Config) -> str:
 
 def run(config: Config) -> str:
     """Everything; returns the comparison as a table of text, ending with where the report is."""
-    stores = extract_step(config)
+    stores = extract_step(config, trains=True)
     train_step(config, stores)
     results = evaluate_step(config, stores)
     study_step(config, stores, results["main"])
@@ -58,22 +60,30 @@ def run(config: Config) -> str:
     return f"{comparison_table(results)}\n\nreport: {page}"
 
 
-def extract_step(config: Config) -> dict[str, Store]:
-    """The feature store of each variant; variants that differ in model or training only share one."""
+def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
+    """The feature store of each variant; variants that differ in model or training only share one.
+
+    What has never been extracted is examined first. trains: training follows, and must fit too.
+    """
     uri = run_folder(config)
+    variants = config.expand_variants()
+    keys = {name: fingerprint(variant.model_dump(mode="json", include=EXTRACTED)) for name, variant in variants.items()}
     storage.make_dir(uri)
-    stores: dict[str, Store] = {}
-    with _record(config, "extract"):
-        for name, variant in config.expand_variants().items():
-            key = fingerprint(
-                variant.model_dump(
-                    mode="json", include={"samples", "modalities", "tasks", "extract", "seed", "data_root"}
-                )
-            )
+    before = _read_card(uri).get("extracted", {})
+    with _record(config, "extract") as card:
+        if not all(_is_there(uri, before.get(key)) for key in keys.values()):
+            check_before_work(config, uri, trains)
+        stores: dict[str, Store] = {}
+        for name, key in keys.items():
             if key not in stores:
-                stores[key] = extract(variant, uri)
-            stores[name] = stores[key]
-    return {name: stores[name] for name in config.expand_variants()}
+                stores[key] = extract(variants[name], uri)
+        card["extracted"] = before | {key: _in_features(store) for key, store in stores.items()}
+    return {name: stores[key] for name, key in keys.items()}
+
+
+def _is_there(uri: str, store: str | None) -> bool:
+    """Whether what an earlier extraction left is complete; new shards in it are not asked for."""
+    return store is not None and storage.exists(storage.join(uri, store, "manifest.json"))
 
 
 def train_step(config: Config, stores: dict[str, Store]) -> None:
@@ -168,30 +178,38 @@ def refresh_report(config: Config) -> str:
 
 
 @contextmanager
-def _record(config: Config, stage: str) -> Iterator[None]:
-    """Keep the seconds of a stage in run.json."""
-    start = time.perf_counter()
-    yield
-    uri = storage.join(run_folder(config), "run.json")
-    card = storage.read_json(uri) if storage.exists(uri) else {"seconds": {}}
+def _record(config: Config, stage: str) -> Iterator[dict[str, Any]]:
+    """Keep the seconds of a stage, and what is added to the dictionary, in run.json."""
+    start, added = time.perf_counter(), dict[str, Any]()
+    yield added
+    uri = run_folder(config)
+    card = _read_card(uri) | added
     card["seconds"][stage] = round(time.perf_counter() - start, 2)
-    storage.write_json(uri, card)
+    storage.write_json(storage.join(uri, "run.json"), card)
+
+
+def _read_card(uri: str) -> dict[str, Any]:
+    """The run.json of a run folder, almost empty if there is none yet."""
+    path = storage.join(uri, "run.json")
+    return storage.read_json(path) if storage.exists(path) else {"seconds": {}}
 
 
 def _write_run_json(config: Config, stores: dict[str, Store]) -> None:
-    uri = storage.join(run_folder(config), "run.json")
-    card = storage.read_json(uri) if storage.exists(uri) else {"seconds": {}}
-    card |= {
+    uri = run_folder(config)
+    about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),
-        "variants": {
-            n: {"store": f"features/{s.uri.rsplit('/', 1)[-1]}", "model": f"models/{n}"} for n, s in stores.items()
-        },
+        "variants": {name: {"store": _in_features(store), "model": f"models/{name}"} for name, store in stores.items()},
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "commit": read_commit(),
         "hardware": hardware(),
     }
-    storage.write_json(uri, card)
+    storage.write_json(storage.join(uri, "run.json"), _read_card(uri) | about)
+
+
+def _in_features(store: Store) -> str:
+    """A store's place in its run folder."""
+    return f"features/{store.uri.rsplit('/', 1)[-1]}"
 
 
 def read_commit() -> str | None:

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 # Ray reads these when it is imported, its worker processes inherit them.
@@ -23,8 +24,8 @@ os.environ.pop("RAY_ADDRESS", None)  # never join a cluster that happens to run
 
 import pytest  # noqa: E402  (after what Ray reads on import)
 
-from mmkt_ray.config import Config, parse_config  # noqa: E402
-from tests.shapes import write_shard  # noqa: E402
+from mmkt_ray.config import Config  # noqa: E402
+from tests.shapes import shapes_config, write_shards  # noqa: E402
 
 DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -35,13 +36,11 @@ def ray_local() -> Iterator[None]:
     import ray
     from ray.data import DataContext
 
+    from mmkt_ray.cluster import loopback_alone
+
     temp_dir = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: socket paths end at 107 characters
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=300 * 1024**2,
-        _temp_dir=temp_dir,
-    )
+    with loopback_alone():
+        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 1024**2, _temp_dir=temp_dir)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 60  # a pipeline that waits for itself fails instead of hanging
@@ -61,25 +60,11 @@ def data_dir() -> Path:
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
     """Three shards of 40 rows in <tmp>/data/shapes."""
-    for k in range(3):
-        write_shard(tmp_path / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
+    write_shards(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Config]:
     """The config over those shards, with dotted overrides."""
-    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
-    raw = {
-        "name": "shapes",
-        "data_root": str(tmp_path / "data"),
-        "run_root": str(tmp_path / "runs"),
-        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
-        "modalities": {
-            "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
-            "text": {"kind": "text", "encoder": "tfidf"},
-        },
-        "tasks": {"colour": {}},
-        "extract": {"chunk_rows": 16, "num_actors": 1},
-    }
-    return lambda **overrides: parse_config(raw).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+    return partial(shapes_config, tmp_path)

@@ -17,7 +17,7 @@ from mmkt_ray import run as steps
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.prediction import predict
-from tests.shapes import png, write_shard
+from tests.shapes import png, shapes_config, write_shard, write_shards
 
 VARIANTS = {
     "image_only": {"model.modalities": ["image"]},
@@ -28,15 +28,20 @@ QUICK = {"epochs": 4, "lr": 0.01, "batch_size_per_worker": 32}
 REDUCE = {"name": "pca", "dim": 6}
 
 
-@pytest.fixture
-def config(shapes: Path, make_config: Callable[..., Config]) -> Config:
-    return make_config(variants=VARIANTS, training=QUICK, model__hidden_dim=16, modalities__image__reduce=REDUCE)
+@pytest.fixture(scope="module")
+def finished(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, str]:
+    """A run that is done, with what it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_shards(folder)
+    config = shapes_config(
+        folder, variants=VARIANTS, training=QUICK, model__hidden_dim=16, modalities__image__reduce=REDUCE
+    )
+    return config, steps.run(config)
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_run_resume_and_predict(config: Config, shapes: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run whose steps do not fit together; a rerun that trains again; predictions that differ from evaluation's."""
-    text = steps.run(config)
+def test_a_run_says_how_good_its_models_are(finished: tuple[Config, str]) -> None:
+    """A run whose steps do not fit together."""
+    config, text = finished
     assert "concat" in text
     assert "majority" in text
     folder = Path(steps.run_folder(config))
@@ -44,19 +49,44 @@ def test_run_resume_and_predict(config: Config, shapes: Path, caplog: pytest.Log
     metrics = json.loads((folder / "models" / "concat" / "metrics.json").read_text())
     assert metrics["tasks"]["colour"]["accuracy"] > 0.8  # the colour is in the picture and in the caption
 
-    weights = (folder / "models" / "concat" / "model.safetensors").stat().st_mtime_ns
+
+def test_the_same_command_again(
+    finished: tuple[Config, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rerun that trains again, or examines sources and cluster where there is nothing to do."""
+    config, text = finished
+    weights = Path(steps.run_folder(config)) / "models" / "concat" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    monkeypatch.setattr(steps, "check_before_work", lambda *_: pytest.fail("examined again"))
     caplog.set_level("INFO", logger="mmkt_ray")
     assert steps.run(config) == text
     assert "features are up to date" in caplog.text
-    assert (folder / "models" / "concat" / "model.safetensors").stat().st_mtime_ns == weights
-
-    for variant in ("concat", "image_only"):
-        check_predictions(folder / "models" / variant, shapes)
+    assert weights.stat().st_mtime_ns == before
 
 
-def check_predictions(model: Path, shapes: Path) -> None:
-    """The same raw shards through the model folder alone give evaluation's probabilities."""
-    path = predict(str(model), [str(shapes / "data" / "shapes" / "*.parquet")], str(shapes / "out" / model.name))
+@pytest.mark.parametrize("command", ["run", "extract", "search"])
+def test_nothing_is_done_where_something_is_wrong(
+    make_config: Callable[..., Config], shapes: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """A vocabulary that is fitted over the whole corpus before the second source's missing column is found."""
+    source = make_config().model_dump(mode="json")["samples"]["sources"][0]
+    wrong = source | {"path": "other/*.parquet", "columns": {"image": "picture", "colour": "colour"}}
+    write_shard(shapes / "data" / "other" / "0.parquet", 200, 4)
+    path = shapes / "c.yaml"
+    path.write_text(yaml.safe_dump(make_config(samples__sources=[source, wrong]).model_dump(mode="json")))
+    assert main([command, str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "nothing was done yet" in told
+    assert "samples.sources[1]" in told
+    assert not list((shapes / "runs").rglob("encoder.json"))
+
+
+@pytest.mark.parametrize("variant", ["concat", "image_only"])
+def test_predictions_are_those_of_evaluation(finished: tuple[Config, str], tmp_path: Path, variant: str) -> None:
+    """The same raw shards through the model folder alone give other probabilities than evaluation's."""
+    config, _ = finished
+    model = Path(steps.run_folder(config)) / "models" / variant
+    path = predict(str(model), [f"{config.data_root}/shapes/*.parquet"], str(tmp_path))
     predicted = pd.read_parquet(path).set_index("sample_id")
     evaluated = pd.read_parquet(model / "predictions-test.parquet").set_index("sample_id")
     assert len(predicted) == 120
@@ -66,36 +96,32 @@ def check_predictions(model: Path, shapes: Path) -> None:
     assert (predicted.loc[evaluated.index, "colour_pred"] == evaluated["colour_pred"]).all()
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_predict_with_missing_modalities_and_no_labels(config: Config, shapes: Path) -> None:
+def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, str], tmp_path: Path) -> None:
     """New rows without labels refused, or rows that lack a modality dropped instead of flagged."""
-    only = config.with_overrides({"variants": {"concat": VARIANTS["concat"]}, "evaluation.baselines": False})
-    stores = steps.extract_step(only)
-    steps.train_step(only, stores)
-    new = shapes / "new" / "0.parquet"
+    new, out = tmp_path / "new" / "0.parquet", tmp_path / "out"
     images = [png("red", 900), None, b"broken", png("blue", 901)]
     captions = ["a red square", "a green square", "a green square", None]
     write_shard(new, 0, 4, id=["n0", "n1", "n2", "n3"], image=pa.array(images, pa.binary()), caption=pa.array(captions))
-    model = Path(steps.run_folder(only)) / "models" / "concat"
+    model = Path(steps.run_folder(finished[0])) / "models" / "concat"
     with pytest.raises(Exception, match="max_reject_frac"):
-        predict(str(model), [str(new)], str(shapes / "strict"))
-    path = predict(str(model), [str(new)], str(shapes / "out"), max_reject_frac=0.5)
+        predict(str(model), [str(new)], str(out))
+    path = predict(str(model), [str(new)], str(out), max_reject_frac=0.5)
     rows = pd.read_parquet(path).set_index("sample_id")
     assert sorted(rows.index) == ["n0", "n1", "n2", "n3"]
     assert rows.loc["n0", "colour_pred"] == "red"
     assert list(rows.loc["n1", "missing"]) == list(rows.loc["n2", "missing"]) == ["image"]
     assert list(rows.loc["n3", "missing"]) == ["text"]
     assert np.allclose([p.sum() for p in rows["colour_proba"]], 1, atol=1e-5)
-    rejects = pd.read_parquet(shapes / "out" / "rejects.parquet")
+    rejects = pd.read_parquet(out / "rejects.parquet")
     assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2"], ["modality"])
 
 
 def test_user_errors_are_sentences_with_status_2(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A traceback for a misspelt key, or a status that a scheduler takes for success."""
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
     assert main(["extract", str(path), "--set", "trainin.epochs=1"]) == 2
     assert "did you mean 'training'" in capsys.readouterr().err
     assert main(["extract", str(path), "--set", "samples.sources.0.path=nowhere/*.parquet"]) == 2

@@ -12,7 +12,7 @@ Axes: N rows of the split, C classes of one task, R resamples, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from mmkt_ray import storage
-from mmkt_ray.config import EvaluationConfig, parse_config
+from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
 from mmkt_ray.evaluation.inference import predict_table
@@ -30,6 +30,7 @@ from mmkt_ray.evaluation.metrics import predicted, task_metrics
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
 from mmkt_ray.features.store import FeatureTable, Store, encode_labels, label_type, labelled
+from mmkt_ray.models import Predictor
 
 ANY = "any"
 RATES = tuple(r / 10 for r in range(11))
@@ -66,48 +67,47 @@ def missing_curves(
         raise ConfigError(f"'{model_uri}' reads {modalities[0]} only: without it there is nothing left to predict from")
     data = load_rows(store, modalities, config.model_tasks, card["class_names"])
     part = data.take(data.readable(split))
-    inputs = {t: config.task_inputs(t) for t in config.model_tasks}
-    whole = predict_table(model, part.table)
-    without = {m: predict_table(model, part.table, drop=[m]) for m in modalities}
     options = evaluation or config.evaluation
-    draw = _Draws(options.bootstrap_samples // num_seeds, options.confidence, num_seeds, config.seed)
     run = read_optional(storage.join(run_uri, "run.json")) or {}
     singles = [m for m in evaluated_models(run_uri, run) if m.record.get("store") == store.manifest.get("fingerprint")]
-    result: dict[str, Any] = {
+    best = {t: _best_singles(singles, part, t, config.task_inputs(t)) for t in config.model_tasks}
+    whole = predict_table(model, part.table)
+    inputs = {t: config.task_inputs(t) for t in config.model_tasks}
+    result = {
         "model": model_uri.rstrip("/").rpartition("/")[2],
         "split": split,
-        "confidence": options.confidence,
-        "num_seeds": num_seeds,
         "modalities": list(modalities),
-        "rates": list(rates),
-        "curves": {},
-        "reference": {},
-        "difference": {},
         "patterns": _patterns(part.table, without_unreadable(whole, part.table, inputs)),
+        **curves_of([ask(model, whole, part.table, config, best)], options, config.seed, rates, num_seeds),
     }
-    for task in config.model_tasks:
-        kind = part.table.kinds.get(task, "multiclass")
-        answers = _Answers(
-            part.table,
-            task,
-            inputs[task],
-            predicted(whole[task], kind),
-            {m: predicted(without[m][task], kind) for m in modalities},
-            _best_singles(singles, part, task, inputs[task]),
-        )
-        for hidden in (*inputs[task], ANY):
-            for name, scores in answers.curves(hidden, rates, draw).items():
-                result[name].setdefault(hidden, {})[task] = scores
-    result["answers"] = _tell(result)
     storage.write_json(storage.join(model_uri, "missing.json"), result)
     return result
+
+
+def curves_of(
+    models: Sequence[Mapping[str, Answers]],
+    options: EvaluationConfig,
+    seed: int,
+    rates: Sequence[float] = RATES,
+    num_seeds: int = NUM_SEEDS,
+) -> dict[str, Any]:
+    """What `missing_curves` says beside the model's name and patterns. models: what one model, or the models of several
+    training seeds in turn, say about each task; every draw of hidden rows asks the next one."""
+    draw = _Draws(options.bootstrap_samples // num_seeds, options.confidence, num_seeds, seed)
+    result: dict[str, Any] = {"confidence": options.confidence, "num_seeds": num_seeds, "rates": list(rates)}
+    result |= {"curves": {}, "reference": {}, "difference": {}}
+    for task, first in models[0].items():
+        for hidden in (*first.inputs, ANY):
+            for name, scores in _curves([answers[task] for answers in models], hidden, rates, draw).items():
+                result[name].setdefault(hidden, {})[task] = scores
+    return result | {"answers": _tell(result)}
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Single:
+class Single:
     """The best single-modality model of one modality: its predictions for the rows, and which rows have one."""
 
     name: str
@@ -116,7 +116,7 @@ class _Single:
     known: np.ndarray  # (N,) bool
 
 
-def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities: Sequence[str]) -> dict[str, _Single]:
+def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities: Sequence[str]) -> dict[str, Single]:
     """Modality -> its best model; the best modality last."""
     found = {}
     for modality in modalities:
@@ -127,7 +127,7 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
             known = pred.notna().to_numpy()
             names, kind = part.table.class_names[task], part.table.kinds.get(task, "multiclass")
             codes = _encode(pred, known, names, kind)
-            found[modality] = _Single(best.name, _val_accuracy(best, task), codes, known)
+            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known)
     return dict(sorted(found.items(), key=lambda item: item[1].score))
 
 
@@ -161,7 +161,7 @@ class _Draws:
 
 
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """What the model says about one task with all modalities and without each of them."""
 
     table: FeatureTable
@@ -169,43 +169,31 @@ class _Answers:
     inputs: Sequence[str]  # modalities that the task reads
     whole: np.ndarray  # (N,) codes or (N, C)
     without: dict[str, np.ndarray]  # modality -> the same without it
-    singles: dict[str, _Single]
+    singles: Mapping[str, Single]  # the best single-modality model of each modality, the best of all last
 
-    def curves(self, hidden: str, rates: Sequence[float], draw: _Draws) -> dict[str, dict[str, Any]]:
-        """`curves`, `reference` and `difference` of one hidden modality; empty if no row can lose it."""
-        present = np.stack([self.table.present[m] for m in self.inputs], axis=1)  # (N, M)
-        able = labelled(self.table.labels[self.task]) & (present.sum(axis=1) > 1)
-        if hidden != ANY:
-            able &= self.table.present[hidden]
-        rows = np.flatnonzero(able)
-        if len(rows) == 0:
-            return {}
-        orders = [self._hiding_order(hidden, rows, present, [draw.seed, s]) for s in range(draw.num_seeds)]
-        names = ["curves"] + (["reference", "difference"] if set(self.singles) == set(self.inputs) else [])
-        found: dict[str, dict[str, Any]] = {n: {"num_rows": len(rows)} | {m: [] for m in METRICS} for n in names}
-        for rate in rates:
-            scores = [self._scores(rows, order, round(rate * len(rows)), draw, len(names) > 1) for order in orders]
-            for name in names:
-                for metric in METRICS:
-                    found[name][metric].append(draw.interval([s[name][metric] for s in scores]))
-        if len(names) > 1:
-            found["reference"]["models"] = {m: s.name for m, s in self.singles.items()}
-        return found
+    def able(self, hidden: str) -> np.ndarray:
+        """The labelled rows that have the modality and another one, or for ANY two of those that the task reads."""
+        num_there = np.sum([self.table.present[m] for m in self.inputs], axis=0)
+        able = labelled(self.table.labels[self.task]) & (num_there > 1)
+        return np.flatnonzero(able if hidden == ANY else able & self.table.present[hidden])
 
-    def _hiding_order(
-        self, hidden: str, rows: np.ndarray, present: np.ndarray, seed: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def compared(self) -> bool:
+        """There is a single-modality model of each modality."""
+        return set(self.singles) == set(self.inputs)
+
+    def hiding_order(self, hidden: str, rows: np.ndarray, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """The rows in the order in which they lose a modality (indices into `rows`), and which one: index into `inputs`."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(rows))
         if hidden != ANY:
             return order, np.full(len(rows), list(self.inputs).index(hidden))
-        return order, np.where(present[rows], rng.random((len(rows), len(self.inputs))), -1).argmax(axis=1)
+        present = np.stack([self.table.present[m][rows] for m in self.inputs], axis=1)  # (rows, M)
+        return order, np.where(present, rng.random((len(rows), len(self.inputs))), -1).argmax(axis=1)
 
-    def _scores(
-        self, rows: np.ndarray, order: tuple[np.ndarray, np.ndarray], num_hidden: int, draw: _Draws, compared: bool
+    def scores(
+        self, rows: np.ndarray, order: tuple[np.ndarray, np.ndarray], num_hidden: int, draw: _Draws
     ) -> dict[str, dict[str, np.ndarray]]:
-        """Metric -> (1 + R,) of the model, and where asked of the reference and of their difference."""
+        """Metric -> (1 + R,) of the model, and where it is compared of the reference and of their difference."""
         gone = np.full(len(rows), -1)
         gone[order[0][:num_hidden]] = order[1][order[0][:num_hidden]]
         pred, other = self.whole[rows], np.zeros_like(self.whole[rows])
@@ -215,13 +203,51 @@ class _Answers:
             there = single.known[rows] & (gone != list(self.inputs).index(m))
             other[there] = single.pred[rows[there]]
         labels, num_classes = self.table.labels[self.task][rows], len(self.table.class_names[self.task])
-        preds = [pred, other] if compared else [pred]
+        preds = [pred, other] if self.compared() else [pred]
         scores = resampled_scores(labels, preds, num_classes, draw.num_resamples, draw.seed)
         found = {"curves": {m: s[0] for m, s in scores.items()}}
-        if compared:
+        if self.compared():
             found["reference"] = {m: s[1] for m, s in scores.items()}
             found["difference"] = {m: s[0] - s[1] for m, s in scores.items()}
         return found
+
+
+def ask(
+    model: Predictor,
+    whole: Mapping[str, np.ndarray],
+    table: FeatureTable,
+    config: Config,
+    singles: Mapping[str, Mapping[str, Single]],
+) -> dict[str, Answers]:
+    """Task -> what the model says. whole: its probabilities with everything; singles: task -> modality -> its best model."""
+    without = {m: predict_table(model, table, drop=[m]) for m in config.model_modalities}
+    found = {}
+    for task in config.model_tasks:
+        kind = table.kinds.get(task, "multiclass")
+        alone = {m: predicted(proba[task], kind) for m, proba in without.items()}
+        inputs = config.task_inputs(task)
+        found[task] = Answers(table, task, inputs, predicted(whole[task], kind), alone, singles[task])
+    return found
+
+
+def _curves(models: Sequence[Answers], hidden: str, rates: Sequence[float], draw: _Draws) -> dict[str, dict[str, Any]]:
+    """`curves`, `reference` and `difference` of one task and hidden modality; empty if no row can lose it."""
+    rows = models[0].able(hidden)
+    if len(rows) == 0:
+        return {}
+    asked = [models[s % len(models)] for s in range(draw.num_seeds)]
+    orders = [answers.hiding_order(hidden, rows, [draw.seed, s]) for s, answers in enumerate(asked)]
+    names = ["curves"] + (["reference", "difference"] if models[0].compared() else [])
+    found: dict[str, dict[str, Any]] = {n: {"num_rows": len(rows)} | {m: [] for m in METRICS} for n in names}
+    for rate in rates:
+        num_hidden = round(rate * len(rows))
+        scores = [a.scores(rows, order, num_hidden, draw) for a, order in zip(asked, orders, strict=True)]
+        for name in names:
+            for metric in METRICS:
+                found[name][metric].append(draw.interval([s[name][metric] for s in scores]))
+    if models[0].compared():
+        found["reference"]["models"] = {m: s.name for m, s in models[0].singles.items()}
+    return found
 
 
 # --- what it comes to -----------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmkt_ray.evaluation.intervals import METRICS, Interval, Outcome, draw_counts, percentiles
-from mmkt_ray.evaluation.metrics import as_codes
+from mmkt_ray.evaluation.metrics import as_codes, predicted
+
+MULTILABEL_METRICS = ("micro_f1", "samples_f1", "macro_average_precision")  # what is told of such a task beside METRICS
 
 
 def seed_scores(
@@ -35,6 +37,53 @@ def seed_scores(
 
     drawn = _resample([scorer(pred) for pred in predictions], len(labels), num_resamples, seed)
     return dict(zip(METRICS, drawn.swapaxes(0, 1), strict=True))
+
+
+def multilabel_seed_scores(
+    labels: np.ndarray, probabilities: Sequence[np.ndarray], num_resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The same for MULTILABEL_METRICS: labels (N, C), probabilities (S, N, C) of each model. As `multilabel_metrics` has them:
+    averages are over samples and classes for which the score is defined."""
+
+    def scorer(proba: np.ndarray) -> _Scorer:
+        parts = [(Outcome.of(labels, predicted(p, "multilabel"), labels.shape[1]), p) for p in proba]
+
+        def scores(counts: np.ndarray) -> np.ndarray:
+            by_seed = [(*_pooled_f1(outcome, counts), _average_precision(labels, p, counts)) for outcome, p in parts]
+            return np.array(by_seed).swapaxes(0, 1)
+
+        return scores
+
+    drawn = _resample([scorer(proba) for proba in probabilities], len(labels), num_resamples, seed)
+    return dict(zip(MULTILABEL_METRICS, drawn.swapaxes(0, 1), strict=True))
+
+
+def _pooled_f1(outcome: Outcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F1 over all decisions, and the mean of the samples' F1; each (r,) for counts (r, N)."""
+    right, involved = (
+        np.asarray(part.sum(axis=1), float).ravel() for part in (outcome.right, outcome.support + outcome.predicted)
+    )
+    by_row = np.divide(2 * right, involved, out=np.zeros(len(right)), where=involved > 0)
+    with np.errstate(invalid="ignore"):  # no class anywhere: undefined
+        return 2 * (counts @ right) / (counts @ involved), counts @ by_row / (counts @ (involved > 0))
+
+
+def _average_precision(labels: np.ndarray, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean over classes of the average precision, (r,): the sum over thresholds of precision times the gain in recall."""
+    found = np.full((labels.shape[1], len(counts)), np.nan)
+    for c, (label, score) in enumerate(zip(labels.T, proba.T, strict=True)):
+        order = np.argsort(-score, kind="stable")
+        thresholds = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
+        drawn = counts[:, order]
+        hits, tried = ((drawn * part).cumsum(axis=1)[:, thresholds] for part in (label[order] == 1, 1))
+        gained = np.diff(hits, axis=1, prepend=0)
+        total = hits[:, -1]
+        precision = (gained * hits / np.maximum(tried, 1)).sum(axis=1)
+        found[c] = np.divide(precision, total, out=found[c], where=total > 0)
+    defined = ~np.isnan(found)
+    return np.divide(
+        np.nansum(found, axis=0), defined.sum(axis=0), where=defined.any(axis=0), out=np.full(len(counts), np.nan)
+    )
 
 
 def mean_interval(scores: np.ndarray, num_resamples: int, confidence: float, seed: int) -> Interval:

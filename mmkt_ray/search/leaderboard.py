@@ -1,6 +1,7 @@
 """Every candidate in Parquet: a part for each trial, written anew after each rung, and the parts as one leaderboard.
 
-    <run>/search/parts/<digest>-<trial>.parquet   digest: of what decides the results; other searches' parts lie beside
+    <run>/search/parts/<digest>-<trial>.parquet   digest: of what decides the results; other searches' parts lie beside.
+                                                  A part with candidates of status `running` is of a trial that goes on, or died
     <run>/search/leaderboard.parquet              all candidates of this search, in the order of the trials
 
 Columns: candidate, trial, reference, architecture, modalities, fusion, overrides (JSON of all that was chosen), one for
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmkt_ray import storage
@@ -26,6 +29,17 @@ from mmkt_ray.search.halving import Candidate
 from mmkt_ray.search.space import Overrides, Space, label_of, text_of
 
 NUMBERS = {"epochs": pa.int32(), "best_epoch": pa.int32(), "seconds": pa.float64(), "finished_at": pa.float64()}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A trial of which there is a part."""
+
+    number: int
+    reference: str | None
+    architecture: Overrides  # {} of a reference
+    score: float  # its best, 0 without one
+    ended: bool  # else it goes on, or whoever ran it died
 
 
 class Leaderboard:
@@ -74,14 +88,13 @@ class Leaderboard:
 
     def _row(self, architecture: Overrides, candidate: Candidate) -> dict[str, Any]:
         overrides = {**architecture, **candidate.member}
-        running = candidate.status == "running"
         row: dict[str, Any] = {
             "overrides": json.dumps(overrides),
             "score": candidate.score if np.isfinite(candidate.score) else None,
             "first_score": candidate.first_score if np.isfinite(candidate.first_score) else None,
             **{name: getattr(candidate, name) for name in NUMBERS},
-            "status": "stopped" if running else candidate.status,
-            "reason": f"its architecture was given up after epoch {candidate.epochs}" if running else candidate.reason,
+            "status": candidate.status,
+            "reason": candidate.reason,
         }
         for key, parameter in self.space.parameters.items():
             if key in overrides:
@@ -95,35 +108,65 @@ class Leaderboard:
     def parts(self) -> Iterator[pa.Table]:
         """The parts there are, one after another."""
         for info in storage.list_files(self.parts_uri, f"{self.digest}-*.parquet"):
-            fs, path = storage.resolve(storage.join(self.parts_uri, info.base_name))
-            yield pq.read_table(path, filesystem=fs)
+            yield self._part(info.base_name)
+
+    def _part(self, name: str) -> pa.Table:
+        return storage.read_table(storage.join(self.parts_uri, name))
+
+    def close_part(self, trial: int) -> None:
+        """The trial was given up: what it still ran is stopped, and is not tried again."""
+        name = f"{self.digest}-{trial:06d}.parquet"
+        if storage.exists(storage.join(self.parts_uri, name)) and is_running(part := self._part(name)):
+            storage.write_table(storage.join(self.parts_uri, name), give_up(part))
 
     def publish(self) -> int:
         """Write the leaderboard, part by part; returns how many candidates it has."""
         num_rows = 0
         with storage.atomic(self.uri) as (fs, path), pq.ParquetWriter(path, self.schema, filesystem=fs) as writer:
             for part in self.parts():
-                writer.write_table(part)
+                writer.write_table(give_up(part))
                 num_rows += len(part)
         return num_rows
 
     def read(self) -> pd.DataFrame:
         """The published leaderboard."""
-        fs, path = storage.resolve(self.uri)
-        return pq.read_table(path, filesystem=fs).to_pandas()
+        return storage.read_table(self.uri).to_pandas()
 
-    def references_done(self) -> set[str]:
-        """The references that have a part."""
-        return {name for part in self.parts() if (name := part.column("reference")[0].as_py()) is not None}
-
-    def progress(self) -> tuple[int, int, float]:
-        """What is on disk: candidates, the next trial's number, seconds of search so far."""
-        num_candidates, next_trial, elapsed = 0, 0, 0.0
+    def trials(self) -> list[Known]:
+        """The trials on disk."""
+        found = []
         for part in self.parts():
-            num_candidates += len(part)
-            next_trial = max(next_trial, part.column("trial")[0].as_py() + 1)
+            row = part.slice(0, 1).to_pylist()[0]
+            chosen = {} if row["reference"] else overrides_of(row)
+            architecture = {key: chosen[key] for key in self.space.architecture if key in chosen}
+            score = pc.max(part["score"]).as_py() or 0.0
+            found.append(Known(row["trial"], row["reference"], architecture, score, not is_running(part)))
+        return found
+
+    def progress(self) -> tuple[int, float]:
+        """What is on disk: candidates of trials that have ended, seconds of search so far."""
+        num_candidates, elapsed = 0, 0.0
+        for part in self.parts():
+            num_candidates += 0 if is_running(part) else len(part)
             elapsed = max(elapsed, *part.column("finished_at").to_pylist())
-        return num_candidates, next_trial, elapsed
+        return num_candidates, elapsed
+
+
+def is_running(part: pa.Table) -> bool:
+    """Whether there are candidates in it that nobody has stopped."""
+    return bool(pc.any(pc.equal(part["status"], "running")).as_py())
+
+
+def give_up(part: pa.Table) -> pa.Table:
+    """The part, what runs in it stopped."""
+    running = pc.equal(part["status"], "running")
+    reasons = pc.binary_join_element_wise(
+        "its architecture was given up after epoch", part["epochs"].cast(pa.string()), " "
+    )
+    for name, values in (("status", pa.scalar("stopped")), ("reason", reasons)):
+        at = part.schema.get_field_index(name)
+        part = part.set_column(at, part.schema.field(name), pc.if_else(running, values, part[name]))
+    return part
 
 
 def arrow_type(parameter: ParameterConfig) -> pa.DataType:
@@ -136,15 +179,3 @@ def arrow_type(parameter: ParameterConfig) -> pa.DataType:
 def overrides_of(row: Mapping[str, Any]) -> Overrides:
     """What a leaderboard's row has chosen."""
     return dict(json.loads(row["overrides"]))
-
-
-def visited(leaderboard: Leaderboard) -> list[tuple[Overrides, float]]:
-    """For each trial on disk that is no reference: its architecture, and its best score (0 without one)."""
-    found = []
-    for part in leaderboard.parts():
-        rows = part.to_pylist()
-        if rows[0]["reference"] is None:
-            chosen = overrides_of(rows[0])
-            architecture = {key: chosen[key] for key in leaderboard.space.architecture if key in chosen}
-            found.append((architecture, max((r["score"] or 0.0 for r in rows), default=0.0)))
-    return found

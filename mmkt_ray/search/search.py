@@ -106,7 +106,7 @@ def check_features(space: Space, settings: SearchConfig, table: FeatureTable) ->
 def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, table: FeatureTable) -> None:
     """Run trials until there are enough candidates or the time is up; the leaderboard is there however it ends."""
     num_architectures = sum(1 for _ in islice(space.architectures(), settings.max_candidates))
-    num_done, _, elapsed = leaderboard.progress()
+    num_done, elapsed = leaderboard.progress()
     job = Job(
         space, settings, leaderboard, stacks_per_trial(settings, num_architectures), started_at=time.time() - elapsed
     )

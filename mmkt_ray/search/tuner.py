@@ -15,10 +15,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from ray.tune.search.optuna import OptunaSearch
 from mmkt_ray import cluster
 from mmkt_ray.config import ParameterConfig
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.search.leaderboard import visited
+from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.space import Overrides, Space, text_of, values_of
 from mmkt_ray.search.trial import Job, Trial
 
@@ -66,18 +66,21 @@ class PopulationTrial(tune.Trainable):
         return self.trial.step()
 
 
+Turn = str | Overrides  # a reference's name or an architecture
+
+
 @dataclass
 class Proposals:
-    """Optuna's define-by-run space: called for each trial, in the driver. The first trials are the references."""
+    """Optuna's define-by-run space: called for each trial, in the driver. First come the trials of the plan."""
 
     space: Space
-    next_number: int
-    references: list[str] = field(default_factory=list)
+    numbers: Iterator[int]  # of trials beyond the plan
+    planned: list[tuple[int, Turn]] = field(default_factory=list)
 
     def __call__(self, trial: optuna.Trial) -> dict[str, Any]:
-        number, self.next_number = self.next_number, self.next_number + 1
-        if self.references:
-            return {"number": number, "reference": self.references.pop(0)}
+        number, turn = self.planned.pop(0) if self.planned else (next(self.numbers), None)
+        if isinstance(turn, str):
+            return {"number": number, "reference": turn}
         chosen: Overrides = {}
         for key, parameter in self.space.architecture.items():
             if self.space.applies(key, chosen):
@@ -124,34 +127,52 @@ def architecture_of(space: Space, proposal: Mapping[str, Any]) -> Overrides:
     return {k: value_of(p, proposal[k]) for k, p in space.architecture.items() if k in proposal}
 
 
-def build_sampler(job: Job, next_number: int, num_trials: int) -> OptunaSearch:
-    """Optuna's searcher, told of the trials that are on disk; each architecture comes up once if there is time for it."""
+def plan(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[int, Turn]]:
+    """Number and turn of the trials that are settled beforehand: those whose process died, the references, then each
+    architecture once, if there is time for it.
+
+    A trial's number decides its candidates, so that a search that was killed draws those that it would have drawn.
+    """
+    planned: list[Turn] = list(space.references())
+    total = sum(trial.ended for trial in known) + num_trials
+    everything = list(islice(space.architectures(), total + 1)) if space.countable else []
+    if len(planned) + len(everything) <= total:
+        np.random.default_rng(space.config.seed).shuffle(everything)
+        planned += everything
+    turns: dict[int, Turn] = {t.number: t.reference or t.architecture for t in known if not t.ended}
+    there = [t.reference or t.architecture for t in known]
+    taken = {t.number for t in known}
+    free = count(max(taken | {len(planned) - 1}) + 1)
+    for position, turn in enumerate(planned):
+        if turn not in there:
+            turns[next(free) if position in taken else position] = turn
+    return sorted(turns.items(), key=lambda item: item[0])
+
+
+def build_sampler(job: Job, num_trials: int) -> OptunaSearch:
+    """Optuna's searcher, told of the trials that are on disk; first come those of the plan."""
     space = job.space
-    known = visited(job.leaderboard)
-    done = job.leaderboard.references_done()
-    references = [name for name in space.references() if name not in done]
+    known = job.leaderboard.trials()
+    turns = plan(space, known, num_trials)
+    next_number = max([t.number for t in known] + [number for number, _ in turns], default=-1) + 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
             seed=space.config.seed + next_number, multivariate=True, group=True, constant_liar=True
         )
-    everything = list(islice(space.architectures(), num_trials + len(known) + 1)) if space.countable else []
-    todo = [a for a in everything if a not in [architecture for architecture, _ in known]]
-    if len(todo) > num_trials - len(references):
-        todo = []
-    np.random.default_rng(space.config.seed).shuffle(todo)
-    enqueued: list[dict[str, Any]] = [{} for _ in references]  # a reference takes a turn without choosing anything
-    enqueued += [{k: suggestion_of(space.architecture[k], v) for k, v in chosen.items()} for chosen in todo]
     searcher = OptunaSearch(
-        Proposals(space, next_number, references),
+        Proposals(space, count(next_number), list(turns)),
         metric="score",
         mode="max",
         sampler=sampler,
-        points_to_evaluate=enqueued,
+        points_to_evaluate=[
+            {} if isinstance(turn, str) else {k: suggestion_of(space.architecture[k], v) for k, v in turn.items()}
+            for _, turn in turns  # a reference takes a turn without choosing anything
+        ],
     )
-    for architecture, score in known:
-        if architecture:
-            searcher._ot_study.add_trial(frozen_trial(space, architecture, score))
+    for trial in known:
+        if trial.ended and trial.architecture:
+            searcher._ot_study.add_trial(frozen_trial(space, trial.architecture, trial.score))
     return searcher
 
 
@@ -176,7 +197,6 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the parts are the record
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # a table of its own on stdout
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that these loggers' files are not there
-    _, next_number, _ = job.leaderboard.progress()
     search = job.search
     trials_per_gpu = search.trials_per_gpu if resources.num_gpus else None
     trainable = tune.with_resources(
@@ -191,9 +211,9 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
         reduction_factor=search.eta,
         stop_last_trials=False,
     )
-    searcher = build_sampler(job, next_number, num_trials)
+    searcher = build_sampler(job, num_trials)
     limiter = ConcurrencyLimiter(searcher, num_concurrent(resources, trials_per_gpu))
-    watcher = Watcher(limiter, trials_per_gpu)
+    watcher = Watcher(limiter, trials_per_gpu, job.leaderboard)
     with tempfile.TemporaryDirectory(prefix="mmkt-search-") as scratch, watcher.take_interrupts():
         results = tune.Tuner(
             trainable,
@@ -236,8 +256,8 @@ class Watcher(tune.Callback):
     happens to be, and inside a finalizer it is printed and lost.
     """
 
-    def __init__(self, limiter: ConcurrencyLimiter, trials_per_gpu: int | None) -> None:
-        self.limiter, self.trials_per_gpu = limiter, trials_per_gpu
+    def __init__(self, limiter: ConcurrencyLimiter, trials_per_gpu: int | None, leaderboard: Leaderboard) -> None:
+        self.limiter, self.trials_per_gpu, self.leaderboard = limiter, trials_per_gpu, leaderboard
         self.num_candidates, self.best, self.interrupted = 0, 0.0, False
         self.told_s = self.counted_s = time.monotonic()
 
@@ -277,3 +297,9 @@ class Watcher(tune.Callback):
         if time.monotonic() - self.told_s > LOG_INTERVAL_S:
             self.told_s = time.monotonic()
             log.info("%d candidates, best validation score %.4f", self.num_candidates, self.best)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Tune: it is at its end, or ASHA stopped it."""
+        self.leaderboard.close_part(trial.config["number"])
+
+    on_trial_error = on_trial_complete  # for the last time it was tried

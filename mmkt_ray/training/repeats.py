@@ -20,13 +20,21 @@ from mmkt_ray.evaluation.intervals import METRICS, percentiles
 from mmkt_ray.evaluation.metrics import is_right, predicted
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
-from mmkt_ray.evaluation.seeds import seed_scores
+from mmkt_ray.evaluation.seeds import MULTILABEL_METRICS, multilabel_seed_scores, seed_scores
 from mmkt_ray.evaluation.tables import told
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.models import Predictor
 from mmkt_ray.training.trainer import train
 
 log = logging.getLogger(__name__)
+
+WORDS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "micro_f1": "micro-F1",
+    "samples_f1": "F1 by sample",
+    "macro_average_precision": "average precision",
+}
 
 
 @dataclass
@@ -37,6 +45,7 @@ class Judged:
     able: np.ndarray  # (N,) rows that it can read: those that have one of its modalities
     num_classes: int
     pred: list[np.ndarray] = field(default_factory=list)  # by seed, as labels; of rows that it can read
+    proba: list[np.ndarray] = field(default_factory=list)  # the same of a multilabel task as probabilities, (N, C)
     val: list[float] = field(default_factory=list)  # by seed: accuracy on val; on test, where no val row tells
 
 
@@ -50,8 +59,9 @@ def repeat(
     best on val. A variant that can read no test row of a task is left out there.
 
     Returns: seeds, against, `tasks`: task -> {num_rows (None: no row that all can read, each has its own), reference, models:
-    {variant: {accuracy, macro_f1 (intervals over seeds and rows; None: undefined), by_seed and val (accuracies), versus:
-    {accuracy, macro_f1} (intervals of the gain over the reference; None for itself and where there is no common row)}}}.
+    {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over seeds and rows; None:
+    undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the reference; None for
+    itself and where there is no common row)}}}.
     Raises: ConfigError if there is no variant `against`.
     """
     variants = config.expand_variants()
@@ -90,12 +100,14 @@ def _judge(
     right = {}
     for split in [s for s in rows if able[s].any()]:
         part = table.take(rows[split][able[split]])
-        pred = predicted(predict_table(model, part)[task], model.spec.kinds[task])
+        proba = predict_table(model, part)[task]
+        pred = predicted(proba, model.spec.kinds[task])
         right[split] = float(is_right(part.labels[task], pred).mean())
         if split == "test":
             labels = table.labels[task][rows[split]]
             judged = by_name.setdefault(name, Judged(labels, able[split], len(table.class_names[task])))
             judged.pred.append(pred)
+            judged.proba += [proba] if labels.ndim == 2 else []
     judged.val.append(right.get("val", right["test"]))
 
 
@@ -129,14 +141,17 @@ def _compare(
     preds = {n: np.stack([p[rows[judged.able]] for p in judged.pred]) for n, judged in by_name.items()}
     evaluation = config.evaluation
     drawn = seed_scores(labels, list(preds.values()), first.num_classes, evaluation.bootstrap_samples, config.seed)
-    by_model = {n: {m: drawn[m][i] for m in METRICS} for i, n in enumerate(preds)}
+    if labels.ndim == 2:
+        probas = [np.stack([p[rows[judged.able]] for p in judged.proba]) for judged in by_name.values()]
+        drawn |= multilabel_seed_scores(labels, probas, evaluation.bootstrap_samples, config.seed)
+    by_model = {n: {m: drawn[m][i] for m in drawn} for i, n in enumerate(preds)}
     found: dict[str, dict[str, Any]] = {}
     for name, scores in by_model.items():
-        found[name] = {m: percentiles(scores[m], evaluation.confidence) for m in METRICS}
+        found[name] = {m: percentiles(scores[m], evaluation.confidence) for m in drawn}
         found[name]["by_seed"] = [float(is_right(labels, pred).mean()) for pred in preds[name]]
         found[name]["versus"] = None
         if reference is not None and name != reference:
-            gains = {m: scores[m] - by_model[reference][m] for m in METRICS}
+            gains = {m: scores[m] - by_model[reference][m] for m in drawn}
             found[name]["versus"] = {m: percentiles(gain, evaluation.confidence) for m, gain in gains.items()}
     return found
 
@@ -146,13 +161,16 @@ def seeds_table(result: Mapping[str, Any]) -> str:
     lines = []
     for task, found in result["tasks"].items():
         rows = f"{found['num_rows']} test rows, " if found["num_rows"] else ""
-        lines.append(f"{task}: accuracy, macro-F1; {rows}{len(result['seeds'])} seeds")
+        metrics = [m for m in (*METRICS, *MULTILABEL_METRICS) if m in next(iter(found["models"].values()))]
+        names = ", ".join(WORDS[m] for m in metrics)
+        lines.append(f"{task}: {names}; {rows}{len(result['seeds'])} seeds")
         width = max(map(len, found["models"]))
         for name, model in found["models"].items():
             by_seed = " ".join(f"{100 * s:.1f}" for s in model["by_seed"])
-            line = f"  {name:{width}}  {told(model['accuracy'])}  ({by_seed})  {told(model['macro_f1'])}"
+            line = f"  {name:{width}}  {told(model['accuracy'])}  ({by_seed})  "
+            line += "  ".join(told(model[m]) for m in metrics[1:])
             if model["versus"]:
-                gains = ", ".join(told(model["versus"][m], "+.1f") for m in METRICS)
+                gains = ", ".join(told(model["versus"][m], "+.1f") for m in metrics)
                 line += f"  {gains} against {found['reference']}"
             lines.append(line)
     return "\n".join(lines)

@@ -46,6 +46,8 @@ def train(config: Config, store_uri: str, model_uri: str, folder: str | None = N
     digest = training_fingerprint(config, open_store(store_uri), folder)
     card = read_card(model_uri) or {}
     if card.get("fingerprint") == digest and storage.exists(storage.join(model_uri, "model.safetensors")):
+        for left in (".train", ".parts"):  # by a run that was killed just after it published
+            storage.remove_folder(storage.join(model_uri, left))
         return {**card["training"], "status": "up to date"}
     storage.make_dir(model_uri)
     if config.model.missing == "expert" and (parts := expert_configs(config)):

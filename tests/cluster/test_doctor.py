@@ -16,7 +16,16 @@ from mmkt_ray import doctor
 from mmkt_ray.cli import main
 from mmkt_ray.cluster import Resources
 from mmkt_ray.config import Config
-from mmkt_ray.doctor import Finding, check_quickly, check_resources, examine, judge_node, own_versions, quick_findings
+from mmkt_ray.doctor import (
+    Finding,
+    check_before_work,
+    check_resources,
+    examine,
+    judge_node,
+    own_versions,
+    quick_findings,
+    refuse,
+)
 from mmkt_ray.errors import DataError, ResourceError
 from mmkt_ray.run import run_folder
 from tests.heads import RAY, head, running, wait_until
@@ -39,7 +48,7 @@ def test_a_sound_config_passes_and_counts_its_rows(make_config: MakeConfig) -> N
     assert problems(findings) == []
     assert "3 shards, about 120 rows" in str(findings[0])
     assert list(Path(run_folder(config)).iterdir()) == []
-    check_quickly(config, run_folder(config))
+    refuse(findings)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_each_fault_is_told(make_config: MakeConfig, overrides: dict, complaint:
     assert len(found) == 1, found
     assert complaint in found[0]
     with pytest.raises(DataError, match="nothing was done yet"):
-        check_quickly(config, run_folder(config))
+        check_before_work(config, run_folder(config), trains=True)
 
 
 def test_one_fault_does_not_hide_the_next(make_config: MakeConfig) -> None:
@@ -86,6 +95,27 @@ def test_a_column_that_is_always_null_is_pointed_out(make_config: MakeConfig, tm
     findings = quick_findings(config, run_folder(config))
     assert problems(findings) == []
     assert "no text in the first 16: is the name right?" in str(findings[0])
+
+
+def test_rows_that_will_be_rejected_stop_no_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Catches a run that is refused for one damaged or empty file, which it would leave out; one that is not told of."""
+    shards = sorted((tmp_path / "data" / "shapes").iterdir())
+    shards[0].write_bytes(b"PAR1 this is no parquet")
+    write_shard(shards[1], 0, 0)
+    config = make_config()
+    findings = quick_findings(config, run_folder(config))
+    assert problems(findings) == []
+    assert "3 shards" in str(findings[0])
+    for shard in shards:
+        write_shard(shard, 0, 4, image=[b"broken"] * 4, caption=[None] * 4)
+    shards[0].write_bytes(b"PAR1 this is no parquet")
+    findings = quick_findings(config, run_folder(config))
+    refuse(findings)
+    for shard in shards:
+        shard.write_bytes(b"PAR1 this is no parquet")
+    findings = quick_findings(config, run_folder(config))
+    assert "no sample in the first rows" in problems(findings)[0]
+    refuse(findings)
 
 
 def test_a_disk_too_small_is_found(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

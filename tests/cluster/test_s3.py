@@ -30,6 +30,7 @@ pytestmark = pytest.mark.cluster
 
 BUCKET = "s3://bucket"
 NUM_ROWS = 96
+SECRET = "planted-key-of-the-bucket"
 SHARE = 0.1  # of the requests that fail
 SESSION = """
 import json, sys, traceback
@@ -86,7 +87,7 @@ def server() -> Iterator[Server]:
         patch.setenv("AWS_ENDPOINT_URL", server.url)
         patch.setenv("AWS_REGION", "us-east-1")
         patch.setenv("AWS_ACCESS_KEY_ID", "fake")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "fake")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield server
     server.stop()
@@ -267,9 +268,15 @@ Command = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def mmkt(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the process of `mmkt` runs and logs."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="module")
+def mmkt(server: Server, session: Path) -> Iterator[Command]:
     """mmkt("run", path): the command line, in a process with a Ray of its own that inherits the environment."""
-    folder = tmp_path_factory.mktemp("session")
+    folder = session
     with open(folder / "log", "w+") as log:
         command = [sys.executable, "-c", SESSION]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
@@ -389,6 +396,15 @@ def test_the_same_command_again_does_nothing(s3: Server, mmkt: Command, raw: Pat
     results = ("/data/", "/runs/shapes/encoders/", "/manifest.json", "/model/model.safetensors", "/model/config.json")
     again = [write for write in s3.writes() if any(name in write for name in results)]
     assert again == []
+
+
+def test_no_result_and_no_log_has_the_key(raw: Path, session: Path, undisturbed: str, disturbed: str) -> None:
+    """Catches the environment in a report, in run.json or a config that is kept, or in what the command line says."""
+    local = [path.read_bytes() for folder in (raw / "runs", session) for path in folder.rglob("*") if path.is_file()]
+    found = storage.list_files(disturbed, recursive=True)
+    remote = [storage.read_bytes(f"s3://{info.path}") for info in found]
+    assert len(remote) > 20
+    assert not any(SECRET.encode() in data for data in [*local, *remote])
 
 
 def test_predict_from_there_to_there(s3: Server, mmkt: Command, raw: Path, undisturbed: str, disturbed: str) -> None:

@@ -10,7 +10,7 @@ from mmkt_ray.config import ObjectiveConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.search.finalists import choose_finalists
 from mmkt_ray.search.insight import anytime_curve, search_insight
-from mmkt_ray.search.leaderboard import Leaderboard, overrides_of, visited
+from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import search_digest
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import Job, Trial, objective_of, stacks_per_trial
@@ -57,8 +57,9 @@ def test_a_row_says_all_that_makes_its_candidate(done):
     assert set(rows["status"]) == {"finished", "stopped"}
     assert rows.groupby("trial")["finished_at"].max().is_monotonic_increasing
     assert rows["finished_at"].between(0, 300).all()
-    assert job.leaderboard.references_done() == {"image"}
-    assert [a for a, _ in visited(job.leaderboard)] == [HIERARCHICAL, CONCAT]
+    known = job.leaderboard.trials()
+    assert [(t.number, t.reference) for t in known] == [(0, None), (1, None), (2, "image")]
+    assert [t.architecture for t in known] == [HIERARCHICAL, CONCAT, {}]
 
 
 def test_steps_tell_asha_how_far_they_are_but_for_references(done):
@@ -70,7 +71,8 @@ def test_steps_tell_asha_how_far_they_are_but_for_references(done):
 
 
 def test_a_stopped_trial_leaves_its_candidates(make_config, store, tmp_path):
-    """Catches candidates of a trial that was killed or given up, lost because they had not finished."""
+    """Catches candidates of a trial that was killed or given up, lost because they had not finished; a killed trial taken
+    for one that has ended, and one that was given up taken for killed."""
     job = make_job(make_config(), store, tmp_path)
     trial = Trial(job, store.table(), 7, CONCAT)
     trial.step()
@@ -78,9 +80,13 @@ def test_a_stopped_trial_leaves_its_candidates(make_config, store, tmp_path):
     rows = job.leaderboard.read()
     assert set(rows["status"]) == {"stopped"}
     assert rows["reason"].str.contains("given up after epoch 1").sum() == 2
-    candidates, next_trial, elapsed = job.leaderboard.progress()
-    assert (candidates, next_trial) == (6, 8)
+    candidates, elapsed = job.leaderboard.progress()
+    assert candidates == 0
     assert elapsed > 0
+    job.leaderboard.close_part(7)
+    assert job.leaderboard.progress() == (6, elapsed)
+    assert job.leaderboard.publish() == 6
+    assert job.leaderboard.read().equals(rows)
 
 
 def test_an_architecture_that_fails_is_written_down_and_costs_only_itself(make_config, store, tmp_path):
@@ -118,7 +124,7 @@ def test_another_search_does_not_read_these_parts(done, make_config, store):
     assert search_digest(build_space(other), other.search, store) != digest
     search_uri = job.leaderboard.uri.rpartition("/")[0]
     assert Leaderboard(search_uri, job.space, digest).progress()[0] == 18
-    assert Leaderboard(search_uri, job.space, "0" * 16).progress() == (0, 0, 0.0)
+    assert Leaderboard(search_uri, job.space, "0" * 16).progress() == (0, 0.0)
 
 
 def test_finalists_are_distinct_and_have_something_to_be_compared_with(done):

@@ -1,0 +1,199 @@
+"""Processes killed, disks and stores filled, nodes lost: what is left equals what an undisturbed run leaves.
+
+The faults are those of jobs/benchmark_faults.py. The driver's own death in an extraction is in tests/features/test_extract.py.
+"""
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from mmkt_ray.cluster import configure_data
+from mmkt_ray.config import Config, parse_config
+from mmkt_ray.errors import ResourceError
+from mmkt_ray.evaluation.model_folder import read_card
+from mmkt_ray.features.extract import extract
+from mmkt_ray.features.store import Store
+from mmkt_ray.search.leaderboard import Leaderboard
+from mmkt_ray.search.search import check_search, explore, search_digest
+from mmkt_ray.training.trainer import train
+from tests.shapes import write_shard
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
+from benchmark_chaos import compare, disturbed, in_place, wait, write_config, write_data
+from benchmark_faults import (
+    FAULTS,
+    SMALL_DISK_BYTES,
+    TITLES,
+    alone,
+    family,
+    impossible,
+    kill,
+    kill_raylet,
+    on_cluster,
+    psutil,
+    small_disk,
+    title,
+)
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A small run: dense features of two modalities, a model on two workers, a search of two architectures."""
+    root = tmp_path_factory.mktemp("faults")
+    for k in range(3):
+        write_shard(root / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
+    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
+    raw = {
+        "name": "chaos",
+        "data_root": str(root / "data"),
+        "run_root": str(root / "runs"),
+        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
+        "modalities": {
+            "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
+            "text": {"kind": "text", "encoder": {"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.05}}},
+        },
+        "tasks": {"colour": {}},
+        "model": {"hidden_dim": 16},
+        "training": {"epochs": 20, "batch_size_per_worker": 16, "num_workers": 2},
+        "extract": {"chunk_rows": 4, "num_actors": 1},
+        "search": {
+            "space": {
+                "model.fusion.name": {"choice": ["concat", "sum"]},
+                "training.lr": {"loguniform": [1e-4, 1e-1]},
+            },
+            **{"population": 4, "max_candidates": 20, "rungs": 1, "time_budget_s": None},
+        },
+    }
+    return parse_config(raw)
+
+
+@pytest.fixture(scope="module")
+def reference(ray_local: None, config: Config) -> Store:
+    """The features of an undisturbed run, in <run_root>/chaos."""
+    configure_data()
+    return extract(config, f"{config.run_root}/chaos")
+
+
+def kill_when(there: str, meanwhile: Callable[[], object]) -> None:
+    """SIGKILL to the first process below this one whose title holds `there`, while something else goes on here."""
+    killed = threading.Event()
+
+    def look() -> None:
+        end = time.monotonic() + 120
+        while not killed.is_set() and time.monotonic() < end:
+            if found := [p for p in family(psutil.Process()) if there in title(p)]:
+                kill(found[:1])
+                killed.set()
+            time.sleep(0.01)
+
+    threading.Thread(target=look, daemon=True).start()
+    meanwhile()
+    assert killed.is_set(), f"no process was called {there}"
+
+
+def test_a_killed_training_worker(reference: Store, config: Config, tmp_path: Path) -> None:
+    """Catches a worker whose death ends the job or hangs its fellows, and a model that then differs."""
+    train(config, reference.uri, str(tmp_path / "a"))
+    kill_when(f"{TITLES['trainer']}.run_train_fn", lambda: train(config, reference.uri, str(tmp_path / "b")))
+    undisturbed, disturbed = read_card(str(tmp_path / "a")), read_card(str(tmp_path / "b"))
+    assert undisturbed is not None
+    assert disturbed is not None
+    assert disturbed["training"]["val"] == undisturbed["training"]["val"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def searched(config: Config, store: Store, folder: Path) -> pd.DataFrame:
+    """The leaderboard by candidate, times aside, after the search went on from what is in the folder."""
+    space = check_search(config)
+    board = Leaderboard(str(folder), space, search_digest(space, config.search, store))
+    explore(space, config.search, board, store.table())
+    return board.read().set_index("candidate").sort_index().drop(columns=["seconds", "finished_at"])
+
+
+def test_killed_trials_and_a_killed_search(reference: Store, config: Config, tmp_path: Path) -> None:
+    """Catches candidates that are lost with the process that tried them, tried under another name, or given up half-way;
+    a search that, killed and started again, finds another leaderboard."""
+    undisturbed = searched(config, reference, tmp_path / "a")
+    assert len(undisturbed) == 4 * (2 + 3)  # of each architecture, and of each reference
+    found: list[pd.DataFrame] = []
+    kill_when(TITLES["trial"], lambda: found.append(searched(config, reference, tmp_path / "b")))
+    pd.testing.assert_frame_equal(found[0], undisturbed, check_exact=False, atol=1e-6)
+    # what a kill -9 of the driver leaves: parts of some trials only, one of them in the middle
+    parts = sorted((tmp_path / "b" / "parts").iterdir())
+    for part in (parts[1], parts[3]):
+        part.unlink()
+    half = pd.read_parquet(parts[4]).assign(status="running", epochs=1)
+    half.head(2).to_parquet(parts[4])
+    pd.testing.assert_frame_equal(
+        searched(config, reference, tmp_path / "b"), undisturbed, check_exact=False, atol=1e-6
+    )
+
+
+@pytest.mark.skipif(impossible("disk full") is not None, reason=str(impossible("disk full")))
+def test_a_full_disk(reference: Store, config: Config, tmp_path: Path) -> None:
+    """Catches a bare traceback out of a Ray task, half a part taken for a whole one, and rubbish left on the disk."""
+    with small_disk(tmp_path / "disk") as disk:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(SMALL_DISK_BYTES - 100_000))
+        with pytest.raises(ResourceError, match=r"disk full while writing .*free some space"):
+            extract(config, str(disk / "chaos"))
+        written = list(disk.glob("chaos/features/*/data/*"))
+        assert written
+        assert not [path.name for path in written if path.suffix != ".parquet"]
+        filler.unlink()
+        store = extract(config, str(disk / "chaos"))
+        assert store.manifest["fingerprint"] == reference.manifest["fingerprint"]
+        assert same_features(config, disk / "chaos")
+
+
+def same_features(config: Config, run: Path) -> bool:
+    difference = compare(Path(config.run_root) / "chaos", run)
+    return difference == {"lost": 0, "doubled": 0, "changed": []}
+
+
+def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> None:
+    """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
+    path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"
+    path.write_text(yaml.safe_dump(config.with_overrides({"extract.num_actors": 2}).model_dump(mode="json")))
+    with on_cluster(tmp_path) as place:
+        process = place.start(["extract"], path, tmp_path / "log.txt")
+        while len(list(folder.glob("*/data/*.parquet"))) < 3 and process.poll() is None:
+            time.sleep(0.02)
+        kill_raylet(place, process)
+        assert wait(process, time.monotonic() + 200) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+        assert same_features(config, place.runs / "chaos")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
+    """Config and undisturbed run of `benchmark.py chaos`."""
+    root = tmp_path_factory.mktemp("chaos")
+    write_data(root / "data" / "shapes")
+    config = write_config(root)
+    return config, in_place(alone, root / "reference", config)
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["head", "store full", "node cut off"])
+def test_the_costlier_faults(whole_run, tmp_path: Path, name: str) -> None:
+    """Catches a run that, after its head was lost, its object store full or a node cut off from the others, leaves something
+    else than without that, or does not end."""
+    if reason := impossible(name):
+        pytest.skip(reason)
+    config, undisturbed = whole_run
+    result = disturbed(name, FAULTS[name], tmp_path / "round", config, undisturbed, random.Random(0))
+    assert result.met
+    assert (result.lost, result.doubled, result.changed) == (0, 0, []), result
+    assert result.commands <= 2, result.said

@@ -1,0 +1,82 @@
+"""What a local run opens to others: nothing beyond this machine, and nothing without its token."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SECRET = "planted-key-of-an-object-store"
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+# A driver as `mmkt` starts it, with a worker; it tells every TCP port that it or a process of its Ray listens on.
+DRIVER = """
+import json, sys
+from mmkt_ray import cluster
+cluster.connect()
+import psutil, ray
+ray.get(ray.remote(lambda: None).options(num_cpus=1).remote())
+tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+ports = [(p.name(), *c.laddr) for p in tree for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+print(json.dumps({"gcs": ray.get_runtime_context().gcs_address, "ports": ports}), flush=True)
+sys.stdin.read()
+"""
+STRANGER = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).get_all_node_info())"
+
+
+def environment(home: Path, **changes: str) -> dict[str, str]:
+    """Of a user with that home, who says nothing of how Ray authenticates."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
+    return {**kept, "HOME": str(home), **changes}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def driver(home: Path) -> Iterator[dict[str, Any]]:
+    """What the driver told; it runs on."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", DRIVER]
+        own = environment(home, RAY_TMPDIR=scratch, AWS_SECRET_ACCESS_KEY=SECRET)
+        with subprocess.Popen(command, env=own, **pipes) as process:
+            assert process.stdout is not None
+            yield {**json.loads(process.stdout.readline()), "scratch": scratch}
+            process.communicate()
+
+
+def test_every_port_is_on_the_loopback(driver: dict[str, Any]) -> None:
+    """Catches a Ray that other machines of the network reach: its workers run what they are sent."""
+    assert len(driver["ports"]) > 5  # driver, control store, raylet, agents, worker
+    assert [port for port in driver["ports"] if port[1] not in LOOPBACK] == []
+
+
+def test_who_has_no_token_is_refused(driver: dict[str, Any], home: Path) -> None:
+    """Catches a Ray on which other users of this machine run code, and a token that they can read."""
+
+    def ask(**changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", STRANGER, driver["gcs"]]
+        return subprocess.run(command, env=environment(home, **changes), capture_output=True, text=True, timeout=60)
+
+    for changes in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}):
+        refused = ask(**changes)
+        assert refused.returncode != 0
+        assert "uthenticat" in refused.stderr, refused.stderr[-500:]
+    assert ask(RAY_AUTH_MODE="token").returncode == 0
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def test_no_log_of_ray_has_a_secret(driver: dict[str, Any], home: Path) -> None:
+    """Catches keys of the environment, or the token, in files that others may read or are asked to send."""
+    logs = [path for path in Path(driver["scratch"]).rglob("*") if path.is_file()]
+    assert len(logs) > 10
+    secrets = (SECRET.encode(), (home / ".ray" / "auth_token").read_bytes().strip())
+    assert [path for path in logs if any(secret in path.read_bytes() for secret in secrets)] == []
