@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.optim.adamw import adamw
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
@@ -43,6 +45,7 @@ MEMBER_KEYS = frozenset(
         "model.modality_dropout",
     }
 )
+FLAT = ("weights", "mean", "square", "best")  # a population's (P, N) tensors, N trained numbers each
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # as torch.optim.AdamW
 
 T = TypeVar("T")
@@ -76,11 +79,13 @@ class Population:
         self.members = [dict(member) for member in members]
         self.values = {key: _column(config, members, key).to(device) for key in MEMBER_KEYS}  # key -> (P,)
         self.run = Fitting(config, table, World(device=device))  # rows, batches and the weights that all start from
-        self.ends = smoothing_ends(config, self.run)
+        run = self.run
+        self.stacked_objective = StackedObjective.of(build_objective(config, run.table, run.train_rows, run.world))
         size = len(members)
-        self.stack: Stack = {n: p.detach().expand(size, *p.shape).clone() for n, p in self.run.model.named_parameters()}
-        self.moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in self.stack.items()}
-        self.best: Stack = {n: p.clone() for n, p in self.stack.items()}
+        start = torch.cat([p.detach().flatten() for _, p in self._layout()])
+        self.weights = start.expand(size, -1).clone()  # (P, N)
+        self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.best = self.weights.clone()
         self.val: list[dict[str, Any] | None] = [None] * size
         self.scores, self.best_epoch = np.full(size, -np.inf), np.zeros(size, dtype=int)
         self.epoch = 0
@@ -89,26 +94,37 @@ class Population:
 
     def train(self, until_epoch: int) -> None:
         """Train on until so many epochs are done, validating after each. A diverged member's score becomes NaN."""
-        for p in self.stack.values():
-            p.requires_grad_(True)
         for epoch in range(self.epoch + 1, until_epoch + 1):
             self._train_epoch(epoch)
             self.epoch = epoch
             self._validate()
-        for p in self.stack.values():
-            p.requires_grad_(False)
 
     def _train_epoch(self, epoch: int) -> None:
         model, batches, num_epochs = self.run.model.train(), self.run.batches, self.config.training.epochs
         torch.manual_seed(seed_of(self.config.training_seed, epoch, 0))
+        stack = {name: p.requires_grad_() for name, p in self._views(self.weights).items()}
+        gradient = torch.empty_like(self.weights)
+        parts = self._views(gradient).values()
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
-            losses = self._forward(model, batch.features, batch.present, partial(self._loss, batch))
-            losses.sum().backward()
-            self._update(step, rate(step, num_epochs * batches.num_steps))
+            losses = self._forward(model, stack, batch.features, batch.present, partial(self._loss, batch))
+            for part, found in zip(parts, torch.autograd.grad(losses.sum(), list(stack.values())), strict=True):
+                part.copy_(found)
+            self._update(gradient, step, rate(step, num_epochs * batches.num_steps))
+
+    def _layout(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's parameters in the order of the columns of `weights`: matrices, which decay, come first."""
+        return sorted(self.run.model.named_parameters(), key=lambda item: item[1].ndim < 2)
+
+    def _views(self, flat: Tensor) -> Stack:
+        """(P, N) as parameter name -> (P, ..)."""
+        named = self._layout()
+        columns = flat.detach().split([p.numel() for _, p in named], dim=1)
+        return {name: part.view(-1, *p.shape) for (name, p), part in zip(named, columns, strict=True)}
 
     def _forward(
         self,
         model: MultimodalModel,
+        stack: Stack,
         features: dict[str, Features],
         present: dict[str, Tensor],
         read: Callable[[Logits, Tensor], T],
@@ -119,9 +135,7 @@ class Population:
         def one(parameters: Stack, rates: Stack, smoothing: Tensor) -> T:
             return read(functional_call(model, {**buffers, **parameters, **rates}, (features, present)), smoothing)
 
-        stacked: T = vmap(one, randomness="same")(
-            self.stack, self._rates(model), self.values["training.label_smoothing"]
-        )
+        stacked: T = vmap(one, randomness="same")(stack, self._rates(model), self.values["training.label_smoothing"])
         return stacked
 
     def _rates(self, model: MultimodalModel) -> Stack:
@@ -134,36 +148,35 @@ class Population:
         }
 
     def _loss(self, batch: Batch, logits: Logits, smoothing: Tensor) -> Tensor:
-        """One member's loss (). It is linear in the label smoothing, so it is mixed from those without and with all of it."""
-        sharp, flat = (o.of_batch(logits, batch) for o in self.ends)
-        return sum(((1 - smoothing) * sharp[t] + smoothing * flat[t] for t in sharp), start=smoothing.new_zeros(()))
+        """One member's loss ()."""
+        losses = self.stacked_objective.with_smoothing(smoothing).of_batch(logits, batch)
+        return sum(losses.values(), start=smoothing.new_zeros(()))
 
     @torch.no_grad()
-    def _update(self, step: int, schedule: float) -> None:
+    def _update(self, gradient: Tensor, step: int, schedule: float) -> None:
         """One step of AdamW with each member's own rate and decay; decays what `build_optimizer` decays."""
-        lr, weight_decay = self.values["training.lr"] * schedule, self.values["training.weight_decay"]
-        correction1, correction2 = 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1)
-        for name, p in self.stack.items():
-            assert p.grad is not None
-            mean, square = self.moments[name]
-            shape = (-1,) + (1,) * (p.ndim - 1)
-            if p.ndim > 2:  # a matrix, and the members' axis
-                p.mul_((1 - lr * weight_decay).view(shape))
-            mean.lerp_(p.grad, 1 - BETA1)
-            square.mul_(BETA2).addcmul_(p.grad, p.grad, value=1 - BETA2)
-            denominator = square.sqrt().div_(correction2**0.5).add_(EPS)
-            p.sub_(mean.div(denominator).mul_((lr / correction1).view(shape)))
-            p.grad = None
+        rates = (self.values["training.lr"] * schedule).tolist()
+        decays = self.values["training.weight_decay"].tolist()
+        num_matrix = sum(p.numel() for _, p in self._layout() if p.ndim >= 2)
+        for columns, decay_factor in ((slice(num_matrix), 1.0), (slice(num_matrix, None), 0.0)):
+            rows = zip(*(x[:, columns].unbind() for x in (self.weights, gradient, self.mean, self.square)), strict=True)
+            for lr, weight_decay, (p, grad, mean, square) in zip(rates, decays, rows, strict=True):
+                adamw(
+                    [p], [grad], [mean], [square], [], [torch.tensor(float(step), device=p.device)],
+                    lr=lr, weight_decay=weight_decay * decay_factor, beta1=BETA1, beta2=BETA2, eps=EPS,
+                    fused=True, amsgrad=False, maximize=False,
+                )  # fmt: skip
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Score all members on the val rows; keep the weights of those that are better than before."""
         model, table, rows, device = self.run.model.eval(), self.run.table, self.run.val_rows, self.run.world.device
+        stack = self._views(self.weights)
         tallies: list[dict[str, np.ndarray]] = [{} for _ in self.members]
         for start in range(0, len(rows), 1024):
             chosen = rows[start : start + 1024]
             inputs = model_inputs(table, chosen, model.spec.modalities, device)
-            for t, found in self._forward(model, *inputs, lambda logits, _: logits).items():
+            for t, found in self._forward(model, stack, *inputs, lambda logits, _: logits).items():
                 labels = torch.from_numpy(table.labels[t][chosen]).to(device)
                 for tally, values in zip(tallies, found, strict=True):
                     tally[t] = tally.get(t, 0) + tally_batch(values, labels).cpu().numpy()
@@ -175,8 +188,7 @@ class Population:
             elif self._still_runs(i) and self.objective(val) > self.scores[i]:
                 better[i], self.val[i], self.scores[i], self.best_epoch[i] = True, val, self.objective(val), self.epoch
         changed = torch.from_numpy(np.flatnonzero(better)).to(device)
-        for name, p in self.stack.items():
-            self.best[name].index_copy_(0, changed, p.detach().index_select(0, changed))
+        self.best.index_copy_(0, changed, self.weights.index_select(0, changed))
 
     def _still_runs(self, member: int) -> bool:
         """False once `patience` epochs went by without a better score, where alone it would have stopped."""
@@ -195,9 +207,7 @@ class Population:
             "scores": self.scores[list(members)],
             "best_epoch": self.best_epoch[list(members)],
             "values": {key: v[index] for key, v in self.values.items()},
-            "stack": {n: p.detach()[index] for n, p in self.stack.items()},
-            "moments": {n: (m[index], s[index]) for n, (m, s) in self.moments.items()},
-            "best": {n: p[index] for n, p in self.best.items()},
+            **{name: getattr(self, name)[index] for name in FLAT},
         }
         return chosen
 
@@ -214,27 +224,47 @@ class Population:
             "scores": np.concatenate([p.scores for p in populations]),
             "best_epoch": np.concatenate([p.best_epoch for p in populations]),
             "values": {key: torch.cat([p.values[key] for p in populations]) for key in first.values},
-            "stack": {n: torch.cat([p.stack[n].detach() for p in populations]) for n in first.stack},
-            "moments": {
-                n: tuple(torch.cat([p.moments[n][i] for p in populations]) for i in (0, 1)) for n in first.moments
-            },
-            "best": {n: torch.cat([p.best[n] for p in populations]) for n in first.best},
+            **{name: torch.cat([getattr(p, name) for p in populations]) for name in FLAT},
         }
         return merged
 
     def model(self, member: int) -> MultimodalModel:
         """One member by itself at its best epoch, in eval mode."""
         alone = MultimodalModel(spec_of(self.config.with_overrides(self.members[member]), self.run.table))
-        alone.load_state_dict({**self.run.model.state_dict(), **{n: p[member] for n, p in self.best.items()}})
+        alone.load_state_dict(
+            {**self.run.model.state_dict(), **{n: p[member] for n, p in self._views(self.best).items()}}
+        )
         return alone.eval()
 
 
-def smoothing_ends(config: Config, run: Fitting) -> tuple[Objective, Objective]:
-    """The run's objective without label smoothing, and with nothing but it."""
-    ends = [build_objective(config, run.table, run.train_rows, run.world) for _ in range(2)]
-    for objective, smoothing in zip(ends, (0.0, 1.0), strict=True):
-        objective.label_smoothing = smoothing
-    return ends[0], ends[1]
+class StackedObjective(Objective):
+    """Objective whose label smoothing is a tensor, as the members' own are."""
+
+    smoothing: Tensor
+
+    @classmethod
+    def of(cls, objective: Objective) -> StackedObjective:
+        """The same but for label smoothing."""
+        stacked = cls.__new__(cls)
+        stacked.__dict__ |= objective.__dict__
+        return stacked
+
+    def with_smoothing(self, smoothing: Tensor) -> StackedObjective:
+        """smoothing: ()."""
+        changed = StackedObjective.of(self)
+        changed.smoothing = changed.label_smoothing = smoothing
+        return changed
+
+    def _row_losses(self, task: str, logits: Tensor, labels: Tensor) -> Tensor:
+        """See Objective. `F.cross_entropy` takes no tensor."""
+        if labels.ndim == 2:
+            return super()._row_losses(task, logits, labels)
+        weights = self.weights[task]
+        known = (labels >= 0)[:, None]
+        sharp = torch.where(known, F.one_hot(labels.clamp(min=0), len(weights)) * weights, 0.0)  # (B, C), no member's
+        flat = torch.where(known, weights / len(weights), 0.0)
+        target = sharp + self.smoothing * (flat - sharp)
+        return -((logits + self.shifts[task]).log_softmax(dim=1) * target).sum(dim=1)
 
 
 def _column(config: Config, members: Sequence[Mapping[str, Any]], key: str) -> Tensor:
