@@ -4,6 +4,14 @@
     python jobs/benchmark.py text --data ../shared/data      TF-IDF fit and transform: pipeline and kernel against scikit-learn
     python jobs/benchmark.py search --config jobs/configs/openmoji_search.yaml   candidates per hour: search against Ray Tune,
                                                              random search and TPE; each once, for --seconds
+    python jobs/benchmark.py cnn --config jobs/configs/cifar10_20news.yaml --data ../shared/data   accuracy of that run's CNN
+                                                             itself on the test images
+    python jobs/benchmark.py suspects --config jobs/configs/openmoji.yaml   wrong labels and swapped texts, planted in a copy of
+                                                             the emoji: how many the suspects name; --rounds plantings
+    python jobs/benchmark.py chaos --rounds 21               processes killed, disks filled, nodes lost at random moments: what
+                                                             the same command leaves afterwards
+    python jobs/benchmark.py memory --rows 1000000           peak memory of every process against samples and shards; --train: of
+                                                             training, evaluation and prediction too
 
 Each round runs every contender once, one after another, so that a machine that slows down slows all of them. Ratios are taken
 round by round. Start-up (Ray's processes, imports, loading the encoder) is told apart from the steady rate.
@@ -29,7 +37,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 import torch
+from benchmark_chaos import measure_chaos
+from benchmark_cnn import score_cnn
+from benchmark_memory import draw_memory, measure_memory
 from benchmark_search import draw_curves, search_contenders  # beside this file
+from benchmark_suspects import measure_suspects
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray import cluster
@@ -39,7 +51,7 @@ from mmkt_ray.encoders.cnn import SmallCNN, autocast
 from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
-from mmkt_ray.run import extract_step, hardware, read_commit
+from mmkt_ray.run import extract_step, hardware, read_commit, run_folder
 from mmkt_ray.samples.readers import list_shards
 
 Result = dict[str, float]
@@ -47,9 +59,11 @@ Result = dict[str, float]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["extract", "text", "search"])
+    parser.add_argument("what", choices=["extract", "text", "cnn", "search", "suspects", "chaos", "memory"])
     parser.add_argument("--data", default="data", help="folder with cifar10/ and 20news-bydate.tar.gz")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one that is not")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="counted rounds, after one that is not; suspects: plantings"
+    )
     parser.add_argument(
         "--copies",
         type=int,
@@ -57,14 +71,35 @@ def main() -> int:
         help="text: how often the corpus is repeated, so that start-up is not all there is",
     )
     parser.add_argument("--limit", type=int, default=None, help="extract: rows of each shard")
-    parser.add_argument("--config", default="jobs/configs/openmoji_search.yaml", help="search: its config")
+    parser.add_argument(
+        "--config", default="jobs/configs/openmoji_search.yaml", help="cnn, search, suspects: its config"
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="search: time budget of each contender")
+    parser.add_argument(
+        "--faults",
+        type=lambda names: names.split(","),
+        default=None,
+        help="chaos: some of them, e.g. 'driver,disk full'",
+    )
+    parser.add_argument("--rows", type=int, default=1_000_000, help="memory: most samples of a case")
+    parser.add_argument("--train", action="store_true", help="memory: also train, evaluate and predict")
+    parser.add_argument("--case", default=None, help="memory: only cases whose name this expression matches")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
     args = parser.parse_args()
-    cluster.connect()
+    if args.what not in ("cnn", "chaos", "memory"):  # these need none, or their runs bring their own
+        cluster.connect()
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
         if args.what == "search":
             report = measure_search(args.config, args.seconds)
+        elif args.what == "cnn":
+            config = load_config(args.config, {"data_root": args.data})
+            report = score_cnn(config, run_folder(config))
+        elif args.what == "suspects":
+            report = measure_suspects(args.config, args.rounds, Path(folder))
+        elif args.what == "chaos":
+            report = measure_chaos(args.rounds, args.faults)
+        elif args.what == "memory":
+            report = measure_memory(Path(folder), args.rows, args.train, args.case)
         else:
             contenders = {"extract": extract_contenders, "text": text_contenders}[args.what](args, Path(folder))
             report = measure(contenders, args.rounds)
@@ -79,7 +114,9 @@ def main() -> int:
         Path(args.out).write_text(text + "\n")
         if args.what == "search":
             draw_curves(report["figures"], Path(args.out).with_suffix(".png"))
-    print(text)
+        if args.what == "memory":
+            draw_memory(report["figures"], Path(args.out).with_suffix(".png"))
+    print(report["table"] if args.what == "memory" else text)
     return 0
 
 
