@@ -257,6 +257,8 @@ def disturbed(
             process = place.start(list(words), config, log)
             if commands == 0 and wait_for(process, moment_s):
                 met = fault.strike(place, process)
+                while fault.role and not met and wait_for(process, 0.1):  # until there is one again
+                    met = fault.strike(place, process)
             status = wait(process, time.monotonic() + LIMIT_S)
             commands += 1
             if status != 0:
