@@ -162,6 +162,7 @@ def same_features(config: Config, run: Path) -> bool:
     return difference == {"lost": 0, "doubled": 0, "changed": []}
 
 
+@pytest.mark.hosts
 def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> None:
     """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
     path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"
