@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mmkt_ray.cluster import configure_data
-from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config import Config
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.evaluation.model_folder import read_card
 from mmkt_ray.features.extract import extract
@@ -23,7 +23,7 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.training.trainer import train
-from tests.shapes import write_shard
+from tests.shapes import shapes_config, write_shards
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 from benchmark_chaos import compare, disturbed, in_place, wait, write_config, write_data
@@ -49,31 +49,22 @@ pytestmark = pytest.mark.cluster
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A small run: dense features of two modalities, a model on two workers, a search of two architectures."""
     root = tmp_path_factory.mktemp("faults")
-    for k in range(3):
-        write_shard(root / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
-    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
-    raw = {
-        "name": "chaos",
-        "data_root": str(root / "data"),
-        "run_root": str(root / "runs"),
-        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
-        "modalities": {
-            "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
-            "text": {"kind": "text", "encoder": {"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.05}}},
-        },
-        "tasks": {"colour": {}},
-        "model": {"hidden_dim": 16},
-        "training": {"epochs": 20, "batch_size_per_worker": 16, "num_workers": 2},
-        "extract": {"chunk_rows": 4, "num_actors": 1},
-        "search": {
+    write_shards(root)
+    return shapes_config(
+        root,
+        name="chaos",
+        modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.05}},
+        model__hidden_dim=16,
+        training={"epochs": 20, "batch_size_per_worker": 16, "num_workers": 2},
+        extract__chunk_rows=4,
+        search={
             "space": {
                 "model.fusion.name": {"choice": ["concat", "sum"]},
                 "training.lr": {"loguniform": [1e-4, 1e-1]},
             },
             **{"population": 4, "max_candidates": 20, "rungs": 1, "time_budget_s": None},
         },
-    }
-    return parse_config(raw)
+    )
 
 
 @pytest.fixture(scope="module")
