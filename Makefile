@@ -8,10 +8,10 @@ ARGS   ?=
 export UV_SYSTEM_CERTS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fuzz test-hosts lint types lock clean
+.PHONY: help env demo test test-fuzz test-cluster lint types lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.stamp  ## .venv with the package and the exact versions of requirements.lock (a few GB on first use)
 
@@ -20,13 +20,13 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
 test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not hosts" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not cluster" $(ARGS)
 
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 	MMKT_FUZZ=20000 $(BIN)/python -m pytest tests/samples/test_fuzz.py $(ARGS)
 
-test-hosts: env  ## tests on hosts made of Linux namespaces, 5 min; root, openssh-server, rsync, iproute2
-	$(BIN)/python -m pytest -m hosts $(ARGS)
+test-cluster: env  ## tests on several nodes, 15 min; those on hosts: root, openssh-server, rsync, iproute2
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: env  ## ruff over all Python files
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@
                                                              the same command leaves afterwards
     python jobs/benchmark.py memory --rows 1000000           peak memory of every process against samples and shards; --train: of
                                                              training, evaluation and prediction too
+    python jobs/benchmark.py plan --rows 40000               an extraction on two and on three nodes: what `mmkt plan` says of it,
+                                                             and what it takes
 
 Each round runs every contender once, one after another, so that a machine that slows down slows all of them. Ratios are taken
 round by round. Start-up (Ray's processes, imports, loading the encoder) is told apart from the steady rate.
@@ -40,6 +42,7 @@ import torch
 from benchmark_chaos import measure_chaos
 from benchmark_cnn import score_cnn
 from benchmark_memory import draw_memory, measure_memory
+from benchmark_plan import measure_plan
 from benchmark_search import draw_curves, search_contenders  # beside this file
 from benchmark_suspects import measure_suspects
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -59,7 +62,7 @@ Result = dict[str, float]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["extract", "text", "cnn", "search", "suspects", "chaos", "memory"])
+    parser.add_argument("what", choices=["extract", "text", "cnn", "search", "suspects", "chaos", "memory", "plan"])
     parser.add_argument("--data", default="data", help="folder with cifar10/ and 20news-bydate.tar.gz")
     parser.add_argument(
         "--rounds", type=int, default=5, help="counted rounds, after one that is not; suspects: plantings"
@@ -81,12 +84,12 @@ def main() -> int:
         default=None,
         help="chaos: some of them, e.g. 'driver,disk full'",
     )
-    parser.add_argument("--rows", type=int, default=1_000_000, help="memory: most samples of a case")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="memory: most samples of a case; plan: samples")
     parser.add_argument("--train", action="store_true", help="memory: also train, evaluate and predict")
     parser.add_argument("--case", default=None, help="memory: only cases whose name this expression matches")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
     args = parser.parse_args()
-    if args.what not in ("cnn", "chaos", "memory"):  # these need none, or their runs bring their own
+    if args.what not in ("cnn", "chaos", "memory", "plan"):  # these need none, or their runs bring their own
         cluster.connect()
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
         if args.what == "search":
@@ -100,6 +103,8 @@ def main() -> int:
             report = measure_chaos(args.rounds, args.faults)
         elif args.what == "memory":
             report = measure_memory(Path(folder), args.rows, args.train, args.case)
+        elif args.what == "plan":
+            report = measure_plan(Path(folder), args.rows)
         else:
             contenders = {"extract": extract_contenders, "text": text_contenders}[args.what](args, Path(folder))
             report = measure(contenders, args.rounds)
@@ -116,7 +121,7 @@ def main() -> int:
             draw_curves(report["figures"], Path(args.out).with_suffix(".png"))
         if args.what == "memory":
             draw_memory(report["figures"], Path(args.out).with_suffix(".png"))
-    print(report["table"] if args.what == "memory" else text)
+    print(report.get("table", text))
     return 0
 
 

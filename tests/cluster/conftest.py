@@ -10,6 +10,7 @@ import os
 import pwd
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.213.7"
-DESK = f"{NETWORK}.1"
 STORAGE = Path("/mnt")  # where every host sees the folder that they share
 LOGIN = pwd.getpwuid(os.getuid())
 HOME = Path(LOGIN.pw_dir)
@@ -30,6 +30,13 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # A host has these folders to itself, empty but for what runs the tests.
 OWN_FOLDERS = (Path("/tmp"), Path("/run"), Path("/dev/shm"), HOME)
 KEPT = (Path(sys.prefix), Path(sys.base_prefix), ROOT)
+ADDRESSES = {name: f"{NETWORK}.{n}" for name, n in (("desk", 1), ("host1", 11), ("host2", 12), ("host3", 13))}
+# Nobody else is asked for names: torch and Ray want that of every address, and would wait 10 s for no answer. As on Debian,
+# a host's own name stands for 127.0.1.1.
+NAMES = "\n".join(
+    ["127.0.0.1 localhost", f"127.0.1.1 {socket.gethostname()}"]
+    + [f"{address} {name}" for name, address in ADDRESSES.items()]
+)
 SSHD_OPTIONS = ("UsePAM=no", "StrictModes=no", "PermitRootLogin=prohibit-password", "PidFile=none", "UseDNS=no")
 
 
@@ -63,12 +70,14 @@ def what_is_missing() -> str | None:
     missing = [name for name in programs if not shutil.which(name, path=SYSTEM_PATH)]
     if missing:
         return f"no {', '.join(missing)}: install the packages iproute2, util-linux, openssh-server, rsync"
-    allowed = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
-    return f"namespaces are not allowed here: {allowed.stderr.strip()}" if allowed.returncode else None
+    needed = "mount -t tmpfs none /mnt && ip link add one type veth peer name two && ip link add three type bridge"
+    command = ["unshare", "--net", "--pid", "--mount", "--fork", "sh", "-c", needed]
+    allowed = subprocess.run(command, env={"PATH": SYSTEM_PATH}, capture_output=True, text=True)
+    return f"such namespaces are not allowed here: {allowed.stderr.strip()}" if allowed.returncode else None
 
 
 def become_host(storage: Path) -> str:
-    """The script of a host's first process: folders of its own, the shared storage, then wait for the end of the input.
+    """The script of a host's first process: folders and names of its own, the shared storage, then wait for the end of the input.
 
     bash, because as process number 1 it also buries the daemons that Ray leaves to it; `ray stop` waits for their end.
     """
@@ -80,6 +89,8 @@ def become_host(storage: Path) -> str:
         lines += [f"mount -t tmpfs none {own}"]
         for k, path in enumerate(kept):
             lines += [f"mkdir -p {shlex.quote(str(path))}", f"mount --move /media/{k} {shlex.quote(str(path))}"]
+    lines += [f"printf '%s\\n' {shlex.quote(NAMES)} > /run/hosts", "mount --bind /run/hosts /etc/hosts"]
+    lines += ["test ! -e /etc/resolv.conf || mount --bind /dev/null /etc/resolv.conf"]
     return "\n".join([*lines, "umount /media", f"touch {HOME}/.bashrc", "echo ready", "read -r"])
 
 
@@ -115,7 +126,7 @@ def processes_in(namespace: str) -> list[int]:
 def connect(desk: Host, hosts: list[Host]) -> None:
     """A bridge at the desk, a wire from each host to it, and the desk as the way to everywhere (where it ends)."""
     desk.run("ip", "link", "add", "bridge", "type", "bridge")
-    desk.run("ip", "address", "add", f"{DESK}/24", "dev", "bridge")
+    desk.run("ip", "address", "add", f"{ADDRESSES['desk']}/24", "dev", "bridge")
     for link in ("lo", "bridge"):
         desk.run("ip", "link", "set", link, "up")
     for k, host in enumerate(hosts):
@@ -125,7 +136,8 @@ def connect(desk: Host, hosts: list[Host]) -> None:
         host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
             host.run("ip", "link", "set", link, "up")
-        host.run("ip", "route", "add", "default", "via", DESK)  # Ray asks for this route to learn its own address
+        # Ray asks for this route to learn its own address
+        host.run("ip", "route", "add", "default", "via", ADDRESSES["desk"])
 
 
 def start_sshd(host: Host, public_key: str) -> None:
@@ -153,7 +165,7 @@ def desk_and_hosts(storage: Path) -> Iterator[tuple[Host, list[Host]]]:
     if reason:
         pytest.skip(reason)
     with ExitStack() as stack:
-        desk, *hosts = [stack.enter_context(host_with(f"{NETWORK}.{n}", storage)) for n in (1, 11, 12, 13)]
+        desk, *hosts = [stack.enter_context(host_with(address, storage)) for address in ADDRESSES.values()]
         connect(desk, hosts)
         desk.run("mkdir", "-p", f"{HOME}/.ssh")
         desk.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{HOME}/.ssh/id_ed25519")

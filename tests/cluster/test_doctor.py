@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmkt_ray import doctor
+from mmkt_ray import __version__, doctor
 from mmkt_ray.cli import main
 from mmkt_ray.cluster import Resources
 from mmkt_ray.config import Config
@@ -154,9 +154,11 @@ def test_every_node_is_asked(make_config: MakeConfig) -> None:
     assert "not asked" in problems(wrong)[-1]
 
 
-@pytest.mark.hosts
-def test_a_node_with_a_disk_of_its_own_is_found(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Catches features that are written to a node's own disk, where no other node and no resumed run finds them."""
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_node_that_differs_is_found(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Catches features that are written to a node's own disk, where no other node and no resumed run finds them; a node with
+    another version, whose features or gradients differ; and a run that starts all the same."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a node with another disk takes a mount namespace, which takes root")
     path = tmp_path / "c.yaml"
@@ -165,20 +167,39 @@ def test_a_node_with_a_disk_of_its_own_is_found(make_config: MakeConfig, tmp_pat
     with head() as cluster:
         join = f"{RAY} start --address {cluster.address} --node-ip-address 127.0.0.2 --num-cpus 1 --block"
         hide = f"mount -t tmpfs none {tmp_path / 'runs'}"
-        with running(["unshare", "-m", "sh", "-c", f"{hide} && exec {join}"], RAY_TMPDIR=cluster.scratch):
+        own = {"RAY_TMPDIR": cluster.scratch, "PYTHONPATH": install_others(tmp_path / "others")}
+        with running(["unshare", "-m", "sh", "-c", f"{hide} && exec {join}"], **own):
             wait_until(lambda: num_nodes(cluster.jobs) == 2)
-            found = subprocess.run(
-                [sys.executable, "-m", "mmkt_ray.cli", "doctor", str(path)],
-                env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
+            found = mmkt("doctor", path, cluster.address)
+            refused = mmkt("extract", path, cluster.address)
     assert found.returncode == 1, found.stderr
     nodes = [line for line in found.stdout.splitlines() if " node " in line]
     assert sorted(line.split()[0] for line in nodes) == ["ok", "problem"], found.stdout
-    assert sum("does not share" in line for line in nodes) == 1
-    assert not list((tmp_path / "runs" / "shapes").iterdir())
+    (problem,) = [line for line in nodes if line.startswith("problem")]
+    assert "mmkt_ray 0.0.1, this process has" in problem
+    assert "torch 1.0, this process has" in problem
+    assert "does not share" in problem
+    assert refused.returncode == 2, refused.stderr
+    assert "nothing was done yet" in refused.stderr
+    assert problem.removeprefix("problem").strip() in refused.stderr
+    assert not list((tmp_path / "runs" / "shapes").glob("features/*"))
+
+
+def install_others(folder: Path) -> str:
+    """Another version of this package, and what tells of another torch, for a node's PYTHONPATH."""
+    package = shutil.copytree(ROOT / "mmkt_ray", folder / "mmkt_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    version = package / "__init__.py"
+    version.write_text(version.read_text().replace(__version__, "0.0.1"))
+    (folder / "torch-1.0.dist-info").mkdir()
+    (folder / "torch-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    return str(folder)
+
+
+def mmkt(command: str, config: Path, address: str) -> subprocess.CompletedProcess[str]:
+    """The command on the cluster at that address, from a folder without code: workers get that of the driver's folder."""
+    words = [sys.executable, "-m", "mmkt_ray.cli", command, str(config)]
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=config.parent, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def num_nodes(jobs: str) -> int:

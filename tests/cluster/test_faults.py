@@ -42,8 +42,6 @@ from benchmark_faults import (
     title,
 )
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
@@ -153,7 +151,7 @@ def same_features(config: Config, run: Path) -> bool:
     return difference == {"lost": 0, "doubled": 0, "changed": []}
 
 
-@pytest.mark.hosts
+@pytest.mark.cluster
 def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> None:
     """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
     path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"
@@ -176,8 +174,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
     return config, in_place(alone, root / "reference", config)
 
 
-@pytest.mark.hosts
-@pytest.mark.timeout(900)
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["head", "store full", "node cut off"])
 def test_the_costlier_faults(whole_run, tmp_path: Path, name: str) -> None:
     """Catches a run that, after its head was lost, its object store full or a node cut off from the others, leaves something

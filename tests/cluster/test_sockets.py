@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from mmkt_ray.cluster import run_on_workers
+
 SECRET = "planted-key-of-an-object-store"
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # A driver as `mmkt` starts it, with a worker; it tells every TCP port that it or a process of its Ray listens on.
@@ -80,3 +82,26 @@ def test_no_log_of_ray_has_a_secret(driver: dict[str, Any], home: Path) -> None:
     assert len(logs) > 10
     secrets = (SECRET.encode(), (home / ".ray" / "auth_token").read_bytes().strip())
     assert [path for path in logs if any(secret in path.read_bytes() for secret in secrets)] == []
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_training_workers_listen_on_the_loopback() -> None:
+    """Catches torch's meeting point on all interfaces, and gloo on the address of the machine's name: neither has a token."""
+
+    def look(job: None, rank: int, world_size: int, device: Any) -> list[tuple[int, list[str]]]:
+        import ray  # noqa: F401  (it ships psutil)
+
+        # isort: split
+        import psutil
+        import torch.distributed as dist
+
+        connections = psutil.Process().net_connections("inet")
+        own = (rank, [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN])
+        told: list[Any] = [None] * world_size
+        dist.all_gather_object(told, own)
+        return told
+
+    told = run_on_workers(look, None, 2)
+    assert [rank for rank, _ in told] == [0, 1]
+    assert [address for _, addresses in told for address in addresses if address not in LOOPBACK] == []
+    assert len(told[0][1]) > len(told[1][1]) > 1  # rank 0 also serves the store; both talk to Ray and to each other

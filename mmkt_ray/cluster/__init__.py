@@ -165,6 +165,8 @@ def _run_train(
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
     from ray.train.torch import TorchTrainer, get_device
 
+    from mmkt_ray.cluster.process_group import NodeAddressConfig
+
     resources = connect()
     use_gpu = resources.num_gpus >= num_workers
     if num_workers + 1 > resources.num_cpus:
@@ -186,6 +188,7 @@ def _run_train(
             trainer = TorchTrainer(
                 on_worker,
                 train_loop_config={"job": job},
+                torch_config=NodeAddressConfig(),
                 scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
                 run_config=RunConfig(
                     name=name,
