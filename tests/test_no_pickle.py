@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -18,17 +19,22 @@ import pytest
 import ray.data  # noqa: F401  (registers its Arrow types, one of which unpickles)
 
 from mmkt_ray import storage
-from mmkt_ray.config import parse_config
+from mmkt_ray.config import HuggingFaceEncoder, parse_config
 from mmkt_ray.config.reading import load_config
+from mmkt_ray.config.training import TransferConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.encoders.pretrained.weights import read_weights
 from mmkt_ray.errors import UserError
 from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.rows import read_parts
 from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.cleaning import decode_audio, decode_image
 from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.search.leaderboard import Leaderboard
+from mmkt_ray.search.space import Space
 from mmkt_ray.training.checkpoint import FileCheckpoint
+from mmkt_ray.training.transfer import load_knowledge
 from tests.samples.fuzz_seeds import tar_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +245,66 @@ def test_pickle_in_a_table_of_the_run(tmp_path, plant, nested):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match="extension type"):
         storage.read_table(str(tmp_path / "a.parquet"), ["sample_id"])
+
+
+@pytest.mark.parametrize("columns", [["sample_id"], ["sample_id", "label"]])
+def test_pickle_in_a_file_of_predictions(tmp_path, plant, columns):
+    """Catches predictions that are read a few rows at a time, past the check of whole tables."""
+    metadata = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
+    schema = pa.schema([pa.field(name, pa.large_binary(), metadata=metadata) for name in columns])
+    pq.write_table(pa.table([pa.array([plant])] * len(columns), schema=schema), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="extension type"):
+        list(read_parts(str(tmp_path / "a.parquet"), columns))
+
+
+@pytest.mark.parametrize("what", ["init", "teachers"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pickle_as_a_model_to_learn_from(tmp_path, disguised, what, name):
+    """Catches a folder that training.transfer names and that runs code."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"schema_version": 2, "spec": {}}')
+    for file in (name, "model.pt", "pytorch_model.bin", "optimizer.pkl"):
+        (folder / file).write_bytes(disguised)
+    given = {"init": {"init": {"image": "source"}}, "teachers": {"teachers": ["source"]}}[what]
+    with pytest.raises(UserError, match=r"damaged|model\.safetensors"):
+        load_knowledge(TransferConfig(**given), str(tmp_path))
+
+
+def test_pickles_in_a_hugging_face_folder(tmp_path, disguised):
+    """Catches a text encoder that takes pytorch_model.bin, or a pickled tokenizer or config, where there are no safetensors, and
+    safetensors that are none."""
+    pytest.importorskip("transformers")
+    card = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 9}
+    for name in (
+        "pytorch_model.bin",
+        "tokenizer.pkl",
+        "vocab.pkl",
+        "training_args.bin",
+        "model.ckpt",
+        "tokenizer.json",
+    ):
+        (tmp_path / name).write_bytes(disguised)
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    encoder = build_encoder(HuggingFaceEncoder(name="huggingface", folder=str(tmp_path), max_tokens=16))
+    with pytest.raises(UserError, match=r"no \.safetensors file"):
+        encoder.load()
+    (tmp_path / "model.safetensors").write_bytes(disguised)
+    with pytest.raises(UserError, match="cannot load the model"):
+        encoder.load()
+
+
+def test_pickle_in_a_folder_of_a_search(tmp_path, disguised, plant):
+    """Catches a search that goes on from a leaderboard of pickles, or from what Tune left beside it."""
+    config = parse_config(_config(tmp_path))
+    board = Leaderboard(str(tmp_path), Space(config, {}, {}), "d")
+    (tmp_path / "parts").mkdir()
+    for name in ("tuner.pkl", "trainable.pkl", "searcher-state.pkl", "experiment_state.json", "parts/tuner.pkl"):
+        (tmp_path / name).write_bytes(disguised)
+    assert board.trials() == []
+    (tmp_path / "parts" / "d-000000.parquet").write_bytes(disguised)
+    with pytest.raises((UserError, pa.ArrowInvalid)):
+        board.trials()
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "model.pt"])

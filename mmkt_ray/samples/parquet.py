@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,21 +16,21 @@ from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.cells import FILE_KINDS, decode_text, escape_id, is_utf8, label_names, label_text
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.pages import most_bytes_of_a_value
+from mmkt_ray.samples.pages import WatchedFile, most_bytes_of_a_value
 
 _READ_BYTES = 4 << 20  # read at a time from each column of a shard
 
 Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows, null in it, could not be converted
 
 
-def read_parquet(reading: Reading) -> Iterator[Block]:
-    """Blocks of a Parquet shard; the id of a row is its index.
+def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
+    """Blocks of a Parquet shard, or of one row group of it; the id of a row is its index.
 
     Raises: DataError if a column that the config names is missing or of a type that cannot be read.
     """
     reading = narrowed_to_shard(reading)
-    first = 0
-    for batch in read_batches(reading, sorted(set(reading.source.columns.values()))):
+    first = rows_before(reading, group) if group else 0
+    for batch in read_batches(reading, sorted(set(reading.source.columns.values())), group):
         if isinstance(batch, Block):
             yield batch
             continue
@@ -50,21 +50,42 @@ def narrowed_to_shard(reading: Reading) -> Reading:
     return reading.narrowed({leaf for f in schema for leaf, _ in _leaves(f.name, f.type)})
 
 
-def read_batches(reading: Reading, paths: list[str]) -> Iterator[pa.RecordBatch | Block]:
-    """Small batches of the columns `paths` (dotted for nested ones), at most `limit` rows in all.
+def count_row_groups(reading: Reading) -> int:
+    """At least one: that of a file whose footer cannot be read, which its reader tells."""
+    fs, path = storage.resolve(reading.shard.uri)
+    try:
+        return max(1, int(pq.read_metadata(path, filesystem=fs).num_row_groups))
+    except (pa.ArrowException, OSError, ValueError):
+        return 1
+
+
+def rows_before(reading: Reading, group: int) -> int:
+    """Rows in the row groups before this one."""
+    fs, path = storage.resolve(reading.shard.uri)
+    metadata = pq.read_metadata(path, filesystem=fs)
+    return sum(metadata.row_group(g).num_rows for g in range(group))
+
+
+def read_batches(reading: Reading, paths: list[str], group: int | None = None) -> Iterator[pa.RecordBatch | Block]:
+    """Small batches of the columns `paths` (dotted for nested ones), at most `limit` rows in all; of one row group, if named.
 
     If the file is damaged, the last item is a block with the reject that says so.
     Raises: DataError for a missing column.
     """
     fs, path = storage.resolve(reading.shard.uri)
     remaining = reading.source.limit
+    if remaining is not None and group:
+        remaining = max(0, remaining - rows_before(reading, group))
     try:
         with fs.open_input_file(path) as stream:
+            watched = None if isinstance(fs, pafs.LocalFileSystem) else WatchedFile(stream)
             # pages are read one by one: buffering ahead would hold a whole row group of the shard
-            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
+            source = stream if watched is None else pa.PythonFile(watched, mode="r")
+            file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BYTES)
             _check_columns(reading, file.schema_arrow, paths)
-            num_rows = _rows_per_block(file, paths, stream if isinstance(fs, pafs.LocalFileSystem) else None)
-            for batch in file.iter_batches(num_rows, columns=paths, use_threads=False):
+            groups = range(file.num_row_groups) if group is None else [group]
+            num_rows = _rows_per_block(file, paths, groups, stream, watched)
+            for batch in file.iter_batches(num_rows, groups, columns=paths, use_threads=False):
                 if remaining is not None:
                     batch = batch.slice(0, remaining)
                     remaining -= batch.num_rows
@@ -108,20 +129,24 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
             yield from _leaves(f"{path}.{inner.name}", inner.type)
 
 
-def _rows_per_block(file: pq.ParquetFile, paths: list[str], stream: Any) -> int:
+def _rows_per_block(
+    file: pq.ParquetFile, paths: list[str], groups: Sequence[int], stream: Any, watched: WatchedFile | None
+) -> int:
     """Rows that make up about a block's bytes in the row group with the largest rows; fewer where a value may be in many rows.
 
-    stream: the file, for its pages' headers to be looked at; None to trust it, where each look is a request to a server.
+    stream: the file, for its pages' headers to be looked at; watched: the same on a server, which looks at most of them later.
     Raises: ValueError for a page that is too large.
     """
     names = [file.schema.column(c).path for c in range(len(file.schema))]
     columns = [c for c, name in enumerate(names) if any(f"{name}.".startswith(f"{path}.") for path in paths)]
     largest = 1.0
-    for g in range(file.num_row_groups):
+    for g in groups:
         group = file.metadata.row_group(g)
         num_bytes = sum(group.column(c).total_uncompressed_size for c in columns)
         largest = max(largest, num_bytes / max(group.num_rows, 1))
-    repeated = most_bytes_of_a_value(file, stream, columns) if stream is not None else 0
+    repeated = most_bytes_of_a_value(file, stream, columns, groups, thrifty=watched is not None)
+    if watched is not None:
+        watched.watch(file, columns, groups, repeated)
     return int(max(1, min(BLOCK_ROWS, BLOCK_BYTES // largest, MAX_FILE_BYTES // max(repeated, 1))))
 
 

@@ -1,7 +1,10 @@
-"""Python imports this on its start: the processes that decode learn to die of the images of poison.py."""
+"""Python imports this on its start: processes learn to die of the images of poison.py and of the shards of poison_shard.py."""
 
 import sys
 
+import poison_shard
+
+poison_shard.seep_in()
 if "mmkt_ray.samples.decoder" in sys.orig_argv:
     import poison
 

@@ -1,0 +1,106 @@
+"""Shards whose reading kills the process, on their way through the whole pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from poison_shard import TEXT
+
+from mmkt_ray.config import Config
+from mmkt_ray.features.extract import extract
+from mmkt_ray.samples.columns import Reading
+from mmkt_ray.samples.isolated import read_isolated
+from mmkt_ray.samples.readers import read_blocks, read_chunks
+from mmkt_ray.samples.shards import list_shards
+from tests.shapes import write_shard, write_shards
+
+MakeConfig = Callable[..., Config]
+
+
+def poison(shard: Path, row: int) -> None:
+    """The shard in row groups of 10 rows, one of them with a text that kills its reader."""
+    table = pq.read_table(shard)
+    captions = table.column("caption").to_pylist()
+    captions[row] = TEXT
+    table = table.set_column(table.column_names.index("caption"), "caption", pa.array(captions))
+    pq.write_table(table, shard, row_group_size=10)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_shard_that_kills_its_reader_loses_a_row_group(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Catches a job that a single shard stops for good, while an encoder is fitted or while rows are encoded, and rows before
+    or behind the crash that are lost, doubled or moved."""
+    source = {
+        "reader": "parquet",
+        "path": "shapes/*.parquet",
+        "columns": {"sample_id": "id", "text": "caption", "colour": "colour"},
+    }
+    texts = {"modalities": {"text": {"kind": "text", "encoder": "tfidf"}}, "samples.sources": [source]}
+    config = make_config(samples__max_reject_frac=0.1).with_overrides(texts)
+    shards = tmp_path / "data" / "shapes"
+    write_shards(tmp_path)
+    poison(shards / "1.parquet", 23)
+    store = extract(config, str(tmp_path / "poisoned"))
+    rejects = pd.read_parquet(f"{store.uri}/rejects.parquet")
+    assert rejects[["sample_id", "source", "stage"]].to_numpy().tolist() == [
+        ["shapes/1.parquet#row-group-2", "shapes/1.parquet", "read"]
+    ]
+    assert (
+        "reading row group 3 of 4 ends the process that reads it, each time: signal 11 (SIGSEGV)" in rejects.reason[0]
+    )
+    table = pq.read_table(shards / "1.parquet")
+    keep = pa.array([not 20 <= i < 30 for i in range(40)])
+    pq.write_table(table.filter(keep), shards / "1.parquet")
+    clean = extract(config, str(tmp_path / "clean"))
+    rows, expected = (pa.concat_tables(s.read()).sort_by("sample_id") for s in (store, clean))
+    assert rows.equals(expected)
+    assert len(rows) == 110
+
+
+@pytest.mark.parametrize("limit", [None, 25])
+def test_a_child_reads_what_its_parent_would_have_read(
+    tmp_path: Path, make_config: MakeConfig, limit: int | None
+) -> None:
+    """Catches rows, ids, notes of unreadable cells, or a source's limit that get lost on the way from the child."""
+    path = tmp_path / "data" / "shapes" / "0.parquet"
+    write_shard(path, 0, 40)
+    table = pq.read_table(path)
+    captions = pc.if_else(pa.array([i == 12 for i in range(40)]), b"\xff", table.column("caption").cast(pa.binary()))
+    pq.write_table(table.set_column(2, "caption", captions), path, row_group_size=10)
+    config = make_config()
+    source = config.samples.sources[0].model_copy(update={"limit": limit})
+    config = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (source,)})})
+    (shard,) = list_shards(config)
+    whole, apart = list(read_blocks(Reading(config, shard))), list(read_isolated(Reading(config, shard)))
+    assert (
+        [i for b in apart for i in b.ids] == [i for b in whole for i in b.ids] == [f"s{i}" for i in range(limit or 40)]
+    )
+    for name in ("image", "text", "colour"):
+        ours, theirs = (pa.concat_arrays([b.columns[name] for b in blocks]) for blocks in (apart, whole))
+        assert ours.equals(theirs)
+    assert (
+        [list(b.unread.values()) for b in apart if b.unread]
+        == [list(b.unread.values()) for b in whole if b.unread]
+        != []
+    )
+
+
+def test_a_shard_of_another_kind_keeps_what_was_read(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an error of the data that a child turns into a crash, and damage that a child reads past."""
+    monkeypatch.setattr("mmkt_ray.samples.readers.died_before", lambda: True)
+    folder = tmp_path / "data" / "shapes"
+    write_shard(folder / "0.parquet", 0, 40)
+    whole = (folder / "0.parquet").read_bytes()
+    (folder / "1.parquet").write_bytes(whole[: len(whole) // 2])
+    config = make_config()
+    sound, damaged = (list(read_chunks(config, shard)) for shard in list_shards(config))
+    assert sum(len(c.table) for c in sound) == 40
+    assert [len(c.table) for c in damaged] == [0]
+    (reject,) = damaged[0].rejects
+    assert reject.reason.startswith("the shard is damaged")
