@@ -24,6 +24,7 @@ from mmkt_ray.features.store import FeatureTable
 
 MAJORITY = "majority"
 MAX_TRAIN_ROWS = 20_000
+PREDICT_ROWS = 4096  # in memory at a time
 MAX_SPARSE_COLUMNS = 200_000
 MAX_ITERATIONS = 100
 
@@ -47,7 +48,8 @@ def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Ba
     sets = [(m,) for m in there] + ([tuple(there)] if len(there) > 1 else [])
     fitted: dict[str, Baseline] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), there)}
     for modalities in sets:
-        fitted[baseline_name(modalities)] = Logreg.fit(table.take(rows), task, modalities, seed)
+        chosen = _drawn(rows[readable(table, modalities)[rows]], seed)
+        fitted[baseline_name(modalities)] = Logreg.fit(table.take(chosen), task, modalities, seed)
     return fitted
 
 
@@ -57,6 +59,7 @@ class Majority:
 
     modalities: tuple[str, ...]  # those a sample must have one of, so that it is scored on the rows of the others
     frequency: np.ndarray  # (C,) float32
+    num_rows: int  # that it was fitted on
     num_params: int = 0
     seconds: float = 0.0
 
@@ -64,7 +67,7 @@ class Majority:
     def fit(cls, labels: np.ndarray, num_classes: int, modalities: Sequence[str]) -> Majority:
         """Count the labels, (N,) >= 0 or (N, C) of 0 and 1."""
         counts = np.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(axis=0)
-        return cls(tuple(modalities), (counts / len(labels)).astype(np.float32))
+        return cls(tuple(modalities), (counts / len(labels)).astype(np.float32), len(labels))
 
     def predict(self, table: FeatureTable) -> np.ndarray:
         """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
@@ -90,6 +93,7 @@ class Logreg:
     model: LogisticRegression | OneVsRestClassifier | None  # None: `constant` says all
     classes: np.ndarray  # the classes that the model's columns are of
     constant: np.ndarray  # (C,) probabilities of the classes that need no model: each train row has them, or none
+    num_rows: int  # that it was fitted on
     seconds: float
 
     @classmethod
@@ -101,10 +105,7 @@ class Logreg:
         inverse_l2: scikit-learn's C, the weight of the rows' losses against the penalty.
         """
         started = time.perf_counter()
-        rows = np.flatnonzero(readable(train, modalities) & usable(train.labels[task]))
-        if len(rows) > MAX_TRAIN_ROWS:
-            rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAIN_ROWS, replace=False))
-        train = train.take(rows)
+        train = train.take(_drawn(np.flatnonzero(readable(train, modalities) & usable(train.labels[task])), seed))
         labels = train.labels[task]
         inputs = {m: _fit_input(train.features[m], train.present[m]) for m in modalities}
         num_classes = len(train.class_names[task])
@@ -117,7 +118,7 @@ class Logreg:
             with warnings.catch_warnings():  # see above: near enough
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(_assemble(inputs, train), labels if labels.ndim == 1 else labels[:, classes])
-        return cls(modalities, inputs, model, classes, np.floor(share), time.perf_counter() - started)
+        return cls(modalities, inputs, model, classes, np.floor(share), len(labels), time.perf_counter() - started)
 
     @property
     def num_params(self) -> int:
@@ -130,10 +131,20 @@ class Logreg:
         rows = np.flatnonzero(readable(table, self.modalities))
         proba = np.full((len(table.sample_id), len(self.constant)), np.nan, dtype=np.float32)
         proba[rows] = self.constant
-        if len(rows) and self.model is not None:
-            found = self.model.predict_proba(_assemble(self.inputs, table.take(rows)))
-            proba[np.ix_(rows, self.classes)] = found[:, -len(self.classes) :]
+        if self.model is None:
+            return proba
+        for start in range(0, len(rows), PREDICT_ROWS):
+            some = rows[start : start + PREDICT_ROWS]
+            found = self.model.predict_proba(_assemble(self.inputs, table.take(some)))
+            proba[np.ix_(some, self.classes)] = found[:, -len(self.classes) :]
         return proba
+
+
+def _drawn(rows: np.ndarray, seed: int) -> np.ndarray:
+    """At most MAX_TRAIN_ROWS of the rows, in their order."""
+    if len(rows) <= MAX_TRAIN_ROWS:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAIN_ROWS, replace=False))
 
 
 Baseline: TypeAlias = Majority | Logreg

@@ -30,6 +30,11 @@ def usable(labels: np.ndarray) -> np.ndarray:
     return (labels if labels.ndim == 1 else labels.min(axis=1, initial=0)) >= 0
 
 
+def chosen(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows (N,) bool of values (N, ..): the values themselves where that is all of them."""
+    return values if rows.all() else values[rows]
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature with the smallest log loss on these rows; 1 where none of them is usable.
 
@@ -55,8 +60,11 @@ def _log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def log_loss(labels: np.ndarray, proba: np.ndarray) -> float:
     """Mean negative log-likelihood in nats of usable rows (at least one); of every class's own forecast for (N, C) labels."""
-    proba = proba.astype(np.float64)
-    of_label = np.where(labels == 1, proba, 1 - proba) if labels.ndim == 2 else proba[np.arange(len(labels)), labels]
+    if labels.ndim == 1:
+        of_label = proba[np.arange(len(labels)), labels].astype(np.float64)
+    else:
+        proba = proba.astype(np.float64)
+        of_label = np.where(labels == 1, proba, 1 - proba)
     return float(-np.log(of_label.clip(_SMALLEST, 1)).mean())
 
 
@@ -95,9 +103,10 @@ def probability_scores(labels: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
     rows = usable(labels)
     if not rows.any():
         return {"log_loss": None, "calibration_error": None, "reliability": []}
-    bins = reliability(labels[rows], proba[rows])
+    labels, proba = chosen(labels, rows), chosen(proba, rows)
+    bins = reliability(labels, proba)
     return {
-        "log_loss": log_loss(labels[rows], proba[rows]),
+        "log_loss": log_loss(labels, proba),
         "calibration_error": calibration_error(bins),
         "reliability": bins,
     }

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.baselines import MAX_TRAIN_ROWS
 from mmkt_ray.evaluation.intervals import METRICS, paired_difference, verdict
 from mmkt_ray.evaluation.metrics import is_right
-from mmkt_ray.evaluation.rows import read_predictions
-from mmkt_ray.features.store import encode_labels
+from mmkt_ray.evaluation.rows import Outcomes, read_outcomes, read_predictions
 
 DIFFERENT_SAMPLES = "different samples"
 REFERENCE = "best single modality"
@@ -72,7 +71,7 @@ def read_optional(uri: str) -> Any:
 
 @dataclass
 class Evaluated:
-    """One evaluated model: its record (see `evaluate_model`) and its predictions, read when first needed."""
+    """One evaluated model: its record (see `evaluate_model`) and its predictions, read when needed."""
 
     name: str  # in the run; distinct
     kind: str  # trained | baseline
@@ -80,7 +79,7 @@ class Evaluated:
     record: dict[str, Any]
     predictions_uri: str
     card: dict[str, Any] = field(default_factory=dict)
-    _cache: dict[str, pd.DataFrame] = field(default_factory=dict)
+    _outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the task that was last asked for
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -99,20 +98,30 @@ class Evaluated:
             "sharing": model.get("sharing"),
             "num_params": self.record.get("num_params"),
             "training_s": self.record.get("training_s"),
+            **({"num_train_rows": self.record["num_train_rows"]} if "num_train_rows" in self.record else {}),
             "store": self.record.get("store"),
             "folder": self.folder,
         }
 
     def predictions(self, task: str) -> pd.DataFrame:
         """Columns label and pred of `read_predictions`."""
-        if task not in self._cache:
-            model = self.record["name"] if self.kind == "baseline" else None
-            self._cache[task] = read_predictions(self.predictions_uri, task, model)
-        return self._cache[task]
+        return read_predictions(self.predictions_uri, task, self._own_name())
+
+    def outcomes(self, task: str) -> Outcomes:
+        """The same as codes."""
+        if task not in self._outcomes:
+            self._outcomes.clear()
+            self._outcomes[task] = read_outcomes(self.predictions_uri, task, self._own_name())
+        return self._outcomes[task]
 
     def shares_samples(self, other: Evaluated, task: str) -> bool:
         """True if both predicted some sample of the task."""
-        return bool(self.predictions(task).index.isin(other.predictions(task).index).any())
+        ours, theirs = self.outcomes(task).ids, other.outcomes(task).ids
+        return bool(np.array_equal(ours, theirs) and len(ours)) or bool(np.isin(ours, theirs).any())
+
+    def _own_name(self) -> str | None:
+        """What a file of several models calls this one."""
+        return self.record["name"] if self.kind == "baseline" else None
 
 
 def evaluated_models(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
@@ -254,18 +263,17 @@ def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any
 
 def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | None:
     """Differences model - other over the samples both predicted; None if they share none with the same label."""
-    both = model.predictions(task).join(other.predictions(task).add_suffix("_other"), how="inner")
-    both = both[both["label"] == both["label_other"]]
-    if both.empty:
+    ours, theirs = model.outcomes(task), other.outcomes(task)
+    rows, other_rows = ours.same_labels(theirs)
+    if not len(rows):
         return None
     names = sorted({*model.tasks[task]["class_names"], *other.tasks[task]["class_names"]})
-    labels, pred, pred_other = (
-        encode_labels(pa.chunked_array([pa.array(both[c].tolist())]), names) for c in ("label", "pred", "pred_other")
-    )
+    labels, pred = ours.codes(rows, names)
+    pred_other = theirs.codes(other_rows, names)[1]
     options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
     shared = {"ours": float(is_right(labels, pred).mean()), "theirs": float(is_right(labels, pred_other).mean())}
     found = {m: paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options) for m in METRICS}
-    return {"model": other.name, "num_rows": len(both), "shared_accuracy": shared, **found}
+    return {"model": other.name, "num_rows": len(rows), "shared_accuracy": shared, **found}
 
 
 # --- the run as a whole --------------------------------------------------------------------------------------------
@@ -303,6 +311,8 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
             "Some test labels are of classes that the train split does not have; they count as wrong, "
             "or are left out of a multilabel row."
         )
+    if any(m.get("num_train_rows") == MAX_TRAIN_ROWS for m in results["models"].values()):
+        notes.append(f"The logistic regressions are fitted on {MAX_TRAIN_ROWS:,} of the train rows, drawn by the seed.")
     multilabel = [t for t, found in results["tasks"].items() if found["kind"] == "multilabel"]
     if multilabel:
         notes.append(

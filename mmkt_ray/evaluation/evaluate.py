@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.baselines import MAJORITY, Baseline, fit_baselines
-from mmkt_ray.evaluation.calibration import fit_temperatures, probability_scores
+from mmkt_ray.evaluation.calibration import chosen, fit_temperatures, probability_scores
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.inference import predict_logits, predict_table, probabilities
@@ -33,10 +33,11 @@ from mmkt_ray.evaluation.rows import (
     Rows,
     has_prediction,
     load_rows,
-    prediction_table,
+    prediction_parts,
     presence_patterns,
     subsets,
     without_unreadable,
+    write_parts,
 )
 from mmkt_ray.evaluation.tables import comparison_table, missing_table
 from mmkt_ray.features.store import FeatureTable, Store, labelled
@@ -109,7 +110,7 @@ def evaluate_model(
         for t, record in calibration.items():
             both = {"before": raw[t], "after": proba[t]}
             tasks[t]["calibration"] = record | {k: _calibration_scores(part.table, t, p) for k, p in both.items()}
-    val = _val_scores(data, split, predict)
+    val = _val_scores(_val_rows(data, split), predict)
     for t, scores in tasks.items():
         scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
     record = {
@@ -121,8 +122,8 @@ def evaluate_model(
         "tasks": tasks,
         "seconds": time.perf_counter() - started,
     }
-    predictions = prediction_table(part, config.model_modalities, proba)
-    storage.write_table(storage.join(model_uri, f"predictions-{split}.parquet"), predictions)
+    parts = prediction_parts(part, config.model_modalities, proba)
+    write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts)
     storage.write_json(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"), record)
     return record
 
@@ -156,7 +157,8 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
     fitted = {task: fit_baselines(data.table, task, config.seed) for task in tasks}
     names = list(dict.fromkeys(name for by_name in fitted.values() for name in by_name))
     records: dict[str, Any] = {}
-    tables = []
+    parts = []
+    val = _val_rows(data, "test")
     for name in names:
         models = {t: by_name[name] for t, by_name in fitted.items() if name in by_name}
         proba = _predict_baselines(models, part.table)
@@ -164,16 +166,16 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
             "name": name,
             "modalities": [] if name == MAJORITY else sorted({m for b in models.values() for m in b.modalities}),
             "num_params": sum(m.num_params for m in models.values()),
+            "num_train_rows": max(m.num_rows for m in models.values()),
             "training_s": sum(m.seconds for m in models.values()),
             "tasks": {t: _task_scores(part, t, p, settings) for t, p in proba.items()},
         }
-        val = _val_scores(data, "test", partial(_predict_baselines, models))
+        on_val = _val_scores(val, partial(_predict_baselines, models))
         for t, scores in records[name]["tasks"].items():
-            scores["val"] = val.get(t)
-        table = prediction_table(part, modalities, proba)
-        tables.append(table.append_column("model", pa.array([name] * len(table), pa.string())))
+            scores["val"] = on_val.get(t)
+        parts.append(prediction_parts(part, modalities, proba, name))
     result = {**_identity(store, "test", config.evaluation, part), "models": records}
-    storage.write_table(storage.join(out_uri, "predictions-test.parquet"), pa.concat_tables(tables))
+    write_parts(storage.join(out_uri, "predictions-test.parquet"), chain.from_iterable(parts))
     storage.write_json(storage.join(out_uri, "metrics.json"), result)
     return result
 
@@ -233,11 +235,11 @@ def _checked(proba: Proba, model_uri: str) -> Proba:
 def _task_scores(part: Rows, task: str, proba: np.ndarray, settings: _Settings) -> dict[str, Any]:
     """Metrics and intervals of one task over the rows that are labelled and have a prediction."""
     table, rows = part.table, has_prediction(proba)
-    labels, proba, names = table.labels[task][rows], proba[rows], table.class_names[task]
+    labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
     kind = table.kinds.get(task, "multiclass")
     return {
         **task_metrics(kind, labels, proba, names),
-        "num_unseen": int(part.unseen(task)[rows].sum()),
+        "num_unseen": int(part.unseen[task][rows].sum()),
         "class_names": names,
         "intervals": settings.intervals(labels, predicted(proba, kind), len(names)),
     }
@@ -248,7 +250,7 @@ def _subset_scores(
 ) -> dict[str, Any]:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
     rows = has_prediction(proba) & labelled(table.labels[task])
-    labels, proba, names = table.labels[task][rows], proba[rows], table.class_names[task]
+    labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
     kind = table.kinds.get(task, "multiclass")
     return {
         "modalities": list(subset),
@@ -262,7 +264,7 @@ def _subset_scores(
 
 def _point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
     kind = table.kinds.get(task, "multiclass")
-    metrics = task_metrics(kind, table.labels[task][rows], proba[rows], table.class_names[task])
+    metrics = task_metrics(kind, table.labels[task][rows], chosen(proba, rows), table.class_names[task])
     return {name: metrics.get(name) for name in ("num_rows", "accuracy", "macro_f1")}
 
 
@@ -278,12 +280,16 @@ def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, An
     return found
 
 
-def _val_scores(data: Rows, split: str, predict: Callable[[FeatureTable], Proba]) -> dict[str, Any]:
-    """Accuracy and macro-F1 on `val`, for tasks with labels there; empty if `val` is what is scored or has no rows."""
+def _val_rows(data: Rows, split: str) -> FeatureTable | None:
+    """The readable rows of `val`; None if there are none, or if `val` is what is scored."""
     rows = data.readable("val") if split != "val" else np.array([], dtype=int)
-    if len(rows) == 0:
+    return data.table.take(rows) if len(rows) else None
+
+
+def _val_scores(table: FeatureTable | None, predict: Callable[[FeatureTable], Proba]) -> dict[str, Any]:
+    """Accuracy and macro-F1 on rows of `val`, for tasks with labels there."""
+    if table is None:
         return {}
-    table = data.table.take(rows)
     scores = {}
     for task, proba in predict(table).items():
         scores[task] = _point_scores(table, task, has_prediction(proba), proba)

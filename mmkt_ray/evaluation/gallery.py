@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.evaluation.rows import read_parts
 from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.readers import find_samples
 
@@ -44,8 +46,7 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     if card is None or not storage.exists(uri):
         raise DataError(f"no predictions on '{split}' in '{model_uri}': run `mmkt evaluate` first")
     config = parse_config(card["config"])
-    table = storage.read_table(uri)
-    tasks = {t: _choose(table, t, card["class_names"][t]) for t in config.model_tasks}
+    tasks = {t: _choose(_candidates(uri, t), card["class_names"][t]) for t in config.model_tasks}
     chosen = [s for groups in tasks.values() for group in groups.values() for s in group]
     gallery: dict[str, Any] = {"split": split, "tasks": tasks}
     try:
@@ -59,47 +60,77 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     return gallery
 
 
-def _choose(table: pa.Table, task: str, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The groups of one task, each of at most NUM_PER_GROUP samples; near ties are samples of neither other group."""
-    columns = [table.column(f"{task}_{c}") for c in ("label", "pred")]
-    table = table.filter(pc.and_(columns[0].is_valid(), columns[1].is_valid()))
-    if len(table) == 0:
-        return {"right": [], "wrong": [], "tie": []}
-    proba = np.stack(table.column(f"{task}_proba").to_numpy())
-    multilabel = pa.types.is_list(columns[0].type)
-    labels, pred, ids = (
-        np.array([_told(v) for v in table.column(c).to_pylist()], dtype=object)
-        for c in (f"{task}_label", f"{task}_pred", "sample_id")
-    )
-    right = labels == pred
-    if multilabel:  # the two answers about the class that the model is least sure of
-        doubt = np.abs(proba - 0.5).argmin(axis=1)
-        unsure = proba[np.arange(len(proba)), doubt]
+@dataclass(frozen=True)
+class _Judged:
+    """Labelled rows that have a prediction."""
+
+    ids: np.ndarray  # (N,) str
+    labels: np.ndarray  # (N,) str
+    pred: np.ndarray  # (N,) str
+    top: np.ndarray  # (N, 2) the largest two probabilities, (N, 1) of a single class
+    second: np.ndarray  # (N,) class of the second one; -1: none
+
+    def take(self, rows: np.ndarray) -> _Judged:
+        return _Judged(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def groups(self) -> dict[str, np.ndarray]:
+        """The rows of each group, at most NUM_PER_GROUP; near ties are of neither other group."""
+        right, confidence = self.labels == self.pred, np.argsort(-self.top[:, 0], kind="stable")
+        groups = {"right": confidence[right[confidence]], "wrong": confidence[~right[confidence]]}
+        groups = {name: rows[:NUM_PER_GROUP] for name, rows in groups.items()}
+        closest = np.argsort(self.top[:, 0] - self.top[:, -1], kind="stable")
+        taken = np.concatenate(list(groups.values()))
+        return groups | {"tie": closest[~np.isin(closest, taken)][:NUM_PER_GROUP]}
+
+
+def _candidates(uri: str, task: str) -> _Judged:
+    """Rows of a file of predictions, in its order, among which are those of all groups; one batch of it is in memory."""
+    best: _Judged | None = None
+    for rows in read_parts(uri, ["sample_id", *(f"{task}_{c}" for c in ("label", "pred", "proba"))]):
+        judged = _judge(rows, task)
+        if best is not None:
+            pairs = [(getattr(best, f.name), getattr(judged, f.name)) for f in fields(judged)]
+            judged = _Judged(*map(np.concatenate, pairs))
+        best = judged.take(np.sort(np.concatenate(list(judged.groups().values()))))
+    assert best is not None, "a file of predictions has rows"
+    return best
+
+
+def _judge(table: pa.Table, task: str) -> _Judged:
+    """The rows of a batch of predictions. Of a multilabel task the two answers about the class that the model is least sure of
+    are compared."""
+    told = [table.column(f"{task}_{c}") for c in ("label", "pred")]
+    table = table.filter(pc.and_(told[0].is_valid(), told[1].is_valid()))
+    flat = table.column(f"{task}_proba").combine_chunks()
+    proba = flat.flatten().to_numpy().reshape(len(table), flat.type.list_size)
+    if pa.types.is_list(told[0].type):
+        second = np.abs(proba - 0.5).argmin(axis=1)
+        unsure = proba[np.arange(len(proba)), second]
         top = np.stack([np.maximum(unsure, 1 - unsure), np.minimum(unsure, 1 - unsure)], axis=1)
-        second: np.ndarray | None = doubt
     else:
         order = np.argsort(-proba, axis=1, kind="stable")[:, :2]
         top = np.take_along_axis(proba, order, axis=1)
-        second = order[:, 1] if proba.shape[1] > 1 else None
+        second = order[:, 1] if proba.shape[1] > 1 else np.full(len(proba), -1)
+    names = ("sample_id", f"{task}_label", f"{task}_pred")
+    ids, labels, pred = (np.array([_told(v) for v in table.column(n).to_pylist()], dtype=object) for n in names)
+    return _Judged(ids, labels, pred, top, second)
+
+
+def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The groups of one task, each of at most NUM_PER_GROUP samples."""
 
     def describe(row: int) -> dict[str, Any]:
-        runner_up = {} if second is None else {"second": class_names[second[row]], "second_proba": float(top[row, -1])}
+        second = judged.second[row]
+        runner_up = {"second": class_names[second], "second_proba": float(judged.top[row, -1])} if second >= 0 else {}
         return {
-            "sample_id": ids[row],
-            "label": labels[row],
-            "pred": pred[row],
-            "proba": float(top[row, 0]),
+            "sample_id": judged.ids[row],
+            "label": judged.labels[row],
+            "pred": judged.pred[row],
+            "proba": float(judged.top[row, 0]),
             **runner_up,
         }
 
-    by_confidence = np.argsort(-top[:, 0], kind="stable")
-    groups = {
-        "right": by_confidence[right[by_confidence]][:NUM_PER_GROUP],
-        "wrong": by_confidence[~right[by_confidence]][:NUM_PER_GROUP],
-    }
-    closest = np.argsort(top[:, 0] - top[:, -1], kind="stable")
-    groups["tie"] = closest[~np.isin(closest, np.concatenate(list(groups.values())))][:NUM_PER_GROUP]
-    return {name: [describe(int(r)) for r in rows] for name, rows in groups.items()}
+    return {name: [describe(int(r)) for r in rows] for name, rows in judged.groups().items()}
 
 
 def _told(value: str | list[str]) -> str:

@@ -29,7 +29,7 @@ from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts
 from mmkt_ray.features.store import labelled
 
 METRICS = ("accuracy", "macro_f1")
-_MAX_COUNTS = 20_000_000  # drawn at once: 160 MB
+_MAX_COUNTS = 2_000_000  # drawn at once: 16 MB
 
 
 class Interval(TypedDict):

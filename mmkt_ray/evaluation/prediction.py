@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, PairCombine, UnionCombine, parse_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable
+from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable, write_parts
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
@@ -102,18 +101,16 @@ def prediction_config(
 def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:
     """Predict part by part: one part of the store is in memory at a time."""
     modalities = sorted(model.spec.modalities)
-    with storage.atomic(path) as (fs, temporary):
-        writer = None
+
+    def parts() -> Iterator[pa.Table]:
         for table in store.tables(modalities, tasks=[]):
             proba = without_unreadable(predict_table(model, table), table, model.spec.inputs)
             columns = {
-                "sample_id": pa.array(table.sample_id, pa.string()),
+                "sample_id": pa.array(table.sample_id[:], pa.string()),
                 "missing": missing_column(table, modalities),
             }
             for task, names in sorted(class_names.items()):
                 columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task])
-            batch = pa.table(columns)
-            writer = writer or pq.ParquetWriter(temporary, batch.schema, filesystem=fs, compression="zstd")
-            writer.write_table(batch)
-        if writer is not None:
-            writer.close()
+            yield pa.table(columns)
+
+    write_parts(path, parts())

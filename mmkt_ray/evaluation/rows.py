@@ -5,39 +5,44 @@ Axes: N rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mmkt_ray import storage
+from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.metrics import predicted
-from mmkt_ray.features.store import UNSEEN, FeatureTable, Store, encode_labels, label_type
+from mmkt_ray.features.store import FeatureTable, Store, label_type
+from mmkt_ray.features.table import Growing, encode_labels, has_unseen
+
+ROW_GROUP = 10_000  # rows of a file of predictions that are in memory at a time, or those of one part of the store
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A feature table, and for each task its labels as they stand in the store: (N,) str, list of str, or None."""
+    """Rows of a store as a table."""
 
     table: FeatureTable
-    label_names: dict[str, np.ndarray]
+    unseen: dict[
+        str, np.ndarray
+    ]  # task -> (N,) bool: the label is a class that train lacks, or a list with such a class
+    store: Store
+    index: np.ndarray  # (N,) where they stand in the store, ascending
 
     def readable(self, split: str) -> np.ndarray:
         """Indices of a split's rows that have at least one of the table's modalities."""
         return np.flatnonzero((self.table.split == split) & readable(self.table, list(self.table.present)))
 
-    def unseen(self, task: str) -> np.ndarray:
-        """(N,) bool: the label is a class that the train split does not have, or a list with such a class."""
-        labels, known = self.table.labels[task], set(self.table.class_names[task])
-        if labels.ndim == 1:
-            return labels == UNSEEN
-        return np.array([not known.issuperset(names or ()) for names in self.label_names[task]], dtype=bool)
-
     def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows."""
-        return Rows(self.table.take(rows), {t: names[rows] for t, names in self.label_names.items()})
+        """Some of the rows, in their order."""
+        unseen = {t: outside[rows] for t, outside in self.unseen.items()}
+        return Rows(self.table.take(rows), unseen, self.store, self.index[rows])
 
 
 def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:
@@ -67,21 +72,25 @@ def load_rows(
 ) -> Rows:
     """All rows of a store. `class_names` are those of a model, which may come from another store; None: the store's."""
     table = store.table(modalities, tasks)
-    columns = pa.concat_tables(store.read(list(tasks)))
-    if class_names is not None:
-        labels = {t: encode_labels(columns.column(t), class_names[t]) for t in tasks}
-        table = replace(table, labels=labels, class_names={t: list(class_names[t]) for t in tasks})
-    return Rows(table, {t: np.fromiter(columns.column(t).to_pylist(), dtype=object) for t in tasks})
+    names = {t: list((class_names or table.class_names)[t]) for t in tasks}
+    labels, unseen = ({t: Growing() for t in tasks} for _ in range(2))
+    for part in store.read(list(tasks)) if tasks else ():
+        for t in tasks:
+            labels[t].add(encode_labels(part.column(t), names[t]))
+            unseen[t].add(has_unseen(part.column(t), names[t]))
+    table = replace(table, labels={t: y.array() for t, y in labels.items()}, class_names=names)
+    return Rows(table, {t: u.array() for t, u in unseen.items()}, store, np.arange(len(table.split)))
 
 
 def without_unreadable(
     proba: Mapping[str, np.ndarray], table: FeatureTable, inputs: Mapping[str, Sequence[str]]
 ) -> dict[str, np.ndarray]:
     """Probabilities, task -> (N, C), with NaN in rows that have none of the modalities that the task reads."""
-    found = {}
+    found = dict(proba)
     for task, values in proba.items():
-        found[task] = values.copy()
-        found[task][~readable(table, inputs[task])] = np.nan
+        blind = np.broadcast_to(~readable(table, inputs[task]), len(values))
+        if blind.any():
+            found[task] = np.where(blind[:, None], np.float32(np.nan), values)
     return found
 
 
@@ -103,25 +112,58 @@ def prediction_columns(task: str, proba: np.ndarray, names: Sequence[str], kind:
     }
 
 
-def prediction_table(rows: Rows, modalities: Sequence[str], proba: Mapping[str, np.ndarray]) -> pa.Table:
-    """What `predictions-<split>.parquet` holds.
+def prediction_parts(
+    rows: Rows, modalities: Sequence[str], proba: Mapping[str, np.ndarray], model: str | None = None
+) -> Iterator[pa.Table]:
+    """What `predictions-<split>.parquet` holds, part by part of the store.
 
     sample_id, split, missing (list of absent modalities) and per task of the rows: <task>_label (string, or list of
     strings for a multilabel task; null if there is none), <task>_pred of the same type and <task>_proba (fixed-size list
-    of C float32). The last two are null where `proba`, task -> (N, C), is NaN or lacks the task.
+    of C float32). The last two are null where `proba`, task -> (N, C), is NaN or lacks the task. With `model` one more
+    column says so.
     """
-    table = rows.table
-    columns = {
-        "sample_id": pa.array(table.sample_id, pa.string()),
-        "split": pa.array(table.split, pa.string()),
-        "missing": missing_column(table, modalities),
-    }
-    for task, labels in rows.label_names.items():
-        names, kind = table.class_names[task], table.kinds.get(task, "multiclass")
-        values = proba.get(task, np.full((len(labels), len(names)), np.nan))
-        columns[f"{task}_label"] = pa.array(labels.tolist(), label_type(kind))
-        columns |= prediction_columns(task, values, names, kind)
-    return pa.table(columns)
+    table, missing = rows.table, missing_column(rows.table, modalities)
+    tasks, start = list(rows.unseen), 0
+    for part in rows.store.read(["sample_id", "split", *tasks]):
+        here = slice(*np.searchsorted(rows.index, [start, start + len(part)]).tolist())
+        part, start = part.take(pa.array(rows.index[here] - start)), start + len(part)
+        columns = {n: part.column(n) for n in ("sample_id", "split")} | {"missing": missing[here]}
+        for task in tasks:
+            names, kind = table.class_names[task], table.kinds.get(task, "multiclass")
+            values = proba[task][here] if task in proba else np.full((len(part), len(names)), np.nan)
+            columns[f"{task}_label"] = part.column(task).cast(label_type(kind))
+            columns |= prediction_columns(task, values, names, kind)
+        yield pa.table(columns | ({"model": pa.array([model] * len(part), pa.string())} if model else {}))
+
+
+def write_parts(uri: str, parts: Iterable[pa.Table]) -> None:
+    """Tables of the same columns (at least one) as one Parquet file, atomically; about ROW_GROUP rows are held."""
+    with storage.atomic(uri) as (fs, temporary):
+        writer: pq.ParquetWriter | None = None
+        held: list[pa.Table] = []
+        for part in parts:
+            if writer is None:
+                strings = [f.name for f in part.schema if pa.types.is_string(f.type)]
+                options = {"compression": "zstd", "compression_level": 1, "use_dictionary": strings}
+                writer = pq.ParquetWriter(temporary, part.schema, filesystem=fs, **options)
+            held.append(part)
+            if sum(map(len, held)) >= ROW_GROUP:
+                writer.write_table(pa.concat_tables(held))
+                held = []
+        assert writer is not None
+        if held:
+            writer.write_table(pa.concat_tables(held))
+        writer.close()
+
+
+def read_parts(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Such a file, ROW_GROUP rows at a time. Raises: DataError for a column of an extension type."""
+    fs, path = storage.resolve(uri)
+    with fs.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream)
+        if any(storage.extension_in(file.schema_arrow.field(name).type) for name in columns):
+            raise DataError(f"'{uri}' has columns of an extension type, which mmkt never writes: evaluate again")
+        yield from (pa.table(batch) for batch in file.iter_batches(ROW_GROUP, columns=list(columns)))
 
 
 def read_predictions(
@@ -138,9 +180,51 @@ def read_predictions(
     return frame
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """The labelled and predicted rows of one task of such a file, in its order: 16 bytes for each."""
+
+    ids: np.ndarray  # (N,) uint64 hashes of the sample ids
+    label: np.ndarray  # (N,) int32 into `values`
+    pred: np.ndarray  # (N,) int32 into `values`
+    values: list[Any]  # the distinct labels and predictions: a class, or a sorted tuple of classes
+
+    def codes(self, rows: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and predictions of some rows as `encode_labels` has them."""
+        kind = "binary" if isinstance(self.values[0], str) else "multilabel"
+        known = encode_labels(pa.chunked_array([pa.array(self.values, label_type(kind))]), names)
+        return known[self.label[rows]], known[self.pred[rows]]
+
+    def same_labels(self, other: Outcomes) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of both files that are of one sample and have the same label."""
+        if np.array_equal(self.ids, other.ids):
+            ours = theirs = np.arange(len(self.ids))
+        else:
+            _, ours, theirs = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
+        index = {value: i for i, value in enumerate(self.values)}
+        translated = np.array([index.get(value, -1) for value in other.values], np.int32)
+        same = self.label[ours] == translated[other.label[theirs]]
+        return ours[same], theirs[same]
+
+
+def read_outcomes(uri: str, task: str, model: str | None = None) -> Outcomes:
+    """What `read_predictions` reads, a batch at a time. Two ids may have the same hash by chance: one pair in 10^19."""
+    names = ["sample_id", f"{task}_label", f"{task}_pred", *(["model"] if model else [])]
+    index: dict[Any, int] = {}
+    ids, label, pred = Growing(), Growing(), Growing()
+    for rows in read_parts(uri, names):
+        rows = rows.filter(pc.equal(rows.column("model"), model)) if model else rows
+        rows = rows.filter(pc.and_(rows.column(names[1]).is_valid(), rows.column(names[2]).is_valid()))
+        ids.add(pd.util.hash_array(rows.column("sample_id").to_numpy(), categorize=False))
+        for grown, name in ((label, names[1]), (pred, names[2])):
+            told = (v if isinstance(v, str) else tuple(sorted(v)) for v in rows.column(name).to_pylist())
+            grown.add(np.fromiter((index.setdefault(v, len(index)) for v in told), np.int32, len(rows)))
+    return Outcomes(ids.array(), label.array(), pred.array(), list(index))
+
+
 def missing_column(table: FeatureTable, modalities: Sequence[str]) -> pa.Array:
     """For each row the list of the modalities that it lacks."""
     absent = np.stack([~table.present[m] for m in modalities], axis=1)
-    return pa.array(
-        [[m for m, gone in zip(modalities, row, strict=True) if gone] for row in absent], pa.list_(pa.string())
-    )
+    ends = np.append(0, absent.sum(axis=1).cumsum()).astype(np.int32)
+    names = pa.array(list(modalities), pa.string()).take(pa.array(np.nonzero(absent)[1]))
+    return pa.ListArray.from_arrays(pa.array(ends), names)

@@ -11,10 +11,9 @@ float16; sparse ones are structs of `indices: list<int32>` and `values: list<flo
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +24,11 @@ from mmkt_ray import storage
 from mmkt_ray.config import SPLITS, Config
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.features.table import MISSING, UNSEEN, FeatureTable, Ids, concat_tables, encode_labels, labelled
+
+__all__ = ["MISSING", "UNSEEN", "FeatureTable", "Store", "concat_tables", "encode_labels", "labelled", "open_store"]
 
 SCHEMA_VERSION = 1
-MISSING, UNSEEN = -1, -2  # label codes: no label; a class that the train split does not have
-
-MAPPED_BYTES = 64_000_000
-
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
 
 
@@ -96,37 +94,6 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, dim: int) -> tuple[Features, 
 
 
 @dataclass(frozen=True)
-class FeatureTable:
-    """What training and evaluation read: N samples. Features of more than MAPPED_BYTES are mapped from a file that has no name
-    and vanishes with them: the kernel takes their pages back when memory is short."""
-
-    sample_id: np.ndarray  # (N,) str
-    split: np.ndarray  # (N,) str
-    features: dict[str, Features]  # modality -> (N, D) float32, zero rows where absent
-    present: dict[str, np.ndarray]  # modality -> (N,) bool
-    labels: dict[str, np.ndarray]  # task -> (N,) int64 index into class_names, or MISSING / UNSEEN; multilabel: below
-    class_names: dict[str, list[str]]  # task -> sorted classes of the train split
-    kinds: dict[str, str] = field(default_factory=dict)  # task -> multiclass (also where not named), binary, multilabel
-    # labels of a multilabel task are (N, C) int8, 1 where the sample has the class; rows of MISSING without a label
-
-    def rows(self, split: str) -> np.ndarray:
-        """Indices of the samples of one split."""
-        return np.flatnonzero(self.split == split)
-
-    def take(self, rows: np.ndarray) -> FeatureTable:
-        """The table of some rows."""
-        return FeatureTable(
-            self.sample_id[rows],
-            self.split[rows],
-            {m: f[rows] for m, f in self.features.items()},
-            {m: p[rows] for m, p in self.present.items()},
-            {t: y[rows] for t, y in self.labels.items()},
-            self.class_names,
-            self.kinds,
-        )
-
-
-@dataclass(frozen=True)
 class Store:
     """An opened, complete feature store."""
 
@@ -165,7 +132,7 @@ class Store:
         loaded = {m: from_arrow(rows.column(column_of(m)), self.dim(m)) for m in modalities}
         class_names = {t: list(self.manifest["tasks"][t]["classes"]) for t in tasks}
         return FeatureTable(
-            sample_id=rows.column("sample_id").to_numpy().astype(object),
+            sample_id=Ids.of(rows.column("sample_id")),
             split=np.array(SPLITS, dtype=object)[pc.index_in(rows.column("split"), pa.array(SPLITS)).to_numpy()],
             features={m: f for m, (f, _) in loaded.items()},
             present={m: p for m, (_, p) in loaded.items()},
@@ -173,74 +140,6 @@ class Store:
             class_names=class_names,
             kinds={t: self.manifest["tasks"][t]["kind"] for t in tasks},
         )
-
-
-class Growing:
-    """One array that grows at its first axis: in memory, and from MAPPED_BYTES on in a file (but for Python objects)."""
-
-    def __init__(self) -> None:
-        self.pieces: list[np.ndarray] = []
-        self.num_bytes = 0
-        self.file: IO[bytes] | None = None
-
-    def add(self, piece: np.ndarray) -> None:
-        """More rows, of the same type and width."""
-        self.pieces.append(piece)
-        self.num_bytes += piece.nbytes
-        if self.num_bytes > MAPPED_BYTES and piece.dtype != object:
-            self.file = self.file or tempfile.TemporaryFile(prefix="mmkt-features-")  # noqa: SIM115  (the array keeps it)
-            for waiting in self.pieces:
-                self.file.write(np.ascontiguousarray(waiting).data)
-            self.pieces = [piece[:0]]
-
-    def array(self) -> np.ndarray:
-        """All that was added."""
-        if self.file is None:
-            return np.concatenate(self.pieces)
-        self.file.flush()
-        mapped = np.memmap(self.file, self.pieces[0].dtype, mode="r+")
-        return np.asarray(mapped).reshape(-1, *self.pieces[0].shape[1:])
-
-
-def concat_tables(tables: Iterable[FeatureTable]) -> FeatureTable:
-    """The rows of tables of the same columns (at least one table); besides the result one table is in memory at a time."""
-    arrays: dict[tuple[str, str], Growing] = {}
-    for table in tables:
-        for key, piece in _arrays(table):
-            arrays.setdefault(key, Growing()).add(piece)
-        last = table
-    whole = {key: growing.array() for key, growing in arrays.items()}
-    features: dict[str, Features] = {}
-    for m, own in last.features.items():
-        if isinstance(own, np.ndarray):
-            features[m] = whole["dense", m]
-        else:
-            offsets = np.append(0, np.cumsum(whole["counts", m], dtype=np.int64))
-            parts = (whole["data", m], whole["indices", m], offsets)
-            features[m] = sp.csr_matrix(parts, shape=(len(offsets) - 1, own.shape[1]), copy=False)
-    return replace(
-        last,
-        sample_id=whole["", "sample_id"],
-        split=whole["", "split"],
-        features=features,
-        present={m: whole["present", m] for m in last.present},
-        labels={t: whole["labels", t] for t in last.labels},
-    )
-
-
-def _arrays(table: FeatureTable) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
-    """The arrays of a table, all of which grow with its rows."""
-    yield ("", "sample_id"), table.sample_id
-    yield ("", "split"), table.split
-    yield from ((("present", m), p) for m, p in table.present.items())
-    yield from ((("labels", t), y) for t, y in table.labels.items())
-    for m, features in table.features.items():
-        if isinstance(features, np.ndarray):
-            yield ("dense", m), features
-        else:
-            yield ("data", m), features.data
-            yield ("indices", m), features.indices
-            yield ("counts", m), np.diff(features.indptr)
 
 
 def open_store(uri: str) -> Store:
@@ -256,25 +155,3 @@ def open_store(uri: str) -> Store:
             f"'{uri}' has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}: extract again"
         )
     return Store(uri, manifest)
-
-
-def encode_labels(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
-    """Class names (N,) -> codes (N,) int64; null becomes MISSING, a class that is not in `class_names` UNSEEN.
-
-    Lists of class names (N,) -> (N, C) int8: 1 at a list's classes, unseen ones left out; a row of MISSING for null.
-    """
-    index = {name: i for i, name in enumerate(class_names)}
-    if not pa.types.is_list(column.type):
-        return np.array([MISSING if v is None else index.get(v, UNSEEN) for v in column.to_pylist()], dtype=np.int64)
-    codes = np.zeros((len(column), len(class_names)), dtype=np.int8)
-    for row, names in zip(codes, column.to_pylist(), strict=True):
-        if names is None:
-            row[:] = MISSING
-        else:
-            row[[index[name] for name in names if name in index]] = 1
-    return codes
-
-
-def labelled(labels: np.ndarray) -> np.ndarray:
-    """(N,) bool: which rows of a task's labels, of any kind, have one. A class unknown to the train split counts."""
-    return (labels if labels.ndim == 1 else labels.min(axis=1, initial=0)) != MISSING

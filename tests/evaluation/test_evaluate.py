@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation import rows as rows_module
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model, modality_subsets
 from mmkt_ray.evaluation.gallery import thumbnail, write_gallery
@@ -24,6 +25,7 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.evaluation.tables import comparison_table
+from mmkt_ray.features import table as table_module
 from mmkt_ray.features.store import MISSING, open_store
 from tests.evaluation.runs import (
     THINGS,
@@ -179,6 +181,37 @@ def test_a_model_is_scored_in_its_own_classes_whatever_the_store_calls_them(run,
     after = evaluate_model(str(run / "models" / "concat"), store)
     assert after["tasks"]["thing"]["confusion"] == before["tasks"]["thing"]["confusion"]
     assert after["store"] == "other"
+
+
+def test_figures_do_not_hang_on_how_much_is_held(run, monkeypatch):
+    """Catches rows that are lost, doubled or mixed up where a table is mapped from files, and where predictions are written,
+    compared and looked through a few rows at a time."""
+    store, config = open_store(str(run / "features" / "union")), make_config(run)
+    names = ("models/concat/metrics.json", "models/concat/gallery.json", "baselines/union/metrics.json")
+    names += ("report/results.json",)
+
+    def figures() -> list:
+        evaluate_model(str(run / "models" / "concat"), store)
+        evaluate_baselines(config, store, str(run / "baselines" / "union"))
+        compare(str(run))
+        write_gallery(str(run / "models" / "concat"))
+        found = [without_times(storage.read_json(str(run / name))) for name in names]
+        return found + [
+            pq.read_table(run / f / "predictions-test.parquet") for f in ("models/concat", "baselines/union")
+        ]
+
+    before = figures()
+    monkeypatch.setattr(rows_module, "ROW_GROUP", 7)
+    monkeypatch.setattr(table_module, "TAKE_ROWS", 50)
+    monkeypatch.setattr(table_module, "MAPPED_BYTES", 100)
+    assert figures() == before
+
+
+def without_times(record):
+    """A result without what differs from run to run."""
+    if isinstance(record, dict):
+        return {k: without_times(v) for k, v in record.items() if k not in ("seconds", "training_s")}
+    return [without_times(v) for v in record] if isinstance(record, list) else record
 
 
 def test_another_split_leaves_the_test_files_alone(run):

@@ -16,7 +16,8 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine
-from mmkt_ray.features import store as store_module
+from mmkt_ray.evaluation.rows import load_rows
+from mmkt_ray.features import table as table_module
 from mmkt_ray.features.audit import audit
 from mmkt_ray.features.combine import ABSENT, gather, join, read_index
 from mmkt_ray.features.fit import merge_in_tree
@@ -141,7 +142,7 @@ def test_a_mapped_table_is_the_same_and_takes_no_memory(
     store: Store = publish(stores[24], make_config(), ["u"], ENTRIES, {}, layout="l")
     plain = store.table()
     size = plain.features["image"].nbytes + plain.features["text"].data.nbytes
-    monkeypatch.setattr(store_module, "MAPPED_BYTES", 100_000)
+    monkeypatch.setattr(table_module, "MAPPED_BYTES", 100_000)
     with peak_of() as peak:
         mapped = store.table(["image", "text"], [])
     statistics = feature_statistics(mapped.features["image"], mapped.present["image"])
@@ -162,3 +163,19 @@ def test_a_tree_merges_everything_in_order(num_calls: int) -> None:
     """Catches statistics lost or out of order at the ragged end of the tree, now that merging does not wait for all."""
     calls = [partial(lambda i: None if i % 5 == 4 else [i], i) for i in range(num_calls)]
     assert merge_in_tree(calls, lambda parts: list(chain(*parts))) == [i for i in range(num_calls) if i % 5 != 4]
+
+
+def test_rows_that_are_scored_are_no_copy_of_their_features(
+    stores: dict[int, str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a split that is copied into memory, and ids or labels held as a Python object for each row."""
+    config = make_config()
+    published = {n: publish(uri, config, ["u"], ENTRIES, {}, layout="l") for n, uri in stores.items()}
+    monkeypatch.setattr(table_module, "MAPPED_BYTES", 10_000)
+    monkeypatch.setattr(table_module, "TAKE_ROWS", 256)
+
+    def work(uri: str) -> None:
+        data = load_rows(published[next(n for n, u in stores.items() if u == uri)], ["image", "text"], ["colour"])
+        data.take(data.readable("train"))
+
+    assert bytes_per_row(stores, work) < 110  # features, ids and labels are about 300
