@@ -12,7 +12,7 @@ from mmkt_ray.errors import unknown_name
 SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
 FUSES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")
 FUSIONS = (*FUSES, "hierarchical", "decision")
-MissingStrategy: TypeAlias = Literal["mask", "drop", "mean", "zero", "token", "generate", "expert"]
+MissingStrategy: TypeAlias = Literal["mask", "drop", "mean", "zero", "token", "generate"]
 MISSING_STRATEGIES: tuple[str, ...] = get_args(MissingStrategy)
 
 
@@ -69,8 +69,12 @@ class ModelConfig(Section):
         "mask",
         description="missing modalities: mask fuses what is there, drop trains on complete rows only, mean and zero fill "
         "features, token learns a stand-in (from train rows that lack the modality: where there are few, with "
-        "modality_dropout), generate predicts the missing features from the present ones, expert fuses what is there and gives "
-        "rows with one modality alone to a model of that modality where that is better on val (trains these models as well)",
+        "modality_dropout), generate predicts the missing features from the present ones",
+    )
+    experts: bool = Field(
+        True,
+        description="also train a model of each modality alone; it answers rows that lack some modality where it is at least as "
+        "good on val, so that fusing is never worse than the best model of what is there",
     )
 
     @model_validator(mode="after")

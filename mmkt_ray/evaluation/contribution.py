@@ -28,6 +28,7 @@ from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.ranking import none_if_nan
 from mmkt_ray.evaluation.rows import load_rows, readable, subsets
 from mmkt_ray.features.store import Store, labelled
+from mmkt_ray.models import fused_part
 
 MAX_MODALITIES = 8  # 2^8 passes over the test rows
 
@@ -68,9 +69,11 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
 def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[str, Any]:
     """task -> {model, num_rows, accuracy, macro_f1: see `contributions`} over the modalities that the task reads.
 
-    The model predicts the split once per subset. Tasks with fewer than two modalities or no labelled row are left out.
+    The model without its experts predicts the split once per subset. Tasks with fewer than two modalities or no labelled row
+    are left out.
     """
     model, card = load_model(model_uri)
+    model = fused_part(model)  # an expert would answer for what the fused model knows
     config = parse_config(card["config"])
     inputs = {t: config.task_inputs(t) for t in config.model_tasks if len(config.task_inputs(t)) > 1}
     if not inputs:

@@ -78,7 +78,7 @@ def missing_curves(
         "split": split,
         "modalities": list(modalities),
         "patterns": _patterns(part.table, without_unreadable(whole, part.table, inputs)),
-        **curves_of([ask(model, whole, part.table, config, best)], options, config.seed, rates, num_seeds),
+        **curves_of([ask(model, whole, part.table, config, best)], options, config, rates, num_seeds),
     }
     storage.write_json(storage.join(model_uri, "missing.json"), result)
     return result
@@ -87,20 +87,21 @@ def missing_curves(
 def curves_of(
     models: Sequence[Mapping[str, Answers]],
     options: EvaluationConfig,
-    seed: int,
+    config: Config,
     rates: Sequence[float] = RATES,
     num_seeds: int = NUM_SEEDS,
 ) -> dict[str, Any]:
-    """What `missing_curves` says beside the model's name and patterns. models: what one model, or the models of several
-    training seeds in turn, say about each task; every draw of hidden rows asks the next one."""
-    draw = _Draws(options.bootstrap_samples // num_seeds, options.confidence, num_seeds, seed)
+    """What `missing_curves` says beside the model's name and patterns. models: what one model of this config, or those of
+    several training seeds in turn, say about each task; every draw of hidden rows asks the next one."""
+    draw = _Draws(options.bootstrap_samples // num_seeds, options.confidence, num_seeds, config.seed)
     result: dict[str, Any] = {"confidence": options.confidence, "num_seeds": num_seeds, "rates": list(rates)}
     result |= {"curves": {}, "reference": {}, "difference": {}}
     for task, first in models[0].items():
         for hidden in (*first.inputs, ANY):
             for name, scores in _curves([answers[task] for answers in models], hidden, rates, draw).items():
                 result[name].setdefault(hidden, {})[task] = scores
-    return result | {"answers": _tell(result)}
+    hint = "" if config.model.experts else "; model.experts: true leaves such rows to it"
+    return result | {"answers": _tell(result, hint)}
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -267,8 +268,9 @@ def _patterns(table: FeatureTable, proba: dict[str, np.ndarray]) -> dict[str, An
     return found
 
 
-def _tell(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each hidden modality and task the rate at which the model stands worst against the reference, in words."""
+def _tell(result: dict[str, Any], hint: str) -> list[dict[str, Any]]:
+    """For each hidden modality and task the rate at which the model stands worst against the reference, in words. hint: what
+    to do about it."""
     told = []
     for hidden, by_task in result["difference"].items():
         for task, scores in by_task.items():
@@ -281,7 +283,7 @@ def _tell(result: dict[str, Any]) -> list[dict[str, Any]]:
                 rate, worst = min(shown, key=lambda pair: pair[1][0])
                 text = (
                     f"With {lost} missing in {100 * rate:.0f} % of rows the model is {-100 * worst[0]:.1f} points "
-                    f"[{-100 * worst[2]:.1f}, {-100 * worst[1]:.1f}] below {beside}; model.missing: expert leaves such rows to it"
+                    f"[{-100 * worst[2]:.1f}, {-100 * worst[1]:.1f}] below {beside}{hint}"
                 )
             told.append({"hidden": hidden, "task": task, "rate": rate, "difference": worst, "text": text + "."})
     return told

@@ -40,7 +40,7 @@ def missing_over_seeds(
         }
         folders = [storage.join(run_uri, "seeds", str(seed)) for seed in seeds]
         models = [_answers(name, variants[name], single, stores[name], folder) for folder in folders]
-        curves = curves_of(models, config.evaluation, config.seed, num_seeds=len(seeds))
+        curves = curves_of(models, config.evaluation, variants[name], num_seeds=len(seeds))
         modalities = list(variants[name].model_modalities)
         found[name] = {"model": name, "split": "test", "modalities": modalities, **curves}
     storage.write_json(storage.join(run_uri, "missing_seeds.json"), found)

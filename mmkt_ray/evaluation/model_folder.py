@@ -1,6 +1,6 @@
 """The model folder: weights and everything needed to use them.
 
-    <model>/model.safetensors   the MultimodalModel's state
+    <model>/model.safetensors   the model's state
     <model>/config.json         its card, published last: a folder without it is no model; evaluation adds `temperatures`
 
 Nothing in it is a pickle.
@@ -45,6 +45,12 @@ def save_model(
     storage.write_json(storage.join(uri, "config.json"), card)
 
 
+def copy_model(source: str, target: str) -> None:
+    """Publish a model at another place too, where none of another fingerprint may lie."""
+    for name in ("model.safetensors", "config.json"):
+        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
+
+
 def save_temperatures(uri: str, temperatures: Mapping[str, float]) -> None:
     """Put into the card what each task's logits are to be divided by from now on; none: nothing."""
     card = read_card(uri)
@@ -80,7 +86,7 @@ def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
         model.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, "model.safetensors"))))
     except FileNotFoundError:
         raise DataError(f"'{uri}' has no model.safetensors: remove the folder and train again") from None
-    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
     model.temperatures = dict(card.get("temperatures", {}))
     return model.eval(), card

@@ -2,7 +2,7 @@
 
 from mmkt_ray.models.experts import ExpertModel, ExpertSpec
 from mmkt_ray.models.multimodal import MultimodalModel, to_proba
-from mmkt_ray.models.predictor import Predictor, PredictorSpec, build_model
+from mmkt_ray.models.predictor import Predictor, PredictorSpec, build_model, fused_part
 from mmkt_ray.models.sparse import SparseBatch
 from mmkt_ray.models.spec import InputSpec, ModelSpec, build_spec
 from mmkt_ray.models.towers import Features
@@ -19,5 +19,6 @@ __all__ = [
     "SparseBatch",
     "build_model",
     "build_spec",
+    "fused_part",
     "to_proba",
 ]

@@ -19,9 +19,16 @@ class Dropout(nn.Module):
         self.register_buffer("rate", torch.tensor(rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
+        """x: (Z,) or (.., B, H)."""
+        factors = self.factors(x)
+        return x if factors is None else x * factors  # one factor per value: a single product to go back through
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What each value is multiplied by, null after training. Members of a stack draw the same numbers, (B, H); with
+        rates of their own, (P,), these become (P, B, H) factors."""
         if not self.training:
-            return x
+            return None
+        rate = self.rate[..., None, None] if self.rate.ndim else self.rate
         # 1 where the number is at least the rate, else 0, without bools, which cost a stack of models 5 times as much
-        kept = (torch.rand(x.shape, device=x.device) - self.rate).floor_().add_(1.0)
-        return x * kept.mul_(1 / (1 - self.rate))  # one factor per value: a single product to go back through
+        kept = (torch.rand(x.shape[-2:], device=x.device) - rate).floor_().add_(1.0)
+        return kept.mul_(1 / (1 - rate))

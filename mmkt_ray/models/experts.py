@@ -1,9 +1,9 @@
-"""A fused model with experts of one modality each, for rows that have nothing else.
+"""A fused model with experts of one modality each, for rows that lack some of the modalities.
 
-What a fused model has learnt of one modality is at best what a model of that modality alone knows; where it is less, the
-expert answers. So rows that lack all modalities but one are never worse off than without fusion.
+What a fused model has learnt of some modalities is at best what a model of these alone knows; where it is less than one of
+the experts knows, that one answers. So rows that lack modalities are never worse off than without fusion.
 
-Axes: B batch, C classes of one task.
+Axes: B batch, C classes of one task, M modalities of one task.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkt_ray.models.multimodal import MultimodalModel
+from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.spec import InputSpec, ModelSpec
 from mmkt_ray.models.towers import Features
 
@@ -24,12 +25,13 @@ from mmkt_ray.models.towers import Features
 class ExpertSpec:
     """The fused model's spec and the experts'; towards others it looks like the spec of one model.
 
-    routes: task -> the modalities whose expert answers rows that have that one of the task's modalities and no other.
+    routes: task -> {what a row has of the task's modalities, e.g. "audio+image": the modality whose expert answers it};
+    all other rows are the fused model's.
     """
 
     fused: ModelSpec
     experts: Mapping[str, ModelSpec]
-    routes: Mapping[str, tuple[str, ...]]
+    routes: Mapping[str, Mapping[str, str]]
 
     @property
     def modalities(self) -> dict[str, InputSpec]:
@@ -56,16 +58,16 @@ class ExpertSpec:
         return {
             "fused": self.fused.to_dict(),
             "experts": {m: spec.to_dict() for m, spec in self.experts.items()},
-            "routes": {t: list(modalities) for t, modalities in self.routes.items()},
+            "routes": {t: dict(by_pattern) for t, by_pattern in self.routes.items()},
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ExpertSpec:
-        """The inverse."""
+        """The inverse. Raises: TypeError, KeyError, ValueError if `raw` is none."""
         return cls(
             ModelSpec.from_dict(raw["fused"]),
             {m: ModelSpec.from_dict(spec) for m, spec in raw["experts"].items()},
-            {t: tuple(modalities) for t, modalities in raw["routes"].items()},
+            {t: dict(by_pattern) for t, by_pattern in raw["routes"].items()},
         )
 
 
@@ -82,17 +84,31 @@ class ExpertModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.fused = fused or MultimodalModel(spec.fused)
-        self.experts = nn.ModuleDict(experts or {m: MultimodalModel(s) for m, s in spec.experts.items()})
+        experts = experts or {m: MultimodalModel(own) for m, own in spec.experts.items()}
+        self.experts = nn.ModuleDict({module_name(m): expert for m, expert in experts.items()})
+        self.tables = {t: route_table(spec, t) for t in spec.routes}
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
 
     def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel: logits (B, C) by task."""
         found = self.fused(features, present)
-        for m, expert in self.experts.items():
-            own = expert({m: features[m]}, {m: present[m]})
-            for t, modalities in self.spec.routes.items():
-                if m in modalities:
-                    others = [present[o] for o in self.spec.inputs[t] if o != m]
-                    alone = present[m] & ~torch.stack(others).any(dim=0)
-                    found[t] = torch.where(alone[:, None], own[t], found[t])
+        answering = {t: self._answering(t, present) for t in self.tables}
+        for i, m in enumerate(self.spec.experts):
+            rows = {t: who == i for t, who in answering.items() if i in self.tables[t]}
+            if any(mask.any() for mask in rows.values()):  # most batches have complete rows only
+                own = self.experts[module_name(m)]({m: features[m]}, {m: present[m]})
+                found |= {t: torch.where(mask[:, None], own[t], found[t]) for t, mask in rows.items()}
         return found
+
+    def _answering(self, task: str, present: dict[str, Tensor]) -> Tensor:
+        """(B,) the number of the expert that answers each row, -1: the fused model."""
+        inputs = self.spec.inputs[task]
+        table = torch.tensor(self.tables[task], device=present[inputs[0]].device)
+        return table[sum(present[m].long() << i for i, m in enumerate(inputs))]
+
+
+def route_table(spec: ExpertSpec, task: str) -> list[int]:
+    """(2^M,) the number of the expert that answers rows with the modalities whose bit is set in the index; -1: none does."""
+    inputs, experts = spec.inputs[task], list(spec.experts)
+    names = ["+".join(m for i, m in enumerate(inputs) if code >> i & 1) for code in range(2 ** len(inputs))]
+    return [experts.index(spec.routes[task][name]) if name in spec.routes[task] else -1 for name in names]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkt_ray.models.fuses import FUSES, Masks, Parts, masked_softmax, stack_masks
+from mmkt_ray.models.layers import masked
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.towers import ConcatLinear, Width, make_linear
 
@@ -48,23 +49,26 @@ class DecisionHead(nn.Module):
         self.weights = nn.Parameter(torch.zeros(len(widths))) if combine == "learned" else None  # (M,) even at first
 
     def forward(self, parts: Parts, present: Masks) -> Tensor:
-        z = torch.stack([self.classifiers[module_name(m)](parts[m]) for m in self.modalities], dim=1)  # (B, M, C)
-        mask = stack_masks(self.modalities, parts, present)
-        z = torch.where(mask[:, :, None], z, 0.0)
+        mask = stack_masks(self.modalities, parts, present)  # (B, M)
+        decided = zip(self.modalities, mask.unbind(dim=-1), strict=True)
+        z = torch.stack([masked(self.classifiers[module_name(m)](parts[m]), there) for m, there in decided], dim=-2)
         decisions = z if self.multilabel else F.log_softmax(z, dim=-1)
         if self.combine == "average":
             if self.multilabel:
                 return log_mean(F.logsigmoid(z), mask) - log_mean(F.logsigmoid(-z), mask)
             return log_mean(decisions, mask)
-        weights = mask.to(z.dtype) if self.weights is None else masked_softmax(self.weights.expand(mask.shape), mask)
-        return (weights[:, :, None] * decisions).sum(dim=1)
+        if self.weights is None:
+            weights = mask.to(z.dtype)
+        else:
+            weights = masked_softmax(self.weights[..., None, :], mask)
+        return (weights[..., None] * decisions).sum(dim=-2)
 
 
 def log_mean(log_p: Tensor, mask: Tensor) -> Tensor:
-    """log of the mean of p over the masked entries of dim 1: (B, M, C), (B, M) -> (B, C); zeros where there is none."""
+    """log of the mean of p over the masked modalities: (B, M, C), (B, M) -> (B, C); zeros where there is none."""
     lowest = torch.finfo(log_p.dtype).min
-    total = torch.where(mask[:, :, None], log_p, lowest).logsumexp(dim=1)
-    count = mask.sum(dim=1, keepdim=True)
+    total = torch.where(mask[..., None], log_p, lowest).logsumexp(dim=-2)
+    count = mask.sum(dim=-1, keepdim=True)
     return torch.where(count > 0, total - count.clamp(min=1).log(), 0.0)
 
 

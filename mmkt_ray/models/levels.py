@@ -78,7 +78,7 @@ class CrossStitch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H) to (B, T, H)."""
-        return self.weights.unflatten(0, (x.shape[1], x.shape[1])) @ x
+        return self.weights.unflatten(-1, (x.shape[-2], x.shape[-2]))[..., None, :, :] @ x
 
 
 class CrossStitchLevel(Level):
@@ -97,8 +97,8 @@ class CrossStitchLevel(Level):
     def forward(self, signals: dict[Path, Features]) -> dict[Path, Features]:
         outputs = super().forward(signals)
         for m, readers in self.readers.items():
-            mixed = self.mixing[module_name(m)](torch.stack([outputs[path] for path in readers], dim=1))
-            outputs |= zip(readers, mixed.unbind(dim=1), strict=True)
+            mixed = self.mixing[module_name(m)](torch.stack([outputs[path] for path in readers], dim=-2))
+            outputs |= zip(readers, mixed.unbind(dim=-2), strict=True)
         return outputs
 
     def modules_of(self, modality: str) -> list[str]:
@@ -139,11 +139,11 @@ class ExpertsLevel(nn.Module):
         for source in dict.fromkeys(self.sources.values()):
             adapter, x = module_name(str(source[0])), signals[source]
             x = self.adapters[adapter](x) if adapter in self.adapters else x
-            opinions[source] = torch.stack([tower(x) for tower in self.towers], dim=1)
+            opinions[source] = torch.stack([tower(x) for tower in self.towers], dim=-2)
         outputs: dict[Path, Features] = {}
         for pair, source in self.sources.items():
-            gate = self.gates[module_name(*pair)](signals[source]).softmax(dim=1)  # (B, E)
-            outputs[self.paths[pair]] = (gate[:, :, None] * opinions[source]).sum(dim=1)
+            gate = self.gates[module_name(*pair)](signals[source]).softmax(dim=-1)  # (B, E)
+            outputs[self.paths[pair]] = (gate[..., None] * opinions[source]).sum(dim=-2)
         return outputs
 
     def tower(self, pair: Pair) -> nn.Module:

@@ -35,11 +35,14 @@ MAX_FIT_ROWS = {"dense": 20_000, "sparse": 3_000}  # a linear map learns little 
 MAX_CHOICE_ROWS = 2_000  # of these, for choosing the penalty
 
 
-def hide_modalities(present: dict[str, Tensor], chance: float, reads: Collection[tuple[str, ...]]) -> dict[str, Tensor]:
+def hide_modalities(
+    present: dict[str, Tensor], chance: float | Tensor, reads: Collection[tuple[str, ...]]
+) -> dict[str, Tensor]:
     """Modality dropout: each present modality of a row is hidden with this chance, but every task keeps one of its own.
 
     Args:
         present: modality -> (B,) bool.
+        chance: a number, or one for each member of a stack (P,); presence is then (P, B).
         reads: the modalities that each task reads. Where all would go, the one that stays is drawn evenly.
 
     ModDrop: Neverova et al. 2016 (https://arxiv.org/abs/1501.00102).
@@ -47,17 +50,17 @@ def hide_modalities(present: dict[str, Tensor], chance: float, reads: Collection
     modalities = sorted(present)
     there = torch.stack([present[m] for m in modalities], dim=1)  # (B, M)
     draw = torch.where(there, torch.rand(there.shape, device=there.device), -1.0)
-    kept = draw >= chance
+    kept = draw >= (chance[..., None, None] if isinstance(chance, Tensor) else chance)
     for names in sorted(set(reads)):
         read = torch.tensor([m in names for m in modalities], device=there.device)
         own = torch.where(read, draw, -1.0)
-        kept = kept | (there & read & (own == own.amax(dim=1, keepdim=True)))
-    return dict(zip(modalities, kept.unbind(dim=1), strict=True))
+        kept = kept | (there & read & (own == own.amax(dim=-1, keepdim=True)))
+    return dict(zip(modalities, kept.unbind(dim=-1), strict=True))
 
 
 def fill_presence(present: dict[str, Tensor]) -> dict[str, Tensor]:
     """Presence after a fill: every modality, in the rows that have at least one."""
-    anything = torch.stack(list(present.values()), dim=1).any(dim=1)
+    anything = torch.stack(list(present.values()), dim=-1).any(dim=-1)
     return dict.fromkeys(present, anything)
 
 
@@ -98,10 +101,10 @@ class Generators(nn.Module):
         """features: standardised, (B, D_m). Returns target -> (B, D_target), zeros (the mean) where no source is there."""
         generated = {}
         for target, names in self.sources.items():
-            there = torch.stack([present[s] for s in names], dim=1)  # (B, sources)
-            guesses = torch.stack([self.maps[module_name(target, s)](features[s]) for s in names], dim=1)
-            total = torch.where(there[:, :, None], guesses, 0.0).sum(dim=1)
-            generated[target] = total / there.sum(dim=1, keepdim=True).clamp(min=1)
+            there = torch.stack([present[s] for s in names], dim=-1)  # (B, sources)
+            guesses = torch.stack([self.maps[module_name(target, s)](features[s]) for s in names], dim=-2)
+            total = torch.where(there[..., None], guesses, 0.0).sum(dim=-2)
+            generated[target] = total / there.sum(dim=-1, keepdim=True).clamp(min=1)
         return generated
 
     def fit(self, features: Mapping[str, Any], present: Mapping[str, np.ndarray]) -> None:

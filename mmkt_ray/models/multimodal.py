@@ -4,7 +4,8 @@ Axes: B batch, D features of one modality, H width of a signal, C classes of one
 
 Every row goes through every tower, absent ones masked afterwards, so shapes and graph never depend on the data: every
 parameter gets a gradient in every step, as DistributedDataParallel and compilers like it, and models of one spec can be
-stacked (`torch.func.functional_call` under `vmap`).
+stacked: called by `torch.func.functional_call` with parameters that have an axis P in front, the model returns the logits
+of P members (`layers.py`; sparse features can't be stacked).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class MultimodalModel(nn.Module):
     def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
         """features: modality -> (B, D_m) tensor or SparseBatch; present: modality -> (B,) bool.
 
-        Returns task -> logits (B, C). What an absent modality's features hold has no influence.
+        Returns task -> logits (B, C), of a stack (P, B, C). What an absent modality's features hold has no influence.
         """
         return self.decide(*self.encode(features, present))
 

@@ -14,6 +14,11 @@ Predictor: TypeAlias = MultimodalModel | EnsembleModel | ExpertModel
 PredictorSpec: TypeAlias = ModelSpec | EnsembleSpec | ExpertSpec
 
 
+def fused_part(model: Predictor) -> MultimodalModel | EnsembleModel:
+    """The model without its experts: what it knows by itself of rows that lack a modality."""
+    return model.fused if isinstance(model, ExpertModel) else model
+
+
 def build_model(raw: Mapping[str, Any]) -> Predictor:
     """The untrained model of a spec's JSON-able form."""
     if "members" in raw:

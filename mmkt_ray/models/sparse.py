@@ -40,7 +40,7 @@ class SparseLinear(nn.Module):
 
 
 def sparse_matmul(x: SparseBatch, weight: Tensor) -> Tensor:
-    """X W: (B, D) times (D, H). Differentiable in W; W may be stacked by `torch.func.vmap`."""
+    """X W: (B, D) times (D, H). Differentiable in W."""
     product: Tensor = _SparseMatmul.apply(x.indices, x.offsets, x.values, weight)
     return product
 
@@ -98,17 +98,3 @@ class _SparseMatmul(torch.autograd.Function):
         column_offsets = F.pad(counts.cumsum(0), (1, 0))
         weight_grad[columns] = _SparseMatmul.apply(rows[order], column_offsets, values[order], grad)
         return None, None, None, weight_grad
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
-        """K members on the same columns: their tables side by side in one product, unless their values differ too."""
-        indices, offsets, values, weight = inputs
-        members = range(info.batch_size)
-        assert in_dims[:2] == (None, None), "members read the same columns"
-        tables = weight.expand(len(members), *weight.shape) if in_dims[3] is None else weight.movedim(in_dims[3], 0)
-        if in_dims[2] is not None:
-            own = values.movedim(in_dims[2], 0)
-            return torch.stack([_SparseMatmul.apply(indices, offsets, own[k], tables[k]) for k in members]), 0
-        together = tables.movedim(0, 1)  # (D, K, H)
-        product = _SparseMatmul.apply(indices, offsets, values, together.flatten(1))
-        return product.unflatten(1, together.shape[1:]), 1

@@ -78,7 +78,7 @@ def build_spec(
         dropout=model.dropout,
         feature_dropout=model.feature_dropout,
         modality_dropout=model.modality_dropout,
-        missing="mask" if model.missing == "expert" else model.missing,  # experts are models of their own
+        missing=model.missing if len(inputs) > 1 else "mask",  # a row without the only modality has no prediction
     )
     for target in generator_sources(spec):
         if spec.modalities[target].sparse:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkt_ray.models.dropout import Dropout
+from mmkt_ray.models.layers import Linear, add_products, masked, norm_drop
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.sparse import SparseBatch, SparseLinear, append_column, keep_rows
 
@@ -27,9 +28,9 @@ class Width(NamedTuple):
     sparse: bool = False
 
 
-def make_linear(width: Width, out_dim: int, bias: bool = True) -> nn.Linear | SparseLinear:
+def make_linear(width: Width, out_dim: int, bias: bool = True) -> Linear | SparseLinear:
     """The linear map from signals of `width` to (B, out_dim)."""
-    return (SparseLinear if width.sparse else nn.Linear)(width.dim, out_dim, bias=bias)
+    return (SparseLinear if width.sparse else Linear)(width.dim, out_dim, bias=bias)
 
 
 class ConcatLinear(nn.Module):
@@ -50,10 +51,13 @@ class ConcatLinear(nn.Module):
 
     def forward(self, parts: dict[str, Features], present: dict[str, Tensor]) -> Tensor:
         """parts: name -> (B, D_name); present: name -> (B,) bool, all rows where a name is missing. Returns (B, H)."""
+        named = [(name, self.parts[module_name(name)]) for name in sorted(parts)]
+        if self.bias.ndim == 2:
+            return add_products(self.bias, [(parts[n], layer.weight, present.get(n)) for n, layer in named])
         total = self.bias
-        for name in sorted(parts):
-            y = self.parts[module_name(name)](parts[name])
-            total = total + (torch.where(present[name][:, None], y, 0.0) if name in present else y)
+        for name, layer in named:
+            y = layer(parts[name])
+            total = total + (masked(y, present[name]) if name in present else y)
         return total
 
 
@@ -87,7 +91,7 @@ class InputStage(nn.Module):
         """x: (B, D); present: (B,) bool. The features at unit scale, zeros in absent rows, whatever these hold."""
         if isinstance(x, SparseBatch):
             return keep_rows(x._replace(values=x.values / self.std), present)
-        return torch.where(present[:, None], (x - self.mean) / self.std, 0.0)
+        return torch.where(present[..., None], (x - self.mean) / self.std, 0.0)
 
     def forward(self, x: Features, present: Tensor, generated: Tensor | None = None) -> Features:
         """x: what `standardize` returned; generated: (B, D) for absent rows. Returns signals of `self.width`."""
@@ -95,20 +99,22 @@ class InputStage(nn.Module):
             x = x._replace(values=self.dropout(x.values))
             return append_column(x, ~present, self.dim) if self.marks_absence else x
         if generated is not None:
-            x = torch.where(present[:, None], x, generated)
+            x = torch.where(present[..., None], x, generated)
         elif self.token is not None:
-            x = torch.where(present[:, None], x, self.token)
+            x = torch.where(present[..., None], x, self.token[..., None, :])
         elif self.missing == "zero":
-            x = torch.where(present[:, None], x, -self.mean / self.std)
+            x = torch.where(present[..., None], x, -self.mean / self.std)
         return self.dropout(x)
 
 
-class Tower(nn.Sequential):
+class Tower(nn.Module):
     """One level's work on one signal: linear, layer norm, ReLU, dropout. (B, D) -> (B, H)."""
 
     def __init__(self, width: Width, out_dim: int, dropout: float) -> None:
         super().__init__()
         self.linear = make_linear(width, out_dim)
         self.norm = nn.LayerNorm(out_dim)
-        self.activation = nn.ReLU()
         self.dropout = Dropout(dropout)
+
+    def forward(self, x: Features) -> Tensor:
+        return norm_drop(self.linear(x), self.norm, self.dropout, relu=True)

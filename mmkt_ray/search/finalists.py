@@ -10,7 +10,7 @@ Axes: S seeds, N test rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +25,15 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import percentiles, verdict
 from mmkt_ray.evaluation.metrics import predicted
-from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model
+from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.evaluation.seeds import seed_scores
-from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
-from mmkt_ray.models import MultimodalModel
+from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.models import Predictor
 from mmkt_ray.models.ensemble import EnsembleModel
 from mmkt_ray.search.space import Overrides, Space
 from mmkt_ray.search.trial import objective_of
-from mmkt_ray.training.loop import fit
-from mmkt_ray.training.trainer import summarise, training_fingerprint
+from mmkt_ray.training.trainer import train, training_fingerprint
 
 SINGLE, CONCAT = "best single modality", "best concat"
 
@@ -82,15 +81,14 @@ def fit_finalists(
 
 
 def _fit_one(config: Config, store_uri: str, uri: str) -> None:
-    """Fit one model and publish it as a model folder."""
-    if read_card(uri) is not None:
-        return
+    """Fit one model, with its experts, and publish it as a model folder."""
+    train(config, store_uri, uri, run=_on_one_core)
+
+
+def _on_one_core(loop: Callable[..., Any], job: Any, num_workers: int, scratch_uri: str | None) -> Any:
+    """As cluster.run_on_workers: right here, because a Ray task has one core."""
     torch.set_num_threads(1)
-    store = open_store(store_uri)
-    result = fit(config, store.table(config.model_modalities, config.model_tasks))
-    digest = training_fingerprint(config, store, uri.rpartition("/")[0])
-    summary = summarise(result, digest, 1, torch.device("cpu"))
-    save_model(uri, result.model, config, store.manifest, {"fingerprint": digest, "training": summary})
+    return loop(job, 0, 1, torch.device("cpu"))
 
 
 def tell(
@@ -171,7 +169,7 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
     return found
 
 
-def predict_seeds(models: Iterable[MultimodalModel | EnsembleModel], table: FeatureTable) -> dict[str, np.ndarray]:
+def predict_seeds(models: Iterable[Predictor], table: FeatureTable) -> dict[str, np.ndarray]:
     """Task -> predictions (S, N), of multilabel tasks (S, N, C), of the models of several seeds."""
     found: dict[str, list[np.ndarray]] = {}
     for model in models:

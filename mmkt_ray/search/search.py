@@ -80,7 +80,8 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
     publish_winner(told, store, run_uri)
     if ensemble is not None:
         uri_of_it = storage.join(run_uri, "models", "search_ensemble")
-        save_model(uri_of_it, ensemble, space.config, store.manifest, {"training": about})
+        alone = space.config.with_overrides({"model.experts": False})  # an ensemble has none beside it
+        save_model(uri_of_it, ensemble, alone, store.manifest, {"training": about})
         copy_encoders(ensemble.spec.modalities, store, run_uri, uri_of_it)
     storage.write_json(storage.join(uri, "report.json"), search_insight(space, rows))
     storage.write_json(storage.join(uri, "result.json"), result)

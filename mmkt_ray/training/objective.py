@@ -125,7 +125,7 @@ class Objective:
         for t in sorted(logits):
             rows = self._row_losses(t, logits[t], labels[t])
             rows = rows if share is None else rows * share
-            found[t] = self.loss_weights[t] * rows.sum() / totals[t].clamp(min=smallest)
+            found[t] = self.loss_weights[t] * rows.sum(dim=-1) / totals[t].clamp(min=smallest)
         return found
 
     def _row_losses(self, task: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Objective:
             )
         target = labels.clamp(min=0) * (1 - smoothing) + smoothing / 2
         each = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="none")
-        return torch.where(has_target(labels), each.mean(dim=1), 0.0)
+        return torch.where(has_target(labels), each.mean(dim=-1), 0.0)
 
     def of_batch(self, logits: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """This rank's part of the step's loss of each task: task -> (). A mixed row counts with both its labels."""

@@ -7,28 +7,26 @@ member's own rate), just as each would alone with that seed: so a member's resul
 
 Axes: P members, B rows of a batch, C classes of one task.
 
-Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/2102.02344), here by `torch.func`.
+Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/2102.02344); the layers are those of `models.layers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.optim.adamw import adamw
+from torch.func import functional_call
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import model_inputs
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.store import MISSING, FeatureTable
 from mmkt_ray.models import Features, MultimodalModel
-from mmkt_ray.training.batches import Batch, World
+from mmkt_ray.training.batches import World, has_target
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import Fitting, build_objective, seed_of, spec_of
 from mmkt_ray.training.objective import Objective
@@ -48,7 +46,6 @@ MEMBER_KEYS = frozenset(
 FLAT = ("weights", "mean", "square", "best")  # a population's (P, N) tensors, N trained numbers each
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # as torch.optim.AdamW
 
-T = TypeVar("T")
 Score = Callable[[Mapping[str, Any]], float]  # of a member's validation scores, see training.validation
 Stack = dict[str, Tensor]  # parameter name -> (P, ..)
 
@@ -105,9 +102,11 @@ class Population:
         stack = {name: p.requires_grad_() for name, p in self._views(self.weights).items()}
         gradient = torch.empty_like(self.weights)
         parts = self._views(gradient).values()
+        objective = self.stacked_objective.with_smoothing(self.values["training.label_smoothing"])
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
-            losses = self._forward(model, stack, batch.features, batch.present, partial(self._loss, batch))
-            for part, found in zip(parts, torch.autograd.grad(losses.sum(), list(stack.values())), strict=True):
+            losses = objective.of_batch(self._forward(model, stack, batch.features, batch.present), batch)
+            total = torch.stack(list(losses.values())).sum()
+            for part, found in zip(parts, torch.autograd.grad(total, list(stack.values())), strict=True):
                 part.copy_(found)
             self._update(gradient, step, rate(step, num_epochs * batches.num_steps))
 
@@ -127,30 +126,20 @@ class Population:
         stack: Stack,
         features: dict[str, Features],
         present: dict[str, Tensor],
-        read: Callable[[Logits, Tensor], T],
-    ) -> T:
-        """What `read` makes of each member's logits and label smoothing, stacked."""
-        buffers = dict(model.named_buffers())
-
-        def one(parameters: Stack, rates: Stack, smoothing: Tensor) -> T:
-            return read(functional_call(model, {**buffers, **parameters, **rates}, (features, present)), smoothing)
-
-        stacked: T = vmap(one, randomness="same")(stack, self._rates(model), self.values["training.label_smoothing"])
-        return stacked
+    ) -> Logits:
+        """Each member's logits, task -> (P, B, C)."""
+        found: Logits = functional_call(model, {**stack, **self._rates(model)}, (features, present))
+        return found
 
     def _rates(self, model: MultimodalModel) -> Stack:
-        """The members' own dropout rates, under the names of the model's buffers: (P,) each."""
+        """The members' own dropout rates, under the names of the model's buffers: (P,), or () where all are equal."""
         keys = {"modality_dropout": "model.modality_dropout"}
         names = [name for name, _ in model.named_buffers() if name.endswith(".rate") or name in keys]
         feature = {n for n in names if n.startswith("inputs.")}
-        return {
+        rates = {
             n: self.values[keys.get(n, "model.feature_dropout" if n in feature else "model.dropout")] for n in names
         }
-
-    def _loss(self, batch: Batch, logits: Logits, smoothing: Tensor) -> Tensor:
-        """One member's loss ()."""
-        losses = self.stacked_objective.with_smoothing(smoothing).of_batch(logits, batch)
-        return sum(losses.values(), start=smoothing.new_zeros(()))
+        return {name: v[0] if bool((v == v[0]).all()) else v for name, v in rates.items()}
 
     @torch.no_grad()
     def _update(self, gradient: Tensor, step: int, schedule: float) -> None:
@@ -158,13 +147,14 @@ class Population:
         rates = (self.values["training.lr"] * schedule).tolist()
         decays = self.values["training.weight_decay"].tolist()
         num_matrix = sum(p.numel() for _, p in self._layout() if p.ndim >= 2)
+        count = torch.tensor(float(step + 1), device=gradient.device)
         for columns, decay_factor in ((slice(num_matrix), 1.0), (slice(num_matrix, None), 0.0)):
             rows = zip(*(x[:, columns].unbind() for x in (self.weights, gradient, self.mean, self.square)), strict=True)
             for lr, weight_decay, (p, grad, mean, square) in zip(rates, decays, rows, strict=True):
-                adamw(
-                    [p], [grad], [mean], [square], [], [torch.tensor(float(step), device=p.device)],
+                torch._fused_adamw_(
+                    [p], [grad], [mean], [square], [], [count],
                     lr=lr, weight_decay=weight_decay * decay_factor, beta1=BETA1, beta2=BETA2, eps=EPS,
-                    fused=True, amsgrad=False, maximize=False,
+                    amsgrad=False, maximize=False,
                 )  # fmt: skip
 
     @torch.no_grad()
@@ -176,19 +166,17 @@ class Population:
         for start in range(0, len(rows), 1024):
             chosen = rows[start : start + 1024]
             inputs = model_inputs(table, chosen, model.spec.modalities, device)
-            for t, found in self._forward(model, stack, *inputs, lambda logits, _: logits).items():
+            for t, found in self._forward(model, stack, *inputs).items():
                 labels = torch.from_numpy(table.labels[t][chosen]).to(device)
-                for tally, values in zip(tallies, found, strict=True):
-                    tally[t] = tally.get(t, 0) + tally_batch(values, labels).cpu().numpy()
-        better = np.zeros(len(self.members), dtype=bool)
+                for tally, values in zip(tallies, tally_batch(found, labels).cpu().numpy(), strict=True):
+                    tally[t] = tally.get(t, 0) + values
         for i, tally in enumerate(tallies):
             val = summarise(tally)
             if not np.isfinite(val["loss"]):
                 self.scores[i] = np.nan
             elif self._still_runs(i) and self.objective(val) > self.scores[i]:
-                better[i], self.val[i], self.scores[i], self.best_epoch[i] = True, val, self.objective(val), self.epoch
-        changed = torch.from_numpy(np.flatnonzero(better)).to(device)
-        self.best.index_copy_(0, changed, self.weights.index_select(0, changed))
+                self.val[i], self.scores[i], self.best_epoch[i] = val, self.objective(val), self.epoch
+                self.best[i].copy_(self.weights[i])
 
     def _still_runs(self, member: int) -> bool:
         """False once `patience` epochs went by without a better score, where alone it would have stopped."""
@@ -238,7 +226,7 @@ class Population:
 
 
 class StackedObjective(Objective):
-    """Objective whose label smoothing is a tensor, as the members' own are."""
+    """Objective of logits (P, B, C): each member's losses with its own label smoothing (P,)."""
 
     smoothing: Tensor
 
@@ -250,21 +238,25 @@ class StackedObjective(Objective):
         return stacked
 
     def with_smoothing(self, smoothing: Tensor) -> StackedObjective:
-        """smoothing: ()."""
+        """smoothing: (P,)."""
         changed = StackedObjective.of(self)
-        changed.smoothing = changed.label_smoothing = smoothing
+        changed.smoothing = smoothing
         return changed
 
     def _row_losses(self, task: str, logits: Tensor, labels: Tensor) -> Tensor:
-        """See Objective. `F.cross_entropy` takes no tensor."""
+        """See Objective: (P, B)."""
+        logits, weights = logits + self.shifts[task], self.weights[task]
         if labels.ndim == 2:
-            return super()._row_losses(task, logits, labels)
-        weights = self.weights[task]
-        known = (labels >= 0)[:, None]
-        sharp = torch.where(known, F.one_hot(labels.clamp(min=0), len(weights)) * weights, 0.0)  # (B, C), no member's
-        flat = torch.where(known, weights / len(weights), 0.0)
-        target = sharp + self.smoothing * (flat - sharp)
-        return -((logits + self.shifts[task]).log_softmax(dim=1) * target).sum(dim=1)
+            smoothing = self.smoothing[:, None, None]
+            target = (labels.clamp(min=0) * (1 - smoothing) + smoothing / 2).expand_as(logits)
+            each = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="none")
+            return torch.where(has_target(labels), each.mean(dim=-1), 0.0)
+        log_p, codes = logits.log_softmax(dim=-1), labels.clamp(min=MISSING).repeat(len(logits))
+        sharp = F.nll_loss(log_p.flatten(0, 1), codes, weights, ignore_index=MISSING, reduction="none").view(
+            len(logits), -1
+        )
+        flat = torch.where(labels >= 0, log_p @ (-weights / len(weights)), 0.0)
+        return sharp + self.smoothing[:, None] * (flat - sharp)
 
 
 def _column(config: Config, members: Sequence[Mapping[str, Any]], key: str) -> Tensor:
@@ -282,7 +274,6 @@ def check_stackable(config: Config, table: FeatureTable, members: Sequence[Mappi
         )
     training = config.training
     refused = {
-        "model.missing: expert": config.model.missing == "expert",
         "training.balance": training.balance is not None,
         "training.task_weighting": training.task_weighting != "sum",
         "training.transfer": bool(training.transfer.init or training.transfer.teachers),

@@ -23,7 +23,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import MultimodalModel, Predictor
+from mmkt_ray.models import MultimodalModel, Predictor, fused_part
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
 
 
 def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[str]]:
-    """Copy each modality's input stage and towers from its source into `model`.
+    """Copy each modality's input stage and towers from its source, of one with experts the fused part, into `model`.
 
     Returns the parameter names that were taken over, stage by stage: input, level 1, ... Where the source has one tower
     for what are several here (or the other way round) the first one serves. Fusion and heads start afresh.
@@ -75,21 +75,22 @@ def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[str]]:
     """
     stages: list[list[str]] = []
     for modality, source in sorted(knowledge.init.items()):
-        if not isinstance(source.model, MultimodalModel):
+        given_model = fused_part(source.model)
+        if not isinstance(given_model, MultimodalModel):
             raise ConfigError(
                 f"training.transfer.init.{modality}: that model is made of several, and has no towers of its own"
             )
-        if modality not in source.model.spec.modalities:
+        if modality not in given_model.spec.modalities:
             raise ConfigError(
-                f"training.transfer.init.{modality}: that model reads {sorted(source.model.spec.modalities)} only"
+                f"training.transfer.init.{modality}: that model reads {sorted(given_model.spec.modalities)} only"
             )
-        own, theirs = (m.modality_parameters(modality) for m in (model, source.model))
+        own, theirs = (m.modality_parameters(modality) for m in (model, given_model))
         if len(own) != len(theirs):
             raise ConfigError(
                 f"training.transfer.init.{modality}: that model has {len(theirs) - 1} tower levels, this one {len(own) - 1}; "
                 "set model.num_levels alike"
             )
-        given = source.model.state_dict()
+        given = given_model.state_dict()
         for number, (names, candidates) in enumerate(zip(own, theirs, strict=True)):
             copied = _copy_stage(model, names, {name: given[name] for name in candidates}, modality)
             stages += [[] for _ in range(number + 1 - len(stages))]

@@ -71,8 +71,7 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
     and `cells` [{source, target, method, label_frac, gain, low, high, seeds, verdict}].
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
-    if config.model.missing == "expert":  # what towers know is asked, and an expert has its own
-        config = config.with_overrides({"model.missing": "mask"})
+    config = config.with_overrides({"model.experts": False})  # what towers know is asked, and an expert has its own
     if config.training.exclude:  # workers have another current folder
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
     nodes = list_nodes(config, store)

@@ -48,31 +48,38 @@ def validate(
 
 
 def tally_batch(logits: Tensor, labels: Tensor) -> Tensor:
-    """What adds up over batches and ranks, (4 + 3 (C + 1),) float64: summed loss, rows with a loss, rows that are right, labelled
-    rows, then for each class the hits, labels and predictions. logits: (B, C); labels: (B,) or (B, C)."""
+    """What adds up over batches and ranks, (.., 4 + 3 (C + 1)) float64: summed loss, rows with a loss, rows that are right,
+    labelled rows, then for each class the hits, labels and predictions. logits: (B, C), or of a stack (P, B, C); labels:
+    (B,) or (B, C)."""
     return (tally_codes if labels.ndim == 1 else tally_sets)(logits, labels)
 
 
 def tally_codes(logits: Tensor, labels: Tensor) -> Tensor:
     """`tally_batch` of one class per row."""
-    num_classes = logits.shape[1]
-    loss = F.cross_entropy(logits, labels.clamp(min=MISSING), ignore_index=MISSING, reduction="sum")
-    logits, labels = logits[labels != MISSING], labels[labels != MISSING]
-    codes, pred = torch.where(labels < 0, num_classes, labels), logits.argmax(dim=1)
+    num_classes = logits.shape[-1]
+    logits, labels = logits[..., labels != MISSING, :], labels[labels != MISSING]
+    seen = labels >= 0
+    loss = -logits.log_softmax(dim=-1)[..., seen, labels[seen]].sum(dim=-1)
+    codes, pred = torch.where(seen, labels, num_classes), logits.argmax(dim=-1)
     right = codes == pred
-    counts = [torch.bincount(x, minlength=num_classes + 1) for x in (codes[right], codes, pred)]
-    head = torch.stack([loss, (labels >= 0).sum(), right.sum(), torch.ones_like(labels).sum()])
-    return torch.cat([head, *counts]).double()
+    classes = torch.arange(num_classes + 1, device=logits.device)
+    truth, said = codes[:, None] == classes, pred[..., None] == classes
+    counts = [x.sum(dim=-2) for x in (truth & said, truth.expand_as(said), said)]
+    num_losses, num_rows = (torch.full_like(loss, num) for num in (int(seen.sum()), len(labels)))
+    head = torch.stack([loss, num_losses, right.sum(dim=-1), num_rows], dim=-1)
+    return torch.cat([head, *counts], dim=-1).double()
 
 
 def tally_sets(logits: Tensor, labels: Tensor) -> Tensor:
     """`tally_batch` of any number of classes per row."""
     kept = has_target(labels)
-    logits, truth, pred = logits[kept], labels[kept] == 1, logits[kept] >= 0
-    loss = F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none").mean(dim=1).sum()
-    head = torch.stack([loss, kept.sum(), (truth == pred).all(dim=1).sum(), kept.sum()])
-    counts = [F.pad(x.sum(dim=0), (0, 1)) for x in (truth & pred, truth, pred)]
-    return torch.cat([head, *counts]).double()
+    logits, truth = logits[..., kept, :], labels[kept] == 1
+    pred, target = logits >= 0, truth.expand_as(logits).float()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=-1).sum(dim=-1)
+    num_rows = torch.full_like(loss, len(truth))
+    head = torch.stack([loss, num_rows, (truth == pred).all(dim=-1).sum(dim=-1), num_rows], dim=-1)
+    counts = [F.pad(x.sum(dim=-2), (0, 1)) for x in (truth & pred, truth.expand_as(pred), pred)]
+    return torch.cat([head, *counts], dim=-1).double()
 
 
 def summarise(tallies: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -246,3 +246,17 @@ def test_probabilities_of_each_kind(kind, total):
         torch.testing.assert_close(p, 1 / (1 + torch.exp(-logits)))
     else:
         torch.testing.assert_close(p, logits.exp() / logits.exp().sum(dim=1, keepdim=True))
+
+
+@torch.no_grad()
+def test_attending_by_one_query_is_torchs_multi_head_attention():
+    """Catches heads that are split the wrong way, a lost bias, and absent tokens that are seen."""
+    torch.manual_seed(0)
+    attention = randomized(torch.nn.MultiheadAttention(H, 2, batch_first=True))
+    query, tokens = torch.randn(1, H), torch.randn(B, 3, H)
+    mask = torch.tensor(PATTERNS)
+    everything = torch.cat([query.expand(B, 1, H), tokens], dim=1)
+    ignored = torch.cat([torch.zeros(B, 1, dtype=torch.bool), ~mask], dim=1)
+    expected, _ = attention(everything[:, :1], everything, everything, key_padding_mask=ignored)
+    found = fuses.attend(attention, query, list(tokens.unbind(dim=1)), mask)
+    torch.testing.assert_close(found, expected[:, 0], atol=1e-6, rtol=1e-6)

@@ -13,7 +13,7 @@ from mmkt_ray.features.store import MISSING, UNSEEN, FeatureTable
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Config]:
-    """make_config(**{"training.epochs": 2}): a fast run of two modalities and two tasks."""
+    """make_config(**{"training.epochs": 2}): a fast run of two modalities and two tasks, without experts."""
 
     def make(**overrides) -> Config:
         columns = {c: c for c in ("image", "text", "topic", "mood")}
@@ -25,7 +25,7 @@ def make_config() -> Callable[..., Config]:
                 "text": {"kind": "text", "encoder": "tfidf"},
             },
             "tasks": {"topic": {}, "mood": {}},
-            "model": {"hidden_dim": 16, "modality_dropout": 0.0},
+            "model": {"hidden_dim": 16, "modality_dropout": 0.0, "experts": False},
             "training": {"epochs": 4, "batch_size_per_worker": 64, "lr": 0.01},
         }
         return parse_config(raw).with_overrides(overrides)

@@ -1,84 +1,302 @@
-"""`model.missing: expert`: rows with one modality alone are answered by a model of that modality."""
+"""`model.experts`: rows that lack some modality are answered by the best on val of the fused model and models of one modality."""
 
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mmkt_ray import storage
-from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.features.store import open_store
-from mmkt_ray.models import MultimodalModel
-from mmkt_ray.training.experts import expert_configs, join_experts
+from mmkt_ray import cluster, storage
+from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.contribution import shapley_values
+from mmkt_ray.evaluation.inference import predict_logits, predict_table
+from mmkt_ray.evaluation.model_folder import load_model, read_card
+from mmkt_ray.features.store import MISSING, FeatureTable, labelled, open_store
+from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
+from mmkt_ray.training import trainer
+from mmkt_ray.training.experts import choose_routes, expert_configs, join_experts, model_identity
 from mmkt_ray.training.loop import fit
-from mmkt_ray.training.population import check_stackable
-from mmkt_ray.training.trainer import train
+from mmkt_ray.training.trainer import train, training_fingerprint
+from tests.models.examples import make_spec
 from tests.training.test_trainer import write_store
+
+DIMS = {"audio": 3, "image": 4, "text": 5}
 
 
 @pytest.fixture(scope="module")
-def parts(make_config, table):
-    """A fused model and its experts, each from its own fit."""
-    config = make_config(**{"model.missing": "expert"})
-    experts = {m: fit(c, table).model for m, c in expert_configs(config).items()}
-    return fit(config, table).model, experts
+def make_config(make_config):
+    """That of all tests of training, with experts."""
+    return lambda **overrides: make_config(**{"model.experts": True, **overrides})
 
 
-def test_rows_of_one_modality_get_the_single_models_answer(parts, table):
-    """Catches an expert that answers complete rows, the wrong modality's expert, and rows that lose the fused answer."""
-    fused, experts = parts
-    without_val = replace(table, split=np.where(table.split == "val", "train", table.split))
-    model = join_experts(fused, experts, without_val)
-    assert model.spec.routes == {"topic": ("image", "text"), "mood": ("image", "text")}
-    found, plain = predict_table(model, table), predict_table(fused, table)
-    image, text = table.present["image"], table.present["text"]
-    for task in table.labels:
-        for m, alone in (("image", image & ~text), ("text", text & ~image)):
-            own = predict_table(experts[m], table)[task]
-            np.testing.assert_allclose(found[task][alone], own[alone], atol=1e-6)
-            assert np.abs(own[alone] - plain[task][alone]).max() > 1e-3
-        np.testing.assert_array_equal(found[task][image & text], plain[task][image & text])
-        hidden = predict_table(model, table, drop=["text"])[task]
-        np.testing.assert_allclose(hidden[image], predict_table(experts["image"], table)[task][image], atol=1e-6)
+@pytest.fixture(scope="module")
+def trio():
+    """A fused model of three modalities, its experts (that of text knows one task only), and a table with all that may lack."""
+    torch.manual_seed(17)
+    rng, num_rows = np.random.default_rng(1), 160
+    inputs = {"a": ("audio", "image", "text"), "b": ("audio", "image")}
+    fused = make_spec(dims=DIMS, sparse=(), inputs=inputs, kinds={"a": "multiclass", "b": "multilabel"})
+    alone = {}
+    for m, tasks in {"audio": "ab", "image": "ab", "text": "a"}.items():
+        own = {"modalities": {m: InputSpec(DIMS[m], False, 4)}, "inputs": dict.fromkeys(tasks, (m,))}
+        own |= {"tasks": {t: fused.tasks[t] for t in tasks}, "kinds": {t: fused.kinds[t] for t in tasks}}
+        alone[m] = MultimodalModel(replace(fused, **own)).eval()
+    b = (rng.random((num_rows, 3)) < 0.5).astype(np.int8)
+    b[rng.random(num_rows) < 0.2] = MISSING
+    table = FeatureTable(
+        sample_id=np.array([f"s{i}" for i in range(num_rows)], dtype=object),
+        split=np.resize(["train", "val"], num_rows).astype(object),
+        features={m: rng.normal(size=(num_rows, d)).astype(np.float32) for m, d in DIMS.items()},
+        present={m: rng.random(num_rows) < 0.6 for m in DIMS},
+        labels={"a": rng.integers(-1, 2, num_rows), "b": b},
+        class_names={"a": ["x", "y"], "b": ["u", "v", "w"]},
+        kinds=dict(fused.kinds),
+    )
+    return MultimodalModel(fused).eval(), alone, table
 
 
-def test_an_expert_that_is_worse_on_val_does_not_answer(parts, table):
-    """Catches experts that are asked whatever they know, and a choice by rows other than val."""
-    fused, experts = parts
-    torch.manual_seed(0)
-    untrained = {m: MultimodalModel(e.spec).eval() for m, e in experts.items()}
-    routes = join_experts(fused, {**experts, "image": untrained["image"]}, table).spec.routes
-    assert "image" not in routes["topic"]
+def f1(labels, proba):
+    """Of one row of a multilabel task, as the model's users count it."""
+    real, found = labels == 1, proba >= 0.5
+    return 2 * (real & found).sum() / (real.sum() + found.sum()) if (real | found).any() else 1.0
 
 
-def test_a_task_of_one_modality_needs_no_expert(make_config):
-    """Catches a second training of what is there already, and options of a fused model that make no sense for one."""
-    config = make_config(**{"model.missing": "expert", "tasks.mood.inputs": ["text"], "training.balance": "ogm_ge"})
-    assert {m: c.model_tasks for m, c in expert_configs(config).items()} == {"image": ("topic",), "text": ("topic",)}
-    assert all(c.training.balance is None for c in expert_configs(config).values())
-    assert expert_configs(make_config(**{"model.missing": "expert", "model.modalities": ["text"]})) == {}
+def score_on_val(model, table, task, part):
+    """By hand: the mean score of the labelled val rows that have all of `part`, when they have nothing else."""
+    rows = np.flatnonzero((table.split == "val") & labelled(table.labels[task]))
+    rows = [i for i in rows if all(table.present[m][i] for m in part)]
+    only = {m: there & (m in part) for m, there in table.present.items()}
+    proba, labels = predict_table(model, replace(table, present=only))[task], table.labels[task]
+    if labels.ndim == 2:
+        return np.mean([f1(labels[i], proba[i]) for i in rows])
+    return np.mean([proba[i].argmax() == labels[i] for i in rows])
 
 
-def test_one_folder_holds_them_all(make_config, table, tmp_path):
-    """Catches parts left in the folder, a card that can't build the model again, and a second training of the same."""
-    uri, store = str(tmp_path / "models" / "both"), write_store(str(tmp_path / "store"), table)
-    config = make_config(**{"model.missing": "expert", "training.epochs": 2})
-    summary = train(config, store, uri)
-    assert summary["status"] == "trained"
-    assert train(config, store, uri)["status"] == "up to date"
-    assert not storage.exists(storage.join(uri, ".parts"))
-    model, card = load_model(uri)
-    assert card["training"]["experts_for"].keys() == set(table.labels)
+def test_each_pattern_goes_to_the_best_on_val(trio):
+    """Catches routes by other rows than val's or with the rest not hidden, and any pattern on which the whole is below one of
+    its parts."""
+    fused, experts, table = trio
+    routes, model = choose_routes(fused, experts, table), join_experts(fused, experts, table)
+    parts = {"a": [("audio",), ("image",), ("text",), ("audio", "image"), ("audio", "text"), ("image", "text")]}
+    parts["b"] = [("audio",), ("image",)]
+    chosen = []
+    for task, part in ((t, part) for t in parts for part in parts[t]):
+        scores = {m: score_on_val(experts[m], table, task, part) for m in part if task in experts[m].spec.tasks}
+        own = score_on_val(fused, table, task, part)
+        expected = max(scores, key=scores.get) if max(scores.values()) >= own else None
+        assert routes.get(task, {}).get("+".join(part)) == expected
+        # score_on_val hides the rest, so `part` is what all these rows have
+        assert score_on_val(model, table, task, part) == pytest.approx(max(own, *scores.values()))
+        chosen.append(expected)
+    assert {None, *DIMS} == set(chosen)  # else the draw of weights says nothing
+    assert sum(map(len, routes.values())) == len([c for c in chosen if c])
+
+
+def test_rows_are_answered_by_what_they_have(trio):
+    """Catches an expert that answers complete rows, the wrong expert, and a task's route taken by another task's modalities."""
+    fused, experts, table = trio
+    model = join_experts(fused, experts, table)
+    found, plain = predict_logits(model, table), predict_logits(fused, table)
+    own = {m: predict_logits(e, table) for m, e in experts.items()}
+    for task, inputs in fused.spec.inputs.items():
+        for there in product([False, True], repeat=len(inputs)):
+            rows = np.all([table.present[m] == here for m, here in zip(inputs, there, strict=True)], axis=0)
+            name = "+".join(m for m, here in zip(inputs, there, strict=True) if here)
+            m = model.spec.routes.get(task, {}).get(name)
+            assert m is None or (any(there) and not all(there))
+            np.testing.assert_allclose(found[task][rows], (own[m] if m else plain)[task][rows], atol=1e-6)
+            assert rows.any()
+
+
+def test_without_val_rows_the_experts_answer(trio):
+    """Catches a choice by the mean of nothing."""
+    fused, experts, table = trio
+    blind = replace(table, split=np.full(len(table.split), "train", dtype=object))
+    routes = choose_routes(fused, experts, blind)
+    assert routes["b"] == {"audio": "audio", "image": "image"}
+    assert routes["a"] | {"audio": "audio", "image": "image", "text": "text"} == routes["a"]
+    assert len(routes["a"]) == 6
+
+
+def test_a_task_that_one_modality_cannot_teach_has_no_expert_of_it(make_config, table):
+    """Catches a second training of what is there already, a run that ends because an expert has no labels to learn from, and
+    options of a fused model that make no sense for one modality."""
+    single = make_config(**{"tasks.mood.inputs": ["text"], "training.balance": "ogm_ge"})
+    assert {m: c.model_tasks for m, c in expert_configs(single, table).items()} == {
+        "image": ("topic",),
+        "text": ("topic",),
+    }
+    assert expert_configs(make_config(**{"model.modalities": ["text"]}), table) == {}
+    mood = np.where(table.present["image"], MISSING, table.labels["mood"])
+    unpaired = replace(table, labels={**table.labels, "mood": mood})
+    changes = {
+        "training.task_weighting": "gradnorm",
+        "training.augment.word_dropout": 0.1,
+        "training.augment.noise": 0.1,
+    }
+    found = expert_configs(make_config(**changes), unpaired)
+    assert {m: c.model_tasks for m, c in found.items()} == {"image": ("topic",), "text": ("mood", "topic")}
+    for config in found.values():
+        fit(config.with_overrides({"training.epochs": 1, "training.task_weighting": "sum"}), unpaired)
+
+
+@pytest.mark.parametrize(
+    "other", [{"model.missing": "token"}, {"model.sharing": "task_modality"}, {"model.experts": False}]
+)
+def test_what_changes_nothing_with_one_modality_changes_no_fingerprint(make_config, table, other):
+    """Catches two models that are not the same behind one fingerprint, and one model trained twice under two."""
+    changes = {"model.modalities": ["text"], "training.epochs": 1, "model.modality_dropout": 0.1, "model.dropout": 0.2}
+    one = make_config(**changes)
+    same = one.with_overrides({**other, "model.modality_dropout": 0.3})
+    assert model_identity(one) == model_identity(same)
+    expected = predict_table(fit(one, table).model, table)
+    for t, proba in predict_table(fit(same, table).model, table).items():
+        np.testing.assert_array_equal(proba, expected[t])
+    for change in ({"model.dropout": 0.1}, {"model.fusion": "gated"}, {"model.sharing": "architecture"}):
+        assert model_identity(one.with_overrides(change)) != model_identity(one)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """The modalities of each fit, in their order; on one core."""
+    done, real = [], trainer.fit
+
+    def counted(config, *args, **options):
+        result = real(config, *args, **options)
+        done.append("+".join(config.model_modalities))
+        return result
+
+    monkeypatch.setattr(trainer, "fit", counted)
+    monkeypatch.setattr(cluster, "cores", lambda: 1)
+    return done
+
+
+@pytest.fixture(scope="module")
+def store_uri(table, tmp_path_factory):
+    return write_store(str(tmp_path_factory.mktemp("store")), table)
+
+
+def test_variants_share_their_experts(make_config, store_uri, table, tmp_path, fits):
+    """Catches an expert that is trained once per variant, parts left in folders, and a card that can't build the model again."""
+    base = make_config(**{"training.epochs": 2})
+    uri = {name: str(tmp_path / name) for name in ("text_only", "concat", "gated", "plain")}
+    train(base.with_overrides({"model.modalities": ["text"]}), store_uri, uri["text_only"])
+    summary = train(base, store_uri, uri["concat"])
+    assert fits == ["text", "image+text", "image"]
+    train(base.with_overrides({"model.fusion": "gated", "model.missing": "mean"}), store_uri, uri["gated"])
+    train(base.with_overrides({"model.experts": False}), store_uri, uri["plain"])
+    assert fits[3:] == ["image+text", "image+text"]
+    assert train(base, store_uri, uri["concat"])["status"] == "up to date"
+    assert sorted(p.name for p in Path(uri["concat"]).iterdir()) == ["config.json", "model.safetensors"]
+    assert len(list((tmp_path / ".experts").iterdir())) == 1
+
+    model, card = load_model(uri["concat"])
+    assert isinstance(model, ExpertModel)
     assert summary["num_params"] == sum(p.numel() for p in model.parameters())
-    every = open_store(store).table()
-    for proba in predict_table(model, every, drop=["image"]).values():
-        assert np.isfinite(proba[every.present["text"]]).all()
+    assert summary["num_params"] == sum(summary["num_params_by_part"].values())
+    assert summary["experts_for"] == model.spec.routes == card["training"]["experts_for"]
+    every = open_store(store_uri).table()
+    text, proba = predict_table(load_model(uri["text_only"])[0], every), predict_table(model, every, drop=["image"])
+    asked = [t for t, by_pattern in model.spec.routes.items() if "text" in by_pattern]
+    assert asked
+    for t in asked:
+        np.testing.assert_allclose(proba[t][every.present["text"]], text[t][every.present["text"]], atol=1e-6)
 
 
-def test_a_search_refuses_experts(make_config, table):
-    """Catches candidates that are searched as if they had experts."""
-    with pytest.raises(ConfigError, match=r"model\.missing: expert"):
-        check_stackable(make_config(**{"model.missing": "expert"}), table, [{}])
+def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fits, monkeypatch):
+    """Catches parts that are fitted again, a whole that differs from one that was never killed, and a model folder that looks
+    finished before it is."""
+    config, uri = make_config(**{"training.epochs": 2}), str(tmp_path / "run" / "concat")
+    whole = train(config, store_uri, str(tmp_path / "other" / "concat"))
+    real = trainer._train_expert
+
+    def killed(part, *args):
+        if part.model_modalities == ("text",):
+            raise KeyboardInterrupt
+        return real(part, *args)
+
+    monkeypatch.setattr(trainer, "_train_expert", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, store_uri, uri)
+    assert read_card(uri) is None
+    monkeypatch.setattr(trainer, "_train_expert", real)
+    fits.clear()
+    again = train(config, store_uri, uri)
+    assert fits == ["text"]
+    assert not storage.exists(storage.join(uri, ".parts"))
+    assert again["experts_for"] == whole["experts_for"]
+    one, other = (load_model(str(tmp_path / name / "concat"))[0].state_dict() for name in ("run", "other"))
+    assert all(torch.equal(one[k], other[k]) for k in one.keys() | other.keys())
+
+
+def test_an_expert_that_cannot_be_trained_is_left_out(make_config, store_uri, tmp_path, fits, monkeypatch):
+    """Catches a run that ends because of a model that nobody asked for."""
+    real = trainer._train_expert
+
+    def train_expert(part, *args):
+        if part.model_modalities == ("text",):
+            raise DataError("nothing to learn")
+        return real(part, *args)
+
+    monkeypatch.setattr(trainer, "_train_expert", train_expert)
+    uri = str(tmp_path / "concat")
+    train(make_config(**{"training.epochs": 2}), store_uri, uri)
+    routes = getattr(load_model(uri)[0].spec, "routes", {})
+    assert {m for by_pattern in routes.values() for m in by_pattern.values()} <= {"image"}
+
+
+def test_the_fused_part_is_what_transfer_and_shapley_values_see(make_config, store_uri, tmp_path, fits):
+    """Catches towers that can't be taken over from a model with experts, and experts that answer for the fused model."""
+    base = make_config(**{"training.epochs": 2, "evaluation.bootstrap_samples": 100})
+    experts, plain = str(tmp_path / "experts"), str(tmp_path / "plain")
+    train(base, store_uri, experts)
+    train(base.with_overrides({"model.experts": False}), store_uri, plain)
+    source, bare = load_model(experts)[0], load_model(plain)[0]
+    assert isinstance(source, ExpertModel)
+    assert all(torch.equal(v, bare.state_dict()[k]) for k, v in fused_part(source).state_dict().items())
+    start = {"training.transfer": {"init": {"image": "experts"}, "tuning": "frozen"}}
+    train(base.with_overrides(start), store_uri, str(tmp_path / "student"))
+    student = fused_part(load_model(str(tmp_path / "student"))[0]).state_dict()
+    names = [name for stage in bare.modality_parameters("image") for name in stage]
+    assert names
+    assert all(torch.equal(student[name], bare.state_dict()[name]) for name in names)
+    store = open_store(store_uri)
+    with_experts, without = shapley_values(experts, store), shapley_values(plain, store)
+    assert {t: v["accuracy"] for t, v in with_experts.items()} == {t: v["accuracy"] for t, v in without.items()}
+
+
+def test_a_teacher_is_asked_with_its_experts_and_the_students_experts_have_none(make_config, store_uri, tmp_path, fits):
+    """Catches experts trained anew for every student."""
+    base = make_config(**{"training.epochs": 1})
+    train(base, store_uri, str(tmp_path / "teacher"))
+    fits.clear()
+    student = base.with_overrides({"training.transfer.teachers": ["teacher"]})
+    assert train(student, store_uri, str(tmp_path / "student"))["status"] == "trained"
+    assert fits == ["image+text"]
+
+
+def test_experts_are_part_of_the_fingerprint_where_something_is_fused(make_config, store_uri, tmp_path):
+    """Catches a model that stays without experts when they are asked for."""
+    store = open_store(store_uri)
+    digests = set()
+    for experts in (True, False):
+        config = make_config(**{"model.experts": experts})
+        digests.add(training_fingerprint(config, store, str(tmp_path)))
+    assert len(digests) == 2
+
+
+def test_a_model_of_an_earlier_kind_says_train_again(make_config, store_uri, tmp_path, fits):
+    """Catches a traceback for the routes of an earlier version."""
+    uri = str(tmp_path / "model")
+    train(make_config(**{"training.epochs": 1}), store_uri, uri)
+    card = read_card(uri)
+    assert build_model(card["spec"]).spec.to_dict() == card["spec"]
+    card["spec"]["routes"] = {"topic": ["image", "text"]}
+    storage.write_json(storage.join(uri, "config.json"), card)
+    with pytest.raises(DataError, match="train again"):
+        load_model(uri)

@@ -10,6 +10,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import MISSING, UNSEEN
 from mmkt_ray.training.batches import Batch, Mixed
 from mmkt_ray.training.objective import Objective, balanced_weights, check_task, count_classes
+from mmkt_ray.training.population import StackedObjective
 
 LOGITS = {
     "topic": torch.randn(10, 3, generator=torch.Generator().manual_seed(0)),
@@ -104,6 +105,19 @@ def test_multilabel_is_torchs_binary_cross_entropy_over_the_labelled_rows(smooth
     target = TAGS[kept] * (1 - smoothing) + smoothing / 2
     expected = F.binary_cross_entropy_with_logits(TAG_LOGITS[kept], target, pos_weight=pos_weight)
     torch.testing.assert_close(objective.losses({"tags": TAG_LOGITS}, {"tags": TAGS})["tags"], expected)
+
+
+def test_a_stack_has_each_members_losses_at_its_own_smoothing():
+    """Catches smoothing of another member, unlabelled rows that count in a stack, and weights that are left out there."""
+    counts, labels = {**COUNTS, "tags": TAG_COUNTS}, {**LABELS, "tags": TAGS}
+    stack = {t: torch.stack([x, -2 * x]) for t, x in {**LOGITS, "tags": TAG_LOGITS}.items()}
+    options = {"class_weights": "balanced", "logit_adjustment": 0.5, "loss_weights": {"mood": 3.0}}
+    stacked = StackedObjective.of(Objective(counts, **options)).with_smoothing(torch.tensor([0.0, 0.2]))
+    found = stacked.losses(stack, labels)
+    for k, smoothing in enumerate([0.0, 0.2]):
+        alone = Objective(counts, label_smoothing=smoothing, **options)
+        for t, loss in alone.losses({t: x[k] for t, x in stack.items()}, labels).items():
+            torch.testing.assert_close(found[t][k], loss)
 
 
 def test_multilabel_counts_and_checks():

@@ -42,6 +42,19 @@ def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, 
             np.testing.assert_allclose(theirs[task], own[task], atol=5e-3)
 
 
+@pytest.mark.parametrize("missing", ["zero", "token", "generate"])
+def test_a_member_with_filled_modalities_gives_what_it_gives_alone(make_config, dense, missing):
+    """Catches fills that mix up rows and members, and rates of the members that are equal and so not stacked."""
+    changes = {"model.missing": missing, "model.modality_dropout": 0.2, "training.epochs": 2}
+    config = make_config(**changes, **{"modalities.text.reduce": {"name": "svd", "dim": 30}})
+    population = Population(config, dense, [{"training.lr": 0.01}, {"training.lr": 0.003}])
+    population.train(2)
+    alone = fit(config.with_overrides({"training.lr": 0.003}), dense)
+    theirs, own = (predict_table(model, dense) for model in (population.model(1), alone.model))
+    for task in own:
+        np.testing.assert_allclose(theirs[task], own[task], atol=5e-3)
+
+
 def test_halving_and_merging_change_no_member(make_config, dense):
     """Catches optimiser state or rates that stay behind when the stack is sliced or put together again."""
     config = make_config(**{"training.epochs": 4})

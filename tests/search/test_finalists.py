@@ -1,0 +1,26 @@
+"""Finalists of a search as the models that it leaves."""
+
+import torch
+
+from mmkt_ray import storage
+from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.models import ExpertModel
+from mmkt_ray.search.finalists import _fit_one
+from mmkt_ray.training.trainer import training_fingerprint
+
+
+def test_a_finalist_has_experts_and_takes_one_core(make_config, store, tmp_path):
+    """Catches a winner that is worse than a model of what is there, and trials that take each other's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config, uri = make_config(**{"training.epochs": 2, "training.num_workers": 7}), str(tmp_path / "finalist")
+    try:
+        _fit_one(config, store.uri, uri)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    model, card = load_model(uri)
+    assert isinstance(model, ExpertModel)
+    assert set(model.spec.routes["topic"]) == {"image", "text"}
+    assert card["fingerprint"] == training_fingerprint(config, store, str(tmp_path))
+    assert storage.exists(storage.join(str(tmp_path), ".experts"))
