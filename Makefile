@@ -25,7 +25,7 @@ test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 	MMKT_FUZZ=20000 $(BIN)/python -m pytest tests/samples/test_fuzz.py $(ARGS)
 
-test-cluster: env  ## tests on several nodes, 15 min; those on hosts: root, openssh-server, rsync, iproute2
+test-cluster: env  ## runs through faults, on object stores, on several nodes; 20 min. On hosts: root, openssh-server, rsync, iproute2
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: env  ## ruff over all Python files

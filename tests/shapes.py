@@ -56,5 +56,6 @@ def shapes_config(folder: Path, **overrides: Any) -> Config:
         },
         "tasks": {"colour": {}},
         "extract": {"chunk_rows": 16, "num_actors": 1},
+        "model": {"experts": False},  # their fits take time
     }
     return parse_config(raw).with_overrides({key.replace("__", "."): value for key, value in overrides.items()})

@@ -65,6 +65,18 @@ def test_arithmetic_by_hand(make_config: MakeConfig) -> None:
     assert named(found, "train model").seconds == pytest.approx(5e5 * 1e-4 * config.training.epochs)
 
 
+def test_experts_are_counted_once(make_config: MakeConfig) -> None:
+    """Catches hours of training that the plan does not tell, and experts counted that are variants or shared by them."""
+    variants = {"image": {"model.modalities": ["image"]}, "a": {}, "b": {"model.fusion": "sum"}, "c": {"seed": 1}}
+    config = make_config(variants=variants, model__experts=True)
+    rates = replace(RATES, train=dict.fromkeys(variants, 1e-4))
+    found = [step.name for step in train_steps(config, rates, Machines(1, 8), 1e6)]
+    assert found == [
+        *("train image", "train a", "train expert of text, beside a", "train b", "train c"),
+        *("train expert of image, beside c", "train expert of text, beside c"),
+    ]
+
+
 def test_more_machines_help_what_is_shared_and_nothing_else(make_config: MakeConfig) -> None:
     """Catches a driver that gets faster with the cluster, and a cluster that never helps."""
     config = make_config(extract__num_actors=None, extract__chunk_rows=1024)

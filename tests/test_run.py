@@ -34,7 +34,7 @@ def finished(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("finished")
     write_shards(folder)
     config = shapes_config(
-        folder, variants=VARIANTS, training=QUICK, model__hidden_dim=16, modalities__image__reduce=REDUCE
+        folder, variants=VARIANTS, training=QUICK, model={"hidden_dim": 16}, modalities__image__reduce=REDUCE
     )
     return config, steps.run(config)
 

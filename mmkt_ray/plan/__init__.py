@@ -151,11 +151,15 @@ def reduce_steps(config: Config, rates: Rates, machines: Machines, samples: floa
 
 
 def train_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[Step]:
-    """Each variant on as many workers as it asks for."""
+    """Each variant on as many workers as it asks for, and the experts that are no variant, each at what its variant costs."""
+    from mmkt_ray.training.experts import expert_fits
+
+    experts = expert_fits(config)
     for name, variant in config.expand_variants().items():
         workers = min(variant.training.num_workers, machines.all_cpus)
         work = samples * rates.train_frac * variant.training.epochs * rates.train[name]
-        yield Step(f"train {name}", work * known.WORKER_CPUS, work / workers, f"{workers} worker(s)")
+        for what in (name, *(f"expert of {m}, beside {name}" for m in experts[name])):
+            yield Step(f"train {what}", work * known.WORKER_CPUS, work / workers, f"{workers} worker(s)")
 
 
 def search_step(config: Config, rates: Rates, machines: Machines, samples: float, candidates: float) -> Step:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from mmkt_ray.config import Config
+from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.metrics import predicted, row_scores
@@ -44,16 +44,48 @@ def model_identity(config: Config) -> dict[str, Any]:
     return found
 
 
+def fused_tasks(config: Config, modality: str) -> list[str]:
+    """The tasks that read this modality and others."""
+    inputs = {t: config.task_inputs(t) for t in config.model_tasks}
+    return [t for t, read in inputs.items() if modality in read and len(read) > 1]
+
+
 def expert_configs(config: Config, table: FeatureTable) -> dict[str, Config]:
     """Modality -> the config of its expert, for the tasks that read others as well and can be learnt from it alone."""
     found = {}
     for m in config.model_modalities:
-        fused = [t for t in config.model_tasks if m in config.task_inputs(t) and len(config.task_inputs(t)) > 1]
         sparse = sp.issparse(table.features[m])
-        tasks = [t for t in fused if _can_learn(expert_config(config, m, [t], sparse), table)]
+        tasks = [t for t in fused_tasks(config, m) if _can_learn(expert_config(config, m, [t], sparse), table)]
         if tasks:
             found[m] = expert_config(config, m, tasks, sparse)
     return found
+
+
+def expert_fits(config: Config) -> dict[str, list[str]]:
+    """Variant -> the modalities whose experts are trained after it: those that no variant and no expert before it is."""
+    known: set[str] = set()
+    found: dict[str, list[str]] = {}
+    for name, variant in config.expand_variants().items():
+        known.add(_identity(variant))
+        modalities = variant.model_modalities if has_experts(variant) else ()
+        experts = {m: expert_config(variant, m, tasks, False) for m in modalities if (tasks := fused_tasks(variant, m))}
+        identities = {m: _identity(expert) for m, expert in experts.items()}
+        found[name] = [m for m, identity in identities.items() if identity not in known]
+        known.update(identities.values())
+    return found
+
+
+def _identity(config: Config) -> str:
+    """Equal for configs of equal models, as far as that can be said without features."""
+    parts = {
+        "samples": config.samples.model_dump(mode="json"),
+        "modalities": {m: config.modalities[m].model_dump(mode="json") for m in config.model_modalities},
+        "tasks": {t: config.tasks[t].model_dump(mode="json") for t in config.model_tasks},
+        "model": model_identity(config),
+        "training": config.training.model_dump(mode="json"),
+        "seed": [config.seed, config.training_seed],
+    }
+    return fingerprint(parts)
 
 
 def expert_config(config: Config, modality: str, tasks: list[str], sparse: bool) -> Config:

@@ -42,6 +42,8 @@ from benchmark_faults import (
     title,
 )
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
@@ -151,7 +153,6 @@ def same_features(config: Config, run: Path) -> bool:
     return difference == {"lost": 0, "doubled": 0, "changed": []}
 
 
-@pytest.mark.cluster
 def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> None:
     """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
     path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"
@@ -174,7 +175,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
     return config, in_place(alone, root / "reference", config)
 
 
-@pytest.mark.cluster
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["head", "store full", "node cut off"])
 def test_the_costlier_faults(whole_run, tmp_path: Path, name: str) -> None:

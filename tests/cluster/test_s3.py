@@ -322,7 +322,7 @@ def write_config(folder: Path, root: str, name: str) -> str:
         },
         "tasks": {"colour": {}},
         "extract": {"chunk_rows": 16, "num_actors": 1},
-        "model": {"hidden_dim": 8},
+        "model": {"hidden_dim": 8, "experts": False},
         "training": {"epochs": 2, "batch_size_per_worker": 32, "lr": 0.01},
         "evaluation": {"bootstrap_samples": 100},
         "search": {
@@ -379,6 +379,7 @@ def disturbed(server: Server, mmkt: Command, raw: Path) -> str:
     return f"{BUCKET}/runs/shapes"
 
 
+@pytest.mark.cluster
 def test_run_through_faults_equals_an_undisturbed_local_run(s3: Server, undisturbed: str, disturbed: str) -> None:
     """Catches rows lost, doubled or damaged by retries, and a step that knows local paths only."""
     check_same_features(disturbed, undisturbed)
@@ -388,6 +389,7 @@ def test_run_through_faults_equals_an_undisturbed_local_run(s3: Server, undistur
     assert len(storage.read_bytes(f"{disturbed}/report/index.html")) > 10_000
 
 
+@pytest.mark.cluster
 def test_the_same_command_again_does_nothing(s3: Server, mmkt: Command, raw: Path, disturbed: str) -> None:
     """Catches work that is done again because its result is not seen in the object store."""
     mmkt("run", write_config(raw, BUCKET, "shapes"))
@@ -396,6 +398,7 @@ def test_the_same_command_again_does_nothing(s3: Server, mmkt: Command, raw: Pat
     assert again == []
 
 
+@pytest.mark.cluster
 def test_no_result_and_no_log_has_the_key(raw: Path, session: Path, undisturbed: str, disturbed: str) -> None:
     """Catches the environment in a report, in run.json or a config that is kept, or in what the command line says."""
     local = [path.read_bytes() for folder in (raw / "runs", session) for path in folder.rglob("*") if path.is_file()]
@@ -405,6 +408,7 @@ def test_no_result_and_no_log_has_the_key(raw: Path, session: Path, undisturbed:
     assert not any(SECRET.encode() in data for data in [*local, *remote])
 
 
+@pytest.mark.cluster
 def test_predict_from_there_to_there(s3: Server, mmkt: Command, raw: Path, undisturbed: str, disturbed: str) -> None:
     """Catches a model folder that can be used only where it was made."""
     s3.faults(share=SHARE, seed=4)
@@ -417,6 +421,7 @@ def test_predict_from_there_to_there(s3: Server, mmkt: Command, raw: Path, undis
     assert ours.equals(theirs)
 
 
+@pytest.mark.cluster
 def test_search_there_and_again(s3: Server, mmkt: Command, raw: Path, disturbed: str) -> None:
     """Catches candidates lost on the way to the object store, and finished trials that run again."""
     s3.faults(share=SHARE, seed=5)
@@ -433,6 +438,7 @@ def test_search_there_and_again(s3: Server, mmkt: Command, raw: Path, disturbed:
     assert again == []
 
 
+@pytest.mark.cluster
 def test_a_reader_never_sees_half_a_store(s3: Server, mmkt: Command, raw: Path, undisturbed: str) -> None:
     """Catches a store that opens before all its parts are there, and parts that are computed twice or differ afterwards."""
     config, run_uri = write_config(raw, BUCKET, "killed"), f"{BUCKET}/runs/killed"

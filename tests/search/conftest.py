@@ -30,7 +30,7 @@ def make_config(tmp_path_factory) -> Callable[..., Config]:
                 "text": {"kind": "text", "encoder": "tfidf", "reduce": {"name": "svd", "dim": DIM}},
             },
             "tasks": {task: {} for task in CLASSES},
-            "model": {"hidden_dim": 8},
+            "model": {"hidden_dim": 8, "experts": False},
             "training": {"epochs": 9, "batch_size_per_worker": 128},
             "evaluation": {"bootstrap_samples": 100},
             "search": {

@@ -13,7 +13,10 @@ def test_a_finalist_has_experts_and_takes_one_core(make_config, store, tmp_path)
     """Catches a winner that is worse than a model of what is there, and trials that take each other's cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    config, uri = make_config(**{"training.epochs": 2, "training.num_workers": 7}), str(tmp_path / "finalist")
+    config, uri = (
+        make_config(**{"model.experts": True, "training.epochs": 2, "training.num_workers": 7}),
+        str(tmp_path / "finalist"),
+    )
     try:
         _fit_one(config, store.uri, uri)
         assert torch.get_num_threads() == 1
