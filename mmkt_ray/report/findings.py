@@ -92,8 +92,20 @@ def missing(
         {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["difference"] and a["difference"][2] < 0
     ]
     num = sum(len(f["answers"]) for f in files.values())
+    experts = [row for name in files for row in _experts_of(run_uri, name, results["models"][name]["folder"])]
     sections = [_missing_of(task, hidden, files, colors, figures) for task, hidden in sorted(places)]
-    return {"sections": sections, "below": below, "num": num}
+    return {"sections": sections, "below": below, "num": num, "experts": experts}
+
+
+def _experts_of(run_uri: str, name: str, folder: str) -> list[dict[str, str]]:
+    """Who answers what, of a model with experts."""
+    card = read_optional(storage.join(run_uri, folder, "config.json")) or {}
+    routes = card.get("training", {}).get("experts_for", {})
+    return [
+        {"model": name, "task": task, "there": there.replace("+", " + "), "expert": expert}
+        for task, by_pattern in routes.items()
+        for there, expert in by_pattern.items()
+    ]
 
 
 def _missing_of(

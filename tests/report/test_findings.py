@@ -40,6 +40,7 @@ def told(finished, tmp_path_factory) -> Path:
     missing_curves(str(run / "models" / "concat"), store, str(run), num_seeds=1)
     card = storage.read_json(str(run / "models" / "concat" / "config.json"))
     card["training"]["num_params_by_part"] = {"level_1": 1200, "heads": 34}
+    card["training"]["experts_for"] = {"thing": {"image": "image"}}
     storage.write_json(str(run / "models" / "concat" / "config.json"), card)
     cells = [
         transfer_cell("image:thing", "text:thing", -0.031),
@@ -97,6 +98,11 @@ def test_the_plain_answers_stand_on_the_page(page, told):
             assert " ".join(answer["sentence"].split()) in text
         for share in found["shapley"]["accuracy"]["values"].values():
             assert f"{100 * share['value']:+.1f}".replace("-", "−") in text
+
+
+def test_it_is_told_who_answers_for_what_is_there(page):
+    """Catches an answer that is not the model's whose name stands beside it."""
+    assert "concatthingimageexpert of image" in text_of(page)
 
 
 def test_negative_transfer_is_said_plainly(page):
