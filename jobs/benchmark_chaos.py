@@ -86,7 +86,7 @@ def write_config(root: Path) -> Path:
         "training": {"epochs": 20, "batch_size_per_worker": 64},
         "evaluation": {"bootstrap_samples": 100, "studies": ["insight"]},
         "extract": {"chunk_rows": 128, "num_actors": 2},
-        "variants": {"fused": {"training.num_workers": 2}, "image": {"model.modalities": ["image"]}},
+        "variants": {"image": {"model.modalities": ["image"]}, "fused": {"training.num_workers": 2}},
         "search": {
             "space": {
                 "model.fusion.name": {"choice": ["concat", "gated", "sum", "attention"]},

@@ -141,10 +141,15 @@ class Place:
         return kept | own | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"} | self.environment
 
 
-def free_port() -> int:
+def free_port(given: set[int] = set()) -> int:  # noqa: B006  (one set for all calls)
+    """A port that is free, and was not given to anybody else here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        port = int(probe.getsockname()[1])
+    if port in given:
+        return free_port()
+    given.add(port)
+    return port
 
 
 @contextmanager

@@ -274,9 +274,9 @@ def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, An
     right = is_right(table.labels[task], predicted(proba, table.kinds.get(task, "multiclass")))
     found = {}
     for name, here in presence_patterns(table).items():
-        chosen = rows & here
-        if chosen.any():
-            found[name] = {"num_rows": int(chosen.sum()), "accuracy": float(right[chosen].mean())}
+        scored = rows & here
+        if scored.any():
+            found[name] = {"num_rows": int(scored.sum()), "accuracy": float(right[scored].mean())}
     return found
 
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -25,13 +26,13 @@ import pyarrow as pa
 
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig, SourceConfig
-from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.errors import ConfigError, DataError, ResourceError
 from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading
 from mmkt_ray.samples.schema import Reject, Shard
 
 MEMORY_BYTES = 8 << 30  # address space of a child: pages of a Parquet file may be 1 GB, packed and unpacked
-BLOCK_TIMEOUT_S = 600  # for a block
+BLOCK_TIMEOUT_S = 600  # for a block to be read, not for the parent to take it
 
 
 def died_before() -> bool:
@@ -48,15 +49,16 @@ def died_before() -> bool:
 def read_isolated(reading: Reading) -> Iterator[Block]:
     """Blocks of a shard, in order, and a reject for each part of it that two children died of.
 
-    Raises: what reading it raises, but for its kind: errors of storage are OSErrors.
+    Raises: DataError and ConfigError as the reader does, OSError for what else went wrong, ResourceError if no child starts.
     """
     group = num_blocks = num_deaths = 0  # what is here: all row groups before this one, and so many blocks of it
     num_groups = 0  # not known yet
     while True:
-        num_seen = 0
-        with _start(reading, group) as child:
+        num_frames = num_seen = 0
+        with _child(reading, group) as child:
             assert child.stdout
             for frame, data in _frames(child.stdout):
+                num_frames += 1
                 if "end" in frame:
                     return
                 if "error" in frame:
@@ -71,6 +73,11 @@ def read_isolated(reading: Reading) -> Iterator[Block]:
                 if num_seen > num_blocks:
                     num_blocks += 1
                     yield _unpack(frame, data)
+        if not num_frames and child.returncode > 0:
+            raise ResourceError(
+                f"the process that reads '{reading.shard.name}' does not start (exit code {child.returncode}); what it said "
+                "is in the log above, or in Ray's logs of the worker"
+            )
         num_deaths += 1
         if num_deaths == 2:
             yield Block([], {}, rejects=[_lost(reading, group, num_groups, child.returncode)])
@@ -93,7 +100,9 @@ def _lost(reading: Reading, group: int, num_groups: int, code: int) -> Reject:
     return reading.reject(f"{name}#row-group-{group}" if num_groups > 1 else name, reason)
 
 
-def _start(reading: Reading, group: int) -> subprocess.Popen[bytes]:
+@contextmanager
+def _child(reading: Reading, group: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A child that reads a shard from a row group on; it has ended afterwards, also where nobody wants the rest."""
     config, shard = reading.config, reading.shard
     request = {
         "source": reading.source.model_dump(mode="json"),
@@ -104,16 +113,18 @@ def _start(reading: Reading, group: int) -> subprocess.Popen[bytes]:
     }
     root = str(Path(__file__).parents[2])  # the same code, wherever a job brought it
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "mmkt_ray.samples.isolated"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": paths, "ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"},
-    )
-    assert child.stdin
-    with child.stdin as stream:
-        stream.write(json.dumps(request).encode())
-    return child
+    environment = os.environ | {"PYTHONPATH": paths, "ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "mmkt_ray.samples.isolated"]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as child:
+        try:
+            assert child.stdin
+            with suppress(BrokenPipeError), child.stdin as stream:  # it died already: no frame will come
+                stream.write(json.dumps(request).encode())
+            yield child
+            child.wait()  # before the kill, which would hide what it died of
+        finally:
+            child.kill()
 
 
 def _frames(stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -127,7 +138,7 @@ def _frames(stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def _unpack(frame: dict[str, Any], data: bytes) -> Block:
-    table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
+    table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
     columns = {n: table.column(n).combine_chunks() for n in table.column_names}
     errors, unread = ({int(i): why for i, why in frame[name].items()} for name in ("errors", "unread"))
     return Block(frame["ids"], columns, errors, unread, [Reject(*told) for told in frame["rejects"]])
@@ -149,12 +160,19 @@ def serve() -> None:
     parts["samples"] = SamplesConfig.model_construct(sources=(SourceConfig(**request["source"]),))
     reading = Reading(Config.model_construct(**parts), Shard(**request["shard"]))
     try:
+        signal.alarm(BLOCK_TIMEOUT_S)
         for frame, data in _read(reading, request["group"]):
-            signal.alarm(BLOCK_TIMEOUT_S)
+            signal.alarm(0)  # the parent takes a block when it has use for it
             out.write(json.dumps(frame | {"num_bytes": len(data)}).encode() + b"\n" + data)
             out.flush()  # or what is read is lost with what crashes
+            signal.alarm(BLOCK_TIMEOUT_S)
+    except MemoryError:  # of a part that wants more than it may: as a crash, the next part may be read
+        raise
     except Exception as error:  # told by the parent
-        out.write(json.dumps({"error": type(error).__name__, "text": str(error)}).encode() + b"\n")
+        signal.alarm(0)
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, DataError | ConfigError) else f"{kind}: {error}"
+        out.write(json.dumps({"error": kind, "text": text}).encode() + b"\n")
         out.flush()
 
 

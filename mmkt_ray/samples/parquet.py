@@ -51,11 +51,13 @@ def narrowed_to_shard(reading: Reading) -> Reading:
 
 
 def count_row_groups(reading: Reading) -> int:
-    """At least one: that of a file whose footer cannot be read, which its reader tells."""
+    """At least one, which its reader finds empty, or damaged where the footer cannot be read."""
     fs, path = storage.resolve(reading.shard.uri)
     try:
         return max(1, int(pq.read_metadata(path, filesystem=fs).num_row_groups))
-    except (pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if not is_damage(error, fs):  # it may have more of them
+            raise
         return 1
 
 
@@ -75,7 +77,9 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
     fs, path = storage.resolve(reading.shard.uri)
     remaining = reading.source.limit
     if remaining is not None and group:
-        remaining = max(0, remaining - rows_before(reading, group))
+        remaining -= rows_before(reading, group)
+        if remaining <= 0:
+            return
     try:
         with fs.open_input_file(path) as stream:
             watched = None if isinstance(fs, pafs.LocalFileSystem) else WatchedFile(stream)
@@ -83,7 +87,7 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
             source = stream if watched is None else pa.PythonFile(watched, mode="r")
             file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BYTES)
             _check_columns(reading, file.schema_arrow, paths)
-            groups = range(file.num_row_groups) if group is None else [group]
+            groups = range(file.num_row_groups)[slice(group, None if group is None else group + 1)]
             num_rows = _rows_per_block(file, paths, groups, stream, watched)
             for batch in file.iter_batches(num_rows, groups, columns=paths, use_threads=False):
                 if remaining is not None:
