@@ -37,7 +37,7 @@ SPARSE_TERMS, SPARSE_BYTES = 154, 840  # terms of a TF-IDF text, and their bytes
 ROW_BYTES = 30  # the rest of a stored row: id, labels, hashes
 PUBLISH_BYTES = 250  # on the driver while a store is published: ids of 30 characters, twice, and hashes
 COMBINE_BYTES = 100  # on the driver under join and pair: ids, keys, labels
-LABELLED_BYTES = 140  # in each training worker: id and split as Python objects, labels
+LABELLED_BYTES = 140  # in each training worker, mapped or not: id, split, labels, row numbers
 TABLE_COPIES = 3  # of the features while that worker reads them
 
 # A machine of an ordinary kind, where nothing else is known
