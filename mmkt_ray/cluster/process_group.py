@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 held: list[dist.TCPStore] = []  # served by this process for as long as it lives
@@ -38,6 +38,7 @@ class NodeAddressBackend(_TorchBackend):
         """NCCL for workers with GPUs, gloo for others."""
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         host, port = worker_group.execute_single(0, serve_store)
+        worker_group.execute(_set_torch_distributed_env_vars)  # LOCAL_RANK and others, which NCCL picks a GPU by
         size = len(worker_group)
         place = (backend, host, port, size, backend_config.timeout_s)
         ray.get([worker_group.execute_single_async(rank, join_group, rank, *place) for rank in range(size)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
@@ -17,7 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
 
+from mmkt_ray import storage
 from mmkt_ray.encoders.base import Features
+from mmkt_ray.errors import ResourceError
 
 MISSING, UNSEEN = -1, -2  # label codes: no label; a class that the train split does not have
 MAPPED_BYTES = 4_000_000  # of one array, above which it is mapped
@@ -118,22 +121,37 @@ class Growing:
         self.file: IO[bytes] | None = None
 
     def add(self, piece: np.ndarray) -> None:
-        """More rows, of the same type and width."""
+        """More rows, of the same type and width. Raises: ResourceError if there is no room for the file."""
         self.pieces.append(piece)
         self.num_bytes += piece.nbytes
         if self.num_bytes > MAPPED_BYTES and piece.dtype != object:
-            self.file = self.file or tempfile.TemporaryFile(prefix="mmkt-features-")  # noqa: SIM115  (the array keeps it)
-            for waiting in self.pieces:
-                self.file.write(np.ascontiguousarray(waiting).data)
+            with _told_if_full():
+                self.file = self.file or tempfile.TemporaryFile(prefix="mmkt-features-")  # noqa: SIM115  (the array keeps it)
+                for waiting in self.pieces:
+                    self.file.write(np.ascontiguousarray(waiting).data)
             self.pieces = [piece[:0]]
 
     def array(self) -> np.ndarray:
-        """All that was added."""
+        """All that was added. Raises: as `add`."""
         if self.file is None:
             return np.concatenate(self.pieces)
-        self.file.flush()
+        with _told_if_full():
+            self.file.flush()
         mapped = np.memmap(self.file, self.pieces[0].dtype, mode="r+")
         return np.asarray(mapped).reshape(-1, *self.pieces[0].shape[1:])
+
+
+@contextmanager
+def _told_if_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in storage.FULL:
+            raise
+        raise ResourceError(
+            f"disk full: '{tempfile.gettempdir()}' has no room for the features of a table, which are mapped from a file "
+            "there; free some space, or set TMPDIR to a folder on a larger disk, and run the same command again"
+        ) from error
 
 
 def concat_tables(tables: Iterable[FeatureTable]) -> FeatureTable:

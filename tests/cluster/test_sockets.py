@@ -97,6 +97,7 @@ def test_training_workers_listen_on_the_loopback() -> None:
 
         connections = psutil.Process().net_connections("inet")
         own = (rank, [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN])
+        assert os.environ["LOCAL_RANK"] == str(rank)  # as Ray sets it, for NCCL
         told: list[Any] = [None] * world_size
         dist.all_gather_object(told, own)
         return told

@@ -16,6 +16,7 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine
+from mmkt_ray.errors import ResourceError
 from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.features import table as table_module
 from mmkt_ray.features.audit import audit
@@ -179,3 +180,11 @@ def test_rows_that_are_scored_are_no_copy_of_their_features(
         data.take(data.readable("train"))
 
     assert bytes_per_row(stores, work) < 110  # features, ids and labels are about 300
+
+
+def test_a_full_disk_under_mapped_features_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full /tmp that ends a training in a traceback, which does not say that TMPDIR moves the file."""
+    monkeypatch.setattr(table_module.tempfile, "TemporaryFile", lambda prefix: open("/dev/full", "w+b"))
+    growing = table_module.Growing()
+    with pytest.raises(ResourceError, match="TMPDIR"):
+        growing.add(np.zeros(table_module.MAPPED_BYTES))

@@ -1,19 +1,24 @@
 """Shards whose reading kills the process, on their way through the whole pipeline."""
 
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from poison_shard import TEXT
+from poison_shard import TEXT, TIMEOUT
 
 from mmkt_ray.config import Config
+from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.extract import extract
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.isolated import read_isolated
+from mmkt_ray.samples.parquet import count_row_groups
 from mmkt_ray.samples.readers import read_blocks, read_chunks
 from mmkt_ray.samples.shards import list_shards
 from tests.shapes import write_shard, write_shards
@@ -71,11 +76,8 @@ def test_a_child_reads_what_its_parent_would_have_read(
     table = pq.read_table(path)
     captions = pc.if_else(pa.array([i == 12 for i in range(40)]), b"\xff", table.column("caption").cast(pa.binary()))
     pq.write_table(table.set_column(2, "caption", captions), path, row_group_size=10)
-    config = make_config()
-    source = config.samples.sources[0].model_copy(update={"limit": limit})
-    config = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (source,)})})
-    (shard,) = list_shards(config)
-    whole, apart = list(read_blocks(Reading(config, shard))), list(read_isolated(Reading(config, shard)))
+    reading = one_reading(make_config(), limit)
+    whole, apart = list(read_blocks(reading)), list(read_isolated(reading))
     assert (
         [i for b in apart for i in b.ids] == [i for b in whole for i in b.ids] == [f"s{i}" for i in range(limit or 40)]
     )
@@ -104,3 +106,89 @@ def test_a_shard_of_another_kind_keeps_what_was_read(
     assert [len(c.table) for c in damaged] == [0]
     (reject,) = damaged[0].rejects
     assert reject.reason.startswith("the shard is damaged")
+
+
+def one_reading(config: Config, limit: int | None = None) -> Reading:
+    """Of the only shard, at most `limit` rows."""
+    source = config.samples.sources[0].model_copy(update={"limit": limit})
+    config = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (source,)})})
+    (shard,) = list_shards(config)
+    return Reading(config, shard)
+
+
+@pytest.fixture
+def large_blocks(tmp_path: Path, make_config: MakeConfig) -> Reading:
+    """Of a shard of one row group of four blocks, each larger than what a pipe holds."""
+    path = tmp_path / "data" / "shapes" / "0.parquet"
+    write_shard(path, 0, 4)
+    table, rng = pq.read_table(path), np.random.default_rng(0)
+    images = pa.array([rng.bytes(3_000_000) for _ in range(4)], pa.binary())
+    pq.write_table(table.set_column(table.column_names.index("image"), "image", images), path, use_dictionary=False)
+    return one_reading(make_config())
+
+
+def test_a_parent_that_takes_its_time_loses_nothing(large_blocks: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a child that ends because whoever wants its blocks is busy, and rows that are called lost for that."""
+    monkeypatch.setenv(TIMEOUT, "1")
+    blocks = []
+    for block in read_isolated(large_blocks):
+        blocks.append(block)
+        if len(blocks) <= 2:
+            time.sleep(1.5)
+    assert [reject.reason for block in blocks for reject in block.rejects] == []
+    assert [i for block in blocks for i in block.ids] == ["s0", "s1", "s2", "s3"]
+
+
+def test_a_child_whose_blocks_nobody_wants_ends_in_silence(
+    large_blocks: Reading, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a child that reads on, or fills the log with an error, after its parent has found what it looked for."""
+    blocks = read_isolated(large_blocks)
+    assert next(blocks).ids == ["s0"]
+    blocks.close()  # type: ignore[attr-defined]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_child_that_does_not_start_costs_no_rows(large_blocks: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a broken installation that is taken for a broken shard, whose rows would be lost."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ResourceError, match=r"does not start \(exit code 1\)"):
+        list(read_isolated(large_blocks))
+
+
+def test_a_file_of_no_row_group_is_an_empty_shard(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Catches an empty shard that a child cannot read, which would end the job."""
+    path = tmp_path / "data" / "shapes" / "0.parquet"
+    write_shard(path, 0, 4)
+    pq.ParquetWriter(path, pq.read_schema(path)).close()
+    assert pq.read_metadata(path).num_row_groups == 0
+    assert list(read_isolated(one_reading(make_config()))) == []
+
+
+def test_what_is_behind_the_limit_is_not_read(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Catches damage, or a crash, that costs a reject though the source's limit ends before it."""
+    path = tmp_path / "data" / "shapes" / "0.parquet"
+    write_shard(path, 0, 40)
+    pq.write_table(pq.read_table(path), path, row_group_size=10, use_dictionary=False)
+    group = pq.read_metadata(path).row_group(2)
+    data = bytearray(path.read_bytes())
+    for c in range(group.num_columns):
+        start = group.column(c).data_page_offset
+        data[start : start + group.column(c).total_compressed_size] = bytes(group.column(c).total_compressed_size)
+    path.write_bytes(data)
+    for limit, damaged in ((20, False), (21, True)):
+        blocks = list(read_isolated(one_reading(make_config(), limit)))
+        assert [i for b in blocks for i in b.ids] == [f"s{i}" for i in range(20)]
+        assert any(b.rejects for b in blocks) == damaged
+
+
+def test_storage_that_does_not_answer_is_no_small_shard(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Catches row groups that are left out without a word because the footer could not be asked for."""
+    path = tmp_path / "data" / "shapes" / "0.parquet"
+    write_shard(path, 0, 4)
+    reading = one_reading(make_config())
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        count_row_groups(reading)
+    with pytest.raises(OSError, match="FileNotFoundError"):
+        list(read_isolated(reading))

@@ -4,6 +4,7 @@ Loaded by sitecustomize.py in every process; it changes the reader of Parquet sh
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 TEXT = "poison: segfault"
+TIMEOUT = "POISON_BLOCK_TIMEOUT_S"  # a variable: what a child's own timeout is from then on
 READER = "mmkt_ray.samples.parquet"
 
 
@@ -26,6 +28,8 @@ class Seeping(MetaPathFinder):
             def execute_and_change(module: ModuleType) -> None:
                 execute(module)
                 convert = module._convert
+                if timeout_s := os.environ.get(TIMEOUT):
+                    sys.modules["__main__"].BLOCK_TIMEOUT_S = int(timeout_s)  # type: ignore[attr-defined]
 
                 def crash_or_convert(reading: Any, batch: Any, first: int) -> Any:
                     texts = [c.cast("binary") for c in batch.columns if c.type == "string"]  # not all of them UTF-8
