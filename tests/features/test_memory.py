@@ -184,7 +184,8 @@ def test_rows_that_are_scored_are_no_copy_of_their_features(
 
 def test_a_full_disk_under_mapped_features_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a full /tmp that ends a training in a traceback, which does not say that TMPDIR moves the file."""
-    monkeypatch.setattr(table_module.tempfile, "TemporaryFile", lambda prefix: open("/dev/full", "w+b"))
     growing = table_module.Growing()
-    with pytest.raises(ResourceError, match="TMPDIR"):
-        growing.add(np.zeros(table_module.MAPPED_BYTES))
+    with open("/dev/full", "w+b") as full:
+        monkeypatch.setattr(table_module.tempfile, "TemporaryFile", lambda prefix: full)
+        with pytest.raises(ResourceError, match="TMPDIR"):
+            growing.add(np.zeros(table_module.MAPPED_BYTES))
