@@ -94,7 +94,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         log.info("features are up to date: %s", uri)
         return store
     todo = [shard for shard in shards if shard.unit not in complete]
-    stats = RunStats(config.samples.max_reject_frac)
+    stats = RunStats(uri, config.samples.max_reject_frac)
     if todo:
         storage.make_dir(uri)
         storage.write_json(storage.join(uri, "plan.json"), plan)
@@ -167,7 +167,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     todo = [
         name for name in encoded.manifest["parts"] if name not in present or not same_length(encoded.uri, uri, name)
     ]
-    stats = RunStats(max_reject_frac=1.0)
+    stats = RunStats(uri, max_reject_frac=1.0)
     if todo:
         storage.make_dir(uri)
         loaded = {
@@ -252,8 +252,9 @@ def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str
 class RunStats:
     """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
 
-    def __init__(self, max_reject_frac: float) -> None:
-        self.max_reject_frac = max_reject_frac
+    def __init__(self, uri: str, max_reject_frac: float) -> None:
+        """uri: of the store that the parts go to."""
+        self.uri, self.max_reject_frac = uri, max_reject_frac
         self.num_rows = self.num_rejects = 0
         self.seconds: Counter[str] = Counter()
         self.wall_s = self.startup_s = 0.0
@@ -275,7 +276,7 @@ class RunStats:
                     "%d rows, %d rejected, %.0f rows/s", self.num_rows, self.num_rejects, self.num_rows / self.wall_s
                 )
             if self.num_rows + self.num_rejects >= BUDGET_GRACE_ROWS:
-                check_budget(self.num_rows, self.num_rejects, self.max_reject_frac)
+                check_budget(self.uri, self.num_rows, self.num_rejects, self.max_reject_frac)
         log.info("%d rows, %d rejected in %.1f s", self.num_rows, self.num_rejects, self.wall_s)
 
     def summary(self) -> dict[str, Any]:

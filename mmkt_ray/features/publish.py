@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from typing import Any
 
@@ -32,14 +33,17 @@ def published(uri: str, units: list[str], source: Store | None = None) -> Store 
     return store if store.manifest["units"] == units and same_source else None
 
 
-def check_budget(num_rows: int, num_rejects: int, max_reject_frac: float, reasons: str = "") -> None:
+def check_budget(uri: str, num_rows: int, num_rejects: int, max_reject_frac: float) -> None:
     """Raises: DataError when more than the allowed share of rows is rejected."""
     total = num_rows + num_rejects
     if num_rejects > max_reject_frac * total:
+        rejects = storage.join(uri, "rejects")
+        parts = [_read_uri(storage.join(rejects, f.base_name)) for f in storage.list_files(rejects, "*.parquet")]
+        reasons = count_reasons(pa.concat_tables([REJECT_SCHEMA.empty_table(), *parts]))
         raise DataError(
             f"{num_rejects} of {total} rows were rejected or lost a modality, more than samples.max_reject_frac = "
-            f"{max_reject_frac:g} allows{reasons}; the store's rejects/ folder has each row's reason: mend the data or raise "
-            "the budget, and give the same command again"
+            f"{max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's reason: mend the data "
+            "or raise the budget, and give the same command again"
         )
 
 
@@ -80,12 +84,12 @@ def publish(
         own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
     rejects = own
     reasons = count_reasons(rejects)
-    told = "; the most frequent: " + "; ".join(f"{n} x {r}" for r, n in reasons.most_common(3)) if reasons else ""
     num_faulty = pc.sum(pc.not_equal(rejects.column("stage"), LEAKAGE)).as_py() or 0  # those left out on request aside
     num_kept = pc.sum(pc.equal(rejects.column("stage"), MODALITY)).as_py() or 0  # they are among the rows
-    check_budget(counts["rows"] - num_kept, num_faulty, config.samples.max_reject_frac if source is None else 1.0, told)
+    if source is None:
+        check_budget(uri, counts["rows"] - num_kept, num_faulty, config.samples.max_reject_frac)
     if not counts["rows"]:
-        raise DataError("no sample is left: the sources hold no readable row" + told)
+        raise DataError("no sample is left: the sources hold no readable row" + tell_reasons(reasons))
     classes = {t: sort_classes(counts["by_task"][t].get("train", {})) for t in sorted(config.tasks)}
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -252,8 +256,13 @@ def count_reasons(rejects: pa.Table) -> Counter[str]:
 
 
 def shorten(reason: str) -> str:
-    """A reject's reason without what differs from row to row, for counting."""
-    return reason.split(":")[0] if len(reason) > 80 else reason
+    """A reject's reason without what differs from row to row, quoted names and numbers, for counting."""
+    return re.sub(r"""(?<!\w)b?(['"]).*?\1|\b(0x[0-9a-f]+|\d+)\b""", "..", reason)[:120]
+
+
+def tell_reasons(reasons: Counter[str]) -> str:
+    """The most frequent of them, as the end of a sentence."""
+    return "; the most frequent: " + "; ".join(f"{n} x {r}" for r, n in reasons.most_common(3)) if reasons else ""
 
 
 def _read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:

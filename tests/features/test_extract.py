@@ -178,10 +178,25 @@ def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> N
     """Half the data gone and a store published all the same; or the raised budget paying for everything again."""
     columns = {"image": pa.array([b"broken"] * 40, pa.binary())}
     write_shard(shapes / "data" / "shapes" / "bad.parquet", 200, 40, **columns)
-    with pytest.raises(DataError, match=r"40 of 160 rows were rejected.*max_reject_frac"):
+    with pytest.raises(
+        DataError, match=r"40 of 160 rows were rejected.*max_reject_frac.*frequent: 40 x image: not a read"
+    ):
         run(make_config())
     counts = run(make_config(samples__max_reject_frac=0.5)).manifest["counts"]
     assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (160, 0, 40)
+
+
+def test_reject_budget_says_why_while_it_runs(
+    shapes: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that stops after hours and leaves it to its user to find out what was wrong with the rows."""
+    monkeypatch.setattr("mmkt_ray.features.extract.BUDGET_GRACE_ROWS", 1)
+    columns = {"sample_id": "id", "image": "image", "text": "text", "colour": "colour"}
+    rows = [{"id": f"t{i}", "image": f"gone-{i}.png", "text": "a red dot", "colour": "red"} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), shapes / "data" / "lost.parquet")
+    source = {"reader": "manifest", "path": "lost.parquet", "columns": columns}
+    with pytest.raises(DataError, match=r"40 of \d+ rows .*; the most frequent: 40 x image: no file \.\. in \.\.; "):
+        run(make_config(samples__sources=[source]))
 
 
 def test_missing_modalities_and_labels_are_nulls(shapes: Path, make_config: MakeConfig) -> None:
