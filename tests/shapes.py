@@ -57,5 +57,6 @@ def shapes_config(folder: Path, **overrides: Any) -> Config:
         "tasks": {"colour": {}},
         "extract": {"chunk_rows": 16, "num_actors": 1},
         "model": {"experts": False},  # their fits take time
+        "training": {"auto": []},  # so does choosing settings
     }
     return parse_config(raw).with_overrides({key.replace("__", "."): value for key, value in overrides.items()})

@@ -30,6 +30,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"'{path}' must be a mapping of keys, got {type(raw).__name__}")
+    if raw.get("training") == "auto":
+        raw["training"] = {}
     for key, value in (overrides or {}).items():
         set_dotted(raw, key, value)
     config = parse_config(raw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -13,7 +13,7 @@ from mmkt_ray.config.parsing import parse, set_dotted
 from mmkt_ray.config.samples import PairCombine, SamplesConfig
 from mmkt_ray.config.search import SearchConfig
 from mmkt_ray.config.section import Section
-from mmkt_ray.config.training import EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
+from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.errors import ConfigError, nearest
 
 
@@ -37,6 +37,22 @@ class Config(Section):
         default_factory=dict,
         description="models to compare: name -> dotted overrides of this config; none: one model, 'model'",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_chosen(cls, raw: Any) -> Any:
+        """`training: auto` spelt out: every setting of CHOSEN that is not given is chosen."""
+        if not isinstance(raw, Mapping):
+            return raw
+        training, model = raw.get("training") or {}, raw.get("model") or {}
+        training = {} if training == "auto" else training
+        if not isinstance(training, Mapping) or not isinstance(model, Mapping):
+            return raw
+        auto = training.get("auto", True)
+        if isinstance(auto, bool):
+            given = {f"training.{key}" for key in training} | {f"model.{key}" for key in model}
+            auto = [key for key in CHOSEN if key not in _answered(given)] if auto else []
+        return {**raw, "training": {**training, "auto": auto}}
 
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
@@ -148,6 +164,11 @@ class Config(Section):
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """A new config with dotted keys replaced, e.g. `{"model.fusion": "concat"}`; checked like any other."""
         raw = self.model_dump(mode="json")
+        given = set(overrides)
+        for section in ("training", "model"):
+            if isinstance(overrides.get(section), Mapping):
+                given |= {f"{section}.{key}" for key in overrides[section]}
+        raw["training"]["auto"] = [key for key in self.training.auto if key not in _answered(given)]
         for key, value in overrides.items():
             set_dotted(raw, key, value)
         return parse_config(raw)
@@ -177,6 +198,11 @@ class Config(Section):
         """Names of the variants that this model takes knowledge over from; what holds a slash is a model folder instead."""
         transfer = self.training.transfer
         return {name for name in (*transfer.init.values(), *transfer.teachers) if "/" not in name}
+
+
+def _answered(given: Collection[str]) -> set[str]:
+    """The keys of CHOSEN that need no choice where these keys are given."""
+    return {*given, *(["training.steps"] if "training.epochs" in given else [])}
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

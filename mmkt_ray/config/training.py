@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmkt_ray.config.section import Section
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, unknown_name
 
 
 class AugmentConfig(Section):
@@ -42,11 +42,31 @@ class TransferConfig(Section):
     temperature: float = Field(2.0, gt=0, description="softens the teachers' and the student's predictions")
 
 
+CHOSEN = (  # what `training.auto` may choose: dotted keys of the config
+    "training.lr",
+    "training.weight_decay",
+    "training.label_smoothing",
+    "training.steps",
+    "training.batch_size_per_worker",
+    "model.dropout",
+    "model.feature_dropout",
+    "model.modality_dropout",
+)
+
+
 class TrainingConfig(Section):
     """How the model is fitted."""
 
+    auto: tuple[str, ...] = Field(
+        (),
+        description="settings that are chosen by data, see docs/methods.md: by default all of "
+        f"{', '.join(CHOSEN)} that the config does not give; [] or false: none, what is not given has its default here",
+    )
     seed: int | None = Field(None, ge=0, description="seed of initialisation, batches and dropout; null: the run's")
     epochs: int = Field(30, ge=1, description="passes over the train split at most")
+    steps: int | None = Field(
+        None, ge=1, description="steps of the optimiser at least, rounded up to whole epochs; null: as many as `epochs` take"
+    )
     batch_size_per_worker: int = Field(256, ge=1, description="samples per step on each worker")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
@@ -85,6 +105,13 @@ class TrainingConfig(Section):
         description="stop after this many epochs without a better validation score; 0: never; the best epoch is kept",
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 runs in this process without ceremony")
+
+    @model_validator(mode="after")
+    def _known_settings(self) -> TrainingConfig:
+        for key in self.auto:
+            if key not in CHOSEN:
+                raise unknown_name("setting of training.auto", key, CHOSEN)
+        return self
 
     @model_validator(mode="after")
     def _one_answer_to_imbalance(self) -> TrainingConfig:
@@ -128,7 +155,7 @@ class EvaluationConfig(Section):
     bootstrap_samples: int = Field(1000, ge=100, description="resamples of the test rows for each interval")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")
     calibrate: bool = Field(
-        False, description="fit one temperature per task on val, so that probabilities mean what they say"
+        True, description="fit one temperature per task on held-out rows, so that probabilities mean what they say"
     )
     studies: tuple[Literal["insight", "scores", "suspects", "missing"], ...] = Field(
         ("insight", "scores", "suspects", "missing"),

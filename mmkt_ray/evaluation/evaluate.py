@@ -9,9 +9,8 @@ Axes: N rows of the split that the model can read, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -24,6 +23,7 @@ from mmkt_ray.evaluation.baselines import MAJORITY, Baseline, fit_baselines
 from mmkt_ray.evaluation.calibration import chosen, fit_temperatures, probability_scores
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.gallery import write_gallery
+from mmkt_ray.evaluation.heldout import load_heldout, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits, predict_table, probabilities
 from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals
 from mmkt_ray.evaluation.metrics import is_right, predicted, task_metrics
@@ -60,12 +60,14 @@ Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
 def evaluate_model(
     model_uri: str, store: Store, split: str = "test", evaluation: EvaluationConfig | None = None
 ) -> dict[str, Any]:
-    """Score a model folder on a split; also its accuracy on `val`, by which models are chosen.
+    """Score a model folder on a split; also on held-out rows, by which models are chosen.
 
-    evaluation: how; null: as when the model was trained. With `calibrate`, one temperature per task is fitted on `val` and
-    kept in the model's card, so that prediction uses it too; without, the card's temperatures are taken back.
+    Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
+    evaluation: how; null: as when the model was trained. With `calibrate`, one temperature per task is fitted on held-out
+    rows and kept in the model's card, so that prediction uses it too; without, the card's temperatures are taken back.
 
-    Writes `metrics.json` (`metrics-<split>.json` for other splits) and `predictions-<split>.parquet` into the folder.
+    Writes `metrics.json` (`metrics-<split>.json` for other splits), `predictions-<split>.parquet`, and
+    `predictions-heldout.parquet` into the folder.
     Returns what metrics.json holds:
 
         name, split, store (fingerprint), modalities, num_params, training_s, confidence, num_rows, seconds
@@ -77,7 +79,7 @@ def evaluate_model(
                                                 metrics: those of `task_metrics` from these modalities alone,
                                                 all: {accuracy, macro_f1} of all modalities on the same rows}},
                        patterns: {"image+text": {num_rows, accuracy}} by the modalities a row has,
-                       val: {num_rows, accuracy, macro_f1} or None}}
+                       val: {num_rows, accuracy, macro_f1, on: val | cv} of held-out rows, or None}}
 
     Raises: DataError if there is no such model, the store lacks what it reads, or the split has no rows for it.
     """
@@ -86,7 +88,8 @@ def evaluate_model(
     config = parse_config(card["config"])
     settings = _Settings(evaluation or config.evaluation, config.seed)
     data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"])
-    calibration = _calibrate(model, data) if settings.evaluation.calibrate else {}
+    held = _held_out(model_uri, model, card, store, data) if split != "val" else None
+    calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
     model.temperatures = {t: record["temperature"] for t, record in calibration.items()}
     save_temperatures(model_uri, model.temperatures)
 
@@ -110,7 +113,12 @@ def evaluate_model(
         for t, record in calibration.items():
             both = {"before": raw[t], "after": proba[t]}
             tasks[t]["calibration"] = record | {k: _calibration_scores(part.table, t, p) for k, p in both.items()}
-    val = _val_scores(_val_rows(data, split), predict)
+    val = {}
+    if held:
+        proba_held = without_unreadable(probabilities(model, held.logits), held.rows.table, model.spec.inputs)
+        val = _val_scores(held.rows.table, proba_held, held.on)
+        parts = prediction_parts(held.rows, config.model_modalities, proba_held)
+        write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
     for t, scores in tasks.items():
         scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
     record = {
@@ -128,14 +136,31 @@ def evaluate_model(
     return record
 
 
-def _calibrate(model: Predictor, data: Rows) -> dict[str, dict[str, Any]]:
-    """A temperature for each task from the val rows; see `fit_temperatures`."""
-    table = data.table.take(data.readable("val"))
-    logits = without_unreadable(predict_logits(model, table), table, model.spec.inputs)
-    known = {t: has_prediction(values) for t, values in logits.items()}
-    return fit_temperatures(
-        {t: values[known[t]] for t, values in logits.items()}, {t: table.labels[t][known[t]] for t in logits}
-    )
+@dataclass(frozen=True)
+class _Held:
+    """Held-out rows and the logits of models that did not learn from them, task -> (N, C)."""
+
+    on: str  # cv | val
+    rows: Rows
+    logits: Mapping[str, np.ndarray]
+
+
+def _held_out(model_uri: str, model: Predictor, card: Mapping[str, Any], store: Store, data: Rows) -> _Held | None:
+    """The rows that a model is chosen and calibrated by; None if there are none."""
+    found = load_heldout(model_uri) if card.get("store") == store.manifest.get("fingerprint") else None
+    if found is not None:
+        return _Held(found.on, data.take(found.rows), found.logits[pattern_name(list(model.spec.modalities))])
+    rows = data.readable("val")
+    if not len(rows):
+        return None
+    val = data.take(rows)
+    return _Held("val", val, predict_logits(model, val.table))
+
+
+def _calibrate(held: _Held) -> dict[str, dict[str, Any]]:
+    """A temperature for each task from held-out rows; see `fit_temperatures`."""
+    labels = held.rows.table.labels
+    return fit_temperatures(dict(held.logits), {t: labels[t] for t in held.logits})
 
 
 def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
@@ -170,7 +195,7 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
             "training_s": sum(m.seconds for m in models.values()),
             "tasks": {t: _task_scores(part, t, p, settings) for t, p in proba.items()},
         }
-        on_val = _val_scores(val, partial(_predict_baselines, models))
+        on_val = _val_scores(val, _predict_baselines(models, val), "val") if val is not None else {}
         for t, scores in records[name]["tasks"].items():
             scores["val"] = on_val.get(t)
         parts.append(prediction_parts(part, modalities, proba, name))
@@ -286,11 +311,9 @@ def _val_rows(data: Rows, split: str) -> FeatureTable | None:
     return data.table.take(rows) if len(rows) else None
 
 
-def _val_scores(table: FeatureTable | None, predict: Callable[[FeatureTable], Proba]) -> dict[str, Any]:
-    """Accuracy and macro-F1 on rows of `val`, for tasks with labels there."""
-    if table is None:
-        return {}
+def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
+    """Accuracy and macro-F1 on held-out rows, for tasks with labels there."""
     scores = {}
-    for task, proba in predict(table).items():
-        scores[task] = _point_scores(table, task, has_prediction(proba), proba)
+    for task, values in proba.items():
+        scores[task] = _point_scores(table, task, has_prediction(values), values) | {"on": on}
     return {task: s for task, s in scores.items() if s["num_rows"]}

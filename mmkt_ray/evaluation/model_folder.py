@@ -34,6 +34,7 @@ def save_model(
         "schema_version": SCHEMA_VERSION,
         "spec": spec.to_dict(),
         "class_names": {t: list(store_manifest["tasks"][t]["classes"]) for t in spec.tasks},
+        "store": store_manifest.get("fingerprint"),
         "encoders": {m: store_manifest["modalities"][m] for m in spec.modalities},
         "config": config.model_dump(mode="json"),
         "versions": {"mmkt_ray": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
@@ -47,8 +48,9 @@ def save_model(
 
 def copy_model(source: str, target: str) -> None:
     """Publish a model at another place too, where none of another fingerprint may lie."""
-    for name in ("model.safetensors", "config.json"):
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
+    for name in ("heldout.safetensors", "model.safetensors", "config.json"):
+        if name != "heldout.safetensors" or storage.exists(storage.join(source, name)):
+            storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
 def save_temperatures(uri: str, temperatures: Mapping[str, float]) -> None:

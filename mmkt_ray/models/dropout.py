@@ -19,9 +19,17 @@ class Dropout(nn.Module):
         self.register_buffer("rate", torch.tensor(rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (Z,) or (.., B, H)."""
+        """x: (.., B, H)."""
         factors = self.factors(x)
         return x if factors is None else x * factors  # one factor per value: a single product to go back through
+
+    def of_values(self, values: Tensor) -> Tensor:
+        """The same of a sparse batch's values, (Z,) or of a stack (P, Z); all members draw the same numbers (Z,)."""
+        if not self.training:
+            return values
+        rate = self.rate[..., None] if self.rate.ndim else self.rate
+        kept = (torch.rand(values.shape[-1:], device=values.device) - rate).floor_().add_(1.0)
+        return values * kept.mul_(1 / (1 - rate))
 
     def factors(self, x: Tensor) -> Tensor | None:
         """What each value is multiplied by, null after training. Members of a stack draw the same numbers, (B, H); with

@@ -1,7 +1,6 @@
-"""A fused model with experts of one modality each, for rows that lack some of the modalities.
+"""A fused model with experts of fewer modalities, each of which answers the rows where it was clearly better.
 
-What a fused model has learnt of some modalities is at best what a model of these alone knows; where it is less than one of
-the experts knows, that one answers. So rows that lack modalities are never worse off than without fusion.
+Which rows these are is said by their presence pattern, the modalities that they have. See `training.experts` for the choice.
 
 Axes: B batch, C classes of one task, M modalities of one task.
 """
@@ -25,8 +24,8 @@ from mmkt_ray.models.towers import Features
 class ExpertSpec:
     """The fused model's spec and the experts'; towards others it looks like the spec of one model.
 
-    routes: task -> {what a row has of the task's modalities, e.g. "audio+image": the modality whose expert answers it};
-    all other rows are the fused model's.
+    Experts are named by what they read, e.g. "image" or "audio+image". routes: task -> {what a row has of the task's
+    modalities, e.g. "audio+image": the expert that answers it}; all other rows are the fused model's.
     """
 
     fused: ModelSpec
@@ -84,8 +83,8 @@ class ExpertModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.fused = fused or MultimodalModel(spec.fused)
-        experts = experts or {m: MultimodalModel(own) for m, own in spec.experts.items()}
-        self.experts = nn.ModuleDict({module_name(m): expert for m, expert in experts.items()})
+        experts = experts or {name: MultimodalModel(own) for name, own in spec.experts.items()}
+        self.experts = nn.ModuleDict({module_name(name): expert for name, expert in experts.items()})
         self.tables = {t: route_table(spec, t) for t in spec.routes}
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
 
@@ -93,10 +92,11 @@ class ExpertModel(nn.Module):
         """See MultimodalModel: logits (B, C) by task."""
         found = self.fused(features, present)
         answering = {t: self._answering(t, present) for t in self.tables}
-        for i, m in enumerate(self.spec.experts):
+        for i, (name, spec) in enumerate(self.spec.experts.items()):
             rows = {t: who == i for t, who in answering.items() if i in self.tables[t]}
             if any(mask.any() for mask in rows.values()):  # most batches have complete rows only
-                own = self.experts[module_name(m)]({m: features[m]}, {m: present[m]})
+                reads = spec.modalities
+                own = self.experts[module_name(name)]({m: features[m] for m in reads}, {m: present[m] for m in reads})
                 found |= {t: torch.where(mask[:, None], own[t], found[t]) for t, mask in rows.items()}
         return found
 

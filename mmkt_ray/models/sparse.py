@@ -18,7 +18,7 @@ class SparseBatch(NamedTuple):
 
     indices: Tensor  # (Z,) int64
     offsets: Tensor  # (B + 1,) int64
-    values: Tensor  # (Z,) float32
+    values: Tensor  # (Z,) float32; (P, Z) where the members of a stack see other values
 
     def to(self, device: torch.device) -> SparseBatch:
         """The same rows on a device."""
@@ -26,7 +26,7 @@ class SparseBatch(NamedTuple):
 
 
 class SparseLinear(nn.Module):
-    """`nn.Linear` for a SparseBatch: (B, D) -> (B, H)."""
+    """`nn.Linear` for a SparseBatch: (B, D) -> (B, H); of a stack of P, whose weight is (P, D, H), -> (P, B, H)."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
         super().__init__()
@@ -36,33 +36,38 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: SparseBatch) -> Tensor:
         y = sparse_matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + (self.bias[:, None] if self.bias.ndim == 2 else self.bias)
 
 
 def sparse_matmul(x: SparseBatch, weight: Tensor) -> Tensor:
-    """X W: (B, D) times (D, H). Differentiable in W."""
+    """X W: (B, D) times (D, H) or (P, D, H). Differentiable in W."""
+    if weight.ndim == 3:
+        values = x.values if x.values.ndim == 2 else x.values.expand(len(weight), -1)
+        return torch.stack([sparse_matmul(x._replace(values=v), w) for v, w in zip(values, weight.unbind(), strict=True)])
     product: Tensor = _SparseMatmul.apply(x.indices, x.offsets, x.values, weight)
     return product
 
 
 def keep_rows(x: SparseBatch, kept: Tensor) -> SparseBatch:
-    """The batch with zeros in the rows that are not kept; kept: (B,) bool."""
-    keep = torch.repeat_interleave(kept, x.offsets.diff(), output_size=len(x.values))  # (Z,)
+    """The batch with zeros in the rows that are not kept; kept: (B,) bool, or (P, B) of a stack."""
+    keep = torch.repeat_interleave(kept, x.offsets.diff(), dim=-1, output_size=x.values.shape[-1])  # (.., Z)
     return x._replace(values=torch.where(keep, x.values, 0.0))
 
 
 def append_column(x: SparseBatch, column: Tensor, dim: int) -> SparseBatch:
-    """[X, column]: one more column behind the `dim` of X; column: (B,)."""
-    before = torch.arange(len(column), device=column.device)  # (B,) values put in ahead of each row
-    old = torch.arange(len(x.values), device=column.device)
+    """[X, column]: one more column behind the `dim` of X; column: (B,), or (P, B) of a stack."""
+    before = torch.arange(column.shape[-1], device=column.device)  # (B,) values put in ahead of each row
+    old = torch.arange(len(x.indices), device=column.device)
     old = old + torch.repeat_interleave(before, x.offsets.diff(), output_size=len(old))
     places = torch.cat([old, x.offsets[1:] + before])  # where the old values and the new ones go
     indices = torch.cat([x.indices, torch.full_like(before, dim)])
-    values = torch.cat([x.values, column.to(x.values.dtype)])
+    parts = torch.broadcast_tensors(x.values[..., :1], column[..., :1])  # a stack's members may differ in either
+    own = parts[0].shape[:-1]
+    values = torch.cat([x.values.expand(*own, -1), column.to(x.values.dtype).expand(*own, -1)], dim=-1)
     return SparseBatch(
         torch.empty_like(indices).index_copy(0, places, indices),
         x.offsets + torch.arange(len(x.offsets), device=column.device),
-        torch.empty_like(values).index_copy(0, places, values),
+        torch.empty_like(values).index_copy(-1, places, values),
     )
 
 

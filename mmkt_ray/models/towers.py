@@ -52,9 +52,12 @@ class ConcatLinear(nn.Module):
     def forward(self, parts: dict[str, Features], present: dict[str, Tensor]) -> Tensor:
         """parts: name -> (B, D_name); present: name -> (B,) bool, all rows where a name is missing. Returns (B, H)."""
         named = [(name, self.parts[module_name(name)]) for name in sorted(parts)]
-        if self.bias.ndim == 2:
-            return add_products(self.bias, [(parts[n], layer.weight, present.get(n)) for n, layer in named])
         total = self.bias
+        if total.ndim == 2:  # a stack: its dense parts go into one result
+            dense = [(n, layer) for n, layer in named if not isinstance(parts[n], SparseBatch)]
+            named = [item for item in named if item not in dense]
+            products = [(parts[n], layer.weight, present.get(n)) for n, layer in dense]
+            total = add_products(total, products) if products else total[:, None]
         for name, layer in named:
             y = layer(parts[name])
             total = total + (masked(y, present[name]) if name in present else y)
@@ -96,7 +99,7 @@ class InputStage(nn.Module):
     def forward(self, x: Features, present: Tensor, generated: Tensor | None = None) -> Features:
         """x: what `standardize` returned; generated: (B, D) for absent rows. Returns signals of `self.width`."""
         if isinstance(x, SparseBatch):
-            x = x._replace(values=self.dropout(x.values))
+            x = x._replace(values=self.dropout.of_values(x.values))
             return append_column(x, ~present, self.dim) if self.marks_absence else x
         if generated is not None:
             x = torch.where(present[..., None], x, generated)

@@ -162,8 +162,12 @@ class EpochBatches:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""
         for step in self.order(epoch):
-            batch = read_batch(self.table, step[self.world.rank], step.ravel(), self.world.device)
+            batch = self.read(step[self.world.rank], step.ravel())
             yield self._with_targets(batch, step) if self.targets else batch
+
+    def read(self, rows: np.ndarray, step_rows: np.ndarray | None = None) -> Batch:
+        """A batch of these rows, within a step of `step_rows`; None: they are the step."""
+        return read_batch(self.table, rows, rows if step_rows is None else step_rows, self.world.device)
 
     def _with_targets(self, batch: Batch, step: np.ndarray) -> Batch:
         """step: (R, B) row indices."""

@@ -1,30 +1,36 @@
-"""`model.experts`: a model of each modality beside the fused one, and which of them answers rows that lack some modality.
+"""`model.experts`: models of fewer modalities beside the fused one, and which of them answers which rows.
 
-An expert starts as a model of its modality alone would: without teachers, with `training.transfer.init` of that modality
-only. So variants of a run share experts, and a variant of that modality alone is one.
+An expert starts as a model of its modalities alone would: without teachers, with `training.transfer.init` of them only. So
+variants of a run share experts, and a variant of that modality alone is one.
 
-Axes: N rows of val.
+Axes: N rows of a table, R held-out rows, C classes of one task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
+from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.heldout import HeldOut, as_train, pattern_name
+from mmkt_ray.evaluation.inference import predict_logits
 from mmkt_ray.evaluation.metrics import predicted, row_scores
-from mmkt_ray.evaluation.rows import subsets
+from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable, labelled
-from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
+from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, to_proba
+from mmkt_ray.training.auto import given_subsets
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.loop import training_rows
 
+ALPHA = 0.05  # of the test by which an expert is clearly better
+MIN_PATTERN_ROWS, PATTERN_SHARE = 20, 0.02  # rows that have just a set of modalities, from which on it has an expert
 SAME_ALONE = {"task_modality": "task", "modality": "architecture"}  # with one modality these schemes are the same
 
 
@@ -44,21 +50,38 @@ def model_identity(config: Config) -> dict[str, Any]:
     return found
 
 
-def fused_tasks(config: Config, modality: str) -> list[str]:
-    """The tasks that read this modality and others."""
-    inputs = {t: config.task_inputs(t) for t in config.model_tasks}
-    return [t for t, read in inputs.items() if modality in read and len(read) > 1]
+def fused_tasks(config: Config, modalities: Collection[str]) -> list[str]:
+    """The tasks that read all of these modalities and others."""
+    return [t for t in config.model_tasks if {*modalities} < {*config.task_inputs(t)}]
 
 
 def expert_configs(config: Config, table: FeatureTable) -> dict[str, Config]:
-    """Modality -> the config of its expert, for the tasks that read others as well and can be learnt from it alone."""
+    """Name -> the config of an expert, for the tasks that read other modalities as well and can be learnt from its own.
+
+    There is one of each modality, and of each larger set that is all that a share of PATTERN_SHARE of the train and val rows
+    have of the model's modalities.
+    """
     found = {}
-    for m in config.model_modalities:
-        sparse = sp.issparse(table.features[m])
-        tasks = [t for t in fused_tasks(config, m) if _can_learn(expert_config(config, m, [t], sparse), table)]
+    for modalities in expert_sets(config, table):
+        sparse = {m: sp.issparse(table.features[m]) for m in modalities}
+        every = fused_tasks(config, modalities)
+        tasks = [t for t in every if _can_learn(expert_config(config, modalities, [t], sparse), table)]
         if tasks:
-            found[m] = expert_config(config, m, tasks, sparse)
+            found[pattern_name(modalities)] = expert_config(config, modalities, tasks, sparse)
     return found
+
+
+def expert_sets(config: Config, table: FeatureTable) -> list[tuple[str, ...]]:
+    """The sets of modalities that have experts, see `expert_configs`."""
+    singles = [(m,) for m in config.model_modalities]
+    rows = np.isin(table.split, ("train", "val"))
+    present = {m: table.present[m][rows] for m in config.model_modalities}
+    larger = []
+    for part in subsets(config.model_modalities, range(2, len(config.model_modalities))):
+        alone = np.logical_and.reduce([present[m] == (m in part) for m in present])
+        if alone.sum() >= max(MIN_PATTERN_ROWS, PATTERN_SHARE * rows.sum()):
+            larger.append(part)
+    return singles + larger
 
 
 def expert_fits(config: Config) -> dict[str, list[str]]:
@@ -68,7 +91,9 @@ def expert_fits(config: Config) -> dict[str, list[str]]:
     for name, variant in config.expand_variants().items():
         known.add(_identity(variant))
         modalities = variant.model_modalities if has_experts(variant) else ()
-        experts = {m: expert_config(variant, m, tasks, False) for m in modalities if (tasks := fused_tasks(variant, m))}
+        experts = {
+            m: expert_config(variant, (m,), tasks, {m: False}) for m in modalities if (tasks := fused_tasks(variant, [m]))
+        }
         identities = {m: _identity(expert) for m, expert in experts.items()}
         found[name] = [m for m, identity in identities.items() if identity not in known]
         known.update(identities.values())
@@ -88,77 +113,152 @@ def _identity(config: Config) -> str:
     return fingerprint(parts)
 
 
-def expert_config(config: Config, modality: str, tasks: list[str], sparse: bool) -> Config:
-    """The config of a model of these tasks from one modality, whose features are sparse or dense."""
+def expert_config(config: Config, modalities: Sequence[str], tasks: list[str], sparse: Mapping[str, bool]) -> Config:
+    """The config of a model of these tasks from these modalities, whose features are sparse or dense."""
     transfer = config.training.transfer
-    init = {m: source for m, source in transfer.init.items() if m == modality}
+    init = {m: source for m, source in transfer.init.items() if m in modalities}
     overrides: dict[str, Any] = {
-        "model.modalities": [modality],
+        "model.modalities": list(modalities),
         "model.tasks": tasks,
-        "model.fusion": "concat",
         "model.experts": False,
         "training.balance": None,
         "training.transfer": {"init": init, "tuning": transfer.tuning} if init else {},
-        f"training.augment.{'noise' if sparse else 'word_dropout'}": 0.0,
     }
+    if len(modalities) == 1:
+        overrides["model.fusion"] = "concat"
+    if all(sparse.values()):
+        overrides["training.augment.noise"] = 0.0
+    if not any(sparse.values()):
+        overrides["training.augment.word_dropout"] = 0.0
     if len(tasks) == 1:
         overrides["training.task_weighting"] = "sum"
-    return config.with_overrides(overrides)
+    return chosen_as_before(config, config.with_overrides(overrides))
+
+
+def chosen_as_before(config: Config, changed: Config) -> Config:
+    """The changed config, with as much left to choose as in `config`."""
+    return changed.with_overrides({"training.auto": list(config.training.auto)})
 
 
 def _can_learn(config: Config, table: FeatureTable) -> bool:
     try:
-        training_rows(config, narrow(table, config.model_modalities, config.model_tasks), {})
+        training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
     except DataError:
         return False
     return True
 
 
+# --- who answers what ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A trained model and what is known of it on held-out rows."""
+
+    model: MultimodalModel
+    heldout: HeldOut
+
+
+def judged(model: MultimodalModel, heldout: HeldOut | None, table: FeatureTable) -> Judged:
+    """A model with its held-out predictions; where it has none, those of the val rows."""
+    if heldout is None:
+        rows = np.flatnonzero((table.split == "val") & readable(table, list(model.spec.modalities)))
+        part, logits = table.take(rows), {}
+        for given in given_subsets(list(model.spec.modalities)):
+            hidden = set(model.spec.modalities) - set(given)
+            logits[pattern_name(given)] = predict_logits(model, part, drop=hidden) if len(rows) else {}
+        heldout = HeldOut("val", rows, logits)
+    return Judged(model, heldout)
+
+
 def join_experts(
-    fused: MultimodalModel, experts: Mapping[str, MultimodalModel], table: FeatureTable
-) -> MultimodalModel | ExpertModel:
-    """One model of the fused one and of those experts that answer some rows, see `choose_routes`."""
+    fused: Judged, experts: Mapping[str, Judged], table: FeatureTable
+) -> tuple[MultimodalModel | ExpertModel, HeldOut]:
+    """One model of the fused one and of those experts that answer some rows, see `choose_routes`, and what the whole says of
+    held-out rows."""
     routes = choose_routes(fused, experts, table)
-    asked = {m for by_pattern in routes.values() for m in by_pattern.values()}
+    asked = {name for by_pattern in routes.values() for name in by_pattern.values()}
     if not asked:
-        return fused
-    experts = {m: experts[m] for m in sorted(asked)}
-    return ExpertModel(ExpertSpec(fused.spec, {m: e.spec for m, e in experts.items()}, routes), fused, experts).eval()
+        return fused.model, fused.heldout
+    chosen = {name: experts[name] for name in sorted(asked)}
+    spec = ExpertSpec(fused.model.spec, {name: e.model.spec for name, e in chosen.items()}, routes)
+    whole = ExpertModel(spec, fused.model, {name: e.model for name, e in chosen.items()}).eval()
+    return whole, joint_heldout(fused, chosen, routes, table)
 
 
-def choose_routes(
-    fused: MultimodalModel, experts: Mapping[str, MultimodalModel], table: FeatureTable
-) -> dict[str, dict[str, str]]:
-    """task -> {what a row has of the task's modalities, joined by +: the modality whose expert answers it}.
+def choose_routes(fused: Judged, experts: Mapping[str, Judged], table: FeatureTable) -> dict[str, dict[str, str]]:
+    """task -> {what a row has of the task's modalities, joined by +: the expert that answers it}.
 
-    For each proper part of the modalities the best on val of the fused model and the experts of that part, over the rows that
-    have it, with all else hidden. Of equals an expert, of experts the better one on all val rows that it can read; so too
-    where no val row tells.
+    For each set of the modalities, all of them included, an expert of some of them answers if it is clearly better than the
+    fused model on the held-out rows that have the set, with all else hidden: a one-sided paired test at ALPHA, divided by
+    the number of experts that are tried. Of several the best one. In all other cases the fused model, which sees more.
     """
-    val = table.take(table.rows("val"))
-    own = {m: _scores(expert, val) for m, expert in experts.items()}
-
-    @cache
-    def ours(part: tuple[str, ...]) -> dict[str, np.ndarray]:
-        return _scores(fused, val, drop=set(fused.spec.modalities) - set(part))
-
-    def mean(scores: np.ndarray, task: str, part: tuple[str, ...]) -> float:
-        rows = labelled(val.labels[task]) & np.logical_and.reduce([val.present[m] for m in part])
-        return float(scores[rows].mean()) if rows.any() else 0.0
-
     routes: dict[str, dict[str, str]] = {}
-    for t, inputs in fused.spec.inputs.items():
-        for part in subsets(inputs, range(1, len(inputs))):
-            known = {m: own[m][t] for m in part if t in own.get(m, {})}
-            if not known:
-                continue
-            best = max(known, key=lambda m: (mean(known[m], t, part), mean(known[m], t, (m,))))
-            if mean(known[best], t, part) >= mean(ours(part)[t], t, part):
-                routes.setdefault(t, {})["+".join(part)] = best
+    for t, inputs in fused.model.spec.inputs.items():
+        for part in subsets(inputs)[1:]:
+            able = {
+                name: e
+                for name, e in experts.items()
+                if t in e.model.spec.tasks and {*e.model.spec.modalities} <= {*part} and len(e.model.spec.modalities) < len(inputs)
+            }
+            has = labelled(table.labels[t]) & np.logical_and.reduce([table.present[m] for m in part])
+            ours = row_scores_of(fused, table, t, part)
+            better = {}
+            for name, expert in able.items():
+                theirs = row_scores_of(expert, table, t, tuple(expert.model.spec.modalities))
+                rows = has & np.isfinite(ours) & np.isfinite(theirs)
+                if clearly_better(theirs[rows], ours[rows], ALPHA / len(able)):
+                    better[name] = float(theirs[rows].mean() - ours[rows].mean())
+            if better:
+                routes.setdefault(t, {})["+".join(part)] = max(better, key=lambda name: better[name])
     return routes
 
 
-def _scores(model: MultimodalModel, table: FeatureTable, drop: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Task -> the score in [0, 1] of each row, (N,); see `row_scores`. Those of unlabelled rows mean nothing."""
-    proba = predict_table(model, table, drop=drop)
-    return {t: row_scores(table.labels[t], predicted(p, model.spec.kinds[t])) for t, p in proba.items()}
+def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
+    """Whether row scores (R,) in [0, 1] are shown to be higher than others of the same rows: a one-sided exact McNemar test
+    of right and wrong, else a paired t test."""
+    gain = ours - theirs
+    if not gain.any() or gain.mean() <= 0:
+        return False
+    if np.isin([ours, theirs], (0, 1)).all():
+        wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
+        return bool(binomtest(wins, wins + losses, alternative="greater").pvalue < alpha)
+    if np.ptp(gain) == 0:
+        return False
+    return bool(ttest_rel(ours, theirs, alternative="greater").pvalue < alpha)
+
+
+def row_scores_of(judged: Judged, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
+    """(N,) score in [0, 1] of each held-out row, see `row_scores`; NaN for all other rows. given: what the model may see."""
+    found = np.full(len(table.split), np.nan)
+    known = judged.heldout.logits.get(pattern_name(given), {})
+    if task not in known:
+        return found
+    rows, kind = judged.heldout.rows, judged.model.spec.kinds[task]
+    proba = to_proba(torch.from_numpy(known[task]), kind).numpy()
+    able = readable(table, [m for m in given if m in judged.model.spec.inputs[task]] or list(given))[rows]
+    found[rows[able]] = row_scores(table.labels[task][rows], predicted(proba, kind))[able]
+    return found
+
+
+def joint_heldout(
+    fused: Judged, experts: Mapping[str, Judged], routes: Mapping[str, Mapping[str, str]], table: FeatureTable
+) -> HeldOut:
+    """What the whole model says of the fused model's held-out rows: each by the part that answers it."""
+    rows, logits = fused.heldout.rows, dict[str, dict[str, np.ndarray]]()
+    for given, by_task in fused.heldout.logits.items():
+        logits[given] = dict(by_task)
+        for t, by_pattern in routes.items():
+            values = by_task[t].copy()
+            inputs = fused.model.spec.inputs[t]
+            seen = {m: table.present[m][rows] & (m in given.split("+")) for m in inputs}
+            for pattern, name in by_pattern.items():
+                here = np.logical_and.reduce([seen[m] == (m in pattern.split("+")) for m in inputs])
+                expert = experts[name].heldout
+                own = expert.logits.get(name, {}).get(t)
+                if own is None or not here.any():
+                    continue
+                _, at, there = np.intersect1d(rows[here], expert.rows, return_indices=True)
+                values[np.flatnonzero(here)[at]] = own[there]
+            logits[given][t] = values
+    return HeldOut(fused.heldout.on, rows, logits)

@@ -161,10 +161,16 @@ class Fitting:
         self.best: dict[str, Tensor] = {}  # the best epoch's weights; empty without a val split
 
     @property
+    def num_epochs(self) -> int:
+        """Passes over the train rows: as `training.steps` asks for, else `training.epochs`."""
+        steps = self.training.steps
+        return self.training.epochs if steps is None else max(1, math.ceil(steps / max(1, self.batches.num_steps)))
+
+    @property
     def finished(self) -> bool:
         """All epochs are done, or `patience` epochs went by without a better score."""
         waited = len(self.history) - self.best_epoch
-        return len(self.history) >= self.training.epochs or 0 < self.training.patience <= waited
+        return len(self.history) >= self.num_epochs or 0 < self.training.patience <= waited
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, validate, keep the weights if they are the best so far; the epoch's record."""
@@ -177,12 +183,13 @@ class Fitting:
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
         val = validate(self.model, self.table, self.val_rows, self.world) if len(self.val_rows) else None
         record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
-        self.history.append(record)
         best = self.history[self.best_epoch - 1]["val"] if self.best_epoch else None
-        if val is None or best is None or val["score"] > best["score"]:
+        top = max((r["val"]["score"] for r in self.history if r["val"]), default=-math.inf)
+        self.history.append(record)
+        if val is None or best is None or is_better(val, best, top, len(self.val_rows)):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
-        return record
+        return {**record, "num_epochs": self.num_epochs}
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the train rows; the mean loss of its steps over all ranks."""
@@ -195,7 +202,7 @@ class Fitting:
         frozen = self._frozen(epoch)
         for step, batch in enumerate(self.batches.epoch(epoch), start=(epoch - 1) * num_steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.training.lr * rate(step, self.training.epochs * num_steps)
+                group["lr"] = self.training.lr * rate(step, self.num_epochs * num_steps)
             total += self.learner.gradients(self.net, augment_batch(batch, self.training.augment, self.stds))
             freeze(self.model, frozen)
             self.optimizer.step()
@@ -207,7 +214,7 @@ class Fitting:
     def _frozen(self, epoch: int) -> set[str]:
         """Parameters that were taken over and do not learn in this epoch."""
         num_stages = len(self.taken_over)
-        learning = trainable_stages(self.training.transfer.tuning, num_stages, epoch, self.training.epochs)
+        learning = trainable_stages(self.training.transfer.tuning, num_stages, epoch, self.num_epochs)
         return {name for stage in set(range(num_stages)) - learning for name in self.taken_over[stage]}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -241,6 +248,18 @@ class Fitting:
             num_parameters=self.model.num_parameters_by_part(),
             seconds=sum(record["seconds"] for record in self.history),
         )
+
+
+def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int) -> bool:
+    """Whether an epoch's val scores are better than those of the best epoch so far; top: the highest score so far.
+
+    Scores that differ by less than half a standard error of a share over so many rows are level: the lower loss decides.
+    """
+    top = max(top, val["score"])
+    level = top - 0.5 * math.sqrt(max(top * (1 - top), 1 / num_rows) / num_rows)
+    if val["score"] < level:
+        return False
+    return best["score"] < level or val["loss"] < best["loss"]
 
 
 def build_model(config: Config, table: FeatureTable) -> MultimodalModel:

@@ -100,15 +100,11 @@ class Population:
         model, batches, num_epochs = self.run.model.train(), self.run.batches, self.config.training.epochs
         torch.manual_seed(seed_of(self.config.training_seed, epoch, 0))
         stack = {name: p.requires_grad_() for name, p in self._views(self.weights).items()}
-        gradient = torch.empty_like(self.weights)
-        parts = self._views(gradient).values()
         objective = self.stacked_objective.with_smoothing(self.values["training.label_smoothing"])
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
             losses = objective.of_batch(self._forward(model, stack, batch.features, batch.present), batch)
             total = torch.stack(list(losses.values())).sum()
-            for part, found in zip(parts, torch.autograd.grad(total, list(stack.values())), strict=True):
-                part.copy_(found)
-            self._update(gradient, step, rate(step, num_epochs * batches.num_steps))
+            self._update(torch.autograd.grad(total, list(stack.values())), step, rate(step, num_epochs * batches.num_steps))
 
     def _layout(self) -> list[tuple[str, nn.Parameter]]:
         """The model's parameters in the order of the columns of `weights`: matrices, which decay, come first."""
@@ -142,19 +138,22 @@ class Population:
         return {name: v[0] if bool((v == v[0]).all()) else v for name, v in rates.items()}
 
     @torch.no_grad()
-    def _update(self, gradient: Tensor, step: int, schedule: float) -> None:
-        """One step of AdamW with each member's own rate and decay; decays what `build_optimizer` decays."""
+    def _update(self, gradients: Sequence[Tensor], step: int, schedule: float | Tensor) -> None:
+        """One step of AdamW with each member's own rate and decay; decays what `build_optimizer` decays.
+
+        gradients: (P, ..) of each parameter in the order of `_layout`; schedule: factor of the rates, or one for each (P,).
+        """
         rates = (self.values["training.lr"] * schedule).tolist()
         decays = self.values["training.weight_decay"].tolist()
-        num_matrix = sum(p.numel() for _, p in self._layout() if p.ndim >= 2)
-        count = torch.tensor(float(step + 1), device=gradient.device)
-        for columns, decay_factor in ((slice(num_matrix), 1.0), (slice(num_matrix, None), 0.0)):
-            rows = zip(*(x[:, columns].unbind() for x in (self.weights, gradient, self.mean, self.square)), strict=True)
-            for lr, weight_decay, (p, grad, mean, square) in zip(rates, decays, rows, strict=True):
+        num_matrices = sum(p.ndim >= 2 for _, p in self._layout())
+        count = torch.tensor(float(step + 1), device=self.weights.device)
+        columns = [[*self._views(flat).values()] for flat in (self.weights, self.mean, self.square)]
+        for i, (lr, weight_decay) in enumerate(zip(rates, decays, strict=True)):
+            p, mean, square, grad = ([part[i] for part in parts] for parts in (*columns, gradients))
+            for part, decay in ((slice(num_matrices), weight_decay), (slice(num_matrices, None), 0.0)):
                 torch._fused_adamw_(
-                    [p], [grad], [mean], [square], [], [count],
-                    lr=lr, weight_decay=weight_decay * decay_factor, beta1=BETA1, beta2=BETA2, eps=EPS,
-                    amsgrad=False, maximize=False,
+                    p[part], grad[part], mean[part], square[part], [], [count] * len(p[part]),
+                    lr=lr, weight_decay=decay, beta1=BETA1, beta2=BETA2, eps=EPS, amsgrad=False, maximize=False,
                 )  # fmt: skip
 
     @torch.no_grad()

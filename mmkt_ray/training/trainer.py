@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,30 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError, UserError
+from mmkt_ray.evaluation.heldout import FILE as HELDOUT_FILE
+from mmkt_ray.evaluation.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
 from mmkt_ray.evaluation.model_folder import copy_model, load_model, read_card, save_model
-from mmkt_ray.features.store import Store, open_store
+from mmkt_ray.evaluation.rows import readable
+from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.models import ExpertModel
+from mmkt_ray.training.auto import (
+    BASE,
+    CANDIDATES,
+    Choice,
+    choose,
+    hold_out,
+    is_plain,
+    screening_config,
+    with_settings,
+)
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.experts import expert_configs, has_experts, join_experts, model_identity
+from mmkt_ray.training.experts import expert_configs, has_experts, join_experts, judged, model_identity
 from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.loop import FitResult, fit
 from mmkt_ray.training.transfer import load_knowledge, source_uris
+from mmkt_ray.training.validation import summarise as summarise_tallies
+from mmkt_ray.training.validation import tally_batch
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +84,92 @@ def train(
     if has_experts(config):
         return {**_train_with_experts(config, store, model_uri, folder, run), "status": "trained"}
     scratch = storage.join(model_uri, ".train")
-    job = {"config": config, "store_uri": store_uri, "model_uri": model_uri, "scratch": scratch, "fingerprint": digest}
-    job["folder"] = folder
-    outcome = run(train_on_worker, job, config.training.num_workers, scratch)
-    if isinstance(outcome, UserError):
-        raise outcome
+    choice = settle(config, store, run) if config.training.auto else None
+    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder)
+    if job.holds_out:
+        _ask(run, hold_out_on_worker, job, 1)
+    outcome = _ask(run, train_on_worker, job, config.training.num_workers)
     storage.remove_folder(scratch)
     return {**outcome, "status": "trained"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told."""
+
+    config: Config
+    choice: Choice | None  # of the settings that the config leaves open
+    store_uri: str
+    model_uri: str
+    scratch: str  # folder of what a killed run goes on from
+    fingerprint: str
+    folder: str  # of the models that knowledge comes from
+
+    @property
+    def settled(self) -> Config:
+        """The config with nothing left to choose."""
+        return with_settings(self.config, self.choice.settings) if self.choice else self.config
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the model is judged by others of its settings that leave rows out, and itself learns from all rows."""
+        return self.choice is not None and is_plain(self.config)
+
+
+def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
+    """Have the workers do it. Raises: the user's error, which they return as a value."""
+    outcome = run(loop, job, num_workers, job.scratch)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> Choice:
+    """The settings that `training.auto` leaves open; chosen once for a model, whatever its seed, and kept in the store's
+    folder `settings/`."""
+    asked = screening_config(config)
+    about = {
+        "store": store.manifest["fingerprint"],
+        "modalities": asked.model_modalities,
+        "tasks": {t: asked.tasks[t].model_dump(mode="json") for t in asked.model_tasks},
+        "model": model_identity(asked),
+        "training": asked.training.model_dump(mode="json", exclude={"exclude"}),
+        "excluded": read_excluded(asked.training.exclude).tolist() if asked.training.exclude else [],
+        "seed": asked.seed,
+        "set": [dict(candidate) for candidate in (BASE, *CANDIDATES)],
+    }
+    uri = storage.join(store.uri, "settings", f"{fingerprint(about)}.json")
+    if storage.exists(uri):
+        return Choice(**storage.read_json(uri))
+    job = Job(config, None, store.uri, "", "", "", "")
+    choice: Choice = _ask(run, choose_on_worker, job, 1)
+    storage.write_json(uri, choice.to_dict())
+    return choice
+
+
+def choose_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Choice | UserError:
+    """One worker's part of `settle`."""
+    try:
+        return choose(job.config, _table(job.config, job.store_uri), device)
+    except UserError as error:
+        return error
+
+
+def hold_out_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> UserError | None:
+    """Predictions of held-out rows into the scratch folder, unless they are there."""
+    if storage.exists(storage.join(job.scratch, HELDOUT_FILE)):
+        return None
+    try:
+        found = hold_out(job.settled, _table(job.config, job.store_uri), device)
+    except UserError as error:
+        return error
+    if found is not None:
+        save_heldout(job.scratch, found)
+    return None
+
+
+def _table(config: Config, store_uri: str) -> FeatureTable:
+    return open_store(store_uri).table(config.model_modalities, config.model_tasks)
 
 
 def is_trained(uri: str, digest: str) -> bool:
@@ -89,17 +184,18 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
     own = config.with_overrides({"model.experts": False})
     fused_uri = _find(own, store, folder) or storage.join(scratch, "fused")
     summary = train(own, store.uri, fused_uri, folder, run)
-    experts, parts = {}, {}
+    experts, parts = dict[str, str](), {}
     columns = (config.model_modalities, config.model_tasks)  # read twice, so that no table lies here while others train
-    for m, expert in expert_configs(config, store.table(*columns)).items():
+    for name, expert in expert_configs(config, store.table(*columns)).items():
         try:
-            uri = _train_expert(expert, store, storage.join(scratch, f"expert-{m}"), folder, run)
+            experts[name] = train_expert(expert, store, storage.join(scratch, f"expert-{name}"), folder, run)
         except UserError as error:
-            log.warning("no expert of %s: %s", m, error)
+            log.warning("no expert of %s: %s", name, error)
             continue
-        experts[m], card = load_model(uri)
-        parts[m] = card["training"]
-    model = join_experts(load_model(fused_uri)[0], experts, store.table(*columns))
+        parts[name] = (read_card(experts[name]) or {})["training"]
+    table = store.table(*columns)
+    known = {name: judged(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
+    model, heldout = join_experts(known.pop(""), known, table)
     routes = model.spec.routes if isinstance(model, ExpertModel) else {}
     answering = sorted({m for by_pattern in routes.values() for m in by_pattern.values()})
     by_part = summary["num_params_by_part"] | {f"expert.{m}": parts[m]["num_params"] for m in answering}
@@ -111,12 +207,18 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
         "experts_for": routes,
     }
     extra = {"fingerprint": summary["fingerprint"], "training": summary}
+    if heldout.on == "cv" or load_heldout(fused_uri) is not None:
+        save_heldout(model_uri, heldout)
     save_model(model_uri, model, config, store.manifest, extra)
     storage.remove_folder(scratch)
     return summary
 
 
-def _train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:
+def _model(uri: str) -> Any:
+    return load_model(uri)[0]
+
+
+def train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:
     """Where the expert lies: as a variant of the run or among its experts, to which it is added if it is new."""
     if found := _find(config, store, folder):
         return found
@@ -162,40 +264,57 @@ def training_fingerprint(config: Config, store: Store, folder: str) -> str:
     return fingerprint(parts)
 
 
-def train_on_worker(
-    job: dict[str, Any], rank: int, world_size: int, device: torch.device
-) -> dict[str, Any] | UserError:
+def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
     """One worker's part: the summary, or the user's error as a value, because raised it would be tried again as a crash."""
-    config: Config = job["config"]
-    store = open_store(job["store_uri"])
-    digest = job["fingerprint"]
-    checkpoint = FileCheckpoint(storage.join(job["scratch"], f"{digest}.safetensors"), CHECKPOINT_INTERVAL_S)
-    report = progress_log(config.training.epochs) if rank == 0 else None
+    config, store = job.settled, open_store(job.store_uri)
+    checkpoint = FileCheckpoint(storage.join(job.scratch, f"{job.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
+    report = progress_log() if rank == 0 else None
     try:
-        knowledge = load_knowledge(config.training.transfer, job["folder"])
+        knowledge = load_knowledge(config.training.transfer, job.folder)
         table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
+        heldout = load_heldout(job.scratch) if job.holds_out else None
         world = World(rank, world_size, device)
-        result = fit(config, table, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
+        whole = as_train(table) if heldout else table
+        result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
     except UserError as error:
         return error
-    summary = summarise(result, digest, world_size, device)
+    summary = summarise(result, job.fingerprint, world_size, device)
+    if job.choice:
+        summary["auto"] = job.choice.to_dict()
+    if heldout:
+        summary["val"] = heldout_scores(heldout, config, table)
     if rank == 0:
-        extra = {"fingerprint": digest, "training": summary}
-        save_model(job["model_uri"], result.model, config, store.manifest, extra)
+        if heldout:
+            save_heldout(job.model_uri, heldout)
+        else:
+            storage.remove(storage.join(job.model_uri, HELDOUT_FILE))
+        extra = {"fingerprint": job.fingerprint, "training": summary}
+        save_model(job.model_uri, result.model, job.config, store.manifest, extra)
     return summary
 
 
-def progress_log(num_epochs: int) -> Callable[[dict[str, Any]], None]:
+def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> dict[str, Any]:
+    """The scores of `validate` on held-out rows, and how they were held out (`on`)."""
+    logits = heldout.logits[pattern_name(config.model_modalities)]
+    tallies = {}
+    for t, values in logits.items():
+        able = readable(table, config.task_inputs(t))[heldout.rows]
+        labels = torch.from_numpy(table.labels[t][heldout.rows[able]])
+        tallies[t] = tally_batch(torch.from_numpy(values[able]), labels).numpy()
+    return {"on": heldout.on, **summarise_tallies(tallies)}
+
+
+def progress_log() -> Callable[[dict[str, Any]], None]:
     """A report for `fit` that logs an epoch every few seconds, and the last one."""
     told_s = time.monotonic()
 
     def tell(record: dict[str, Any]) -> None:
         nonlocal told_s
-        if record["epoch"] < num_epochs and time.monotonic() - told_s < LOG_INTERVAL_S:
+        if record["epoch"] < record["num_epochs"] and time.monotonic() - told_s < LOG_INTERVAL_S:
             return
         told_s = time.monotonic()
         score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
-        log.info("epoch %d/%d: loss %.3f%s", record["epoch"], num_epochs, record["train_loss"], score)
+        log.info("epoch %d/%d: loss %.3f%s", record["epoch"], record["num_epochs"], record["train_loss"], score)
 
     return tell
 

@@ -26,7 +26,7 @@ def make_config() -> Callable[..., Config]:
             },
             "tasks": {"topic": {}, "mood": {}},
             "model": {"hidden_dim": 16, "modality_dropout": 0.0, "experts": False},
-            "training": {"epochs": 4, "batch_size_per_worker": 64, "lr": 0.01},
+            "training": {"auto": [], "epochs": 4, "batch_size_per_worker": 64, "lr": 0.01},
         }
         return parse_config(raw).with_overrides(overrides)
 

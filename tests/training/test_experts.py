@@ -1,4 +1,4 @@
-"""`model.experts`: rows that lack some modality are answered by the best on val of the fused model and models of one modality."""
+"""`model.experts`: rows are answered by a model of fewer modalities where it is clearly better on held-out rows."""
 
 from dataclasses import replace
 from itertools import product
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError
@@ -15,8 +16,17 @@ from mmkt_ray.evaluation.inference import predict_logits, predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.features.store import MISSING, FeatureTable, labelled, open_store
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
+from mmkt_ray.training import experts as experts_module
 from mmkt_ray.training import trainer
-from mmkt_ray.training.experts import choose_routes, expert_configs, join_experts, model_identity
+from mmkt_ray.training.experts import (
+    ALPHA,
+    choose_routes,
+    expert_configs,
+    expert_sets,
+    join_experts,
+    judged,
+    model_identity,
+)
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train, training_fingerprint
 from tests.models.examples import make_spec
@@ -35,7 +45,7 @@ def make_config(make_config):
 def trio():
     """A fused model of three modalities, its experts (that of text knows one task only), and a table with all that may lack."""
     torch.manual_seed(17)
-    rng, num_rows = np.random.default_rng(1), 160
+    rng, num_rows = np.random.default_rng(1), 400
     inputs = {"a": ("audio", "image", "text"), "b": ("audio", "image")}
     fused = make_spec(dims=DIMS, sparse=(), inputs=inputs, kinds={"a": "multiclass", "b": "multilabel"})
     alone = {}
@@ -54,7 +64,14 @@ def trio():
         class_names={"a": ["x", "y"], "b": ["u", "v", "w"]},
         kinds=dict(fused.kinds),
     )
-    return MultimodalModel(fused).eval(), alone, table
+    # labels that experts know: text's for three rows of four of task a, image's for those of b
+    proba = {m: predict_table(model, table) for m, model in alone.items()}
+    says = rng.random(num_rows) < 0.75
+    known = np.where(says & table.present["text"], proba["text"]["a"].argmax(axis=1), table.labels["a"])
+    sets = np.where((says & table.present["image"])[:, None], proba["image"]["b"] >= 0.5, table.labels["b"]).astype(np.int8)
+    table = replace(table, labels={"a": known, "b": sets})
+    whole = judged(MultimodalModel(fused).eval(), None, table)
+    return whole, {m: judged(model, None, table) for m, model in alone.items()}, table
 
 
 def f1(labels, proba):
@@ -63,61 +80,89 @@ def f1(labels, proba):
     return 2 * (real & found).sum() / (real.sum() + found.sum()) if (real | found).any() else 1.0
 
 
-def score_on_val(model, table, task, part):
-    """By hand: the mean score of the labelled val rows that have all of `part`, when they have nothing else."""
-    rows = np.flatnonzero((table.split == "val") & labelled(table.labels[task]))
-    rows = [i for i in rows if all(table.present[m][i] for m in part)]
+def scores_on_val(model, table, task, part, rows):
+    """By hand: the scores of these rows when they have nothing but `part`."""
     only = {m: there & (m in part) for m, there in table.present.items()}
     proba, labels = predict_table(model, replace(table, present=only))[task], table.labels[task]
     if labels.ndim == 2:
-        return np.mean([f1(labels[i], proba[i]) for i in rows])
-    return np.mean([proba[i].argmax() == labels[i] for i in rows])
+        return np.array([f1(labels[i], proba[i]) for i in rows])
+    return np.array([float(proba[i].argmax() == labels[i]) for i in rows])
 
 
-def test_each_pattern_goes_to_the_best_on_val(trio):
-    """Catches routes by other rows than val's or with the rest not hidden, and any pattern on which the whole is below one of
-    its parts."""
+def test_each_pattern_goes_to_who_is_clearly_better_on_val(trio):
+    """Catches routes by other rows than val's or with the rest not hidden, an expert that takes rows over by chance, and one that
+    must not answer complete rows although it is better there."""
     fused, experts, table = trio
-    routes, model = choose_routes(fused, experts, table), join_experts(fused, experts, table)
-    parts = {"a": [("audio",), ("image",), ("text",), ("audio", "image"), ("audio", "text"), ("image", "text")]}
-    parts["b"] = [("audio",), ("image",)]
+    routes = choose_routes(fused, experts, table)
     chosen = []
-    for task, part in ((t, part) for t in parts for part in parts[t]):
-        scores = {m: score_on_val(experts[m], table, task, part) for m in part if task in experts[m].spec.tasks}
-        own = score_on_val(fused, table, task, part)
-        expected = max(scores, key=scores.get) if max(scores.values()) >= own else None
-        assert routes.get(task, {}).get("+".join(part)) == expected
-        # score_on_val hides the rest, so `part` is what all these rows have
-        assert score_on_val(model, table, task, part) == pytest.approx(max(own, *scores.values()))
-        chosen.append(expected)
-    assert {None, *DIMS} == set(chosen)  # else the draw of weights says nothing
-    assert sum(map(len, routes.values())) == len([c for c in chosen if c])
+    for task, inputs in {"a": ("audio", "image", "text"), "b": ("audio", "image")}.items():
+        for mask in list(product([False, True], repeat=len(inputs)))[1:]:
+            part = [m for m, there in zip(inputs, mask, strict=True) if there]
+            rows = np.flatnonzero((table.split == "val") & labelled(table.labels[task]))
+            rows = [i for i in rows if all(table.present[m][i] for m in part)]
+            own = scores_on_val(fused.model, table, task, part, rows)
+            able = [m for m in part if task in experts[m].model.spec.tasks]
+            gains = {}
+            for m in able:
+                theirs = scores_on_val(experts[m].model, table, task, [m], rows)
+                if task == "a":
+                    wins, losses = int((theirs > own).sum()), int((theirs < own).sum())
+                    p = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1
+                else:
+                    p = ttest_rel(theirs, own, alternative="greater").pvalue
+                if p < ALPHA / len(able):
+                    gains[m] = (theirs - own).mean()
+            expected = max(gains, key=gains.get) if gains else None
+            assert routes.get(task, {}).get("+".join(part)) == expected
+            chosen.append((expected, len(part) == len(inputs)))
+    assert {("text", True), ("image", False), (None, False)} <= set(chosen)  # else the draw of weights says nothing
 
 
 def test_rows_are_answered_by_what_they_have(trio):
-    """Catches an expert that answers complete rows, the wrong expert, and a task's route taken by another task's modalities."""
+    """Catches the wrong expert, a task's route taken by another task's modalities, and held-out predictions of the whole that
+    are not those that the whole makes."""
     fused, experts, table = trio
-    model = join_experts(fused, experts, table)
-    found, plain = predict_logits(model, table), predict_logits(fused, table)
-    own = {m: predict_logits(e, table) for m, e in experts.items()}
-    for task, inputs in fused.spec.inputs.items():
+    model, heldout = join_experts(fused, experts, table)
+    found, plain = predict_logits(model, table), predict_logits(fused.model, table)
+    own = {m: predict_logits(e.model, table) for m, e in experts.items()}
+    for task, inputs in fused.model.spec.inputs.items():
         for there in product([False, True], repeat=len(inputs)):
             rows = np.all([table.present[m] == here for m, here in zip(inputs, there, strict=True)], axis=0)
             name = "+".join(m for m, here in zip(inputs, there, strict=True) if here)
             m = model.spec.routes.get(task, {}).get(name)
-            assert m is None or (any(there) and not all(there))
             np.testing.assert_allclose(found[task][rows], (own[m] if m else plain)[task][rows], atol=1e-6)
             assert rows.any()
+    for given, by_task in heldout.logits.items():
+        hidden = set(DIMS) - set(given.split("+"))
+        whole = predict_logits(model, table.take(heldout.rows), drop=hidden)
+        for task, logits in by_task.items():
+            np.testing.assert_allclose(logits, whole[task], atol=1e-5)
 
 
-def test_without_val_rows_the_experts_answer(trio):
+def test_without_val_rows_the_fused_model_answers(trio):
     """Catches a choice by the mean of nothing."""
     fused, experts, table = trio
     blind = replace(table, split=np.full(len(table.split), "train", dtype=object))
-    routes = choose_routes(fused, experts, blind)
-    assert routes["b"] == {"audio": "audio", "image": "image"}
-    assert routes["a"] | {"audio": "audio", "image": "image", "text": "text"} == routes["a"]
-    assert len(routes["a"]) == 6
+    none = judged(fused.model, None, blind)
+    assert choose_routes(none, {m: judged(e.model, None, blind) for m, e in experts.items()}, blind) == {}
+
+
+def test_modalities_that_often_come_without_the_others_have_an_expert(make_config, table):
+    """A modality that most rows lack cost three points: rows without it were left to the model of all three."""
+    rng = np.random.default_rng(0)
+    third = {"sound": rng.random(len(table.split)) < 0.1}
+    there = {m: np.ones(len(table.split), bool) for m in ("image", "text")}
+    wide = replace(table, features={**table.features, "sound": table.features["image"]}, present={**there, **third})
+    columns = {c: c for c in ("image", "text", "sound", "topic", "mood")}
+    config = make_config(
+        **{
+            "samples.sources": [{"reader": "parquet", "path": "x", "columns": columns}],
+            "modalities.sound": {"kind": "audio", "encoder": {"name": "logmel_cnn", "pretrain": "topic"}},
+        }
+    )
+    assert expert_sets(config, wide) == [("image",), ("sound",), ("text",), ("image", "text")]
+    found = expert_configs(config, wide)["image+text"]
+    assert (found.model_modalities, found.model_tasks) == (("image", "text"), ("mood", "topic"))
 
 
 def test_a_task_that_one_modality_cannot_teach_has_no_expert_of_it(make_config, table):
@@ -172,6 +217,7 @@ def fits(monkeypatch):
         return result
 
     monkeypatch.setattr(trainer, "fit", counted)
+    monkeypatch.setattr(experts_module, "ALPHA", 2.0)  # whoever is better answers, clearly or not
     monkeypatch.setattr(cluster, "cores", lambda: 1)
     return done
 
@@ -201,11 +247,13 @@ def test_variants_share_their_experts(make_config, store_uri, table, tmp_path, f
     assert summary["num_params"] == sum(summary["num_params_by_part"].values())
     assert summary["experts_for"] == model.spec.routes == card["training"]["experts_for"]
     every = open_store(store_uri).table()
-    text, proba = predict_table(load_model(uri["text_only"])[0], every), predict_table(model, every, drop=["image"])
-    asked = [t for t, by_pattern in model.spec.routes.items() if "text" in by_pattern]
+    (image_uri,) = (tmp_path / ".experts").iterdir()
+    alone = {"image": load_model(str(image_uri))[0], "text": load_model(uri["text_only"])[0]}
+    asked = [(t, name) for t, by_pattern in model.spec.routes.items() for part, name in by_pattern.items() if part == name]
     assert asked
-    for t in asked:
-        np.testing.assert_allclose(proba[t][every.present["text"]], text[t][every.present["text"]], atol=1e-6)
+    for t, m in asked:
+        own, proba = (predict_table(x, every, drop={"image", "text"} - {m} if x is model else ()) for x in (alone[m], model))
+        np.testing.assert_allclose(proba[t][every.present[m]], own[t][every.present[m]], atol=1e-6)
 
 
 def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fits, monkeypatch):
@@ -213,18 +261,18 @@ def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fit
     finished before it is."""
     config, uri = make_config(**{"training.epochs": 2}), str(tmp_path / "run" / "concat")
     whole = train(config, store_uri, str(tmp_path / "other" / "concat"))
-    real = trainer._train_expert
+    real = trainer.train_expert
 
     def killed(part, *args):
         if part.model_modalities == ("text",):
             raise KeyboardInterrupt
         return real(part, *args)
 
-    monkeypatch.setattr(trainer, "_train_expert", killed)
+    monkeypatch.setattr(trainer, "train_expert", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config, store_uri, uri)
     assert read_card(uri) is None
-    monkeypatch.setattr(trainer, "_train_expert", real)
+    monkeypatch.setattr(trainer, "train_expert", real)
     fits.clear()
     again = train(config, store_uri, uri)
     assert fits == ["text"]
@@ -236,14 +284,14 @@ def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fit
 
 def test_an_expert_that_cannot_be_trained_is_left_out(make_config, store_uri, tmp_path, fits, monkeypatch):
     """Catches a run that ends because of a model that nobody asked for."""
-    real = trainer._train_expert
+    real = trainer.train_expert
 
     def train_expert(part, *args):
         if part.model_modalities == ("text",):
             raise DataError("nothing to learn")
         return real(part, *args)
 
-    monkeypatch.setattr(trainer, "_train_expert", train_expert)
+    monkeypatch.setattr(trainer, "train_expert", train_expert)
     uri = str(tmp_path / "concat")
     train(make_config(**{"training.epochs": 2}), store_uri, uri)
     routes = getattr(load_model(uri)[0].spec, "routes", {})
