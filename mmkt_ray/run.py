@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.report.page import build_report
 from mmkt_ray.training.repeats import repeat, seeds_table
-from mmkt_ray.training.trainer import train
+from mmkt_ray.training.trainer import train, train_singles
 from mmkt_ray.training.transfer_matrix import transfer_matrix, transfer_table
 
 log = logging.getLogger(__name__)
@@ -87,18 +87,30 @@ def _is_there(uri: str, store: str | None) -> bool:
 
 
 def train_step(config: Config, stores: dict[str, Store]) -> None:
-    """A model folder for each variant, with the encoders that its features came from."""
+    """A model folder for each variant, with the encoders that its features came from, and one of each modality alone."""
     uri = run_folder(config)
-    with _record(config, "train"):
-        for name, variant in config.expand_variants().items():
+    with _record(config, "train") as card:
+        variants = config.expand_variants()
+        for name, variant in variants.items():
             model_uri = storage.join(uri, "models", name)
             summary = train(variant, stores[name].uri, model_uri)
             log.info("model %s: best epoch %s, %.1f s", name, summary.get("best_epoch"), summary.get("seconds", 0.0))
-            for modality in variant.model_modalities:
-                for folder in stores[name].manifest["modalities"][modality]["folders"]:
-                    storage.copy_folder(
-                        storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder)
-                    )
+            _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
+        card["singles"] = {}
+        for store in {s.uri: s for s in stores.values()}.values():
+            own = {name: variant for name, variant in variants.items() if stores[name].uri == store.uri}
+            several = f" ({store.uri.rsplit('/', 1)[-1]})" if len({s.uri for s in stores.values()}) > 1 else ""
+            for modality, model_uri in train_singles(own, store, storage.join(uri, "models")).items():
+                _copy_encoders(uri, model_uri, store, [modality])
+                place = {"store": _in_features(store), "model": f"models/.experts/{model_uri.rsplit('/', 1)[-1]}"}
+                card["singles"][f"only:{modality}{several}"] = place
+
+
+def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[str]) -> None:
+    """Put the encoders of these modalities from a run's folder into a model's."""
+    for modality in modalities:
+        for folder in store.manifest["modalities"][modality]["folders"]:
+            storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
 
 
 def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
@@ -107,6 +119,10 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
     with _record(config, "evaluate"):
         for name, variant in config.expand_variants().items():
             evaluate_model(storage.join(uri, "models", name), stores[name], evaluation=variant.evaluation)
+        by_place = {_in_features(store): store for store in stores.values()}
+        for name, place in _read_card(uri).get("singles", {}).items():
+            model_uri = storage.join(uri, place["model"])
+            evaluate_model(model_uri, by_place[place["store"]], evaluation=config.evaluation, name=name)
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
                 evaluate_baselines(config, store, storage.join(uri, "baselines", store.uri.rsplit("/", 1)[-1]))

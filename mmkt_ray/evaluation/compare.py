@@ -79,6 +79,7 @@ class Evaluated:
     record: dict[str, Any]
     predictions_uri: str
     card: dict[str, Any] = field(default_factory=dict)
+    automatic: bool = False  # trained without being asked for, to compare with
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the task that was last asked for
 
     @property
@@ -93,6 +94,7 @@ class Evaluated:
         return {
             "kind": self.kind,
             "name": self.record["name"],
+            "automatic": self.automatic,
             "modalities": self.record["modalities"],
             "fusion": f"{fusion['name']}{depth}" if fusion and len(self.record["modalities"]) > 1 else None,
             "sharing": model.get("sharing"),
@@ -131,18 +133,19 @@ def evaluated_models(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
 
 def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     """Variants in the order of run.json, else the folders under models/."""
-    folders = {name: v["model"] for name, v in (run.get("variants") or {}).items()}
-    if not folders:
+    singles = {name: v["model"] for name, v in (run.get("singles") or {}).items()}
+    folders = {name: v["model"] for name, v in (run.get("variants") or {}).items()} | singles
+    if not run.get("variants"):
         found = storage.glob(storage.join(run_uri, "models", "*", "metrics.json"))
         names = [f.path.split("/")[-2] for f in found]
-        folders = {name: f"models/{name}" for name in names}
+        folders = {name: f"models/{name}" for name in names} | singles
     models = []
     for name, folder in folders.items():
         uri = storage.join(run_uri, folder)
         if record := read_optional(storage.join(uri, "metrics.json")):
             card = read_optional(storage.join(uri, "config.json")) or {}
             predictions = storage.join(uri, f"predictions-{record['split']}.parquet")
-            models.append(Evaluated(name, "trained", folder, record, predictions, card))
+            models.append(Evaluated(name, "trained", folder, record, predictions, card, automatic=name in singles))
     return models
 
 

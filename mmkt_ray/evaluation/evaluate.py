@@ -58,13 +58,17 @@ Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
 
 
 def evaluate_model(
-    model_uri: str, store: Store, split: str = "test", evaluation: EvaluationConfig | None = None
+    model_uri: str,
+    store: Store,
+    split: str = "test",
+    evaluation: EvaluationConfig | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Score a model folder on a split; also on held-out rows, by which models are chosen.
 
     Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
-    evaluation: how; null: as when the model was trained. With `calibrate`, one temperature per task is fitted on held-out
-    rows and kept in the model's card, so that prediction uses it too; without, the card's temperatures are taken back.
+    evaluation: how; None: as when the model was trained. name: what results call it; None: as its folder.
+    With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so that prediction uses it too; without, the card's temperatures are taken back.
 
     Writes `metrics.json` (`metrics-<split>.json` for other splits), `predictions-<split>.parquet`, and
     `predictions-heldout.parquet` into the folder.
@@ -123,7 +127,7 @@ def evaluate_model(
         scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
     record = {
         **_identity(store, split, settings.evaluation, part),
-        "name": model_uri.rstrip("/").rpartition("/")[2],
+        "name": name or model_uri.rstrip("/").rpartition("/")[2],
         "modalities": list(config.model_modalities),
         "num_params": sum(p.numel() for p in model.parameters()),
         "training_s": card.get("training", {}).get("seconds"),

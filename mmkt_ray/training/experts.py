@@ -135,6 +135,24 @@ def expert_config(config: Config, modalities: Sequence[str], tasks: list[str], s
     return chosen_as_before(config, config.with_overrides(overrides))
 
 
+def single_configs(variants: Mapping[str, Config], table: FeatureTable) -> dict[str, Config]:
+    """Modality -> the config of a model of it alone, as experts are, for all tasks that it can teach.
+
+    variants: models over the same features. The first of those that read the most modalities says how; modalities that some
+    variant reads alone, for as many tasks, are left out.
+    """
+    widest = max(variants.values(), key=lambda config: len(config.model_modalities))
+    found = {}
+    for m in widest.model_modalities:
+        sparse = {m: sp.issparse(table.features[m])}
+        reading = [t for t in widest.model_tasks if m in widest.task_inputs(t)]
+        tasks = [t for t in reading if _can_learn(expert_config(widest, (m,), [t], sparse), table)]
+        there = [v for v in variants.values() if v.model_modalities == (m,) and {*v.model_tasks} >= {*tasks}]
+        if tasks and not there:
+            found[m] = expert_config(widest, (m,), tasks, sparse)
+    return found
+
+
 def chosen_as_before(config: Config, changed: Config) -> Config:
     """The changed config, with as much left to choose as in `config`."""
     return changed.with_overrides({"training.auto": list(config.training.auto)})
@@ -196,11 +214,8 @@ def choose_routes(fused: Judged, experts: Mapping[str, Judged], table: FeatureTa
     routes: dict[str, dict[str, str]] = {}
     for t, inputs in fused.model.spec.inputs.items():
         for part in subsets(inputs)[1:]:
-            able = {
-                name: e
-                for name, e in experts.items()
-                if t in e.model.spec.tasks and {*e.model.spec.modalities} <= {*part} and len(e.model.spec.modalities) < len(inputs)
-            }
+            reads = {name: {*e.model.spec.modalities} for name, e in experts.items() if t in e.model.spec.tasks}
+            able = {name: experts[name] for name, own in reads.items() if own <= {*part} and own < {*inputs}}
             has = labelled(table.labels[t]) & np.logical_and.reduce([table.present[m] for m in part])
             ours = row_scores_of(fused, table, t, part)
             better = {}

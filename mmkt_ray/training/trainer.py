@@ -35,7 +35,14 @@ from mmkt_ray.training.auto import (
 )
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.experts import expert_configs, has_experts, join_experts, judged, model_identity
+from mmkt_ray.training.experts import (
+    expert_configs,
+    has_experts,
+    join_experts,
+    judged,
+    model_identity,
+    single_configs,
+)
 from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.loop import FitResult, fit
 from mmkt_ray.training.transfer import load_knowledge, source_uris
@@ -216,6 +223,24 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
 
 def _model(uri: str) -> Any:
     return load_model(uri)[0]
+
+
+def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dict[str, str]:
+    """Modality -> folder of a model of it alone, trained like the fused ones of these variants; experts that are such are used.
+
+    folder: where the models of the variants lie. See `single_configs` for what is left out.
+    """
+    modalities = sorted({m for v in variants.values() for m in v.model_modalities})
+    tasks = sorted({t for v in variants.values() for t in v.model_tasks})
+    found = {}
+    for m, config in single_configs(variants, store.table(modalities, tasks)).items():
+        scratch = storage.join(folder, f".single-{m}")
+        try:
+            found[m] = train_expert(config, store, scratch, folder, cluster.run_on_workers)
+        except UserError as error:
+            log.warning("no model of %s alone: %s", m, error)
+        storage.remove_folder(scratch)
+    return found
 
 
 def train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:
