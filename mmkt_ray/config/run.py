@@ -168,9 +168,11 @@ class Config(Section):
         for section in ("training", "model"):
             if isinstance(overrides.get(section), Mapping):
                 given |= {f"{section}.{key}" for key in overrides[section]}
-        raw["training"]["auto"] = [key for key in self.training.auto if key not in _answered(given)]
         for key, value in overrides.items():
             set_dotted(raw, key, value)
+        auto = raw["training"].get("auto", True) if isinstance(raw["training"], dict) else True
+        if isinstance(auto, list | tuple):
+            raw["training"]["auto"] = [key for key in auto if key not in _answered(given)]
         return parse_config(raw)
 
     def expand_variants(self) -> dict[str, Config]:

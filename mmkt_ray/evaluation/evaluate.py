@@ -68,7 +68,8 @@ def evaluate_model(
 
     Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
     evaluation: how; None: as when the model was trained. name: what results call it; None: as its folder.
-    With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so that prediction uses it too; without, the card's temperatures are taken back.
+    With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so that
+    prediction uses it too; without, the card's temperatures are taken back.
 
     Writes `metrics.json` (`metrics-<split>.json` for other splits), `predictions-<split>.parquet`, and
     `predictions-heldout.parquet` into the folder.
