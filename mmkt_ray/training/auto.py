@@ -194,7 +194,8 @@ def row_losses(
             continue
         temperature = fit_temperature(values[rows], labels[rows])
         losses = each_loss(values[rows] / temperature, labels[rows])
-        prior = each_loss(np.broadcast_to(log_frequencies(labels[rows]), values[rows].shape), labels[rows]).mean()
+        frequencies = log_frequencies(labels[rows], values.shape[1])
+        prior = each_loss(np.broadcast_to(frequencies, values[rows].shape), labels[rows]).mean()
         total[rows] += losses / max(prior, 1e-9)
         count[rows] += 1
     return total[count > 0] / count[count > 0]
@@ -209,12 +210,12 @@ def each_loss(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return torch.nn.functional.cross_entropy(z, y.long(), reduction="none").numpy()
 
 
-def log_frequencies(labels: np.ndarray) -> np.ndarray:
+def log_frequencies(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """(C,) log frequency of each class, of a multilabel task its log odds; a class counts half a row more than it has."""
     if labels.ndim == 2:
         share = (labels.sum(axis=0) + 0.5) / (len(labels) + 1)
         return np.log(share / (1 - share))
-    counts = np.bincount(labels) + 0.5
+    counts = np.bincount(labels, minlength=num_classes) + 0.5
     return np.log(counts / counts.sum())
 
 

@@ -19,17 +19,19 @@ from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.calibration import fit_temperature, usable
 from mmkt_ray.evaluation.heldout import HeldOut, as_train, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits
 from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable, labelled
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, to_proba
-from mmkt_ray.training.auto import given_subsets
+from mmkt_ray.training.auto import each_loss, given_subsets
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.loop import training_rows
 
-ALPHA = 0.05  # of the test by which an expert is clearly better
+FUSED = ""  # the fused model among the experts, whose names are never empty
+ALPHA = 0.1  # of the test by which an expert is clearly better
 MIN_PATTERN_ROWS, PATTERN_SHARE = 20, 0.02  # rows that have just a set of modalities, from which on it has an expert
 SAME_ALONE = {"task_modality": "task", "modality": "architecture"}  # with one modality these schemes are the same
 
@@ -207,52 +209,68 @@ def join_experts(
 def choose_routes(fused: Judged, experts: Mapping[str, Judged], table: FeatureTable) -> dict[str, dict[str, str]]:
     """task -> {what a row has of the task's modalities, joined by +: the expert that answers it}.
 
-    For each set of the modalities, all of them included, an expert of some of them answers if it is clearly better than the
-    fused model on the held-out rows that have the set, with all else hidden: a one-sided paired test at ALPHA, divided by
-    the number of experts that are tried. Of several the best one. In all other cases the fused model, which sees more.
+    For each set of the modalities that a row may have, all of them included. Who has learnt from just these answers: the
+    fused model for all of them, an expert for a part, the fused model again where there is no such expert. Another answers
+    instead only if it is clearly better on the held-out rows that have the set, with all else hidden, see `clearly_better`, at
+    ALPHA divided by the number of models that are tried. Of several the best one.
     """
     routes: dict[str, dict[str, str]] = {}
     for t, inputs in fused.model.spec.inputs.items():
+        reads = {name: {*e.model.spec.modalities} for name, e in experts.items() if t in e.model.spec.tasks}
         for part in subsets(inputs)[1:]:
-            reads = {name: {*e.model.spec.modalities} for name, e in experts.items() if t in e.model.spec.tasks}
-            able = {name: experts[name] for name, own in reads.items() if own <= {*part} and own < {*inputs}}
+            pattern = pattern_name(part)
+            able = {FUSED: fused} | {name: experts[name] for name, own in reads.items() if own <= {*part} and own < {*inputs}}
+            given = {name: part if name == FUSED else tuple(reads[name]) for name in able}
+            scores = {name: row_scores_of(able[name], table, t, given[name]) for name in able}
             has = labelled(table.labels[t]) & np.logical_and.reduce([table.present[m] for m in part])
-            ours = row_scores_of(fused, table, t, part)
+            default = pattern if pattern in able else FUSED
             better = {}
-            for name, expert in able.items():
-                theirs = row_scores_of(expert, table, t, tuple(expert.model.spec.modalities))
-                rows = has & np.isfinite(ours) & np.isfinite(theirs)
-                if clearly_better(theirs[rows], ours[rows], ALPHA / len(able)):
-                    better[name] = float(theirs[rows].mean() - ours[rows].mean())
-            if better:
-                routes.setdefault(t, {})["+".join(part)] = max(better, key=lambda name: better[name])
+            for name in able.keys() - {default}:
+                rows = has & np.isfinite(scores[default]).all(axis=0) & np.isfinite(scores[name]).all(axis=0)
+                if clearly_better(scores[name][:, rows], scores[default][:, rows], ALPHA / (len(able) - 1)):
+                    better[name] = float((scores[name][0] - scores[default][0])[rows].mean())
+            chosen = max(sorted(better), key=lambda name: better[name], default=default)
+            if chosen != FUSED:
+                routes.setdefault(t, {})["+".join(part)] = chosen
     return routes
 
 
 def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
-    """Whether row scores (R,) in [0, 1] are shown to be higher than others of the same rows: a one-sided exact McNemar test
-    of right and wrong, else a paired t test."""
-    gain = ours - theirs
-    if not gain.any() or gain.mean() <= 0:
+    """Whether a model is shown to be better than another on the same rows.
+
+    ours, theirs: (2, R) each row's score in [0, 1], see `row_scores`, and its log loss. Shown is it by the scores, in a
+    one-sided exact McNemar test of right and wrong (else a paired t test), or by the losses, in a one-sided paired t test, if
+    the scores are not lower.
+    """
+    gain = ours[0] - theirs[0]
+    if not ours.shape[1] or gain.mean() < 0:
         return False
-    if np.isin([ours, theirs], (0, 1)).all():
+    if np.isin([ours[0], theirs[0]], (0, 1)).all():
         wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
-        return bool(binomtest(wins, wins + losses, alternative="greater").pvalue < alpha)
-    if np.ptp(gain) == 0:
-        return False
-    return bool(ttest_rel(ours, theirs, alternative="greater").pvalue < alpha)
+        p = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0
+    else:
+        p = ttest_rel(ours[0], theirs[0], alternative="greater").pvalue if np.ptp(gain) > 0 else 1.0
+    less = theirs[1] - ours[1]
+    p_loss = ttest_rel(theirs[1], ours[1], alternative="greater").pvalue if np.ptp(less) > 0 else 1.0
+    return bool(min(p, p_loss) < alpha)
 
 
 def row_scores_of(judged: Judged, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
-    """(N,) score in [0, 1] of each held-out row, see `row_scores`; NaN for all other rows. given: what the model may see."""
-    found = np.full(len(table.split), np.nan)
+    """(2, N) score in [0, 1] of each held-out row, see `row_scores`, and its log loss at the temperature that suits all of
+    them best, 0 for a class that train lacks; NaN for all other rows. given: what the model may see."""
+    found = np.full((2, len(table.split)), np.nan)
     known = judged.heldout.logits.get(pattern_name(given), {})
     if task not in known:
         return found
-    rows, kind = judged.heldout.rows, judged.model.spec.kinds[task]
-    proba = to_proba(torch.from_numpy(known[task]), kind).numpy()
-    able = readable(table, [m for m in given if m in judged.model.spec.inputs[task]] or list(given))[rows]
-    found[rows[able]] = row_scores(table.labels[task][rows], predicted(proba, kind))[able]
+    able = readable(table, [m for m in given if m in judged.model.spec.inputs[task]] or list(given))[judged.heldout.rows]
+    rows, logits = judged.heldout.rows[able], known[task][able]
+    labels, kind = table.labels[task][rows], judged.model.spec.kinds[task]
+    found[0, rows] = row_scores(labels, predicted(to_proba(torch.from_numpy(logits), kind).numpy(), kind))
+    found[1, rows] = 0.0
+    known_class = usable(labels)
+    if known_class.any():
+        scaled = logits[known_class] / fit_temperature(logits[known_class], labels[known_class])
+        found[1, rows[known_class]] = each_loss(scaled, labels[known_class])
     return found
 
 

@@ -175,6 +175,12 @@ def test_a_candidate_that_learns_nothing_is_not_chosen(make_auto, table, monkeyp
     assert (choice.on, choice.num_rows > 100) == ("cv", True)
 
 
+def test_held_out_rows_may_lack_a_class():
+    """A class of few rows that no held-out row has ended the run."""
+    assert auto.log_frequencies(np.array([0, 1, 1]), 4).shape == (4,)
+    assert np.exp(auto.log_frequencies(np.array([0, 1, 1]), 4)).sum() == pytest.approx(1)
+
+
 def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, table, tmp_path, monkeypatch):
     """Catches val rows that are left out of the last fit, a choice made again for each seed or resume, and a card without it."""
     uri, store = str(tmp_path / "model"), write_store(str(tmp_path / "store"), table)
