@@ -82,6 +82,8 @@ class _Experts(_Strict):
             if spec.modalities.keys() != {m} or same != {t: (spec.tasks[t], spec.kinds[t]) for t in spec.tasks}:
                 raise ValueError(f"the expert of {m} reads or predicts something else")
         for task, by_pattern in self.routes.items():
+            if len(fused.inputs.get(task, [""] * 99)) > 16:
+                raise ValueError(f"routes of {task}: no such task, or it reads more than 16 modalities")
             for m in by_pattern.values():
                 if m not in self.experts or task not in self.experts[m].tasks:
                     raise ValueError(f"routes of {task}: no expert of {m} for it")
