@@ -205,6 +205,11 @@ class Standardizer(_CentringReducer):
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
         return (centred**2).sum(axis=0)
 
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        super().load_state(tensors, rest)
+        if not (self._tensors["scale"] > 0).all():
+            raise ValueError("scale is not above 0 throughout")
+
     def finish(self, total: Moments) -> None:
         """Raises: DataError if there are no rows, or values are not finite."""
         self._check_parts([total] if total.num_rows else [])

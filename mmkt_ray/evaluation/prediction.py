@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, CustomEncoder, PairCombine, UnionCombine, fingerprint, parse_config
+from mmkt_ray.config import Config, CustomEncoder, PairCombine, Section, UnionCombine, fingerprint, parse_config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.config.training import ExtractConfig
 from mmkt_ray.encoders.build import read_card as read_encoder_card
@@ -31,7 +31,8 @@ from mmkt_ray.samples.readers import list_shards
 
 log = logging.getLogger(__name__)
 
-LIMITS = {  # a card may ask for less than this installation's defaults, not for more
+# a card may ask for less than this installation's defaults, not for more
+LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
     "samples": (SamplesConfig, ("max_image_pixels", "decode_timeout_s")),
     "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
 }

@@ -73,5 +73,5 @@ def write_part(batch: Row, store_uri: str) -> Row:
         storage.write_table(storage.join(store_uri, "rejects", name), rejects)
     checksum = storage.write_table(storage.join(store_uri, "data", name), table)
     seconds = json.loads(batch["seconds"][0]) | {"write": time.perf_counter() - start}
-    told = {"name": [name], "checksum": [checksum], "num_rows": [len(table)], "num_rejects": [len(rejects)]}
-    return {**told, "seconds": [json.dumps(seconds)]}
+    told: Row = {"name": [name], "checksum": [checksum], "num_rows": [len(table)], "num_rejects": [len(rejects)]}
+    return told | {"seconds": [json.dumps(seconds)]}

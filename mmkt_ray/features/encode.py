@@ -275,9 +275,9 @@ def checked_features(encoder: Any, values: list[Any], dtype: str) -> tuple[Any, 
     features, why = _as_features(encoder, encoder.encode(values), len(values))
     if features is None and len(values) > 1:
         alone = [checked_features(encoder, [value], dtype) for value in values]
-        stack = sp.vstack if getattr(encoder, "sparse", False) else np.concatenate
-        whole = stack([own for own, _ in alone])
-        return (whole.tocsr() if sp.issparse(whole) else whole), {i: w[0] for i, (_, w) in enumerate(alone) if w}
+        rows: Any = [own for own, _ in alone]
+        whole = sp.vstack(rows, format="csr") if getattr(encoder, "sparse", False) else np.concatenate(rows)
+        return whole, {i: w[0] for i, (_, w) in enumerate(alone) if w}
     if features is None:
         empty = np.zeros((1, encoder.dim), dtype=np.float32)
         return (sp.csr_matrix(empty) if getattr(encoder, "sparse", False) else empty), {0: why}
@@ -288,7 +288,7 @@ def _as_features(encoder: Any, given: Any, num_values: int) -> tuple[Any, str]:
     """What an encoder returned as (B, D), sparse if it says so, or None and what is wrong with it."""
     try:
         sparse = getattr(encoder, "sparse", False)
-        features = sp.csr_matrix(given) if sparse else given.toarray() if sp.issparse(given) else np.asarray(given)
+        features: Any = sp.csr_matrix(given) if sparse else given.toarray() if sp.issparse(given) else np.asarray(given)
         if features.dtype.kind not in "biuf":
             raise ValueError(f"values of type {features.dtype}")
         if features.shape != (num_values, encoder.dim):
