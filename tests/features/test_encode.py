@@ -12,6 +12,8 @@ from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import make_row, read_shard, unpack, write_part
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device, decode_chunk
+from mmkt_ray.features.publish import publish
+from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.readers import list_shards
 from tests.shapes import png, write_shard
 
@@ -130,3 +132,24 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_told() -> None:
     assert assigned_device(use_gpu=False).type == "cpu"
     with pytest.raises(ResourceError, match=r"extract\.num_gpus=0"):
         assigned_device(use_gpu=True)
+
+
+def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config: MakeConfig) -> None:
+    """A store that calls itself damaged after rows were taken out of a part, or after a run that went on."""
+    write_shard(shapes / "data" / "shapes" / "again.parquet", 30, 20)  # ten rows of two other shards again
+    config = make_config(samples__max_reject_frac=0.5)
+    config = config.with_overrides({"modalities.text.encoder": {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}})
+    encode, uri = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), {}, False, 1)), str(shapes / "store")
+    checksums, shards = {}, list_shards(config)
+    for shard in shards:
+        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}):
+            told = write_part(encode(batch), uri)
+            checksums[told["name"][0]] = told["checksum"][0]
+    about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}
+    units = [shard.unit for shard in shards]
+    store = publish(uri, config, units, about, {}, layout="x", checksums=checksums)
+    assert store.manifest["counts"]["rows"] == 120
+    assert store.manifest["checksums"] != checksums  # rows were taken out of some
+    rows = pa.concat_tables(open_store(uri).read())
+    assert len(set(rows.column("sample_id").to_pylist())) == 120
+    assert publish(uri, config, units, about, {}, layout="x").manifest["checksums"] == store.manifest["checksums"]
