@@ -159,6 +159,12 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         metavar="OURS=THEIRS",
         help="column mapping, if it differs from training; repeatable",
     )
+    command.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import encoders that the model's card names as module:Class, and read files that it names outside of its folder",
+    )
+    _add_set(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -288,6 +294,8 @@ def _predict(args: argparse.Namespace) -> str:
 
     columns = dict(parse_override(text) for text in args.column)
     chosen = {"like": args.like, "reader": args.reader, "columns": columns, "max_reject_frac": args.max_reject_frac}
+    own = dict(parse_override(text) for text in args.overrides)
+    chosen |= {"overrides": own, "trust_code": args.trust_code}
     return f"predictions: {predict(args.model, args.inputs, args.out, **chosen)}"
 
 

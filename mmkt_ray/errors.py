@@ -18,6 +18,10 @@ class DataError(UserError):
     """The data is not as the config says: missing path, missing column, too many rejected rows."""
 
 
+class OtherVersionError(DataError):
+    """A file is of another schema version than this program reads."""
+
+
 class ResourceError(UserError):
     """The cluster or the storage cannot do what is asked: not enough CPUs or GPUs, unwritable folder."""
 

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 import uuid
@@ -24,8 +25,12 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import xxhash
 
-from mmkt_ray.errors import DataError, ResourceError
+from mmkt_ray.errors import DataError, OtherVersionError, ResourceError
+
+MAX_FILE_BYTES = 64 * 2**30  # of a file that is read as a whole
+MAX_JSON_BYTES = 256 * 2**20  # parsed, it takes up to twenty times as much
 
 S3_ATTEMPTS = 12  # at a request that is throttled or fails for a moment: waits double from 25 ms, 50 s in all
 
@@ -177,11 +182,50 @@ def make_dir(uri: str) -> None:
         ) from None
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises: FileNotFoundError."""
+def read_bytes(uri: str, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The whole file. Raises: FileNotFoundError; DataError if it is no regular file, or has more than `limit` bytes."""
+    check_regular(uri, limit)
     fs, path = resolve(uri)
     with fs.open_input_stream(path, compression=None) as stream:
         return stream.read()
+
+
+def check_regular(uri: str, limit: int | None = None) -> None:
+    """Raises: DataError for a file of more than `limit` bytes, and for a local pipe, socket, device or folder.
+
+    Reading some of these hangs, or never ends. What is not there passes.
+    """
+    fs, path = resolve(uri)
+    try:
+        found = os.stat(path) if isinstance(fs, pafs.LocalFileSystem) else None
+    except OSError:
+        return
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise DataError(f"'{uri}' is a pipe, a device or a folder where a regular file is wanted: remove it")
+    if limit is not None and (found.st_size if found else fs.get_file_info(path).size or 0) > limit:
+        raise DataError(f"'{uri}' has more than {limit:,} bytes, so it is no file that mmkt wrote: remove it")
+
+
+def checksum(data: Any) -> str:
+    """Of bytes: 64 bits of XXH3, which find damage but no forgery."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def file_checksum(uri: str) -> str:
+    """The `checksum` of a file's bytes. Raises: FileNotFoundError."""
+    digest = xxhash.xxh3_64()
+    for piece in read_chunks(uri):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_bytes(uri: str, data: Any, expected: str) -> None:
+    """Raises: DataError if bytes that were read from `uri` are not those that were written there."""
+    if (found := checksum(data)) != expected:
+        raise DataError(
+            f"'{uri}' is damaged: its checksum is {found}, and was {expected} when it was written; remove it and run the "
+            "same command again, or copy it again from where it is whole"
+        )
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -207,13 +251,32 @@ def _put(fs: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
         ) from None
 
 
-def read_table(uri: str, columns: Iterable[str] | None = None, filters: Any = None) -> pa.Table:
+def read_table(
+    uri: str, columns: Iterable[str] | None = None, filters: Any = None, expected: str | None = None
+) -> pa.Table:
     """A Parquet file, or some of its columns, of the rows that the filters leave (as pyarrow.parquet.read_table takes them).
 
-    Raises: FileNotFoundError; DataError for a column of an extension type.
+    expected: checksum of the file, which is then read as a whole and compared. Without it the pages that are read are.
+    Raises: FileNotFoundError; DataError for damage, and for a column of an extension type.
     """
     fs, path = resolve(uri)
-    table = pq.read_table(path, filesystem=fs, columns=list(columns) if columns is not None else None, filters=filters)
+    options = {"columns": list(columns) if columns is not None else None, "filters": filters}
+    options |= {"page_checksum_verification": True}
+    if expected is None:
+        check_regular(uri)
+        source: Any = path
+    else:
+        data = read_bytes(uri)
+        check_bytes(uri, data, expected)
+        fs, source = None, pa.BufferReader(data)
+    try:
+        table = pq.read_table(source, filesystem=fs, **options)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"cannot read '{uri}': {error}; if it is damaged, remove it and run the same command again"
+        ) from error
     for field in table.schema:
         if name := extension_in(field.type):
             raise DataError(
@@ -232,11 +295,13 @@ def extension_in(kind: pa.DataType) -> str | None:
     return next(filter(None, (extension_in(kind.field(i).type) for i in range(kind.num_fields))), None)
 
 
-def write_table(uri: str, table: pa.Table) -> None:
-    """One Parquet file, atomically; zstd, no dictionary for numbers."""
+def write_table(uri: str, table: pa.Table) -> str:
+    """One Parquet file, atomically; zstd, no dictionary for numbers, pages with checksums. Returns the file's checksum."""
     strings = [f.name for f in table.schema if pa.types.is_string(f.type)]
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
     with atomic(uri) as (fs, path):
-        pq.write_table(table, path, filesystem=fs, compression="zstd", compression_level=1, use_dictionary=strings)
+        pq.write_table(table, path, filesystem=fs, use_dictionary=strings, **options)
+        return file_checksum(path)
 
 
 class atomic:
@@ -318,9 +383,10 @@ def copy_folder(source: str, target: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """Parse a JSON file. Raises: FileNotFoundError, DataError if it is damaged."""
+    """Parse a JSON file. Raises: FileNotFoundError, DataError if it is damaged or larger than MAX_JSON_BYTES."""
+    data = read_bytes(uri, MAX_JSON_BYTES)
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError: bytes that are no text, too
         raise DataError(f"'{uri}' is damaged ({error}): remove it and run the same command again") from None
 
@@ -330,8 +396,35 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
+def write_sealed(uri: str, value: dict[str, Any]) -> None:
+    """A mapping as JSON, with the checksum of its content as the key `checksum`."""
+    content = json.loads(json.dumps(value))  # as it will be read: keys are text
+    content.pop("checksum", None)
+    write_json(uri, content | {"checksum": _seal(content)})
+
+
+def read_sealed(uri: str, version: int, again: str) -> dict[str, Any]:
+    """What `write_sealed` was given. version: the `schema_version` it must have; again: what to do else.
+
+    Raises: FileNotFoundError; OtherVersionError; DataError if it is damaged or was changed by hand.
+    """
+    value = read_json(uri)
+    if not isinstance(value, dict):
+        raise DataError(f"'{uri}' is damaged: it holds no mapping; {again}")
+    if (found := value.get("schema_version")) != version:
+        raise OtherVersionError(f"'{uri}' has schema version {found!r:.20}, this is {version}: {again}")
+    if value.pop("checksum", None) != _seal(value):
+        raise DataError(f"'{uri}' is damaged or was changed by hand: its content is not that of its checksum; {again}")
+    return value
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
 def read_chunks(uri: str, size: int = 1 << 20) -> Iterator[bytes]:
-    """The file in pieces of at most `size` bytes."""
+    """The file in pieces of at most `size` bytes. Raises: FileNotFoundError; DataError if it is no regular file."""
+    check_regular(uri)
     fs, path = resolve(uri)
     with fs.open_input_stream(path, compression=None) as stream:
         while piece := stream.read(size):

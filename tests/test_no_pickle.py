@@ -216,7 +216,7 @@ def test_pickle_as_a_model(tmp_path, disguised):
     with pytest.raises(UserError, match="damaged"):
         load_model(str(tmp_path))
     spec = {"modalities": {}, "tasks": {}}
-    (tmp_path / "config.json").write_text(f'{{"schema_version": 2, "spec": {spec!r}}}'.replace("'", '"'))
+    (tmp_path / "config.json").write_text(f'{{"schema_version": 3, "spec": {spec!r}}}'.replace("'", '"'))
     with pytest.raises(UserError, match="damaged"):
         load_model(str(tmp_path))
 
@@ -263,7 +263,7 @@ def test_pickle_as_a_model_to_learn_from(tmp_path, disguised, what, name):
     """Catches a folder that training.transfer names and that runs code."""
     folder = tmp_path / "source"
     folder.mkdir()
-    (folder / "config.json").write_text('{"schema_version": 2, "spec": {}}')
+    (folder / "config.json").write_text('{"schema_version": 3, "spec": {}}')
     for file in (name, "model.pt", "pytorch_model.bin", "optimizer.pkl"):
         (folder / file).write_bytes(disguised)
     given = {"init": {"init": {"image": "source"}}, "teachers": {"teachers": ["source"]}}[what]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mmkt_ray.config.section import Section, named
+from mmkt_ray.config.section import Section, name_in, named
 from mmkt_ray.errors import unknown_name
 
 
@@ -125,9 +124,9 @@ KINDS = {  # every encoder that comes with the project, and what it reads
 
 
 def _encoder_tag(value: Any) -> str:
-    name = value.get("name", "") if isinstance(value, Mapping) else value.name
-    if name not in KINDS and ":" not in str(name):
-        raise unknown_name("encoder", str(name), [*KINDS, "your.module:Class"])
+    name = name_in(value)
+    if name not in KINDS and ":" not in name:
+        raise unknown_name("encoder", name, [*KINDS, "your.module:Class"])
     return "custom" if ":" in name else name
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mmkt_ray.config.section import Section, named
+from mmkt_ray.config.section import Section, name_in, named
 
 
 class SourceConfig(Section):
@@ -76,7 +75,7 @@ class PairCombine(Section):
 
 CombineConfig = Annotated[
     Annotated[UnionCombine, Tag("union")] | Annotated[JoinCombine, Tag("join")] | Annotated[PairCombine, Tag("pair")],
-    Discriminator(lambda v: v.get("name", "") if isinstance(v, Mapping) else v.name),
+    Discriminator(name_in),
     BeforeValidator(named),
 ]
 

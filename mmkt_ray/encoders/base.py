@@ -43,6 +43,20 @@ class Encoder(Protocol):
         ...
 
 
+def check_array(name: str, value: np.ndarray, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    """An array of a fitted state as it is. shape: None where any length is right.
+
+    Raises: ValueError for another type or shape, NaN or infinity.
+    """
+    if value.dtype != dtype or len(value.shape) != len(shape):
+        raise ValueError(f"{name} is {value.dtype} with {value.ndim} axes, not {np.dtype(dtype)} with {len(shape)}")
+    if any(wanted is not None and wanted != got for wanted, got in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name} has shape {value.shape}, not {tuple('any' if n is None else n for n in shape)}")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name} has NaN or infinite values")
+    return value
+
+
 @runtime_checkable
 class Mergeable(Protocol):
     """A fit from statistics that merge associatively, so that it can run over shards in any order and as a tree."""

@@ -13,9 +13,10 @@ from safetensors.numpy import save as save_tensors
 
 from mmkt_ray import storage
 from mmkt_ray.config import CustomEncoder, EncoderConfig, ReduceConfig, Section, fingerprint
+from mmkt_ray.config.parsing import parse
 from mmkt_ray.encoders.base import Encoder
 from mmkt_ray.encoders.reduce import REDUCERS
-from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.errors import ConfigError, DataError, UserError
 
 ENCODERS = {  # imported when built: a process that counts words needs no torch
     "cnn": "mmkt_ray.encoders.image:CnnImageEncoder",
@@ -27,6 +28,10 @@ ENCODERS = {  # imported when built: a process that counts words needs no torch
     "minilm": "mmkt_ray.encoders.pretrained.texts:MinilmTextEncoder",
     "huggingface": "mmkt_ray.encoders.pretrained.texts:HuggingFaceTextEncoder",
 }
+
+
+CARD = {"config": dict, "version": int, "rest": dict, "dim": int, "sparse": bool, "fingerprint": str}  # of encoder.json
+_OF_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)  # of states that do not fit
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
@@ -56,28 +61,61 @@ def save_fitted(fitted: Any, config: Section, uri: str, extra: dict[str, Any]) -
     tensors, rest = fitted.state()
     data = save_tensors({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     card = {"config": config.model_dump(mode="json"), "version": fitted.version, "rest": rest}
-    # hashed by content, not by the file's bytes: the order of tensors in it is not promised
-    digests = {n: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for n, v in sorted(tensors.items())}
-    card |= {"dim": fitted.dim, "fingerprint": fingerprint([card, digests]), **extra}
+    about = {"dim": fitted.dim, "sparse": getattr(fitted, "sparse", False)}
+    card |= about | {"fingerprint": _fingerprint(card, tensors)} | extra
     storage.write_bytes(storage.join(uri, "state.safetensors"), data)
     storage.write_json(storage.join(uri, "encoder.json"), card)
     return card
 
 
+def _fingerprint(card: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    """Of what decides the features. Tensors count by content, not by the file's bytes: their order in it is not promised."""
+    digests = {n: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for n, v in sorted(tensors.items())}
+    return fingerprint([{key: card[key] for key in ("config", "version", "rest")}, digests])
+
+
 def read_card(uri: str) -> dict[str, Any]:
-    """The JSON side of a fitted encoder or reducer. Raises: DataError if there is none."""
+    """The JSON side of a fitted encoder or reducer. Raises: DataError if there is none, or it is damaged."""
     try:
-        return storage.read_json(storage.join(uri, "encoder.json"))
+        card = storage.read_json(storage.join(uri, "encoder.json"))
     except FileNotFoundError:
         raise DataError(f"no fitted encoder in '{uri}': run `mmkt extract` (or `mmkt run`) first") from None
+    if not isinstance(card, dict) or not all(isinstance(card.get(k), kind) for k, kind in CARD.items()):
+        raise _damaged(uri, f"encoder.json must be a mapping with {', '.join(CARD)}")
+    return card
 
 
 def load_fitted(fitted: Any, uri: str) -> Any:
-    """Give a freshly built encoder or reducer its fitted state. Raises: DataError if there is none, or it is damaged."""
+    """Give a freshly built encoder or reducer its fitted state.
+
+    Raises: DataError if there is none, if it is damaged, or was fitted by another version of the encoder.
+    """
     card = read_card(uri)
+    if card["version"] != fitted.version:
+        raise DataError(
+            f"the encoder in '{uri}' is of version {card['version']}, this one is {fitted.version}, which makes other features: "
+            "use a new run folder, or the version that it was fitted with"
+        )
     try:
-        tensors, rest = load_tensors(storage.read_bytes(storage.join(uri, "state.safetensors"))), card["rest"]
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError) as error:
-        raise DataError(f"the encoder in '{uri}' is damaged ({error}): remove the folder and extract again") from None
-    fitted.load_state(tensors, rest)
+        tensors = load_tensors(storage.read_bytes(storage.join(uri, "state.safetensors")))
+        if _fingerprint(card, tensors) != card["fingerprint"]:
+            raise ValueError("state.safetensors and encoder.json do not agree with their fingerprint")
+        fitted.load_state(tensors, card["rest"])
+        if (fitted.dim, getattr(fitted, "sparse", False)) != (card["dim"], card["sparse"]):
+            raise ValueError(f"features are {card['dim']} wide by encoder.json, {fitted.dim} by the state")
+    except UserError:
+        raise
+    except (FileNotFoundError, SafetensorError, *_OF_DAMAGE) as error:
+        raise _damaged(uri, f"{error}") from error
     return fitted
+
+
+def load_reducer(uri: str) -> Any:
+    """A fitted reducer, built as its own card says. Raises: as `load_fitted`; ConfigError if the card names no reducer."""
+    return load_fitted(build_reducer(parse(ReduceConfig, read_card(uri)["config"])), uri)
+
+
+def _damaged(uri: str, why: str) -> DataError:
+    return DataError(
+        f"the encoder in '{uri}' is damaged ({why}): remove the folder and extract again, or copy it again from where it is whole"
+    )

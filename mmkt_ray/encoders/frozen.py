@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.config import CnnEncoder, LogMelCnnEncoder
+from mmkt_ray.encoders.base import check_array
 from mmkt_ray.encoders.cnn import SmallCNN, apply_cnn
 from mmkt_ray.encoders.cnn_training import CNNRecipe
 from mmkt_ray.errors import DataError
@@ -92,6 +93,13 @@ class TrainedCnn(FrozenNetwork):
         return tensors, {"options": self.model.options, "class_names": self.class_names}
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        model = SmallCNN(**rest["options"])
+        num_classes, width = len(rest["class_names"]), self.config.width
+        options = {"num_classes": num_classes, "image_size": self.config.image_size, "width": width}
+        if rest["options"] != options:
+            raise ValueError(f"the network was built with {rest['options']}, the config and the classes say {options}")
+        check_array("head.weight", tensors["head.weight"], np.float32, (num_classes, 4 * width))  # before memory is taken
+        model = SmallCNN(**options)
         model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise ValueError("the network has NaN or infinite weights")
         self.adopt(model.to(memory_format=torch.channels_last), rest["class_names"])

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 
 from mmkt_ray.config import ReduceConfig
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.base import Features, check_array
 from mmkt_ray.encoders.lanczos import BlockLanczos
 from mmkt_ray.errors import DataError
 
@@ -50,6 +50,7 @@ class _Reducer:
     """What the three have in common: fitted arrays, their way to disk and back, checks."""
 
     version = 1
+    _shapes: ClassVar[dict[str, tuple[Any, str]]]  # fitted array -> type, axes
     num_passes = 1  # passes over the train split that the fit takes
 
     def __init__(self, config: ReduceConfig) -> None:
@@ -74,8 +75,14 @@ class _Reducer:
         return dict(self._tensors), dict(self._rest)
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        """Become what `state` was taken of."""
-        self._tensors, self._rest = dict(tensors), dict(rest)
+        """Become what `state` was taken of. Raises: ValueError, KeyError if that was no state."""
+        width = len(tensors["mean"]) if "mean" in self._shapes else len(tensors["components"])
+        shapes = {"D": width, "K": self._config.dim}
+        self._tensors = {
+            name: check_array(name, tensors[name], dtype, tuple(shapes[axis] for axis in axes))
+            for name, (dtype, axes) in self._shapes.items()
+        }
+        self._rest = dict(rest)
 
     def _check_fitted(self) -> None:
         if not self.fitted:
@@ -166,6 +173,8 @@ class _CentringReducer(_Reducer, ABC):
 class PcaReducer(_CentringReducer):
     """Projection of centred features onto their K directions of largest variance."""
 
+    _shapes: ClassVar = {"mean": (np.float64, "D"), "components": (np.float32, "DK")}
+
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
         return centred.T @ centred
 
@@ -185,6 +194,8 @@ class PcaReducer(_CentringReducer):
 class Standardizer(_CentringReducer):
     """Features less their mean, divided by their standard deviation; constant ones become 0."""
 
+    _shapes: ClassVar = {"mean": (np.float64, "D"), "scale": (np.float64, "D")}
+
     @property
     def dim(self) -> int:
         """D."""
@@ -193,6 +204,11 @@ class Standardizer(_CentringReducer):
 
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
         return (centred**2).sum(axis=0)
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        super().load_state(tensors, rest)
+        if not (self._tensors["scale"] > 0).all():
+            raise ValueError("scale is not above 0 throughout")
 
     def finish(self, total: Moments) -> None:
         """Raises: DataError if there are no rows, or values are not finite."""
@@ -218,6 +234,7 @@ class SvdReducer(_Reducer):
     float32; a pickled reducer carries one of these blocks, all that `partial` needs.
     """
 
+    _shapes: ClassVar = {"components": (np.float32, "DK")}
     KRYLOV_PASSES = 8
     OVERSAMPLING = 20
     SEED = 0

@@ -18,6 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from mmkt_ray import config
+from mmkt_ray.encoders.base import check_array
 from mmkt_ray.encoders.tokens import TermIndex, count_terms
 from mmkt_ray.errors import DataError
 
@@ -101,10 +102,15 @@ class TfidfEncoder:
         return {"term_bytes": term_bytes, "term_offsets": term_offsets, "idf": self._idf}, {}
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        """Become what `state` was taken of."""
-        self._terms = _from_utf8(tensors["term_bytes"], tensors["term_offsets"])
-        self._idf = tensors["idf"]
-        self._index = None
+        """Become what `state` was taken of. Raises: ValueError, KeyError if that was no state: compiled code trusts it."""
+        data = check_array("term_bytes", tensors["term_bytes"], np.uint8, (None,))
+        offsets = check_array("term_offsets", tensors["term_offsets"], np.int64, (None,))
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"term_offsets do not ascend from 0 to the {len(data)} bytes of the terms")
+        terms = _from_utf8(data, offsets)
+        terms.validate(full=True)  # UTF-8
+        self._idf = check_array("idf", tensors["idf"], np.float64, (len(terms),))
+        self._terms, self._index = terms, None
 
     def _fitted_terms(self) -> pa.LargeStringArray:
         if self._terms is None:

@@ -3,7 +3,7 @@
     <model>/model.safetensors   the model's state
     <model>/config.json         its card, published last: a folder without it is no model; evaluation adds `temperatures`
 
-Nothing in it is a pickle.
+Nothing in it is a pickle. The card has a checksum of itself and of the weights: whoever changes it writes it with `write_card`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from safetensors.torch import save as save_tensors
 
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import Config
-from mmkt_ray.errors import DataError
+from mmkt_ray.errors import DataError, OtherVersionError, UserError
+from mmkt_ray.evaluation.model_card import check_card
 from mmkt_ray.models import Predictor, build_model
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 3: checksums
 
 
 def save_model(
@@ -30,8 +31,11 @@ def save_model(
 ) -> None:
     """Publish a model. `extra` (JSON-able) goes into the card as it is, e.g. the training's fingerprint and summary."""
     spec = model.spec
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    data = save_tensors(weights)
     card = {
         "schema_version": SCHEMA_VERSION,
+        "checksums": {"model.safetensors": storage.checksum(data)},
         "spec": spec.to_dict(),
         "class_names": {t: list(store_manifest["tasks"][t]["classes"]) for t in spec.tasks},
         "store": store_manifest.get("fingerprint"),
@@ -40,10 +44,9 @@ def save_model(
         "versions": {"mmkt_ray": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         **extra,
     }
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     storage.remove(storage.join(uri, "config.json"))  # an older model's card must never stand beside new weights
-    storage.write_bytes(storage.join(uri, "model.safetensors"), save_tensors(weights))
-    storage.write_json(storage.join(uri, "config.json"), card)
+    storage.write_bytes(storage.join(uri, "model.safetensors"), data)
+    write_card(uri, card)
 
 
 def copy_model(source: str, target: str) -> None:
@@ -57,18 +60,27 @@ def save_temperatures(uri: str, temperatures: Mapping[str, float]) -> None:
     """Put into the card what each task's logits are to be divided by from now on; none: nothing."""
     card = read_card(uri)
     if card is not None and card.get("temperatures", {}) != temperatures:
-        storage.write_json(storage.join(uri, "config.json"), card | {"temperatures": dict(temperatures)})
+        write_card(uri, card | {"temperatures": dict(temperatures)})
+
+
+def write_card(uri: str, card: Mapping[str, Any]) -> None:
+    """Write `config.json` with the checksum of its content."""
+    storage.write_sealed(storage.join(uri, "config.json"), dict(card))
 
 
 def read_card(uri: str) -> dict[str, Any] | None:
-    """The card of a published model; None if there is none. Raises: DataError if it is damaged."""
+    """The card of a published model; None if there is none, or one of another schema version, which is trained again.
+
+    Raises: DataError if it is damaged.
+    """
     try:
-        card = storage.read_json(storage.join(uri, "config.json"))
-    except FileNotFoundError:
+        return _read_card(uri)
+    except (FileNotFoundError, OtherVersionError):
         return None
-    if not isinstance(card, dict):
-        raise DataError(f"'{uri}/config.json' is damaged: remove the folder and train again")
-    return card
+
+
+def _read_card(uri: str) -> dict[str, Any]:
+    return storage.read_sealed(storage.join(uri, "config.json"), SCHEMA_VERSION, "remove the folder and train again")
 
 
 def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
@@ -76,19 +88,37 @@ def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
 
     Raises: DataError if the folder is missing, unfinished, damaged, or of another schema version.
     """
-    card = read_card(uri)
-    if card is None:
-        raise DataError(f"'{uri}' is no finished model folder (no config.json): run `mmkt train` with the same config")
-    if card.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"'{uri}' has schema version {card.get('schema_version')}, this is {SCHEMA_VERSION}: train again"
-        )
     try:
-        model = build_model(card["spec"])
-        model.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, "model.safetensors"))))
+        card = _read_card(uri)
+    except FileNotFoundError:
+        raise DataError(
+            f"'{uri}' is no finished model folder (no config.json): run `mmkt train` with the same config"
+        ) from None
+    check_card(uri, card)
+    try:
+        weights = storage.join(uri, "model.safetensors")
+        data = storage.read_bytes(weights)
+        storage.check_bytes(weights, data, card["checksums"].get("model.safetensors", ""))
+        model = _with_weights(card["spec"], load_tensors(data))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise DataError(f"'{uri}' has no model.safetensors: remove the folder and train again") from None
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
     model.temperatures = dict(card.get("temperatures", {}))
     return model.eval(), card
+
+
+def _with_weights(spec: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Predictor:
+    """The model of a spec with its weights. Raises: ValueError or RuntimeError if they do not fit, before memory is taken."""
+    with torch.device("meta"):  # shapes alone: what the spec states may be of any size
+        expected = {name: (value.shape, value.dtype) for name, value in build_model(spec).state_dict().items()}
+    if {name: (value.shape, value.dtype) for name, value in weights.items()} != expected:
+        differing = [n for n in {*expected, *weights} if n not in weights or n not in expected]
+        raise ValueError(f"the weights are not those of the model's spec: {', '.join(sorted(differing)[:3]) or 'shapes'}")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError("there are NaN or infinite weights")
+    model = build_model(spec)
+    model.load_state_dict(weights)
+    return model

@@ -1,15 +1,25 @@
-"""A model folder and raw shards -> predictions, through the same readers, encoders and reducers as in training."""
+"""A model folder and raw shards -> predictions, through the same readers, encoders and reducers as in training.
+
+A model folder is data, and may come from anyone: its card runs no code, names no file outside the folder, and raises no limit,
+unless whoever predicts says so.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, PairCombine, UnionCombine, parse_config
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.config import Config, CustomEncoder, PairCombine, Section, UnionCombine, fingerprint, parse_config
+from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.training import ExtractConfig
+from mmkt_ray.encoders.build import read_card as read_encoder_card
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable, write_parts
@@ -21,6 +31,14 @@ from mmkt_ray.samples.readers import list_shards
 
 log = logging.getLogger(__name__)
 
+# a card may ask for less than this installation's defaults, not for more
+LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
+    "samples": (SamplesConfig, ("max_image_pixels", "decode_timeout_s")),
+    "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
+}
+FILES = ("folder", "weights")  # options of encoders that name files
+
+
 
 def predict(
     model_uri: str,
@@ -31,6 +49,8 @@ def predict(
     reader: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_reject_frac: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
 ) -> str:
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
@@ -38,17 +58,17 @@ def predict(
     Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
     <task>_proba (class probabilities in the order of the model's class names); null where no modality that the model reads
     for the task is there. A modality that new Parquet or CSV shards have no column for is absent in all of their rows.
+    overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
+    module:Class, and read the files that it names elsewhere.
     Raises: ConfigError, DataError.
     """
     model, card = load_model(model_uri)
-    trained = parse_config(card["config"])
-    if max_reject_frac is not None:
-        trained = trained.with_overrides({"samples.max_reject_frac": max_reject_frac})
+    own = dict(overrides or {}) | ({} if max_reject_frac is None else {"samples.max_reject_frac": max_reject_frac})
+    trained = restrict(parse_config(card["config"]), own)
     config = prediction_config(trained, inputs, like, reader, columns or {})
+    folders = usable_encoders(model_uri, model, card, config, own, trust_code)
     out_uri = storage.absolute(out_uri)
     storage.make_dir(out_uri)
-    saved = storage.join(storage.absolute(model_uri), "encoders")
-    folders = {m: [storage.join(saved, f) for f in card["encoders"][m]["folders"]] for m in config.modalities}
     store = encode(config, out_uri, list_shards(config), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
     store = combine(config, out_uri, store)
@@ -57,8 +77,99 @@ def predict(
     storage.write_bytes(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
-    log.info("%d predicted, %d rejected", store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"])
+    counts = store.manifest["counts"]
+    log.info(
+        "%d predicted, %d rejected, %d without a modality that could not be read or encoded",
+        counts["rows"],
+        counts["rejects"],
+        counts["unreadable_modalities"],
+    )
     return path
+
+
+def restrict(config: Config, own: Mapping[str, Any]) -> Config:
+    """The model's config with no more than this installation's limits, then with the values of whoever predicts."""
+    lowered: dict[str, Any] = {}
+    for name, (section, keys) in LIMITS.items():
+        for key in keys:
+            asked, ours = getattr(getattr(config, name), key), section.model_fields[key].default
+            if asked > ours:
+                lowered[f"{name}.{key}"] = ours
+    for i, source in enumerate(config.samples.sources):
+        if source.allow_outside:
+            lowered[f"samples.sources.{i}.allow_outside"] = False
+    for key in sorted(lowered.keys() - own.keys()):
+        log.warning("the model's card asks for more: %s is %s here; --set %s=.. raises it", key, lowered[key], key)
+    return config.with_overrides(lowered | dict(own)) if lowered or own else config
+
+
+def usable_encoders(
+    model_uri: str,
+    model: Predictor,
+    card: Mapping[str, Any],
+    config: Config,
+    own: Mapping[str, Any],
+    trust_code: bool,
+) -> dict[str, list[str]]:
+    """Modality -> folders of its encoder and its reducer, if the card may use them. Raises: ConfigError, DataError."""
+    if not trust_code:
+        check_encoders(config, own)
+    if config.modalities.keys() != model.spec.modalities.keys():
+        raise DataError(f"'{model_uri}/config.json' is damaged: config and spec name different modalities; train again")
+    folders = {m: encoder_folders(storage.absolute(model_uri), m, card["encoders"][m]) for m in config.modalities}
+    for m, modality in config.modalities.items():
+        if not any(key.startswith(f"modalities.{m}.encoder") for key in own):
+            check_options(folders[m][0], modality.encoder.model_dump(mode="json"))
+    return folders
+
+
+def check_encoders(config: Config, own: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for an encoder that the card takes from elsewhere: code to import, or files to read."""
+    for m, modality in sorted(config.modalities.items()):
+        encoder = modality.encoder
+        if isinstance(encoder, CustomEncoder):
+            raise ConfigError(
+                f"the model's card names the encoder '{encoder.name}' for '{m}', code of this machine that would be imported "
+                "and run: if you trust whoever made the model, add --trust-code (in Python: trust_code=True)"
+            )
+        for option in FILES:
+            value, key = getattr(encoder, option, "download"), f"modalities.{m}.encoder.{option}"
+            if value != "download" and key not in own:
+                raise ConfigError(
+                    f"the model's card names files outside of its folder, '{value}', for the encoder of '{m}': if you trust "
+                    f"whoever made the model, add --trust-code, else say where they are by --set {key}=PATH"
+                )
+
+
+def encoder_folders(model_uri: str, modality: str, about: Mapping[str, Any]) -> list[str]:
+    """Folders of a modality's encoder and, where it has one, its reducer. about: the model's card on the modality.
+
+    Raises: DataError if they lead out of the model's folder, or are not those that the model was trained with.
+    """
+    saved = storage.join(model_uri, "encoders")
+    folders = [storage.join(saved, name) for name in about["folders"]]
+    for folder in folders:
+        if "://" not in folder and os.path.dirname(os.path.realpath(folder)) != os.path.realpath(saved):
+            raise DataError(f"'{folder}' is a link out of the model's folder: copy what it leads to in its place")
+    if not folders:
+        raise DataError(f"'{model_uri}' has no encoder of '{modality}': copy the model's folder again as a whole")
+    found = [read_encoder_card(folder)["fingerprint"] for folder in folders]
+    if (found[0] if len(found) == 1 else fingerprint(found)) != about["fingerprint"]:
+        raise DataError(
+            f"the encoder of '{modality}' in '{saved}' is not the one that the model was trained with: copy the folder "
+            "again as a whole, or train again"
+        )
+    return folders
+
+
+def check_options(folder: str, asked: Mapping[str, Any]) -> None:
+    """Raises: DataError if an encoder was fitted with other options than the model's card says."""
+    differing = {k: v for k, v in read_encoder_card(folder)["config"].items() if asked.get(k) != v}
+    if differing:
+        raise DataError(
+            f"the encoder in '{folder}' was fitted with {differing}, the model's card says otherwise: copy the model's "
+            "folder again as a whole, or train again"
+        )
 
 
 def prediction_config(
@@ -98,13 +209,21 @@ def prediction_config(
     return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {}})
 
 
+def finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The probabilities, task -> (N, C), as they are. Raises: DataError if one is not finite: the weights overflow."""
+    for task, values in proba.items():
+        if not np.isfinite(values).all():
+            raise DataError(f"the model gives no finite probabilities for '{task}', its weights overflow: train it again")
+    return proba
+
+
 def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:
     """Predict part by part: one part of the store is in memory at a time."""
     modalities = sorted(model.spec.modalities)
 
     def parts() -> Iterator[pa.Table]:
         for table in store.tables(modalities, tasks=[]):
-            proba = without_unreadable(predict_table(model, table), table, model.spec.inputs)
+            proba = without_unreadable(finite(predict_table(model, table)), table, model.spec.inputs)
             columns = {
                 "sample_id": pa.array(table.sample_id[:], pa.string()),
                 "missing": missing_column(table, modalities),

@@ -71,6 +71,7 @@ def write_part(batch: Row, store_uri: str) -> Row:
     table, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0]).cast(REJECT_SCHEMA)
     if len(rejects):
         storage.write_table(storage.join(store_uri, "rejects", name), rejects)
-    storage.write_table(storage.join(store_uri, "data", name), table)
+    checksum = storage.write_table(storage.join(store_uri, "data", name), table)
     seconds = json.loads(batch["seconds"][0]) | {"write": time.perf_counter() - start}
-    return {"name": [name], "num_rows": [len(table)], "num_rejects": [len(rejects)], "seconds": [json.dumps(seconds)]}
+    told: Row = {"name": [name], "checksum": [checksum], "num_rows": [len(table)], "num_rejects": [len(rejects)]}
+    return told | {"seconds": [json.dumps(seconds)]}

@@ -242,8 +242,7 @@ def gather(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
 def _spill(source: Store, path: str) -> pa.Table:
     """The source's rows as an uncompressed Arrow file, mapped: gathering touches only the pages it needs."""
     writer = None
-    for uri in source.parts():
-        table = storage.read_table(uri)
+    for table in source.read():
         writer = writer or pa.ipc.new_file(path, table.schema)
         writer.write_table(table)
     if writer is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import scipy.sparse as sp
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SHAPE = b"shape"  # metadata of a column of decoded images or audio
 UNREADABLE = "unreadable"  # in `cleaned`: the modality was there and could not be decoded
+NOT_ENCODED = "not encoded"  # in `cleaned`: it was decoded, and its encoder gave no usable features
 
 
 class Decoded(NamedTuple):
@@ -59,7 +61,11 @@ def decode_column(column: pa.ChunkedArray, kind: str, prepare: Any, samples: Sam
 
 def note_content(samples: pa.Table, name: str, hashes: Any, changes: Sequence[Sequence[str]]) -> pa.Table:
     """The samples with the hashes of a modality's content, and `cleaned` extended by what was changed in it."""
-    samples = samples.append_column(hash_of(name), pa.array(hashes, pa.uint64()))
+    return note_changes(samples.append_column(hash_of(name), pa.array(hashes, pa.uint64())), name, changes)
+
+
+def note_changes(samples: pa.Table, name: str, changes: Sequence[Sequence[str]]) -> pa.Table:
+    """The samples with `cleaned` extended by what was changed in a modality."""
     if not any(changes):
         return samples
     before = samples.column("cleaned").to_pylist()
@@ -99,16 +105,24 @@ def decode_chunk(batch: Row, config: Config) -> Row:
 
 
 def settle_broken(
-    samples: pa.Table, broken: dict[str, dict[int, str]], modalities: Sequence[str], unit: str
+    samples: pa.Table,
+    broken: dict[str, dict[int, str]],
+    modalities: Sequence[str],
+    unit: str,
+    stage: str = "decode",
+    lost: dict[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, pa.Table]:
     """Which rows stay (N,) bool, and a reject for each row with a broken modality. broken: modality -> row -> reason.
 
     A row that has another modality stays without the broken one, and its reject tells so by the stage `modality`.
+    lost: modality -> (N,) bool, rows that lost it at an earlier stage.
     """
     left = np.zeros(len(samples), dtype=bool)
     reasons: dict[int, list[str]] = {}
     for name in modalities:
         present = samples.column(name).is_valid().to_numpy().copy()
+        if lost is not None:
+            present &= ~lost[name]
         for i, reason in broken.get(name, {}).items():
             present[i] = False
             reasons.setdefault(i, []).append(f"{name}: {reason}")
@@ -117,7 +131,7 @@ def settle_broken(
     keep[[i for i in range(len(samples)) if i not in reasons]] = True
     ids = samples.column("sample_id").to_pylist()
     return keep, reject_table(
-        [Reject(ids[i], unit, MODALITY if keep[i] else "decode", "; ".join(reasons[i])) for i in sorted(reasons)]
+        [Reject(ids[i], unit, MODALITY if keep[i] else stage, "; ".join(reasons[i])) for i in sorted(reasons)]
     )
 
 
@@ -171,21 +185,31 @@ class EncodeChunk:
         stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
         samples, values, broken = self._decode(samples, stored, seconds)
         keep, told = settle_broken(samples, broken, list(self.encoders), unit)
-        kept = samples.filter(pa.array(keep))
-        columns = {name: kept.column(name) for name in ("sample_id", "split", "key")}
-        for name, encoder in self.encoders.items():
-            start = time.perf_counter()
+        samples, mask = samples.filter(pa.array(keep)), pa.array(keep)
+        columns: dict[str, pa.Array] = {}
+        refused: dict[str, dict[int, str]] = {}
+        for name in self.encoders:
             part = stored.get(name)
             if part is None:
                 chosen = [value for value, wanted in zip(values[name], keep, strict=True) if wanted]
-                columns[column_of(name)] = encode_column(encoder, chosen, self.plan.config.extract.feature_dtype)
-                seconds[f"encode {name}"] = time.perf_counter() - start
+                columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
             else:
-                columns[column_of(name)] = part.column(column_of(name)).filter(pa.array(keep))
-        rest = [*map(hash_of, self.encoders), *sorted(self.plan.config.tasks), "cleaned"]
-        columns |= {name: kept.column(name) for name in rest}
-        part = pa.table(columns, schema=self.schema)
-        return make_row(unit, index, last, part, pa.concat_tables([rejects, told]), seconds)
+                part = part.filter(mask)
+                columns[column_of(name)] = part.column(column_of(name)).combine_chunks()
+                refused[name] = known_refused(part, name)
+        lost = {m: np.isin(np.flatnonzero(keep), np.array(list(rows), np.int64)) for m, rows in broken.items()}
+        samples, more = settle_refused(samples, columns, refused, lost, unit)
+        part = pa.table({name: samples.column(name) for name in self.schema.names}, schema=self.schema)
+        return make_row(unit, index, last, part, pa.concat_tables([rejects, told, more]), seconds)
+
+    def _encode(
+        self, name: str, values: list[Any], seconds: dict[str, float]
+    ) -> tuple[pa.Array, dict[int, str]]:
+        """Features of a modality's values, and row -> why there are none though there is a value."""
+        start = time.perf_counter()
+        found = encode_column(self.encoders[name], values, self.plan.config.extract.feature_dtype)
+        seconds[f"encode {name}"] = time.perf_counter() - start
+        return found
 
     def _decode(
         self, samples: pa.Table, stored: dict[str, pa.Table | None], seconds: dict[str, float]
@@ -200,6 +224,7 @@ class EncodeChunk:
             if (part := stored.get(name)) is not None:
                 if hash_of(name) not in samples.column_names:  # not decoded by the stage before
                     changes = changes_of(part, name) if kind != "text" else []  # texts are normalised on reading
+                    changes = [[c for c in cell if c != NOT_ENCODED] for cell in changes]
                     known = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
                     broken[name] = dict.fromkeys(known, "unreadable, as found when the modality was encoded")
                     samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
@@ -222,12 +247,101 @@ class EncodeChunk:
         return samples, values, broken
 
 
-def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> pa.Array:
-    """Values (N, None where absent) -> feature column of N rows, null where absent."""
-    present = np.array([value is not None for value in values], dtype=bool)
-    if not present.any():
-        return pa.nulls(len(values), feature_type(encoder.dim, getattr(encoder, "sparse", False), dtype))
-    return to_arrow(encoder.encode([value for value in values if value is not None]), present, dtype)
+def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> tuple[pa.Array, dict[int, str]]:
+    """Values (N, None where absent) -> feature column of N rows, and row -> what is wrong with the features it got.
+
+    Null where a value is absent or its features are refused: they are of another width, or not finite as `dtype`.
+    """
+    rows = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
+    kind = feature_type(encoder.dim, getattr(encoder, "sparse", False), dtype)
+    if not len(rows):
+        return pa.nulls(len(values), kind), {}
+    features, refused = checked_features(encoder, [values[i] for i in rows], dtype)
+    good = np.array([i not in refused for i in range(len(rows))])
+    present = np.zeros(len(values), dtype=bool)
+    present[rows[good]] = True
+    if not good.any():
+        column = pa.nulls(len(values), kind)
+    else:
+        column = to_arrow(features if good.all() else features[np.flatnonzero(good)], present, dtype)
+    return column, {int(rows[i]): why for i, why in refused.items()}
+
+
+def checked_features(encoder: Any, values: list[Any], dtype: str) -> tuple[Any, dict[int, str]]:
+    """Features (B, D) of values, and row -> why its features are none: such rows hold zeros.
+
+    A batch whose features are not (B, D) is encoded value by value, so that it costs only the values to blame.
+    """
+    features, why = _as_features(encoder, encoder.encode(values), len(values))
+    if features is None and len(values) > 1:
+        alone = [checked_features(encoder, [value], dtype) for value in values]
+        rows: Any = [own for own, _ in alone]
+        whole = sp.vstack(rows, format="csr") if getattr(encoder, "sparse", False) else np.concatenate(rows)
+        return whole, {i: w[0] for i, (_, w) in enumerate(alone) if w}
+    if features is None:
+        empty = np.zeros((1, encoder.dim), dtype=np.float32)
+        return (sp.csr_matrix(empty) if getattr(encoder, "sparse", False) else empty), {0: why}
+    return features, _not_finite(features, dtype)
+
+
+def _as_features(encoder: Any, given: Any, num_values: int) -> tuple[Any, str]:
+    """What an encoder returned as (B, D), sparse if it says so, or None and what is wrong with it."""
+    try:
+        sparse = getattr(encoder, "sparse", False)
+        features: Any = sp.csr_matrix(given) if sparse else given.toarray() if sp.issparse(given) else np.asarray(given)
+        if features.dtype.kind not in "biuf":
+            raise ValueError(f"values of type {features.dtype}")
+        if features.shape != (num_values, encoder.dim):
+            raise ValueError(f"shape {features.shape} for {num_values} values")
+        if sparse:
+            features.check_format(full_check=True)
+        return features, ""
+    except (TypeError, ValueError) as error:
+        return None, f"the encoder gave no features of width {encoder.dim}: {error}"
+
+
+def _not_finite(features: Any, dtype: str) -> dict[int, str]:
+    """Row -> why its features cannot be kept as `dtype`."""
+    sparse = sp.issparse(features)
+    with np.errstate(over="ignore"):
+        numbers = (features.data if sparse else features).astype(np.float32 if sparse else dtype)
+    if np.isfinite(numbers).all():
+        return {}
+    bad = ~np.isfinite(numbers)
+    rows = np.searchsorted(features.indptr, np.flatnonzero(bad), side="right") - 1 if sparse else bad.any(axis=1).nonzero()[0]
+    return {int(i): f"the encoder gave NaN, infinity or a number too large for {numbers.dtype}" for i in np.unique(rows)}
+
+
+def known_refused(part: pa.Table, name: str) -> dict[int, str]:
+    """Rows of a stored part whose features of a modality were refused."""
+    return {
+        i: "no usable features, as found when the modality was encoded"
+        for i, changes in enumerate(changes_of(part, name))
+        if NOT_ENCODED in changes
+    }
+
+
+def settle_refused(
+    samples: pa.Table,
+    columns: dict[str, pa.Array],
+    refused: dict[str, dict[int, str]],
+    lost: dict[str, np.ndarray],
+    unit: str,
+) -> tuple[pa.Table, pa.Table]:
+    """The samples that stay, with their features, and a reject for each row whose features of a modality were refused.
+
+    Args as in `settle_broken`; columns: name -> features of all samples.
+    """
+    none = np.zeros(len(samples), dtype=bool)
+    gone = {m: lost.get(m, none) for m in refused}
+    keep, told = settle_broken(samples, refused, list(refused), unit, "encode", gone)
+    for name, rows in refused.items():
+        if rows:
+            changes = [[NOT_ENCODED] if i in rows else [] for i in range(len(samples))]
+            samples = note_changes(samples, name, changes)
+    for name, column in columns.items():
+        samples = samples.append_column(name, column)
+    return samples if keep.all() else samples.filter(pa.array(keep)), told
 
 
 def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples: pa.Table) -> pa.Table | None:

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, ReduceConfig, TaskConfig, fingerprint
-from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, read_card
+from mmkt_ray.config import Config, TaskConfig, fingerprint
+from mmkt_ray.encoders.build import build_encoder, load_reducer, read_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
@@ -110,8 +110,9 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         }
         for m, c in cards.items()
     }
+    names = {s.unit: s.name for s in shards}
     return publish(
-        uri, config, units, modalities, stats.summary(), names={s.unit: s.name for s in shards}, layout=layout
+        uri, config, units, modalities, stats.summary(), names=names, layout=layout, checksums=stats.checksums
     )
 
 
@@ -170,9 +171,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     stats = RunStats(uri, max_reject_frac=1.0)
     if todo:
         storage.make_dir(uri)
-        loaded = {
-            m: load_fitted(build_reducer(ReduceConfig(**cards[m]["config"])), folder) for m, folder in reducers.items()
-        }
+        loaded = {m: load_reducer(folder) for m, folder in reducers.items()}
         cluster.connect()
         dims, dtype = {m: encoded.dim(m) for m in loaded}, config.extract.feature_dtype
         work = partial(reduce_part, source_uri=encoded.uri, reducers=loaded, dims=dims, dtype=dtype)
@@ -191,7 +190,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
             "fingerprint": both,
             "folders": folders,
         }
-    return publish(uri, config, units, modalities, stats.summary(), source=encoded)
+    return publish(uri, config, units, modalities, stats.summary(), source=encoded, checksums=stats.checksums)
 
 
 def reading_layout(config: Config) -> dict[str, Any]:
@@ -257,6 +256,7 @@ class RunStats:
         self.uri, self.max_reject_frac = uri, max_reject_frac
         self.num_rows = self.num_rejects = 0
         self.seconds: Counter[str] = Counter()
+        self.checksums: dict[str, str] = {}  # by part
         self.wall_s = self.startup_s = 0.0
 
     def follow(self, parts: ray.data.Dataset) -> None:
@@ -265,6 +265,7 @@ class RunStats:
         for part in parts.iter_rows():
             self.num_rows += part["num_rows"]
             self.num_rejects += part["num_rejects"]
+            self.checksums[part["name"]] = part["checksum"]
             seconds = json.loads(part["seconds"])
             self.seconds.update(seconds)
             self.wall_s = time.perf_counter() - start

@@ -206,5 +206,5 @@ def merge_in_tree(statistics: Sequence[Callable[[], Any]], merge: Callable[[list
 
 
 def _save(fitted: Any, section: Section, uri: str, units: list[str]) -> None:
-    card = save_fitted(fitted, section, uri, {"units": units, "sparse": getattr(fitted, "sparse", False)})
+    card = save_fitted(fitted, section, uri, {"units": units})
     log.info("fitted: %s (%d features)", uri, card["dim"])

@@ -16,7 +16,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit, leaking_rows, read_contents
-from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store
+from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
 from mmkt_ray.samples.schema import MODALITY, REJECT_SCHEMA, Reject, reject_table
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,16 @@ LEAKAGE = "leakage"  # stage of the rejects that are left out because they leak
 
 
 def published(uri: str, units: list[str], source: Store | None = None) -> Store | None:
-    """The store if it is complete for just these units (and just this source store), else None."""
+    """The store if it is complete for just these units (and just this source store), else None.
+
+    One that lacks a part is not complete: a damaged part is to be removed, and is made anew.
+    """
     if not storage.exists(storage.join(uri, "manifest.json")):
         return None
     store = open_store(uri)
+    there = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
+    if not there.issuperset(store.manifest["parts"]):
+        return None
     same_source = source is None or store.manifest["source"] == source.manifest["fingerprint"]
     return store if store.manifest["units"] == units and same_source else None
 
@@ -59,11 +65,12 @@ def publish(
     layout: str | None = None,
     rejects: pa.Table | None = None,
     extra: dict[str, Any] | None = None,
+    checksums: dict[str, str] | None = None,
 ) -> Store:
     """Write rejects.parquet and manifest.json for the parts of `units`, after checking ids and the reject budget.
 
-    units: in the order of their shards; names: unit -> shard name, for messages. Parts of other units (shards that are
-    gone or changed) are moved to superseded/.
+    units: in the order of their shards; names: unit -> shard name, for messages; checksums: of parts that were just
+    written, others are read for theirs. Parts of other units (shards that are gone or changed) are moved to superseded/.
     Raises: DataError when too many rows are rejected or no row is left.
     """
     rank = {unit: i for i, unit in enumerate(units)}
@@ -71,12 +78,13 @@ def publish(
     parts = sorted((n for n in found if n.split("-")[0] in rank), key=lambda n: (rank[n.split("-")[0]], n))
     for name in set(found) - set(parts):
         storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
+    known = dict(checksums or {})
     if source is None:
-        reject_duplicates(uri, parts)
+        known |= reject_duplicates(uri, parts)
     paired = config.samples.combine.name != "union"
     is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
     if config.samples.drop_leakage and is_whole:
-        drop_leakage(uri, parts, sorted(modalities))
+        known |= drop_leakage(uri, parts, sorted(modalities))
     counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
     check_binary(config, counts)
     own = collect_rejects(uri, parts, names or {})
@@ -94,6 +102,7 @@ def publish(
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "parts": parts,
+        "checksums": {n: known.get(n) or storage.file_checksum(storage.join(uri, "data", n)) for n in parts},
         "units": units,
         "layout": layout if layout is not None else source.manifest["layout"] if source is not None else "",
         "source": source.manifest["fingerprint"] if source is not None else None,
@@ -112,20 +121,21 @@ def publish(
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     storage.write_json(storage.join(uri, "audit.json"), audit(uri, parts, sorted(modalities), sorted(config.tasks)))
-    storage.write_json(storage.join(uri, "manifest.json"), manifest)
+    write_manifest(uri, manifest)
     log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects) - num_kept)
     return Store(uri, manifest)
 
 
-def reject_duplicates(uri: str, parts: list[str]) -> None:
+def reject_duplicates(uri: str, parts: list[str]) -> dict[str, str]:
     """Of rows with the same sample_id the first stays; later ones move to the part's rejects. Rewrites only affected parts.
 
-    Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
+    Returns the checksums of these. Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
     """
     hashes = [hash_strings(_read(uri, name, ["sample_id"]).column(0)) for name in parts]
     repeated = _repeated(np.concatenate([np.empty(0, np.uint64), *hashes]))
+    rewritten: dict[str, str] = {}
     if not len(repeated):
-        return
+        return rewritten
     seen: set[str] = set()
     for name, own in zip(parts, hashes, strict=True):
         suspects = np.flatnonzero(np.isin(own, repeated))
@@ -137,7 +147,9 @@ def reject_duplicates(uri: str, parts: list[str]) -> None:
             keep[row] = sample_id not in seen
             seen.add(sample_id)
         if not keep.all():
-            _drop_rows(uri, name, keep, "check", "duplicate sample_id: an earlier row has it already")
+            why = "duplicate sample_id: an earlier row has it already"
+            rewritten[name] = _drop_rows(uri, name, keep, "check", why)
+    return rewritten
 
 
 def hash_strings(column: pa.ChunkedArray) -> np.ndarray:
@@ -152,16 +164,19 @@ def _repeated(values: np.ndarray) -> np.ndarray:
     return np.unique(values[1:][values[1:] == values[:-1]])
 
 
-def drop_leakage(uri: str, parts: list[str], modalities: list[str]) -> None:
-    """Train rows whose whole content is in val or test too move to the part's rejects. Rewrites only affected parts."""
+def drop_leakage(uri: str, parts: list[str], modalities: list[str]) -> dict[str, str]:
+    """Train rows whose whole content is in val or test too move to the part's rejects. Rewrites only affected parts.
+
+    Returns the checksums of these.
+    """
+    why = "the same content is in val or test; left out by samples.drop_leakage"
     contents = read_contents(uri, parts, modalities)
     keep = ~leaking_rows(contents)
-    for name, kept in zip(parts, np.split(keep, np.cumsum(contents.lengths)[:-1]), strict=True):
-        if not kept.all():
-            _drop_rows(uri, name, kept, LEAKAGE, "the same content is in val or test; left out by samples.drop_leakage")
+    kept = dict(zip(parts, np.split(keep, np.cumsum(contents.lengths)[:-1]), strict=True))
+    return {n: _drop_rows(uri, n, rows, LEAKAGE, why) for n, rows in kept.items() if not rows.all()}
 
 
-def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -> None:
+def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -> str:
     table = _read(uri, name)
     lost = table.column("sample_id").filter(pa.array(~keep)).to_pylist()
     rejects = [Reject(i, name.split("-")[0], stage, reason) for i in lost]
@@ -170,7 +185,7 @@ def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -
     told = pc.and_(pc.equal(before["stage"], stage), pc.is_in(before["sample_id"], pa.array(lost, pa.string())))
     # first: a publishing that breaks off here has told of rows that are still there, and is given again
     storage.write_table(old, pa.concat_tables([before.filter(pc.invert(told)), reject_table(rejects)]))
-    storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
+    return storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
 
 
 def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Table:

@@ -3,7 +3,7 @@
     <store>/data/part-*.parquet   sample_id, split, <modality>_features (null when absent), one column per task;
                                   <modality>_hash of the content, `cleaned`: what was normalised in the row
     <store>/rejects.parquet       sample_id, source, stage, reason
-    <store>/manifest.json         published last; a folder without it is not a store
+    <store>/manifest.json         published last, with the checksum of each part; a folder without it is not a store
 
 Axes: N samples, D features of one modality, C classes of one task. Dense features are fixed-size lists of float32 or
 float16; sparse ones are structs of `indices: list<int32>` and `values: list<float32>`.
@@ -28,7 +28,7 @@ from mmkt_ray.features.table import MISSING, UNSEEN, FeatureTable, Ids, concat_t
 
 __all__ = ["MISSING", "UNSEEN", "FeatureTable", "Store", "concat_tables", "encode_labels", "labelled", "open_store"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: checksums
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
 
 
@@ -93,6 +93,9 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, dim: int) -> tuple[Features, 
     return dense, present
 
 
+_COMPARED: set[tuple[str, str | None]] = set()  # parts and checksums that this process found to agree
+
+
 @dataclass(frozen=True)
 class Store:
     """An opened, complete feature store."""
@@ -109,9 +112,18 @@ class Store:
         return int(self.manifest["modalities"][modality]["dim"])
 
     def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The parts one after another, with some or all columns."""
-        for uri in self.parts():
-            yield storage.read_table(uri, columns)
+        """The parts one after another, with some or all columns. Raises: DataError for a part that is damaged or gone.
+
+        A process compares a part with its checksum once, when it reads it first, for which the part is read as a whole.
+        """
+        checksums = self.manifest.get("checksums", {})
+        for name, uri in zip(self.manifest["parts"], self.parts(), strict=True):
+            expected = checksums.get(name)
+            try:
+                yield storage.read_table(uri, columns, expected=None if (uri, expected) in _COMPARED else expected)
+            except FileNotFoundError:
+                raise DataError(f"'{uri}' is gone: run the same command again, which makes it anew") from None
+            _COMPARED.add((uri, expected))
 
     def table(self, modalities: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> FeatureTable:
         """Load features and labels. Raises: ConfigError for a modality or task that the store does not have."""
@@ -145,13 +157,16 @@ class Store:
 def open_store(uri: str) -> Store:
     """Open a published store. Raises: DataError if it is none, is unfinished, or is of another schema version."""
     try:
-        manifest = storage.read_json(storage.join(uri, "manifest.json"))
+        manifest = storage.read_sealed(
+            storage.join(uri, "manifest.json"), SCHEMA_VERSION, f"remove the folder '{uri}' and run the same command again"
+        )
     except FileNotFoundError:
         raise DataError(
             f"'{uri}' is no finished feature store (no manifest.json): run `mmkt extract` with the same config"
         ) from None
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"'{uri}' has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}: extract again"
-        )
     return Store(uri, manifest)
+
+
+def write_manifest(uri: str, manifest: dict[str, Any]) -> None:
+    """Publish a store: from now on `open_store` opens it."""
+    storage.write_sealed(storage.join(uri, "manifest.json"), manifest)

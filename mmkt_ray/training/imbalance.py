@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import scipy.sparse as sp
 
 from mmkt_ray import storage
@@ -33,7 +32,7 @@ def read_excluded(uri: str) -> np.ndarray:
     """The distinct sample_ids in a Parquet file, (N,) str. Raises: DataError if the file or its column is missing."""
     try:
         column = storage.read_table(uri, ["sample_id"]).column("sample_id")
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (FileNotFoundError, DataError) as error:
         raise DataError(f"training.exclude needs a Parquet file with a column sample_id: '{uri}': {error}") from None
     return np.unique(column.to_numpy(zero_copy_only=False).astype(str))
 

@@ -20,7 +20,15 @@ from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.model_folder import save_model
-from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, label_type, open_store, to_arrow
+from mmkt_ray.features.store import (
+    SCHEMA_VERSION,
+    Store,
+    column_of,
+    label_type,
+    open_store,
+    to_arrow,
+    write_manifest,
+)
 from mmkt_ray.training.loop import fit
 
 THINGS = ("bird", "boat", "car", "cat")
@@ -136,7 +144,7 @@ def write_store(
         "reject_reasons": {"cannot decode image": 2, "duplicate sample_id": 1},
         "rows_per_s": 1234.5,
     }
-    storage.write_json(storage.join(uri, "manifest.json"), manifest)
+    write_manifest(uri, manifest)
     return open_store(uri)
 
 

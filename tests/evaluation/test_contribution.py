@@ -12,6 +12,7 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.answers import decide, holm, paired_test, row_scores, sentence
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.contribution import contributions, insights, majority, shapley_weights
+from mmkt_ray.evaluation.model_folder import write_card
 from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.features.store import MISSING, UNSEEN, open_store
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
@@ -252,7 +253,7 @@ def test_unequal_training_is_told(run, tmp_path):
     copy = str(shutil.copytree(run, tmp_path / "run"))
     card = storage.read_json(copy + "/models/text/config.json")
     card["config"]["training"]["epochs"] = 2
-    storage.write_json(copy + "/models/text/config.json", card)
+    write_card(copy + "/models/text", card)
     answers = insights(copy, stores_of(run))["tasks"]["thing"]["answers"]
     differs = {a["rest"]: a["differs"] for a in answers}
     assert differs == {"text": {"epochs": [6, 2]}, "image": {}}

@@ -1,17 +1,19 @@
 """The model folder and prediction from it: what was saved is what is used, and a broken folder is told as such."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model
+from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model, write_card
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import MultimodalModel, build_spec
 
@@ -100,8 +102,15 @@ def cut_weights(folder):
 
 
 def change_card(folder, key, value):
-    card = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(card | {key: value}))
+    """As somebody would who knows of the checksum."""
+    write_card(str(folder), {**json.loads((folder / "config.json").read_text()), key: value})
+
+
+def flip(path, position):
+    """One bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +133,83 @@ def test_a_broken_folder_is_told_as_such(folder, damage, says):
     """A traceback of safetensors or torch, or a model with weights of chance, from a folder that is not whole."""
     damage(folder)
     with pytest.raises(DataError, match=says):
+        load_model(str(folder))
+
+
+def test_a_flipped_bit_of_the_weights_is_found(folder, model):
+    """A weight that is read as another value, in silence."""
+    path = folder / "model.safetensors"
+    for position in (-1, -1000, 9):  # values, values, header
+        flip(path, position)
+        with pytest.raises(DataError, match=r"model\.safetensors' is damaged.*remove it"):
+            load_model(str(folder))
+        flip(path, position)
+    load_model(str(folder))
+
+
+def test_a_flipped_bit_of_the_card_is_found(folder):
+    """A class name or a temperature that is read as another one, in silence."""
+    path = folder / "config.json"
+    position = path.read_bytes().index(b'"y"') + 1
+    flip(path, position)
+    with pytest.raises(DataError, match=r"config\.json' is damaged"):
+        load_model(str(folder))
+
+
+def nan_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).fill_(np.nan)
+    save_file(weights, folder / "model.safetensors")
+    change_card(folder, "checksums", {"model.safetensors": storage.file_checksum(str(folder / "model.safetensors"))})
+
+
+def change_spec(folder, **changes):
+    change_card(folder, "spec", {**json.loads((folder / "config.json").read_text())["spec"], **changes})
+
+
+FUSION = {"name": "hierarchical", "depth": 2, "fuse": "concat", "rank": 16, "num_heads": 4, "combine": "learned"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        nan_weights,
+        lambda f: change_card(f, "checksums", {}),
+        lambda f: change_card(f, "class_names", {"topic": ["x", "y"]}),
+        lambda f: change_card(f, "class_names", {"topic": ["x", "y", "x"]}),
+        lambda f: change_card(f, "temperatures", {"topic": 0.0}),
+        lambda f: change_card(f, "encoders", {**MANIFEST["modalities"], "image": {"dim": 8, "folders": ["../../x"]}}),
+        lambda f: change_card(f, "encoders", {**MANIFEST["modalities"], "image": {"dim": 8, "folders": ["/x"]}}),
+        lambda f: change_spec(f, hidden_dim=10**9),  # 8 TB, if it were made before it is compared
+        lambda f: change_spec(f, num_experts=10**9),
+        lambda f: change_spec(f, fusion=FUSION | {"depth": 10**9}),
+        lambda f: change_spec(f, kinds={"topic": "os:system"}),
+        lambda f: change_spec(f, inputs={"topic": ["smell"]}),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_a_card_of_somebody_else_is_data(folder, damage):
+    """A card with a right checksum that has memory filled, files outside read, or names and numbers that do not fit."""
+    damage(folder)
+    with pytest.raises(DataError, match="damaged"):
+        load_model(str(folder))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("what", ["pipe", "zeros", "long"])
+def test_reading_a_folder_ends(folder, name, what, monkeypatch):
+    """A pipe, a device without end, or a file of any size that has `predict` hang or fill the memory."""
+    path = folder / name
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "zeros":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(storage.MAX_FILE_BYTES + 1)  # it takes no room on the disk
+    with pytest.raises(DataError, match=name):
         load_model(str(folder))
 
 

@@ -7,9 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmkt_ray.cli import main
 from mmkt_ray.config import Config
-from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.prediction import prediction_config
+from mmkt_ray.encoders.build import build_encoder, save_fitted
+from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.evaluation.model_folder import save_model
+from mmkt_ray.evaluation.prediction import predict, prediction_config, restrict
+from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.evaluation.runs import make_config
 
@@ -72,3 +76,88 @@ def test_training_still_refuses_a_column_that_is_not_there(config, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "data" / "0.parquet")
     with pytest.raises(DataError, match="no column 'image'"):
         list(read_chunks(config, list_shards(config)[0]))
+
+
+# --- a model folder is data --------------------
+
+
+def write_model(folder: Path, config: Config) -> Path:
+    """A model folder with the encoders that the config names, as far as they are built here; of random weights."""
+    entries = {}
+    for m, section in config.modalities.items():
+        if section.encoder.name in ("pixels", "tfidf"):
+            encoder = build_encoder(section.encoder)
+            if m == "text":
+                encoder.finish(encoder.partial(["a red car", "a blue cat"]))
+            card = save_fitted(encoder, section.encoder, str(folder / "encoders" / m), {"units": []})
+        else:
+            card = {"dim": 2, "fingerprint": "x", "sparse": False}
+        entries[m] = {k: card[k] for k in ("dim", "fingerprint")} | {"folders": [m]}
+    sparse = {"image": False, "text": config.modalities["text"].encoder.name == "tfidf"}
+    dims = {m: e["dim"] for m, e in entries.items()}
+    spec = build_spec(config, dims, sparse, {"thing": 2, "colour": 2})
+    classes = {t: {"classes": ["a", "b"]} for t in ("thing", "colour")}
+    save_model(str(folder), MultimodalModel(spec), config, {"modalities": entries, "tasks": classes}, {})
+    return folder
+
+
+def refuse(folder: Path, tmp_path: Path, match: str, **options) -> None:
+    """`predict` refuses the folder before it has written a file."""
+    with pytest.raises((ConfigError, DataError), match=match):
+        predict(str(folder), [str(tmp_path / "new.parquet")], str(tmp_path / "out"), **options)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "says"),
+    [
+        ({"name": "os:system", "options": {"command": "touch ran"}}, r"os:system.*--trust-code"),
+        ({"name": "huggingface", "folder": "/etc"}, r"'/etc'.*--set modalities\.text\.encoder\.folder"),
+    ],
+)
+def test_a_card_runs_no_code_and_reads_no_files(tmp_path, monkeypatch, encoder, says):
+    """A model from somebody else that runs a command, or reads what lies elsewhere, as the user who predicts."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_model(tmp_path / "model", make_config(tmp_path, modalities__text__encoder=encoder))
+    refuse(folder, tmp_path, says)
+    assert not (tmp_path / "ran").exists()
+    assert main(["predict", str(folder), "new.parquet", "--out", "out"]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_trusted_code_is_imported(tmp_path, monkeypatch):
+    """A user's own encoder that no flag lets through: the next refusal is that its fitted state is not there."""
+    monkeypatch.chdir(tmp_path)
+    encoder = {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}
+    folder = write_model(tmp_path / "model", make_config(tmp_path, modalities__text__encoder=encoder))
+    refuse(folder, tmp_path, "no fitted encoder in .*model/encoders/text", trust_code=True)
+
+
+def test_a_card_raises_no_limit(tmp_path, caplog):
+    """An image of 10^13 pixels, or a file outside of the shard's folder, that is read as the card says so."""
+    limits = {"samples.max_image_pixels": 10**13, "samples.decode_timeout_s": 80_000, "extract.chunk_rows": 10**9}
+    card = make_config(tmp_path).with_overrides(
+        limits | {"samples.sources.0.allow_outside": True, "extract.chunk_bytes": 5}
+    )
+    config = restrict(card, {})
+    assert (config.samples.max_image_pixels, config.samples.decode_timeout_s) == (64_000_000, 30)
+    assert (config.extract.chunk_rows, config.extract.chunk_bytes) == (1024, 5)  # less is granted
+    assert not config.samples.sources[0].allow_outside
+    assert "samples.max_image_pixels is 64000000 here" in caplog.text
+    own = restrict(card, {"samples.max_image_pixels": 10**10, "samples.sources.0.allow_outside": True})
+    assert (own.samples.max_image_pixels, own.samples.sources[0].allow_outside) == (10**10, True)
+
+
+def test_encoders_lie_in_the_folder_and_are_those_of_the_model(tmp_path):
+    """A link that leads out of the folder; an encoder of another model, whose features fit and mean something else."""
+    config = make_config(tmp_path)
+    folder = write_model(tmp_path / "model", config)
+    text = folder / "encoders" / "text"
+    text.rename(tmp_path / "text")
+    text.symlink_to(tmp_path / "text")
+    refuse(folder, tmp_path, "is a link out of the model's folder")
+    text.unlink()
+    other = build_encoder(config.modalities["text"].encoder)
+    other.finish(other.partial(["a fast bird", "a slow fish"]))
+    save_fitted(other, config.modalities["text"].encoder, str(text), {"units": []})
+    refuse(folder, tmp_path, "not the one that the model was trained with")

@@ -10,8 +10,10 @@ import torch
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.chunks import make_row, read_shard, unpack
+from mmkt_ray.features.chunks import make_row, read_shard, unpack, write_part
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device, decode_chunk
+from mmkt_ray.features.publish import publish
+from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.readers import list_shards
 from tests.shapes import png, write_shard
 
@@ -65,6 +67,47 @@ def test_a_row_with_nothing_but_a_broken_image_is_rejected(shapes: Path, make_co
         assert all(reason.startswith("image: ") for reason in told.column("reason").to_pylist())
 
 
+@pytest.mark.parametrize(
+    ("gives", "reason"),
+    [
+        ("nan", "NaN, infinity"),
+        ("inf", "NaN, infinity"),
+        ("huge", "too large for float16"),
+        ("wide", "no features of width 2"),
+        ("text", "no features of width 2"),
+    ],
+)
+def test_features_that_are_none_cost_their_rows_alone(shapes, make_config, gives, reason):
+    """A NaN of a user's encoder that ends as "lower the learning rate", or as a null prediction with 0 rejected."""
+    captions = ["good one", "bad one", None, "bad two", "good two"]
+    images = pa.array([png("red", 1), png("red", 2), png("red", 3), None, None], pa.binary())
+    write_shard(shapes / "data" / "shapes" / "bad.parquet", 90, 5, image=images, caption=captions)
+    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
+    config = make_config(
+        samples__sources=[{"reader": "parquet", "path": "shapes/bad.parquet", "columns": columns}],
+        modalities__text__encoder={"name": "odd_encoder:Odd", "options": {"gives": gives}},
+        extract__feature_dtype="float16" if gives == "huge" else "float32",
+    )
+    folders = encoder_folders(config, shapes)
+    encode = EncodeChunk(EncodePlan(config, folders, reuse={}, use_gpu=False, num_threads=1))
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    row = encode(batch)
+    table, told = unpack(row["table"][0]), unpack(row["rejects"][0])
+    assert table.column("sample_id").to_pylist() == ["s90", "s91", "s92", "s94"]
+    assert table.column("text_features").to_pylist() == [[8.0, 1.0], None, None, [8.0, 1.0]]
+    assert told.column("sample_id").to_pylist() == ["s91", "s93"]
+    assert told.column("stage").to_pylist() == ["modality", "encode"]
+    assert all(why.startswith("text: ") and reason in why for why in told.column("reason").to_pylist())
+    # the rows that stay are told again where a store of other encoders takes these features over
+    (shapes / "other" / "data").mkdir(parents=True)
+    write_part(row, str(shapes / "other"))
+    reuse = EncodePlan(config, folders, reuse={"text": str(shapes / "other")}, use_gpu=False, num_threads=1)
+    kept = pa.table(unpack(batch["table"][0])).filter(pa.array([True, True, True, False, True]))
+    again = EncodeChunk(reuse)(make_row(batch["unit"][0], 0, batch["last"][0], kept, unpack(batch["rejects"][0]), {}))
+    assert unpack(again["table"][0]).equals(table)
+    assert unpack(again["rejects"][0]).column("sample_id").to_pylist() == ["s91"]
+
+
 def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig) -> None:
     """A resumed run that encodes what it has."""
     config = make_config(extract__chunk_rows=16)
@@ -89,3 +132,24 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_told() -> None:
     assert assigned_device(use_gpu=False).type == "cpu"
     with pytest.raises(ResourceError, match=r"extract\.num_gpus=0"):
         assigned_device(use_gpu=True)
+
+
+def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config: MakeConfig) -> None:
+    """A store that calls itself damaged after rows were taken out of a part, or after a run that went on."""
+    write_shard(shapes / "data" / "shapes" / "again.parquet", 30, 20)  # ten rows of two other shards again
+    config = make_config(samples__max_reject_frac=0.5)
+    config = config.with_overrides({"modalities.text.encoder": {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}})
+    encode, uri = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), {}, False, 1)), str(shapes / "store")
+    checksums, shards = {}, list_shards(config)
+    for shard in shards:
+        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}):
+            told = write_part(encode(batch), uri)
+            checksums[told["name"][0]] = told["checksum"][0]
+    about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}
+    units = [shard.unit for shard in shards]
+    store = publish(uri, config, units, about, {}, layout="x", checksums=checksums)
+    assert store.manifest["counts"]["rows"] == 120
+    assert store.manifest["checksums"] != checksums  # rows were taken out of some
+    rows = pa.concat_tables(open_store(uri).read())
+    assert len(set(rows.column("sample_id").to_pylist())) == 120
+    assert publish(uri, config, units, about, {}, layout="x").manifest["checksums"] == store.manifest["checksums"]

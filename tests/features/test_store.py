@@ -8,8 +8,23 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 
-from mmkt_ray.features.publish import sort_classes
-from mmkt_ray.features.store import MISSING, UNSEEN, encode_labels, from_arrow, labelled, to_arrow
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.publish import published, sort_classes
+from mmkt_ray.features.store import (
+    _COMPARED,
+    MISSING,
+    SCHEMA_VERSION,
+    UNSEEN,
+    Store,
+    column_of,
+    encode_labels,
+    from_arrow,
+    labelled,
+    open_store,
+    to_arrow,
+    write_manifest,
+)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -73,3 +88,69 @@ def test_lists_of_classes_become_indicator_rows():
     assert codes.tolist() == [[1, 1, 0], [MISSING] * 3, [0, 0, 0], [0, 0, 1]]
     assert labelled(codes).tolist() == [True, False, True, True]
     assert labelled(np.array([2, MISSING, UNSEEN])).tolist() == [True, False, True]
+
+
+def write_store(uri: str) -> Store:
+    """Two parts of features, published."""
+    checksums = {}
+    for number in range(2):
+        features = np.random.default_rng(number).normal(size=(200, 8)).astype(np.float32)
+        column = to_arrow(features, np.ones(200, dtype=bool))
+        ids = [f"{number}-{i}" for i in range(200)]
+        table = pa.table({"sample_id": ids, "split": ["train"] * 200, column_of("image"): column})
+        checksums[f"{number}.parquet"] = storage.write_table(f"{uri}/data/{number}.parquet", table)
+    about = {"parts": sorted(checksums), "checksums": checksums, "modalities": {"image": {"dim": 8}}, "tasks": {}}
+    write_manifest(uri, {"schema_version": SCHEMA_VERSION, **about})
+    return open_store(uri)
+
+
+def test_a_flipped_bit_of_a_part_is_found(tmp_path):
+    """A feature, or a row's id, that is read as another one: at any place of the file, whichever columns are asked for."""
+    store = write_store(str(tmp_path))
+    path = tmp_path / "data" / "1.parquet"
+    whole = path.read_bytes()
+    store.table()
+    for position in [*range(0, len(whole), 701), len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        _COMPARED.clear()  # as in another process
+        with pytest.raises(DataError, match=r"1\.parquet' is damaged.*remove it and run the same command again"):
+            list(store.read(["sample_id"]))
+    path.write_bytes(whole)
+    assert len(store.table().sample_id) == 400
+
+
+def test_pages_are_compared_where_no_manifest_is(tmp_path):
+    """Features of a part that the tasks of an extraction read from each other."""
+    store = write_store(str(tmp_path))
+    path = tmp_path / "data" / "0.parquet"
+    data = bytearray(path.read_bytes())
+    place = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    data[place.data_page_offset + place.total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"0\.parquet.*remove it and run the same command again"):
+        storage.read_table(store.parts()[0], [column_of("image")])
+
+
+def test_a_manifest_that_was_changed_or_is_of_an_older_version_says_what_to_do(tmp_path):
+    """Counts or classes read as others in silence; a message that leads nowhere."""
+    store = write_store(str(tmp_path))
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"dim": 8', '"dim": 9'))
+    with pytest.raises(DataError, match=r"damaged or was changed by hand.*remove the folder"):
+        open_store(store.uri)
+    write_manifest(store.uri, {**store.manifest, "schema_version": 1})
+    with pytest.raises(DataError, match=r"schema version 1, this is 2: remove the folder.*run the same command again"):
+        open_store(store.uri)
+
+
+def test_a_part_that_is_gone_is_made_anew(tmp_path):
+    """A store that is up to date without the damaged part that its user was told to remove."""
+    store = write_store(str(tmp_path))
+    write_manifest(store.uri, store.manifest | {"units": ["u"], "source": None})
+    assert published(store.uri, ["u"]) is not None
+    (tmp_path / "data" / "0.parquet").unlink()
+    assert published(store.uri, ["u"]) is None
+    with pytest.raises(DataError, match=r"0\.parquet' is gone: run the same command again"):
+        list(store.read())

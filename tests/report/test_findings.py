@@ -9,6 +9,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.evaluation.contribution import insights
 from mmkt_ray.evaluation.missing import missing_curves
+from mmkt_ray.evaluation.model_folder import write_card
 from mmkt_ray.evaluation.scores import transferability
 from mmkt_ray.features.store import open_store
 from mmkt_ray.report import curves, findings, plots
@@ -41,7 +42,7 @@ def told(finished, tmp_path_factory) -> Path:
     card = storage.read_json(str(run / "models" / "concat" / "config.json"))
     card["training"]["num_params_by_part"] = {"level_1": 1200, "heads": 34}
     card["training"]["experts_for"] = {"thing": {"image": "image"}}
-    storage.write_json(str(run / "models" / "concat" / "config.json"), card)
+    write_card(str(run / "models" / "concat"), card)
     cells = [
         transfer_cell("image:thing", "text:thing", -0.031),
         transfer_cell("text:thing", "image:thing", 0.05, "frozen"),

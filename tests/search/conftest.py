@@ -8,7 +8,7 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, to_arrow
+from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, to_arrow, write_manifest
 
 MODALITIES, DIM, NUM_ROWS = ("image", "text"), 6, 400
 CLASSES = {"mood": ["bad", "good"], "topic": ["x", "y", "z"]}
@@ -78,5 +78,5 @@ def store(tmp_path_factory) -> Store:
         "modalities": {m: dict(about) for m in MODALITIES},
         "tasks": {task: {"kind": "multiclass", "classes": names} for task, names in CLASSES.items()},
     }
-    storage.write_json(storage.join(uri, "manifest.json"), manifest)
+    write_manifest(uri, manifest)
     return open_store(uri)

@@ -14,7 +14,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.calibration import fit_temperature
 from mmkt_ray.evaluation.contribution import shapley_values
 from mmkt_ray.evaluation.inference import predict_logits, predict_table
-from mmkt_ray.evaluation.model_folder import load_model, read_card
+from mmkt_ray.evaluation.model_folder import load_model, read_card, write_card
 from mmkt_ray.features.store import MISSING, FeatureTable, labelled, open_store
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
 from mmkt_ray.training import experts as experts_module
@@ -364,6 +364,6 @@ def test_a_model_of_an_earlier_kind_says_train_again(make_config, store_uri, tmp
     card = read_card(uri)
     assert build_model(card["spec"]).spec.to_dict() == card["spec"]
     card["spec"]["routes"] = {"topic": ["image", "text"]}
-    storage.write_json(storage.join(uri, "config.json"), card)
+    write_card(uri, card)
     with pytest.raises(DataError, match="train again"):
         load_model(uri)

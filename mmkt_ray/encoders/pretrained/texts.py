@@ -6,7 +6,6 @@ Axes: B texts, L tokens of a text, D features.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from mmkt_ray import storage
 from mmkt_ray.config import HuggingFaceEncoder, MinilmEncoder
 from mmkt_ray.encoders.cnn import autocast
 from mmkt_ray.encoders.pretrained.weights import FixedWeights, missing_package, require, sha256
@@ -58,20 +58,20 @@ class HuggingFaceTextEncoder(FixedWeights):
                     f"no {name} in '{self.folder}': save a model with `model.save_pretrained(folder)` and its fast tokenizer "
                     "with `tokenizer.save_pretrained(folder)`, where every node of the cluster finds them"
                 )
-        card = json.loads((self.folder / "config.json").read_text())
-        if "hidden_size" not in card:
+        card = storage.read_json(str(self.folder / "config.json"))
+        if not isinstance(card, dict) or "hidden_size" not in card:
             raise DataError(f"'{self.folder}/config.json' names no hidden_size: only BERT-like text encoders are read")
         return card
 
     def open(self) -> tuple[nn.Module, str]:
-        weights = sorted(self.folder.glob("*.safetensors"))
+        weights = sorted(file for file in self.folder.glob("*.safetensors") if file.is_file())
         if not weights:
             raise DataError(f"no .safetensors file in '{self.folder}': save the model with safe_serialization=True")
         transformers, tokenizers = (importlib.import_module(name) for name in ("transformers", "tokenizers"))
         transformers.utils.logging.disable_progress_bar()
         try:
             model = transformers.AutoModel.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                self.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise DataError(f"cannot load the model in '{self.folder}': {error}") from error
