@@ -14,7 +14,7 @@ class SourceConfig(Section):
     """One set of shards that share a layout."""
 
     reader: Literal["parquet", "webdataset", "folders", "manifest"] = Field(description="layout of the shards")
-    path: str = Field(description="file, folder, glob or URI; relative paths are under data_root")
+    path: str = Field(description="file, folder, glob (**: folders at any depth) or URI; relative paths are under data_root")
     columns: dict[str, str] = Field(
         description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field"
     )
