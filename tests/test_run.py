@@ -99,21 +99,22 @@ def test_predictions_are_those_of_evaluation(finished: tuple[Config, str], tmp_p
 def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, str], tmp_path: Path) -> None:
     """New rows without labels refused, or rows that lack a modality dropped instead of flagged."""
     new, out = tmp_path / "new" / "0.parquet", tmp_path / "out"
-    images = [png("red", 900), None, b"broken", png("blue", 901)]
-    captions = ["a red square", "a green square", "a green square", None]
-    write_shard(new, 0, 4, id=["n0", "n1", "n2", "n3"], image=pa.array(images, pa.binary()), caption=pa.array(captions))
+    images = [png("red", 900), None, b"broken", png("blue", 901), b"broken", b"broken"]
+    captions = ["a red square", "a green square", "a green square", None, "a green square", "a red square"]
+    ids = [f"n{i}" for i in range(6)]
+    write_shard(new, 0, 6, id=ids, image=pa.array(images, pa.binary()), caption=pa.array(captions))
     model = Path(steps.run_folder(finished[0])) / "models" / "concat"
-    with pytest.raises(Exception, match="max_reject_frac"):
-        predict(str(model), [str(new)], str(out))
+    with pytest.raises(Exception, match="0 of 6 rows were rejected and 3 lost a modality"):
+        predict(str(model), [str(new)], str(out), max_reject_frac=0.4)
     path = predict(str(model), [str(new)], str(out), max_reject_frac=0.5)
     rows = pd.read_parquet(path).set_index("sample_id")
-    assert sorted(rows.index) == ["n0", "n1", "n2", "n3"]
+    assert sorted(rows.index) == ids
     assert rows.loc["n0", "colour_pred"] == "red"
     assert list(rows.loc["n1", "missing"]) == list(rows.loc["n2", "missing"]) == ["image"]
     assert list(rows.loc["n3", "missing"]) == ["text"]
     assert np.allclose([p.sum() for p in rows["colour_proba"]], 1, atol=1e-5)
     rejects = pd.read_parquet(out / "rejects.parquet")
-    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2"], ["modality"])
+    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2", "n4", "n5"], ["modality"] * 3)
 
 
 def test_user_errors_are_sentences_with_status_2(

@@ -57,7 +57,9 @@ def predict(
     storage.write_bytes(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
-    log.info("%d predicted, %d rejected", store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"])
+    counts = store.manifest["counts"]
+    told = "%d predicted, %d of them without an unreadable modality; %d rejected"
+    log.info(told, counts["rows"], counts["unreadable_modalities"], counts["rejects"])
     return path
 
 
