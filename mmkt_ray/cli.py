@@ -234,12 +234,20 @@ def _dispatch(args: argparse.Namespace) -> str:
 
 def _step(args: argparse.Namespace, config: Config) -> str:
     from mmkt_ray import run as steps  # torch and ray load here, so that --help is quick
+    from mmkt_ray.locks import locked
+
+    if args.command == "report":
+        return f"report: {steps.report_step(config)}"
+    with locked(steps.run_folder(config)):  # for all steps of the command
+        return _locked_step(args, config)
+
+
+def _locked_step(args: argparse.Namespace, config: Config) -> str:
+    from mmkt_ray import run as steps
 
     command = args.command
     if command == "run":
         return steps.run(config)
-    if command == "report":
-        return f"report: {steps.report_step(config)}"
     if command == "search":
         return _search(config)
     stores = steps.extract_step(config, trains=command in ("train", "evaluate", "repeat"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,6 +17,7 @@ from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
+from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
 from mmkt_ray.samples.readers import list_shards
 
@@ -46,7 +48,11 @@ def predict(
         trained = trained.with_overrides({"samples.max_reject_frac": max_reject_frac})
     config = prediction_config(trained, inputs, like, reader, columns or {})
     out_uri = storage.absolute(out_uri)
-    storage.make_dir(out_uri)
+    with locked(out_uri):
+        return _predict(model_uri, config, model, card, out_uri)
+
+
+def _predict(model_uri: str, config: Config, model: Predictor, card: Mapping[str, Any], out_uri: str) -> str:
     saved = storage.join(storage.absolute(model_uri), "encoders")
     folders = {m: [storage.join(saved, f) for f in card["encoders"][m]["folders"]] for m in config.modalities}
     store = encode(config, out_uri, list_shards(config), {m: f[0] for m, f in folders.items()})
