@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from mmkt_ray import run as steps
-from mmkt_ray.cli import main
+from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.prediction import predict
 from tests.shapes import png, shapes_config, write_shard, write_shards
@@ -79,6 +81,42 @@ def test_nothing_is_done_where_something_is_wrong(
     assert "nothing was done yet" in told
     assert "samples.sources[1]" in told
     assert not list((shapes / "runs").rglob("encoder.json"))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_an_error_in_a_ray_task_is_one_sentence(
+    make_config: Callable[..., Config], shapes: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback of 150 lines, or Ray's advice on `max_map_retries`, for a column that a later shard lacks."""
+    shard = shapes / "data" / "shapes" / "9.parquet"
+    write_shard(shard, 200, 4)
+    pq.write_table(pq.read_table(shard).drop_columns("image"), shard)
+    whole = make_config().model_dump(mode="json")
+    fits_nothing = json.loads(json.dumps(whole))  # so that the pass that encodes is the first to meet it
+    del fits_nothing["modalities"]["text"], fits_nothing["samples"]["sources"][0]["columns"]["text"]
+    path = shapes / "c.yaml"
+    for config in (fits_nothing, whole):
+        path.write_text(yaml.safe_dump(config))
+        assert main(["extract", str(path)]) == 2
+        told = capfd.readouterr().err
+        assert "mmkt: samples.sources[0].columns: 'shapes/9.parquet' has no column 'image'" in told
+        assert "Traceback" not in told
+        assert "max_map_retries" not in told
+
+
+def test_what_nobody_foresaw_is_one_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback instead of an error's own words, or one that is lost."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    try:
+        try:
+            raise OSError("no room\nFailed to apply UDF transform after 1/1 attempts (0.0s).\nTo change `max_map_retries`")
+        except OSError as error:
+            raise RuntimeError("somewhere in Ray") from error
+    except RuntimeError as error:
+        text = tell_unexpected(error)
+    (file,) = tmp_path.iterdir()
+    assert text == f"unexpected OSError: no room; the traceback is in {file}"
+    assert "somewhere in Ray" in file.read_text()
 
 
 @pytest.mark.parametrize("variant", ["concat", "image_only"])
