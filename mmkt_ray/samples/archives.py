@@ -205,7 +205,7 @@ def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
 
 def _dotted_keys(group: _Group, wanted: set[str]) -> dict[str, str]:
     """Of members that no column maps: what a user takes for their samples' keys -> the suffix of one."""
-    found = {}
+    found: dict[str, str] = {}
     for suffix in sorted(group.suffixes):
         more, dot, last = suffix.rpartition(".")
         if dot and last in wanted:
