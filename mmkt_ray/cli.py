@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import sys
+import tempfile
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -168,7 +172,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 interrupted."""
+    """Run the command; returns the exit status: 0 done, 1 unexpected, 2 something that the user can mend, 130 interrupted."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("mmkt_ray").setLevel(logging.INFO)
@@ -179,13 +183,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
-    except Exception as error:  # Ray wraps what a worker raised; anything that is not the user's to mend goes on up
+    except Exception as error:  # Ray wraps what a worker raised
         mendable = find_user_error(error)
-        if mendable is None:
-            raise
-        print(f"mmkt: {mendable}", file=sys.stderr)
-        return 2
+        print(f"mmkt: {mendable or tell_unexpected(error)}", file=sys.stderr)
+        return 2 if mendable else 1
     return 0
+
+
+_ADVICE_OF_RAY = re.compile(r"\nFailed to .{1,200} after \d+/\d+ attempts .*", re.DOTALL)
+
+
+def tell_unexpected(error: Exception) -> str:
+    """One sentence for what nobody foresaw: the innermost error, and the file that its traceback is written to."""
+    seen: BaseException = error
+    while inner := getattr(seen, "cause", None) or seen.__cause__:
+        seen = inner
+    text = _ADVICE_OF_RAY.sub("", str(seen)).strip().split("\n")[0][:500]
+    handle, path = tempfile.mkstemp(prefix="mmkt-traceback-", suffix=".txt", text=True)
+    with os.fdopen(handle, "w") as file:
+        file.writelines(traceback.format_exception(error))
+    return f"unexpected {type(seen).__name__}: {text}; the traceback is in {path}"
 
 
 def find_user_error(error: BaseException) -> UserError | None:
@@ -193,7 +210,7 @@ def find_user_error(error: BaseException) -> UserError | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UserError):
-            return UserError(str(getattr(seen, "cause", seen)))
+            return UserError(_ADVICE_OF_RAY.sub("", str(getattr(seen, "cause", seen))))
         if type(seen).__name__ in ("OutOfDiskError", "ObjectStoreFullError"):  # of Ray, which is not imported for this
             return ResourceError(
                 "Ray's object store and the disk that it spills to are full: free some space there and give the same "
@@ -240,12 +257,20 @@ def _dispatch(args: argparse.Namespace) -> str:
 
 def _step(args: argparse.Namespace, config: Config) -> str:
     from mmkt_ray import run as steps  # torch and ray load here, so that --help is quick
+    from mmkt_ray.locks import locked
+
+    if args.command == "report":
+        return f"report: {steps.report_step(config)}"
+    with locked(steps.run_folder(config)):  # for all steps of the command
+        return _locked_step(args, config)
+
+
+def _locked_step(args: argparse.Namespace, config: Config) -> str:
+    from mmkt_ray import run as steps
 
     command = args.command
     if command == "run":
         return steps.run(config)
-    if command == "report":
-        return f"report: {steps.report_step(config)}"
     if command == "search":
         return _search(config)
     stores = steps.extract_step(config, trains=command in ("train", "evaluate", "repeat"))

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from mmkt_ray.evaluation.scores import scores_table, transferability
 from mmkt_ray.evaluation.suspects import find_suspects
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
+from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.trainer import train, train_singles
@@ -52,11 +53,12 @@ def run_folder(config: Config) -> str:
 
 def run(config: Config) -> str:
     """Everything; returns the comparison as a table of text, ending with where the report is."""
-    stores = extract_step(config, trains=True)
-    train_step(config, stores)
-    results = evaluate_step(config, stores)
-    study_step(config, stores, results["main"])
-    page = report_step(config)
+    with locked(run_folder(config)):
+        stores = extract_step(config, trains=True)
+        train_step(config, stores)
+        results = evaluate_step(config, stores)
+        study_step(config, stores, results["main"])
+        page = report_step(config)
     return f"{comparison_table(results)}\n\nreport: {page}"
 
 
@@ -195,13 +197,13 @@ def refresh_report(config: Config) -> str:
 
 @contextmanager
 def _record(config: Config, stage: str) -> Iterator[dict[str, Any]]:
-    """Keep the seconds of a stage, and what is added to the dictionary, in run.json."""
-    start, added = time.perf_counter(), dict[str, Any]()
-    yield added
-    uri = run_folder(config)
-    card = _read_card(uri) | added
-    card["seconds"][stage] = round(time.perf_counter() - start, 2)
-    storage.write_json(storage.join(uri, "run.json"), card)
+    """Keep the seconds of a stage, and what is added to the dictionary, in run.json; a run folder that is there is locked."""
+    start, added, uri = time.perf_counter(), dict[str, Any](), run_folder(config)
+    with locked(uri) if storage.exists(uri) else nullcontext():
+        yield added
+        card = _read_card(uri) | added
+        card["seconds"][stage] = round(time.perf_counter() - start, 2)
+        storage.write_json(storage.join(uri, "run.json"), card)
 
 
 def _read_card(uri: str) -> dict[str, Any]:

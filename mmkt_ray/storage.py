@@ -155,18 +155,32 @@ def list_files(uri: str, pattern: str = "*", recursive: bool = False) -> list[pa
     return sorted(files, key=lambda f: f.path)
 
 
-def glob(uri: str) -> list[pafs.FileInfo]:
-    """Files and folders that match a path whose last part, or any part, has wildcards; sorted by path."""
+def glob(uri: str, fixed: str = "") -> list[pafs.FileInfo]:
+    """Files and folders that match a path any part of which may have wildcards; sorted by path, each one once.
+
+    `**` stands for folders at any depth, or for none; hidden names match a part that begins with a dot alone. A part that is
+    there as it is written is taken as that: `test[1].parquet`. fixed: the beginning of `uri` whose signs are characters.
+    """
     fs, path = resolve(uri)
     parts = path.split("/")
-    first = next((i for i, part in enumerate(parts) if _GLOB & set(part)), len(parts))
+    start = resolve(fixed)[1].rstrip("/") if fixed else ""
+    num_fixed = start.count("/") + 1 if f"{path}/".startswith(f"{start}/") else 0
+    first = next((i for i in range(num_fixed, len(parts)) if _GLOB & set(parts[i])), len(parts))
     infos = [fs.get_file_info("/".join(parts[:first]) or "/")]
     for part in parts[first:]:
-        inside = [
-            c for i in infos if i.type == pafs.FileType.Directory for c in fs.get_file_info(pafs.FileSelector(i.path))
-        ]
-        infos = [c for c in inside if fnmatch.fnmatchcase(c.base_name, part)]
-    return sorted((i for i in infos if i.type != pafs.FileType.NotFound), key=lambda i: i.path)
+        infos = [c for i in infos if i.type == pafs.FileType.Directory for c in _matching(fs, i, part)]
+    found = {i.path: i for i in infos if i.type != pafs.FileType.NotFound}
+    return [found[path] for path in sorted(found)]
+
+
+def _matching(fs: pafs.FileSystem, folder: pafs.FileInfo, part: str) -> list[pafs.FileInfo]:
+    """What one part of a pattern matches in a folder."""
+    inside = fs.get_file_info(pafs.FileSelector(folder.path, recursive=part == "**"))
+    if part == "**":
+        return [folder, *(c for c in inside if "/." not in c.path.removeprefix(folder.path))]
+    named = [c for c in inside if c.base_name == part]
+    shown = [c for c in inside if part.startswith(".") or not c.base_name.startswith(".")]
+    return named or [c for c in shown if fnmatch.fnmatchcase(c.base_name, part)]
 
 
 def make_dir(uri: str) -> None:

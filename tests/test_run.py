@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from mmkt_ray import run as steps
-from mmkt_ray.cli import main
+from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.prediction import predict
 from tests.shapes import png, shapes_config, write_shard, write_shards
@@ -81,6 +83,42 @@ def test_nothing_is_done_where_something_is_wrong(
     assert not list((shapes / "runs").rglob("encoder.json"))
 
 
+@pytest.mark.usefixtures("ray_local")
+def test_an_error_in_a_ray_task_is_one_sentence(
+    make_config: Callable[..., Config], shapes: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback of 150 lines, or Ray's advice on `max_map_retries`, for a column that a later shard lacks."""
+    shard = shapes / "data" / "shapes" / "9.parquet"
+    write_shard(shard, 200, 4)
+    pq.write_table(pq.read_table(shard).drop_columns("image"), shard)
+    whole = make_config().model_dump(mode="json")
+    fits_nothing = json.loads(json.dumps(whole))  # so that the pass that encodes is the first to meet it
+    del fits_nothing["modalities"]["text"], fits_nothing["samples"]["sources"][0]["columns"]["text"]
+    path = shapes / "c.yaml"
+    for config in (fits_nothing, whole):
+        path.write_text(yaml.safe_dump(config))
+        assert main(["extract", str(path)]) == 2
+        told = capfd.readouterr().err
+        assert "mmkt: samples.sources[0].columns: 'shapes/9.parquet' has no column 'image'" in told
+        assert "Traceback" not in told
+        assert "max_map_retries" not in told
+
+
+def test_what_nobody_foresaw_is_one_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback instead of an error's own words, or one that is lost."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    try:
+        try:
+            raise OSError("no room\nFailed to apply UDF transform after 1/1 attempts (0.0s).\nTo change `max_map_retries`")
+        except OSError as error:
+            raise RuntimeError("somewhere in Ray") from error
+    except RuntimeError as error:
+        text = tell_unexpected(error)
+    (file,) = tmp_path.iterdir()
+    assert text == f"unexpected OSError: no room; the traceback is in {file}"
+    assert "somewhere in Ray" in file.read_text()
+
+
 @pytest.mark.parametrize("variant", ["concat", "image_only"])
 def test_predictions_are_those_of_evaluation(finished: tuple[Config, str], tmp_path: Path, variant: str) -> None:
     """The same raw shards through the model folder alone give other probabilities than evaluation's."""
@@ -99,21 +137,22 @@ def test_predictions_are_those_of_evaluation(finished: tuple[Config, str], tmp_p
 def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, str], tmp_path: Path) -> None:
     """New rows without labels refused, or rows that lack a modality dropped instead of flagged."""
     new, out = tmp_path / "new" / "0.parquet", tmp_path / "out"
-    images = [png("red", 900), None, b"broken", png("blue", 901)]
-    captions = ["a red square", "a green square", "a green square", None]
-    write_shard(new, 0, 4, id=["n0", "n1", "n2", "n3"], image=pa.array(images, pa.binary()), caption=pa.array(captions))
+    images = [png("red", 900), None, b"broken", png("blue", 901), b"broken", b"broken"]
+    captions = ["a red square", "a green square", "a green square", None, "a green square", "a red square"]
+    ids = [f"n{i}" for i in range(6)]
+    write_shard(new, 0, 6, id=ids, image=pa.array(images, pa.binary()), caption=pa.array(captions))
     model = Path(steps.run_folder(finished[0])) / "models" / "concat"
-    with pytest.raises(Exception, match="max_reject_frac"):
-        predict(str(model), [str(new)], str(out))
+    with pytest.raises(Exception, match="0 of 6 rows were rejected and 3 lost a modality"):
+        predict(str(model), [str(new)], str(out), max_reject_frac=0.4)
     path = predict(str(model), [str(new)], str(out), max_reject_frac=0.5)
     rows = pd.read_parquet(path).set_index("sample_id")
-    assert sorted(rows.index) == ["n0", "n1", "n2", "n3"]
+    assert sorted(rows.index) == ids
     assert rows.loc["n0", "colour_pred"] == "red"
     assert list(rows.loc["n1", "missing"]) == list(rows.loc["n2", "missing"]) == ["image"]
     assert list(rows.loc["n3", "missing"]) == ["text"]
     assert np.allclose([p.sum() for p in rows["colour_proba"]], 1, atol=1e-5)
     rejects = pd.read_parquet(out / "rejects.parquet")
-    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2"], ["modality"])
+    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2", "n4", "n5"], ["modality"] * 3)
 
 
 def test_user_errors_are_sentences_with_status_2(

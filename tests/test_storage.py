@@ -1,6 +1,7 @@
 """Files of a run: atomic, listed in order, with messages that help."""
 
 import os
+from glob import glob as python_glob
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,6 +51,29 @@ def test_glob_matches_in_any_part_and_sorts(tmp_path: Path) -> None:
     found = [info.path for info in storage.glob(str(tmp_path / "*" / "*.parquet"))]
     assert found == [str(tmp_path / "a/1.parquet"), str(tmp_path / "b/2.parquet")]
     assert storage.glob(str(tmp_path / "none-*")) == []
+
+
+def test_two_stars_are_folders_at_any_depth(tmp_path: Path) -> None:
+    """Shards two folders down, or beside the pattern's own folder, left out with exit 0. The right answer: Python's glob."""
+    names = ("0.parquet", "a/1.parquet", "a/b/2.parquet", "a/b/c/x.parquet/3.parquet", "a/.hidden/4.parquet", "a/5.csv")
+    for name in names:
+        storage.write_bytes(str(tmp_path / name), b"")
+    for pattern in ("**/*.parquet", "**/b/**/*.parquet", "a/**/*", "**", "**/**/*.csv"):
+        expected = {p.rstrip("/") for p in python_glob(f"{tmp_path}/{pattern}", recursive=True)}
+        found = [info.path for info in storage.glob(f"{tmp_path}/{pattern}")]
+        assert found == sorted(expected), pattern
+
+
+def test_signs_of_a_pattern_in_names_are_characters(tmp_path: Path) -> None:
+    """Baselines of `runs[1]` that vanish, or those of `runs1` in their place; `test[1].parquet` that is not found."""
+    for name in ("runs[1]/m/x.json", "runs1/n/x.json", "runs1/test[1].parquet", "runs1/test1.parquet"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    odd = str(tmp_path / "runs[1]")
+    assert [i.path for i in storage.glob(f"{odd}/*/x.json", fixed=odd)] == [f"{odd}/m/x.json"]
+    assert [i.path for i in storage.glob(f"{odd}/*/x.json")] == [f"{odd}/m/x.json"]
+    assert [i.path for i in storage.glob(f"{tmp_path}/runs1/test[1].parquet")] == [f"{tmp_path}/runs1/test[1].parquet"]
+    gone = str(tmp_path / "runs[12]")  # a folder of this name is not there, and runs1 is another one
+    assert storage.glob(f"{gone}/*/x.json", fixed=gone) == []
 
 
 def test_file_uris_work_like_paths(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def configure_data() -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS  # Ray's own: the first one ends the job
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # the error itself comes, and is told by the CLI
 
 
 @contextmanager

@@ -13,7 +13,7 @@ class SourceConfig(Section):
     """One set of shards that share a layout."""
 
     reader: Literal["parquet", "webdataset", "folders", "manifest"] = Field(description="layout of the shards")
-    path: str = Field(description="file, folder, glob or URI; relative paths are under data_root")
+    path: str = Field(description="file, folder, glob (**: folders at any depth) or URI; relative paths are under data_root")
     columns: dict[str, str] = Field(
         description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field"
     )
@@ -96,4 +96,9 @@ class SamplesConfig(Section):
         "not fitted on them either, which takes one more pass over the shards. Under join and pair it is combined samples that "
         "are left out, after encoders and reducers are fitted on their rows",
     )
-    max_reject_frac: float = Field(0.01, ge=0, le=1, description="the job stops when more rows than this are rejected")
+    max_reject_frac: float = Field(
+        0.01, ge=0, le=1, description="the job stops when more rows than this are rejected or lose a modality"
+    )
+    min_reject_budget: int = Field(
+        10, ge=0, description="rows that may be so in any case, however few there are, as long as half of all are whole"
+    )

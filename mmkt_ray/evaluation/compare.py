@@ -136,7 +136,7 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     singles = {name: v["model"] for name, v in (run.get("singles") or {}).items()}
     folders = {name: v["model"] for name, v in (run.get("variants") or {}).items()} | singles
     if not run.get("variants"):
-        found = storage.glob(storage.join(run_uri, "models", "*", "metrics.json"))
+        found = storage.glob(storage.join(run_uri, "models", "*", "metrics.json"), fixed=run_uri)
         names = [f.path.split("/")[-2] for f in found]
         folders = {name: f"models/{name}" for name in names} | singles
     models = []
@@ -155,7 +155,8 @@ def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     Where there are several stores, the store's name is in theirs, without its digest if that leaves it unique.
     """
     named = {str(v["store"]).rpartition("/")[2] for v in run.get("variants", {}).values() if "store" in v}
-    found = [f.path.split("/")[-2] for f in storage.glob(storage.join(run_uri, "baselines", "*", "metrics.json"))]
+    found_in = storage.glob(storage.join(run_uri, "baselines", "*", "metrics.json"), fixed=run_uri)
+    found = [f.path.split("/")[-2] for f in found_in]
     stores = [store for store in found if store in named or not named]
     kinds = [store.rpartition("-")[0] or store for store in stores]
     models = []

@@ -26,6 +26,7 @@ from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
+from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
 from mmkt_ray.samples.readers import list_shards
 
@@ -68,6 +69,13 @@ def predict(
     config = prediction_config(trained, inputs, like, reader, columns or {})
     folders = usable_encoders(model_uri, model, card, config, own, trust_code)
     out_uri = storage.absolute(out_uri)
+    with locked(out_uri):
+        return _predict(config, model, card, folders, out_uri)
+
+
+def _predict(
+    config: Config, model: Predictor, card: Mapping[str, Any], folders: Mapping[str, list[str]], out_uri: str
+) -> str:
     storage.make_dir(out_uri)
     store = encode(config, out_uri, list_shards(config), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
@@ -78,12 +86,8 @@ def predict(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
     counts = store.manifest["counts"]
-    log.info(
-        "%d predicted, %d rejected, %d without a modality that could not be read or encoded",
-        counts["rows"],
-        counts["rejects"],
-        counts["unreadable_modalities"],
-    )
+    told = "%d predicted, %d of them without an unreadable modality; %d rejected"
+    log.info(told, counts["rows"], counts["unreadable_modalities"], counts["rejects"])
     return path
 
 

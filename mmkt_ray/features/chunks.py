@@ -18,7 +18,7 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.samples.readers import read_chunks
-from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, reject_table
+from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, count_stages, reject_table
 
 Row = dict[str, list[Any]]  # a batch of one Ray row
 
@@ -73,5 +73,5 @@ def write_part(batch: Row, store_uri: str) -> Row:
         storage.write_table(storage.join(store_uri, "rejects", name), rejects)
     checksum = storage.write_table(storage.join(store_uri, "data", name), table)
     seconds = json.loads(batch["seconds"][0]) | {"write": time.perf_counter() - start}
-    told: Row = {"name": [name], "checksum": [checksum], "num_rows": [len(table)], "num_rejects": [len(rejects)]}
-    return told | {"seconds": [json.dumps(seconds)]}
+    told: Row = {"name": [name], "checksum": [checksum], "num_rows": [len(table)]}
+    return told | {"lost": [json.dumps(count_stages(rejects))], "seconds": [json.dumps(seconds)]}

@@ -20,6 +20,7 @@ import ray.data
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, TaskConfig, fingerprint
+from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder, load_reducer, read_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
@@ -27,11 +28,11 @@ from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
 from mmkt_ray.features.fit import fit_encoders, fit_reducers, is_fitted
 from mmkt_ray.features.leakage import find_leaking
-from mmkt_ray.features.publish import check_budget, publish, published
+from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.content import NORMALISATION
 from mmkt_ray.samples.readers import list_shards
-from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.schema import DAMAGE, Shard
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         log.info("features are up to date: %s", uri)
         return store
     todo = [shard for shard in shards if shard.unit not in complete]
-    stats = RunStats(uri, config.samples.max_reject_frac)
+    stats = RunStats(uri, config.samples, {s.unit: s.name for s in shards})
     if todo:
         storage.make_dir(uri)
         storage.write_json(storage.join(uri, "plan.json"), plan)
@@ -168,7 +169,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     todo = [
         name for name in encoded.manifest["parts"] if name not in present or not same_length(encoded.uri, uri, name)
     ]
-    stats = RunStats(uri, max_reject_frac=1.0)
+    stats = RunStats(uri)
     if todo:
         storage.make_dir(uri)
         loaded = {m: load_reducer(folder) for m, folder in reducers.items()}
@@ -195,7 +196,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
 
 def reading_layout(config: Config) -> dict[str, Any]:
     """All that decides which rows a chunk holds and what is in them before encoding."""
-    apart = {"max_reject_frac", "combine", "drop_leakage", "decode_timeout_s"}
+    apart = {"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s"}
     samples = config.samples.model_dump(mode="json", exclude=apart)
     return {
         "samples": samples,
@@ -251,10 +252,11 @@ def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str
 class RunStats:
     """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
 
-    def __init__(self, uri: str, max_reject_frac: float) -> None:
-        """uri: of the store that the parts go to."""
-        self.uri, self.max_reject_frac = uri, max_reject_frac
-        self.num_rows = self.num_rejects = 0
+    def __init__(self, uri: str, samples: SamplesConfig | None = None, names: dict[str, str] | None = None) -> None:
+        """uri: of the store that the parts go to. samples: None where rows cannot be lost. names: unit -> shard name."""
+        self.uri, self.samples, self.names = uri, samples, names or {}
+        self.num_rows = 0
+        self.lost: Counter[str] = Counter()  # stage -> rows
         self.seconds: Counter[str] = Counter()
         self.checksums: dict[str, str] = {}  # by part
         self.wall_s = self.startup_s = 0.0
@@ -264,7 +266,7 @@ class RunStats:
         start = told = time.perf_counter()
         for part in parts.iter_rows():
             self.num_rows += part["num_rows"]
-            self.num_rejects += part["num_rejects"]
+            self.lost.update(json.loads(part["lost"]))
             self.checksums[part["name"]] = part["checksum"]
             seconds = json.loads(part["seconds"])
             self.seconds.update(seconds)
@@ -273,18 +275,18 @@ class RunStats:
             self.startup_s = self.startup_s or self.wall_s - sum(seconds.values())
             if time.perf_counter() - told > PROGRESS_EVERY_S:
                 told = time.perf_counter()
-                log.info(
-                    "%d rows, %d rejected, %.0f rows/s", self.num_rows, self.num_rejects, self.num_rows / self.wall_s
-                )
-            if self.num_rows + self.num_rejects >= BUDGET_GRACE_ROWS:
-                check_budget(self.uri, self.num_rows, self.num_rejects, self.max_reject_frac)
-        log.info("%d rows, %d rejected in %.1f s", self.num_rows, self.num_rejects, self.wall_s)
+                log.info("%s, %.0f rows/s", tell_counts(self.num_rows, self.lost), self.num_rows / self.wall_s)
+            # a damaged shard is judged at the end: of the first ten shards it is a tenth, of all perhaps a thousandth
+            lost = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
+            if self.samples is not None and self.num_rows + num_rejected(lost) >= BUDGET_GRACE_ROWS:
+                check_budget(self.uri, self.samples, self.num_rows, lost, self.names)
+        log.info("%s in %.1f s", tell_counts(self.num_rows, self.lost), self.wall_s)
 
     def summary(self) -> dict[str, Any]:
         """For the manifest; empty when nothing was run."""
         if not self.wall_s:
             return {}
-        rows_per_s = round((self.num_rows + self.num_rejects) / self.wall_s, 1)
+        rows_per_s = round((self.num_rows + num_rejected(self.lost)) / self.wall_s, 1)
         return {
             "stages": {k: round(v, 3) for k, v in sorted(self.seconds.items())},
             "wall_s": round(self.wall_s, 3),

@@ -62,7 +62,7 @@ def fit_encoder(
         section.model_dump(mode="json"),
         config.seed if trained else 0,
         narrow.samples.model_dump(
-            mode="json", exclude={"max_reject_frac", "combine", "drop_leakage", "decode_timeout_s"}
+            mode="json", exclude={"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s"}
         ),
         NORMALISATION,
         config.samples.combine.name == "join",  # the split is then drawn by the key

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +15,24 @@ import xxhash
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit, leaking_rows, read_contents
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
-from mmkt_ray.samples.schema import MODALITY, REJECT_SCHEMA, Reject, reject_table
+from mmkt_ray.samples.schema import (
+    DAMAGE,
+    LEAKAGE,
+    MODALITY,
+    REJECT_SCHEMA,
+    UNMAPPED,
+    Reject,
+    count_stages,
+    reject_table,
+)
 
 log = logging.getLogger(__name__)
 
-LEAKAGE = "leakage"  # stage of the rejects that are left out because they leak
+MAX_REASON = 300  # characters of a reason in an error
 
 
 def published(uri: str, units: list[str], source: Store | None = None) -> Store | None:
@@ -39,18 +50,41 @@ def published(uri: str, units: list[str], source: Store | None = None) -> Store 
     return store if store.manifest["units"] == units and same_source else None
 
 
-def check_budget(uri: str, num_rows: int, num_rejects: int, max_reject_frac: float) -> None:
-    """Raises: DataError when more than the allowed share of rows is rejected."""
-    total = num_rows + num_rejects
-    if num_rejects > max_reject_frac * total:
-        rejects = storage.join(uri, "rejects")
-        parts = [_read_uri(storage.join(rejects, f.base_name)) for f in storage.list_files(rejects, "*.parquet")]
-        reasons = count_reasons(pa.concat_tables([REJECT_SCHEMA.empty_table(), *parts]))
-        raise DataError(
-            f"{num_rejects} of {total} rows were rejected or lost a modality, more than samples.max_reject_frac = "
-            f"{max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's reason: mend the data "
-            "or raise the budget, and give the same command again"
-        )
+def num_rejected(lost: Counter[str]) -> int:
+    """Rows that were rejected, by stage -> rows; those left out on request and those kept aside."""
+    return sum(n for stage, n in lost.items() if stage not in (MODALITY, LEAKAGE, UNMAPPED))
+
+
+def tell_counts(num_rows: int, lost: Counter[str]) -> str:
+    """For the log: rows that are there, that were rejected, and that are there without an unreadable modality."""
+    told = f"{num_rows:,} rows, {num_rejected(lost):,} rejected"
+    return f"{told}, {lost[MODALITY]:,} kept without an unreadable modality" if lost[MODALITY] else told
+
+
+def check_budget(
+    uri: str, samples: SamplesConfig, num_rows: int, lost: Counter[str], names: dict[str, str]
+) -> None:
+    """Raises: DataError when more than the allowed share of rows is rejected or lost a modality, and more than a few.
+
+    num_rows: in the store. lost: stage -> rows. names: unit -> shard name, for the message.
+    """
+    num_lost, num_kept = num_rejected(lost), lost[MODALITY]
+    num_hit, total = num_lost + num_kept, num_rows + num_lost
+    few = samples.min_reject_budget if 2 * num_hit <= total else 0
+    if num_hit <= max(samples.max_reject_frac * total, few):
+        return
+    rejects = storage.join(uri, "rejects")
+    found = [f.base_name for f in storage.list_files(rejects, "*.parquet")]
+    parts = [name for name in found if name.split("-")[0] in names]  # not of shards that have changed since
+    reasons = count_reasons(collect_rejects(uri, parts, names))
+    share = math.ceil(1000 * num_hit / total) / 1000
+    damaged = f" (about {lost[DAMAGE]:,} of them in damaged shards)" if lost[DAMAGE] else ""
+    raise DataError(
+        f"{num_lost:,} of {total:,} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
+        f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's "
+        f"reason: mend the data, or allow it with --set samples.max_reject_frac={share:g} (predict: --max-reject-frac "
+        f"{share:g}), and give the same command again"
+    )
 
 
 def publish(
@@ -90,12 +124,12 @@ def publish(
     own = collect_rejects(uri, parts, names or {})
     if source is not None:
         own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
-    rejects = own
-    reasons = count_reasons(rejects)
-    num_faulty = pc.sum(pc.not_equal(rejects.column("stage"), LEAKAGE)).as_py() or 0  # those left out on request aside
-    num_kept = pc.sum(pc.equal(rejects.column("stage"), MODALITY)).as_py() or 0  # they are among the rows
+    unmapped = count_unmapped(own)
+    rejects = own.filter(pc.not_equal(own.column("stage"), UNMAPPED))
+    reasons, lost = count_reasons(rejects), count_stages(rejects)
+    num_kept = lost[MODALITY]  # they are among the rows
     if source is None:
-        check_budget(uri, counts["rows"] - num_kept, num_faulty, config.samples.max_reject_frac)
+        check_budget(uri, config.samples, counts["rows"], lost, names or {})
     if not counts["rows"]:
         raise DataError("no sample is left: the sources hold no readable row" + tell_reasons(reasons))
     classes = {t: sort_classes(counts["by_task"][t].get("train", {})) for t in sorted(config.tasks)}
@@ -110,8 +144,9 @@ def publish(
         "synthetic_pairs": False,
         "modalities": modalities,
         "tasks": {t: {"kind": config.tasks[t].kind, "classes": classes[t]} for t in sorted(config.tasks)},
-        "counts": counts | {"rejects": len(rejects) - num_kept, "unreadable_modalities": num_kept},
-        "reject_reasons": dict(reasons.most_common(50)),
+        "counts": counts | {"rejects": lost.total() - num_kept, "unreadable_modalities": num_kept},
+        "reject_reasons": {told.reason: told.num_rows for told in reasons[:50]},
+        "unmapped": unmapped if source is None else source.manifest.get("unmapped", {}),
         "cleaned": count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {}),
         **run_summary,
         **(extra or {}),
@@ -122,7 +157,9 @@ def publish(
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     storage.write_json(storage.join(uri, "audit.json"), audit(uri, parts, sorted(modalities), sorted(config.tasks)))
     write_manifest(uri, manifest)
-    log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects) - num_kept)
+    log.info("published %s: %s", uri, tell_counts(counts["rows"], lost))
+    if unmapped:
+        log.info("members of archives that no column maps: %s", tell_unmapped(unmapped))
     return Store(uri, manifest)
 
 
@@ -181,7 +218,7 @@ def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -
     lost = table.column("sample_id").filter(pa.array(~keep)).to_pylist()
     rejects = [Reject(i, name.split("-")[0], stage, reason) for i in lost]
     old = storage.join(uri, "rejects", name)
-    before = _read_uri(old) if storage.exists(old) else reject_table([])
+    before = read_rejects(old) if storage.exists(old) else reject_table([])
     told = pc.and_(pc.equal(before["stage"], stage), pc.is_in(before["sample_id"], pa.array(lost, pa.string())))
     # first: a publishing that breaks off here has told of rows that are still there, and is given again
     storage.write_table(old, pa.concat_tables([before.filter(pc.invert(told)), reject_table(rejects)]))
@@ -194,7 +231,7 @@ def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Tab
     files = [
         f.base_name for f in storage.list_files(storage.join(uri, "rejects"), "*.parquet") if f.base_name in wanted
     ]
-    tables = [_read_uri(storage.join(uri, "rejects", n)) for n in files]
+    tables = [read_rejects(storage.join(uri, "rejects", n)) for n in files]
     table = pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
     sources = table.column("source").combine_chunks().dictionary_encode()
     named = pa.array([names.get(s, s) for s in sources.dictionary.to_pylist()], pa.string()).take(sources.indices)
@@ -203,7 +240,15 @@ def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Tab
 
 def source_rejects(source: Store) -> pa.Table:
     """The rejects of the store that this one is made from."""
-    return _read_uri(storage.join(source.uri, "rejects.parquet"))
+    return read_rejects(storage.join(source.uri, "rejects.parquet"))
+
+
+def read_rejects(uri: str) -> pa.Table:
+    """A table of REJECT_SCHEMA, also from a file that was written before each reject had its number of rows."""
+    table = _read_uri(uri)
+    if "num_rows" not in table.column_names:
+        table = table.append_column("num_rows", pa.array([1] * len(table), pa.int64()))
+    return table
 
 
 def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[str]) -> dict[str, Any]:
@@ -262,12 +307,23 @@ def sort_classes(counts: dict[str, int]) -> list[str]:
     return sorted(counts, key=int if all(c.isdecimal() for c in counts) else None)
 
 
-def count_reasons(rejects: pa.Table) -> Counter[str]:
-    """How often each reason occurs, without what differs from row to row."""
+class Told(NamedTuple):
+    """Rejects whose reasons differ in names and numbers only."""
+
+    reason: str  # of the first of them
+    first: str  # its sample_id, and the shard if that is not in it
+    num_rows: int
+
+
+def count_reasons(rejects: pa.Table) -> list[Told]:
+    """The reasons, the most frequent first."""
     counts: Counter[str] = Counter()
-    for batch in rejects.select(["reason"]).to_batches(max_chunksize=65536):
-        counts.update(shorten(reason) for reason in batch.column(0).to_pylist())
-    return counts
+    first: dict[str, tuple[str, str]] = {}
+    for batch in rejects.select(["reason", "sample_id", "source", "num_rows"]).to_batches(max_chunksize=65536):
+        for reason, row, shard, num_rows in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            counts[kind := shorten(reason)] += num_rows
+            first.setdefault(kind, (reason, row if row.startswith(shard) else f"{row} in {shard}"))
+    return [Told(*first[kind], num_rows) for kind, num_rows in counts.most_common()]
 
 
 def shorten(reason: str) -> str:
@@ -275,9 +331,25 @@ def shorten(reason: str) -> str:
     return re.sub(r"""(?<!\w)b?(['"]).*?\1|\b(0x[0-9a-f]+|\d+)\b""", "..", reason)[:120]
 
 
-def tell_reasons(reasons: Counter[str]) -> str:
+def tell_reasons(reasons: list[Told]) -> str:
     """The most frequent of them, as the end of a sentence."""
-    return "; the most frequent: " + "; ".join(f"{n} x {r}" for r, n in reasons.most_common(3)) if reasons else ""
+    told = (f"{t.num_rows:,} x {t.reason[:MAX_REASON]} (first: {t.first})" for t in reasons[:3])
+    return "; the most frequent: " + "; ".join(told) if reasons else ""
+
+
+def count_unmapped(rejects: pa.Table) -> dict[str, int]:
+    """Suffix -> members of archives that have it, which no column maps."""
+    notes = rejects.filter(pc.equal(rejects.column("stage"), UNMAPPED))
+    counts: Counter[str] = Counter()
+    for suffix, num_members in zip(notes["sample_id"].to_pylist(), notes["num_rows"].to_pylist(), strict=True):
+        counts[suffix] += num_members
+    return dict(counts.most_common(50))
+
+
+def tell_unmapped(unmapped: dict[str, int]) -> str:
+    """The most frequent suffixes, for the log."""
+    told = ", ".join(f"{n:,} x .{suffix}" for suffix, n in list(unmapped.items())[:5])
+    return told if len(unmapped) <= 5 else f"{told} and others"
 
 
 def _read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:

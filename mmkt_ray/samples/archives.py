@@ -6,35 +6,57 @@ harm.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import posixpath
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from tarfile import HeaderError, TarFile
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.schema import Reject
+from mmkt_ray.samples.schema import UNMAPPED, Reject
 from mmkt_ray.samples.shards import SUFFIXES, visible
 from mmkt_ray.samples.splits import split_in_name
 
 _SPARSE = "a sparse file, whose list of holes may be of any length: write the archive without --sparse"
+MAX_SUFFIXES, OTHERS = 100, "(others)"  # of members that no column maps, told of one shard
+_DOTS = (
+    "no modality is present: a member's key ends at the first dot of its name, so its suffix is '{suffix}' of the key '{key}', "
+    "which no column maps; rename the members, e.g. with - for the dots"
+)
+_NOT_ADJACENT = (
+    "its members do not stand side by side in the archive, so that it comes in parts: sort the archive by name, e.g. with "
+    "tar --sort=name"
+)
 _MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
 _EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. Both kinds, and the list of
+# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. These kinds, and the list of
 # members below, are in the module but not in its type stubs
 _EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 _DamagedHeader: type[Exception] = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
 # `tarfile` checks little of what it parses: numbers, text, the length of a header, how deep headers follow one another
-_DAMAGE = (tarfile.TarError, EOFError, ValueError, TypeError, OverflowError, RecursionError)
+_DAMAGE = (
+    *(tarfile.TarError, EOFError, ValueError, TypeError, OverflowError, RecursionError),
+    *(gzip.BadGzipFile, zlib.error),
+)
+_NothingLeft: type[Exception] = tarfile.EmptyHeaderError  # type: ignore[attr-defined]
 
 
 # --- tar --------------------
+
+
+class _Tar(TarFile):
+    """An archive, or several one after another: `tar -i`, or `cat a.tar b.tar`."""
+
+    has_ended = False  # the last block was one of those that mark an end
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -42,12 +64,18 @@ class _StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: TarFile) -> Self:
+        assert isinstance(tarfile, _Tar)
         try:
-            return super().fromtarfile(tarfile)
+            info = super().fromtarfile(tarfile)
         except _EndOfArchive:
+            tarfile.has_ended = True
             raise
         except HeaderError as error:
+            if tarfile.has_ended and isinstance(error, _NothingLeft):
+                raise
             raise _DamagedHeader(f"{error} at byte {tarfile.offset:,}") from None
+        tarfile.has_ended = False
+        return info
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -60,6 +88,21 @@ class _StrictTarInfo(tarfile.TarInfo):
 
     def _proc_gnusparse_10(self, *_: Any) -> None:
         raise _DamagedHeader(_SPARSE)
+
+
+class _Counting(io.RawIOBase):
+    """A stream that counts the bytes that were read."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.num_bytes = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = int(self.stream.readinto(buffer))
+        self.num_bytes += num_bytes
+        return num_bytes
 
 
 class _Ending(io.BufferedReader):
@@ -80,24 +123,28 @@ class Member(NamedTuple):
 
     name: str
     data: bytes | ValueError  # empty if not wanted; why it could not be read
+    end: int = 0  # of an archive's: about as many bytes of the file were read so far
 
 
 def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member | Reject]:
     """The visible files of an archive in order, wanted ones with data; last a reject if it is damaged."""
     fs, path = storage.resolve(reading.shard.uri)
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        raw = _Ending(cast(Any, stream), 1 << 15)
+        counting = _Counting(stream)
+        file = io.BufferedReader(counting, 1 << 15)
         # no other compression: xz takes as much memory as the file states
-        mode: Literal["r|gz", "r|"] = "r|gz" if raw.peek(2)[:2] == b"\x1f\x8b" else "r|"
+        is_packed = file.peek(2)[:2] == b"\x1f\x8b"
+        raw = _Ending(cast(Any, gzip.GzipFile(fileobj=file) if is_packed else file), 1 << 15)
         try:
-            with TarFile.open(
-                fileobj=raw, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8", bufsize=1 << 15
+            with _Tar.open(
+                fileobj=raw, mode="r|", tarinfo=_StrictTarInfo, encoding="utf-8", bufsize=1 << 15, ignore_zeros=True
             ) as archive:
                 while (info := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # else they all stay in memory
                     archive.pax_headers.clear()  # type: ignore[attr-defined]
                     if not info.isdir() and visible(info.name):
-                        yield _read_member(archive, info) if wanted(info.name) else Member(info.name, b"")
+                        member = _read_member(archive, info) if wanted(info.name) else Member(info.name, b"")
+                        yield member._replace(end=counting.num_bytes)
         except _DAMAGE as error:
             yield reading.unreadable(error)
 
@@ -126,6 +173,7 @@ class _Group:
     key: str
     suffixes: set[str] = field(default_factory=set)
     data: dict[str, bytes | ValueError] = field(default_factory=dict)  # the wanted suffixes -> content
+    is_again: bool = False  # members with this key and other suffixes came before, and others between
 
 
 def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
@@ -133,16 +181,42 @@ def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
 
     A column names a suffix (`png`), a field of a JSON member (`json.category`), alternatives of both
     (`jpg,jpeg,png`: the first that is there) or `__key__`. A sample without the member has a null there.
-    The sample in which an archive breaks off is lost with those after it: its other members may be missing.
+    The sample in which an archive breaks off is lost with those after it: its other members may be missing. Members whose
+    suffix no column maps are counted in rejects of the stage `unmapped`, the last ones.
     """
     specs = [spec for column in reading.source.columns.values() for spec in _specs(column)]
     wanted = {"json" if spec.startswith("json.") else spec for spec in specs}
+    unmapped: Counter[str] = Counter()
     for group in _groups(reading, wanted):
-        yield group if isinstance(group, Reject) else _webdataset_row(reading, group)
+        if isinstance(group, Reject):
+            yield group
+            continue
+        unmapped.update(suffix if len(unmapped) < MAX_SUFFIXES else OTHERS for suffix in group.suffixes - wanted)
+        if dotted := {} if group.data else _dotted_keys(group, wanted):
+            for key, suffix in dotted.items():
+                yield reading.reject(reading.place("#", key), _DOTS.format(suffix=suffix, key=group.key))
+        elif group.is_again:
+            yield reading.reject(reading.place("#", group.key), _NOT_ADJACENT)
+        else:
+            yield _webdataset_row(reading, group)
+    for suffix, num_members in unmapped.items():
+        yield reading.reject(suffix, "no column maps this suffix of an archive's members", UNMAPPED, num_members)
+
+
+def _dotted_keys(group: _Group, wanted: set[str]) -> dict[str, str]:
+    """Of members that no column maps: what a user takes for their samples' keys -> the suffix of one."""
+    found: dict[str, str] = {}
+    for suffix in sorted(group.suffixes):
+        more, dot, last = suffix.rpartition(".")
+        if dot and last in wanted:
+            found.setdefault(f"{group.key}.{more}", suffix)
+    return found
 
 
 def _groups(reading: Reading, wanted: set[str]) -> Iterator[_Group | Reject]:
     group: _Group | None = None
+    seen: dict[str, frozenset[str]] = {}  # key -> suffixes of the samples so far, which are few different ones
+    kinds: dict[frozenset[str], frozenset[str]] = {}
     for member in _members(reading, lambda name: _key_and_suffix(name)[1] in wanted):
         if isinstance(member, Reject):
             yield member
@@ -150,8 +224,11 @@ def _groups(reading: Reading, wanted: set[str]) -> Iterator[_Group | Reject]:
         key, suffix = _key_and_suffix(member.name)
         if group is None or key != group.key or suffix in group.suffixes:
             if group is not None:
+                suffixes = frozenset(group.suffixes)
+                seen[group.key] = kinds.setdefault(suffixes, suffixes)
                 yield group
-            group = _Group(key)  # also for a suffix that repeats: a second sample with the same key
+            # also for a suffix that repeats: a second sample with the same key
+            group = _Group(key, is_again=suffix not in seen.get(key, (suffix,)))
         group.suffixes.add(suffix)
         if suffix in wanted:
             group.data[suffix] = member.data
@@ -160,7 +237,9 @@ def _groups(reading: Reading, wanted: set[str]) -> Iterator[_Group | Reject]:
 
 
 def _specs(column: str) -> list[str]:
-    return [spec.strip().removeprefix(".") for spec in column.split(",")]
+    """The alternatives that a column names; suffixes in small letters, as those of members."""
+    specs = (spec.strip().removeprefix(".") for spec in column.split(","))
+    return [spec if spec.startswith("json.") else spec.lower() for spec in specs]
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -203,6 +282,19 @@ def _json_field(fields: Any, path: str) -> Any:
     for part in path.split("."):
         fields = fields.get(part) if isinstance(fields, dict) else None
     return fields
+
+
+def count_samples(reading: Reading, max_bytes: int) -> tuple[int, int]:
+    """Samples at the beginning of an archive, and how many bytes of the file they take, about `max_bytes` at most."""
+    is_folders = reading.source.reader == "folders"
+    num_samples = num_bytes = 0
+    before = ""
+    for member in _members(reading, lambda name: False):
+        if isinstance(member, Reject) or member.end > max_bytes:
+            break
+        key, num_bytes = _key_and_suffix(member.name)[0], member.end
+        num_samples, before = num_samples + (is_folders or key != before), key
+    return num_samples, num_bytes
 
 
 # --- class folders --------------------

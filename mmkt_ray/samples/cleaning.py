@@ -6,7 +6,7 @@ import importlib
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmkt_ray.errors import ConfigError
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: each image is held to samples.max_image_pixels, before it is decoded
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
@@ -82,15 +83,31 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # its values, on pixe
 
 def _exif_orientation(data: bytes) -> int:
     """What the EXIF block of a JPEG says; 1 where there is none or it is damaged."""
-    start = data.find(b"Exif\x00\x00")
-    if start < 0:
+    block = _exif_block(data)
+    if not block:
         return 1
     try:
         exif = Image.Exif()
-        exif.load(data[start : start + 65_536])  # no block is longer
+        exif.load(block)
         return int(exif.get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF data costs the orientation, not the image
         return 1
+
+
+def _exif_block(data: bytes) -> bytes:
+    """The first one among the segments before a JPEG's own picture; thumbnails in it and pictures behind it have others."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xFF:  # fills up
+            at += 1
+        elif marker in (0xDA, 0xD9):  # the picture, the end
+            break
+        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
+            return data[at + 4 : at + 2 + length]
+        else:
+            at += 2 + length
+    return b""
 
 
 def _decode_any(data: bytes, max_pixels: int) -> Decoded:
@@ -100,8 +117,6 @@ def _decode_any(data: bytes, max_pixels: int) -> Decoded:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise ValueError(f"not a readable {', '.join(FORMATS)}; it begins with {data[:8]!r}") from None
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{error}") from None
         except MemoryError:
             raise
         except Exception as error:  # decoders meet damaged data with errors of every kind
@@ -117,6 +132,8 @@ def _decode_any(data: bytes, max_pixels: int) -> Decoded:
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow would take the orientation from there
+        image.info.pop(name, None)
     try:
         turned = image.getexif().get(_ORIENTATION, 1) in _TURNS
         return ImageOps.exif_transpose(image), ["turned upright"] if turned else []
@@ -151,10 +168,18 @@ def _to_8_bit(image: Image.Image) -> np.ndarray:
 
 # --- audio --------------------
 
-AUDIO_MAGIC = (b"RIFF", b"RF64", b"fLaC", b"OggS")  # WAV, long WAV, FLAC, OGG (Vorbis and Opus)
 MAX_AUDIO_FRAMES = 64_000_000  # 22 minutes at 48 kHz; 256 MB as float32
 SAMPLE_RATES = (1_000, 400_000)  # in Hz
-OPEN_ENDED = 0x7FFF0000  # a WAV that was written to a pipe states a size from here on, as it did not know
+OPEN_ENDED = 0x7FFF0000  # a file that was written to a pipe states a size from here on, as it did not know
+_UNKNOWN_FORMAT = 1  # code of libsndfile's error
+_SLACK_BYTES = 48  # that writers state too much: a pad byte, the header of 44 bytes counted in
+_MP3_SLACK_FRAMES = 2 * 1152  # what its encoder and its decoder may see differently
+# the first bytes of kinds whose chunks state their size -> byte order, name of the chunk with the sound
+_CHUNKS: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
+    b"RIFF": ("little", b"data"),
+    b"RIFX": ("big", b"data"),
+    b"FORM": ("big", b"SSND"),
+}
 
 
 class Clip(NamedTuple):
@@ -173,10 +198,10 @@ def import_soundfile() -> Any:
 
 
 def decode_audio(data: bytes) -> Clip:
-    """Decode WAV, FLAC or OGG, channels averaged; NaN and infinities become silence.
+    """Decode whatever soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...), channels averaged; NaN and infinities become silence.
 
-    Decoded block by block, so that a small file that claims hours costs no memory. A cut WAV or FLAC is found out by the
-    length it states; an OGG stream states none and is taken as far as it goes.
+    Decoded block by block, so that a small file that claims hours costs no memory. A cut WAV, AIFF, FLAC or MP3 is found out
+    by the length it states, where that is more than a few bytes off; other kinds are taken as far as they go.
 
     Raises: ValueError if the data is no such audio, is damaged or cut, is empty, or has more than MAX_AUDIO_FRAMES frames.
         ConfigError if soundfile is not installed.
@@ -184,18 +209,32 @@ def decode_audio(data: bytes) -> Clip:
     soundfile = import_soundfile()
     if not data:
         raise ValueError("empty (0 bytes)")
-    if not data.startswith(AUDIO_MAGIC):
-        raise ValueError(f"not a readable WAV, FLAC, OGG; it begins with {data[:8]!r}")
-    if data.startswith(b"RIFF") and len(data) < int.from_bytes(data[4:8], "little") + 8 < OPEN_ENDED:
-        raise ValueError(f"damaged: {len(data):,} bytes are there of {int.from_bytes(data[4:8], 'little') + 8:,}")
+    if (missing := _missing_bytes(data)) > _SLACK_BYTES:
+        raise ValueError(f"damaged: {len(data):,} bytes are there of {len(data) + missing:,}")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
             samples, sample_rate = _read_mono(sound), sound.samplerate
+    except soundfile.LibsndfileError as error:
+        if error.code == _UNKNOWN_FORMAT:
+            raise ValueError(f"no sound that soundfile reads (WAV, FLAC, OGG, MP3, ...); begins with {data[:8]!r}") from None
+        raise ValueError(f"damaged: {error.error_string}") from None
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a header that names no known encoding
         raise ValueError(f"damaged: {error}") from None
     if not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
         raise ValueError(f"its sample rate is {sample_rate:,} Hz, outside {SAMPLE_RATES[0]:,} to {SAMPLE_RATES[1]:,}")
     return Clip(samples, sample_rate)
+
+
+def _missing_bytes(data: bytes) -> int:
+    """Bytes of sound that a file of chunks states and that are not there; the size of the whole file says nothing."""
+    order, name = _CHUNKS.get(data[:4], ("little", b""))
+    at = 12
+    while name and at + 8 <= len(data):
+        size = int.from_bytes(data[at + 4 : at + 8], order)
+        if data[at : at + 4] == name:
+            return max(0, at + 8 + size - len(data)) if size < OPEN_ENDED else 0
+        at += 8 + size + size % 2
+    return 0
 
 
 def _read_mono(sound: Any) -> np.ndarray:
@@ -212,6 +251,7 @@ def _read_mono(sound: Any) -> np.ndarray:
         blocks.append(np.nan_to_num(mono, posinf=0.0, neginf=0.0))  # the mean of extreme floats overflows
     if num_frames == 0:
         raise ValueError("it holds no sound (0 frames)")
-    if num_frames < sound.frames < 1 << 62:  # a FLAC written to a pipe states no length
+    slack = _MP3_SLACK_FRAMES if sound.format == "MP3" else 0
+    if num_frames < sound.frames - slack and sound.frames < 1 << 62:  # a FLAC written to a pipe states no length
         raise ValueError(f"damaged: {num_frames:,} frames are there of {sound.frames:,}")
     return np.concatenate(blocks)

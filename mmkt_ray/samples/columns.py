@@ -18,7 +18,7 @@ from mmkt_ray.config import Config, SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.samples.cells import convert_cell, escape_id
 from mmkt_ray.samples.content import normalise_texts
-from mmkt_ray.samples.schema import MODALITY, Reject, Shard, sample_schema
+from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 4_000_000  # small beside a chunk: chunks decide a reader's memory
@@ -126,16 +126,18 @@ class Reading:
         num_bytes = sum(len(cells.get(m) or "") for m in self.config.modalities)
         return Row(place, cells, num_bytes, "; ".join(unread))
 
-    def reject(self, sample_id: str, reason: str, stage: str = "read") -> Reject:
+    def reject(self, sample_id: str, reason: str, stage: str = "read", num_rows: int = 1) -> Reject:
         """A rejected row of this shard, with the id it has or would have had."""
         printable = reason.encode("utf-8", "backslashreplace").decode()  # names may hold bytes that are no text
-        return Reject(sample_id, self.shard.name, stage, printable)
+        return Reject(sample_id, self.shard.name, stage, printable, num_rows)
 
     def unreadable(self, error: Exception) -> Reject:
-        """The reject that stands for all rows of the shard that come after a fault in the file itself."""
+        """The reject that stands for all rows of the shard that come after a fault in the file itself (see damage.py)."""
         return self.reject(
             escape_id(self.shard.name),
             f"the shard is damaged, its rows from here on are lost: {error}; fetch or write the file again",
+            DAMAGE,
+            num_rows=0,
         )
 
 

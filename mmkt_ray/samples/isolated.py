@@ -29,7 +29,7 @@ from mmkt_ray.config.samples import SamplesConfig, SourceConfig
 from mmkt_ray.errors import ConfigError, DataError, ResourceError
 from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading
-from mmkt_ray.samples.schema import Reject, Shard
+from mmkt_ray.samples.schema import DAMAGE, Reject, Shard
 
 MEMORY_BYTES = 8 << 30  # address space of a child: pages of a Parquet file may be 1 GB, packed and unpacked
 BLOCK_TIMEOUT_S = 600  # for a block to be read, not for the parent to take it
@@ -52,7 +52,7 @@ def read_isolated(reading: Reading) -> Iterator[Block]:
     Raises: DataError and ConfigError as the reader does, OSError for what else went wrong, ResourceError if no child starts.
     """
     group = num_blocks = num_deaths = 0  # what is here: all row groups before this one, and so many blocks of it
-    num_groups = 0  # not known yet
+    num_groups = group_rows = 0  # not known yet
     while True:
         num_frames = num_seen = 0
         with _child(reading, group) as child:
@@ -65,7 +65,7 @@ def read_isolated(reading: Reading) -> Iterator[Block]:
                     kinds = {"DataError": DataError, "ConfigError": ConfigError}
                     raise kinds.get(frame["error"], OSError)(frame["text"])
                 if "group" in frame:
-                    num_groups = frame["num_groups"]
+                    num_groups, group_rows = frame["num_groups"], frame["num_rows"]
                     if frame["group"] != group:
                         group, num_blocks, num_seen, num_deaths = frame["group"], 0, 0, 0
                     continue
@@ -80,14 +80,14 @@ def read_isolated(reading: Reading) -> Iterator[Block]:
             )
         num_deaths += 1
         if num_deaths == 2:
-            yield Block([], {}, rejects=[_lost(reading, group, num_groups, child.returncode)])
+            yield Block([], {}, rejects=[_lost(reading, group, num_groups, group_rows, child.returncode)])
             group, num_blocks, num_deaths = group + 1, 0, 0
             if group >= num_groups:
                 return
 
 
-def _lost(reading: Reading, group: int, num_groups: int, code: int) -> Reject:
-    """What stands for a part that cannot be read."""
+def _lost(reading: Reading, group: int, num_groups: int, num_rows: int, code: int) -> Reject:
+    """What stands for a part that cannot be read. num_rows: of the row group, 0 if that is not known."""
     why = f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
     if code == -signal.SIGALRM:
         why = f"nothing came in {BLOCK_TIMEOUT_S} s"
@@ -97,7 +97,7 @@ def _lost(reading: Reading, group: int, num_groups: int, code: int) -> Reject:
         f"reading {what} ends the process that reads it, each time: {why}; its rows from here on are lost: write the file "
         "again with another version of the writer, or take it out"
     )
-    return reading.reject(f"{name}#row-group-{group}" if num_groups > 1 else name, reason)
+    return reading.reject(f"{name}#row-group-{group}" if num_groups > 1 else name, reason, DAMAGE, num_rows)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def serve() -> None:
 
 
 def _read(reading: Reading, group: int) -> Iterator[tuple[dict[str, Any], bytes]]:
-    from mmkt_ray.samples.parquet import count_row_groups, read_parquet
+    from mmkt_ray.samples.parquet import count_row_groups, read_parquet, rows_before
     from mmkt_ray.samples.readers import read_blocks
 
     parts: Iterator[tuple[int, Iterator[Block]]]
@@ -187,7 +187,8 @@ def _read(reading: Reading, group: int) -> Iterator[tuple[dict[str, Any], bytes]
     else:
         num_groups, parts = 1, iter([(0, read_blocks(reading))])
     for number, blocks in parts:
-        yield {"group": number, "num_groups": num_groups}, b""
+        rows = rows_before(reading, number + 1) - rows_before(reading, number) if num_groups > 1 else 0
+        yield {"group": number, "num_groups": num_groups, "num_rows": rows}, b""
         for block in blocks:
             yield _pack(block)
             if reading.source.reader == "parquet" and not block.columns:  # damage: the rest is lost, as for any reader

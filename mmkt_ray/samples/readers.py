@@ -14,6 +14,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.samples.archives import read_folders, read_webdataset
 from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading, Row, clean, rows_to_blocks
+from mmkt_ray.samples.damage import with_estimates
 from mmkt_ray.samples.isolated import died_before, read_isolated
 from mmkt_ray.samples.manifests import read_manifest
 from mmkt_ray.samples.parquet import read_parquet
@@ -44,14 +45,15 @@ def read_chunks(config: Config, shard: Shard) -> Iterator[Chunk]:
 
     A chunk has at most `extract.chunk_rows` rows and `extract.chunk_bytes` raw bytes; a single larger sample
     is a chunk of its own. About two chunks are in memory at a time. A row that cannot be read is rejected; if
-    the file is damaged, the rows before the damage are kept and one reject stands for the rest. In a task that is tried
-    again because its process died, the shard is read by a child process (see isolated.py).
+    the file is damaged, the rows before the damage are kept and one reject stands for the rest (see damage.py).
+    In a task that is tried again because its process died, a child process reads the shard (see isolated.py).
 
     Raises: DataError if the shard lacks a column that the config names, ConfigError for an unknown encoding.
     """
     reading = Reading(config, shard)
-    blocks = read_isolated(reading) if died_before() else read_blocks(reading)
-    cleaned = _cleaned(reading, blocks)
+    is_deadly = died_before()
+    blocks = read_isolated(reading) if is_deadly else read_blocks(reading)
+    cleaned = _cleaned(reading, with_estimates(reading, blocks, is_deadly))
     held: tuple[pa.Table, list[Reject]] | None = None
     index = 0
     for piece in _cut(cleaned, reading):

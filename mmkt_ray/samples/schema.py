@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,19 @@ import pyarrow.compute as pc
 
 from mmkt_ray.config import Config
 
-MODALITY = "modality"  # a reject's stage: one of the row's modalities was unreadable, the row itself is kept
+# stages of a reject that stand for something else than one row that could not become a sample
+MODALITY = "modality"  # one of the row's modalities was unreadable, the row itself is kept
+DAMAGE = "damage"  # the shard itself is damaged: all rows from there on
+LEAKAGE = "leakage"  # a row that is left out on request, as it leaks
+UNMAPPED = "unmapped"  # members of an archive whose suffix no column maps: sample_id is the suffix; told, but no rejects
 REJECT_SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
+    [
+        ("sample_id", pa.string()),
+        ("source", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("num_rows", pa.int64()),
+    ]
 )
 
 
@@ -39,8 +50,9 @@ class Reject:
 
     sample_id: str
     source: str  # the shard's name
-    stage: str  # read | decode | encode | combine | check | leakage; modality: the row stays, without that modality
+    stage: str  # read | decode | encode | combine | check, or one of the above
     reason: str
+    num_rows: int = 1  # that it stands for; of a damaged shard 0 until they are estimated
 
 
 def sample_schema(config: Config) -> pa.Schema:
@@ -62,6 +74,12 @@ def train_rows(samples: pa.Table, leaking: Sequence[str]) -> pa.Table:
     if not leaking:
         return train
     return train.filter(pc.invert(pc.is_in(train.column("sample_id"), pa.array(leaking, pa.string()))))
+
+
+def count_stages(rejects: pa.Table) -> Counter[str]:
+    """Stage -> rows that rejects of it stand for."""
+    counts = rejects.group_by("stage").aggregate([("num_rows", "sum")]).to_pylist()
+    return Counter({row["stage"]: row["num_rows_sum"] for row in counts})
 
 
 def reject_table(rejects: list[Reject]) -> pa.Table:

@@ -29,27 +29,32 @@ _MAX_LISTED = 20  # names in an error message
 def list_shards(config: Config) -> list[Shard]:
     """The shards of all sources, in the order of the sources and sorted by path within each.
 
-    A path may be a file, a folder, a glob or a URI. A folder means the files of the reader's kind in it; for
-    `reader: folders` each folder below it that holds files itself is a shard, and so is an archive.
+    A path may be a file, a folder, a glob (`**`: folders at any depth) or a URI. A folder means the files of the reader's
+    kind in it; for `reader: folders` each folder below it that holds files itself is a shard, and so is an archive.
 
     Raises: DataError for a path that matches nothing, or nothing that the reader reads.
     """
     shards = []
     for index, source in enumerate(config.samples.sources):
         uri = _source_uri(config, source)
-        found = [f for f in storage.glob(uri) if visible(f.base_name) or uri.endswith(f.base_name)]
+        found = [f for f in storage.glob(uri, _root(config)) if visible(f.base_name) or uri.endswith(f.base_name)]
         if not found:
             raise DataError(f"samples.sources[{index}].path: {_nothing_at(uri)}")
-        expanded = [shard for info in found for shard in _expand(config, index, uri, info)]
+        # a file that is found by itself and in its folder is one shard
+        expanded = {shard.uri: shard for info in found for shard in _expand(config, index, uri, info)}
         if not expanded:
             raise DataError(f"samples.sources[{index}].path: {_nothing_readable(uri, source, found)}")
-        shards += sorted(expanded, key=lambda shard: shard.uri)
+        shards += [expanded[own] for own in sorted(expanded)]
     return shards
 
 
 def visible(path: str) -> bool:
     """False for a relative path with a hidden part (a name that begins with a dot)."""
     return not any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+
+
+def _root(config: Config) -> str:
+    return storage.absolute(config.data_root).rstrip("/")
 
 
 def _source_uri(config: Config, source: SourceConfig) -> str:
@@ -65,7 +70,7 @@ def _expand(config: Config, index: int, uri: str, info: pafs.FileInfo) -> list[S
     folders = source.reader == "folders"
     files = [
         f
-        for f in storage.list_files(_uri_at(uri, info.path), recursive=folders)
+        for f in storage.list_files(_uri_at(uri, info.path, _root(config)), recursive=folders)
         if visible(f.path.removeprefix(info.path)) and (folders or f.base_name.endswith(suffixes))
     ]
     if not folders:
@@ -83,17 +88,19 @@ def _parent(info: pafs.FileInfo) -> str:
 
 
 def _shard(config: Config, index: int, uri: str, path: str, files: Iterable[pafs.FileInfo]) -> Shard:
-    root, own = storage.absolute(config.data_root).rstrip("/"), _uri_at(uri, path)
+    root = _root(config)
+    own = _uri_at(uri, path, root)
     name = unquote(own.removeprefix(root + "/")) if own.startswith(root + "/") else own
     facts = "\n".join(f"{f.base_name}|{f.size}|{f.mtime_ns}" for f in files)
     return Shard(index, own, name, hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()[:16])
 
 
-def _uri_at(uri: str, path: str) -> str:
-    """`path` inside the filesystem of `uri`, as a URI of the same kind."""
+def _uri_at(uri: str, path: str, root: str) -> str:
+    """`path` inside the filesystem of `uri`, as a URI of the same kind. root: its beginning, whose signs are no wildcards."""
     if "://" not in uri:
         return path
-    before = re.split(r"[*?[]", uri, maxsplit=1)[0]
+    fixed = f"{root}/" if uri.startswith(f"{root}/") else ""
+    before = fixed + re.split(r"[*?[]", uri.removeprefix(fixed), maxsplit=1)[0]
     static = uri if before == uri else before.rpartition("/")[0]
     below = path.removeprefix(storage.resolve(static)[1])
     return static + quote(below)

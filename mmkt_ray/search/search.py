@@ -21,6 +21,7 @@ from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.locks import locked
 from mmkt_ray.search.ensemble import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
 from mmkt_ray.search.insight import search_insight
@@ -57,6 +58,11 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
     space, settings = check_search(config), config.search or SearchConfig()
     table = store.table(config.model_modalities, config.model_tasks)
     check_features(space, settings, table)
+    with locked(run_uri):
+        return _search(space, settings, store, table, run_uri)
+
+
+def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTable, run_uri: str) -> dict[str, Any]:
     uri = storage.join(run_uri, "search")
     leaderboard = Leaderboard(uri, space, search_digest(space, settings, store))
     storage.make_dir(uri)

@@ -256,7 +256,8 @@ def train_expert(config: Config, store: Store, scratch: str, folder: str, run: R
 def _find(config: Config, store: Store, folder: str) -> str | None:
     """The model of this config among the folder's experts and models."""
     digest = training_fingerprint(config, store, folder)
-    variants = [info.path.split("/")[-2] for info in storage.glob(storage.join(folder, "*", "config.json"))]
+    found = storage.glob(storage.join(folder, "*", "config.json"), fixed=folder)
+    variants = [info.path.split("/")[-2] for info in found]
     places = [storage.join(folder, name) for name in (f".experts/{digest}", *variants)]
     return next((uri for uri in places if is_trained(uri, digest)), None)
 

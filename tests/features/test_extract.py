@@ -178,9 +178,8 @@ def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> N
     """Half the data gone and a store published all the same; or the raised budget paying for everything again."""
     columns = {"image": pa.array([b"broken"] * 40, pa.binary())}
     write_shard(shapes / "data" / "shapes" / "bad.parquet", 200, 40, **columns)
-    with pytest.raises(
-        DataError, match=r"40 of 160 rows were rejected.*max_reject_frac.*frequent: 40 x image: not a read"
-    ):
+    told = r"0 of 160 rows were rejected and 40 lost a modality.*frequent: 40 x image: not a read.*\(first: s200 in shapes/bad"
+    with pytest.raises(DataError, match=told):
         run(make_config())
     counts = run(make_config(samples__max_reject_frac=0.5)).manifest["counts"]
     assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (160, 0, 40)
@@ -280,8 +279,10 @@ def test_an_empty_shard_and_a_shard_that_is_no_parquet(shapes: Path, make_config
     """One bad file among thousands ending the job, or an empty one being read again on every run."""
     write_shard(shapes / "data" / "shapes" / "empty.parquet", 0, 0)
     (shapes / "data" / "shapes" / "junk.parquet").write_bytes(b"PAR1 this is not parquet")
-    store = run(make_config(samples__max_reject_frac=0.05))
-    assert store.manifest["counts"] | {"rows": 120, "rejects": 1} == store.manifest["counts"]
+    with pytest.raises(DataError, match=r"40 of 160 rows were rejected \(about 40 of them in damaged shards.*junk.parquet"):
+        run(make_config(samples__max_reject_frac=0.05))
+    store = run(make_config(samples__max_reject_frac=0.25))
+    assert store.manifest["counts"] | {"rows": 120, "rejects": 40} == store.manifest["counts"]
 
 
 def test_a_modality_or_task_that_is_null_everywhere_is_told(shapes: Path, make_config: MakeConfig) -> None:

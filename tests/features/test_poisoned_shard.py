@@ -52,8 +52,9 @@ def test_a_shard_that_kills_its_reader_loses_a_row_group(tmp_path: Path, make_co
     store = extract(config, str(tmp_path / "poisoned"))
     rejects = pd.read_parquet(f"{store.uri}/rejects.parquet")
     assert rejects[["sample_id", "source", "stage"]].to_numpy().tolist() == [
-        ["shapes/1.parquet#row-group-2", "shapes/1.parquet", "read"]
+        ["shapes/1.parquet#row-group-2", "shapes/1.parquet", "damage"]
     ]
+    assert rejects["num_rows"].tolist() == [10]
     assert (
         "reading row group 3 of 4 ends the process that reads it, each time: signal 11 (SIGSEGV)" in rejects.reason[0]
     )

@@ -27,7 +27,7 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import UserError
 from mmkt_ray.samples import archives, cleaning, files, manifests, pages, parquet
 from mmkt_ray.samples.readers import list_shards, read_chunks
-from mmkt_ray.samples.schema import reject_table
+from mmkt_ray.samples.schema import UNMAPPED, reject_table
 from tests.samples import fuzz_seeds
 from tests.samples.fuzz_seeds import Case
 
@@ -196,7 +196,8 @@ def read_shard(path: Path, layout: str) -> Outcome:
             for chunk in (chunk for shard in list_shards(config) for chunk in read_chunks(config, shard)):
                 chunk.table.validate(full=True)
                 reject_table(chunk.rejects).validate(full=True)
-                num_rows, num_rejects = num_rows + chunk.table.num_rows, num_rejects + len(chunk.rejects)
+                num_rows += chunk.table.num_rows
+                num_rejects += sum(reject.stage != UNMAPPED for reject in chunk.rejects)
                 use(chunk.table.to_pylist())
     except UserError:
         return "user error"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
 import tarfile
 from collections import Counter
 
@@ -12,6 +13,7 @@ import pytest
 from mmkt_ray.errors import DataError
 from mmkt_ray.samples import archives
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
+from mmkt_ray.samples.schema import UNMAPPED
 
 WEBDATASET = {
     "reader": "webdataset",
@@ -51,7 +53,8 @@ def test_webdataset_groups_suffixes_and_json(make_config, read_all, write_tar, p
         {"sample_id": "a.tar#d/k1", "key": "d/k1", "image": png(1), "text": "one", "label": "3"},
         {"sample_id": "a.tar#d/k2", "key": "d/k2", "image": b"jpg first", "text": None, "label": None},
     ]
-    reasons = {r.sample_id: r.reason for r in rejects}
+    assert [(r.sample_id, r.num_rows) for r in rejects if r.stage == UNMAPPED] == [("seg.png", 1), ("npy", 1)]
+    reasons = {r.sample_id: r.reason for r in rejects if r.stage != UNMAPPED}
     assert reasons.keys() == {"a.tar#d/k3", "a.tar#k4"}
     assert reasons["a.tar#d/k3"].startswith("label: its json member is not valid JSON")
     assert reasons["a.tar#k4"] == "no modality is present"
@@ -65,6 +68,65 @@ def test_duplicate_key_is_rejected_once(make_config, read_all, write_tar, tmp_pa
     table, rejects = read_all(make_config(tmp_path, WEBDATASET))
     assert table["sample_id"].to_pylist() == ["a.tar#k", *["a.tar#other" for _ in gap]]
     assert [(r.sample_id, r.reason.split(":")[0]) for r in rejects] == [("a.tar#k", "duplicate sample id")]
+
+
+def test_keys_with_dots_are_as_many_rejects_as_samples(make_config, read_all, write_tar, png, tmp_path):
+    """Catches sixty samples, named by a phone, that are one reject as the key ends at the first dot of a name."""
+    named = [f"2024.05.{day:02d}-{hour}h" for day in range(1, 31) for hour in (10, 11)]
+    entries = [(f"{key}.{s}", data) for key in ["1", "2", *named] for s, data in (("png", png(1)), ("txt", b"text"))]
+    write_tar(tmp_path / "a.tar", entries)
+    table, rejects = read_all(make_config(tmp_path, WEBDATASET))
+    assert table["sample_id"].to_pylist() == ["a.tar#1", "a.tar#2"]
+    lost = [r for r in rejects if r.stage != UNMAPPED]
+    assert sorted(r.sample_id for r in lost) == [f"a.tar#{key}" for key in named]
+    assert "suffix is '05.01-10h.png' of the key '2024', which no column maps; rename" in lost[0].reason
+    assert sum(r.num_rows for r in rejects if r.stage == UNMAPPED) == 120
+
+
+def test_a_tar_sorted_by_extension_says_sort_by_name(make_config, read_all, write_tar, png, tmp_path):
+    """Catches samples in two halves, of which the second passes for a mere repetition of the first."""
+    keys = [f"{i:02d}" for i in range(6)]
+    write_tar(tmp_path / "a.tar", [(f"{key}.{suffix}", b"text") for suffix in ("png", "txt") for key in keys])
+    _, rejects = read_all(make_config(tmp_path, WEBDATASET))
+    assert [r.sample_id for r in rejects] == [f"a.tar#{key}" for key in keys]
+    assert all("sort the archive by name" in r.reason for r in rejects)
+
+
+@pytest.mark.parametrize("layout", ["tar", "padded", "gzip of each", "gzip of all", "gzip in pieces"])
+def test_concatenated_archives_are_read_to_the_end(make_config, read_all, write_tar, tmp_path, layout):
+    """Catches `cat a.tar b.tar`, and what bgzip and pigz write, of which the first part passes for all. Right: tar -i."""
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.part", [(f"{name}/{i}.txt", os.urandom(3000).hex().encode()) for i in range(5)])
+    parts = [(tmp_path / f"{name}.part").read_bytes() for name in "ab"]
+    parts = [part + bytes(10240 * 3) for part in parts] if layout == "padded" else parts
+    pieces = [b"".join(parts)[i : i + 7000] for i in range(0, sum(map(len, parts)), 7000)]
+    written = {"gzip of each": parts, "gzip of all": [b"".join(parts)], "gzip in pieces": pieces}
+    name = "c.tar.gz" if layout in written else "c.tar"
+    (tmp_path / name).write_bytes(b"".join(map(gzip.compress, written[layout]) if layout in written else parts))
+    listed = subprocess.run(["tar", "-i", "-tf", tmp_path / name], capture_output=True, text=True, check=True).stdout
+    table, rejects = read_all(make_config(tmp_path, FOLDERS | {"path": name}))
+    assert table["sample_id"].to_pylist() == [f"{name}/{member}" for member in listed.split()]
+    assert table.num_rows == 10
+    assert not rejects
+
+
+def test_what_follows_an_archive_and_is_none_is_told(make_config, read_all, write_tar, tmp_path):
+    """Catches a second archive, damaged at its first header, that passes for padding."""
+    write_tar(tmp_path / "a.tar", [("a/1.txt", b"one")])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes() + b"damaged" * 300)
+    table, rejects = read_all(make_config(tmp_path, FOLDERS))
+    assert table.num_rows == 1
+    assert [r.sample_id for r in rejects] == ["a.tar"]
+
+
+def test_a_flipped_bit_in_a_compressed_archive_is_damage(make_config, read_all, write_tar, tmp_path):
+    """Catches other texts than were written, as nobody compares gzip's checksum."""
+    write_tar(tmp_path / "a.tar", [(f"a/{i}.txt", b"text %d" % i) for i in range(20)])
+    data = bytearray(gzip.compress((tmp_path / "a.tar").read_bytes(), compresslevel=0))
+    data[data.index(b"text 19")] ^= 1
+    (tmp_path / "a.tar.gz").write_bytes(data)
+    _, rejects = read_all(make_config(tmp_path, FOLDERS | {"path": "a.tar.gz"}))
+    assert ["CRC" in r.reason for r in rejects] == [True]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

@@ -58,13 +58,44 @@ def test_nan_is_silence():
     assert np.isfinite(clip.samples).all()
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "AIFF", "MP3"])
 def test_a_cut_file_is_refused(kind: str):
     """Catches half a recording that goes on as a whole one."""
-    data = encode(tone(), kind)
-    for end in (6, 30, len(data) // 2, len(data) - 64):
-        with pytest.raises(ValueError, match="damaged"):
+    data = encode(tone(2.0), kind)
+    for end in (30, len(data) // 2, len(data) * 3 // 4 if kind == "MP3" else len(data) - 64):
+        with pytest.raises(ValueError, match=r"damaged|no sound"):
             decode_audio(data[:end])
+
+
+@pytest.mark.parametrize("kind", ["MP3", "AIFF", "AU", "CAF", "W64"])
+def test_what_soundfile_reads_is_read(kind: str):
+    """Catches a folder of MP3s refused by its first bytes. The right samples: soundfile's own."""
+    data = encode(tone(), kind)
+    expected, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+    clip = decode_audio(data)
+    assert clip.sample_rate == rate
+    np.testing.assert_allclose(clip.samples, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["RIFF", "data"])
+@pytest.mark.parametrize("too_much", [-8, 1, 8, 44])
+def test_a_size_that_is_a_few_bytes_off_is_no_damage(where: str, too_much: int):
+    """Catches whole recordings refused, as their writer counted the header or a pad byte in."""
+    data = bytearray(encode(tone()))
+    at = data.index(where.encode()) + 4
+    data[at : at + 4] = struct.pack("<I", struct.unpack_from("<I", data, at)[0] + too_much)
+    expected, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    np.testing.assert_array_equal(decode_audio(bytes(data)).samples, expected)
+    assert len(expected) >= 3996
+
+
+def test_a_pad_byte_between_chunks_is_passed_over():
+    """Catches the sound's chunk missed behind a chunk of odd length, so that a cut file passes as whole."""
+    data = encode(tone())
+    odd = data[:36] + b"note" + struct.pack("<I", 3) + b"abc\0" + data[36:]
+    assert len(decode_audio(odd).samples) == 4000
+    with pytest.raises(ValueError, match="damaged"):
+        decode_audio(odd[:-1000])
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
@@ -81,9 +112,9 @@ def test_a_wav_from_a_pipe_is_whole(size: int):
     ("data", "reason"),
     [
         (b"", "0 bytes"),
-        (b"<html>404</html>", "not a readable WAV, FLAC, OGG; it begins with b'<html>40'"),
-        (b"ID3\x04\x00\x00", "not a readable"),
-        (b"OggS\x00\x02", "damaged"),
+        (b"<html>404</html>", r"no sound that soundfile reads \(WAV, FLAC, OGG, MP3, ...\); begins with b'<html>40'"),
+        (b"ID3\x04\x00\x00", "no sound that soundfile reads"),
+        (b"OggS\x00\x02", "damaged|no sound that soundfile reads"),
         (encode(tone()[:0]), "no sound"),
         (encode(tone(), rate=500), "500 Hz"),
     ],

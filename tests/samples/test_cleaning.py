@@ -166,6 +166,22 @@ def test_changes_are_told(photo, mode, kind, changes):
     assert decode_and_tell(encode(clear, "PNG"), MAX_PIXELS)[1] == ["laid on white"]
 
 
+def test_the_orientation_is_the_picture_s_own(photo):
+    """Catches a picture turned by the EXIF of a second JPEG behind it, or of a thumbnail in another block."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = encode(photo, "JPEG", quality=95), encode(photo, "JPEG", exif=exif, quality=95)
+    segment = b"\xff\xe2" + struct.pack(">H", len(turned) + 2) + turned  # a whole picture as another application's block
+    for data in (plain + turned, plain[:2] + segment + plain[2:]):
+        assert Image.open(io.BytesIO(data)).getexif().get(0x0112) is None
+        assert decode_and_tell(data, MAX_PIXELS)[1] == []
+        np.testing.assert_array_equal(decode_image(data, MAX_PIXELS), decode_image(plain, MAX_PIXELS))
+    assert decode_image(turned + plain, MAX_PIXELS).shape == (40, 24, 3)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    for kind, mode in (("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB")):  # each way of decoding: XMP is no EXIF
+        assert decode_image(encode(photo.convert(mode), kind, xmp=xmp), MAX_PIXELS).shape == (24, 40, 3)
+
+
 def test_damaged_exif_costs_the_orientation_only(photo):
     """Catches pictures lost for their metadata."""
     exif = Image.Exif()
@@ -198,13 +214,13 @@ def test_formats_beyond_the_list_are_refused():
         decode_image(encode(Image.new("RGB", (4, 4)), "ICO"), MAX_PIXELS)
 
 
-def bomb_png(side: int) -> bytes:
-    """A PNG of a few bytes whose header states side x side pixels."""
+def bomb_png(side: int, bits: int = 8, colours: int = 2) -> bytes:
+    """A PNG of a few bytes whose header states side x side pixels, RGB or as the format's numbers say."""
 
     def part(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, bits, colours, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
 
 
@@ -215,6 +231,15 @@ def test_decompression_bomb_is_refused_by_its_header(side):
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="pixels"):
             decode_image(bomb_png(side), MAX_PIXELS)
+
+
+def test_the_config_s_limit_is_the_only_one():
+    """Catches Pillow's own limit of 179 million pixels above one that the user has raised."""
+    bilevel = bomb_png(14_000, bits=1, colours=0)
+    with pytest.raises(ValueError, match="14000 x 14000 = 196,000,000 pixels, more than samples"):
+        decode_image(bilevel, 195_999_999)
+    with pytest.raises(ValueError, match="damaged: OSError"):  # it went on to the picture, which is empty
+        decode_image(bilevel, 196_000_000)
 
 
 def test_size_limit_holds_on_the_fast_path(photo):

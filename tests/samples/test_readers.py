@@ -47,6 +47,21 @@ def test_folder_glob_and_uri_list_the_same_shards(make_config, tmp_path, path):
     assert [c.table.num_rows for s in list_shards(config) for c in read_chunks(config, s)] == [1, 1]
 
 
+def test_shards_below_a_pattern_are_listed_once(make_config, tmp_path):
+    """Catches `**` that means one folder only, a shard read twice as its folder matches too, and brackets in names."""
+    root = tmp_path / "data[1]"
+    for name in ("0.parquet", "a/1.parquet", "a/b/2.parquet", "a/b/[3].parquet"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(root / name, text=["x"], label=["y"])
+    names = ["0.parquet", "a/1.parquet", "a/b/2.parquet", "a/b/[3].parquet"]
+    for data_root in (root, f"file://{root}"):
+        for path, expected in (("**/*.parquet", names), ("**", names), ("a/b/[3].parquet", names[3:])):
+            config = make_config(data_root, {**PARQUET, "path": path})
+            shards = list_shards(config)
+            assert sorted(s.name for s in shards) == expected, (data_root, path)
+            assert [c.table.num_rows for s in shards for c in read_chunks(config, s)] == [1] * len(expected)
+
+
 def test_misspelt_path_names_the_nearest(make_config, tmp_path):
     """Catches an empty result, or a bare 'not found', for the commonest mistake."""
     (tmp_path / "cifar10").mkdir()

@@ -1,0 +1,90 @@
+"""The reject budget: what is put up with, what stops a job, and what the message says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.publish import check_budget, count_reasons, count_unmapped, read_rejects, tell_counts
+from mmkt_ray.samples.schema import DAMAGE, LEAKAGE, MODALITY, UNMAPPED, Reject, count_stages, reject_table
+
+SOURCE = {"reader": "parquet", "path": "a", "columns": {"text": "t"}}
+
+
+def check(num_rows: int, lost: dict[str, int], uri: str = "/nowhere", **budget: float) -> None:
+    check_budget(uri, SamplesConfig.model_validate({"sources": [SOURCE], **budget}), num_rows, Counter(lost), {"u": "a/0.tar"})
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "lost", "is_fine"),
+    [
+        (53, {"read": 1}, True),  # one bad file of 54
+        (54, {MODALITY: 10}, True),
+        (54, {MODALITY: 5, "read": 6}, False),
+        (20, {"decode": 10}, True),
+        (8, {"decode": 8, LEAKAGE: 900}, True),  # half of what was not left out on request
+        (7, {"decode": 8}, False),
+        (0, {"decode": 8}, False),  # 8 of 8 rows: the config is wrong, not the rows
+        (8, {MODALITY: 8}, False),
+        (9_900, {"read": 100}, True),
+        (9_899, {"read": 101}, False),
+        (900, {DAMAGE: 300}, False),
+        (1000, {UNMAPPED: 4000}, True),
+    ],
+)
+def test_a_few_rows_are_put_up_with_and_most_rows_never(num_rows: int, lost: dict[str, int], is_fine: bool) -> None:
+    """Catches one bad file of 54 rows that stops a run; and a fault that hits every row of a small set, let through."""
+    if is_fine:
+        check(num_rows, lost)
+        return
+    with pytest.raises(DataError, match="mend the data, or allow it"):
+        check(num_rows, lost)
+
+
+def test_both_limits_can_be_set() -> None:
+    """Catches a minimum that cannot be taken away."""
+    check(53, {"read": 1}, min_reject_budget=1)
+    with pytest.raises(DataError, match=r"--set samples.max_reject_frac=0.019 \(predict: --max-reject-frac 0.019\)"):
+        check(53, {"read": 1}, min_reject_budget=0)
+    check(53, {"read": 1}, min_reject_budget=0, max_reject_frac=0.019)
+
+
+def test_the_message_names_file_row_and_reason(tmp_path: Path) -> None:
+    """Catches reasons whose numbers and names are blanked, rows that nobody can find, and two kinds of loss in one number."""
+    rejects = [
+        Reject("a/0.tar#7", "u", "read", "not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1"),
+        Reject("a/0.tar#9", "u", "read", "not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 3"),
+        Reject("mine", "u", MODALITY, "image: no file 'x.png'"),
+        Reject("a/0.tar", "u", DAMAGE, "the shard is damaged", 300),
+    ]
+    storage.write_table(str(tmp_path / "rejects" / "u-000000-end.parquet"), reject_table(rejects))
+    storage.write_table(str(tmp_path / "rejects" / "gone-000000-end.parquet"), reject_table(rejects))
+    with pytest.raises(DataError) as told:
+        check(698, dict(count_stages(reject_table(rejects))), str(tmp_path))
+    text = str(told.value)
+    assert text.startswith("302 of 1,000 rows were rejected (about 300 of them in damaged shards) and 1 lost a modality")
+    assert "300 x the shard is damaged (first: a/0.tar)" in text
+    assert "2 x not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 (first: a/0.tar#7)" in text
+    assert "1 x image: no file 'x.png' (first: mine in a/0.tar)" in text
+
+
+def test_notes_are_counted_apart() -> None:
+    """Catches members that no column maps counted as rejected rows."""
+    notes = [Reject("json", "a", UNMAPPED, "-", 5), Reject("json", "b", UNMAPPED, "-", 7)]
+    table = reject_table([*notes, Reject("x", "a", "read", "-")])
+    assert count_unmapped(table) == {"json": 12}
+    assert tell_counts(10, count_stages(table) + Counter({MODALITY: 2})) == (
+        "10 rows, 1 rejected, 2 kept without an unreadable modality"
+    )
+
+
+def test_rejects_of_before_are_one_row_each(tmp_path: Path) -> None:
+    """Catches a run that cannot go on with what an earlier version wrote."""
+    old = reject_table([Reject("x", "u", "read", "why")]).drop_columns("num_rows")
+    storage.write_table(str(tmp_path / "old.parquet"), old)
+    assert [told.num_rows for told in count_reasons(read_rejects(str(tmp_path / "old.parquet")))] == [1]

@@ -1,0 +1,82 @@
+"""Damaged shards: the reject that stands for the lost rows says how many they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmkt_ray.samples.schema import DAMAGE
+
+NUM_SHARDS, ROWS = 4, 300
+PARQUET = {"reader": "parquet", "path": "d", "columns": {"text": "text", "label": "label"}}
+WEBDATASET = {"reader": "webdataset", "path": "d", "columns": {"text": "txt", "label": "cls"}}
+FOLDERS = {"reader": "folders", "path": "d", "columns": {"text": "content", "label": "folder"}}
+
+
+@pytest.fixture
+def write_shards(tmp_path, write_tar):
+    """write_shards(kind): four shards of 300 rows each; returns the third one's path."""
+
+    def write(kind: str) -> Path:
+        (tmp_path / "d").mkdir()
+        for shard in range(NUM_SHARDS):
+            texts = [f"text {shard} {i} " * (1 + i % 7) for i in range(ROWS)]
+            path = tmp_path / "d" / f"{shard}.{kind}"
+            if kind == "parquet":
+                table = pa.table({"text": texts, "label": ["a"] * ROWS})
+                pq.write_table(table, path, row_group_size=100, compression="none", data_page_version="2.0")
+                continue
+            members = [(f"a/{i:03d}.{s}", d) for i, text in enumerate(texts) for s, d in (("cls", b"a"), ("txt", text.encode()))]
+            write_tar(path, members, mode="w:gz" if kind.endswith("gz") else "w")
+        return tmp_path / "d" / f"2.{kind}"
+
+    return write
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["parquet", "tar", "tar.gz"])
+def test_a_cut_shard_counts_as_the_rows_that_it_held(make_config, read_all, write_shards, tmp_path, kind, share):
+    """Catches 300 of 1,200 rows that are lost as one reject, under a budget of 1 %."""
+    path = write_shards(kind)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    table, rejects = read_all(make_config(tmp_path, PARQUET if kind == "parquet" else WEBDATASET))
+    assert [(r.sample_id, r.stage) for r in rejects] == [(f"d/2.{kind}", DAMAGE)]
+    num_lost = NUM_SHARDS * ROWS - table.num_rows
+    assert num_lost >= (ROWS if kind == "parquet" else 1)
+    assert abs(rejects[0].num_rows - num_lost) <= 0.1 * ROWS
+    assert f"about {rejects[0].num_rows} rows, as in the other shards" in rejects[0].reason
+
+
+def test_a_footer_says_what_a_damaged_page_cost(make_config, read_all, write_shards, tmp_path):
+    """Catches an estimate where the number is known."""
+    path = write_shards("parquet")
+    data = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    table, rejects = read_all(make_config(tmp_path, PARQUET))
+    assert [r.num_rows for r in rejects] == [NUM_SHARDS * ROWS - table.num_rows]
+    assert "as its footer says" in rejects[0].reason
+
+
+def test_damage_within_the_only_shard_is_estimated_by_its_size(make_config, read_all, write_tar, tmp_path):
+    """Catches most of a single archive lost as one reject."""
+    (tmp_path / "d").mkdir()
+    write_tar(tmp_path / "d" / "0.tar", [(f"a/{i:04d}.txt", b"x" * 600) for i in range(1000)])
+    data = bytearray((tmp_path / "d" / "0.tar").read_bytes())
+    data[400 * 1536 + 100 : 400 * 1536 + 300] = b"\xff" * 200  # a member is 1536 bytes
+    (tmp_path / "d" / "0.tar").write_bytes(data)
+    table, rejects = read_all(make_config(tmp_path, FOLDERS))
+    assert table.num_rows == 400
+    assert rejects[0].num_rows == pytest.approx(600, abs=60)
+    assert "by its size" in rejects[0].reason
+
+
+def test_a_limit_bounds_what_can_be_lost(make_config, read_all, write_shards, tmp_path):
+    """Catches a quick look at ten rows of each shard that is refused for hundreds."""
+    write_shards("parquet").write_bytes(b"no Parquet")
+    _, rejects = read_all(make_config(tmp_path, PARQUET | {"limit": 10}))
+    assert [r.num_rows for r in rejects] == [10]
