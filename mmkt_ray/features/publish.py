@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit, leaking_rows, read_contents
+from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store
 from mmkt_ray.samples.schema import MODALITY, REJECT_SCHEMA, Reject, reject_table
 
@@ -78,6 +80,9 @@ def publish(
     if config.samples.drop_leakage and is_whole:
         drop_leakage(uri, parts, sorted(modalities))
     counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
+    if extra is None and merge_spellings(uri, parts, counts["by_task"]):
+        counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
+    cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
     check_binary(config, counts)
     own = collect_rejects(uri, parts, names or {})
     if source is not None:
@@ -103,7 +108,7 @@ def publish(
         "tasks": {t: {"kind": config.tasks[t].kind, "classes": classes[t]} for t in sorted(config.tasks)},
         "counts": counts | {"rejects": len(rejects) - num_kept, "unreadable_modalities": num_kept},
         "reject_reasons": dict(reasons.most_common(50)),
-        "cleaned": count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {}),
+        "cleaned": cleaned,
         **run_summary,
         **(extra or {}),
     }
@@ -111,7 +116,8 @@ def publish(
         [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
-    storage.write_json(storage.join(uri, "audit.json"), audit(uri, parts, sorted(modalities), sorted(config.tasks)))
+    found = audit(uri, parts, sorted(modalities), sorted(config.tasks)) | {"spellings": tell_spellings(config, cleaned)}
+    storage.write_json(storage.join(uri, "audit.json"), found)
     storage.write_json(storage.join(uri, "manifest.json"), manifest)
     log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects) - num_kept)
     return Store(uri, manifest)
@@ -240,6 +246,14 @@ def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
     for name in parts:
         total.update(pc.list_flatten(_read(uri, name, ["cleaned"]).column(0)).to_pylist())
     return dict(sorted(total.items()))
+
+
+def tell_spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
+    """What was changed in labels, as `cleaned` counts it; also as a warning where two spellings of a class met."""
+    found = {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
+    if met := [f"{change} ({n} rows)" for change, n in found.items() if "' read as '" in change]:
+        log.warning("one class in several spellings: %s", "; ".join(met[:20]))
+    return found
 
 
 def sort_classes(counts: dict[str, int]) -> list[str]:
