@@ -92,6 +92,13 @@ class Reading:
         columns = {c: theirs for c, theirs in self.source.columns.items() if c in fixed or theirs in known}
         if self.source.absent == "error" or not set(columns) & set(self.config.modalities):
             return self
+        return self._with(columns)
+
+    def only(self, column: str) -> Reading:
+        """This reading of one column alone."""
+        return self._with({column: self.source.columns[column]})
+
+    def _with(self, columns: dict[str, str]) -> Reading:
         sources = list(self.config.samples.sources)
         sources[self.shard.source] = self.source.model_copy(update={"columns": columns})
         samples = self.config.samples.model_copy(update={"sources": tuple(sources)})

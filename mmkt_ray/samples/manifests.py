@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from typing import IO, Any, cast
 
 from mmkt_ray import storage
@@ -17,9 +17,10 @@ from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.cells import FILE_KINDS, is_nan, likely_encoding
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, read_batches, values_of
+from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches, values_of
 from mmkt_ray.samples.schema import Reject
 
+_LOOK_ROWS = 64  # whose columns stand for those of a whole file of JSON lines
 _BOM, _LINE = "\ufeff", "\n"
 Raw = dict[str, Any]
 Placed = tuple[str, Raw] | Reject  # the row's place, its cells by the source's column names
@@ -32,11 +33,30 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
 
     Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
     """
-    suffix = reading.shard.name.rpartition(".")[2]
+    suffix = reading.shard.name.lower().rpartition(".")[2]
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
     for row in rows:
         yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+
+
+def manifest_columns(reading: Reading) -> set[str]:
+    """The columns of a manifest; of JSON lines those of its first rows."""
+    suffix = reading.shard.name.lower().rpartition(".")[2]
+    if suffix == "parquet":
+        return parquet_columns(reading)
+    with _open_lines(reading, newline="" if suffix == "csv" else _LINE) as lines:
+        try:
+            if suffix == "csv":
+                return set(_header(csv.reader(lines)))
+            rows = [_parse_row(line.removeprefix(_BOM), []) for line in islice(lines, _LOOK_ROWS) if line.strip()]
+        except (csv.Error, UnicodeError):  # told by the reader
+            return set()
+    return {name for row in rows if isinstance(row, dict) for name in row}
+
+
+def _header(table: Iterator[list[str]]) -> list[str]:
+    return [name.removeprefix(_BOM).strip() for name in next(table, [])]
 
 
 def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
@@ -140,7 +160,7 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
     with _open_lines(reading, newline="") as lines:
         table = csv.reader(lines)
         try:
-            header = [name.removeprefix(_BOM).strip() for name in next(table, [])]
+            header = _header(table)
             if not header:
                 return
             _check_columns(reading, header)

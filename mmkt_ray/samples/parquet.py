@@ -44,18 +44,17 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
 
 def narrowed_to_shard(reading: Reading) -> Reading:
     """The reading without what the shard has no column for, where `absent: null` says so."""
-    if reading.source.absent == "error":
-        return reading
+    known = parquet_columns(reading) if reading.source.absent == "null" else None
+    return reading.narrowed(known) if known else reading
+
+
+def parquet_columns(reading: Reading) -> set[str]:
+    """The columns of a shard and those nested in them, by dotted path; none where its footer is damaged."""
     fs, path = storage.resolve(reading.shard.uri)
     try:
         schema = pq.read_schema(path, filesystem=fs)
     except (pa.ArrowException, OSError, ValueError):  # told by the reader, which opens it again
-        return reading
-    return reading.narrowed(columns_of(schema))
-
-
-def columns_of(schema: pa.Schema) -> set[str]:
-    """The columns and those nested in them, by dotted path."""
+        return set()
     return {leaf for f in schema for leaf, _ in _leaves(f.name, f.type)}
 
 
