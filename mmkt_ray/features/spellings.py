@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmkt_ray import storage
 from mmkt_ray.samples.cells import canonical
@@ -45,7 +46,8 @@ def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[st
 
 
 def _uses(column: pa.ChunkedArray, changes: Mapping[str, str]) -> bool:
-    return any(changes.keys() & _classes(value) for value in column.unique().to_pylist())
+    names = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+    return not changes.keys().isdisjoint(names.unique().to_pylist())
 
 
 def _classes(value: Any) -> set[str]:

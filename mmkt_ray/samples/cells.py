@@ -205,7 +205,8 @@ def label_names(value: Any, separator: str) -> list[str] | None:
 
 # --- lists written as text --------------------
 
-_MAX_LIST_CHARS = 100_000
+_MAX_LIST_CHARS = 20_000
+_NO_COMMA = re.compile(r"""['"]\s+['"]|[0-9.]\s+-?[0-9]""")
 
 
 def read_list(text: str) -> list[Any] | None:
@@ -234,6 +235,8 @@ def read_list(text: str) -> list[Any] | None:
 
 def _read_numpy_list(text: str) -> list[Any]:
     """Items without commas between them, which Python would take for one string. Raises: ValueError for anything else."""
+    if not _NO_COMMA.search(text):
+        raise ValueError("no list of NumPy")
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]
     inner = tokens[1:-1]
     if tokens[0].string != "[" or not inner or any(t.type not in (tokenize.STRING, tokenize.NUMBER) for t in inner):

@@ -151,7 +151,7 @@ def _without_mark(raw: io.BufferedReader, named: str) -> IO[bytes]:
 
 _MISSING = "NaN"  # as pandas writes it where asked to; a CSV has no other way to say so but an empty cell
 # a field of CSV with what ends it; no match where its quote is not closed
-_CSV_FIELD = re.compile(r'''"[^"]*(?:""[^"]*)*"[^,\r\n]*(?:,|\r?\n|\r|\Z)|(?!")[^,\r\n]*(?:,|\r?\n|\r|\Z)''')
+_CSV_FIELD = re.compile(r'''"(?:[^"]++|"")*+"[^,\r\n]*(?:,|\r?\n|\r|\Z)|(?!")[^,\r\n]*(?:,|\r?\n|\r|\Z)''')
 
 
 def _csv_rows(reading: Reading) -> Iterator[Placed]:
