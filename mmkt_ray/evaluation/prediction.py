@@ -19,6 +19,7 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.models import Predictor
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.shards import has_suffix
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
     named: our column -> theirs, as the user gave it. Raises: DataError for a column that is named and in no Parquet or CSV shard.
     """
     shards, sources = list_shards(config), list(config.samples.sources)
-    if all(source.reader == "parquet" or source.path.lower().endswith(".csv") for source in sources):
+    if all(has_suffix(shard.name, (".csv", ".parquet")) for shard in shards):  # others tell only when they are read
         for column in named:
             check_found(config, shards, column)
     for number, source in enumerate(sources):
