@@ -116,8 +116,8 @@ def publish(
         [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
-    found = audit(uri, parts, sorted(modalities), sorted(config.tasks)) | {"spellings": tell_spellings(config, cleaned)}
-    storage.write_json(storage.join(uri, "audit.json"), found)
+    audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
+    storage.write_json(storage.join(uri, "audit.json"), audited | {"spellings": tell_spellings(config, cleaned)})
     storage.write_json(storage.join(uri, "manifest.json"), manifest)
     log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects) - num_kept)
     return Store(uri, manifest)

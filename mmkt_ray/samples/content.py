@@ -64,7 +64,7 @@ def compose_labels(column: pa.Array) -> tuple[pa.Array, list[int]]:
         return column, []
     before = column.to_pylist()
     after = [
-        sorted({composed.get(name, name) for name in value}) if isinstance(value, list) else composed.get(value, value)
+        sorted({str(composed.get(name, name)) for name in value}) if isinstance(value, list) else composed.get(value, value)
         for value in before
     ]
     return pa.array(after, column.type), [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
