@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -95,6 +96,7 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
             source = stream if watched is None else pa.PythonFile(watched, mode="r")
             file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BYTES)
             _check_columns(reading, file.schema_arrow, paths)
+            paths = sorted({_to_read(file.schema_arrow, path) for path in paths})
             groups = range(file.num_row_groups)[slice(group, None if group is None else group + 1)]
             num_rows = _rows_per_block(file, paths, groups, stream, watched)
             for batch in file.iter_batches(num_rows, groups, columns=paths, use_threads=False):
@@ -142,6 +144,16 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     if pa.types.is_struct(kind):
         for inner in kind:
             yield from _leaves(f"{path}.{inner.name}", inner.type)
+    elif _is_list(kind) and pa.types.is_struct(kind.value_type):
+        for inner in kind.value_type:
+            yield f"{path}.{inner.name}", pa.list_(inner.type)
+
+
+def _to_read(schema: pa.Schema, path: str) -> str:
+    """The column to read for a path: itself, or the list of structs that holds it."""
+    known = dict(leaf for f in schema for leaf in _leaves(f.name, f.type))
+    outer = path.rpartition(".")[0]
+    return outer if path not in schema.names and outer in known and _is_list(known[outer]) else path
 
 
 def _rows_per_block(
@@ -198,8 +210,18 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
         column = batch.column(path)
     else:
         outer, _, inner = path.rpartition(".")
-        column = pc.struct_field(column_at(batch, outer), inner)
+        column = _field_of(column_at(batch, outer), inner)
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _field_of(column: pa.Array, name: str) -> pa.Array:
+    """A field of structs, or of lists of them: then as lists, null where these are."""
+    if not _is_list(column.type):
+        return pc.struct_field(column, name)
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
+    mask = np.append(column.is_null().to_numpy(zero_copy_only=False), False)
+    starts = pa.array(np.append(0, ends), pa.int32(), mask=mask)
+    return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
 def values_of(column: pa.Array) -> list[Any]:

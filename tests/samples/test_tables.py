@@ -271,6 +271,12 @@ NAMES = {"names": ["cat", "dog"], "_type": "ClassLabel"}
         (pa.array([[0, 1], [-100], None]), {"feature": NAMES, "_type": "List"}, "meta", [["cat", "dog"], [], None]),
         (pa.array([[0], [1]]), [NAMES], "meta", [["cat"], ["dog"]]),
         (pa.array([{"kind": [1, 0]}]), {"feature": {"kind": NAMES}, "_type": "Sequence"}, "meta.kind", [["cat", "dog"]]),
+        (
+            pa.array([[{"kind": 0, "box": 1}, {"kind": 1, "box": 2}], None, [{"kind": -100, "box": 3}]]),
+            {"feature": {"kind": NAMES, "box": {"dtype": "int64", "_type": "Value"}}, "_type": "List"},
+            "meta.kind",
+            [["cat", "dog"], None, []],
+        ),
         (pa.array([{"kind": [1]}]), {"kind": {"feature": NAMES, "_type": "Sequence"}}, "meta.kind", [["dog"]]),
     ],
 )
