@@ -117,7 +117,7 @@ def publish(
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
-    storage.write_json(storage.join(uri, "audit.json"), audited | {"spellings": tell_spellings(config, cleaned)})
+    storage.write_json(storage.join(uri, "audit.json"), audited | {"spellings": spellings(config, cleaned)})
     storage.write_json(storage.join(uri, "manifest.json"), manifest)
     log.info("published %s: %d rows, %d rejected", uri, counts["rows"], len(rejects) - num_kept)
     return Store(uri, manifest)
@@ -248,12 +248,9 @@ def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def tell_spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
-    """What was changed in labels, as `cleaned` counts it; also as a warning where two spellings of a class met."""
-    found = {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
-    if met := [f"{change} ({n} rows)" for change, n in found.items() if "' read as '" in change]:
-        log.warning("one class in several spellings: %s", "; ".join(met[:20]))
-    return found
+def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
+    """What was changed in labels, as `cleaned` counts it."""
+    return {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
 
 
 def sort_classes(counts: dict[str, int]) -> list[str]:

@@ -5,6 +5,7 @@ What counts as one class is `canonical` (samples/cells.py). A spelling that meet
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ import pyarrow.compute as pc
 
 from mmkt_ray import storage
 from mmkt_ray.samples.cells import canonical
+
+log = logging.getLogger(__name__)
+
+MAX_TOLD = 20  # spellings in a warning
 
 
 def respelled(names: Iterable[str]) -> dict[str, str]:
@@ -37,6 +42,8 @@ def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[st
     names = {task: changes for task, changes in names.items() if changes}
     if not names:
         return False
+    told = [f"{task} '{old}' as '{new}'" for task, changes in names.items() for old, new in sorted(changes.items())]
+    log.warning("one class in several spellings, read as one: %s", ", ".join(told[:MAX_TOLD]))
     for part in parts:
         path = storage.join(uri, "data", part)
         table = storage.read_table(path, [*names, "cleaned"])

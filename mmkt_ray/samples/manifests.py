@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count, islice
@@ -135,7 +136,8 @@ def _open_lines(reading: Reading, newline: str) -> Iterator[_Lines]:
 
 def _can_read(named: str, likely: str) -> bool:
     """Whether a text that begins as `likely` may be read in the encoding called `named`."""
-    return likely == "utf-8" or named.startswith(likely) or likely.startswith(named)
+    native = f"{named}-{'le' if sys.byteorder == 'little' else 'be'}"  # what a name without byte order means without a mark
+    return named.startswith(likely) or likely == native
 
 
 def _without_mark(raw: io.BufferedReader, named: str) -> IO[bytes]:

@@ -70,6 +70,16 @@ def test_a_wrong_encoding_names_file_line_and_the_likely_one(make_config, tmp_pa
         read(make_config, tmp_path, manifest(f"a.{suffix}"))
 
 
+def test_a_mark_outweighs_a_wrong_name(make_config, tmp_path):
+    """Catches accents read as two characters each, as a source says latin-1 of a file that says UTF-8 itself."""
+    (tmp_path / "a.csv").write_text("text,label\ncaf\xe9,a\n", encoding="utf-8-sig")
+    with pytest.raises(DataError, match="begins as utf-8 and is read as latin-1"):
+        read(make_config, tmp_path, manifest("a.csv", encoding="latin-1"))
+    (tmp_path / "a.csv").write_text("text,label\ncaf\xe9,a\n", encoding="utf-16-be")
+    with pytest.raises(DataError, match="set encoding: utf-16-be"):
+        read(make_config, tmp_path, manifest("a.csv", encoding="utf-16"))
+
+
 def test_bytes_of_windows_are_told_from_latin_1(make_config, read_all, tmp_path):
     """Catches advice to read curly quotes as latin-1, where they would be control characters."""
     (tmp_path / "a.csv").write_bytes(b"text,label\n\x93quoted\x94,a\ncaf\xe9,a\n")
