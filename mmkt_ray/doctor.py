@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,13 +25,16 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
+from mmkt_ray.features.publish import shorten
 from mmkt_ray.plan.rates import size, stored_bytes
 from mmkt_ray.samples.cleaning import import_soundfile
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.shards import has_suffix
 
 LOOK_ROWS = 64  # read of the first shard of each source
 LOOK_SHARDS = 3  # of a source whose first shards are empty or damaged
+ENOUGH_FAULTS, FAULTY_FRAC = 10, 0.5  # of the rows that were looked at: with more of them a run would only fail later
 NODE_TIMEOUT_S = 120.0  # for the nodes' answers: their processes start, and import torch
 
 
@@ -100,25 +104,37 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
     what = f"source {number} ({source.path})"
     try:
         shards = list_shards(alone)
-        first, samples, reason = first_samples(alone, shards)
+        first, samples, faults = first_samples(alone, shards)
     except UserError as error:
         return Finding(what, str(error).replace("sources[0]", f"sources[{number}]"), ok=False), 0
+    told, lost = tell_faults(faults), len(faults)
+    spent = lost >= ENOUGH_FAULTS and lost > max(config.samples.max_reject_frac, FAULTY_FRAC) * (lost + len(samples))
     if not len(samples):
-        return Finding(what, f"no sample in the first rows of '{first.name}': {reason}", ok=False, stops=False), 0
+        text = f"no sample in the first rows of '{first.name}': {told or 'it is empty'}"
+        return Finding(what, text, ok=False, stops=spent), 0
+    if spent:
+        text = f"in the first rows of '{first.name}' {lost} are rejected or lack a modality: {told}"
+        return Finding(what, text, ok=False), 0
     rows = count_rows(shards, first, samples, source.limit)
     gaps = tell_gaps(samples, list(source.columns))
     return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}"), rows
 
 
-def first_samples(config: Config, shards: list[Shard]) -> tuple[Shard, pa.Table, str]:
-    """Samples of the first shard that has any, with that shard; else none, and the first reason."""
-    reasons = []
+def first_samples(config: Config, shards: list[Shard]) -> tuple[Shard, pa.Table, list[str]]:
+    """Samples of the first shard that has any, with that shard, else none; and the reasons of the rejects up to there."""
+    reasons: list[str] = []
     for shard in shards[:LOOK_SHARDS]:
         for chunk in read_chunks(config, shard):
-            if len(chunk.table):
-                return shard, chunk.table, ""
             reasons += [reject.reason for reject in chunk.rejects]
-    return shards[0], chunk.table, (reasons or ["it is empty"])[0]
+            if len(chunk.table):
+                return shard, chunk.table, reasons
+    return shards[0], chunk.table, reasons
+
+
+def tell_faults(reasons: list[str]) -> str:
+    """The most frequent kinds of reasons, each with its first one as it is."""
+    first = {shorten(reason): reason for reason in reversed(reasons)}
+    return "; ".join(f"{n} x {first[kind]}" for kind, n in Counter(map(shorten, reasons)).most_common(3))
 
 
 def count_rows(shards: list[Shard], first: Shard, samples: pa.Table, limit: int | None) -> int:
@@ -138,13 +154,13 @@ def rows_in(shard: Shard, first: pa.Table) -> int:
     """Rows of a shard, about, in a compressed archive more; `first`: some of it, or of another one of the source."""
     fs, path = storage.resolve(shard.uri)
     info = fs.get_file_info(path)
-    if path.endswith(".parquet"):
+    if has_suffix(path, (".parquet",)):
         with suppress(pa.ArrowInvalid, OSError):  # damaged
             return int(pq.read_metadata(path, filesystem=fs).num_rows)
         return 0
     if info.type == pafs.FileType.Directory:
         return len(storage.list_files(shard.uri))
-    if path.endswith((".csv", ".jsonl")):
+    if has_suffix(path, (".csv", ".jsonl")):
         start = next(storage.read_chunks(shard.uri), b"")
         return int(start.count(b"\n") * info.size / max(1, len(start)))
     return int(max(len(first), info.size * len(first) / first.nbytes))

@@ -33,8 +33,8 @@ def compare(run_uri: str) -> dict[str, Any]:
                         training_s, store, folder}}
         tasks: {task: {kind, num_classes, selected_on: val|test, best, best_trained, best_fused (see
                        `smallest_of_best`), best_single (names),
-                       rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals or None), balanced_accuracy,
-                               val_accuracy,
+                       rows: [{model, num_rows, num_unseen, unseen {class: rows}, accuracy, macro_f1 (intervals or None),
+                               balanced_accuracy, val_accuracy,
                                versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
                                         (paired differences)} or None, verdict}]}}
 
@@ -253,7 +253,7 @@ def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any
     record = model.tasks[task]
     row = {
         "model": model.name,
-        **{k: record.get(k) for k in ("num_rows", "num_unseen", "balanced_accuracy")},
+        **{k: record.get(k) for k in ("num_rows", "num_unseen", "unseen", "balanced_accuracy")},
         **record["intervals"],
     }
     row["val_accuracy"] = record["val"]["accuracy"] if record.get("val") else None
@@ -295,6 +295,15 @@ def _main_model(models: list[Evaluated], tasks: dict[str, Any]) -> str | None:
     return _name(max(trained, key=key, default=None))
 
 
+def _unseen(tasks: dict[str, Any]) -> str:
+    """The classes that train lacks, with their rows, of the model of each task that meets most of them."""
+    told = []
+    for task, found in tasks.items():
+        most = max(found["rows"], key=lambda row: row["num_unseen"] or 0)
+        told += [f"{task} '{name}' ({n})" for name, n in (most.get("unseen") or {}).items()]
+    return f": {', '.join(told)}" if told else ""
+
+
 def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """What a reader must know to read the numbers right."""
     notes = []
@@ -312,8 +321,8 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
         )
     if any(r["num_unseen"] for r in rows):
         notes.append(
-            "Some test labels are of classes that the train split does not have; they count as wrong, "
-            "or are left out of a multilabel row."
+            f"Some test labels are of classes that the train split does not have{_unseen(results['tasks'])}; they count as "
+            "wrong, or are left out of a multilabel row."
         )
     if any(m.get("num_train_rows") == MAX_TRAIN_ROWS for m in results["models"].values()):
         notes.append(f"The logistic regressions are fitted on {MAX_TRAIN_ROWS:,} of the train rows, drawn by the seed.")

@@ -36,6 +36,7 @@ from mmkt_ray.evaluation.rows import (
     prediction_parts,
     presence_patterns,
     subsets,
+    unseen_classes,
     without_unreadable,
     write_parts,
 )
@@ -270,6 +271,7 @@ def _task_scores(part: Rows, task: str, proba: np.ndarray, settings: _Settings) 
     return {
         **task_metrics(kind, labels, proba, names),
         "num_unseen": int(part.unseen[task][rows].sum()),
+        "unseen": unseen_classes(part, task, rows),
         "class_names": names,
         "intervals": settings.intervals(labels, predicted(proba, kind), len(names)),
     }

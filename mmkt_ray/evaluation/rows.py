@@ -5,6 +5,7 @@ Axes: N rows, C classes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,11 @@ import pyarrow.parquet as pq
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.metrics import predicted
+from mmkt_ray.features.spellings import spelled_as
 from mmkt_ray.features.store import FeatureTable, Store, label_type
 from mmkt_ray.features.table import Growing, encode_labels, has_unseen
 
+MAX_UNSEEN = 20  # classes that train lacks and that are named
 ROW_GROUP = 10_000  # rows of a file of predictions that are in memory at a time, or those of one part of the store
 
 
@@ -43,6 +46,18 @@ class Rows:
         """Some of the rows, in their order."""
         unseen = {t: outside[rows] for t, outside in self.unseen.items()}
         return Rows(self.table.take(rows), unseen, self.store, self.index[rows])
+
+
+def unseen_classes(data: Rows, task: str, rows: np.ndarray) -> dict[str, int]:
+    """Classes that train lacks -> how many of some rows (N,) bool have them, the most frequent first, at most MAX_UNSEEN."""
+    wanted = data.index[rows & data.unseen[task]]
+    if not len(wanted):
+        return {}
+    labels = pa.concat_tables(list(data.store.read([task]))).column(0).take(pa.array(wanted)).to_pylist()
+    found = Counter(name for label in labels for name in (label if isinstance(label, list) else [label]))
+    known = set(data.table.class_names[task])
+    spelled = zip(found, spelled_as(list(found), sorted(known)), strict=True)
+    return dict(Counter({name: found[name] for name, own in spelled if own not in known}).most_common(MAX_UNSEEN))
 
 
 def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:

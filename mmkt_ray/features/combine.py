@@ -20,6 +20,7 @@ from mmkt_ray.config import Config, JoinCombine, PairCombine, fingerprint
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.publish import publish, published, source_rejects
 from mmkt_ray.features.store import Store, column_of, hash_of
+from mmkt_ray.samples.cells import canonical
 from mmkt_ray.samples.schema import Reject, reject_table
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def join(index: RowIndex, how: JoinCombine) -> Combined:
 
 
 def pair(index: RowIndex, how: PairCombine, seed: int) -> Combined:
-    """Each row of the first modality gets a row of the second with the matching label, of the same split.
+    """Each row of the first modality gets a row of the second with the matching label in any spelling, of the same split.
 
     Partners of a class are drawn from a seeded shuffle of that class, over and over, so that all are used about equally often.
     Raises: ConfigError if the mapping names classes that are not there.
@@ -167,13 +168,15 @@ def pair(index: RowIndex, how: PairCombine, seed: int) -> Combined:
     for row in np.flatnonzero(index.present[second]).tolist():
         label = index.labels[second_task][row]
         if label is not None:
-            partners.setdefault((index.splits[row], label), []).append(row)
+            partners.setdefault((index.splits[row], canonical(label)), []).append(row)
+    mapping = None if how.mapping is None else {canonical(a): canonical(b) for a, b in how.mapping.items()}
     rng = np.random.default_rng(seed)
     draws = {group: _cycle(rng, rows) for group, rows in sorted(partners.items())}
     combined, drawn = Combined(), set()
     for row in np.flatnonzero(index.present[first]).tolist():
         label = index.labels[first_task][row]
-        wanted = label if how.mapping is None else how.mapping.get(label or "")
+        same = canonical(label or "")
+        wanted = same if mapping is None else mapping.get(same)
         stream = draws.get((index.splits[row], wanted or ""))
         if stream is None:
             why = f"{first_task} '{label}' has no partner: no {second} with {second_task} '{wanted}' in split {index.splits[row]}"
@@ -196,7 +199,8 @@ def check_mapping(index: RowIndex, how: PairCombine) -> None:
     """Raises: ConfigError for a class in the mapping that no row has."""
     for (modality, task), names in zip(how.labels.items(), (how.mapping, (how.mapping or {}).values()), strict=True):
         known = {v for v in index.labels[task] if v is not None}
-        if unknown := sorted(set(names or ()) - known):
+        spellings = set(map(canonical, known))
+        if unknown := sorted(name for name in set(names or ()) if canonical(name) not in spellings):
             raise ConfigError(
                 f"samples.combine.mapping: {task} of {modality} has no class {unknown}; it has {sorted(known)}"
             )

@@ -28,7 +28,7 @@ from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
 from mmkt_ray.features.fit import fit_encoders, fit_reducers, is_fitted
 from mmkt_ray.features.leakage import find_leaking
-from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts
+from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts, tell_reasons
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.content import NORMALISATION
 from mmkt_ray.samples.readers import list_shards
@@ -77,6 +77,7 @@ def check_not_empty(store: Store) -> None:
         raise DataError(
             f"{' and '.join(empty)}: null in all {counts['rows']} rows; check what the sources' columns map it to "
             "(a tar suffix or a json field that is misspelt is a null, not an error)"
+            + tell_reasons(Counter(store.manifest["reject_reasons"]))
         )
 
 

@@ -7,10 +7,12 @@ The tree is fixed so that the same shards give the same sums, bit for bit, whate
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pyarrow.compute as pc
 import ray
 
 from mmkt_ray import cluster, storage
@@ -18,13 +20,16 @@ from mmkt_ray.config import Config, Section, fingerprint
 from mmkt_ray.encoders.base import Mergeable
 from mmkt_ray.encoders.build import build_encoder, build_reducer, read_card, save_fitted
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.publish import tell_reasons
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.content import NORMALISATION
+from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
 
+SHARDS_TOLD = 20  # that are looked at to say why there was nothing to fit on
 FAN_IN = 8  # statistics that one merge takes
 
 
@@ -84,13 +89,34 @@ def fit_encoder(
         groups = [partial(encoder_statistics, narrow, modality, s, left_out.get(s.unit, ())) for s in feeding]
         total = merge_in_tree(groups, encoder.merge)
         if total is None:
-            raise DataError(
-                f"no sample of the train split has {modality}: check the sources' split and columns, "
-                "or lower the fractions in samples.split"
-            )
+            raise DataError(f"no sample of the train split has {modality}{why_none(narrow, modality, feeding)}")
         encoder.finish(total)
     _save(encoder, section, uri, units)
     return uri
+
+
+def why_none(config: Config, modality: str, shards: list[Shard]) -> str:
+    """What the shards hold instead of train rows with a modality, as the end of a sentence: they are read once more."""
+    look = ray.remote(what_is_read)
+    found = ray.get([look.remote(config, modality, shard) for shard in shards[:SHARDS_TOLD]])
+    with_it, without, reasons = (sum((Counter(f[i]) for f in found), Counter[str]()) for i in range(3))
+    if with_it:
+        held = ", ".join(f"{n} in {split}" for split, n in sorted(with_it.items()))
+        return f", which is {held}: check the sources' split, or lower the fractions in samples.split"
+    if without:
+        return f": it is null in all {without.total()} rows that were read{tell_reasons(reasons)}; check the columns"
+    return f": no row could be read{tell_reasons(reasons)}"
+
+
+def what_is_read(config: Config, modality: str, shard: Shard) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Rows of a shard by split, with the modality and without it, and its rejects by reason."""
+    with_it, without, reasons = Counter[str](), Counter[str](), Counter[str]()
+    for chunk in read_chunks(config, shard):
+        present = chunk.table.column(modality).is_valid()
+        with_it.update(chunk.table.column("split").filter(present).to_pylist())
+        without.update(chunk.table.column("split").filter(pc.invert(present)).to_pylist())
+        reasons.update(reject.reason for reject in chunk.rejects)
+    return with_it, without, reasons
 
 
 def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:

@@ -6,11 +6,13 @@ them as one array of uint8, so that every epoch is a true shuffle of all and mem
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +31,9 @@ from mmkt_ray.encoders.cnn_training import fit_cnn
 from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.encode import decode_column
-from mmkt_ray.features.publish import sort_classes
+from mmkt_ray.features.publish import shorten, sort_classes, tell_reasons
+from mmkt_ray.features.spellings import respelled
+from mmkt_ray.features.table import encode_labels
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard, train_rows
 
@@ -53,13 +57,13 @@ def pretrain_cnn(
     section = encoder.config
     pieces = storage.join(uri, "images")
     decode = ray.remote(_decode_shard)
-    ray.get([decode.remote(config, modality, shard, pieces, leaking.get(shard.unit, ())) for shard in shards])
+    found = ray.get([decode.remote(config, modality, shard, pieces, leaking.get(shard.unit, ())) for shard in shards])
     counts = _count_classes(pieces)
     class_names = sort_classes(counts)
     if len(class_names) < 2:
         raise DataError(
             f"the {section.name} encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, "
-            f"got {class_names or 'none'}"
+            f"got {class_names or 'none'}{tell_reasons(sum(map(Counter, found), Counter()))}"
         )
     job = {"config": config, "modality": modality, "class_names": class_names, "uri": uri}
     state = cluster.run_on_workers(_train, job, section.num_workers)
@@ -75,17 +79,26 @@ def _options(section: CnnEncoder | LogMelCnnEncoder, class_names: list[str]) -> 
     return {"num_classes": len(class_names), "image_size": section.image_size, "width": section.width}
 
 
-def _decode_shard(config: Config, modality: str, shard: Shard, pieces: str, leaking: Sequence[str]) -> None:
-    """Write the shard's labelled train values, prepared, as parts of (pixels, label); extraction will reject broken ones."""
+def _decode_shard(
+    config: Config, modality: str, shard: Shard, pieces: str, leaking: Sequence[str]
+) -> dict[str, int]:
+    """Write the shard's labelled train values, prepared, as parts of (pixels, label); extraction will reject broken ones.
+
+    Returns why values are not among them -> how many.
+    """
     encoder: Any = build_encoder(config.modalities[modality].encoder)
     task = encoder.config.pretrain
-    if storage.exists(storage.join(pieces, f"{shard.unit}.done")):
-        return
+    done, reasons = storage.join(pieces, f"{shard.unit}.done"), Counter[str]()
+    if storage.exists(done):
+        return dict(json.loads(storage.read_bytes(done) or b"{}"))
     for chunk in read_chunks(config, shard):
+        reasons.update(reject.reason for reject in chunk.rejects)
         train = train_rows(chunk.table, leaking)
         rows = train.filter(pc.and_(train.column(modality).is_valid(), train.column(task).is_valid()))
         kind = config.modalities[modality].kind
-        images = decode_column(rows.column(modality), kind, encoder.prepare, config.samples).values
+        decoded = decode_column(rows.column(modality), kind, encoder.prepare, config.samples)
+        images = decoded.values
+        reasons.update(map(shorten, decoded.broken.values()))
         good = [i for i, image in enumerate(images) if image is not None]
         if good:
             pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
@@ -93,15 +106,19 @@ def _decode_shard(config: Config, modality: str, shard: Shard, pieces: str, leak
                 storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"),
                 pa.table({"pixels": pixels, "label": rows.column(task).take(good)}),
             )
-    storage.write_bytes(storage.join(pieces, f"{shard.unit}.done"), b"")
+    storage.write_bytes(done, json.dumps(reasons).encode())
+    return dict(reasons)
 
 
 def _count_classes(pieces: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
+    """Rows of each class, each class in one spelling."""
+    counts: Counter[str] = Counter()
     for table in _read_pieces(pieces, ["label"]):
-        for entry in table.column("label").value_counts().to_pylist():
-            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-    return counts
+        counts.update(table.column("label").to_pylist())
+    new, merged = respelled(counts), Counter[str]()
+    for name, number in counts.items():
+        merged[new.get(name, name)] += number
+    return dict(merged)
 
 
 def _read_pieces(pieces: str, columns: list[str]) -> Any:
@@ -111,10 +128,8 @@ def _read_pieces(pieces: str, columns: list[str]) -> Any:
 
 def _map_images(pieces: str, side: int, class_names: list[str], folder: str) -> tuple[np.ndarray, np.ndarray]:
     """All pieces as one memory-mapped array of images (N, 3, S, S) uint8 in `folder`, and labels (N,) int64."""
-    index = {name: i for i, name in enumerate(class_names)}
-    labels = np.array(
-        [index[v] for t in _read_pieces(pieces, ["label"]) for v in t.column("label").to_pylist()], dtype=np.int64
-    )
+    found = [encode_labels(t.column("label"), class_names) for t in _read_pieces(pieces, ["label"])]
+    labels = np.concatenate([np.empty(0, np.int64), *found])
     images = np.lib.format.open_memmap(
         os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), 3, side, side)
     )

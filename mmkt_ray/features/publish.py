@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit, leaking_rows, read_contents
+from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
 from mmkt_ray.samples.schema import (
     DAMAGE,
@@ -120,6 +122,9 @@ def publish(
     if config.samples.drop_leakage and is_whole:
         known |= drop_leakage(uri, parts, sorted(modalities))
     counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
+    if extra is None and merge_spellings(uri, parts, counts["by_task"]):
+        counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
+    cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
     check_binary(config, counts)
     own = collect_rejects(uri, parts, names or {})
     if source is not None:
@@ -147,7 +152,7 @@ def publish(
         "counts": counts | {"rejects": lost.total() - num_kept, "unreadable_modalities": num_kept},
         "reject_reasons": {told.reason: told.num_rows for told in reasons[:50]},
         "unmapped": unmapped if source is None else source.manifest.get("unmapped", {}),
-        "cleaned": count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {}),
+        "cleaned": cleaned,
         **run_summary,
         **(extra or {}),
     }
@@ -155,7 +160,8 @@ def publish(
         [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
-    storage.write_json(storage.join(uri, "audit.json"), audit(uri, parts, sorted(modalities), sorted(config.tasks)))
+    audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
+    storage.write_json(storage.join(uri, "audit.json"), audited | {"spellings": spellings(config, cleaned)})
     write_manifest(uri, manifest)
     log.info("published %s: %s", uri, tell_counts(counts["rows"], lost))
     if unmapped:
@@ -302,6 +308,11 @@ def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
+def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
+    """What was changed in labels, as `cleaned` counts it."""
+    return {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
+
+
 def sort_classes(counts: dict[str, int]) -> list[str]:
     """Class names in order: by value if all are whole numbers, else by name."""
     return sorted(counts, key=int if all(c.isdecimal() for c in counts) else None)
@@ -331,9 +342,12 @@ def shorten(reason: str) -> str:
     return re.sub(r"""(?<!\w)b?(['"]).*?\1|\b(0x[0-9a-f]+|\d+)\b""", "..", reason)[:120]
 
 
-def tell_reasons(reasons: list[Told]) -> str:
+def tell_reasons(reasons: Sequence[Told] | Counter[str]) -> str:
     """The most frequent of them, as the end of a sentence."""
-    told = (f"{t.num_rows:,} x {t.reason[:MAX_REASON]} (first: {t.first})" for t in reasons[:3])
+    if isinstance(reasons, Counter):
+        told = [f"{num_rows:,} x {reason[:MAX_REASON]}" for reason, num_rows in reasons.most_common(3)]
+    else:
+        told = [f"{t.num_rows:,} x {t.reason[:MAX_REASON]} (first: {t.first})" for t in reasons[:3]]
     return "; the most frequent: " + "; ".join(told) if reasons else ""
 
 

@@ -21,6 +21,7 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ResourceError
+from mmkt_ray.features.spellings import spelled_as
 
 MISSING, UNSEEN = -1, -2  # label codes: no label; a class that the train split does not have
 MAPPED_BYTES = 4_000_000  # of one array, above which it is mapped
@@ -213,24 +214,32 @@ def encode_labels(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.nda
 
     Lists of class names (N,) -> (N, C) int8: 1 at a list's classes, unseen ones left out; a row of MISSING for null.
     """
-    known, null = pa.array(class_names, pa.string()), column.is_null().to_numpy()
+    null = column.is_null().to_numpy()
     if not pa.types.is_list(column.type):
-        found = pc.fill_null(pc.index_in(column.cast(pa.string()), known), UNSEEN).to_numpy().astype(np.int64)
-        return np.where(null, MISSING, found)
+        return np.where(null, MISSING, _index_in(column, class_names))
     codes = np.zeros((len(column), len(class_names)), dtype=np.int8)
-    rows, names = pc.list_parent_indices(column).to_numpy(), pc.list_flatten(column)
-    found = pc.fill_null(pc.index_in(names.cast(pa.string()), known), UNSEEN).to_numpy()
+    rows, found = pc.list_parent_indices(column).to_numpy(), _index_in(pc.list_flatten(column), class_names)
     codes[rows[found >= 0], found[found >= 0]] = 1
     codes[null] = MISSING
     return codes
 
 
+def _index_in(names: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
+    """(N,) int64 codes of class names in any spelling, UNSEEN for those that are not in `class_names`."""
+    known, names = pa.array(class_names, pa.string()), names.cast(pa.string())
+    found = pc.index_in(names, known)
+    if found.null_count > names.null_count:  # a class of another store may be there in another spelling
+        distinct = names.unique()
+        spelled = pa.array(spelled_as(distinct.drop_null().to_pylist(), class_names), pa.string())
+        found = pc.index_in(spelled.take(pc.index_in(names, distinct.drop_null())), known)
+    return np.asarray(pc.fill_null(found, UNSEEN).to_numpy(), dtype=np.int64)
+
+
 def has_unseen(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
     """(N,) bool: the class, or one of a list of classes, is not in `class_names`."""
-    known = pa.array(class_names, pa.string())
     if not pa.types.is_list(column.type):
         return encode_labels(column, class_names) == UNSEEN
-    outside = ~pc.is_in(pc.list_flatten(column).cast(pa.string()), known).to_numpy()
+    outside = _index_in(pc.list_flatten(column), class_names) == UNSEEN
     found = np.zeros(len(column), dtype=bool)
     found[pc.list_parent_indices(column).to_numpy()[outside]] = True
     return found

@@ -23,7 +23,7 @@ from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.schema import UNMAPPED, Reject
-from mmkt_ray.samples.shards import SUFFIXES, visible
+from mmkt_ray.samples.shards import SUFFIXES, has_suffix, visible
 from mmkt_ray.samples.splits import split_in_name
 
 _SPARSE = "a sparse file, whose list of holes may be of any length: write the archive without --sparse"
@@ -237,9 +237,9 @@ def _groups(reading: Reading, wanted: set[str]) -> Iterator[_Group | Reject]:
 
 
 def _specs(column: str) -> list[str]:
-    """The alternatives that a column names; suffixes in small letters, as those of members."""
-    specs = (spec.strip().removeprefix(".") for spec in column.split(","))
-    return [spec if spec.startswith("json.") else spec.lower() for spec in specs]
+    """Suffixes in lower case, as those of members are taken; a json field keeps its case."""
+    specs = [spec.strip().removeprefix(".").partition(".") for spec in column.split(",")]
+    return ["".join((head.lower(), dot, rest if head.lower() == "json" else rest.lower())) for head, dot, rest in specs]
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -315,7 +315,7 @@ def read_folders(reading: Reading) -> Iterator[Row | Reject]:
         if column not in _FOLDER_COLUMNS:
             where = f"samples.sources[{reading.shard.source}].columns"
             raise DataError(f"{where}: reader 'folders' has no '{column}'; {nearest(column, _FOLDER_COLUMNS)}")
-    is_archive = reading.shard.name.endswith(SUFFIXES["folders"])
+    is_archive = has_suffix(reading.shard.name, SUFFIXES["folders"])
     for member in _members(reading, lambda name: True) if is_archive else _folder_files(reading):
         yield member if isinstance(member, Reject) else _folder_row(reading, member, is_archive)
 
@@ -324,7 +324,7 @@ def _folder_files(reading: Reading) -> Iterator[Member]:
     """The visible files of a plain folder; the archives in it are shards of their own."""
     files = FileReader(reading, base=reading.shard.uri)
     for info in storage.list_files(reading.shard.uri):
-        if visible(info.base_name) and not info.base_name.endswith(SUFFIXES["folders"]):
+        if visible(info.base_name) and not has_suffix(info.base_name, SUFFIXES["folders"]):
             yield Member(info.base_name, files.read_cell(info.base_name))
 
 
@@ -345,10 +345,10 @@ def _folder_row(reading: Reading, member: Member, is_archive: bool) -> Row | Rej
 
 def _split_in_path(reading: Reading, folders: list[str]) -> str | None:
     """The split that the innermost telling folder says; a class folder says none, be it called `test`."""
-    if "folder" in reading.source.columns.values() and not folders[-1].endswith(SUFFIXES["folders"]):
+    if "folder" in reading.source.columns.values() and not has_suffix(folders[-1], SUFFIXES["folders"]):
         folders = folders[:-1]
     for folder in reversed(folders):
-        stem = next((folder.removesuffix(s) for s in SUFFIXES["folders"] if folder.endswith(s)), folder)
+        stem = next((folder[: -len(s)] for s in SUFFIXES["folders"] if has_suffix(folder, (s,))), folder)
         if (split := split_in_name(stem)) is not None:
             return split
     return None

@@ -1,10 +1,26 @@
-"""One raw cell, as a layout's reader finds it, to what the sample schema holds; ids that are safe in file names and logs."""
+"""One raw cell, as a layout's reader finds it, to what the sample schema holds; ids that are safe in file names and logs.
+
+The spelling of labels, ids and keys, for all readers:
+
+- Typed values have one spelling: 3 and 3.0 are `3`, true is `true`. NaN and blanks are null.
+- Text is stripped of blanks at both ends and composed (NFC). Otherwise it keeps its spelling: `1.0` may be a version.
+- Ids and keys have to match across files, so there `1.0` is `1` and `True` is `true` (`canonical`).
+- Class names stay as written until two spellings of one class meet in a task: `1.0` in one file and `1` in another. Then all
+  classes of the task get their canonical spelling (features/spellings.py) and the audit says so. So versions 1.0, 1.1 and 2.0
+  keep their names. A model's classes, a pairing map and the labels that they meet are compared in canonical form.
+"""
 
 from __future__ import annotations
 
+import ast
 import codecs
+import io
+import json
 import math
 import re
+import tokenize
+import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
@@ -29,7 +45,7 @@ def convert_cell(column: str, kind: str, value: Any, encoding: str, separator: s
 
     Raises: ValueError that says what was got; also if the cell is one, which says why it could not be read.
     """
-    if value is None:
+    if value is None or is_nan(value):
         return None
     if isinstance(value, ValueError):
         raise ValueError(f"{column}: {value}")
@@ -38,67 +54,191 @@ def convert_cell(column: str, kind: str, value: Any, encoding: str, separator: s
             if not isinstance(value, bytes):
                 raise ValueError(f"{kind} must be encoded bytes, got {type(value).__name__}")
             return value
+        if isinstance(value, bytes):
+            value = decode_text(value, encoding)
         if kind == "labels":
             names = label_names(value, separator)
             "".join(names or ()).encode()
             return names
-        if kind == "text" and isinstance(value, bytes):
-            return decode_text(value, encoding)
-        text = value if kind == "text" and isinstance(value, str) else label_text(value)
+        text = value if kind == "text" and isinstance(value, str) else TEXT_OF[kind](value)
         if text is not None:
             text.encode()
         return text
     except UnicodeEncodeError as error:
-        raise ValueError(f"{column}: not valid Unicode at character {error.start}; {_ENCODING_HINT}") from None
+        raise ValueError(f"{column}: {not_unicode(error, encoding)}") from None
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 
 
-_ENCODING_HINT = "if the files are in another encoding, name it in the source, e.g. encoding: latin-1"
+def is_nan(value: Any) -> bool:
+    """True for a float that is no number: what pandas writes for a missing value of any kind."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+# --- encodings --------------------
+
+_MARKS = {  # those of utf-32 first: that of utf-16-le begins one of them
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def decode_text(data: bytes, encoding: str) -> str:
-    """Decoded text. Raises: ValueError that names the first bad byte."""
+    """Decoded text. Raises: ValueError that names the first bad byte and a likely encoding."""
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not {encoding}: byte 0x{data[error.start]:02x} at position {error.start}; {_ENCODING_HINT}"
-        ) from None
+        where = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        raise ValueError(f"not {encoding}: {where}; {_encoding_hint(data)}") from None
 
 
-def label_text(value: Any) -> str | None:
-    """A class name, id or key as a string: 3 and 3.0 are '3', true is 'true'; blank and NaN are None.
-
-    Raises: ValueError for lists, mappings and bytes that are no UTF-8.
-    """
-    if isinstance(value, list | tuple | dict | set):
-        raise ValueError(f"must be a single value, got a {type(value).__name__}")
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, bytes):
-        value = decode_text(value, "utf-8")
-    return None if value is None else str(value).strip() or None
+def not_unicode(error: UnicodeEncodeError, encoding: str) -> str:
+    """What is wrong with a text that holds undecodable bytes as surrogates, and its likely encoding."""
+    if not "\udc80" <= error.object[error.start] <= "\udcff":
+        return f"not valid Unicode at character {error.start}"
+    data = error.object[error.start].encode("utf-8", "surrogateescape")
+    return f"not valid Unicode at character {error.start} (not {encoding}); {_encoding_hint(data)}"
 
 
-def label_names(value: Any, separator: str) -> list[str] | None:
-    """The class names of a multilabel cell, sorted, each once: of a list, or of a string split at `separator`.
+def _encoding_hint(data: bytes) -> str:
+    guess = likely_encoding(data) or ("cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1")
+    return f"if the files are in another encoding, name it in the source, e.g. encoding: {guess}"
 
-    An empty list, or a string of separators alone, is no class; null, NaN and a blank string are no label (None).
-    Raises: ValueError for mappings, lists in lists and bytes that are no UTF-8.
-    """
-    if not isinstance(value, list | tuple | set):
-        text = label_text(value)
-        if text is None:
-            return None
-        value = text.split(separator) if isinstance(value, str | bytes) else [text]
-    return sorted({name for name in map(label_text, value) if name is not None})
+
+def likely_encoding(data: bytes) -> str | None:
+    """utf-8, utf-16 or utf-32 by the byte order mark or the zero bytes at the start of a text; None if it has neither."""
+    if marked := next((name for mark, name in _MARKS.items() if data.startswith(mark)), None):
+        return marked
+    zeros = [data[i:400:4].count(0) > len(data[i:400:4]) / 2 for i in range(4)]
+    wide = {(False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be"}
+    narrow = {(False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be"}
+    return (wide | narrow).get((zeros[0], zeros[1], zeros[2], zeros[3]))
 
 
 def is_utf8(encoding: str) -> bool:
     """True if `encoding` is a name of UTF-8, which Arrow decodes by itself."""
     return codecs.lookup(encoding).name == "utf-8"
+
+
+# --- labels, ids and keys --------------------
+
+_WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # as pandas writes integers of a column that lacks some
+_EXACT_FLOAT = 2.0**53  # beyond it a float may stand for several integers
+
+
+def canonical(text: str) -> str:
+    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, no blanks at the ends."""
+    text = unicodedata.normalize("NFC", text.strip().strip("\ufeff"))
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    whole = _WHOLE_FLOAT.fullmatch(text)
+    return text if whole is None else "0" if whole[1] == "-0" else whole[1]
+
+
+def label_text(value: Any) -> str | None:
+    """A class name as a string: 3 and 3.0 are '3', true is 'true'; blank and NaN are None. Text keeps its spelling.
+
+    Raises: ValueError for lists, mappings and bytes that are no UTF-8.
+    """
+    if isinstance(value, list | tuple | dict | set):
+        raise ValueError(f"must be a single value, got a {type(value).__name__}{_several(value)}")
+    if value is None or is_nan(value):
+        return None
+    if isinstance(value, bytes):
+        value = decode_text(value, "utf-8")
+    if isinstance(value, str):
+        return value.strip().strip("\ufeff").strip() or None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) <= _EXACT_FLOAT else repr(value)
+    return canonical(str(value)) or None
+
+
+def _several(value: Any) -> str:
+    kind = "" if isinstance(value, dict) else "; for several classes a row set the task's kind to multilabel"
+    return f": {value!r:.60}{kind}"
+
+
+def class_name(value: Any) -> str | None:
+    """The same as `label_text`, of a task with one class a row. Raises: ValueError also for a list that is written as text."""
+    name = label_text(value)
+    try:
+        several = None if name is None else read_list(name)
+    except ValueError:  # as good a name as any
+        several = None
+    if several is not None:
+        raise ValueError(f"must be a single value, got a list as text{_several(several)}")
+    return name
+
+
+def key_text(value: Any) -> str | None:
+    """The same as `label_text`, of an id or a key: in its canonical spelling, so that it matches across files."""
+    text = label_text(value)
+    return None if text is None else canonical(text)
+
+
+TEXT_OF: dict[str, Callable[[Any], str | None]] = {  # by kind of column
+    "text": label_text,
+    "label": class_name,
+    "key": key_text,
+    "split": label_text,
+}
+
+
+def label_names(value: Any, separator: str) -> list[str] | None:
+    """The class names of a multilabel cell, sorted, each once: of a list, also one written as text, or of a string split at
+    `separator`.
+
+    An empty list, or a string of separators alone, is no class; null, NaN and a blank string are no label (None).
+    Raises: ValueError for mappings, lists in lists, bytes that are no UTF-8, and text that begins as a list and is none.
+    """
+    if not isinstance(value, list | tuple | set):
+        text = label_text(value)
+        if text is None:
+            return None
+        as_list = read_list(text)
+        value = as_list if as_list is not None else text.split(separator) if isinstance(value, str | bytes) else [text]
+    return sorted({name for name in map(label_text, value) if name is not None})
+
+
+# --- lists written as text --------------------
+
+_MAX_LIST_CHARS = 20_000
+_NO_COMMA = re.compile(r"""['"]\s+['"]|[0-9.]\s+-?[0-9]""")
+
+
+def read_list(text: str) -> list[Any] | None:
+    """The items of a list that is written as JSON, Python or NumPy do: `["a", "b"]`, `['a', 'b']`, `['a' 'b']`; else None.
+
+    Raises: ValueError for text in brackets that holds quotes or commas, and is no such list.
+    """
+    if not (text[:1] + text[-1:] in ("[]", "()", "{}") and len(text) >= 2):
+        return None
+    if text[0] == "(" and text[1:2] not in ("'", '"', ")"):
+        return None  # a remark in brackets, not a tuple of names
+    if len(text) <= _MAX_LIST_CHARS:
+        for read in (json.loads, _read_numpy_list, ast.literal_eval):
+            try:
+                found = read(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+                continue
+            if isinstance(found, list | tuple | set):
+                return list(found)
+            if isinstance(found, dict):
+                raise ValueError(f"must be class names, got a mapping: {text:.60}")
+    if re.search("[\"',]", text):
+        raise ValueError(f"looks like a list and cannot be read as one: {text:.60}; write it as JSON does")
+    return None
+
+
+def _read_numpy_list(text: str) -> list[Any]:
+    """Items without commas between them, which Python would take for one string. Raises: ValueError for anything else."""
+    if not _NO_COMMA.search(text):
+        raise ValueError("no list of NumPy")
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]
+    inner = tokens[1:-1]
+    if tokens[0].string != "[" or not inner or any(t.type not in (tokenize.STRING, tokenize.NUMBER) for t in inner):
+        raise ValueError("no list of NumPy")
+    return [ast.literal_eval(t.string) for t in inner]

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from mmkt_ray.config import Config, SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.samples.cells import convert_cell, escape_id
-from mmkt_ray.samples.content import normalise_texts
+from mmkt_ray.samples.content import compose_labels, normalise_texts
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 
@@ -77,8 +77,9 @@ class Reading:
 
     @cached_property
     def kinds(self) -> dict[str, str]:
-        """Each column that the source fills -> image, audio, text, labels (multilabel) or label (sample_id, key, split too)."""
+        """Each column that the source fills -> image, audio, text, label, labels (multilabel), key (sample_id, key) or split."""
         kinds = {t: "labels" for t, task in self.config.tasks.items() if task.kind == "multilabel"}
+        kinds |= {"sample_id": "key", "key": "key", "split": "split"}
         kinds |= {m: modality.kind for m, modality in self.config.modalities.items()}
         return {c: kinds.get(c, "label") for c in self.source.columns}
 
@@ -91,6 +92,13 @@ class Reading:
         columns = {c: theirs for c, theirs in self.source.columns.items() if c in fixed or theirs in known}
         if self.source.absent == "error" or not set(columns) & set(self.config.modalities):
             return self
+        return self._with(columns)
+
+    def only(self, column: str) -> Reading:
+        """This reading of one column alone."""
+        return self._with({column: self.source.columns[column]})
+
+    def _with(self, columns: dict[str, str]) -> Reading:
         sources = list(self.config.samples.sources)
         sources[self.shard.source] = self.source.model_copy(update={"columns": columns})
         samples = self.config.samples.model_copy(update={"sources": tuple(sources)})
@@ -99,6 +107,11 @@ class Reading:
     def separator(self, column: str) -> str:
         """What separates the classes of a multilabel column where they stand in one string."""
         return self.config.tasks[column].separator if column in self.config.tasks else ""
+
+    def theirs(self, column: str) -> str:
+        """The source's own name of a column, as the end of a reason; empty where it is the same."""
+        name = self.source.columns.get(column, column)
+        return f" (column '{name}')" if name != column else ""
 
     def place(self, mark: str, where: object) -> str:
         """The id of a row that has none of its own: the shard's name, a mark, and where in it the row is."""
@@ -116,9 +129,10 @@ class Reading:
                 value = raw.get(column)
                 cells[column] = convert_cell(column, kind, value, self.source.encoding, self.separator(column))
             except ValueError as error:
+                reason = f"{error}{self.theirs(column)}"
                 if column not in self.config.modalities:
-                    return self.reject(place, str(error))
-                unread.append(str(error))
+                    return self.reject(place, reason)
+                unread.append(reason)
         if "sample_id" in self.kinds:
             if cells["sample_id"] is None:
                 return self.reject(place, "sample_id is null")
@@ -172,8 +186,8 @@ def _block(reading: Reading, rows: list[Row], rejects: list[Reject]) -> Block:
 def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Table, list[Reject]]:
     """The samples of a block, the rows that are none, and those that lack an unreadable modality (stage `modality`).
 
-    Texts are normalised, blank ones become null. A row is rejected if no modality is left, if its split is no known word, or if
-    its id is in `seen`: the ids of the shard so far, extended here; None where ids cannot repeat.
+    Texts and labels are normalised, blank texts become null. A row is rejected if no modality is left, if its split is no
+    known word, or if its id is in `seen`: the ids of the shard so far, extended here; None where ids cannot repeat.
     """
     num_rows = len(block.ids)
     columns = {f.name: block.columns.get(f.name, pa.nulls(num_rows, f.type)) for f in reading.schema}
@@ -199,6 +213,10 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
                 _check_unseen(sample_id, seen)
         except ValueError as error:
             errors[i] = str(error)
+    for name in sorted(set(reading.config.tasks) & set(block.columns)):
+        columns[name], composed = compose_labels(columns[name])
+        for i in composed:
+            cleaned.setdefault(i, []).append(f"{name}: Unicode form")
     columns |= {"sample_id": pa.array(block.ids, pa.string()), "split": pa.array(splits, pa.string())}
     columns["cleaned"] = pa.array([cleaned.get(i) for i in range(num_rows)], pa.list_(pa.string()))
     table = pa.table(columns, schema=reading.schema)

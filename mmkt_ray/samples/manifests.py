@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count, islice
 from typing import IO, Any, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import FILE_KINDS
+from mmkt_ray.samples.cells import FILE_KINDS, is_nan, likely_encoding
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.parquet import column_at, narrowed_to_shard, read_batches, values_of
+from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches, values_of
 from mmkt_ray.samples.schema import Reject
 
+_LOOK_ROWS = 64  # whose columns stand for those of a whole file of JSON lines
+_BOM, _LINE = "\ufeff", "\n"
 Raw = dict[str, Any]
 Placed = tuple[str, Raw] | Reject  # the row's place, its cells by the source's column names
 
@@ -27,11 +34,30 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
 
     Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
     """
-    suffix = reading.shard.name.rpartition(".")[2]
+    suffix = reading.shard.name.lower().rpartition(".")[2]
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
     for row in rows:
         yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+
+
+def manifest_columns(reading: Reading) -> set[str]:
+    """The columns of a manifest; of JSON lines those of its first rows."""
+    suffix = reading.shard.name.lower().rpartition(".")[2]
+    if suffix == "parquet":
+        return parquet_columns(reading)
+    with _open_lines(reading, newline="" if suffix == "csv" else _LINE) as lines:
+        try:
+            if suffix == "csv":
+                return set(_header(csv.reader(lines)))
+            rows = [_parse_row(line.removeprefix(_BOM), []) for line in islice(lines, _LOOK_ROWS) if line.strip()]
+        except (csv.Error, UnicodeError):  # told by the reader
+            return set()
+    return {name for row in rows if isinstance(row, dict) for name in row}
+
+
+def _header(table: Iterator[list[str]]) -> list[str]:
+    return [name.removeprefix(_BOM).strip() for name in next(table, [])]
 
 
 def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
@@ -43,7 +69,7 @@ def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row |
 
 
 def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
-    if cell is None or cell == "":
+    if cell is None or cell in ("", "nan") or is_nan(cell):  # no file is called as pandas writes "missing"
         return None
     if isinstance(cell, ValueError):
         return cell
@@ -52,11 +78,20 @@ def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
     return files.read_cell(cell)
 
 
+# --- lines of text --------------------
+
+
 class _Lines:
-    """The lines of a text, as long as no row has more than MAX_ROW_BYTES characters; who takes a row sets `room` again."""
+    """The lines of a text without its byte order mark; `room` is what is left of MAX_ROW_BYTES characters for a row."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.text, self.room = text, MAX_ROW_BYTES
+        self.row: list[str] = []  # lines since `start_row`
+        self.ended = self.cut = False  # at the end of the file; within a line that is too long
+
+    def start_row(self) -> None:
+        """What comes next is a new row."""
+        self.room, self.row = MAX_ROW_BYTES, []
 
     def __iter__(self) -> _Lines:
         return self
@@ -65,72 +100,166 @@ class _Lines:
         line = self.text.readline(self.room + 1)
         self.room -= len(line)
         if self.room < 0:
+            self.cut = not line.endswith(_LINE)
             raise csv.Error(f"a row of more than {MAX_ROW_BYTES:,} characters")
         if not line:
+            self.ended = True
             raise StopIteration
+        self.row.append(line)
         return line
+
+    def skip_rest(self) -> None:
+        """Pass over what is left of the line that was too long."""
+        while self.cut and (part := self.text.readline(1 << 20)):
+            self.cut = not part.endswith(_LINE)
+
+
+@contextmanager
+def _open_lines(reading: Reading, newline: str) -> Iterator[_Lines]:
+    """The lines of a shard. Raises: DataError if it is plainly in another encoding than its source names."""
+    fs, path = storage.resolve(reading.shard.uri)
+    encoding = reading.source.encoding
+    with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
+        raw = io.BufferedReader(cast(Any, stream), 1 << 20)
+        likely = likely_encoding(raw.peek(400)[:400])
+        named = codecs.lookup(encoding).name
+        if likely is not None and not _can_read(named, likely):
+            raise DataError(
+                f"'{reading.shard.name}', line 1: it begins as {likely} and is read as {encoding}: "
+                f"set encoding: {likely} in samples.sources[{reading.shard.source}]"
+            )
+        if likely == "utf-8":
+            raw.read(len(codecs.BOM_UTF8))  # the mark: it would be three characters in an encoding such as latin-1
+        # undecodable bytes pass as surrogates, so that they cost their own row only
+        yield _Lines(io.TextIOWrapper(_without_mark(raw, named), encoding, errors="surrogateescape", newline=newline))
+
+
+def _can_read(named: str, likely: str) -> bool:
+    """Whether a text that begins as `likely` may be read in the encoding called `named`."""
+    native = f"{named}-{'le' if sys.byteorder == 'little' else 'be'}"  # what a name without byte order means without a mark
+    return named.startswith(likely) or likely == native
+
+
+def _without_mark(raw: io.BufferedReader, named: str) -> IO[bytes]:
+    """The stream after the byte order mark that an encoding of fixed byte order would take for a character."""
+    mark = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}.get(named)
+    mark = mark or {"utf-32-le": codecs.BOM_UTF32_LE, "utf-32-be": codecs.BOM_UTF32_BE}.get(named)
+    if mark and raw.peek(len(mark)).startswith(mark):
+        raw.read(len(mark))
+    return raw
+
+
+# --- CSV --------------------
+
+_MISSING = "NaN"  # as pandas writes it where asked to; a CSV has no other way to say so but an empty cell
+# a field of CSV with what ends it; no match where its quote is not closed
+_CSV_FIELD = re.compile(r'''"(?:[^"]++|"")*+"[^,\r\n]*(?:,|\r?\n|\r|\Z)|(?!")[^,\r\n]*(?:,|\r?\n|\r|\Z)''')
 
 
 def _csv_rows(reading: Reading) -> Iterator[Placed]:
-    fs, path = storage.resolve(reading.shard.uri)
     csv.field_size_limit(MAX_ROW_BYTES)
-    with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        # undecodable bytes pass as surrogates, so that they cost their own row only
-        text = io.TextIOWrapper(cast(IO[bytes], stream), reading.source.encoding, errors="surrogateescape", newline="")
-        lines = _Lines(text)
+    line = 1
+    with _open_lines(reading, newline="") as lines:
         table = csv.reader(lines)
         try:
-            header = [name.removeprefix("\ufeff").strip() for name in next(table, [])]
+            header = _header(table)
             if not header:
                 return
             _check_columns(reading, header)
-            line = table.line_num + 1
+            _check_closed(reading, lines, line)
+            wanted, line = set(reading.source.columns.values()), table.line_num + 1
+            lines.start_row()
             for cells in table:
-                lines.room = MAX_ROW_BYTES
+                _check_closed(reading, lines, line)
+                lines.start_row()
                 place, line = reading.place("#", line), table.line_num + 1
                 if len(cells) == len(header):
-                    yield place, dict(zip(header, cells, strict=True))
+                    pairs = zip(header, cells, strict=True)
+                    yield place, {name: None if cell == _MISSING else cell for name, cell in pairs if name in wanted}
                 elif cells:
                     yield reading.reject(place, f"{len(cells)} cells where the header names {len(header)}")
         except (csv.Error, UnicodeError) as error:  # UnicodeError: of an encoding in which a byte cannot be passed over
+            if len(lines.row) > 1 and isinstance(error, csv.Error):  # within quotes
+                raise _not_closed(reading, lines, line) from None
             yield reading.unreadable(error)
 
 
+def _check_closed(reading: Reading, lines: _Lines, first: int) -> None:
+    """Raises: DataError if the file ended within the row that began at line `first`: only an open quote asks for more lines."""
+    if lines.ended:
+        raise _not_closed(reading, lines, first)
+
+
+def _not_closed(reading: Reading, lines: _Lines, first: int) -> DataError:
+    """The error for a row, begun at line `first`, that goes on to the end of the file or is longer than a row may be."""
+    row, start = "".join(lines.row), 0
+    while (found := _CSV_FIELD.match(row, start)) and found.end() > start:
+        start = found.end()
+    return DataError(
+        f"'{reading.shard.name}', line {first + row.count(_LINE, 0, start)}: a quote opens here and is not closed, so that the "
+        f"rest of the file would be one cell: {row[start:][:40]!r}; close it, or double a quote that belongs to the text"
+    )
+
+
+# --- JSON lines --------------------
+
+
 def _json_rows(reading: Reading) -> Iterator[Placed]:
-    fs, path = storage.resolve(reading.shard.uri)
     seen: set[str] = set()
+    wanted = sorted(set(reading.source.columns.values()))
     num_rows = 0
-    with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        lines = io.BufferedReader(cast(Any, stream), 1 << 20)
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW_BYTES + 1), b""), start=1):
-            if num_rows == reading.source.limit:
-                break
-            if not line.strip():
-                continue
-            num_rows += 1
-            place = reading.place("#", number)
-            if len(line) > MAX_ROW_BYTES:
-                yield reading.reject(place, f"more than the {MAX_ROW_BYTES:,} bytes of one row at most")
-                _skip_line(lines, line)
-                continue
-            try:
-                row = json.loads(line.decode(reading.source.encoding, "surrogateescape"))  # as in _csv_rows
-            except (ValueError, RecursionError) as error:
-                yield reading.reject(place, f"not valid JSON: {error}")
-                continue
-            if isinstance(row, dict):
-                seen |= row.keys()
-                yield place, row
-            else:
-                yield reading.reject(place, f"a row must be a JSON object, got {type(row).__name__}")
+    with _open_lines(reading, newline=_LINE) as lines:
+        try:
+            for number in count(1):
+                place = reading.place("#", number)
+                lines.start_row()
+                try:
+                    line = next(lines, None)
+                except csv.Error:
+                    lines.skip_rest()
+                    line = ""
+                    yield reading.reject(place, f"more than the {MAX_ROW_BYTES:,} characters of one row at most")
+                    num_rows += 1
+                if line is None or num_rows == reading.source.limit:
+                    break
+                if not line.strip():
+                    continue
+                num_rows += 1
+                row = _parse_row(line.removeprefix(_BOM) if number == 1 else line, wanted)
+                if isinstance(row, ValueError):
+                    yield reading.reject(place, str(row))
+                else:
+                    seen |= row.keys()
+                    yield place, row
+        except UnicodeError as error:  # as in _csv_rows
+            yield reading.unreadable(error)
     if seen:
         _check_columns(reading, sorted(seen))
 
 
-def _skip_line(lines: io.BufferedReader, part: bytes) -> None:
-    """Pass over the rest of the line that begins with `part`."""
-    while part and not part.endswith(b"\n"):
-        part = lines.readline(1 << 20)
+def _parse_row(line: str, wanted: list[str]) -> Raw | ValueError:
+    """The row of a JSON line, or why it is none."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            return ValueError(f"a row must be a JSON object, got {type(row).__name__}")
+        if twice := [name for name in wanted if line.count(f'"{name}"') > 1 and _is_twice(line, name)]:
+            return ValueError(f"the column '{twice[0]}' is there twice: rename or remove one")
+        return row
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON: {error}")
+
+
+def _is_twice(line: str, name: str) -> bool:
+    """Whether the line's object itself has a key twice."""
+    outermost: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        outermost[:] = [key for key, _ in pairs]  # objects come from within: the last is the outermost
+        return dict(pairs)
+
+    json.loads(line, object_pairs_hook=keep)
+    return outermost.count(name) > 1
 
 
 def _parquet_rows(reading: Reading) -> Iterator[Placed]:
@@ -147,7 +276,9 @@ def _parquet_rows(reading: Reading) -> Iterator[Placed]:
 
 
 def _check_columns(reading: Reading, known: list[str]) -> None:
+    where = f"samples.sources[{reading.shard.source}].columns"
     for column in reading.narrowed(known).source.columns.values():
+        if known.count(column) > 1:
+            raise DataError(f"{where}: '{reading.shard.name}' has {known.count(column)} columns called '{column}': {RENAME}")
         if column not in known:
-            where = f"samples.sources[{reading.shard.source}].columns"
             raise DataError(f"{where}: '{reading.shard.name}' has no column '{column}'; {nearest(column, known)}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -13,12 +15,15 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import FILE_KINDS, decode_text, escape_id, is_utf8, label_names, label_text
+from mmkt_ray.samples.cells import FILE_KINDS, TEXT_OF, decode_text, escape_id, is_nan, is_utf8, label_names, label_text
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.pages import WatchedFile, most_bytes_of_a_value
 
+_MAX_LISTS = 8  # in one another
 _READ_BYTES = 4 << 20  # read at a time from each column of a shard
+
+RENAME = "rename all but the one that is meant, and write the file again"
 
 Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows, null in it, could not be converted
 
@@ -40,14 +45,18 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
 
 def narrowed_to_shard(reading: Reading) -> Reading:
     """The reading without what the shard has no column for, where `absent: null` says so."""
-    if reading.source.absent == "error":
-        return reading
+    known = parquet_columns(reading) if reading.source.absent == "null" else None
+    return reading.narrowed(known) if known else reading
+
+
+def parquet_columns(reading: Reading) -> set[str]:
+    """The columns of a shard and those nested in them, by dotted path; none where its footer is damaged."""
     fs, path = storage.resolve(reading.shard.uri)
     try:
         schema = pq.read_schema(path, filesystem=fs)
     except (pa.ArrowException, OSError, ValueError):  # told by the reader, which opens it again
-        return reading
-    return reading.narrowed({leaf for f in schema for leaf, _ in _leaves(f.name, f.type)})
+        return set()
+    return {leaf for f in schema for leaf, _ in _leaves(f.name, f.type)}
 
 
 def count_row_groups(reading: Reading) -> int:
@@ -87,6 +96,7 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
             source = stream if watched is None else pa.PythonFile(watched, mode="r")
             file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BYTES)
             _check_columns(reading, file.schema_arrow, paths)
+            paths = sorted({_to_read(file.schema_arrow, path) for path in paths})
             groups = range(file.num_row_groups)[slice(group, None if group is None else group + 1)]
             num_rows = _rows_per_block(file, paths, groups, stream, watched)
             for batch in file.iter_batches(num_rows, groups, columns=paths, use_threads=False):
@@ -113,11 +123,14 @@ def is_damage(error: Exception, fs: pafs.FileSystem) -> bool:
 
 
 def _check_columns(reading: Reading, schema: pa.Schema, paths: list[str]) -> None:
-    known = {path: kind for f in schema for path, kind in _leaves(f.name, f.type)}
+    leaves = [leaf for f in schema for leaf in _leaves(f.name, f.type)]
+    known, times = dict(leaves), Counter(path for path, _ in leaves)
     where = f"samples.sources[{reading.shard.source}].columns"
     for path in paths:
         if path not in known:
             raise DataError(f"{where}: '{reading.shard.name}' has no column '{path}'; {nearest(path, known)}")
+        if times[path] > 1:
+            raise DataError(f"{where}: '{reading.shard.name}' has {times[path]} columns called '{path}': {RENAME}")
         if name := storage.extension_in(known[path]):
             raise DataError(
                 f"{where}: '{reading.shard.name}' has '{path}' as '{name}', an extension type, whose code would run on the "
@@ -131,6 +144,16 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     if pa.types.is_struct(kind):
         for inner in kind:
             yield from _leaves(f"{path}.{inner.name}", inner.type)
+    elif _is_list(kind) and pa.types.is_struct(kind.value_type):
+        for inner in kind.value_type:
+            yield f"{path}.{inner.name}", pa.list_(inner.type)
+
+
+def _to_read(schema: pa.Schema, path: str) -> str:
+    """The column to read for a path: itself, or the list of structs that holds it."""
+    known = dict(leaf for f in schema for leaf in _leaves(f.name, f.type))
+    outer = path.rpartition(".")[0]
+    return outer if path not in schema.names and outer in known and _is_list(known[outer]) else path
 
 
 def _rows_per_block(
@@ -170,7 +193,8 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
             ) from None
         told = unread if column in reading.config.modalities else errors
         for i, reason in wrong.items():
-            told[i] = f"{told[i]}; {column}: {reason}" if i in told else f"{column}: {reason}"
+            reason = f"{column}: {reason}{reading.theirs(column)}"
+            told[i] = f"{told[i]}; {reason}" if i in told else reason
     if "sample_id" in converted:
         mapped = converted.pop("sample_id").to_pylist()
         for i, value in enumerate(mapped):
@@ -186,8 +210,18 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
         column = batch.column(path)
     else:
         outer, _, inner = path.rpartition(".")
-        column = pc.struct_field(column_at(batch, outer), inner)
+        column = _field_of(column_at(batch, outer), inner)
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _field_of(column: pa.Array, name: str) -> pa.Array:
+    """A field of structs, or of lists of them: then as lists, null where these are."""
+    if not _is_list(column.type):
+        return pc.struct_field(column, name)
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
+    mask = np.append(column.is_null().to_numpy(zero_copy_only=False), False)
+    starts = pa.array(np.append(0, ends), pa.int32(), mask=mask)
+    return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
 def values_of(column: pa.Array) -> list[Any]:
@@ -211,7 +245,7 @@ def _check_value(value: Any) -> None:
 
 
 def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
-    if pa.types.is_null(raw.type):
+    if pa.types.is_null(raw.type) or (pa.types.is_floating(raw.type) and _is_empty(raw)):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
     if kind in FILE_KINDS:
@@ -221,8 +255,16 @@ def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Sch
     names = _class_names(schema, path)
     if kind == "labels":
         return _labels_column(raw, names, reading.separator(column))
-    converted, errors = _label_column(raw, names)
+    if _is_list(raw.type):
+        several = "; set the task's kind to multilabel" if kind == "label" else ""
+        raise TypeError(f"it holds lists where one value is expected{several}")
+    converted, errors = _label_column(raw, names, TEXT_OF[kind])
     return converted.cast(reading.schema.field(column).type), errors
+
+
+def _is_empty(raw: pa.Array) -> bool:
+    """True if all values of a float column are null or NaN: pandas makes it of a column in which nothing is there."""
+    return raw.is_null(nan_is_null=True).true_count == len(raw)
 
 
 def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
@@ -264,16 +306,16 @@ def _text_column(raw: pa.Array, encoding: str) -> Converted:
     return pa.array(values, pa.large_string()), errors
 
 
-def _label_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
-    """Each distinct value becomes a string once. class_names: of a ClassLabel, whose -1 means no label."""
+def _label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable[[Any], str | None]) -> Converted:
+    """Each distinct value becomes a string once, by `text_of`. class_names: of a ClassLabel."""
     # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
     encoded = (raw.cast(pa.large_binary()) if _is_string(raw.type) else raw).dictionary_encode()
     named: list[str | None] = []
     wrong: dict[int, str] = {}
-    for code, value in enumerate(values_of(encoded.dictionary)):
+    for code, value in enumerate(_plain_values(encoded.dictionary)):
         try:
             _check_value(value)
-            named.append(_class_name(value, class_names) if class_names is not None else label_text(value))
+            named.append(text_of(value if class_names is None else _class_name(value, class_names)))
         except ValueError as error:
             named.append(None)
             wrong[code] = str(error)
@@ -281,10 +323,17 @@ def _label_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     return pa.array(named, pa.string()).take(encoded.indices), errors
 
 
+def _plain_values(column: pa.Array) -> list[Any]:
+    """The values as Python's; narrow floats with the digits that they have: 0.1, not 0.10000000149."""
+    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+        return [None if value is None else float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
+    return values_of(column)
+
+
 def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
     """Sorted lists of class names. class_names: of a list of ClassLabel, whose integers they replace."""
     kind = raw.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if _is_list(kind):
         raw = raw.cast(pa.large_list(pa.large_binary())) if _is_string(kind.value_type) else raw
     elif _is_string(kind):
         raw = raw.cast(pa.large_binary())  # unchecked, as in _label_column
@@ -295,6 +344,8 @@ def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str)
             _check_value(value)
             if class_names is not None and isinstance(value, list):
                 value = [_class_name(code, class_names) for code in value]
+            elif class_names is not None:
+                value = _class_name(value, class_names)
             values.append(label_names(value, separator))
         except ValueError as error:
             values.append(None)
@@ -302,23 +353,53 @@ def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str)
     return pa.array(values, pa.list_(pa.string())), errors
 
 
-def _class_name(value: int, class_names: list[str]) -> str | None:
-    if value == -1:
+def _class_name(value: Any, class_names: list[str]) -> str | None:
+    """The name of a ClassLabel's number, also of one that pandas made float; any below zero means no label."""
+    if value is None or is_nan(value) or (isinstance(value, int | float) and value < 0):
         return None
-    if not 0 <= value < len(class_names):
+    if not isinstance(value, int | float):
+        return label_text(value)  # a name already
+    if not value < len(class_names) or value != int(value):
         raise ValueError(f"label {value} has no name: the file's schema names {len(class_names)} classes")
-    return class_names[value]
+    return class_names[int(value)]
 
 
 def _class_names(schema: pa.Schema, path: str) -> list[str] | None:
     """Names of a column of ClassLabel, or of lists of it, in the metadata of the Hugging Face `datasets` library, or None."""
     try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][path]
-        feature = feature.get("feature", feature)  # of a list
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        feature = _without_lists(_feature_at(features, path))
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
         return [str(name) for name in names] if names else None
     except (KeyError, TypeError, ValueError):  # other metadata than this: the integers stand for themselves
         return None
+
+
+def _feature_at(features: Any, path: str) -> Any:
+    """The feature of a column at a dotted path, through structs and lists of them; a name with dots wins."""
+    features = _without_lists(features)
+    if path in features:
+        return features[path]
+    outer, _, inner = path.rpartition(".")
+    if not outer:
+        raise KeyError(path)
+    return _feature_at(_feature_at(features, outer), inner)
+
+
+def _without_lists(feature: Any) -> Any:
+    """What a feature's lists hold: `Sequence`, `List` and `LargeList` name it, older files write a list of one."""
+    for _ in range(_MAX_LISTS):
+        if isinstance(feature, list):
+            feature = feature[0] if feature else None
+        elif isinstance(feature, dict) and isinstance(feature.get("_type"), str) and "feature" in feature:
+            feature = feature["feature"]
+        else:
+            break
+    return feature
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -16,13 +16,14 @@ from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading, Row, clean, rows_to_blocks
 from mmkt_ray.samples.damage import with_estimates
 from mmkt_ray.samples.isolated import died_before, read_isolated
-from mmkt_ray.samples.manifests import read_manifest
-from mmkt_ray.samples.parquet import read_parquet
+from mmkt_ray.samples.manifests import manifest_columns, read_manifest
+from mmkt_ray.samples.parquet import parquet_columns, read_parquet
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema
 from mmkt_ray.samples.shards import list_shards
 
-__all__ = ["Chunk", "find_samples", "list_shards", "read_chunks"]
+__all__ = ["Chunk", "find_samples", "has_column", "known_columns", "list_shards", "read_chunks"]
 
+LOOK_ROWS = 64  # of an archive, to see whether it has a column
 _ROW_READERS: dict[str, Callable[[Reading], Iterator[Row | Reject]]] = {
     "webdataset": read_webdataset,
     "folders": read_folders,
@@ -71,6 +72,23 @@ def read_blocks(reading: Reading) -> Iterator[Block]:
         return read_parquet(reading)
     rows = _ROW_READERS[reading.source.reader](reading)
     return rows_to_blocks(reading, islice(rows, reading.source.limit))
+
+
+def known_columns(config: Config, shard: Shard) -> set[str] | None:
+    """The columns of a Parquet shard or a manifest (of JSON lines: those of the first rows); None of archives and folders."""
+    reader = config.samples.sources[shard.source].reader
+    known = {"parquet": parquet_columns, "manifest": manifest_columns}.get(reader)
+    return known(Reading(config, shard)) if known else None
+
+
+def has_column(config: Config, shard: Shard, column: str) -> bool:
+    """Whether a shard has what the source maps to one of our columns; of JSON lines and WebDatasets the first rows decide."""
+    source = config.samples.sources[shard.source]
+    if source.reader == "webdataset":
+        rows = islice(read_webdataset(Reading(config, shard).only(column)), LOOK_ROWS)
+        return any(isinstance(row, Row) and row.cells.get(column, row.sample_id) is not None for row in rows)
+    known = known_columns(config, shard)
+    return known is None or source.columns[column] in known
 
 
 def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Table, list[Reject]]]:

@@ -48,6 +48,11 @@ def list_shards(config: Config) -> list[Shard]:
     return shards
 
 
+def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is of a kind; `A.CSV` is as good as `a.csv`."""
+    return name.lower().endswith(suffixes)
+
+
 def visible(path: str) -> bool:
     """False for a relative path with a hidden part (a name that begins with a dot)."""
     return not any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
@@ -66,17 +71,17 @@ def _expand(config: Config, index: int, uri: str, info: pafs.FileInfo) -> list[S
     source = config.samples.sources[index]
     suffixes = SUFFIXES[source.reader]
     if info.type != pafs.FileType.Directory:
-        return [_shard(config, index, uri, info.path, [info])] if info.base_name.endswith(suffixes) else []
+        return [_shard(config, index, uri, info.path, [info])] if has_suffix(info.base_name, suffixes) else []
     folders = source.reader == "folders"
     files = [
         f
         for f in storage.list_files(_uri_at(uri, info.path, _root(config)), recursive=folders)
-        if visible(f.path.removeprefix(info.path)) and (folders or f.base_name.endswith(suffixes))
+        if visible(f.path.removeprefix(info.path)) and (folders or has_suffix(f.base_name, suffixes))
     ]
     if not folders:
         return [_shard(config, index, uri, f.path, [f]) for f in files]
-    archives = [f for f in files if f.base_name.endswith(suffixes)]
-    plain = sorted((f for f in files if not f.base_name.endswith(suffixes)), key=lambda f: (_parent(f), f.path))
+    archives = [f for f in files if has_suffix(f.base_name, suffixes)]
+    plain = sorted((f for f in files if not has_suffix(f.base_name, suffixes)), key=lambda f: (_parent(f), f.path))
     leaves = [(folder, list(inside)) for folder, inside in groupby(plain, key=_parent)]
     return [_shard(config, index, uri, f.path, [f]) for f in archives] + [
         _shard(config, index, uri, folder, inside) for folder, inside in leaves

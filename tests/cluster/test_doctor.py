@@ -118,6 +118,26 @@ def test_rows_that_will_be_rejected_stop_no_run(make_config: MakeConfig, tmp_pat
     refuse(findings)
 
 
+def test_rows_of_which_most_would_be_rejected_stop_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Catches encoders fitted for hours before a run finds split names that it does not know, or files that are not there."""
+    for shard in (tmp_path / "data" / "shapes").iterdir():
+        write_shard(shard, 0, 20, image=[b"x"] * 20)
+    config = make_config(samples__sources__0__columns__split="colour", samples__sources__0__split=None)
+    with pytest.raises(DataError, match=r"nothing was done yet.*\n.*60 x unknown split '\w+': known: train"):
+        refuse(quick_findings(config, run_folder(config)))
+    lines = [json.dumps({"caption": "t", "file": f"{i}.png", "colour": "red"}) for i in range(20)]
+    (tmp_path / "data" / "a.jsonl").write_text("\n".join(lines))
+    changes = {
+        "reader": "manifest",
+        "path": "a.jsonl",
+        "columns": {"text": "caption", "image": "file", "colour": "colour"},
+    }
+    config = make_config(**{f"samples__sources__0__{key}": value for key, value in changes.items()})
+    with pytest.raises(DataError, match=r"20 are rejected or lack a modality: 20 x image: no file '0.png'"):
+        refuse(quick_findings(config, run_folder(config)))
+    refuse(quick_findings(config.with_overrides({"samples.max_reject_frac": 1.0}), run_folder(config)))
+
+
 def test_a_disk_too_small_is_found(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a disk that is full after hours; a resumed run that is refused for what it has stored itself."""
     config = make_config()

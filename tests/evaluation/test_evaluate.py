@@ -75,6 +75,15 @@ def row_of(results: dict, task: str, model: str) -> dict:
     return next(r for r in results["tasks"][task]["rows"] if r["model"] == model)
 
 
+def test_classes_that_train_lacks_are_named(finished, samples):
+    """Catches a note on unseen classes that leaves open which they are and how many rows have them."""
+    results = storage.read_json(str(finished / "report" / "results.json"))
+    num = int(sum(samples["thing"][i] == "unicorn" for i in np.flatnonzero(labelled_rows(samples, "thing", ["image", "text"]))))
+    assert row_of(results, "thing", "concat")["unseen"] == {"unicorn": num}
+    assert row_of(results, "colour", "concat")["unseen"] == {}
+    assert any(f"does not have: thing 'unicorn' ({num});" in note for note in results["notes"])
+
+
 @pytest.mark.parametrize("variant", ["image", "concat"])
 def test_rows_are_the_labelled_ones_that_the_model_can_read(finished, samples, variant):
     """Catches unlabelled rows scored as wrong, and rows without any of the model's modalities scored at all."""

@@ -42,7 +42,8 @@ def test_each_kind_has_its_own_scores(finished):
     assert tasks["warm"]["average_precision"] > 0.6  # a third of the rows are positive
     assert tasks["tags"]["class_names"] == TAGS
     assert tasks["tags"]["confusion"] is None
-    assert tasks["tags"]["num_unseen"] > 0  # the unicorn's magic
+    assert tasks["tags"]["unseen"] == {"magic": tasks["tags"]["num_unseen"]}  # the unicorn's
+    assert tasks["tags"]["num_unseen"] > 0
     assert tasks["tags"]["macro_average_precision"] > 0.7
     for found in tasks.values():
         whole = found["subsets"]["image+text"]["metrics"]

@@ -1,8 +1,12 @@
 """Reading new shards for prediction: which columns they may lack, and what a row without a modality is told."""
 
+import io
 import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,18 +16,35 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.model_folder import save_model
-from mmkt_ray.evaluation.prediction import predict, prediction_config, restrict
+from mmkt_ray.evaluation.prediction import predict, prediction_config, restrict, settle_columns, tell_absent
+from mmkt_ray.features.store import Store
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.evaluation.runs import make_config
 
 
-def read_new(config: Config, path: Path, reader: str | None = None) -> tuple[list[dict], list]:
+def read_new(
+    config: Config, path: Path, reader: str | None = None, columns: dict[str, str] | None = None
+) -> tuple[list[dict], list]:
     """Rows and rejects of new shards, read as `mmkt predict` reads them."""
-    found = prediction_config(config, [str(path)], 0, reader, {})
+    found = settle_columns(prediction_config(config, [str(path)], 0, reader, columns or {}), columns or {})
     chunks = [c for shard in list_shards(found) for c in read_chunks(found, shard)]
     rows = pa.concat_tables([c.table for c in chunks]).to_pylist()
     return [{m: r[m] for m in ("image", "text")} for r in rows], [r for c in chunks for r in c.rejects]
+
+
+@pytest.fixture
+def write_tar() -> Callable[..., None]:
+    """write_tar(path, entries): entries are (name, content) pairs."""
+
+    def write(path: Path, entries: list[tuple[str, bytes]]) -> None:
+        with tarfile.open(path, "w") as tar:
+            for name, content in entries:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    return write
 
 
 @pytest.fixture
@@ -161,3 +182,56 @@ def test_encoders_lie_in_the_folder_and_are_those_of_the_model(tmp_path):
     other.finish(other.partial(["a fast bird", "a slow fish"]))
     save_fitted(other, config.modalities["text"].encoder, str(text), {"units": []})
     refuse(folder, tmp_path, "not the one that the model was trained with")
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_new_rows_need_nothing_but_a_modality(config, tmp_path, suffix):
+    """Catches a file to be predicted that is refused as it has no split, no label and no id, as new files do."""
+    source = config.samples.sources[0]
+    with_split = source.model_copy(update={"columns": source.columns | {"split": "fold", "key": "k"}})
+    config = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (with_split,)})})
+    frame = pd.DataFrame({"caption": ["a red car", "a cat"]})
+    writers = {"csv": lambda p: frame.to_csv(p, index=False), "parquet": frame.to_parquet}
+    writers["jsonl"] = lambda p: frame.to_json(p, orient="records", lines=True)
+    writers[suffix](tmp_path / f"a.{suffix}")
+    rows, rejects = read_new(config, tmp_path / f"a.{suffix}", "manifest")
+    assert ([row["text"] for row in rows], rejects) == (["a red car", "a cat"], [])
+
+
+def test_new_members_of_a_tar_need_no_id(config, tmp_path, write_tar):
+    """Catches samples rejected one by one, as the json member with their ids is not there."""
+    columns = {"text": "txt", "image": "png", "sample_id": "json.id", "thing": "cls"}
+    source = config.samples.sources[0].model_copy(update={"reader": "webdataset", "columns": columns})
+    config = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (source,)})})
+    write_tar(tmp_path / "a.tar", [("1.txt", b"a car"), ("2.txt", b"a cat")])
+    assert [row["text"] for row in read_new(config, tmp_path / "a.tar")[0]] == ["a car", "a cat"]
+    write_tar(tmp_path / "a.tar", [("1.txt", b"a car"), ("1.json", b'{"id": 7}')])
+    found = settle_columns(prediction_config(config, [str(tmp_path / "a.tar")], 0, None, {}), {})
+    assert "sample_id" in found.samples.sources[0].columns
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_named_column_that_is_nowhere_is_an_error(config, tmp_path, suffix):
+    """Catches predictions from half of the modalities, as a --column is misspelt."""
+    frame = pd.DataFrame({"caption": ["a"], "photo": ["1.png"]})
+    writers = {"csv": lambda p: frame.to_csv(p, index=False), "parquet": frame.to_parquet}
+    writers[suffix](tmp_path / f"a.{suffix}")
+    for named in ({"image": "phot"}, {"sample_id": "phot"}):
+        with pytest.raises(DataError, match=r"=phot: '.*a.* has no 'phot'; did you mean 'photo'\?"):
+            read_new(config, tmp_path / f"a.{suffix}", "manifest", {"text": "caption", **named})
+
+
+def test_what_most_rows_lack_is_told(config, tmp_path, caplog, write_tar):
+    """Catches a modality that is dropped without a word, and one that a suffix names and no member has."""
+    write_tar(tmp_path / "a.tar", [("1.txt", b"a car"), ("1.PNG", b"png")])
+    counts = {"rows": 3, "missing": {"image": {"test": 2}, "text": {"test": 1}}}
+    store = Store(str(tmp_path), {"counts": counts})
+    columns = {"text": "txt", "image": "png"}
+    new = prediction_config(config, [str(tmp_path / "a.tar")], 0, "webdataset", columns)
+    assert tell_absent(new, store, columns) == "; image is absent in 2 of 3 rows"
+    assert "image is absent in 2 of 3 rows" in caplog.text
+    counts["missing"] = {"image": {"test": 3}, "text": {"test": 0}}
+    assert "3 of 3" in tell_absent(new, store, {})
+    assert "3 of 3" in tell_absent(new, store, columns)  # the suffix is there, though its members cannot be read
+    columns = {"text": "txt", "image": "jpg"}
+    new = prediction_config(config, [str(tmp_path / "a.tar")], 0, "webdataset", columns)
+    with pytest.raises(DataError, match=r"--column image=jpg: '.*a.tar' has no 'jpg'"):
+        tell_absent(new, store, columns)

@@ -28,6 +28,7 @@ from tests.shapes import png, write_shard
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 MakeConfig = Callable[..., Config]
+COLUMNS = {"text": "caption", "image": "file", "colour": "colour"}
 # An extraction in a process and a Ray of its own.
 DRIVER = """
 import json, pathlib, sys
@@ -292,6 +293,20 @@ def test_a_modality_or_task_that_is_null_everywhere_is_told(shapes: Path, make_c
         write_shard(shapes / "data" / "shapes" / f"{k}.parquet", 40 * k, 40, **columns)
     with pytest.raises(DataError, match=r"modality 'image' and task 'colour': null in all 120 rows"):
         run(make_config())
+
+
+def test_a_fit_without_rows_says_why(shapes: Path, make_config: MakeConfig) -> None:
+    """Catches advice to lower fractions where no line is valid JSON, and silence about rows that are all of another split."""
+    lines = ["{broken"] * 20
+    for split, text, complaint in (
+        ("train", lines, "no row could be read; the most frequent: 20 x not valid JSON"),
+        ("test", ['{"caption": "t"}'] * 20, "which is 20 in test: check the sources' split"),
+    ):
+        (shapes / "data" / "a.jsonl").write_text("\n".join(text))
+        source = {"reader": "manifest", "path": "a.jsonl", "columns": COLUMNS, "split": split}
+        config = make_config(samples__sources=[source], samples__split__val_frac=0.0)
+        with pytest.raises(DataError, match=f"no sample of the train split has text.*{complaint}"):
+            fit_encoder(config, str(shapes / "run"), "text", list_shards(config), {})
 
 
 def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: MakeConfig) -> None:
