@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from mmkt_ray import __version__
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
 from mmkt_ray.errors import ResourceError, UserError
+from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
 
@@ -162,23 +164,34 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 interrupted."""
+    """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 after Ctrl-C,
+    143 after SIGTERM."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("mmkt_ray").setLevel(logging.INFO)
-    try:
-        if args.command in ("submit", "doctor"):
-            return _tell_status(args)
-        print(_dispatch(args))
-    except KeyboardInterrupt:
+    with interruptible() as interrupt:
+        status = 0
+        try:
+            status = _run(args)
+        except KeyboardInterrupt:
+            interrupt.signum = interrupt.signum or signal.SIGINT
+        except Exception as error:  # Ray wraps what a worker raised; anything that is not the user's to mend goes on up
+            mendable = find_user_error(error)
+            if interrupt.signum is None:  # else it broke off because of that
+                if mendable is None:
+                    raise
+                print(f"mmkt: {mendable}", file=sys.stderr)
+                status = 2
+        if interrupt.signum is None:
+            return status
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:  # Ray wraps what a worker raised; anything that is not the user's to mend goes on up
-        mendable = find_user_error(error)
-        if mendable is None:
-            raise
-        print(f"mmkt: {mendable}", file=sys.stderr)
-        return 2
+        return interrupt.status
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command in ("submit", "doctor"):
+        return _tell_status(args)
+    print(_dispatch(args))
     return 0
 
 

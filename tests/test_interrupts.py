@@ -1,0 +1,48 @@
+"""Real signals to a real command; those with Ray behind them are in tests/cluster/test_interrupted_runs.py."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOST = """\
+import os, signal, sys, time
+from mmkt_ray.interrupts import interruptible
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0)
+with interruptible() as interrupt:
+    try:
+        Finalized()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+os._exit(interrupt.status)
+"""
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_line_and_its_status(tmp_path: Path, signum: signal.Signals, status: int) -> None:
+    """Catches a traceback, and a scheduler that reads 0, 1 or 15 for a command that it has stopped."""
+    fifo = tmp_path / "c.yaml"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "mmkt_ray.cli", "config", str(fifo)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with open(fifo, "w"):  # opens once the command is reading it, and then waits for more
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (status, "")
+    assert err == "interrupted: the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_inside_a_finalizer_is_not_lost(signum: signal.Signals, status: int) -> None:
+    """Catches an interrupt that Python prints and forgets, because the main thread was in a `__del__`."""
+    command = [sys.executable, "-c", LOST.format(name=signum.name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "interrupted\n", "")
