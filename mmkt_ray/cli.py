@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mmkt_ray import __version__
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
+from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ResourceError, UserError
 from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
@@ -166,7 +167,13 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 after Ctrl-C,
     143 after SIGTERM."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        refuse_credentials(words, "command line")  # before anything is printed, by argparse too
+    except UserError as error:
+        print(f"mmkt: {error}", file=sys.stderr)
+        return 2
+    args = build_parser().parse_args(words)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("mmkt_ray").setLevel(logging.INFO)
     with interruptible() as interrupt:
@@ -182,10 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise
                 print(f"mmkt: {mendable}", file=sys.stderr)
                 status = 2
-        if interrupt.signum is None:
-            return status
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return interrupt.status
+        if interrupt.signum is not None:
+            interrupt.end()
+        return status
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SAID = "interrupted: the same command goes on from here\n"
 LOST = """\
 import os, signal, sys, time
 from mmkt_ray.interrupts import interruptible
@@ -21,8 +23,20 @@ with interruptible() as interrupt:
         Finalized()
         time.sleep(60)
     except KeyboardInterrupt:
-        print("interrupted", flush=True)
-os._exit(interrupt.status)
+        interrupt.end()
+"""
+HANGS = """\
+import ctypes
+from mmkt_ray.interrupts import interruptible
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+with interruptible():
+    lock(mutex)
+    print("hangs", flush=True)
+    while True:
+        try:
+            lock(mutex)
+        except KeyboardInterrupt:  # it came before the lock
+            pass
 """
 
 
@@ -37,7 +51,7 @@ def test_a_signal_is_one_line_and_its_status(tmp_path: Path, signum: signal.Sign
         process.send_signal(signum)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "")
-    assert err == "interrupted: the same command goes on from here\n"
+    assert err == SAID
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -45,4 +59,17 @@ def test_a_signal_inside_a_finalizer_is_not_lost(signum: signal.Signals, status:
     """Catches an interrupt that Python prints and forgets, because the main thread was in a `__del__`."""
     command = [sys.executable, "-c", LOST.format(name=signum.name)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "interrupted\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", SAID)
+
+
+def test_the_second_ctrl_c_ends_a_command_that_hangs() -> None:
+    """Catches a command that cannot be ended from the keyboard, because its main thread waits in C code for a lock."""
+    command = [sys.executable, "-c", HANGS]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.6)
+        assert (process.returncode, process.communicate()[1]) == (130, SAID)

@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
-BASE = {"config", "cluster", "storage", "errors", "interrupts"}
+BASE = {"config", "cluster", "storage", "errors", "interrupts", "credentials"}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
     {"cli", "__main__"},
-    {"run", "submit", "doctor", "plan"},
+    {"run", "submit", "upload", "doctor", "plan"},
     {"report"},
     {"search"},
     {"training"},

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,7 +27,9 @@ MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave n
 OBJECT_STORE_BYTES = 1_000_000_000
 PREFIX = "mmkt-ray-"  # short: paths of sockets below it end at 107 characters
 LOCK = "in-use"  # locked as long as the folder's owner lives, also on a /tmp that containers share
-END_TIMEOUT_S = 5.0  # for workers after their raylet's end, before they are killed
+END_TIMEOUT_S = 10.0  # for Ray to end by itself before it is killed, and for what was killed to be gone
+
+_own: dict[int, str] = {}  # process that started a Ray (a fork of it has not) -> the Ray's folder
 
 
 def start_local() -> None:
@@ -60,7 +62,8 @@ def private_folder() -> str:
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)  # mode 0700
     lock = os.open(f"{folder}/{LOCK}", os.O_CREAT | os.O_RDWR, 0o600)  # closed by the kernel with this process
     fcntl.flock(lock, fcntl.LOCK_EX)
-    atexit.register(stop_local, folder, os.getpid())
+    _own[os.getpid()] = folder
+    atexit.register(stop_local)
     return folder
 
 
@@ -78,18 +81,35 @@ def remove_left(parent: str) -> None:
                 os.close(lock)
 
 
-def stop_local(folder: str, owner: int) -> None:
-    """End every process of our Ray and remove its folder. A forked child of the owner leaves both alone."""
-    if os.getpid() != owner:
-        return
-    started = psutil.Process().children(recursive=True)  # workers lose their parent with the raylet
-    with suppress(Exception):  # a Ray that has broken down; what is left of it ends below
-        ray.shutdown()
-    ours = [process for process in started if is_of(process, folder)]
-    for process in psutil.wait_procs(ours, timeout=END_TIMEOUT_S)[1]:
+def stop_local() -> None:
+    """End our Ray, and remove its folder."""
+    if folder := _own.get(os.getpid()):
+        started = psutil.Process().children(recursive=True)  # workers lose their parent with the raylet
+        overdue = threading.Timer(END_TIMEOUT_S, kill, (started, folder))  # what hangs goes on when its peer is gone
+        overdue.daemon = True
+        overdue.start()
+        with suppress(Exception):  # a Ray that has broken down; what is left of it ends below
+            ray.shutdown()
+        overdue.cancel()
+        psutil.wait_procs([process for process in started if is_of(process, folder)], timeout=1)
+        kill(started, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_local() -> None:
+    """The same at once, whatever state they are in."""
+    if folder := _own.get(os.getpid()):
+        kill(psutil.Process().children(recursive=True), folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill(started: Sequence[psutil.Process], folder: str) -> None:
+    """SIGKILL to those of them that belong to the Ray in that folder, the ones started last first."""
+    killed = [process for process in reversed(started) if is_of(process, folder)]
+    for process in killed:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+    psutil.wait_procs(killed, timeout=END_TIMEOUT_S)
 
 
 def is_of(process: psutil.Process, folder: str) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.shapes import shapes_config, write_shards
 
 import psutil  # isort: skip
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,6 +43,15 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def killed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """A test that fails leaves no command behind; its Ray ends with it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("config", "command", "sign", "signum", "status"),
     [
@@ -58,7 +68,7 @@ def test_a_signal_with_several_workers(
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "RAY_TMPDIR": str(temporary)}
     words = [sys.executable, "-m", "mmkt_ray.cli", command, str(project / f"{config}.yaml")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(words, env=environment, text=True, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(words, env=environment, text=True, start_new_session=True, **pipes) as process, killed(process):
         said = []
         for line in process.stdout:
             said.append(line)
