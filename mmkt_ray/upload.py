@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
+import re
 import tempfile
 import zipfile
 from collections import Counter
@@ -23,7 +25,8 @@ SECRET_NAMES = (
     *("*credentials", "*credentials.*", "*service[-_]account*.json", "*secret*.json", "*secret*.y*ml", "secrets", "*.tfvars"),
     *("token", "token.*", "*.token", "*[-_]token", "*[-_]token.txt", "*.jwt"),
 )
-PRIVATE_KEY = b"PRIVATE KEY-----"
+SOURCE = {".py", ".pyi", ".md", ".rst"}  # code and prose about tokens and credentials
+PRIVATE_KEY = re.compile(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", re.MULTILINE)
 HEAD_BYTES = 4096  # of a file, looked at for a private key
 
 
@@ -51,6 +54,7 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
     """
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)  # it tells of every ignore file
     root = folder.resolve()
     sizes: dict[str, int] = {}
     kept_back: list[str] = []
@@ -74,7 +78,8 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
 
 def holds_secret(path: Path) -> bool:
     """Whether a file or folder is one that credentials are kept in, by its name, or a private key by its beginning."""
-    if any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in SECRET_NAMES):
+    name = path.name.lower()
+    if path.suffix not in SOURCE and any(fnmatch.fnmatchcase(name, pattern) for pattern in SECRET_NAMES):
         return True
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if named and path.resolve() == Path(named).expanduser().resolve():
@@ -82,7 +87,7 @@ def holds_secret(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return PRIVATE_KEY in file.read(HEAD_BYTES)
+        return bool(PRIVATE_KEY.search(file.read(HEAD_BYTES)))
 
 
 def leads_out(path: Path, root: Path) -> bool:

@@ -28,7 +28,24 @@ def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which every key is text as it is written (`no`, `1`, `2024-11-29`) and stands once in its mapping."""
+    """Safe YAML in which every key is text as it is written (`no`, `1`, `2024-11-29`) and stands once in its mapping.
+
+    It stops at MAX_DEPTH: PyYAML's time grows with the square of the depth, and its recursion ends in a traceback.
+    """
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """See PyYAML: `[` or `{`."""
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """See PyYAML: deeper lines, or `- - -`."""
+        self._check_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _check_depth(self, depth: int) -> None:
+        if depth >= MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See PyYAML. Values that `<<` merges in may be replaced, as YAML has it."""
@@ -46,8 +63,6 @@ def read_yaml(text: str, what: str) -> Any:
     """The value of a YAML text. what: where it comes from. Raises: ConfigError."""
     try:
         value = yaml.load(text, Loader)
-    except RecursionError:
-        raise ConfigError(f"{what} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, a 30th of February
         raise ConfigError(f"{what} is not valid YAML: {error}") from None
     check_extent(value, what)
@@ -117,7 +132,7 @@ def sections(annotation: Any, mark: str = "") -> Iterator[tuple[str, type[Sectio
 
 def _explain(error: dict[str, Any], root: type[Section]) -> str:
     """One line for one pydantic error: where, what, and for an unknown key the nearest known one."""
-    where = ".".join(str(p) for p in error["loc"])
+    where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic's mark of a mapping's key
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
         return f"unknown key '{where}': {nearest(str(key), _known_keys(parents, root))}"
