@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from mmkt_ray.errors import ResourceError, UserError
 from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
+from mmkt_ray.terminal import plain_output
 
 if TYPE_CHECKING:
     from mmkt_ray.features.store import Store
@@ -62,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
         if name == "repeat":
-            command.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
+            command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
             command.add_argument(
                 "--against",
                 metavar="VARIANT",
@@ -88,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
     _add_set(command)
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of 1 or more. Raises: ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got '{text}'")
+    return int(text)
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -166,8 +175,12 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 after Ctrl-C,
-    143 after SIGTERM."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    143 after SIGTERM, 1 where the fault is ours."""
+    with plain_output():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(words: list[str]) -> int:
     try:
         refuse_credentials(words, "command line")  # before anything is printed, by argparse too
     except UserError as error:
@@ -182,13 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _run(args)
         except KeyboardInterrupt:
             interrupt.signum = interrupt.signum or signal.SIGINT
-        except Exception as error:  # Ray wraps what a worker raised; anything that is not the user's to mend goes on up
-            mendable = find_user_error(error)
+        except Exception as error:  # Ray wraps what a worker raised
             if interrupt.signum is None:  # else it broke off because of that
-                if mendable is None:
-                    raise
-                print(f"mmkt: {mendable}", file=sys.stderr)
-                status = 2
+                status = _tell_error(error)
         if interrupt.signum is not None:
             interrupt.end()
         return status
@@ -199,6 +208,16 @@ def _run(args: argparse.Namespace) -> int:
         return _tell_status(args)
     print(_dispatch(args))
     return 0
+
+
+def _tell_error(error: Exception) -> int:
+    """A sentence for what the user can mend, a traceback for what is ours to mend; the exit status."""
+    mendable = find_user_error(error)
+    if mendable is None:
+        traceback.print_exception(error)
+        return 1
+    print(f"mmkt: {mendable}", file=sys.stderr)
+    return 2
 
 
 def find_user_error(error: BaseException) -> UserError | None:
@@ -213,6 +232,9 @@ def find_user_error(error: BaseException) -> UserError | None:
                 "command again"
             )
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    if isinstance(error, OSError):  # of a file, or of an object store that does not answer
+        why = getattr(error, "cause", error)  # without Ray's traceback
+        return ResourceError(f"cannot read or write: {why}; mend that and give the same command again")
     return None
 
 

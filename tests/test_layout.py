@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
-BASE = {"config", "cluster", "storage", "errors", "interrupts", "credentials"}
+BASE = {"config", "cluster", "storage", "errors", "interrupts", "credentials", "terminal"}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
     {"cli", "__main__"},

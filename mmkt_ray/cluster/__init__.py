@@ -50,6 +50,7 @@ def connect() -> Resources:
     Raises: ResourceError if the address does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":

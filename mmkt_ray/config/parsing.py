@@ -62,7 +62,11 @@ class Loader(yaml.SafeLoader):
 def read_yaml(text: str, what: str) -> Any:
     """The value of a YAML text. what: where it comes from. Raises: ConfigError."""
     try:
-        value = yaml.load(text, Loader)
+        loader = Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, a 30th of February
         raise ConfigError(f"{what} is not valid YAML: {error}") from None
     check_extent(value, what)

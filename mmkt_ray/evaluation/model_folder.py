@@ -81,6 +81,8 @@ def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
         raise DataError(
             f"'{uri}' has schema version {card.get('schema_version')}, this is {SCHEMA_VERSION}: train again"
         )
+    if lacking := [part for part in ("spec", "class_names", "encoders", "config") if not isinstance(card.get(part), dict)]:
+        raise DataError(f"'{uri}/config.json' is damaged (no {', '.join(lacking)}): remove the folder and train again")
     try:
         model = build_model(card["spec"])
         model.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, "model.safetensors"))))

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
+MAX_INT_DIGITS = 4000  # of a number in JSON; Python refuses to make one of more than 4,300
 
 _UNSAFE_IN_ID = re.compile("[%|\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -102,3 +103,8 @@ def label_names(value: Any, separator: str) -> list[str] | None:
 def is_utf8(encoding: str) -> bool:
     """True if `encoding` is a name of UTF-8, which Arrow decodes by itself."""
     return codecs.lookup(encoding).name == "utf-8"
+
+
+def json_int(digits: str) -> int | str:
+    """`json.loads`'s parse_int: a whole number; its digits where they are more than Python makes a number of."""
+    return int(digits) if len(digits) <= MAX_INT_DIGITS else digits

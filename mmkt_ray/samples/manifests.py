@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import FILE_KINDS
+from mmkt_ray.samples.cells import FILE_KINDS, json_int
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import column_at, narrowed_to_shard, read_batches, values_of
@@ -114,7 +114,8 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
                 _skip_line(lines, line)
                 continue
             try:
-                row = json.loads(line.decode(reading.source.encoding, "surrogateescape"))  # as in _csv_rows
+                text = line.decode(reading.source.encoding, "surrogateescape")  # as in _csv_rows
+                row = json.loads(text, parse_int=json_int)
             except (ValueError, RecursionError) as error:
                 yield reading.reject(place, f"not valid JSON: {error}")
                 continue
