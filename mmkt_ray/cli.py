@@ -284,6 +284,8 @@ def _step(args: argparse.Namespace, config: Config) -> str:
     if command == "search":
         return _search(config)
     stores = steps.extract_step(config, trains=command in ("train", "evaluate", "repeat"))
+    if command in ("evaluate", "repeat", "transfer"):
+        steps.check_test(stores)
     if command == "extract":
         return "\n".join(sorted({f"features: {store.uri}" for store in stores.values()}))
     if command == "scores":
@@ -318,6 +320,7 @@ def _search(config: Config) -> str:
     check_search(config)
     config = config.model_copy(update={"variants": {}})
     store = steps.extract_step(config)["model"]
+    steps.check_test({"model": store})
     folder = steps.run_folder(config)
     table = result_table(search(config, store, folder))
     places = f"leaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"

@@ -40,7 +40,7 @@ class PlainStream:
 def plain_output() -> Iterator[None]:
     """Within it all that this process prints and logs is plain, by whichever library."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = PlainStream(out), PlainStream(err)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = PlainStream(out), PlainStream(err)
     try:
         yield
     finally:

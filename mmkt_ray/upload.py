@@ -69,9 +69,8 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
         if path.is_file():
             sizes[str(path.relative_to(root))] = path.stat().st_size
 
-    rules = [lambda path: bool(path != root and ignored(path)), stays]
     ignored = _get_excludes(root, list(excludes))
-    _dir_travel(root, rules, take, include_gitignore=True)
+    _dir_travel(root, [lambda path: bool(path != root and ignored(path)), stays], take, include_gitignore=True)
     check_size(sizes)
     return Upload(root, sizes, tuple(sorted(kept_back)))
 

@@ -87,6 +87,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     if drops_rows(config):
         plan["drop_leakage"] = True
         layout += "-without-leakage"  # reducers are fitted on the rows that stay
+    if config.samples.combine.name == "join":
+        plan["ids"] = "once in each source"
     uri = storage.join(run_uri, "features", f"encoded-{fingerprint(plan)}")
     units = [shard.unit for shard in shards]
     done, complete = stored_chunks(uri)
@@ -111,7 +113,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         for m, c in cards.items()
     }
     return publish(
-        uri, config, units, modalities, stats.summary(), names={s.unit: s.name for s in shards}, layout=layout
+        uri, config, units, modalities, stats.summary(), shards=shards, layout=layout
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit, leaking_rows, read_contents
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store
-from mmkt_ray.samples.schema import MODALITY, REJECT_SCHEMA, Reject, reject_table
+from mmkt_ray.samples.schema import MODALITY, REJECT_SCHEMA, Reject, Shard, reject_table
 
 log = logging.getLogger(__name__)
 
+DUPLICATE = "duplicate sample_id"
 LEAKAGE = "leakage"  # stage of the rejects that are left out because they leak
 
 
@@ -40,10 +42,14 @@ def check_budget(uri: str, num_rows: int, num_rejects: int, max_reject_frac: flo
         rejects = storage.join(uri, "rejects")
         parts = [_read_uri(storage.join(rejects, f.base_name)) for f in storage.list_files(rejects, "*.parquet")]
         reasons = count_reasons(pa.concat_tables([REJECT_SCHEMA.empty_table(), *parts]))
+        doubled = any(reason.replace(" id", "_id").startswith(DUPLICATE) for reason, _ in reasons.most_common(1))
+        advice = "mend the data or raise the budget"
+        if doubled:  # a higher budget would drop them
+            advice = "give each row an id of its own, or join rows of one id (samples.combine: join)"
         raise DataError(
             f"{num_rejects} of {total} rows were rejected or lost a modality, more than samples.max_reject_frac = "
-            f"{max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's reason: mend the data "
-            "or raise the budget, and give the same command again"
+            f"{max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's reason: {advice}, and give the same "
+            "command again"
         )
 
 
@@ -55,14 +61,14 @@ def publish(
     run_summary: dict[str, Any],
     *,
     source: Store | None = None,
-    names: dict[str, str] | None = None,
+    shards: Sequence[Shard] = (),
     layout: str | None = None,
     rejects: pa.Table | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Store:
     """Write rejects.parquet and manifest.json for the parts of `units`, after checking ids and the reject budget.
 
-    units: in the order of their shards; names: unit -> shard name, for messages. Parts of other units (shards that are
+    units: in the order of their shards; shards: those, where the parts come from shards. Parts of other units (shards that are
     gone or changed) are moved to superseded/.
     Raises: DataError when too many rows are rejected or no row is left.
     """
@@ -72,14 +78,15 @@ def publish(
     for name in set(found) - set(parts):
         storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
     if source is None:
-        reject_duplicates(uri, parts)
+        for together in parts_of_ids(config, parts, shards):
+            reject_duplicates(uri, together)
     paired = config.samples.combine.name != "union"
     is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
     if config.samples.drop_leakage and is_whole:
         drop_leakage(uri, parts, sorted(modalities))
     counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
     check_binary(config, counts)
-    own = collect_rejects(uri, parts, names or {})
+    own = collect_rejects(uri, parts, {shard.unit: shard.name for shard in shards})
     if source is not None:
         own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
     rejects = own
@@ -117,6 +124,17 @@ def publish(
     return Store(uri, manifest)
 
 
+def parts_of_ids(config: Config, parts: list[str], shards: Sequence[Shard]) -> list[list[str]]:
+    """Parts among which an id stands for one sample: all of them; where rows are joined, those of one source."""
+    if config.samples.combine.name != "join":
+        return [parts]
+    source_of = {shard.unit: shard.source for shard in shards}
+    by_source: dict[int, list[str]] = {}
+    for name in parts:
+        by_source.setdefault(source_of[name.split("-")[0]], []).append(name)
+    return list(by_source.values())
+
+
 def reject_duplicates(uri: str, parts: list[str]) -> None:
     """Of rows with the same sample_id the first stays; later ones move to the part's rejects. Rewrites only affected parts.
 
@@ -137,7 +155,7 @@ def reject_duplicates(uri: str, parts: list[str]) -> None:
             keep[row] = sample_id not in seen
             seen.add(sample_id)
         if not keep.all():
-            _drop_rows(uri, name, keep, "check", "duplicate sample_id: an earlier row has it already")
+            _drop_rows(uri, name, keep, "check", f"{DUPLICATE}: an earlier row has it already")
 
 
 def hash_strings(column: pa.ChunkedArray) -> np.ndarray:

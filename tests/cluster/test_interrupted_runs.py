@@ -28,7 +28,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, and features of them; `long.yaml` trains on two workers for minutes, `short.yaml` for a moment."""
     root = tmp_path_factory.mktemp("interrupted")
     write_shards(root)
-    for name, epochs in (("short", 2), ("long", 100_000)):
+    for name, epochs in (("short", 2), ("long", 2000)):
         training = {"epochs": epochs, "batch_size_per_worker": 16, "num_workers": 2}
         config = shapes_config(root, training=training, model__hidden_dim=16, evaluation__bootstrap_samples=100)
         (root / f"{name}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
