@@ -14,7 +14,9 @@ import yaml
 from mmkt_ray import cli
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config
-from mmkt_ray.errors import UserError
+from mmkt_ray.errors import DataError, UserError
+from mmkt_ray.features.store import Store
+from mmkt_ray.run import check_test
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.terminal import plain
 from tests.heads import free_port
@@ -134,3 +136,12 @@ def test_a_label_of_5000_digits_is_a_label(tmp_path: Path, make_config: Callable
     config = make_config(samples__sources=[source | {"columns": {**source["columns"], "image": "none"}, "absent": "null"}])
     (chunk,) = read_chunks(config, list_shards(config)[0])
     assert chunk.table["colour"].to_pylist() == [digits, "17"]
+
+
+def test_no_test_split_is_told_before_training() -> None:
+    """Catches hours of training whose comparison then fails for want of a row."""
+    counts = {"train": {"train": 3}, "whole": {"train": 3, "test": 1}}
+    stores = {name: Store("x", {"counts": {"by_split": found}}) for name, found in counts.items()}
+    check_test({"a": stores["whole"]})
+    with pytest.raises(DataError, match=r"no sample is in the test split.*test_frac"):
+        check_test(stores)
