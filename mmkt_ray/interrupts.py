@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,9 @@ class Interrupt:
         """Say it, end the Ray that the command has started, and the process: no C code that hangs can hold it up."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it
-        sys.stdout.flush()
-        print("interrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read it is gone
+            sys.stdout.flush()
+            print("interrupted: the same command goes on from here", file=sys.stderr, flush=True)
         if local := sys.modules.get("mmkt_ray.cluster.local"):
             local.kill_local()
         os._exit(128 + (self.signum or signal.SIGINT))  # 130 after Ctrl-C, 143 after SIGTERM
