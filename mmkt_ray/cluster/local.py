@@ -26,6 +26,7 @@ from mmkt_ray.errors import ResourceError
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
 OBJECT_STORE_BYTES = 1_000_000_000
 PREFIX = "mmkt-ray-"  # short: paths of sockets below it end at 107 characters
+SERVERS = {"raylet", "gcs_server"}
 LOCK = "in-use"  # locked as long as the folder's owner lives, also on a /tmp that containers share
 END_TIMEOUT_S = 10.0  # for Ray to end by itself before it is killed, and for what was killed to be gone
 
@@ -51,7 +52,7 @@ def start_local() -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            _temp_dir=folder,
+            _temp_dir=f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
         )
 
 
@@ -97,10 +98,18 @@ def stop_local() -> None:
 
 
 def kill_local() -> None:
-    """The same at once, whatever state they are in."""
+    """The same at once, whatever state they are in. The process must end right after it: Ray's C++ code aborts one whose
+    servers are gone, so these are held until all else is done."""
     if folder := _own.get(os.getpid()):
-        kill(psutil.Process().children(recursive=True), folder)
+        ours = [process for process in psutil.Process().children(recursive=True) if is_of(process, folder)]
+        servers = [process for process in ours if process.name() in SERVERS]
+        for end in [p.suspend for p in servers] + [p.kill for p in reversed(ours) if p not in servers]:
+            with suppress(psutil.NoSuchProcess):
+                end()
         shutil.rmtree(folder, ignore_errors=True)
+        for process in servers:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def kill(started: Sequence[psutil.Process], folder: str) -> None:
@@ -143,6 +152,8 @@ def keep_signals() -> Iterator[None]:
         yield
     finally:
         ray_utils.set_sigterm_handler = set_handler
+        if ours:  # Ray's C++ code has put one before it, which prints a trace
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextmanager

@@ -85,3 +85,4 @@ def test_a_signal_with_several_workers(
     assert len(family) > 3
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not [path.name for path in temporary.iterdir() if path.name.startswith("mmkt")]
+    assert not [line for line in rest if "SIGTERM received" in line]
