@@ -35,24 +35,25 @@ types: env  ## mypy over the package
 	$(BIN)/mypy
 
 lock: $(BIN)/uv  ## refresh requirements.lock: the newest versions that pyproject.toml allows
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --generate-hashes --quiet \
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:  ## remove .venv and the caches; keeps data/ and runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# uv comes through pip, at the version the lock names (any version while there is no lock yet).
+# uv comes through pip, at the version and with the hashes of the lock (any version while there is no lock yet).
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("Python 3.11 to 3.13 needed, $(PYTHON) is %d.%d: make PYTHON=python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(wildcard requirements.lock)) uv
+	sed -n '/^uv==/,/# via/p' $(or $(wildcard requirements.lock),/dev/null) > $(VENV)/uv.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(wildcard requirements.lock),--require-hashes -r $(VENV)/uv.lock,uv)
 
 # Rebuilt when the lock or pyproject.toml changes. --quiet: also no warning where a link from uv's cache must be a copy.
 # Compiled once here: uv does not by itself, and each of Ray's many processes would (torch's import 5 s instead of 2)
 # where nothing may be written at run time (PYTHONDONTWRITEBYTECODE, a read-only image).
 $(VENV)/.stamp: pyproject.toml requirements.lock | $(BIN)/uv
 	@echo "installing requirements.lock into $(VENV)"
-	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@$(BIN)/python -c "from mmkt_ray.encoders.text import compile_kernels; compile_kernels()"
 	@$(BIN)/python -m compileall -q mmkt_ray

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING
 
 from mmkt_ray import __version__
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
+from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ResourceError, UserError
+from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
+from mmkt_ray.terminal import plain_output
 
 if TYPE_CHECKING:
     from mmkt_ray.features.store import Store
@@ -63,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
         if name == "repeat":
-            command.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
+            command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
             command.add_argument(
                 "--against",
                 metavar="VARIANT",
@@ -89,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
     _add_set(command)
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of 1 or more. Raises: ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got '{text}'")
+    return int(text)
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -172,22 +183,47 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 unexpected, 2 something that the user can mend, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 after Ctrl-C,
+    143 after SIGTERM, 1 where the fault is ours."""
+    with plain_output():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(words: list[str]) -> int:
+    try:
+        refuse_credentials(words, "command line")  # before anything is printed, by argparse too
+    except UserError as error:
+        print(f"mmkt: {error}", file=sys.stderr)
+        return 2
+    args = build_parser().parse_args(words)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("mmkt_ray").setLevel(logging.INFO)
-    try:
-        if args.command in ("submit", "doctor"):
-            return _tell_status(args)
-        print(_dispatch(args))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:  # Ray wraps what a worker raised
-        mendable = find_user_error(error)
-        print(f"mmkt: {mendable or tell_unexpected(error)}", file=sys.stderr)
-        return 2 if mendable else 1
+    with interruptible() as interrupt:
+        status = 0
+        try:
+            status = _run(args)
+        except KeyboardInterrupt:
+            interrupt.signum = interrupt.signum or signal.SIGINT
+        except Exception as error:  # Ray wraps what a worker raised
+            if interrupt.signum is None:  # else it broke off because of that
+                status = _tell_error(error)
+        if interrupt.signum is not None:
+            interrupt.end()
+        return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command in ("submit", "doctor"):
+        return _tell_status(args)
+    print(_dispatch(args))
     return 0
+
+
+def _tell_error(error: Exception) -> int:
+    """A sentence for what the user can mend, and for what is ours to mend; the exit status."""
+    mendable = find_user_error(error)
+    print(f"mmkt: {mendable or tell_unexpected(error)}", file=sys.stderr)
+    return 2 if mendable else 1
 
 
 _ADVICE_OF_RAY = re.compile(r"\nFailed to .{1,200} after \d+/\d+ attempts .*", re.DOTALL)
@@ -217,6 +253,9 @@ def find_user_error(error: BaseException) -> UserError | None:
                 "command again"
             )
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    if isinstance(error, OSError):  # of a file, or of an object store that does not answer
+        why = getattr(error, "cause", error)  # without Ray's traceback
+        return ResourceError(f"cannot read or write: {why}; mend that and give the same command again")
     return None
 
 
@@ -274,6 +313,8 @@ def _locked_step(args: argparse.Namespace, config: Config) -> str:
     if command == "search":
         return _search(config)
     stores = steps.extract_step(config, trains=command in ("train", "evaluate", "repeat"))
+    if command in ("evaluate", "repeat", "transfer"):
+        steps.check_test(stores)
     if command == "extract":
         return "\n".join(sorted({f"features: {store.uri}" for store in stores.values()}))
     if command == "scores":
@@ -308,6 +349,7 @@ def _search(config: Config) -> str:
     check_search(config)
     config = config.model_copy(update={"variants": {}})
     store = steps.extract_step(config)["model"]
+    steps.check_test({"model": store})
     folder = steps.run_folder(config)
     table = result_table(search(config, store, folder))
     places = f"leaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"

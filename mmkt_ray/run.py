@@ -19,7 +19,7 @@ from typing import Any
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.doctor import check_before_work
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.contribution import insights
 from mmkt_ray.evaluation.evaluate import (
     compare,
@@ -55,6 +55,7 @@ def run(config: Config) -> str:
     """Everything; returns the comparison as a table of text, ending with where the report is."""
     with locked(run_folder(config)):
         stores = extract_step(config, trains=True)
+        check_test(stores)
         train_step(config, stores)
         results = evaluate_step(config, stores)
         study_step(config, stores, results["main"])
@@ -81,6 +82,16 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
                 stores[key] = extract(variants[name], uri)
         card["extracted"] = before | {key: _in_features(store) for key, store in stores.items()}
     return {name: stores[key] for name, key in keys.items()}
+
+
+def check_test(stores: dict[str, Store]) -> None:
+    """Before anything is trained that is to be compared. Raises: DataError if there is nothing to compare it on."""
+    for store in stores.values():
+        if not store.manifest["counts"]["by_split"].get("test"):
+            raise DataError(
+                "no sample is in the test split, on which models are compared: set samples.split.test_frac above 0, or give a "
+                "source `split: test`; `mmkt train` needs none"
+            )
 
 
 def _is_there(uri: str, store: str | None) -> bool:

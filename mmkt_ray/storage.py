@@ -10,7 +10,6 @@ import errno
 import fnmatch
 import json
 import os
-import re
 import stat
 import tempfile
 import time
@@ -27,6 +26,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import xxhash
 
+from mmkt_ray.credentials import credentials_at, refusal
 from mmkt_ray.errors import DataError, OtherVersionError, ResourceError
 
 MAX_FILE_BYTES = 64 * 2**30  # of a file that is read as a whole
@@ -37,19 +37,16 @@ S3_ATTEMPTS = 12  # at a request that is throttled or fails for a moment: waits 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _GLOB = set("*?[")
-_SETTINGS = re.compile(r"://[^/@]*:[^/@]*@|\?\w+=")  # keys before the bucket, a query string
 _URI_SIGNS = "/:%@*!$&'()+,;=~"  # what stays as it is; blanks and the signs of a pattern are quoted
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `uri` and the path inside it. Raises: DataError for a scheme that pyarrow does not know."""
+    """The filesystem of `uri` and the path inside it. Raises: DataError for a scheme that pyarrow does not
+    know, and for credentials in it."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
-    if found := _SETTINGS.search(uri):
-        raise DataError(
-            f"'{uri[: found.start()]}...' has settings or keys in it, which would be written to every result: put them "
-            "into the environment instead, e.g. AWS_ENDPOINT_URL=http://host:9000, AWS_REGION, AWS_ACCESS_KEY_ID"
-        )
+    if (at := credentials_at(uri)) is not None:
+        raise DataError(refusal(uri, at))
     try:
         fs, path = pafs.FileSystem.from_uri(quote(uri, safe=_URI_SIGNS))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

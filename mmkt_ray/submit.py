@@ -26,6 +26,7 @@ from typing import Any
 
 from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.errors import ConfigError, ResourceError
+from mmkt_ray.upload import choose_files, packed
 
 COMMANDS = ("run", "extract", "train", "evaluate", "search", "doctor")
 STAYS_HERE = ("/data/", "/runs/", ".git", ".venv", "venv", "__pycache__", "*.pyc", ".*_cache/", ".hypothesis/")
@@ -82,17 +83,19 @@ def submit(job: Job, address: str, submission_id: str | None = None, wait: bool 
     """Submit the job, or find it under its id, and follow it. Returns the exit status: 0 done (without `wait`: submitted), the
     job's own where it failed (1 if that is unknown), STOPPED where it was stopped.
 
-    Raises: ResourceError if the cluster does not answer or refuses the token; ConfigError for an id of another job.
+    Raises: ResourceError if the cluster does not answer or refuses the token; ConfigError for an id of another job and for
+    a folder that is too large.
     """
     client = connect(address)
     name = submission_id or f"{job.config.name}-{job.command}-{uuid.uuid4().hex[:8]}"
     known = {info.submission_id: info for info in client.list_jobs()}.get(name)
     if known is None:
-        client.submit_job(
-            entrypoint=job.entrypoint,
-            submission_id=name,
-            runtime_env={"working_dir": str(job.folder), "excludes": job.excludes},
-        )
+        upload = choose_files(job.folder, job.excludes)
+        tell(str(upload))
+        with packed(upload) as package:
+            client.submit_job(
+                entrypoint=job.entrypoint, submission_id=name, runtime_env={"working_dir": str(package)}
+            )
         tell(f"submitted as {name}; the same command with --submission-id {name} follows it again")
     elif known.entrypoint != job.entrypoint:
         raise ConfigError(f"submission id '{name}' is taken by another job, `{known.entrypoint}`: choose another")

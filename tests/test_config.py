@@ -1,5 +1,7 @@
 """The config: what it accepts, what it refuses and with which words."""
 
+from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from mmkt_ray.cli import main
 from mmkt_ray.config import SCHEMES, Config, describe_fields, fingerprint, load_config, parse_config, parse_override
 from mmkt_ray.errors import ConfigError
 
@@ -53,7 +56,21 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"modalities.image.encoder": {"name": "cnn", "pretrain": "lable"}}, ["did you mean 'label'"]),
         ({"modalities.text.encoder": "pixels"}, ["reads image", "kind is text"]),
         ({"modalities.image.reduce": "pca"}, ["need dim"]),
-        ({"name": "a/b"}, ["name"]),
+        ({"name": "a/b"}, ["name", "letters"]),
+        ({"variants": {"../../../x": {}}}, ["variants.../../../x: a name consists of letters"]),
+        ({"variants": {"majority": {}}}, ["variants: majority is the name of a model that a run makes by itself"]),
+        ({"tasks": {"image_hash": {}}}, ["'image_hash' belongs to 'image_hash' of modalities or tasks and to modality 'image'"]),
+        ({"tasks": {"a": {}, "a_pred": {}}}, ["'a_pred' belongs to"]),
+        ({"tasks": {"split": {}}}, ["'split' belongs to"]),
+        ({"modalities.cam/front": {"kind": "image", "encoder": "pixels"}}, ["modalities.cam/front: a name consists of"]),
+        ({"modalities...": {"kind": "image", "encoder": "pixels"}}, ["a name consists of"]),
+        ({"model.modalities": ["image", "image"]}, ["model.modalities: is there more than once: image"]),
+        ({"model.tasks": ["label", "label"]}, ["model.tasks: is there more than once: label"]),
+        ({"training.lr": float("inf")}, ["training.lr", "finite number", "got inf"]),
+        ({"training.weight_decay": float("nan")}, ["training.weight_decay", "finite number"]),
+        ({"samples.sources.0.columns": {"image": False}}, ["got False", "yes or no; put the text in quotes"]),
+        ({"run_root": date(2024, 11, 29)}, ["2024, 11, 29", "date; put the text in quotes"]),
+        ({"name": 1}, ["name", "got 1", "number; put the text in quotes"]),
     ],
 )
 def test_wrong_values_are_refused_with_a_hint(raw: dict[str, Any], override: dict[str, Any], words: list[str]) -> None:
@@ -113,6 +130,61 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nname: b\n", "'name' is there twice"),
+        ("variants:\n  a: {training.lr: 0.1}\n  a: {training.lr: 0.2}\n", "'a' is there twice"),
+        ("[" * 20_000, "nested too deeply"),
+        ("- " * 20_000, "nested too deeply"),
+        ("seed: " + "1" * 5000, "not valid YAML"),
+        ("run_root: 2024-02-30", "not valid YAML"),
+        ("a: &a [*a]", "levels"),
+        ("a: &a [1]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in pairwise("abcdefghi")), "values"),
+    ],
+    ids=["key", "variant", "brackets", "dashes", "digits", "date", "circle", "aliases"],
+)
+def test_yaml_that_would_mislead_or_blow_up(tmp_path: Path, text: str, words: str) -> None:
+    """A variant that is dropped in silence because its name stands twice; a traceback or a full memory for other YAML."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError) as caught:
+        parse_override("variants={" + text.replace("\n", ", ") + "}")
+    assert len(str(caught.value)) < 1000
+
+
+def test_merged_keys_may_be_replaced(raw: dict[str, Any], tmp_path: Path) -> None:
+    """`<<`, by which configs share what variants have in common, taken for a key that is there twice."""
+    text = yaml.safe_dump(raw) + "variants:\n  a: &a {training.lr: 0.5, seed: 1}\n  b: {<<: *a, training.lr: 0.25}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    variants = load_config(tmp_path / "c.yaml").expand_variants()
+    assert [(v.training.lr, v.seed) for v in variants.values()] == [(0.5, 1), (0.25, 1)]
+
+
+def test_names_that_yaml_would_type_are_text(raw: dict[str, Any], tmp_path: Path) -> None:
+    """A variant called `no` that becomes False, and one called 2024-11-29 that becomes a date."""
+    text = yaml.safe_dump(raw) + "variants:\n  no: {seed: 1}\n  2024-11-29: {seed: 2}\n  1: {seed: 3}\n  1.0: {seed: 4}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    assert list(load_config(tmp_path / "c.yaml").expand_variants()) == ["no", "2024-11-29", "1", "1.0"]
+
+
+@pytest.mark.parametrize("words", [["lr=["], ["training.lr=.inf"], ["name=" + "[" * 20_000], ["seed=" + "9" * 5000]])
+def test_values_on_the_command_line_that_are_no_values(raw: dict[str, Any], tmp_path: Path, capsys, words: list[str]) -> None:
+    """A traceback in place of a sentence and exit status 2."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["config", str(tmp_path / "c.yaml"), "--set", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mmkt: ")
+    assert len(said) < 1000
+
+
+def test_a_folder_is_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback for a folder's name in place of the file's in it."""
+    assert main(["config", str(tmp_path)]) == 2
+    assert "is no readable YAML file" in capsys.readouterr().err
 
 
 def test_yaml_cannot_build_python_objects(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
-BASE = {"config", "cluster", "storage", "locks", "errors"}
+BASE = {"config", "cluster", "storage", "locks", "errors", "interrupts", "credentials", "terminal"}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
     {"cli", "__main__"},
-    {"run", "submit", "doctor", "plan"},
+    {"run", "submit", "upload", "doctor", "plan"},
     {"report"},
     {"search"},
     {"training"},

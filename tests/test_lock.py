@@ -1,7 +1,8 @@
-"""requirements.lock pins all that pyproject.toml asks for, and names no place to download from."""
+"""requirements.lock pins all that pyproject.toml asks for with the hashes of its files, and names no place to download from."""
 
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ ASKED = [
     for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for line in lines
 ]
+HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 # An option, an address, a file, a host.
 PLACE = re.compile(r"(?:^|\s)-|://|\bhttps?\b|\.whl|(?<![\w.-])(?:[\w-]+\.)+(?:org|com|io|net|dev)\b", re.I)
 
@@ -25,7 +27,7 @@ def pins(lock: str) -> dict[str, list[Version]]:
     found: dict[str, list[Version]] = {}
     for line in lock.splitlines():
         if line and not line.startswith(("#", " ")):
-            requirement = Requirement(line)
+            requirement = Requirement(line.removesuffix(" \\"))
             (pin,) = requirement.specifier
             assert pin.operator == "==", line
             found.setdefault(canonicalize_name(requirement.name), []).append(Version(pin.version))
@@ -38,7 +40,21 @@ def lock() -> str:
 
 
 def test_the_lock_names_no_place(lock):
-    assert not [line for line in lock.splitlines() if PLACE.search(line)]
+    assert not [line for line in lock.splitlines() if PLACE.search(line) and not HASH.fullmatch(line)]
+
+
+def test_every_pin_has_hashes(lock):
+    """Catches a file that somebody has put in the place of another on its way."""
+    lines = lock.splitlines()
+    assert not [line for line, after in pairwise(lines) if "==" in line and not HASH.fullmatch(after)]
+
+
+@pytest.mark.parametrize("place", ["Makefile", "cluster.yaml", "jobs/cluster/onprem.yaml", "docs/cluster.md"])
+def test_hashes_are_required_where_it_is_installed(place):
+    """Catches an installer that reads the lock and skips its hashes; pip takes none from a constraint."""
+    installs = [line for line in (ROOT / place).read_text().splitlines() if re.search(r"(pip sync|-r \S*lock)", line)]
+    assert installs
+    assert all("--require-hashes" in line for line in installs)
 
 
 @pytest.mark.parametrize(

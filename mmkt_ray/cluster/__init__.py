@@ -5,29 +5,32 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-from ray._private import ray_constants
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, keep_signals, loopback_alone, start_local
 from mmkt_ray.errors import ResourceError
 
 if TYPE_CHECKING:
     import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
 
+__all__ = ["OBJECT_STORE_BYTES", "loopback_alone"]
+
 log = logging.getLogger(__name__)
 
-MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
-OBJECT_STORE_BYTES = 1_000_000_000
+ANSWER_TIMEOUT_S = 5.0  # for a head to take a connection, and again to say its first word
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # as gRPC begins: RFC 9113, 3.4
+HTTP2_SETTINGS = b"\x04"  # the type of the frame that the other side begins with
 NO_PROGRESS_TIMEOUT_S = 300
 MAX_FAILURES = 2  # deaths of training workers after which all are started again
 MAX_INIT_DEATHS = 2  # encoder actors in a row that may die while they load, each replaced by another
@@ -47,55 +50,49 @@ def connect() -> Resources:
     Raises: ResourceError if the address does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        if address:
+        if address and address != "local":
             _attach(address)
         else:
-            _start_local()
+            start_local()
     configure_data()
     total = ray.cluster_resources()
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0))
 
 
 def _attach(address: str) -> None:
+    check_answers(address)
     try:
-        ray.init(logging_level=logging.WARNING)
+        with keep_signals():
+            ray.init(logging_level=logging.WARNING)
     except ConnectionError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); if the cluster uses tokens set RAY_AUTH_MODE=token "
-            "and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
-        ) from None
+        raise no_cluster(address, str(error)) from None
 
 
-def _start_local() -> None:
-    for name in ("ray", "ray.data", "ray._private.authentication.authentication_token_setup"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with loopback_alone():
-        ray.init(
-            address="local",  # never join a Ray that happens to run here
-            num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-        )
-    token = Path.home() / ".ray" / "auth_token"
-    if token.is_file() and token.stat().st_uid == os.getuid():
-        token.chmod(0o600)  # Ray writes it for everybody to read
-
-
-@contextmanager
-def loopback_alone() -> Iterator[None]:
-    """A Ray that starts meanwhile listens on 127.0.0.1 alone.
-
-    Its processes do so if that is their node's address; on Linux Ray replaces it by one that other machines reach.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+def check_answers(address: str) -> None:
+    """Ray itself waits minutes for a head that is gone. Raises: ResourceError if no gRPC server answers in 10 s or less."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # `auto`: Ray finds the address by itself, or says that there is none
     try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("1", "true"):
+                connection.settimeout(ANSWER_TIMEOUT_S)
+                connection.sendall(HTTP2_HELLO)
+                if connection.recv(9)[3:4] != HTTP2_SETTINGS:
+                    raise ConnectionError("what listens there is no Ray head")
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, str(error) or type(error).__name__) from None
+
+
+def no_cluster(address: str, why: str) -> ResourceError:
+    """The error for an address where no cluster answers."""
+    return ResourceError(
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({why}); if the cluster uses tokens set RAY_AUTH_MODE=token "
+        "and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
+    )
 
 
 def configure_data() -> None:
@@ -176,6 +173,10 @@ def _run_train(
             f"the cluster has {resources.num_cpus:g}: set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
         )
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C ends the command, as everywhere; Ray Train's handler swallows it, and the third ends with status 0."""
+
     def on_worker(payload: dict[str, Any]) -> Any:
         keep_freed_memory()
         context = get_context()
@@ -186,7 +187,7 @@ def _run_train(
     with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
         for attempt in range(MAX_FAILURES + 1):
             name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
-            trainer = TorchTrainer(
+            trainer = Trainer(
                 on_worker,
                 train_loop_config={"job": job},
                 torch_config=NodeAddressConfig(),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mmkt_ray.config.section import Section, name_in, named
+from mmkt_ray.config.section import Once, Section, name_in, named
 from mmkt_ray.errors import unknown_name
 
 
@@ -20,7 +20,7 @@ class CnnEncoder(Section):
     epochs: int = Field(10, ge=1, description="passes over the train split")
     batch_size: int = Field(500, ge=2, description="images per optimiser step, over all workers")
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
-    augment: tuple[Literal["flip", "crop", "cutout"], ...] = Field(
+    augment: Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Once] = Field(
         ("flip", "crop"), description="training augmentation; cutout pays in longer runs"
     )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
@@ -60,7 +60,7 @@ class LogMelCnnEncoder(Section):
     epochs: int = Field(10, ge=1, description="passes over the train split")
     batch_size: int = Field(128, ge=2, description="clips per optimiser step, over all workers")
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
-    augment: tuple[Literal["crop", "cutout"], ...] = Field(
+    augment: Annotated[tuple[Literal["crop", "cutout"], ...], Once] = Field(
         ("crop",), description="training augmentation: shift in time and pitch, cutout"
     )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
@@ -184,7 +184,7 @@ class TaskConfig(Section):
         "classes per sample (a list in the source, or a string split at `separator`)",
     )
     separator: str = Field("|", min_length=1, description="multilabel: what separates the classes in a string")
-    inputs: tuple[str, ...] | None = Field(None, description="modalities that the task may read; null: all")
+    inputs: Annotated[tuple[str, ...] | None, Once] = Field(None, description="modalities that the task may read; null: all")
     label_frac: float | None = Field(
         None, gt=0, le=1, description="share of the task's train labels that is used; null: training.label_frac"
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmkt_ray.config.section import Section, named
+from mmkt_ray.config.section import Once, Section, named
 from mmkt_ray.errors import unknown_name
 
 SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
@@ -51,8 +51,8 @@ class FusionConfig(Section):
 class ModelConfig(Section):
     """The fused, parameter-sharing model over the features."""
 
-    modalities: tuple[str, ...] | None = Field(None, description="modalities it reads; null: all")
-    tasks: tuple[str, ...] | None = Field(None, description="tasks it predicts; null: all")
+    modalities: Annotated[tuple[str, ...] | None, Once] = Field(None, description="modalities it reads; null: all")
+    tasks: Annotated[tuple[str, ...] | None, Once] = Field(None, description="tasks it predicts; null: all")
     fusion: Annotated[FusionConfig, BeforeValidator(named)] = Field(FusionConfig(), description="fusion method")
     sharing: str | tuple[str, ...] = Field(
         "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import date
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -12,6 +13,10 @@ from mmkt_ray.config.section import Section
 from mmkt_ray.errors import ConfigError, nearest
 
 SectionT = TypeVar("SectionT", bound=Section)
+MAX_VALUES, MAX_DEPTH = 100_000, 50  # of a config
+MERGE = "tag:yaml.org,2002:merge"
+TYPED = {"bool": "yes or no", "int": "number", "float": "number", "date": "date", "datetime": "time"}
+SHOWN = 80  # characters of a value that messages show
 
 
 def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
@@ -22,12 +27,72 @@ def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
         raise ConfigError("\n".join(_explain(dict(e), section) for e in error.errors())) from None
 
 
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which every key is text as it is written (`no`, `1`, `2024-11-29`) and stands once in its mapping.
+
+    It stops at MAX_DEPTH: PyYAML's time grows with the square of the depth, and its recursion ends in a traceback.
+    """
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """See PyYAML: `[` or `{`."""
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """See PyYAML: deeper lines, or `- - -`."""
+        self._check_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _check_depth(self, depth: int) -> None:
+        if depth >= MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See PyYAML. Values that `<<` merges in may be replaced, as YAML has it."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                key.tag = "tag:yaml.org,2002:str"
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text. what: where it comes from. Raises: ConfigError."""
+    try:
+        loader = Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, a 30th of February
+        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+    check_extent(value, what)
+    return value
+
+
+def check_extent(value: Any, what: str) -> None:
+    """Raises: ConfigError for a value that aliases (`*x`) blow up, or that holds itself."""
+    left, count = [(value, 0)], 0
+    while left:
+        inner, depth = left.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise ConfigError(f"{what} has more than {MAX_VALUES:,} values, or more than {MAX_DEPTH} levels")
+        if isinstance(inner, dict):
+            left += [(child, depth + 1) for child in inner.values()]
+        elif isinstance(inner, list):
+            left += [(child, depth + 1) for child in inner]
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `a.b=c` into a dotted key and a YAML value. Raises: ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, got '{text}'; e.g. --set training.epochs=5")
-    return key.strip(), yaml.safe_load(value)
+    return key.strip(), read_yaml(value, f"--set {key.strip()}={shortened(value)}")
 
 
 def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
@@ -71,7 +136,7 @@ def sections(annotation: Any, mark: str = "") -> Iterator[tuple[str, type[Sectio
 
 def _explain(error: dict[str, Any], root: type[Section]) -> str:
     """One line for one pydantic error: where, what, and for an unknown key the nearest known one."""
-    where = ".".join(str(p) for p in error["loc"])
+    where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic's mark of a mapping's key
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
         return f"unknown key '{where}': {nearest(str(key), _known_keys(parents, root))}"
@@ -80,12 +145,19 @@ def _explain(error: dict[str, Any], root: type[Section]) -> str:
     if error["type"] == "union_tag_invalid":
         return f"{where}: unknown name '{error['ctx']['tag']}': known: {error['ctx']['expected_tags']}"
     got = error.get("input")
-    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    shown = f" (got {shortened(repr(got))})" if isinstance(got, str | int | float | bool | date | None) else ""
+    if error["type"] == "string_type" and isinstance(got, int | float | date):
+        shown += f": YAML takes it for a {TYPED[type(got).__name__]}; put the text in quotes"
     return (
         f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
         if where
         else error["msg"].removeprefix("Value error, ")
     )
+
+
+def shortened(text: str) -> str:
+    """At most SHOWN characters of it."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _known_keys(parents: list[Any], root: type[Section]) -> list[str]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
-from mmkt_ray.config.parsing import sections, set_dotted
+from mmkt_ray.config.parsing import read_yaml, sections, set_dotted
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.section import Section
+from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError
 
 
@@ -23,17 +23,19 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises: ConfigError if the file is missing, is not YAML, or says something unknown or impossible.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"no config at '{path}'; the ones that come with the project are in jobs/configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:  # a folder, no permission; bytes that are no text
+        raise ConfigError(f"'{path}' is no readable YAML file: {error}") from None
+    raw = read_yaml(text, f"'{path}'")
     if not isinstance(raw, dict):
         raise ConfigError(f"'{path}' must be a mapping of keys, got {type(raw).__name__}")
     if raw.get("training") == "auto":
         raw["training"] = {}
     for key, value in (overrides or {}).items():
         set_dotted(raw, key, value)
+    refuse_credentials(raw, f"'{path}'")
     config = parse_config(raw)
     config.expand_variants()  # a wrong variant is told now, not after an hour of extraction
     return config

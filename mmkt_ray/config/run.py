@@ -12,28 +12,31 @@ from mmkt_ray.config.model import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
 from mmkt_ray.config.samples import PairCombine, SamplesConfig
 from mmkt_ray.config.search import SearchConfig
-from mmkt_ray.config.section import Section
+from mmkt_ray.config.section import Name, Section
 from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.errors import ConfigError, nearest
+
+OWN_COLUMNS = ("sample_id", "split", "key", "cleaned", "missing")
+OWN_MODELS = {"majority", "search_winner"}
 
 
 class Config(Section):
     """A run: samples -> features -> models -> report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
+    name: Name = Field(description="name of the run and of its folder")
     seed: int = Field(0, ge=0, description="seed of everything random")
     data_root: str = Field("data", description="folder or URI that source paths are relative to")
     run_root: str = Field("runs", description="folder or URI under which the run folder lies")
     samples: SamplesConfig = Field(description="raw shards -> samples")
-    modalities: dict[str, ModalityConfig] = Field(min_length=1, description="modality -> kind, encoder, reduction")
-    tasks: dict[str, TaskConfig] = Field(min_length=1, description="task -> kind of label")
+    modalities: dict[Name, ModalityConfig] = Field(min_length=1, description="modality -> kind, encoder, reduction")
+    tasks: dict[Name, TaskConfig] = Field(min_length=1, description="task -> kind of label")
     extract: ExtractConfig = Field(ExtractConfig(), description="streaming of shards through encoders")
     model: ModelConfig = Field(ModelConfig(), description="fusion and sharing")
     training: TrainingConfig = Field(TrainingConfig(), description="fitting")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and intervals")
     transfer: TransferMatrixConfig = Field(TransferMatrixConfig(), description="what `mmkt transfer` compares")
     search: SearchConfig | None = Field(None, description="what `mmkt search` tries; null: its defaults")
-    variants: dict[str, dict[str, Any]] = Field(
+    variants: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="models to compare: name -> dotted overrides of this config; none: one model, 'model'",
     )
@@ -58,8 +61,9 @@ class Config(Section):
     def _names_agree(self) -> Config:
         reserved = {"sample_id", "split", "key"}
         names = [*self.modalities, *self.tasks]
-        if clash := ((reserved | {"cleaned"}) & set(names)) | {n for n in names if names.count(n) > 1}:
-            raise ConfigError(f"column names must be distinct and not {sorted(reserved)}: {sorted(clash)}")
+        self._check_columns(names)
+        if clash := OWN_MODELS & self.variants.keys():
+            raise ConfigError(f"variants: {', '.join(sorted(clash))} is the name of a model that a run makes by itself")
         for source in self.samples.sources:
             for column in source.columns:
                 if column not in reserved and column not in names:
@@ -122,6 +126,20 @@ class Config(Section):
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
         return self
+
+    def _check_columns(self, names: list[str]) -> None:
+        """Raises: ConfigError where two columns of features or predictions would have one name."""
+        columns = [(own, "a column of every table") for own in OWN_COLUMNS]
+        columns += [(name, f"'{name}' of modalities or tasks") for name in names]
+        columns += [(f"{m}_{end}", f"modality '{m}'") for m in self.modalities for end in ("features", "hash")]
+        columns += [(f"{t}_{end}", f"task '{t}'") for t in self.tasks for end in ("pred", "proba", "label")]
+        owners: dict[str, str] = {}
+        for column, owner in columns:
+            if column in owners:
+                raise ConfigError(
+                    f"column names must be distinct: '{column}' belongs to {owners[column]} and to {owner}: rename one"
+                )
+            owners[column] = owner
 
     def _check_pair(self, pair: PairCombine) -> None:
         if len(pair.labels) != 2:

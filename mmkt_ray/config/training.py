@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.section import Section
+from mmkt_ray.config.section import Once, Section
 from mmkt_ray.errors import ConfigError, unknown_name
 
 
@@ -33,7 +33,7 @@ class TransferConfig(Section):
     tuning: Literal["finetune", "frozen", "gradual"] = Field(
         "finetune", description="what was taken over is trained on, kept, or unfrozen level by level from the top"
     )
-    teachers: tuple[str, ...] = Field(
+    teachers: Annotated[tuple[str, ...], Once] = Field(
         (), description="models whose mean prediction this one learns to match (distillation)"
     )
     distill_weight: float = Field(
@@ -138,12 +138,12 @@ class TrainingConfig(Section):
 class TransferMatrixConfig(Section):
     """What `mmkt transfer` fits: sources against targets. A node is written `image:category`, `image+text:category`."""
 
-    sources: tuple[str, ...] | None = Field(None, description="nodes whose knowledge is tried; null: all")
-    targets: tuple[str, ...] | None = Field(None, description="nodes that are to gain from it; null: all")
-    methods: tuple[Literal["finetune", "frozen", "gradual", "distill", "joint"], ...] = Field(
+    sources: Annotated[tuple[str, ...] | None, Once] = Field(None, description="nodes whose knowledge is tried; null: all")
+    targets: Annotated[tuple[str, ...] | None, Once] = Field(None, description="nodes that are to gain from it; null: all")
+    methods: Annotated[tuple[Literal["finetune", "frozen", "gradual", "distill", "joint"], ...], Once] = Field(
         ("finetune", "frozen", "distill", "joint"), description="ways to transfer, each tried where it applies"
     )
-    label_fracs: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+    label_fracs: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Once] = Field(
         (0.01, 0.1, 1.0), min_length=1, description="shares of the target's train labels; the source has all of its own"
     )
     seeds: int = Field(3, ge=1, description="runs of each cell")
@@ -157,7 +157,7 @@ class EvaluationConfig(Section):
     calibrate: bool = Field(
         True, description="fit one temperature per task on held-out rows, so that probabilities mean what they say"
     )
-    studies: tuple[Literal["insight", "scores", "suspects", "missing"], ...] = Field(
+    studies: Annotated[tuple[Literal["insight", "scores", "suspects", "missing"], ...], Once] = Field(
         ("insight", "scores", "suspects", "missing"),
         description="what a run looks into beside the comparison: what each modality knows; how well features promised to "
         "serve; rows that contradict their label; scores of the main model when modalities go missing",

@@ -26,6 +26,7 @@ from mmkt_ray.samples.schema import Reject, reject_table
 log = logging.getLogger(__name__)
 
 ABSENT = -1
+NO_KEY = "the row has no key to join on: give its source a column for key, or for sample_id"
 
 
 @dataclass
@@ -124,10 +125,10 @@ def join(index: RowIndex, how: JoinCombine) -> Combined:
     """Rows with one key become one sample. A second row of the same modality and key is rejected; of conflicting labels the
     first stays and the conflict is counted; an inner join rejects rows without a partner."""
     by_key: dict[str, list[int]] = {}
-    combined = Combined()
+    combined, taken = Combined(), set[str]()
     for row, key in enumerate(index.keys):
         if key is None:
-            combined.rejects.append(Reject(index.sample_ids[row], "join", "combine", "the row has no key to join on"))
+            combined.rejects.append(Reject(index.sample_ids[row], "join", "combine", NO_KEY))
         else:
             by_key.setdefault(key, []).append(row)
     provided = [m for m, present in index.present.items() if present.any()]
@@ -152,7 +153,10 @@ def join(index: RowIndex, how: JoinCombine) -> Combined:
                 Reject(index.sample_ids[r], "join", "combine", f"no partner for key '{key}' (inner join)") for r in used
             ]
             continue
-        combined.add("|".join(index.sample_ids[r] for r in used), index.splits[used[0]], key, chosen, task_rows)
+        sample_id = "|".join(dict.fromkeys(index.sample_ids[r] for r in used))
+        sample_id = f"{sample_id}|{key}" if sample_id in taken else sample_id
+        taken.add(sample_id)
+        combined.add(sample_id, index.splits[used[0]], key, chosen, task_rows)
     return combined
 
 

@@ -89,6 +89,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     if drops_rows(config):
         plan["drop_leakage"] = True
         layout += "-without-leakage"  # reducers are fitted on the rows that stay
+    if config.samples.combine.name == "join":
+        plan["ids"] = "once in each source"
     uri = storage.join(run_uri, "features", f"encoded-{fingerprint(plan)}")
     units = [shard.unit for shard in shards]
     done, complete = stored_chunks(uri)
@@ -112,9 +114,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         }
         for m, c in cards.items()
     }
-    names = {s.unit: s.name for s in shards}
     return publish(
-        uri, config, units, modalities, stats.summary(), names=names, layout=layout, checksums=stats.checksums
+        uri, config, units, modalities, stats.summary(), shards=shards, layout=layout, checksums=stats.checksums
     )
 
 

@@ -28,12 +28,14 @@ from mmkt_ray.samples.schema import (
     REJECT_SCHEMA,
     UNMAPPED,
     Reject,
+    Shard,
     count_stages,
     reject_table,
 )
 
 log = logging.getLogger(__name__)
 
+DUPLICATE = "duplicate sample_id"
 MAX_REASON = 300  # characters of a reason in an error
 
 
@@ -81,11 +83,15 @@ def check_budget(
     reasons = count_reasons(collect_rejects(uri, parts, names))
     share = math.ceil(1000 * num_hit / total) / 1000
     damaged = f" (about {lost[DAMAGE]:,} of them in damaged shards)" if lost[DAMAGE] else ""
+    advice = (
+        f"mend the data, or allow it with --set samples.max_reject_frac={share:g} (predict: --max-reject-frac {share:g})"
+    )
+    if reasons and reasons[0].reason.startswith(DUPLICATE):  # a higher budget would drop them
+        advice = "give each row an id of its own, or join rows of one id (samples.combine: join)"
     raise DataError(
         f"{num_lost:,} of {total:,} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
         f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's "
-        f"reason: mend the data, or allow it with --set samples.max_reject_frac={share:g} (predict: --max-reject-frac "
-        f"{share:g}), and give the same command again"
+        f"reason: {advice}, and give the same command again"
     )
 
 
@@ -97,7 +103,7 @@ def publish(
     run_summary: dict[str, Any],
     *,
     source: Store | None = None,
-    names: dict[str, str] | None = None,
+    shards: Sequence[Shard] = (),
     layout: str | None = None,
     rejects: pa.Table | None = None,
     extra: dict[str, Any] | None = None,
@@ -105,7 +111,7 @@ def publish(
 ) -> Store:
     """Write rejects.parquet and manifest.json for the parts of `units`, after checking ids and the reject budget.
 
-    units: in the order of their shards; names: unit -> shard name, for messages; checksums: of parts that were just
+    units: in the order of their shards; shards: those, where the parts come from shards; checksums: of parts that were just
     written, others are read for theirs. Parts of other units (shards that are gone or changed) are moved to superseded/.
     Raises: DataError when too many rows are rejected or no row is left.
     """
@@ -116,7 +122,8 @@ def publish(
         storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
     known = dict(checksums or {})
     if source is None:
-        known |= reject_duplicates(uri, parts)
+        for together in parts_of_ids(config, parts, shards):
+            known |= reject_duplicates(uri, together)
     paired = config.samples.combine.name != "union"
     is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
     if config.samples.drop_leakage and is_whole:
@@ -126,7 +133,8 @@ def publish(
         counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
     cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
     check_binary(config, counts)
-    own = collect_rejects(uri, parts, names or {})
+    names = {shard.unit: shard.name for shard in shards}
+    own = collect_rejects(uri, parts, names)
     if source is not None:
         own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
     unmapped = count_unmapped(own)
@@ -134,7 +142,7 @@ def publish(
     reasons, lost = count_reasons(rejects), count_stages(rejects)
     num_kept = lost[MODALITY]  # they are among the rows
     if source is None:
-        check_budget(uri, config.samples, counts["rows"], lost, names or {})
+        check_budget(uri, config.samples, counts["rows"], lost, names)
     if not counts["rows"]:
         raise DataError("no sample is left: the sources hold no readable row" + tell_reasons(reasons))
     classes = {t: sort_classes(counts["by_task"][t].get("train", {})) for t in sorted(config.tasks)}
@@ -169,6 +177,17 @@ def publish(
     return Store(uri, manifest)
 
 
+def parts_of_ids(config: Config, parts: list[str], shards: Sequence[Shard]) -> list[list[str]]:
+    """Parts among which an id stands for one sample: all of them; where rows are joined, those of one source."""
+    if config.samples.combine.name != "join":
+        return [parts]
+    source_of = {shard.unit: shard.source for shard in shards}
+    by_source: dict[int, list[str]] = {}
+    for name in parts:
+        by_source.setdefault(source_of[name.split("-")[0]], []).append(name)
+    return list(by_source.values())
+
+
 def reject_duplicates(uri: str, parts: list[str]) -> dict[str, str]:
     """Of rows with the same sample_id the first stays; later ones move to the part's rejects. Rewrites only affected parts.
 
@@ -190,8 +209,7 @@ def reject_duplicates(uri: str, parts: list[str]) -> dict[str, str]:
             keep[row] = sample_id not in seen
             seen.add(sample_id)
         if not keep.all():
-            why = "duplicate sample_id: an earlier row has it already"
-            rewritten[name] = _drop_rows(uri, name, keep, "check", why)
+            rewritten[name] = _drop_rows(uri, name, keep, "check", f"{DUPLICATE}: an earlier row has it already")
     return rewritten
 
 

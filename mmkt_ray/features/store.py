@@ -11,7 +11,7 @@ float16; sparse ones are structs of `indices: list<int32>` and `values: list<flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,14 @@ class Store:
         """The same as `table`, part by part."""
         for piece in self.read(["sample_id", "split", *map(column_of, modalities), *tasks]):
             yield self._load(piece, modalities, tasks)
+
+    def copy_encoders(self, modalities: Iterable[str], run_uri: str, model_uri: str) -> None:
+        """Put the run's encoders that these features came from into a model's folder, which predicts by itself then."""
+        for modality in modalities:
+            for folder in self.manifest["modalities"][modality]["folders"]:
+                storage.copy_folder(
+                    storage.join(run_uri, "encoders", folder), storage.join(model_uri, "encoders", folder)
+                )
 
     def _load(self, rows: pa.Table, modalities: Sequence[str], tasks: Sequence[str]) -> FeatureTable:
         loaded = {m: from_arrow(rows.column(column_of(m)), self.dim(m)) for m in modalities}

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Self, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.samples.cells import json_int
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.schema import UNMAPPED, Reject
@@ -260,7 +261,7 @@ def _parse_json(data: bytes | ValueError | None) -> Any:
     if len(data) > MAX_ROW_BYTES:
         return ValueError(f"its json member has {len(data):,} bytes, more than {MAX_ROW_BYTES:,}")
     try:
-        return json.loads(data)
+        return json.loads(data, parse_int=json_int)
     except (ValueError, RecursionError) as error:
         return ValueError(f"its json member is not valid JSON: {error}")
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
+MAX_INT_DIGITS = 4000  # of a number in JSON; Python refuses to make one of more than 4,300
 
 _UNSAFE_IN_ID = re.compile("[%|\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -242,3 +243,6 @@ def _read_numpy_list(text: str) -> list[Any]:
     if tokens[0].string != "[" or not inner or any(t.type not in (tokenize.STRING, tokenize.NUMBER) for t in inner):
         raise ValueError("no list of NumPy")
     return [ast.literal_eval(t.string) for t in inner]
+def json_int(digits: str) -> int | str:
+    """`json.loads`'s parse_int: a whole number; its digits where they are more than Python makes a number of."""
+    return int(digits) if len(digits) <= MAX_INT_DIGITS else digits

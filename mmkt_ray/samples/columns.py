@@ -203,6 +203,8 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
     absent = [i for i, ok in enumerate(present.to_pylist()) if not ok]
     errors = {i: block.unread.get(i, "no modality is present") for i in absent} | block.errors
     splits: list[str | None] = [None] * num_rows
+    if reading.config.samples.combine.name == "join" and joins_by_id(reading.source):
+        columns["key"] = pa.array(block.ids, pa.string())
     keys, given = columns["key"].to_pylist(), columns["split"].to_pylist()
     for i, sample_id in enumerate(block.ids):
         if i in errors:
@@ -238,3 +240,8 @@ def _blank_to_null(text: pa.Array) -> pa.Array:
     if not pc.any(blank).as_py():
         return text
     return pc.if_else(pc.fill_null(blank, False), pa.scalar(None, text.type), text)
+
+
+def joins_by_id(source: SourceConfig) -> bool:
+    """Whether a join's key is the sample's id: the source names ids, and no key."""
+    return "sample_id" in source.columns and "key" not in source.columns

@@ -240,7 +240,7 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
 def _parse_row(line: str, wanted: list[str]) -> Raw | ValueError:
     """The row of a JSON line, or why it is none."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=json_int)
         if not isinstance(row, dict):
             return ValueError(f"a row must be a JSON object, got {type(row).__name__}")
         if twice := [name for name in wanted if line.count(f'"{name}"') > 1 and _is_twice(line, name)]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -88,7 +87,7 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         uri_of_it = storage.join(run_uri, "models", "search_ensemble")
         alone = space.config.with_overrides({"model.experts": False})  # an ensemble has none beside it
         save_model(uri_of_it, ensemble, alone, store.manifest, {"training": about})
-        copy_encoders(ensemble.spec.modalities, store, run_uri, uri_of_it)
+        store.copy_encoders(ensemble.spec.modalities, run_uri, uri_of_it)
     storage.write_json(storage.join(uri, "report.json"), search_insight(space, rows))
     storage.write_json(storage.join(uri, "result.json"), result)
     return result
@@ -155,14 +154,7 @@ def publish_winner(told: dict[str, Any], store: Store, run_uri: str) -> None:
     storage.remove(storage.join(uri, "config.json"))  # a card never stands beside another model's weights
     for name in ("model.safetensors", "config.json"):
         storage.write_bytes(storage.join(uri, name), storage.read_bytes(storage.join(best, name)))
-    copy_encoders(finalist["modalities"], store, run_uri, uri)
-
-
-def copy_encoders(modalities: Iterable[str], store: Store, run_uri: str, uri: str) -> None:
-    """Put the encoders that these modalities' features came from into a model folder."""
-    for modality in modalities:
-        for folder in store.manifest["modalities"][modality]["folders"]:
-            storage.copy_folder(storage.join(run_uri, "encoders", folder), storage.join(uri, "encoders", folder))
+    store.copy_encoders(finalist["modalities"], run_uri, uri)
 
 
 def result_table(result: dict[str, Any]) -> str:

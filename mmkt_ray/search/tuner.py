@@ -258,31 +258,37 @@ class Watcher(tune.Callback):
 
     def __init__(self, limiter: ConcurrencyLimiter, trials_per_gpu: int | None, leaderboard: Leaderboard) -> None:
         self.limiter, self.trials_per_gpu, self.leaderboard = limiter, trials_per_gpu, leaderboard
-        self.num_candidates, self.best, self.interrupted = 0, 0.0, False
+        self.num_candidates, self.best, self.interrupted = 0, 0.0, 0  # the last: by which signal
         self.told_s = self.counted_s = time.monotonic()
 
     @contextmanager
     def take_interrupts(self) -> Iterator[None]:
-        """Within it the first Ctrl-C ends the search at Tune's next step, the second one at once."""
+        """Within it the first Ctrl-C or SIGTERM ends the search at Tune's next step, the second one at once."""
         if threading.current_thread() is not threading.main_thread():
             yield  # no signal comes here
             return
-        before = signal.getsignal(signal.SIGINT)
+        found = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: handler for signum, handler in found.items() if callable(handler)}
 
-        def remember(*_: object) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, before)
+        def give_back() -> None:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
-        signal.signal(signal.SIGINT, remember)
+        def remember(signum: int, _: object) -> None:
+            self.interrupted = signum
+            give_back()
+
+        for signum in before:
+            signal.signal(signum, remember)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            give_back()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """See Tune."""
         if self.interrupted:
-            raise KeyboardInterrupt
+            signal.raise_signal(self.interrupted)
         if time.monotonic() - self.counted_s > COUNT_INTERVAL_S:
             self.counted_s = time.monotonic()
             self.limiter.set_max_concurrency(num_concurrent(cluster.connect(), self.trials_per_gpu))

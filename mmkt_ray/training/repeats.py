@@ -62,8 +62,10 @@ def repeat(
     {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over seeds and rows; None:
     undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the reference; None for
     itself and where there is no common row)}}}.
-    Raises: ConfigError if there is no variant `against`.
+    Raises: ConfigError if there is no variant `against`, and for less than one seed.
     """
+    if num_seeds < 1:
+        raise ConfigError(f"repeat needs at least one seed, got {num_seeds}")
     variants = config.expand_variants()
     if against is not None and against not in variants:
         raise ConfigError(f"--against: no variant '{against}': {nearest(against, variants)}")
@@ -74,6 +76,7 @@ def repeat(
         for seed in seeds:
             uri = storage.join(run_uri, "seeds", str(seed), name)
             train(variant.with_overrides({"training.seed": seed}), stores[name].uri, uri)
+            stores[name].copy_encoders(variant.model_modalities, run_uri, uri)
             model, _ = load_model(uri)
             for task in variant.model_tasks:
                 _judge(model, table, task, variant, found.setdefault(task, {}), name)

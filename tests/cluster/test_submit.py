@@ -195,7 +195,7 @@ def test_data_inside_the_folder_stays(project: Path) -> None:
     assert dict(map(parse_override, overrides))["data_root"] == f"{project}/corpus"
     job = prepare("c.yaml", overrides, "run", project)
     assert "/corpus/" in job.excludes
-    assert "--set 'variants={\"a b\": {}}'" in prepare("c.yaml", ['variants={"a b": {}}'], "run", project).entrypoint
+    assert "--set 'training.exclude=a b'" in prepare("c.yaml", ["training.exclude=a b"], "run", project).entrypoint
 
 
 def test_exit_status_of_a_killed_driver_is_none_of_success() -> None:

@@ -123,12 +123,20 @@ def write_store(
         "modalities": {
             "image": {
                 "dim": IMAGE_DIM,
+                "folders": [],
                 "sparse": False,
                 "kind": "image",
                 "encoder": {"name": "pixels"},
                 "reduce": None,
             },
-            "text": {"dim": TEXT_DIM, "sparse": True, "kind": "text", "encoder": {"name": "tfidf"}, "reduce": None},
+            "text": {
+                "dim": TEXT_DIM,
+                "sparse": True,
+                "kind": "text",
+                "encoder": {"name": "tfidf"},
+                "reduce": None,
+                "folders": [],
+            },
         },
         "tasks": {t: {"kind": kind, "classes": sorted(by_task[t]["train"])} for t, kind in tasks.items()},
         "counts": {

@@ -2,16 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine, PairCombine
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join, pair
 from mmkt_ray.features.extract import extract
+from mmkt_ray.features.publish import DUPLICATE, check_budget, parts_of_ids
+from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.schema import Reject, reject_table
 from tests.shapes import write_shard
 
 
@@ -113,6 +118,50 @@ def test_join_tells_of_conflicts() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_join_of_the_same_ids() -> None:
+    """Samples called `a|a`, or two samples of one name where keys are given and ids occur in both sources."""
+    index = RowIndex(
+        ["a", "b", "a", "b"],
+        ["train"] * 4,
+        ["a", "b", "a", "b"],
+        {"image": np.array([1, 1, 0, 0], bool), "text": np.array([0, 0, 1, 1], bool)},
+        {"label": [None] * 4},
+    )
+    assert join(index, JoinCombine()).sample_ids == ["a", "b"]
+    crossed = replace(index, keys=["1", "2", "2", "1"])
+    assert sorted(join(crossed, JoinCombine()).sample_ids) == ["a|b", "b|a"]
+    apart = join(replace(index, keys=["1", "2", "3", "4"]), JoinCombine(how="outer"))
+    assert len(set(apart.sample_ids)) == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys"), [({}, ["s0", "s1"]), ({"key": "caption"}, ["a red square number w0", "a green square number w1"])]
+)
+def test_a_join_takes_the_id_for_a_key(
+    shapes: Path, make_config: Callable[..., Config], columns: dict[str, str], keys: list[str]
+) -> None:
+    """Rows of two sources with the same ids that are rejected for want of a key."""
+    images = {"sample_id": "id", "image": "image", "colour": "colour"} | columns
+    texts = {"sample_id": "id", "text": "caption"}
+    sources = [{"reader": "parquet", "path": "shapes/0.parquet", "columns": c, "limit": 2} for c in (images, texts)]
+    config = make_config(samples__sources=sources, samples__combine="join")
+    shards = list_shards(config)
+    tables = [next(read_chunks(config, shard)).table for shard in shards]
+    assert [t["key"].to_pylist() for t in tables] == [keys, ["s0", "s1"]]
+    parts = [f"{shard.unit}-000000.parquet" for shard in shards]
+    assert parts_of_ids(config, parts, shards) == [parts[:1], parts[1:]]
+    assert parts_of_ids(make_config(), parts, shards) == [parts]
+
+
+def test_ids_that_occur_twice_are_no_matter_of_budget(tmp_path: Path) -> None:
+    """The advice to raise a budget where half of the rows would be dropped for it."""
+    rejects = reject_table([Reject("a", "s", "check", f"{DUPLICATE}: an earlier row has it already")] * 5)
+    storage.write_table(str(tmp_path / "rejects" / "0.parquet"), rejects)
+    with pytest.raises(DataError, match=r"give each row an id of its own, or join rows of one id") as caught:
+        check_budget(str(tmp_path), 5, 5, 0.01)
+    assert "raise the budget" not in str(caught.value)
+
+
 def test_join_end_to_end_gathers_the_right_features(shapes: Path, make_config: Callable[..., Config]) -> None:
     """Features of one sample under the id of another; the two halves of a sample in different splits."""
     write_shard(shapes / "data" / "captions" / "0.parquet", 60, 80)

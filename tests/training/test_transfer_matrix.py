@@ -81,7 +81,12 @@ def test_nodes_are_those_that_the_rows_carry(make_config, store):
 
 
 def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
-    """Catches seeds that change nothing, and variants compared on rows that one of them can't read."""
+    """Catches seeds that change nothing, variants compared on rows that one of them can't read, and models of seeds that cannot
+    predict because their encoders are not with them."""
+    encoders = {m: entry | {"folders": [f"{m}-1"]} for m, entry in store.manifest["modalities"].items()}
+    store = replace(store, manifest=store.manifest | {"modalities": encoders})
+    for m in encoders:
+        storage.write_bytes(str(tmp_path / "encoders" / f"{m}-1" / "encoder.json"), m.encode())
     variants = {"image": {"model.modalities": ["image"]}, "both": {}}
     config = make_config(variants=variants, **{"training.epochs": 2})
     result = repeat(config, {name: store for name in variants}, str(tmp_path), 2)
@@ -98,6 +103,9 @@ def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
         assert model["versus"][metric]["value"] == pytest.approx(gain)
     assert model["accuracy"]["value"] == pytest.approx(np.mean(model["by_seed"]))
     assert storage.read_json(str(tmp_path / "seeds.json")) == result
+    for seed, variant, m in (("0", "image", "image"), ("1", "both", "text")):
+        saved = tmp_path / "seeds" / seed / variant / "encoders" / f"{m}-1" / "encoder.json"
+        assert saved.read_bytes() == m.encode()
 
 
 def test_repeats_against_a_variant(make_config, store, tmp_path):

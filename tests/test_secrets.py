@@ -1,0 +1,137 @@
+"""Credentials and files that hold secrets go nowhere: not onto the terminal, not into a result, not to a cluster."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmkt_ray import storage
+from mmkt_ray.cli import main
+from mmkt_ray.config import Config
+from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.upload import choose_files, packed
+
+ROOT = Path(__file__).parents[1]
+SECRET = "wJalrXUtnFEMI"
+WITH_SECRETS = [
+    f"s3://AKIAEXAMPLE:{SECRET}@bucket/x",
+    f"s3://AKIAEXAMPLE:{SECRET}/K7MDENG/bPx@bucket/x",
+    f"s3://AKIAEXAMPLE:12/{SECRET}@bucket/x",
+    f"gs://{SECRET}@bucket/x",
+    f"http://user:{SECRET}@host:9000/x",
+    f"s3://bucket/x?secret_key={SECRET}",
+    f"https://host/x?a&X-Amz-Signature={SECRET}",
+]
+WITHOUT = ["s3://bucket/a@b/x", "hdfs://host:8020/user/a@b", "s3://bucket/part-?.parquet", "a:b@c", "gs://b/t=1/x.parquet"]
+
+
+@pytest.mark.parametrize("uri", WITH_SECRETS)
+@pytest.mark.parametrize("place", ["--set", "config", "argument"])
+def test_credentials_are_refused_and_not_shown(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str, place: str
+) -> None:
+    """Catches keys that are printed by an error, by `mmkt config` or by argparse, or travel to the cluster in an entrypoint."""
+    raw = make_config().model_dump(mode="json") | ({"run_root": uri} if place == "config" else {})
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    words = {"--set": ["--set", f"run_root={uri}"], "config": [], "argument": [uri]}[place]
+    for command in (["config"], ["submit", "--address", "http://127.0.0.1:1"]):
+        assert main([command[0], str(path), *command[1:], *words]) == 2
+        said = "".join(capsys.readouterr())
+        assert SECRET not in said
+        assert "has settings or keys in it" in said
+    with pytest.raises(DataError, match="settings or keys"):
+        storage.resolve(uri)
+
+
+@pytest.mark.parametrize("uri", WITHOUT)
+def test_what_only_looks_like_credentials_is_accepted(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str
+) -> None:
+    """Catches a bucket's folder with an @, a port, or a pattern with a ? that is refused."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    assert main(["config", str(path), "--set", f"data_root={uri}"]) == 0
+    assert uri in capsys.readouterr().out
+
+
+SECRETS = [
+    *(".env", ".env.local", "prod.env", ".netrc", ".pypirc", ".aws/credentials", ".ssh/id_ed25519", "keys/id_rsa"),
+    *("server.pem", "server.key", ".ray/auth_token", "jobs/token", "gcp-service-account.json", "notes.txt", "mine"),
+]
+SENT = ["c.yaml", "jobs/run.py", "mmkt_ray/credentials.py", "token.py", "tokenizer.json", ".gitignore", "linked.py"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with code, secrets, what git ignores, and links that lead out of it or round in a circle."""
+    root = tmp_path / "project"
+    for name in (*SECRETS, *SENT[:-1], "ignored/x", "data/x"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"contents of {name}")
+    (root / "notes.txt").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk\n")
+    (root / ".gitignore").write_text("/ignored/\n")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "passwords").write_text("secret")
+    (root / "out").symlink_to(tmp_path / "outside")
+    (root / "out.txt").symlink_to(tmp_path / "outside" / "passwords")
+    (root / "jobs" / "round").symlink_to(root)
+    (root / "linked.py").symlink_to(root / "jobs" / "run.py")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(root / "mine"))
+    return root
+
+
+def test_secrets_and_links_out_of_the_folder_stay(folder: Path) -> None:
+    """Catches passwords and keys that a job's copy of the folder carries to every node; code left out by its name."""
+    upload = choose_files(folder, ["/data/"])
+    with packed(upload) as package:
+        assert (package.parent.stat().st_mode & 0o777) == 0o700
+        listed = subprocess.run(
+            [sys.executable, "-m", "zipfile", "-e", str(package), str(folder.parent / "there")], check=True
+        )
+        assert zipfile.ZipFile(package).testzip() is None
+    assert listed.returncode == 0
+    there = folder.parent / "there"
+    assert sorted(str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()) == sorted(SENT)
+    assert (there / "linked.py").read_bytes() == (folder / "jobs" / "run.py").read_bytes()
+    assert not package.parent.exists()
+    assert {".env", ".aws", "out", "out.txt", "notes.txt", "mine", "jobs/round"} <= set(upload.kept_back)
+    assert f"uploads {len(SENT)} files" in str(upload)
+
+
+def test_the_zip_is_gone_after_a_failure(folder: Path) -> None:
+    """Catches a copy of the project that stays in /tmp when the upload breaks off."""
+    left: list[Path] = []
+
+    def fails() -> None:
+        with packed(choose_files(folder, [])) as package:
+            left.append(package.parent)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert not left[0].exists()
+
+
+def test_a_folder_that_is_too_large_is_refused(folder: Path) -> None:
+    """Catches a data set that travels with the code because nobody named it in .rayignore."""
+    with open(folder / "corpus.bin", "wb") as file:
+        file.truncate(150_000_000)
+    with pytest.raises(ConfigError, match=r"has 150\.0 MB to upload.*corpus\.bin \(150\.0 MB\).*\.rayignore"):
+        choose_files(folder, [])
+    assert "corpus.bin" not in choose_files(folder, ["corpus.bin"]).sizes
+
+
+def test_the_same_files_are_the_same_package(folder: Path) -> None:
+    """Catches an upload that is repeated for each submission of the same folder."""
+    found = []
+    for _ in range(2):
+        with packed(choose_files(folder, [])) as package:
+            found.append(package.read_bytes())
+        os.utime(folder / "c.yaml", (1e9, 1e9))
+    assert found[0] == found[1]
