@@ -265,7 +265,7 @@ def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int
     from mmkt_ray import run as steps
     from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
 
-    seeds = [config.seed + i for i in range(num_seeds)]
+    seeds = [config.training_seed + i for i in range(num_seeds)]
     found = missing_over_seeds(config, stores, steps.run_folder(config), seeds)
     return "\n\n".join(map(steps.missing_table, found.values()))
 

@@ -135,6 +135,13 @@ class Config(Section):
         """What decides the initialisation, the order of batches and the dropout of a model."""
         return self.seed if self.training.seed is None else self.training.seed
 
+    def reseeded(self, offset: int) -> Config:
+        """The same run from another seed: `seed`, and `training.seed` where it is set, each plus `offset`."""
+        seeds = {"seed": self.seed + offset}
+        if self.training.seed is not None:
+            seeds["training.seed"] = self.training.seed + offset
+        return self.with_overrides(seeds)
+
     def label_fracs(self) -> dict[str, float]:
         """Share of its train labels that each task of the model uses."""
         shares = {t: self.tasks[t].label_frac for t in self.model_tasks}

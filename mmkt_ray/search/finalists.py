@@ -73,11 +73,16 @@ def fit_finalists(
     fit_one = ray.remote(num_cpus=1)(_fit_one)
     for role, overrides in chosen.items():
         config = space.configure(overrides)
-        configs = [config.with_overrides({"seed": config.seed + i}) for i in range(seeds)]
+        configs = seeded(config, seeds)
         folders[role] = [storage.join(folder, f"{training_fingerprint(c, store, folder)}") for c in configs]
         waiting += [fit_one.remote(c, store.uri, uri) for c, uri in zip(configs, folders[role], strict=True)]
     ray.get(waiting)
     return folders
+
+
+def seeded(config: Config, seeds: int) -> list[Config]:
+    """The finalist once for each seed."""
+    return [config.reseeded(i) for i in range(seeds)]
 
 
 def _fit_one(config: Config, store_uri: str, uri: str) -> None:

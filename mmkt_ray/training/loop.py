@@ -141,6 +141,11 @@ class Fitting:
         if self.training.generate:
             table, train_rows = add_synthetic(table, train_rows, self.training.generate, self.seed)
         self.table, self.train_rows, self.val_rows = table, train_rows, usable_rows(table, "val")
+        if self.training.patience and not len(self.val_rows):
+            raise ConfigError(
+                f"training.patience: {self.training.patience} waits for a better score on val, and the model can read no val "
+                "row: set samples.split.val_frac above 0, or leave patience out"
+            )
         self.batches = EpochBatches(
             table,
             train_rows,
