@@ -102,6 +102,10 @@ class Config(Section):
                 raise ConfigError(
                     f"training.transfer.init: unknown modality '{modality_name}': {nearest(modality_name, self.modalities)}"
                 )
+        kinds = {name: task.kind for name, task in self.tasks.items()}
+        self.training.objective.check("training.objective", kinds, self.model_tasks)
+        if self.search is not None and self.search.objective is not None:
+            self.search.objective.check("search.objective", kinds, self.model_tasks)
         self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks})
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)

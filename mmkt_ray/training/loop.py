@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.models.sharing import module_name
@@ -130,6 +131,7 @@ class Fitting:
         knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     ) -> None:
         self.training, self.seed, self.world = config.training, config.training_seed, world
+        self.score = Score.of(self.training.objective, config.model_tasks)
         targets = distillation_targets(knowledge, table, config.model_tasks, self.training.transfer.temperature)
         table = narrow(table, config.model_modalities, config.model_tasks)
         check_augment(self.training.augment, {m: sp.issparse(f) for m, f in table.features.items()})
@@ -180,11 +182,12 @@ class Fitting:
                 f"the training loss is {train_loss} in epoch {epoch}: lower training.lr (now {self.training.lr:g})"
             )
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
-        val = validate(self.model, self.table, self.val_rows, self.world) if len(self.val_rows) else None
+        rows, extra = self.val_rows, self.score.extra
+        val = validate(self.model, self.table, rows, self.world, metric=extra) if len(rows) else None
         record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
         self.history.append(record)
         best = self.history[self.best_epoch - 1]["val"] if self.best_epoch else None
-        if val is None or best is None or val["score"] > best["score"]:
+        if val is None or best is None or self.score(val) > self.score(best):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
         return record
