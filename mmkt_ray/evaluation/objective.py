@@ -22,6 +22,7 @@ from mmkt_ray.evaluation.metrics import as_codes, macro_f1_from_counts, predicte
 
 COUNTED = ("accuracy", "macro_f1")  # what validation always counts; all else takes the probabilities of every row
 OF_THE_POSITIVE = ("precision", "recall", "f1", "average_precision")  # of a binary task: the later class name
+RANKING = ("auroc", "average_precision", "macro_average_precision", "micro_average_precision")
 MAX_DRAWN = 2_000_000  # counts of a block of resamples: 16 MB
 _SMALLEST = 1e-7  # as the log loss of `calibration`
 
@@ -99,7 +100,7 @@ def metric_scores(
         return np.full(len(drawn), np.nan)
     if metric == "log_loss":
         return -_log_loss(labels, proba, drawn)
-    if metric in ("auroc", "average_precision", "macro_average_precision", "micro_average_precision"):
+    if metric in RANKING:
         return _ranking(metric, labels, proba, drawn)
     codes, pred = as_codes(labels, proba.shape[1]), predicted(proba, kind)
     outcome = Outcome.of(codes, pred, proba.shape[1])

@@ -37,14 +37,15 @@ def predict(
     inputs: shards read as the model's `like`-th source is, or as `reader` and `columns` say; none: the sources of training.
     Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
     <task>_proba (class probabilities in the order of the model's class names); null where no modality that the model reads
-    for the task is there. A modality that new Parquet or CSV shards have no column for is absent in all of their rows.
+    for the task is there; where some row of the input has a label, <task>_label too. A modality that new Parquet or CSV
+    shards have no column for is absent in all of their rows.
     Raises: ConfigError, DataError.
     """
     model, card = load_model(model_uri)
     trained = parse_config(card["config"])
     if max_reject_frac is not None:
         trained = trained.with_overrides({"samples.max_reject_frac": max_reject_frac})
-    config = prediction_config(trained, inputs, like, reader, columns or {})
+    config = prediction_config(trained, inputs, like, reader, columns or {}, sorted(card["class_names"]))
     out_uri = storage.absolute(out_uri)
     storage.make_dir(out_uri)
     saved = storage.join(storage.absolute(model_uri), "encoders")
@@ -62,9 +63,15 @@ def predict(
 
 
 def prediction_config(
-    config: Config, inputs: Sequence[str], like: int, reader: str | None, columns: Mapping[str, str]
+    config: Config,
+    inputs: Sequence[str],
+    like: int,
+    reader: str | None,
+    columns: Mapping[str, str],
+    tasks: Sequence[str] = (),
 ) -> Config:
-    """The model's config with the new shards as sources, only its own modalities, and no label needed. Raises: ConfigError."""
+    """The model's config with the new shards as sources, only its own modalities, and the labels of `tasks`, which may be
+    absent. Raises: ConfigError."""
     sources = config.samples.sources
     if inputs:
         if not 0 <= like < len(sources):
@@ -72,7 +79,7 @@ def prediction_config(
                 f"--like {like}: the model was trained with {len(sources)} sources, 0 to {len(sources) - 1}"
             )
         known = sources[like]
-        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in config.tasks}
+        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in config.tasks or k in tasks}
         changes = {"reader": reader or known.reader, "columns": mapping, "split": "test", "limit": None}
         sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
     modalities = {m: config.modalities[m] for m in config.model_modalities}
@@ -84,7 +91,7 @@ def prediction_config(
         "key",
     }:
         raise ConfigError(f"--column: {sorted(unknown)} is no modality of the model; it reads {sorted(modalities)}")
-    wanted = {*modalities, "sample_id", "split", "key"}
+    wanted = {*modalities, *tasks, "sample_id", "split", "key"}
     narrowed = [
         s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}, "absent": "null"})
         for s in sources
@@ -93,23 +100,25 @@ def prediction_config(
     how = config.samples.combine
     combined = (
         UnionCombine() if isinstance(how, PairCombine) else how
-    )  # synthetic pairs need labels; new rows have none
+    )  # synthetic pairs need labels; new rows may have none
     samples = config.samples.model_copy(update={"sources": feeding, "combine": combined, "drop_leakage": False})
-    return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {}})
+    return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {t: config.tasks[t] for t in tasks}})
 
 
 def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:
     """Predict part by part: one part of the store is in memory at a time."""
     modalities = sorted(model.spec.modalities)
+    tasks = [t for t in sorted(class_names) if any(part[t].null_count < len(part) for part in store.read([t]))]
 
     def parts() -> Iterator[pa.Table]:
-        for table in store.tables(modalities, tasks=[]):
+        for table, labels in zip(store.tables(modalities, tasks=[]), store.read(["sample_id", *tasks]), strict=True):
             proba = without_unreadable(predict_table(model, table), table, model.spec.inputs)
             columns = {
                 "sample_id": pa.array(table.sample_id[:], pa.string()),
                 "missing": missing_column(table, modalities),
             }
             for task, names in sorted(class_names.items()):
+                columns |= {f"{task}_label": labels[task]} if task in tasks else {}
                 columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task])
             yield pa.table(columns)
 

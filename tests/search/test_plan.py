@@ -102,7 +102,7 @@ def test_candidates_are_chosen_by_the_metric_asked_for(make_config, store, tmp_p
 
 def test_an_objective_that_cannot_be_had_is_refused(make_config, store):
     """Catches a search that finds out after all its time that nothing can be chosen."""
-    with pytest.raises(ConfigError, match="'recall' is no metric of 'mood', a multiclass task: .*macro_recall"):
+    with pytest.raises(ConfigError, match=r"'recall' is no metric of 'mood', a multiclass task: .*macro_recall"):
         make_config(**{"search.objective": {"metric": "recall"}})
     space = {**LR, "model.tasks": {"choice": [["mood"], ["mood", "topic"]]}}
     with pytest.raises(ConfigError, match=r"chosen by 'topic', which \[\['mood'\]\] leaves out"):
