@@ -112,7 +112,7 @@ def notes_of(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _against(task: str, ours: str, theirs: str, versus: Mapping[str, Any] | None, metric: str) -> dict[str, str]:
     """The line on one paired comparison, by `metric`, where it is undefined by accuracy."""
-    used = next((m for m in (metric, "accuracy") if versus and versus[m]), None)
+    used = next((m for m in (metric, "accuracy") if versus and versus.get(m)), None)
     if versus is None or used is None:
         return {"kind": "open", "text": f"{task}: no samples to compare {ours} with {theirs}."}
     found = versus[used]

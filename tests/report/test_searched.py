@@ -263,29 +263,31 @@ def test_a_heat_map_with_one_value_is_drawn():
     assert search_plots.heat_map(one, search_plots.Measure.of("macro_f1"), plots.DARK).startswith(b"\x89PNG")
 
 
-def test_a_search_that_its_budget_cut_short_says_so_first(run, tmp_path, monkeypatch):
-    """Catches a winner among single modalities that looks like one of a search over fusion; no page where there is none."""
+@pytest.fixture
+def bare(run, tmp_path, monkeypatch) -> Path:
+    """The run with a search that has nothing to draw."""
     monkeypatch.setattr(plots, "DPI", 20)
     folder = Path(shutil.copytree(run, tmp_path / "run"))
-    note = "The time budget of 1 s ended before any fused candidate had a score."
-    cut = result() | {"notes": [note]}
-    cut["tried"] = {"candidates": 0, "references": 64, "fused": 0}
-    storage.write_json(str(folder / "search" / "result.json"), cut)
-    text = text_of(Elements(Path(build_report(str(folder))).read_text(encoding="utf-8")))
-    assert text.index(note) < text.index("0 candidates were tried")
-    assert "The best so far is candidate 1" in text
+    nothing = {"heat_maps": [], "curve": [], "importance": None, "slices": {}}
+    storage.write_json(str(folder / "search" / "report.json"), nothing)
+    return folder
+
+
+def test_a_search_without_a_winner_says_so_first(bare):
+    """Catches a page that fails, or names a winner, where the time was up before anything was tried."""
+    note = "The time budget of 1 s ended before any candidate was tried"
     none = {"winner": None, "finalists": {}, "versus": {}, "compared_with": {}, "overrides": {}, "ensemble": None}
-    storage.write_json(str(folder / "search" / "result.json"), cut | none)
-    text = text_of(Elements(Path(build_report(str(folder))).read_text(encoding="utf-8")))
+    storage.write_json(str(bare / "search" / "result.json"), result() | none | {"notes": [note]})
+    text = text_of(Elements(Path(build_report(str(bare))).read_text(encoding="utf-8")))
     assert note in text
     assert "winner is" not in text
 
 
-def test_a_log_loss_is_told_in_nats(run, tmp_path, monkeypatch):
-    """Catches a negated log loss told as a percentage, and a gain whose sign says that the winner is worse."""
-    monkeypatch.setattr(plots, "DPI", 20)
-    folder = Path(shutil.copytree(run, tmp_path / "run"))
-    found = result()
+def test_a_search_without_a_fused_candidate_says_so_first_and_a_log_loss_is_told_in_nats(bare):
+    """Catches a winner among single modalities that looks like one of a search over fusion; a negated log loss told as a
+    percentage, and a gain whose sign says that the winner is worse."""
+    note = "The time budget of 1 s ended before any fused candidate had a score."
+    found = result() | {"notes": [note], "tried": {"candidates": 0, "references": 64, "fused": 0}}
     found["objective"]["metric"] = "log_loss"
     for finalist in found["finalists"].values():
         finalist |= {"val": -0.5, "val_by_seed": [-0.45, -0.55]}
@@ -293,10 +295,11 @@ def test_a_log_loss_is_told_in_nats(run, tmp_path, monkeypatch):
             test["log_loss"] = {"value": -0.6, "low": -0.7, "high": -0.55}
     for by_task in found["versus"].values():
         by_task["thing"]["log_loss"] = {"value": 0.1, "low": 0.05, "high": 0.2, "verdict": "better"}
-        by_task["colour"]["log_loss"] = None
-    storage.write_json(str(folder / "search" / "result.json"), found)
-    text = text_of(Elements(Path(build_report(str(folder))).read_text(encoding="utf-8")))
+    storage.write_json(str(bare / "search" / "result.json"), found)
+    text = text_of(Elements(Path(build_report(str(bare))).read_text(encoding="utf-8")))
+    assert text.index(note) < text.index("0 candidates were tried")
     for expected in (
+        "The best so far is candidate 1",
         "with -0.500 nats on val",
         "log loss 0.600 (0.550 to 0.700)",
         "+0.100 nats of log loss saved [+0.050, +0.200]",

@@ -10,7 +10,7 @@ from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.search import check_features, check_search, notes_of, search_digest
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import Job, Trial, search_score
-from mmkt_ray.search.tuner import Proposals, plan
+from mmkt_ray.search.tuner import Proposals, architecture_of, build_sampler, plan
 
 LR = {"training.lr": {"loguniform": [1e-3, 1e-1]}}
 
@@ -31,6 +31,22 @@ def test_fused_candidates_come_first_and_references_between_them(make_config, nu
     assert kinds[:2] == [True, True]
     assert all(sum(kinds[:n]) >= n / 2 for n in range(1, len(kinds) + 1))
     assert {turn for _, turn in turns if isinstance(turn, str)} == {"concat", "image", "text"}
+
+
+def test_optuna_proposes_what_is_planned(make_config, store, tmp_path):
+    """Catches a plan that Tune's searcher does not follow: a reference for a candidate, or the other way round."""
+    config = make_config()
+    space = build_space(config)
+    job = Job(space, config.search, Leaderboard(str(tmp_path), space, "digest"), 1, 0.0)
+    for num_trials in (5, 20):
+        searcher = build_sampler(job, num_trials)
+        proposed = [searcher.suggest(f"t{i}") for i in range(num_trials)]
+        assert [p["number"] for p in proposed] == list(range(num_trials))
+        assert [p["reference"] for p in proposed[:5]] == ["concat", None, "image", None, "text"]
+        assert {p["reference"] for p in proposed[5:]} <= {None}
+        chosen = [architecture_of(space, p) for p in proposed if p["reference"] is None]
+        assert all(space.configure(c).model_modalities == ("image", "text") for c in chosen)
+        assert num_trials < 20 or len({str(c) for c in chosen[:6]}) == 6  # each architecture once
 
 
 def test_few_candidates_are_not_all_references(make_config):
