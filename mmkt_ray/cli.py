@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for name, text in steps.items():
         command = commands.add_parser(name, help=text, description=text, epilog="all keys of a config: mmkt config")
-        optional = {"nargs": "?"} if name == "evaluate" else {}  # --model takes its place
-        command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/", **optional)
+        number = "?" if name == "evaluate" else None  # --model may take its place
+        command.add_argument("config", nargs=number, metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
         if name == "repeat":
             command.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")

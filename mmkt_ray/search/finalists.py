@@ -133,12 +133,12 @@ def tell(
             "val_by_seed": by_seed,
             "folders": list(uris),
         }
-    winner = max(mean_val, key=mean_val.__getitem__, default=None)
+    winner = max(mean_val, key=mean_val.__getitem__) if mean_val else ""
     for role, finalist in finalists.items():
         finalist["test"] = _compare(config, test, [models[role]])
     others = {role: model for role, model in models.items() if role != winner}
     versus = {role: _compare(config, test, [models[winner], model]) for role, model in others.items()}
-    told = {"winner": winner, "finalists": finalists, "versus": versus, "confidence": config.evaluation.confidence}
+    told = {"winner": winner or None, "finalists": finalists, "versus": versus, "confidence": config.evaluation.confidence}
     if ensemble is not None:
         together = _Predictions(config, score.extra, predict_seeds([ensemble], test))
         told["ensemble_test"] = _compare(config, test, [together])

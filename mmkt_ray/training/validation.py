@@ -74,7 +74,7 @@ def proba_scores(
 
     proba: task -> (N, C).
     """
-    found = {}
+    found: dict[str, float] = {}
     for t, values in proba.items():
         labels, kind = table.labels[t][rows], table.kinds.get(t, "multiclass")
         known = labelled(labels)
