@@ -296,9 +296,10 @@ def _search(config: Config) -> str:
     config = config.model_copy(update={"variants": {}})
     store = steps.extract_step(config)["model"]
     folder = steps.run_folder(config)
-    table = result_table(search(config, store, folder))
-    places = f"leaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"
-    return f"{table}\n\n{places}{steps.refresh_report(config)}"
+    result = search(config, store, folder)
+    places = f"leaderboard: {folder}/search/leaderboard.parquet"
+    places += f"\nwinner: {folder}/models/search_winner" if result["winner"] else ""
+    return f"{result_table(result)}\n\n{places}{steps.refresh_report(config)}"
 
 
 def _predict(args: argparse.Namespace) -> str:
