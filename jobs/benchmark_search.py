@@ -40,7 +40,7 @@ from mmkt_ray.search.insight import anytime_curve
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.search.space import Space
-from mmkt_ray.search.trial import objective_of
+from mmkt_ray.search.trial import search_score
 from mmkt_ray.search.tuner import suggest, value_of
 from mmkt_ray.training.loop import fit
 
@@ -57,7 +57,7 @@ def search_contenders(config: Config, store: Store, budget_s: float) -> dict[str
     space, settings = check_search(config), config.search or SearchConfig()
     settings = settings.model_copy(update={"time_budget_s": budget_s})
     table = store.table(config.model_modalities, config.model_tasks)
-    score = objective_of(settings.objective)
+    score = search_score(space, table)
     one_by_one = {
         "random": lambda: optuna.samplers.RandomSampler(seed=config.seed),
         "tpe": lambda: optuna.samplers.TPESampler(seed=config.seed),

@@ -12,12 +12,12 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import __version__
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
 from mmkt_ray.credentials import refuse_credentials
-from mmkt_ray.errors import ResourceError, UserError
+from mmkt_ray.errors import ConfigError, ResourceError, UserError
 from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
@@ -39,6 +39,7 @@ examples:
   mmkt run CONFIG --set training.epochs=5 --set seed=1     with other values
   mmkt config                                              every key of a config, with its default and meaning
   mmkt predict runs/openmoji/models/concat new/*.parquet   a trained model on new shards
+  mmkt evaluate --model runs/openmoji/models/concat --data labelled.csv --out scored   how good it is on them
 
 On a cluster the same is submitted: mmkt submit CONFIG --address http://HEAD:8265
 """
@@ -64,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for name, text in steps.items():
         command = commands.add_parser(name, help=text, description=text, epilog="all keys of a config: mmkt config")
-        command.add_argument("config", metavar="CONFIG", help="YAML file; see jobs/configs/")
+        number = "?" if name == "evaluate" else None  # --model may take its place
+        command.add_argument("config", nargs=number, metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
         if name == "repeat":
             command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="also score each model against the share of rows that lack a modality: missing.json",
             )
+            _add_scored_files(command)
     _add_predict(commands)
     _add_cluster(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
@@ -149,6 +152,20 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way"
     )
+    _add_reading(command)
+    _add_set(command)
+
+
+def _add_scored_files(command: argparse.ArgumentParser) -> None:
+    """`mmkt evaluate --model MODEL --data FILE... --out FOLDER`, instead of a config."""
+    command.add_argument("--model", metavar="MODEL", help="score this model folder on --data, without a config")
+    command.add_argument("--data", nargs="+", metavar="FILE", help="labelled raw shards (files, folders, globs)")
+    command.add_argument("--out", metavar="FOLDER", help="folder for metrics.json, predictions.parquet, rejects.parquet")
+    _add_reading(command)
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    """How new raw shards are read, where that differs from training."""
     command.add_argument(
         "--like",
         type=int,
@@ -179,7 +196,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="import encoders that the model's card names as module:Class, and read files that it names outside of its folder",
     )
-    _add_set(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,6 +297,8 @@ def _dispatch(args: argparse.Namespace) -> str:
         return _config_help()
     if args.command == "predict":
         return _predict(args)
+    if args.command == "evaluate" and (args.model or args.data or args.config is None):
+        return _score_files(args)
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
     if args.command == "plan":
         from mmkt_ray.plan import plan_command
@@ -337,7 +355,7 @@ def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int
     from mmkt_ray import run as steps
     from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
 
-    seeds = [config.seed + i for i in range(num_seeds)]
+    seeds = [config.training_seed + i for i in range(num_seeds)]
     found = missing_over_seeds(config, stores, steps.run_folder(config), seeds)
     return "\n\n".join(map(steps.missing_table, found.values()))
 
@@ -351,19 +369,35 @@ def _search(config: Config) -> str:
     store = steps.extract_step(config)["model"]
     steps.check_test({"model": store})
     folder = steps.run_folder(config)
-    table = result_table(search(config, store, folder))
-    places = f"leaderboard: {folder}/search/leaderboard.parquet\nwinner: {folder}/models/search_winner"
-    return f"{table}\n\n{places}{steps.refresh_report(config)}"
+    result = search(config, store, folder)
+    places = f"leaderboard: {folder}/search/leaderboard.parquet"
+    places += f"\nwinner: {folder}/models/search_winner" if result["winner"] else ""
+    return f"{result_table(result)}\n\n{places}{steps.refresh_report(config)}"
 
 
 def _predict(args: argparse.Namespace) -> str:
     from mmkt_ray.evaluation.prediction import predict
 
+    return f"predictions: {predict(args.model, args.inputs, args.out, **_reading(args))}"
+
+
+def _score_files(args: argparse.Namespace) -> str:
+    if not (args.model and args.data and args.out) or args.config or args.missing:
+        raise ConfigError(
+            "mmkt evaluate takes either CONFIG, to score the models of its run, or --model MODEL --data FILE... --out FOLDER, "
+            "to score one model on labelled files"
+        )
+    from mmkt_ray.evaluation.scoring_files import score_files, scores_text
+
+    result = score_files(args.model, args.data, args.out, **_reading(args))
+    return f"{scores_text(result)}\n\npredictions: {result['predictions']}\nmetrics: {args.out}/metrics.json"
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
     columns = dict(parse_override(text) for text in args.column)
     chosen = {"like": args.like, "reader": args.reader, "columns": columns, "max_reject_frac": args.max_reject_frac}
     own = dict(parse_override(text) for text in args.overrides)
-    chosen |= {"overrides": own, "trust_code": args.trust_code}
-    return f"predictions: {predict(args.model, args.inputs, args.out, **chosen)}"
+    return {**chosen, "overrides": own, "trust_code": args.trust_code}
 
 
 def _config_help() -> str:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from mmkt_ray import run as steps
+from mmkt_ray import storage
 from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.prediction import predict
@@ -132,6 +133,36 @@ def test_predictions_are_those_of_evaluation(finished: tuple[Config, str], tmp_p
     ours = np.stack(predicted.loc[evaluated.index, "colour_proba"])
     assert np.abs(ours - np.stack(evaluated["colour_proba"])).max() < 1e-5
     assert (predicted.loc[evaluated.index, "colour_pred"] == evaluated["colour_pred"]).all()
+    assert (predicted.loc[evaluated.index, "colour_label"] == evaluated["colour_label"]).all()
+    assert storage.read_json(str(model / "metrics.json"))["tasks"]["colour"]["accuracy"] == pytest.approx(
+        (predicted["colour_label"] == predicted["colour_pred"])[evaluated.index].mean()
+    )
+
+
+def test_a_labelled_file_is_scored(
+    finished: tuple[Config, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels of new files that are read by another name, scored beside another row, or not told in the terminal."""
+    config, _ = finished
+    model, out = Path(steps.run_folder(config)) / "models" / "concat", tmp_path / "out"
+    new = tmp_path / "new.parquet"
+    write_shard(new, 0, 12)
+    rows = pq.read_table(new)
+    renamed = rows.rename_columns(["hue" if name == "colour" else name for name in rows.column_names])
+    pq.write_table(renamed, new)
+    columns = [x for o, t in config.samples.sources[0].columns.items() for x in ("--column", f"{o}={t}") if o != "colour"]
+    command = ["evaluate", "--model", str(model), "--data", str(new), "--out", str(out), *columns]
+    assert main(command) == 2
+    assert "no row of" in capsys.readouterr().err
+    assert main([*command, "--column", "colour=hue"]) == 0
+    told = capsys.readouterr().out
+    joined = pd.read_parquet(out / "predictions.parquet").set_index("sample_id")
+    raw = renamed.to_pandas().set_index(config.samples.sources[0].columns["sample_id"])
+    assert (joined["colour_label"] == raw.loc[joined.index, "hue"]).all()
+    accuracy = (joined["colour_label"] == joined["colour_pred"]).mean()
+    assert storage.read_json(str(out / "metrics.json"))["tasks"]["colour"]["accuracy"] == pytest.approx(accuracy)
+    assert f"accuracy {100 * accuracy:.1f} [" in told
+    assert "precision  recall" in told
 
 
 def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, str], tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ class Config(Section):
                 raise ConfigError(
                     f"training.transfer.init: unknown modality '{modality_name}': {nearest(modality_name, self.modalities)}"
                 )
+        kinds = {name: task.kind for name, task in self.tasks.items()}
+        self.training.objective.check("training.objective", kinds, self.model_tasks)
+        if self.search is not None and self.search.objective is not None:
+            self.search.objective.check("search.objective", kinds, self.model_tasks)
         self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks})
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
@@ -168,6 +172,13 @@ class Config(Section):
     def training_seed(self) -> int:
         """What decides the initialisation, the order of batches and the dropout of a model."""
         return self.seed if self.training.seed is None else self.training.seed
+
+    def reseeded(self, offset: int) -> Config:
+        """The same run from another seed: `seed`, and `training.seed` where it is set, each plus `offset`."""
+        seeds = {"seed": self.seed + offset}
+        if self.training.seed is not None:
+            seeds["training.seed"] = self.training.seed + offset
+        return self.with_overrides(seeds)
 
     def label_fracs(self) -> dict[str, float]:
         """Share of its train labels that each task of the model uses."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import Field, model_validator
 
 from mmkt_ray.config.section import Section
+from mmkt_ray.config.training import ObjectiveConfig
 from mmkt_ray.errors import ConfigError
 
 IntRange: TypeAlias = tuple[int, int]
@@ -37,14 +38,6 @@ class ParameterConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """What a candidate is chosen by."""
-
-    task: str | None = Field(None, description="the task; null: the mean over all tasks")
-    metric: Literal["macro_f1", "accuracy"] = Field("macro_f1", description="the metric, higher is better")
-    split: Literal["val"] = Field("val", description="test is for telling the result, once")
-
-
 FUSION = "model.fusion.name"
 DEFAULT_SPACE = {
     FUSION: ParameterConfig(choice=("concat", "gated", "attention", "hierarchical", "decision")),
@@ -63,7 +56,9 @@ class SearchConfig(Section):
         min_length=1,
         description="dotted key of this config -> its values; null: fusion, its depth, sharing, lr and weight_decay",
     )
-    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what candidates are chosen by")
+    objective: ObjectiveConfig | None = Field(
+        None, description="what candidates, and the epochs of finalists, are chosen by; null: training.objective"
+    )
     population: int = Field(64, ge=1, description="candidates stacked into one model")
     max_candidates: int = Field(10_000, ge=1, description="stop after about so many")
     time_budget_s: float | None = Field(600.0, gt=0, description="stop after so many seconds of search; null: never")

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mmkt_ray.config.section import Once, Section
-from mmkt_ray.errors import ConfigError, unknown_name
+from mmkt_ray.errors import ConfigError, nearest, unknown_name
+
+AVERAGES = tuple(f"{over}_{name}" for over in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1"))
+SHARED = ("accuracy", *AVERAGES, "auroc", "log_loss", "macro_average_precision")
+METRICS_BY_KIND = {
+    "multiclass": (*SHARED, "balanced_accuracy"),
+    "binary": (*SHARED, "balanced_accuracy", "precision", "recall", "f1", "average_precision"),
+    "multilabel": (*SHARED, "samples_precision", "samples_recall", "samples_f1", "micro_average_precision"),
+}
+
+
+class ObjectiveConfig(Section):
+    """The number on val by which epochs and candidates are compared."""
+
+    task: str | None = Field(None, description="the task; null: all tasks. A model without the task: macro_f1 of its own")
+    metric: str = Field(
+        "macro_f1",
+        description="any metric of the task's kind in metrics.json, e.g. accuracy, balanced_accuracy, macro_recall, auroc, "
+        "log_loss; precision, recall, f1 and average_precision are a binary task's positive class",
+    )
+    over: Literal["mean", "worst"] = Field("mean", description="of several tasks: their mean, or the worst of them")
+    split: Literal["val"] = Field("val", description="test is for telling the result, once")
+
+    def check(self, where: str, kinds: Mapping[str, str], tasks: Collection[str]) -> None:
+        """kinds: of all tasks; tasks: the model's. Raises: ConfigError for an unknown task, or a metric that its kind lacks."""
+        if self.task is not None and self.task not in kinds:
+            raise ConfigError(f"{where}.task: unknown task '{self.task}': {nearest(self.task, kinds)}")
+        for task in [self.task] if self.task is not None else tasks:
+            known = METRICS_BY_KIND[kinds[task]]
+            if self.metric not in known:
+                raise ConfigError(
+                    f"{where}.metric: '{self.metric}' is no metric of '{task}', a {kinds[task]} task: "
+                    f"{nearest(self.metric, known)}"
+                )
 
 
 class AugmentConfig(Section):
@@ -99,6 +132,7 @@ class TrainingConfig(Section):
         None,
         description="Parquet file whose column sample_id names train rows to leave out; its path from the current folder",
     )
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what the best epoch is chosen by")
     patience: int = Field(
         0,
         ge=0,

@@ -60,8 +60,9 @@ def predict(
     inputs: shards read as the model's `like`-th source is, or as `reader` and `columns` say; none: the sources of training.
     Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
     <task>_proba (class probabilities in the order of the model's class names); null where no modality that the model reads
-    for the task is there. A modality that new shards have no column for is absent in all of their rows, unless `columns` names
-    it; one that is absent in more than half of the rows is a warning. New shards need neither split nor labels nor ids.
+    for the task is there; where some row of the input has a label, <task>_label too. A modality that new shards have no column
+    for is absent in all of their rows, unless `columns` names it; one that is absent in more than half of the rows is a
+    warning. New shards need neither split nor labels nor ids.
     overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
     module:Class, and read the files that it names elsewhere.
     Raises: ConfigError, DataError.
@@ -69,7 +70,7 @@ def predict(
     model, card = load_model(model_uri)
     own = dict(overrides or {}) | ({} if max_reject_frac is None else {"samples.max_reject_frac": max_reject_frac})
     trained = restrict(parse_config(card["config"]), own)
-    config = prediction_config(trained, inputs, like, reader, columns or {})
+    config = prediction_config(trained, inputs, like, reader, columns or {}, sorted(card["class_names"]))
     folders = usable_encoders(model_uri, model, card, config, own, trust_code)
     config = settle_columns(config, columns or {})
     out_uri = storage.absolute(out_uri)
@@ -187,9 +188,15 @@ def check_options(folder: str, asked: Mapping[str, Any]) -> None:
 
 
 def prediction_config(
-    config: Config, inputs: Sequence[str], like: int, reader: str | None, columns: Mapping[str, str]
+    config: Config,
+    inputs: Sequence[str],
+    like: int,
+    reader: str | None,
+    columns: Mapping[str, str],
+    tasks: Sequence[str] = (),
 ) -> Config:
-    """The model's config with the new shards as sources, only its own modalities, and no label needed. Raises: ConfigError."""
+    """The model's config with the new shards as sources, only its own modalities, and the labels of `tasks`, which may be
+    absent. Raises: ConfigError."""
     sources = config.samples.sources
     if inputs:
         if not 0 <= like < len(sources):
@@ -197,7 +204,8 @@ def prediction_config(
                 f"--like {like}: the model was trained with {len(sources)} sources, 0 to {len(sources) - 1}"
             )
         known = sources[like]
-        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in {*config.tasks, "split", "key"}}
+        left_out = {"split", "key", *(t for t in config.tasks if t not in tasks)}
+        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in left_out}
         changes = {"reader": reader or known.reader, "columns": mapping, "split": "test", "limit": None}
         sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
     modalities = {m: config.modalities[m] for m in config.model_modalities}
@@ -209,7 +217,7 @@ def prediction_config(
         "key",
     }:
         raise ConfigError(f"--column: {sorted(unknown)} is no modality of the model; it reads {sorted(modalities)}")
-    wanted = {*modalities, "sample_id", "split", "key"}
+    wanted = {*modalities, *tasks, "sample_id", "split", "key"}
     narrowed = [
         s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}, "absent": "null"})
         for s in sources
@@ -217,9 +225,9 @@ def prediction_config(
     feeding = tuple(s for s in narrowed if set(s.columns) & set(modalities))
     how = config.samples.combine
     joins = not isinstance(how, PairCombine) and any("key" in s.columns for s in feeding)
-    combined = how if joins else UnionCombine()  # synthetic pairs need labels; new rows have none
+    combined = how if joins else UnionCombine()  # synthetic pairs need labels; new rows may have none
     samples = config.samples.model_copy(update={"sources": feeding, "combine": combined, "drop_leakage": False})
-    return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {}})
+    return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {t: config.tasks[t] for t in tasks}})
 
 
 def finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -276,15 +284,17 @@ def tell_absent(config: Config, store: Store, named: Mapping[str, str]) -> str:
 def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:
     """Predict part by part: one part of the store is in memory at a time."""
     modalities = sorted(model.spec.modalities)
+    tasks = [t for t in sorted(class_names) if any(part[t].null_count < len(part) for part in store.read([t]))]
 
     def parts() -> Iterator[pa.Table]:
-        for table in store.tables(modalities, tasks=[]):
+        for table, labels in zip(store.tables(modalities, tasks=[]), store.read(["sample_id", *tasks]), strict=True):
             proba = without_unreadable(finite(predict_table(model, table)), table, model.spec.inputs)
             columns = {
                 "sample_id": pa.array(table.sample_id[:], pa.string()),
                 "missing": missing_column(table, modalities),
             }
             for task, names in sorted(class_names.items()):
+                columns |= {f"{task}_label": labels[task]} if task in tasks else {}
                 columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task])
             yield pa.table(columns)
 

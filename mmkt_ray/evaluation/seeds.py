@@ -16,6 +16,7 @@ import numpy as np
 
 from mmkt_ray.evaluation.intervals import METRICS, Interval, Outcome, draw_counts, percentiles
 from mmkt_ray.evaluation.metrics import as_codes, predicted
+from mmkt_ray.evaluation.objective import metric_scores
 
 MULTILABEL_METRICS = ("micro_f1", "samples_f1", "macro_average_precision")  # what is told of such a task beside METRICS
 
@@ -56,6 +57,17 @@ def multilabel_seed_scores(
 
     drawn = _resample([scorer(proba) for proba in probabilities], len(labels), num_resamples, seed)
     return dict(zip(MULTILABEL_METRICS, drawn.swapaxes(0, 1), strict=True))
+
+
+def metric_seed_scores(
+    metric: str, kind: str, labels: np.ndarray, probabilities: Sequence[np.ndarray], num_resamples: int, seed: int
+) -> np.ndarray:
+    """The same for any metric of the task's kind, see `metric_scores`: (P, 1 + R). probabilities: (S, N, C) of each model."""
+
+    def scorer(proba: np.ndarray) -> _Scorer:
+        return lambda counts: np.stack([metric_scores(metric, kind, labels, p, counts) for p in proba])[None]
+
+    return _resample([scorer(proba) for proba in probabilities], len(labels), num_resamples, seed)[:, 0]
 
 
 def _pooled_f1(outcome: Outcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

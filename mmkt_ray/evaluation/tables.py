@@ -23,6 +23,28 @@ def told(interval: Interval | None, form: str = ".1f") -> str:
     return f"{value} [{low}, {high}]"
 
 
+def metric_name(metric: str) -> str:
+    """`macro_f1` -> `macro-F1`, `balanced_accuracy` -> `balanced accuracy`."""
+    words = {"f1": "F1", "auroc": "AUROC"}
+    first, *rest = (words.get(part, part) for part in metric.split("_"))
+    if first in ("macro", "micro", "weighted", "samples") and len(rest) == 1:
+        return f"{first}-{rest[0]}"
+    return " ".join([first, *rest])
+
+
+def told_score(metric: str, score: float) -> str:
+    """A score as an objective has it, higher is better: in percent; the log loss, which is negated there, in nats."""
+    return f"{-score:.3f}" if metric == "log_loss" else f"{100 * score:.1f}"
+
+
+def told_metric(metric: str, interval: Interval | None) -> str:
+    """An interval of such scores, or of their differences."""
+    if interval is None or metric != "log_loss":
+        return told(interval)
+    value, low, high = (f"{-interval[end] + 0.0:.3f}" for end in ("value", "high", "low"))
+    return f"{value} [{low}, {high}]"
+
+
 def comparison_table(results: dict[str, Any]) -> str:
     """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first."""
     lines = []

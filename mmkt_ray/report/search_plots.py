@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,34 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from mmkt_ray.evaluation.tables import metric_name
 from mmkt_ray.report.plots import LIGHT, Theme, draw, name_rows, shorten
 
 MAX_LISTED_VALUES = 8  # more whole numbers are drawn as a scale
 _LINE, _BEST = "#0072B2", "#D55E00"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a metric of an objective is drawn; higher is better."""
+
+    name: str
+    unit: str = "%"
+    scale: float = 100.0
+    digits: int = 1
+
+    @classmethod
+    def of(cls, metric: str) -> Measure:
+        """Of a metric's name in the config."""
+        return cls("negative log loss", "nats", 1.0, 3) if metric == "log_loss" else cls(metric_name(metric))
+
+    def text(self, score: float) -> str:
+        """A score in this unit, without its name."""
+        return f"{self.scale * score:.{self.digits}f}"
+
+    def told(self, score: float) -> str:
+        """A score with its unit."""
+        return f"{self.text(score)} {self.unit}"
 
 
 def key_name(key: str) -> str:
@@ -33,18 +58,18 @@ def choice_name(text: str) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else text
 
 
-def heat_map(found: Mapping[str, Any], theme: Theme) -> bytes:
-    """The best score of each cell in percent, under it the number of candidates; cells without one are empty.
+def heat_map(found: Mapping[str, Any], measure: Measure, theme: Theme) -> bytes:
+    """The best score of each cell, under it the number of candidates; cells without one are empty.
 
     found: {rows, columns (keys), row_names, column_names, score, candidates}.
     """
-    score = np.array([[np.nan if s is None else 100 * s for s in row] for row in found["score"]])
+    score = np.array([[np.nan if s is None else measure.scale * s for s in row] for row in found["score"]])
     low, high = float(np.nanmin(score)), float(np.nanmax(score))
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         ramp = LinearSegmentedColormap.from_list("score", theme.ramp)
-        axes.imshow(score, cmap=ramp, vmin=low - 0.15 * max(high - low, 1.0), vmax=high, aspect="auto")
+        axes.imshow(score, cmap=ramp, vmin=low - 0.15 * max(high - low, 0.01 * measure.scale), vmax=high, aspect="auto")
         for axis, key, names in ((axes.xaxis, "columns", "column_names"), (axes.yaxis, "rows", "row_names")):
             axis.set_ticks(range(len(found[names])), [shorten(choice_name(n), 18) for n in found[names]], fontsize=8)
             axis.set_label_text(key_name(found[key]))
@@ -55,25 +80,26 @@ def heat_map(found: Mapping[str, Any], theme: Theme) -> bytes:
             if np.isfinite(value):
                 strong = value > low + 0.5 * (high - low)
                 color = ("#ffffff" if theme is LIGHT else "#0d1117") if strong else theme.ink
-                text = f"{value:.1f}\n×{found['candidates'][y][x]:,}"
+                text = f"{value:.{measure.digits}f}\n×{found['candidates'][y][x]:,}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
 
     return draw(min(1.5 + 0.46 * len(found["row_names"]), 8), theme, paint)
 
 
-def anytime(curve: Sequence[Sequence[float]], metric: str, theme: Theme) -> bytes:
+def anytime(curve: Sequence[Sequence[float]], measure: Measure, theme: Theme) -> bytes:
     """The best score so far against the time of search. curve: [seconds, best, candidates by then]."""
     at, best, count = (np.array(column, dtype=float) for column in zip(*curve, strict=True))
     unit, size = ("min", 60.0) if at[-1] > 180 else ("s", 1.0)
+    scaled = measure.scale * best
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.step(at / size, 100 * best, where="post", color=_LINE, linewidth=2)
-        axes.plot(at[:-1] / size, 100 * best[:-1], "o", color=_LINE, markersize=3.5)
-        axes.plot(at[-1] / size, 100 * best[-1], "o", color=_BEST, markersize=6)
+        axes.step(at / size, scaled, where="post", color=_LINE, linewidth=2)
+        axes.plot(at[:-1] / size, scaled[:-1], "o", color=_LINE, markersize=3.5)
+        axes.plot(at[-1] / size, scaled[-1], "o", color=_BEST, markersize=6)
         axes.annotate(
-            f"{100 * best[-1]:.1f} after {int(count[-1]):,} candidates",
-            (at[-1] / size, 100 * best[-1]),
+            f"{measure.text(best[-1])} after {int(count[-1]):,} candidates",
+            (at[-1] / size, scaled[-1]),
             (4, 9),
             textcoords="offset points",
             ha="right",
@@ -82,7 +108,7 @@ def anytime(curve: Sequence[Sequence[float]], metric: str, theme: Theme) -> byte
         axes.set_xlim(0, 1.05 * at[-1] / size)
         axes.margins(y=0.22)
         axes.grid(axis="y", linewidth=0.6)
-        axes.set(xlabel=f"time of search, {unit}", ylabel=f"best val {metric}, %")
+        axes.set(xlabel=f"time of search, {unit}", ylabel=f"best val {measure.name}, {measure.unit}")
 
     return draw(2.9, theme, paint)
 
@@ -104,7 +130,7 @@ def importance(shares: Mapping[str, float], theme: Theme) -> bytes:
     return draw(1.0 + 0.34 * len(keys), theme, paint)
 
 
-def slices(points: Sequence[Sequence[Any]], key: str, metric: str, theme: Theme) -> bytes:
+def slices(points: Sequence[Sequence[Any]], key: str, measure: Measure, theme: Theme) -> bytes:
     """Score of the candidates against one key's value: a scale of numbers, else a row for each value. The ring is the best.
 
     points: [value, score, epochs]; the more epochs, the stronger the colour.
@@ -112,7 +138,8 @@ def slices(points: Sequence[Sequence[Any]], key: str, metric: str, theme: Theme)
     names, at = _rows_of(points)
     score, epochs = (np.array([p[i] for p in points], dtype=float) for i in (1, 2))
     jitter = np.random.default_rng(0).uniform(-0.22, 0.22, len(points)) if names else 0.0
-    x, y = (100 * score, at + jitter) if names else (at, 100 * score)
+    scaled = measure.scale * score
+    x, y = (scaled, at + jitter) if names else (at, scaled)
     best, steps = int(np.argmax(score)), sorted(set(epochs.tolist()))
 
     def paint(figure: Figure) -> None:
@@ -128,10 +155,10 @@ def slices(points: Sequence[Sequence[Any]], key: str, metric: str, theme: Theme)
         axes.grid(axis="x" if names else "y", linewidth=0.6)
         axes.set_axisbelow(True)
         if names:
-            axes.set_xlabel(f"val {metric}, %")
+            axes.set_xlabel(f"val {measure.name}, {measure.unit}")
             name_rows(axes, names)
         else:
-            axes.set(xlabel=key_name(key), ylabel=f"val {metric}, %")
+            axes.set(xlabel=key_name(key), ylabel=f"val {measure.name}, {measure.unit}")
             low, high = np.quantile(at, [0.05, 0.95])
             if at.min() > 0 and high > 30 * low:
                 axes.set_xscale("log")

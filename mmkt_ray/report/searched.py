@@ -13,9 +13,10 @@ from typing import Any
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.intervals import verdict
-from mmkt_ray.evaluation.tables import points
+from mmkt_ray.evaluation.tables import metric_name, points
 from mmkt_ray.report import search_plots, words
 from mmkt_ray.report.figures import Figures
+from mmkt_ray.report.search_plots import Measure
 
 MAX_SLICES = 8
 STATUS = {
@@ -25,7 +26,7 @@ STATUS = {
     "failed": "failed",
     "out_of_memory": "did not fit into memory",
 }
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+COUNTS = ("candidates", "references", "fused")  # what `tried` tells beside the candidates by status
 RIVALS = {"best single modality": "the best single modality", "best concat": "the best plain concat"}
 
 
@@ -36,25 +37,33 @@ def search(run_uri: str, figures: Figures) -> dict[str, Any] | None:
     if result is None or insight is None:
         return None
     metric, aim = result["objective"]["metric"], result["objective"]["task"]
-    winner = result["finalists"][result["winner"]]
-    tasks = sorted(winner["test"], key=lambda t: (t != aim, t))
+    measure = Measure.of(metric)
+    if result["winner"] is None:
+        return {**result, "metric": measure.name}
+    tasks = sorted({t for f in result["finalists"].values() for t in f["test"]}, key=lambda t: (t != aim, t))
     order = sorted(result["finalists"], key=lambda role: -result["finalists"][role]["val"])
     return {
         **result,
-        "metric": METRICS[metric],
+        "metric": measure.name,
+        "measure": measure,
         "tried_words": [
             f"{words.count(n)} {STATUS.get(status, status)}"
             for status, n in sorted(result["tried"].items(), key=lambda item: -item[1])
-            if status != "candidates"
+            if status not in COUNTS
         ],
         "about": {role: describe(finalist) for role, finalist in result["finalists"].items()},
         "tasks": tasks,
         "answers": [*(a for t in tasks for a in answers_of(t, result)), *notes_of(result)],
-        "rows": [{"role": role, "task": t, **row_of(role, t, result)} for role in order for t in tasks],
+        "rows": [
+            {"role": role, "task": t, **row_of(role, t, result)}
+            for role in order
+            for t in tasks
+            if t in result["finalists"][role]["test"]
+        ],
         "order": order,
         "keys": list(dict.fromkeys(key for role in order for key in result["overrides"][role])),
-        "maps": _heat_maps(insight, METRICS[metric], figures),
-        **_figures(insight, METRICS[metric], figures),
+        "maps": _heat_maps(insight, measure, figures),
+        **_figures(insight, measure, figures),
     }
 
 
@@ -70,10 +79,11 @@ def describe(finalist: Mapping[str, Any]) -> str:
 def answers_of(task: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
     """One task's lines {kind (won | better | worse | tie | open), text}: the winner's test score, its rivals, the ensemble."""
     metric, winner = result["objective"]["metric"], result["winner"]
-    test = result["finalists"][winner]["test"][task]
-    scores = ", ".join(f"{METRICS[m]} {_score(test[m])}" for m in METRICS if test[m])
+    test = result["finalists"][winner]["test"].get(task)
+    if test is None:
+        return [{"kind": "open", "text": f"{task}: the winner does not predict it."}]
     lines = [
-        {"kind": "won", "text": f"{task}: the winner has {scores} on {words.count(test['num_rows'])} test samples."}
+        {"kind": "won", "text": f"{task}: the winner has {_scores(test)} on {words.count(test['num_rows'])} test samples."}
     ]
     for name, rival in RIVALS.items():
         role = result["compared_with"].get(name)
@@ -82,7 +92,7 @@ def answers_of(task: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
             lines.append(_against(task, "the winner", about, result["versus"].get(role, {}).get(task), metric))
     if result.get("ensemble"):
         scores = result["ensemble_test"].get(task, {})
-        told = ", ".join(f"{METRICS[m]} {_score(scores[m])}" for m in METRICS if scores.get(m))
+        told = _scores(scores)
         ours = f"the ensemble ({told})" if told else "the ensemble"
         lines.append(_against(task, ours, "the winner", result["ensemble_versus_winner"].get(task), metric))
     return lines
@@ -102,34 +112,50 @@ def notes_of(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _against(task: str, ours: str, theirs: str, versus: Mapping[str, Any] | None, metric: str) -> dict[str, str]:
     """The line on one paired comparison, by `metric`, where it is undefined by accuracy."""
-    used = next((m for m in (metric, "accuracy") if versus and versus[m]), None)
+    used = next((m for m in (metric, "accuracy") if versus and versus.get(m)), None)
     if versus is None or used is None:
         return {"kind": "open", "text": f"{task}: no samples to compare {ours} with {theirs}."}
     found = versus[used]
-    size = f"{points(found['value'])} points of {METRICS[used]}"
-    size += f" [{points(found['low'])}, {points(found['high'])}]"
-    size += f" on {words.count(versus['num_rows'])} samples"
+    size = f"{gain(used, found)} on {words.count(versus['num_rows'])} samples"
     said = {"better": "is better than", "worse": "is worse than", "tie": "ties with"}[found["verdict"]]
     return {"kind": found["verdict"], "text": f"{task}: {ours} {said} {theirs}: {size}."}
 
 
-def _score(interval: Mapping[str, float]) -> str:
+def gain(metric: str, found: Mapping[str, float]) -> str:
+    """A paired difference with its interval, above 0 where the first is better."""
+    if metric == "log_loss":
+        value, low, high = (f"{found[end]:+.3f}".replace("-", "−") for end in ("value", "low", "high"))
+        return f"{value} nats of log loss saved [{low}, {high}]"
+    value, low, high = (points(found[end]) for end in ("value", "low", "high"))
+    return f"{value} points of {metric_name(metric)} [{low}, {high}]"
+
+
+def _scores(test: Mapping[str, Any]) -> str:
+    """The scores of a model on one task, those that are defined."""
+    return ", ".join(f"{metric_name(m)} {_score(m, test[m])}" for m in test if m != "num_rows" and test[m])
+
+
+def _score(metric: str, interval: Mapping[str, float]) -> str:
+    if metric == "log_loss":
+        return f"{-interval['value']:.3f} ({-interval['high']:.3f} to {-interval['low']:.3f})"
     return f"{words.percent(interval['value'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
 
 
 def row_of(role: str, task: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """A finalist's scores on one task, and by how much the winner is ahead of it."""
     finalist = result["finalists"][role]
-    versus = result["versus"].get(role, {}).get(task) or {}
+    metric = result["objective"]["metric"]
+    versus = (result["versus"].get(role, {}).get(task) or {}).get(metric)
     return {
         "val": finalist["val"],
         "by_seed": finalist["val_by_seed"],
         "test": finalist["test"].get(task),
-        "versus": versus.get(result["objective"]["metric"]),
+        "versus": versus,
+        "gain": gain(metric, versus) if versus else None,
     }
 
 
-def _heat_maps(insight: Mapping[str, Any], metric: str, figures: Figures) -> list[dict[str, str]]:
+def _heat_maps(insight: Mapping[str, Any], measure: Measure, figures: Figures) -> list[dict[str, str]]:
     drawn = []
     for found in insight["heat_maps"]:
         rows, columns = (search_plots.key_name(found[k]) for k in ("rows", "columns"))
@@ -142,19 +168,19 @@ def _heat_maps(insight: Mapping[str, Any], metric: str, figures: Figures) -> lis
         if not cells:
             continue
         best, where = max(cells)
-        alt = f"Best val {metric} by {rows} and {columns}; the highest, {words.percent(best)}, is {where}"
-        title = f"{rows} × {columns}: best val {metric}, %"
-        drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, partial(search_plots.heat_map, found)))
+        alt = f"Best val {measure.name} by {rows} and {columns}; the highest, {measure.told(best)}, is {where}"
+        title = f"{rows} × {columns}: best val {measure.name}, {measure.unit}"
+        drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, partial(search_plots.heat_map, found, measure)))
     return drawn
 
 
-def _figures(insight: Mapping[str, Any], metric: str, figures: Figures) -> dict[str, Any]:
+def _figures(insight: Mapping[str, Any], measure: Measure, figures: Figures) -> dict[str, Any]:
     """The figures that there is data for: `curve`, `importance`, `slices`, and how many slices are left out."""
     curve, shares = insight["curve"], insight["importance"]
     found: dict[str, Any] = {"curve": None, "importance": None}
     if curve:
-        alt = f"Best val {metric} so far over the time of search; at the end {words.percent(curve[-1][1])}"
-        paint = partial(search_plots.anytime, curve, metric)
+        alt = f"Best val {measure.name} so far over the time of search; at the end {measure.told(curve[-1][1])}"
+        paint = partial(search_plots.anytime, curve, measure)
         found["curve"] = figures.add("search-curve", "The best score so far", alt, paint)
     if shares:
         ranked = sorted(shares.items(), key=lambda item: -item[1])
@@ -168,8 +194,8 @@ def _figures(insight: Mapping[str, Any], metric: str, figures: Figures) -> dict[
         figures.add(
             f"search-slice-{key}",
             search_plots.key_name(key),
-            f"Val {metric} of {len(told[key])} candidates by {key}; the best one has {_plain(told[key])}",
-            partial(search_plots.slices, told[key], key, metric),
+            f"Val {measure.name} of {len(told[key])} candidates by {key}; the best one has {_plain(told[key])}",
+            partial(search_plots.slices, told[key], key, measure),
         )
         for key in keys[:MAX_SLICES]
     ]

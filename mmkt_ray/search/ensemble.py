@@ -24,9 +24,10 @@ from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.leaderboard import overrides_of
 from mmkt_ray.search.space import Overrides, Space
-from mmkt_ray.search.trial import objective_of
+from mmkt_ray.search.trial import search_score
 from mmkt_ray.training.batches import narrow, usable_rows
 from mmkt_ray.training.population import Population
+from mmkt_ray.training.validation import proba_scores
 
 NUM_CANDIDATES = 50  # the library that is picked from
 
@@ -55,19 +56,24 @@ def select_ensemble(
 
 def build_ensemble(
     space: Space, settings: SearchConfig, rows: pd.DataFrame, table: FeatureTable
-) -> tuple[EnsembleModel, dict[str, Any]]:
-    """The ensemble of `settings.ensemble` picks among the leaderboard's best, trained again in stacks; and what it is:
+) -> tuple[EnsembleModel, dict[str, Any]] | tuple[None, None]:
+    """The ensemble of `settings.ensemble` picks among the leaderboard's best that have every task, trained again in stacks,
+    and what it is; None where there is no such candidate:
 
     `val` (its score), `best_member_val`, `library` (how many it was picked from), `members` [{candidate, picks}].
     """
-    best = rows[rows["score"].notna()].sort_values("score", ascending=False, kind="stable")[:NUM_CANDIDATES]
+    every = set(space.config.model_tasks)
+    whole = np.array([set(overrides_of(row).get("model.tasks") or every) == every for _, row in rows.iterrows()], bool)
+    best = rows[rows["score"].notna() & whole].sort_values("score", ascending=False, kind="stable")[:NUM_CANDIDATES]
+    if best.empty:
+        return None, None
     models = train_again(space, settings, [overrides_of(row) for _, row in best.iterrows()], table)
     val = table.take(usable_rows(narrow(table, space.config.model_modalities, space.config.model_tasks), "val"))
     library = [predict_table(model, val) for model in models]
-    objective = objective_of(settings.objective)
+    objective = search_score(space, table)
 
     def score(proba: Proba) -> float:
-        return objective(quick_scores(val, proba))
+        return objective(quick_scores(val, proba, objective.extra))
 
     picks, value = select_ensemble(library, score, settings.ensemble)
     counts = Counter(picks)
@@ -81,10 +87,12 @@ def build_ensemble(
     return EnsembleModel(spec, [models[i] for i in counts]).eval(), about
 
 
-def quick_scores(table: FeatureTable, proba: Proba) -> dict[str, dict[str, float]]:
-    """`accuracy` and `macro_f1` by task, as evaluation defines them, of the labelled rows; only these, because selection
-    asks for them thousands of times."""
+def quick_scores(table: FeatureTable, proba: Proba, metric: str | None = None) -> dict[str, dict[str, float]]:
+    """`accuracy` and `macro_f1` by task, as evaluation defines them, of the labelled rows, and one more metric if asked for;
+    only these, because selection asks for them thousands of times."""
     found: dict[str, dict[str, float]] = {"accuracy": {}, "macro_f1": {}}
+    if metric:
+        found[metric] = proba_scores(metric, table, np.arange(len(table.split)), proba)
     for t, values in proba.items():
         rows = labelled(table.labels[t])
         if not rows.any():
@@ -114,7 +122,7 @@ def train_again(
     for key, indices in groups.items():
         own = space.configure(json.loads(key))
         members = [{k: v for k, v in candidates[i].items() if k in space.members} for i in indices]
-        population = Population(own, table, members, objective=objective_of(settings.objective))
+        population = Population(own, table, members, objective=search_score(space, table))
         population.train(own.training.epochs)
         found |= {i: population.model(j) for j, i in enumerate(indices)}
     return [found[i] for i in range(len(candidates))]

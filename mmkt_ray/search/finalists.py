@@ -20,19 +20,19 @@ import ray
 import torch
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, SearchConfig, parse_config
+from mmkt_ray.config import METRICS_BY_KIND, Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import percentiles, verdict
 from mmkt_ray.evaluation.metrics import predicted
 from mmkt_ray.evaluation.model_folder import load_model, read_card
+from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.evaluation.rows import readable
-from mmkt_ray.evaluation.seeds import seed_scores
+from mmkt_ray.evaluation.seeds import metric_seed_scores, seed_scores
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.models import Predictor
 from mmkt_ray.models.ensemble import EnsembleModel
 from mmkt_ray.search.space import Overrides, Space
-from mmkt_ray.search.trial import objective_of
 from mmkt_ray.training.trainer import train, training_fingerprint
 
 SINGLE, CONCAT = "best single modality", "best concat"
@@ -42,8 +42,10 @@ def choose_finalists(rows: pd.DataFrame, num: int) -> tuple[dict[str, pd.Series]
     """Role -> leaderboard row: the best `num`, each of another architecture while there are any, and what these are to be
     compared with; and which role is the best single modality and which the best plain concatenation, if tried.
 
-    Raises: DataError if no candidate has a score.
+    Both are empty if no candidate was tried. Raises: DataError if candidates were, and none has a score.
     """
+    if rows.empty:
+        return {}, {}
     scored = rows[rows["score"].notna()].sort_values("score", ascending=False, kind="stable")
     if scored.empty:
         raise DataError(
@@ -73,11 +75,16 @@ def fit_finalists(
     fit_one = ray.remote(num_cpus=1)(_fit_one)
     for role, overrides in chosen.items():
         config = space.configure(overrides)
-        configs = [config.with_overrides({"seed": config.seed + i}) for i in range(seeds)]
+        configs = seeded(config, seeds)
         folders[role] = [storage.join(folder, f"{training_fingerprint(c, store, folder)}") for c in configs]
         waiting += [fit_one.remote(c, store.uri, uri) for c, uri in zip(configs, folders[role], strict=True)]
     ray.get(waiting)
     return folders
+
+
+def seeded(config: Config, seeds: int) -> list[Config]:
+    """The finalist once for each seed."""
+    return [config.reseeded(i) for i in range(seeds)]
 
 
 def _fit_one(config: Config, store_uri: str, uri: str) -> None:
@@ -93,7 +100,7 @@ def _on_one_core(loop: Callable[..., Any], job: Any, num_workers: int, scratch_u
 
 def tell(
     space: Space,
-    search: SearchConfig,
+    score: Score,
     folders: Mapping[str, list[str]],
     store: Store,
     ensemble: EnsembleModel | None = None,
@@ -101,14 +108,14 @@ def tell(
     """Who wins on validation, and the test scores: the test split is read here and nowhere else in a search.
 
     Returns: `winner` (role), `finalists` {role: {modalities, fusion, sharing, val (mean over seeds), val_by_seed, folders,
-    test: {task: {metric: interval or None}}}}, `versus` {role: {task: {num_rows, metric: {value, low, high, verdict}}}}:
-    the winner minus each other finalist on the rows that both can read; `ensemble_test`, `ensemble_versus_winner` likewise,
-    if there is one; `confidence`.
+    tasks, test: {task: {metric: interval or None}}}}, `versus` {role: {task: {num_rows, metric: {value, low, high, verdict}}}}:
+    the winner minus each other finalist on the rows that both can read, of the tasks that both have; `ensemble_test`,
+    `ensemble_versus_winner` likewise, if there is one; `confidence`. Metrics are accuracy, macro_f1 and the objective's; a
+    log loss is negated. `winner` is None where there is no finalist.
     """
     config = space.config
     table = store.table(config.model_modalities, config.model_tasks)
     test = table.take(table.rows("test"))
-    score = objective_of(search.objective)
     finalists: dict[str, dict[str, Any]] = {}
     models, mean_val = {}, {}
     for role, uris in folders.items():
@@ -116,23 +123,24 @@ def tell(
         own = parse_config(cards[0]["config"])
         by_seed = [score(card["training"]["val"]) for card in cards]
         mean_val[role] = float(np.mean(by_seed))
-        models[role] = _Predictions(own, predict_seeds([load_model(uri)[0] for uri in uris], test))
+        models[role] = _Predictions(own, score.extra, predict_seeds([load_model(uri)[0] for uri in uris], test))
         finalists[role] = {
             "modalities": list(own.model_modalities),
+            "tasks": list(own.model_tasks),
             "fusion": own.model.fusion.model_dump(mode="json", exclude_defaults=True) | {"name": own.model.fusion.name},
             "sharing": own.model.sharing,
             "val": mean_val[role],
             "val_by_seed": by_seed,
             "folders": list(uris),
         }
-    winner = max(mean_val, key=mean_val.__getitem__)
+    winner = max(mean_val, key=mean_val.__getitem__) if mean_val else ""
     for role, finalist in finalists.items():
         finalist["test"] = _compare(config, test, [models[role]])
     others = {role: model for role, model in models.items() if role != winner}
     versus = {role: _compare(config, test, [models[winner], model]) for role, model in others.items()}
-    told = {"winner": winner, "finalists": finalists, "versus": versus, "confidence": config.evaluation.confidence}
+    told = {"winner": winner or None, "finalists": finalists, "versus": versus, "confidence": config.evaluation.confidence}
     if ensemble is not None:
-        together = _Predictions(config, predict_seeds([ensemble], test))
+        together = _Predictions(config, score.extra, predict_seeds([ensemble], test))
         told["ensemble_test"] = _compare(config, test, [together])
         told["ensemble_versus_winner"] = _compare(config, test, [together, models[winner]])
     return told
@@ -141,6 +149,7 @@ def tell(
 @dataclass(frozen=True)
 class _Predictions:
     config: Config
+    extra: str | None  # the metric beside accuracy and macro-F1
     by_task: dict[str, np.ndarray]  # see `predict_seeds`
 
 
@@ -148,20 +157,15 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
     """By task: the scores of one model, or the differences of the first to the second, on the rows that all can read."""
     found: dict[str, Any] = {}
     for task in config.model_tasks:
+        if any(task not in model.by_task for model in models):
+            continue
         rows = labelled(test.labels[task])
         for model in models:
             rows &= readable(test, model.config.task_inputs(task))
         if not rows.any():
             continue
-        drawn = seed_scores(
-            test.labels[task][rows],
-            [m.by_task[task][:, rows] for m in models],
-            len(test.class_names[task]),
-            config.evaluation.bootstrap_samples,
-            config.seed,
-        )
         found[task] = {"num_rows": int(rows.sum())}
-        for metric, values in drawn.items():
+        for metric, values in _drawn(config, test, task, rows, models).items():
             two = len(models) == 2
             interval = percentiles(values[0] - values[1] if two else values[0], config.evaluation.confidence)
             told = {"verdict": verdict(interval, "tie")} if two and interval else {}
@@ -169,10 +173,25 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
     return found
 
 
+def _drawn(
+    config: Config, test: FeatureTable, task: str, rows: np.ndarray, models: Sequence[_Predictions]
+) -> dict[str, np.ndarray]:
+    """Metric -> (models, 1 + R), see `seed_scores`."""
+    labels, kind = test.labels[task][rows], test.kinds.get(task, "multiclass")
+    proba = [model.by_task[task][:, rows] for model in models]
+    pred = [np.stack([predicted(p, kind) for p in each]) for each in proba]
+    how = (config.evaluation.bootstrap_samples, config.seed)
+    drawn = seed_scores(labels, pred, proba[0].shape[-1], *how)
+    extra = models[0].extra
+    if extra in METRICS_BY_KIND[kind]:
+        drawn[extra] = metric_seed_scores(extra, kind, labels, proba, *how)
+    return drawn
+
+
 def predict_seeds(models: Iterable[Predictor], table: FeatureTable) -> dict[str, np.ndarray]:
-    """Task -> predictions (S, N), of multilabel tasks (S, N, C), of the models of several seeds."""
+    """Task -> probabilities (S, N, C) of the models of several seeds."""
     found: dict[str, list[np.ndarray]] = {}
     for model in models:
         for task, proba in predict_table(model, table).items():
-            found.setdefault(task, []).append(predicted(proba, table.kinds.get(task, "multiclass")))
+            found.setdefault(task, []).append(proba)
     return {task: np.stack(values) for task, values in found.items()}

@@ -71,8 +71,8 @@ class Halving:
 
     @property
     def best(self) -> float:
-        """The best score so far; 0 if there is none."""
-        return max((c.score for c in self.candidates if np.isfinite(c.score)), default=0.0)
+        """The best score so far; -inf if there is none."""
+        return max((c.score for c in self.candidates if np.isfinite(c.score)), default=-np.inf)
 
     def run_rung(self, progress: Callable[[], None] = lambda: None) -> None:
         """Train all who are left to the next rung and keep the best; `progress` is called after each stack."""

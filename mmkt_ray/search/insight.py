@@ -33,9 +33,12 @@ def search_insight(space: Space, rows: pd.DataFrame) -> dict[str, Any]:
 def anytime_curve(rows: pd.DataFrame) -> list[list[float]]:
     """Steps of the best score against seconds of search, with the candidates tried by then."""
     ordered = rows.sort_values("finished_at", kind="stable")
+    if ordered.empty:
+        return []
     best = ordered["score"].cummax().to_numpy()
     at, count = ordered["finished_at"].to_numpy(), np.arange(1, len(ordered) + 1)
-    rises = np.flatnonzero(np.diff(np.nan_to_num(best, nan=-1.0), prepend=-1.0) > 0)
+    known = np.nan_to_num(best, nan=-np.inf)
+    rises = np.flatnonzero(known > np.append(-np.inf, known[:-1]))
     kept = np.unique([*rises[-MAX_CURVE_POINTS:], len(ordered) - 1]).astype(int)
     return [[float(at[i]), float(best[i]), int(count[i])] for i in kept if np.isfinite(best[i])]
 

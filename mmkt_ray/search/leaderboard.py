@@ -6,8 +6,8 @@
 
 Columns: candidate, trial, reference, architecture, modalities, fusion, overrides (JSON of all that was chosen), one for
 each searched key (null where it does not apply), score, first_score (after the first rung), loss, accuracy.<task>,
-macro_f1.<task>, epochs, best_epoch, seconds, status (finished | stopped | diverged | failed | out_of_memory), reason,
-finished_at (seconds since the start).
+macro_f1.<task>, <metric of the objective>.<task>, epochs, best_epoch, seconds, status (finished | stopped | diverged |
+failed | out_of_memory), reason, finished_at (seconds since the start). A log loss is negated, so that higher is better.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, ParameterConfig
+from mmkt_ray.evaluation.objective import COUNTED, Score
 from mmkt_ray.search.halving import Candidate
 from mmkt_ray.search.space import Overrides, Space, label_of, text_of
 
@@ -38,7 +39,7 @@ class Known:
     number: int
     reference: str | None
     architecture: Overrides  # {} of a reference
-    score: float  # its best, 0 without one
+    score: float  # its best, `Score.worst` without one
     ended: bool  # else it goes on, or whoever ran it died
 
 
@@ -49,6 +50,8 @@ class Leaderboard:
         self.space, self.digest = space, digest
         self.parts_uri = storage.join(search_uri, "parts")
         self.uri = storage.join(search_uri, "leaderboard.parquet")
+        metric = space.config.training.objective.metric
+        self.metrics = [*(m for m in COUNTED if m != metric), metric]
 
     @property
     def schema(self) -> pa.Schema:
@@ -58,7 +61,7 @@ class Leaderboard:
         columns = [("trial", pa.int64()), *((name, pa.string()) for name in texts)]
         columns += [(key, arrow_type(p)) for key, p in self.space.parameters.items()]
         columns += [(name, pa.float64()) for name in ("score", "first_score", "loss")]
-        columns += [(f"{metric}.{t}", pa.float64()) for metric in ("accuracy", "macro_f1") for t in tasks]
+        columns += [(f"{metric}.{t}", pa.float64()) for metric in self.metrics for t in tasks]
         return pa.schema([*columns, *NUMBERS.items(), ("status", pa.string()), ("reason", pa.string())])
 
     def write_part(
@@ -101,7 +104,7 @@ class Leaderboard:
                 row[key] = text_of(overrides[key]) if arrow_type(parameter) == pa.string() else overrides[key]
         if candidate.val is not None:
             row["loss"] = candidate.val["loss"]
-            for metric in ("accuracy", "macro_f1"):
+            for metric in self.metrics:
                 row |= {f"{metric}.{t}": value for t, value in candidate.val[metric].items()}
         return row
 
@@ -139,15 +142,16 @@ class Leaderboard:
             row = part.slice(0, 1).to_pylist()[0]
             chosen = {} if row["reference"] else overrides_of(row)
             architecture = {key: chosen[key] for key in self.space.architecture if key in chosen}
-            score = pc.max(part["score"]).as_py() or 0.0
+            best = pc.max(part["score"]).as_py()
+            score = Score(self.metrics[-1]).worst if best is None else best
             found.append(Known(row["trial"], row["reference"], architecture, score, not is_running(part)))
         return found
 
     def progress(self) -> tuple[int, float]:
-        """What is on disk: candidates of trials that have ended, seconds of search so far."""
+        """What is on disk: candidates of trials that have ended, but for references, and seconds of search so far."""
         num_candidates, elapsed = 0, 0.0
         for part in self.parts():
-            num_candidates += 0 if is_running(part) else len(part)
+            num_candidates += 0 if is_running(part) else part["reference"].null_count
             elapsed = max(elapsed, *part.column("finished_at").to_pylist())
         return num_candidates, elapsed
 

@@ -12,22 +12,27 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+import pandas as pd
+
 from mmkt_ray import storage
 from mmkt_ray.config import Config, SearchConfig, fingerprint
-from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.model_folder import save_model
+from mmkt_ray.evaluation.tables import metric_name, told_metric, told_score
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.locks import locked
 from mmkt_ray.search.ensemble import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
 from mmkt_ray.search.insight import search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
-from mmkt_ray.search.space import Space, build_space, label_of
-from mmkt_ray.search.trial import Job, stacks_per_trial
+from mmkt_ray.search.space import Space, build_space, label_of, values_of
+from mmkt_ray.search.trial import Job, constant_by_task, search_score, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
+from mmkt_ray.training.auto import usual_settings, with_settings
 from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.population import check_stackable
 
@@ -36,19 +41,25 @@ log = logging.getLogger(__name__)
 
 def check_search(config: Config) -> Space:
     """The config's search space. Raises: ConfigError if it, or the objective, is impossible; before any work."""
-    search = config.search or SearchConfig()
-    task = search.objective.task
-    if task is not None and task not in config.model_tasks:
-        raise ConfigError(f"search.objective.task: unknown task '{task}': {nearest(task, config.model_tasks)}")
-    return build_space(config)
+    settled = with_settings(config, usual_settings(config) | {"training.steps": None})  # a search chooses by itself, by epochs
+    space = build_space(settled)
+    task, own = space.config.training.objective.task, space.architecture.get("model.tasks")
+    without = [v for v in values_of(own) if v is not None and task not in v] if own and task is not None else []
+    if without or (task is not None and task not in space.config.model_tasks):
+        raise ConfigError(
+            f"search.objective.task: candidates are chosen by '{task}', which {without or 'model.tasks'} leaves out: add it "
+            "there, or choose by all tasks (task: null), of which one that a candidate lacks counts as a constant prediction"
+        )
+    return space
 
 
 def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
     """Search as the config's `search` says, and tell the winner; returns what `<run>/search/result.json` holds:
 
-    `tried` (candidates by status), `seconds`, `objective`, `overrides` {role: what the finalist has chosen},
+    `notes` (what must be read first: how a search ended that its budget cut short), `tried` (candidates, references, fused
+    ones with a score, candidates by status), `seconds`, `objective`, `overrides` {role: what the finalist has chosen},
     `compared_with` {best single modality, best concat: role}, `ensemble` (see `build_ensemble`, or None), and
-    all of `finalists.tell`.
+    all of `finalists.tell`; its `winner` is None where the time was up before any candidate was tried.
 
     Raises: ConfigError for an impossible search, DataError if no candidate has, or could have, a score.
     """
@@ -56,7 +67,7 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
     space, settings = check_search(config), config.search or SearchConfig()
     table = store.table(config.model_modalities, config.model_tasks)
-    check_features(space, settings, table)
+    check_features(space, table)
     with locked(run_uri):
         return _search(space, settings, store, table, run_uri)
 
@@ -72,17 +83,20 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
     log.info("%d candidates tried; %d finalists, %d seeds each", len(rows), len(chosen), settings.seeds)
     folders = fit_finalists(space, chosen, settings.seeds, store, storage.join(uri, "finalists"))
     ensemble, about = build_ensemble(space, settings, rows, table) if settings.ensemble else (None, None)
-    told = tell(space, settings, folders, store, ensemble)
+    told = tell(space, search_score(space, table), folders, store, ensemble)
+    tried = count_tried(rows)
     result = {
-        "tried": {"candidates": len(rows), **rows["status"].value_counts().to_dict()},
-        "seconds": float(rows["finished_at"].max()),
-        "objective": settings.objective.model_dump(mode="json"),
+        "notes": notes_of(space, settings, tried),
+        "tried": tried,
+        "seconds": float(rows["finished_at"].max()) if len(rows) else 0.0,
+        "objective": space.config.training.objective.model_dump(mode="json"),
         "overrides": chosen,
         "compared_with": compared,
         "ensemble": about,
         **told,
     }
-    publish_winner(told, store, run_uri)
+    if told["winner"] is not None:
+        publish_winner(told, store, run_uri)
     if ensemble is not None:
         uri_of_it = storage.join(run_uri, "models", "search_ensemble")
         alone = space.config.with_overrides({"model.experts": False})  # an ensemble has none beside it
@@ -93,7 +107,33 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
     return result
 
 
-def check_features(space: Space, settings: SearchConfig, table: FeatureTable) -> None:
+def count_tried(rows: pd.DataFrame) -> dict[str, int]:
+    """`candidates` and, apart from them, `references`; `fused`: how many of both read several modalities and have a score;
+    the candidates by status."""
+    own = rows[rows["reference"].isna()]
+    fused = rows["score"].notna() & rows["modalities"].str.contains("+", regex=False, na=False)
+    counts = {"candidates": len(own), "references": len(rows) - len(own), "fused": int(fused.sum())}
+    return counts | {str(status): int(n) for status, n in own["status"].value_counts().items()}
+
+
+def notes_of(space: Space, settings: SearchConfig, tried: Mapping[str, int]) -> list[str]:
+    """Sentences that come before any result of a search that did not get far enough."""
+    budget, num = settings.time_budget_s, tried["candidates"]
+    cut = budget is not None and num < settings.max_candidates
+    again = "Set search.time_budget_s higher and give the same command again: it goes on from here."
+    if num + tried["references"] == 0:
+        return [f"The time budget of {budget or 0:g} s ended before any candidate was tried, so there is no winner. {again}"]
+    if not tried["fused"] and len(space.config.model_modalities) > 1:
+        what = "so what follows compares single modalities and says nothing about fusion."
+        if cut:
+            return [f"The time budget of {budget:g} s ended before any fused candidate had a score, {what} {again}"]
+        return [f"No fused candidate has a score, {what} The leaderboard tells the reason of each."]
+    if cut:
+        return [f"The time budget of {budget:g} s ended the search after {num} of {settings.max_candidates} candidates."]
+    return []
+
+
+def check_features(space: Space, table: FeatureTable) -> None:
     """Raises: ConfigError if an architecture can't be trained in stacks on these features, DataError if no val row has a
     label to choose by."""
     for overrides in [{}, *space.some_architectures()]:
@@ -101,11 +141,17 @@ def check_features(space: Space, settings: SearchConfig, table: FeatureTable) ->
             check_stackable(space.configure(overrides), table, [{}])
         except ConfigError as error:
             raise ConfigError(f"{label_of(overrides)}: {error}" if overrides else str(error)) from None
-    tasks = [settings.objective.task] if settings.objective.task is not None else space.config.model_tasks
+    objective = space.config.training.objective
+    tasks = [objective.task] if objective.task is not None else space.config.model_tasks
     if not any((labelled(table.labels[t]) & (table.split == "val")).any() for t in tasks):
         raise DataError(
             f"a search chooses by the val rows' labels of {', '.join(tasks)}, and there are none: check the sources' splits, "
             "or set search.objective.task to another task"
+        )
+    if not constant_by_task(space, table).keys() & set(tasks):
+        raise DataError(
+            f"a search chooses by {objective.metric} on val, which is undefined for {', '.join(tasks)} there: too few classes "
+            "have a val row; set search.objective.metric to another metric, or samples.split.val_frac higher"
         )
 
 
@@ -116,7 +162,9 @@ def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, tabl
     job = Job(
         space, settings, leaderboard, stacks_per_trial(settings, num_architectures), started_at=time.time() - elapsed
     )
-    num_trials = math.ceil((settings.max_candidates - num_done) / job.candidates_per_trial)
+    ended = {trial.reference for trial in leaderboard.trials() if trial.ended}
+    num_trials = max(0, math.ceil((settings.max_candidates - num_done) / job.candidates_per_trial))
+    num_trials += len(space.references().keys() - ended)  # which come on top
     budget = None if settings.time_budget_s is None else settings.time_budget_s - elapsed
     if num_done:
         log.info("%d candidates are there from before", num_done)
@@ -141,7 +189,7 @@ def search_digest(space: Space, settings: SearchConfig, store: Store) -> str:
         "space": {key: p.model_dump(mode="json") for key, p in space.parameters.items()},
         "base": base,
         "widths": {m: config.modalities[m].hidden_dim for m in config.model_modalities},
-        "search": settings.model_dump(mode="json", include={"objective", "eta", "rungs"}),
+        "search": settings.model_dump(mode="json", include={"eta", "rungs"}),
     }
     return fingerprint(parts)
 
@@ -158,23 +206,20 @@ def publish_winner(told: dict[str, Any], store: Store, run_uri: str) -> None:
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    tried = result["tried"]
-    counts = ", ".join(f"{n} {status}" for status, n in tried.items() if status != "candidates")
-    lines = [f"{tried['candidates']} candidates tried in {result['seconds']:.0f} s ({counts})"]
+    """The result as text; what must be read first stands first."""
+    tried, metric = result["tried"], result["objective"]["metric"]
+    known = ("candidates", "references", "fused")
+    counts = ", ".join(f"{n} {status}" for status, n in tried.items() if status not in known)
+    lines = [*result["notes"], f"{tried['candidates']} candidates tried in {result['seconds']:.0f} s ({counts or 'none'})"]
+    lines[-1] += f", and {tried['references']} of references to compare with" if tried["references"] else ""
     for role, finalist in sorted(result["finalists"].items(), key=lambda item: -item[1]["val"]):
-        mark = " (winner)" if role == result["winner"] else ""
+        mark = (" (winner)" if tried["fused"] else " (best so far)") if role == result["winner"] else ""
         what = f"{'+'.join(finalist['modalities'])}, {finalist['fusion']['name']}, sharing {finalist['sharing']}"
-        lines.append(f"{role}{mark}: {what}; val {100 * finalist['val']:.1f}")
+        lines.append(f"{role}{mark}: {what}; val {metric_name(metric)} {told_score(metric, finalist['val'])}")
         for task, scores in finalist["test"].items():
-            told = f"accuracy {_told(scores['accuracy'])}, macro-F1 {_told(scores['macro_f1'])}"
-            versus = result["versus"].get(role, {}).get(task, {}).get("accuracy")
-            gain = f"; winner minus this {_told(versus)} {versus['verdict']}" if versus else ""
+            told = ", ".join(f"{metric_name(m)} {told_metric(m, scores[m])}" for m in scores if m != "num_rows")
+            versus = result["versus"].get(role, {}).get(task, {})
+            used = next((m for m in (metric, "accuracy") if versus.get(m)), None)
+            gain = f"; winner minus this {told_metric(used, versus[used])} {versus[used]['verdict']}" if used else ""
             lines.append(f"  {task}: test {told}{gain}")
     return "\n".join(lines)
-
-
-def _told(interval: dict[str, Any] | None) -> str:
-    if interval is None:
-        return "undefined"
-    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"

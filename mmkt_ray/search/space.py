@@ -26,6 +26,7 @@ from mmkt_ray.training.population import MEMBER_KEYS
 MAX_CHECKED = 5000  # architectures that are tried out before a search starts
 MANY_VALUES = 8  # of so long an integer range, these try the ends and the middle
 FUSION = "model.fusion.name"
+UNSEARCHED = ("training.transfer", "training.num_workers", "training.exclude", "training.objective")
 
 Overrides = dict[str, Any]  # dotted key -> value
 
@@ -100,10 +101,11 @@ class Space:
         ]
 
     def references(self) -> dict[str, Overrides]:
-        """What the winner is to be compared with: each modality alone, and plain concatenation; at the config's values."""
-        found = {m: {"model.modalities": [m], FUSION: "concat"} for m in self.config.model_modalities}
-        if len(found) > 1:
-            found["concat"] = {FUSION: "concat"}
+        """What the winner is to be compared with: plain concatenation first, then each modality alone; at the config's
+        values."""
+        modalities = self.config.model_modalities
+        found: dict[str, Overrides] = {"concat": {FUSION: "concat"}} if len(modalities) > 1 else {}
+        found |= {m: {"model.modalities": [m], FUSION: "concat"} for m in modalities}
         return {name: overrides for name, overrides in found.items() if self._fault(overrides) is None}
 
     def check(self) -> None:
@@ -128,6 +130,9 @@ def build_space(config: Config) -> Space:
     search = config.search
     parameters = dict(search.space if search is not None and search.space is not None else DEFAULT_SPACE)
     base = config.model_copy(update={"search": None, "variants": {}})
+    if search is not None and search.objective is not None:
+        base = base.with_overrides({"training.objective": search.objective.model_dump(mode="json")})
+    base = _with_all_of(base, parameters)
     known = searchable_keys(base)
     for key, parameter in parameters.items():
         if key not in known:
@@ -153,13 +158,23 @@ def build_space(config: Config) -> Space:
     return space
 
 
+def _with_all_of(config: Config, parameters: Mapping[str, ParameterConfig]) -> Config:
+    """The config with every modality and task that some candidate has, so that there are features and labels for each."""
+    for key, own in (("model.modalities", config.model.modalities), ("model.tasks", config.model.tasks)):
+        if key in parameters and own is not None:
+            chosen = [value for value in values_of(parameters[key])]
+            every = None if None in chosen else sorted({*own, *(name for names in chosen for name in names)})
+            config = config.with_overrides({key: every})
+    return config
+
+
 def searchable_keys(config: Config) -> list[str]:
     """Keys that a candidate may set: those of model and training, and what leaves the features as they are."""
     keys = [
         key for key, _, _ in describe_fields(type(config)) if key.startswith(("model.", "training.")) and "<" not in key
     ]
     keys = [
-        key for key in keys if not key.startswith(("training.transfer", "training.num_workers", "training.exclude"))
+        key for key in keys if not key.startswith(UNSEARCHED)
     ]
     keys += [f"modalities.{m}.hidden_dim" for m in config.modalities]
     keys += [f"tasks.{t}.{option}" for t in config.tasks for option in ("inputs", "loss_weight")]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mmkt_ray.config import Config, ObjectiveConfig, SearchConfig
+from mmkt_ray.config import Config, SearchConfig
 from mmkt_ray.errors import UserError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.evaluation.objective import Score, constant_scores
+from mmkt_ray.features.store import FeatureTable, labelled
 from mmkt_ray.search.halving import Halving, rungs_of
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import Overrides, Space
@@ -37,19 +37,26 @@ class Job:
     @property
     def candidates_per_trial(self) -> int:
         """How many a trial starts with."""
-        return self.num_stacks * self.search.population if self.space.members else 1
+        return min(self.num_stacks * self.search.population, self.search.max_candidates) if self.space.members else 1
 
 
-def objective_of(objective: ObjectiveConfig) -> Callable[[Mapping[str, Any]], float]:
-    """A candidate's score from its validation scores; the mean over tasks if the objective names none."""
+def search_score(space: Space, table: FeatureTable) -> Score:
+    """What candidates are compared by, on val. Where tasks are searched over, a task that a candidate lacks counts as the
+    constant prediction gets there, see `constant_scores`."""
+    config = space.config
+    objective, tasks = config.training.objective, config.model_tasks
+    searched = "model.tasks" in space.architecture and objective.task is None
+    return Score.of(objective, tasks, constant_by_task(space, table) if searched else None)
 
-    def score(val: Mapping[str, Any]) -> float:
-        by_task = val[objective.metric]
-        if objective.task is not None:
-            return float(by_task.get(objective.task, math.nan))
-        return float(sum(by_task.values()) / len(by_task)) if by_task else math.nan
 
-    return score
+def constant_by_task(space: Space, table: FeatureTable) -> dict[str, float]:
+    """Task -> what the constant prediction gets by the objective's metric, where val defines it."""
+    metric, tasks = space.config.training.objective.metric, space.config.model_tasks
+    rows = {s: {t: (table.split == s) & labelled(table.labels[t]) for t in tasks} for s in ("train", "val")}
+    train, val = ({t: table.labels[t][found] for t, found in by_task.items()} for by_task in rows.values())
+    kinds = {t: table.kinds.get(t, "multiclass") for t in tasks}
+    num_classes = {t: len(table.class_names[t]) for t in tasks}
+    return constant_scores(metric, kinds, train, val, num_classes)
 
 
 def stacks_per_trial(search: SearchConfig, num_architectures: int) -> int:
@@ -76,6 +83,7 @@ class Trial:
         self.job, self.table, self.device = job, table, device
         self.number, self.architecture, self.reference = number, architecture, reference
         space, search = job.space, job.search
+        self.score = search_score(space, table)
         members = space.draw_members(architecture, job.candidates_per_trial, [space.config.seed, number])
         self.written_s = time.monotonic()
         self.config: Config | None = None
@@ -91,7 +99,7 @@ class Trial:
         """One stack, on this trial's device."""
         if self.config is None:
             raise self.fault
-        return Population(self.config, self.table, members, self.device, objective_of(self.job.search.objective))
+        return Population(self.config, self.table, members, self.device, self.score)
 
     def clock(self) -> float:
         """Seconds since the search began."""
@@ -110,7 +118,7 @@ class Trial:
             log.warning("trial %d failed: %s", self.number, error)
             halving.fail(f"{type(error).__name__}: {error}")
         self.write()
-        result = {"score": halving.best, "candidates": len(halving.candidates), "done": halving.done}
+        result = {"score": max(halving.best, self.score.worst), "candidates": len(halving.candidates), "done": halving.done}
         return result if self.reference else {**result, "budget": self.job.search.eta ** max(0, halving.rung - 1)}
 
     def write_sometimes(self) -> None:

@@ -66,7 +66,7 @@ class PopulationTrial(tune.Trainable):
         return self.trial.step()
 
 
-Turn = str | Overrides  # a reference's name or an architecture
+Turn = str | Overrides | None  # a reference's name, an architecture, or whatever Optuna proposes
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Proposals:
     def __call__(self, trial: optuna.Trial) -> dict[str, Any]:
         number, turn = self.planned.pop(0) if self.planned else (next(self.numbers), None)
         if isinstance(turn, str):
-            return {"number": number, "reference": turn}
+            return {"number": number, "reference": turn}  # else Optuna chooses: what the turn says, if it says anything
         chosen: Overrides = {}
         for key, parameter in self.space.architecture.items():
             if self.space.applies(key, chosen):
@@ -128,23 +128,30 @@ def architecture_of(space: Space, proposal: Mapping[str, Any]) -> Overrides:
 
 
 def plan(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[int, Turn]]:
-    """Number and turn of the trials that are settled beforehand: those whose process died, the references, then each
-    architecture once, if there is time for it.
+    """Number and turn of the trials that are settled beforehand: those whose process died, then the references, fused ones
+    first, with an architecture after each, then the other architectures once, if there is time for them.
 
     A trial's number decides its candidates, so that a search that was killed draws those that it would have drawn.
     """
-    planned: list[Turn] = list(space.references())
-    total = sum(trial.ended for trial in known) + num_trials
-    everything = list(islice(space.architectures(), total + 1)) if space.countable else []
-    if len(planned) + len(everything) <= total:
-        np.random.default_rng(space.config.seed).shuffle(everything)
-        planned += everything
+    references = list(space.references())
+    room = max(0, sum(trial.ended for trial in known) + num_trials - len(references))
+    others: list[Turn] = list(islice(space.architectures(), room + 1)) if space.countable else []
+    if 0 < len(others) <= room:
+        np.random.default_rng(space.config.seed).shuffle(others)
+    else:
+        others = [None] * min(room, len(references))
+    planned: list[Turn] = []
+    for i, name in enumerate(references):
+        planned += [name, *others[i : i + 1]]
+    planned += others[len(references) :]
     turns: dict[int, Turn] = {t.number: t.reference or t.architecture for t in known if not t.ended}
     there = [t.reference or t.architecture for t in known]
     taken = {t.number for t in known}
     free = count(max(taken | {len(planned) - 1}) + 1)
     for position, turn in enumerate(planned):
-        if turn not in there:
+        if turn is None and position not in taken:
+            turns[position] = None
+        elif turn is not None and turn not in there:
             turns[next(free) if position in taken else position] = turn
     return sorted(turns.items(), key=lambda item: item[0])
 
@@ -166,7 +173,7 @@ def build_sampler(job: Job, num_trials: int) -> OptunaSearch:
         mode="max",
         sampler=sampler,
         points_to_evaluate=[
-            {} if isinstance(turn, str) else {k: suggestion_of(space.architecture[k], v) for k, v in turn.items()}
+            {k: suggestion_of(space.architecture[k], v) for k, v in turn.items()} if isinstance(turn, dict) else {}
             for _, turn in turns  # a reference takes a turn without choosing anything
         ],
     )
@@ -258,7 +265,7 @@ class Watcher(tune.Callback):
 
     def __init__(self, limiter: ConcurrencyLimiter, trials_per_gpu: int | None, leaderboard: Leaderboard) -> None:
         self.limiter, self.trials_per_gpu, self.leaderboard = limiter, trials_per_gpu, leaderboard
-        self.num_candidates, self.best, self.interrupted = 0, 0.0, 0  # the last: by which signal
+        self.num_candidates, self.best, self.interrupted = 0, -np.inf, 0  # the last: by which signal
         self.told_s = self.counted_s = time.monotonic()
 
     @contextmanager
@@ -297,7 +304,7 @@ class Watcher(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """See Tune."""
-        if result["training_iteration"] == 1:
+        if result["training_iteration"] == 1 and trial.config["reference"] is None:
             self.num_candidates += result["candidates"]
         self.best = max(self.best, result["score"])
         if time.monotonic() - self.told_s > LOG_INTERVAL_S:

@@ -124,6 +124,13 @@ def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -
     return {key: values[key] for key in config.training.auto}
 
 
+def usual_settings(config: Config) -> dict[str, Any]:
+    """Those of the first candidate for what the config leaves open, where nothing is chosen by data: for all but the batch
+    size, and for steps at least MIN_STEPS."""
+    steps = {"training.steps": MIN_STEPS} if "training.steps" in config.training.auto else {}
+    return {key: BASE[key] for key in config.training.auto if key in MEMBER_KEYS} | steps
+
+
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """The config with nothing left to choose."""
     return config.with_overrides({**settings, "training.auto": []})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.models.sharing import module_name
@@ -130,6 +131,7 @@ class Fitting:
         knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     ) -> None:
         self.training, self.seed, self.world = config.training, config.training_seed, world
+        self.score = Score.of(self.training.objective, config.model_tasks)
         targets = distillation_targets(knowledge, table, config.model_tasks, self.training.transfer.temperature)
         table = narrow(table, config.model_modalities, config.model_tasks)
         check_augment(self.training.augment, {m: sp.issparse(f) for m, f in table.features.items()})
@@ -141,6 +143,11 @@ class Fitting:
         if self.training.generate:
             table, train_rows = add_synthetic(table, train_rows, self.training.generate, self.seed)
         self.table, self.train_rows, self.val_rows = table, train_rows, usable_rows(table, "val")
+        if self.training.patience and not len(self.val_rows):
+            raise ConfigError(
+                f"training.patience: {self.training.patience} waits for a better score on val, and the model can read no val "
+                "row: set samples.split.val_frac above 0, or leave patience out"
+            )
         self.batches = EpochBatches(
             table,
             train_rows,
@@ -181,12 +188,13 @@ class Fitting:
                 f"the training loss is {train_loss} in epoch {epoch}: lower training.lr (now {self.training.lr:g})"
             )
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
-        val = validate(self.model, self.table, self.val_rows, self.world) if len(self.val_rows) else None
+        rows, extra = self.val_rows, self.score.extra
+        val = validate(self.model, self.table, rows, self.world, metric=extra) if len(rows) else None
         record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
         best = self.history[self.best_epoch - 1]["val"] if self.best_epoch else None
-        top = max((r["val"]["score"] for r in self.history if r["val"]), default=-math.inf)
+        top = max((self.score(r["val"]) for r in self.history if r["val"]), default=-math.inf)
         self.history.append(record)
-        if val is None or best is None or is_better(val, best, top, len(self.val_rows)):
+        if val is None or best is None or is_better(val, best, top, len(self.val_rows), self.score):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
         return {**record, "num_epochs": self.num_epochs}
@@ -250,16 +258,20 @@ class Fitting:
         )
 
 
-def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int) -> bool:
+def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int, score: Score) -> bool:
     """Whether an epoch's val scores are better than those of the best epoch so far; top: the highest score so far.
 
-    Scores that differ by less than half a standard error of a share over so many rows are level: the lower loss decides.
+    Scores in [0, 1] that differ by less than half a standard error of a share over so many rows are level, others only if
+    they are equal: the lower loss decides.
     """
-    top = max(top, val["score"])
-    level = top - 0.5 * math.sqrt(max(top * (1 - top), 1 / num_rows) / num_rows)
-    if val["score"] < level:
+    ours, theirs = score(val), score(best)
+    top = max(top, ours)
+    level = top
+    if 0 <= top <= 1:
+        level -= 0.5 * math.sqrt(max(top * (1 - top), 1 / num_rows) / num_rows)
+    if not ours >= level:
         return False
-    return best["score"] < level or val["loss"] < best["loss"]
+    return not theirs >= level or val["loss"] < best["loss"]
 
 
 def build_model(config: Config, table: FeatureTable) -> MultimodalModel:

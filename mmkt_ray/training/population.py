@@ -12,7 +12,7 @@ Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/210
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,15 @@ from torch.func import functional_call
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import model_inputs
+from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.features.store import MISSING, FeatureTable
 from mmkt_ray.models import Features, MultimodalModel
 from mmkt_ray.training.batches import World, has_target
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import Fitting, build_objective, seed_of, spec_of
+from mmkt_ray.training.loop import Fitting, build_objective, is_better, seed_of, spec_of
 from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.optimizer import rate
-from mmkt_ray.training.validation import summarise, tally_batch
+from mmkt_ray.training.validation import summarise, tally_batch, task_scores
 
 MEMBER_KEYS = frozenset(
     {
@@ -46,13 +47,7 @@ MEMBER_KEYS = frozenset(
 FLAT = ("weights", "mean", "square", "best")  # a population's (P, N) tensors, N trained numbers each
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # as torch.optim.AdamW
 
-Score = Callable[[Mapping[str, Any]], float]  # of a member's validation scores, see training.validation
 Stack = dict[str, Tensor]  # parameter name -> (P, ..)
-
-
-def mean_macro_f1(val: Mapping[str, Any]) -> float:
-    """The validation score by which `fit` chooses its epoch."""
-    return float(val["score"])
 
 
 class Population:
@@ -64,15 +59,16 @@ class Population:
         table: FeatureTable,
         members: Sequence[Mapping[str, Any]],
         device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
-        objective: Score = mean_macro_f1,
+        objective: Score | None = None,
     ) -> None:
         """members: overrides of some of MEMBER_KEYS each; what they leave out is the config's. objective: what a member's
-        epochs are compared by.
+        epochs are compared by; None: the config's.
 
         Raises: ConfigError, DataError as `fit`, and for what can't be stacked.
         """
         check_stackable(config, table, members)
-        self.config, self.objective = config, objective
+        self.config = config
+        self.objective = objective or Score.of(config.training.objective, config.model_tasks)
         self.members = [dict(member) for member in members]
         self.values = {key: _column(config, members, key).to(device) for key in MEMBER_KEYS}  # key -> (P,)
         self.run = Fitting(config, table, World(device=device))  # rows, batches and the weights that all start from
@@ -85,6 +81,7 @@ class Population:
         self.best = self.weights.clone()
         self.val: list[dict[str, Any] | None] = [None] * size
         self.scores, self.best_epoch = np.full(size, -np.inf), np.zeros(size, dtype=int)
+        self.tops = np.full(size, -np.inf)  # highest scores so far, see `is_better`
         self.epoch = 0
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -162,20 +159,29 @@ class Population:
         model, table, rows, device = self.run.model.eval(), self.run.table, self.run.val_rows, self.run.world.device
         stack = self._views(self.weights)
         tallies: list[dict[str, np.ndarray]] = [{} for _ in self.members]
+        metric, kept = self.objective.extra, dict[str, list[Tensor]]()
         for start in range(0, len(rows), 1024):
             chosen = rows[start : start + 1024]
             inputs = model_inputs(table, chosen, model.spec.modalities, device)
             for t, found in self._forward(model, stack, *inputs).items():
+                if metric:
+                    kept.setdefault(t, []).append(found)
                 labels = torch.from_numpy(table.labels[t][chosen]).to(device)
                 for tally, values in zip(tallies, tally_batch(found, labels).cpu().numpy(), strict=True):
                     tally[t] = tally.get(t, 0) + values
+        logits = {t: torch.cat(parts, dim=1) for t, parts in kept.items()}  # (P, N, C)
         for i, tally in enumerate(tallies):
             val = summarise(tally)
+            if metric and np.isfinite(val["loss"]):
+                val[metric] = task_scores(metric, table, rows, {t: values[i] for t, values in logits.items()})
             if not np.isfinite(val["loss"]):
                 self.scores[i] = np.nan
-            elif self._still_runs(i) and self.objective(val) > self.scores[i]:
-                self.val[i], self.scores[i], self.best_epoch[i] = val, self.objective(val), self.epoch
-                self.best[i].copy_(self.weights[i])
+            elif self._still_runs(i):
+                score, best = self.objective(val), self.val[i]
+                if best is None or is_better(val, best, float(self.tops[i]), len(rows), self.objective):
+                    self.val[i], self.scores[i], self.best_epoch[i] = val, score, self.epoch
+                    self.best[i].copy_(self.weights[i])
+                self.tops[i] = np.fmax(self.tops[i], score)
 
     def _still_runs(self, member: int) -> bool:
         """False once `patience` epochs went by without a better score, where alone it would have stopped."""
@@ -192,6 +198,7 @@ class Population:
             "members": [self.members[i] for i in members],
             "val": [self.val[i] for i in members],
             "scores": self.scores[list(members)],
+            "tops": self.tops[list(members)],
             "best_epoch": self.best_epoch[list(members)],
             "values": {key: v[index] for key, v in self.values.items()},
             **{name: getattr(self, name)[index] for name in FLAT},
@@ -209,6 +216,7 @@ class Population:
             "members": [m for p in populations for m in p.members],
             "val": [v for p in populations for v in p.val],
             "scores": np.concatenate([p.scores for p in populations]),
+            "tops": np.concatenate([p.tops for p in populations]),
             "best_epoch": np.concatenate([p.best_epoch for p in populations]),
             "values": {key: torch.cat([p.values[key] for p in populations]) for key in first.values},
             **{name: torch.cat([getattr(p, name) for p in populations]) for name in FLAT},

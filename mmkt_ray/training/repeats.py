@@ -69,7 +69,7 @@ def repeat(
     variants = config.expand_variants()
     if against is not None and against not in variants:
         raise ConfigError(f"--against: no variant '{against}': {nearest(against, variants)}")
-    seeds = [config.seed + i for i in range(num_seeds)]
+    seeds = [config.training_seed + i for i in range(num_seeds)]
     found: dict[str, dict[str, Judged]] = {}  # task -> variant
     for name, variant in variants.items():
         table = stores[name].table(variant.model_modalities, variant.model_tasks)

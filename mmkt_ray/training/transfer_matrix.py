@@ -144,7 +144,8 @@ def methods_for(source: Node, target: Node) -> tuple[str, ...]:
 def node_config(config: Config, node: Node, seed: int, label_frac: float = 1.0) -> Config:
     """The config of one node's own model."""
     chosen: dict[str, Any] = {"model.modalities": list(node.modalities), "model.tasks": [node.task]}
-    return config.with_overrides({**chosen, "seed": seed, "training.label_frac": label_frac, "variants": {}})
+    again = config.reseeded(seed - config.seed)
+    return again.with_overrides({**chosen, "training.label_frac": label_frac, "variants": {}})
 
 
 def cell_config(config: Config, cell: Cell, source_uri: str | None) -> Config:

@@ -42,9 +42,11 @@ def result() -> dict:
         "best concat": finalist(0.79, ["image", "text"], {"name": "concat"}, 0.80),
     }
     return {
-        "tried": {"candidates": 1234, "stopped": 900, "finished": 320, "diverged": 10, "out_of_memory": 4},
+        "notes": [],
+        "tried": {"candidates": 1234, "references": 192, "fused": 1100}
+        | {"stopped": 900, "finished": 320, "diverged": 10, "out_of_memory": 4},
         "seconds": 611.2,
-        "objective": {"task": "thing", "metric": "macro_f1", "split": "val"},
+        "objective": {"task": "thing", "metric": "macro_f1", "over": "mean", "split": "val"},
         "overrides": {role: {"training.lr": 0.0123456, "model.sharing": ["task", "modality"]} for role in finalists},
         "compared_with": {r: r for r in ("best single modality", "best concat")},
         "winner": "candidate 1",
@@ -131,6 +133,7 @@ def test_what_was_tried_and_what_won_is_said_first(page):
     text = text_of(page)
     for expected in (
         "1,234 candidates were tried in 10 min: 900 stopped early, 320 trained to the end, 10 diverged, 4 did not fit",
+        "into memory, and 192 to compare with. They were chosen by",
         "chosen by macro-F1 on val of thing",
         f"candidate 1, image + {HOSTILE}, fusion hierarchical (depth 3), sharing task, with 80.0 % on val",
         "Only thing was searched for",
@@ -257,7 +260,51 @@ def test_a_heat_map_with_one_value_is_drawn():
         "score": [[0.5]],
         "candidates": [[1]],
     }
-    assert search_plots.heat_map(one, plots.DARK).startswith(b"\x89PNG")
+    assert search_plots.heat_map(one, search_plots.Measure.of("macro_f1"), plots.DARK).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def bare(run, tmp_path, monkeypatch) -> Path:
+    """The run with a search that has nothing to draw."""
+    monkeypatch.setattr(plots, "DPI", 20)
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    nothing = {"heat_maps": [], "curve": [], "importance": None, "slices": {}}
+    storage.write_json(str(folder / "search" / "report.json"), nothing)
+    return folder
+
+
+def test_a_search_without_a_winner_says_so_first(bare):
+    """Catches a page that fails, or names a winner, where the time was up before anything was tried."""
+    note = "The time budget of 1 s ended before any candidate was tried"
+    none = {"winner": None, "finalists": {}, "versus": {}, "compared_with": {}, "overrides": {}, "ensemble": None}
+    storage.write_json(str(bare / "search" / "result.json"), result() | none | {"notes": [note]})
+    text = text_of(Elements(Path(build_report(str(bare))).read_text(encoding="utf-8")))
+    assert note in text
+    assert "winner is" not in text
+
+
+def test_a_search_without_a_fused_candidate_says_so_first_and_a_log_loss_is_told_in_nats(bare):
+    """Catches a winner among single modalities that looks like one of a search over fusion; a negated log loss told as a
+    percentage, and a gain whose sign says that the winner is worse."""
+    note = "The time budget of 1 s ended before any fused candidate had a score."
+    found = result() | {"notes": [note], "tried": {"candidates": 0, "references": 64, "fused": 0}}
+    found["objective"]["metric"] = "log_loss"
+    for finalist in found["finalists"].values():
+        finalist |= {"val": -0.5, "val_by_seed": [-0.45, -0.55]}
+        for test in finalist["test"].values():
+            test["log_loss"] = {"value": -0.6, "low": -0.7, "high": -0.55}
+    for by_task in found["versus"].values():
+        by_task["thing"]["log_loss"] = {"value": 0.1, "low": 0.05, "high": 0.2, "verdict": "better"}
+    storage.write_json(str(bare / "search" / "result.json"), found)
+    text = text_of(Elements(Path(build_report(str(bare))).read_text(encoding="utf-8")))
+    assert text.index(note) < text.index("0 candidates were tried")
+    for expected in (
+        "The best so far is candidate 1",
+        "with -0.500 nats on val",
+        "log loss 0.600 (0.550 to 0.700)",
+        "+0.100 nats of log loss saved [+0.050, +0.200]",
+    ):
+        assert expected in text
 
 
 def test_choices_that_are_lists_are_told_as_words():

@@ -80,7 +80,7 @@ def test_out_of_memory_halves_the_stack_and_loses_nobody(config, table):
         assert all(np.isfinite(c.score) for c in halving.candidates)
     halving = run(Halving(builder(config, table, [], limit=0), rates(3), 3, [1, 2], 2))
     assert [c.status for c in halving.candidates] == ["out_of_memory"] * 3
-    assert halving.best == 0.0
+    assert halving.best == -np.inf
 
 
 def test_a_diverging_candidate_costs_only_itself(config, table):

@@ -38,7 +38,8 @@ def test_every_candidate_is_on_the_leaderboard_with_its_parameters_and_its_end(f
     _, run_uri, result = found
     rows = read_rows(run_uri)
     assert rows["candidate"].is_unique
-    assert len(rows) == result["tried"]["candidates"] == 72
+    assert (result["tried"]["candidates"], result["tried"]["references"]) == (72, 18)
+    assert len(rows) == 72 + 18
     assert set(rows["status"]) == {"finished", "stopped"}
     hierarchical = rows["model.fusion.name"] == "hierarchical"
     assert rows.loc[hierarchical, "model.fusion.depth"].notna().all()
@@ -72,7 +73,7 @@ def test_the_winner_is_chosen_on_val_and_told_on_test(found, store):
     single = result["compared_with"]["best single modality"]
     assert result["versus"][single]["mood"]["accuracy"]["verdict"] in {"better", "worse", "tie"}
     assert "72 candidates tried" in result_table(result)
-    assert storage.read_json(f"{run_uri}/search/report.json")["curve"][-1][2] == 72
+    assert storage.read_json(f"{run_uri}/search/report.json")["curve"][-1][2] == 90
 
 
 def test_the_winner_is_a_model_folder(found, store):
@@ -106,7 +107,7 @@ def test_a_killed_search_goes_on_with_what_is_missing(found, make_config, store,
         storage.write_bytes(f"{before.parts_uri}/{part.name}", part.read_bytes())
     explore(space, config.search, before, store.table())
     rows = before.read()
-    assert len(rows) == 36
+    assert len(rows) == 36 + 18
     assert rows["candidate"].is_unique
     old = pq.read_table([str(p) for p in parts]).to_pandas()
     assert set(old["candidate"]) < set(rows["candidate"])
@@ -169,10 +170,10 @@ def test_a_val_split_without_labels_to_choose_by_is_refused(make_config, store):
     table = replace(table, labels={**table.labels, "mood": hidden})
     for task in ("topic", None):
         config = make_config(**{"search.objective.task": task})
-        check_features(check_search(config), config.search, table)
+        check_features(check_search(config), table)
     config = make_config(**{"search.objective.task": "mood"})
     with pytest.raises(DataError, match="labels of mood"):
-        check_features(check_search(config), config.search, table)
+        check_features(check_search(config), table)
 
 
 def test_rows_left_out_are_found_from_anywhere_and_decide_the_result(
@@ -184,7 +185,7 @@ def test_rows_left_out_are_found_from_anywhere_and_decide_the_result(
     changes = {"training.exclude": "out.parquet", "training.epochs": 1, "search.max_candidates": 6}
     config = make_config(**changes, **{"search.finalists": 1, "search.seeds": 1})
     result = search(config, store, str(tmp_path / "run"))
-    assert result["tried"] == {"candidates": 6, "finished": 6}
+    assert result["tried"] == {"candidates": 6, "references": 18, "fused": 12, "finished": 6}
     before = search_digest(check_search(config), config.search, store)
     pq.write_table(pa.table({"sample_id": ["s0", "s4"]}), "out.parquet")
     assert search_digest(check_search(config), config.search, store) != before
@@ -195,3 +196,30 @@ def test_without_a_search_section_the_defaults_are_searched(make_config):
     space = check_search(make_config(search=None))
     assert len(list(space.architectures())) == (4 + 4) * 5
     assert SearchConfig().max_candidates == 10_000
+
+
+def test_a_budget_of_a_moment_ends_with_what_there_is_and_says_so(ray_local, make_config, store, tmp_path):
+    """Catches an exception, or a winner of nothing, where the time was up before any candidate had a score."""
+    config = make_config(**{"search.max_candidates": 1000, "search.time_budget_s": 0.01})
+    result = search(config, store, str(tmp_path))
+    assert result["notes"]
+    if result["winner"] is None:
+        assert result["tried"] == {"candidates": 0, "references": 0, "fused": 0}
+        assert not Path(tmp_path, "models", "search_winner").exists()
+    first = result_table(result).splitlines()[0]
+    assert first.startswith("The time budget of 0.01 s ended")
+    assert storage.read_json(f"{tmp_path}/search/result.json") == result
+
+
+def test_searching_over_tasks_ends_with_a_winner(ray_local, make_config, store, tmp_path):
+    """Catches a KeyError after all finalists are trained, and a candidate that wins by leaving out a task."""
+    space = {"model.tasks": {"choice": [["topic"], ["mood", "topic"]]}, "training.lr": {"loguniform": [1e-3, 1e-1]}}
+    changes = {"search.space": space, "search.max_candidates": 12, "training.epochs": 3, "search.seeds": 1}
+    result = search(make_config(**changes, **{"search.ensemble": 2}), store, str(tmp_path))
+    rows = read_rows(tmp_path)
+    alone = rows[rows["model.tasks"] == '["topic"]']
+    assert alone["macro_f1.mood"].isna().all()
+    assert (alone["score"] < alone["macro_f1.topic"]).any()  # mood counts as the constant prediction
+    assert result["finalists"][result["winner"]]["tasks"] == ["mood", "topic"]
+    assert {role for role, f in result["finalists"].items() if f["tasks"] == ["topic"]}
+    assert result["ensemble_test"].keys() == {"mood", "topic"}

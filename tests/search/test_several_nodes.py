@@ -50,7 +50,7 @@ def test_both_nodes_search_and_the_leaderboard_is_whole(make_config, store, tmp_
     space = check_search(config)
     board = Leaderboard(f"{tmp_path}/search", space, search_digest(space, config.search, store))
     rows = board.read()
-    assert len(rows) == 36
+    assert len(rows) == 36 + 18
     assert rows["candidate"].is_unique
     assert set(rows["status"]) <= {"finished", "stopped"}
     assert set(rows["reference"].dropna()) == {"image", "text", "concat"}

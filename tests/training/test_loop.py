@@ -133,8 +133,15 @@ def test_of_level_epochs_the_one_with_the_lower_loss_is_kept(make_config, table)
 def test_without_validation_rows_the_last_epoch_is_kept(make_config, table):
     """A crash, or a model of the first epoch, where no val split is given."""
     kept = table.take(np.flatnonzero(table.split != "val"))
-    result = fit(make_config(**{"training.patience": 1}), kept)
+    result = fit(make_config(), kept)
     assert (result.best_epoch, result.val) == (4, None)
+
+
+def test_patience_without_validation_rows_is_refused(make_config, table):
+    """Patience that waits for nothing and is never told so: all epochs are trained, the last one is kept."""
+    kept = table.take(np.flatnonzero(table.split != "val"))
+    with pytest.raises(ConfigError, match=r"training\.patience: 1 waits for .* on val.*val_frac above 0"):
+        fit(make_config(**{"training.patience": 1}), kept)
 
 
 def test_the_model_reads_only_what_the_config_names(make_config, table):

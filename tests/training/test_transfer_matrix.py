@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import MISSING, open_store
+from mmkt_ray.training.loop import fit
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.transfer_matrix import (
     Node,
     list_nodes,
     methods_for,
+    node_config,
     transfer_matrix,
     transfer_table,
 )
@@ -135,3 +138,13 @@ def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_conf
         assert set(tasks[task]["models"]) == {single, "both"}
         assert tasks[task]["reference"] == single
         assert tasks[task]["num_rows"] == ((unpaired.split == "test") & (unpaired.labels[task] != MISSING)).sum()
+
+
+def test_every_seed_is_another_model_where_the_config_sets_one(make_config, table, store, tmp_path):
+    """Catches `training.seed` that makes every seed of the matrix one model: intervals without the luck of the seed."""
+    config = make_config(**{"training.seed": 7, "training.epochs": 1})
+    nodes = [node_config(config, Node(IMAGE, "topic"), seed) for seed in (0, 1)]
+    assert [n.training_seed for n in nodes] == [7, 8]
+    first, second = (dict(fit(n, table).model.named_parameters()) for n in nodes)
+    assert any(not torch.equal(p, second[name]) for name, p in first.items() if p.ndim > 1)
+    assert repeat(config, {"model": store}, str(tmp_path), 2)["seeds"] == [7, 8]

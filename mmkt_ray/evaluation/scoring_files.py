@@ -1,0 +1,160 @@
+"""A trained model on new labelled files: predictions, and how good they are.
+
+<out>/predictions.parquet   as `predict` writes it, each prediction beside its label
+<out>/metrics.json          what `score_files` returns
+
+Axes: N labelled rows with a prediction, C classes known to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, parse_config
+from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals, percentiles
+from mmkt_ray.evaluation.metrics import predicted, task_metrics
+from mmkt_ray.evaluation.model_folder import read_card
+from mmkt_ray.evaluation.objective import RANKING
+from mmkt_ray.evaluation.prediction import predict
+from mmkt_ray.evaluation.seeds import metric_seed_scores
+from mmkt_ray.evaluation.tables import metric_name, told
+from mmkt_ray.features.store import labelled
+from mmkt_ray.features.table import encode_labels, has_unseen
+
+MORE = {  # metrics with an interval beside accuracy and macro-F1
+    "multiclass": ("balanced_accuracy", "auroc", "log_loss"),
+    "binary": ("balanced_accuracy", "precision", "recall", "f1", "average_precision", "auroc", "log_loss"),
+    "multilabel": ("micro_f1", "samples_f1", "macro_average_precision", "auroc", "log_loss"),
+}
+MAX_RANKED = 1_000_000  # probabilities: of more, resamples of how they rank take minutes, and have no interval
+MAX_CLASSES = 20  # in the terminal; metrics.json has all
+
+
+def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: Any) -> dict[str, Any]:
+    """Predict labelled shards and score the predictions; reading: what `predict` takes. Writes the files above.
+
+    Returns: model, inputs, predictions (its path), num_rows, confidence, bootstrap_samples, and tasks: {task: {metrics of
+    `task_metrics`, num_unseen (labels that the model does not know), num_unreadable (labelled rows without a modality that
+    the task reads), class_names, intervals: {metric: {value, low, high} or None}, patterns: {"image+text": {num_rows,
+    intervals, metrics}} by the modalities that a row has}}, for the tasks that some row has a label of.
+    Raises: ConfigError, DataError as `predict`; DataError if no row has a label.
+    """
+    path = predict(model_uri, inputs, out_uri, **reading)
+    card = read_card(model_uri) or {}
+    config = parse_config(card["config"])
+    rows = storage.read_table(path)
+    tasks = [t for t in config.model_tasks if f"{t}_label" in rows.column_names]
+    if not tasks:
+        columns = {t: s.columns[t] for s in config.samples.sources for t in config.model_tasks if t in s.columns}
+        asked = ", ".join(f"{t} from column '{theirs}'" for t, theirs in columns.items())
+        raise DataError(
+            f"no row of {', '.join(inputs) or 'the sources'} has a label ({asked}): name every column with --column "
+            f"OURS=THEIRS; the predictions are in '{path}'"
+        )
+    kinds = {t: config.tasks[t].kind for t in tasks}
+    scored = {t: score_task(rows, t, kinds[t], card["class_names"][t], config) for t in tasks}
+    result = {
+        "model": model_uri,
+        "inputs": list(inputs),
+        "predictions": path,
+        "num_rows": len(rows),
+        "confidence": config.evaluation.confidence,
+        "bootstrap_samples": config.evaluation.bootstrap_samples,
+        "tasks": scored,
+    }
+    storage.write_json(storage.join(storage.absolute(out_uri), "metrics.json"), result)
+    return result
+
+
+def score_task(rows: pa.Table, task: str, kind: str, names: list[str], config: Config) -> dict[str, Any]:
+    """One task's scores over rows of predictions.parquet; see `score_files`."""
+    labels = encode_labels(rows[f"{task}_label"], names)
+    has_label, answered = labelled(labels), rows[f"{task}_proba"].is_valid().to_numpy()
+    known = has_label & answered
+    kept = rows.filter(pa.array(known))
+    proba = np.stack(kept[f"{task}_proba"].to_numpy()) if len(kept) else np.empty((0, len(names)), np.float32)
+    patterns = np.array([pattern_of(missing, config.model_modalities) for missing in kept["missing"].to_pylist()])
+    labels = labels[known]
+    by_pattern = {}
+    for name in sorted(set(patterns), key=lambda n: (-n.count("+"), n)):
+        here = patterns == name
+        by_pattern[name] = _scores(kind, labels[here], proba[here], names, config)
+    return {
+        **_scores(kind, labels, proba, names, config),
+        "num_unseen": int(has_unseen(rows[f"{task}_label"], names)[known].sum()),
+        "num_unreadable": int((has_label & ~answered).sum()),
+        "class_names": names,
+        "patterns": by_pattern,
+    }
+
+
+def pattern_of(missing: Sequence[str], modalities: Sequence[str]) -> str:
+    """`image+text`: the modalities that a row has."""
+    return "+".join(m for m in modalities if m not in missing)
+
+
+def _scores(kind: str, labels: np.ndarray, proba: np.ndarray, names: list[str], config: Config) -> dict[str, Any]:
+    """Metrics, and intervals of the main ones."""
+    how = (config.evaluation.bootstrap_samples, config.seed)
+    confidence = config.evaluation.confidence
+    found: dict[str, Interval | None] = dict(
+        bootstrap_intervals(
+            labels, predicted(proba, kind), len(names), num_resamples=how[0], confidence=confidence, seed=how[1]
+        )
+    )
+    for metric in MORE[kind] if len(labels) else ():
+        if metric not in RANKING or proba.size <= MAX_RANKED:
+            found[metric] = percentiles(metric_seed_scores(metric, kind, labels, [proba[None]], *how)[0], confidence)
+    if loss := found.get("log_loss"):
+        found["log_loss"] = {"value": -loss["value"], "low": -loss["high"], "high": -loss["low"]}
+    return {**task_metrics(kind, labels, proba, names), "intervals": found}
+
+
+def scores_text(result: dict[str, Any]) -> str:
+    """The scores as text: by task the metrics with intervals, then a line for each class and each presence pattern."""
+    percent = f"{100 * result['confidence']:g} %"
+    lines = [f"{result['num_rows']} rows; brackets are {percent} intervals"]
+    for task, found in result["tasks"].items():
+        lines.append(f"{task} ({found['kind']}): {found['num_rows']} labelled rows{_left_out(found)}")
+        lines += [f"  {metric_name(m)} {told_plain(m, interval)}" for m, interval in found["intervals"].items()]
+        classes = list(found.get("per_class", {}).items())
+        if classes:
+            width = max(len("class"), *(len(name) for name, _ in classes[:MAX_CLASSES]))
+            lines.append(f"  {'class':{width}}  precision  recall     F1   rows")
+            lines += [f"  {name:{width}}  {_class_line(scores)}" for name, scores in classes[:MAX_CLASSES]]
+        if len(classes) > MAX_CLASSES:
+            lines.append(f"  and {len(classes) - MAX_CLASSES} more classes in metrics.json")
+        for name, scores in found["patterns"].items():
+            told = ", ".join(f"{metric_name(m)} {told_plain(m, scores['intervals'].get(m))}" for m in ("accuracy", "macro_f1"))
+            lines.append(f"  rows with {name}: {scores['num_rows']}, {told}")
+    return "\n".join(lines)
+
+
+def told_plain(metric: str, interval: Interval | None) -> str:
+    """An interval in percent, of the log loss in nats."""
+    if interval is None or metric != "log_loss":
+        return told(interval)
+    return " ".join([f"{interval['value']:.3f}", f"[{interval['low']:.3f}, {interval['high']:.3f}]"])
+
+
+def _left_out(found: dict[str, Any]) -> str:
+    parts = [
+        f", {found[key]} {text}"
+        for key, text in (
+            ("num_unseen", "of them with a class that the model does not know, which count as wrong"),
+            ("num_unreadable", "more without a modality that it reads, left out"),
+        )
+        if found[key]
+    ]
+    return "".join(parts)
+
+
+def _class_line(scores: dict[str, Any]) -> str:
+    cells = ["-" if scores[n] is None else f"{100 * scores[n]:.1f}" for n in ("precision", "recall", "f1")]
+    return f"{cells[0]:>9}  {cells[1]:>6}  {cells[2]:>5}  {scores['support']:>5}"
