@@ -162,6 +162,16 @@ def paired_p(gain: np.ndarray) -> float:
     return float((1 + (np.abs(flipped) >= abs(gain.sum()) - 1e-9).sum()) / (1 + _NUM_FLIPS))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number, in the given order (the step-down of Holm 1979,
+    https://www.jstor.org/stable/4615733)."""
+    order = np.argsort(p_values, kind="stable")
+    steps = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else []
+    return [float(p) for p in corrected]
+
+
 def agreeing(difference: Interval, p: float, confidence: float) -> Interval:
     """The interval, widened to zero where the test does not tell the difference from zero: so no verdict of the one
     contradicts the other."""

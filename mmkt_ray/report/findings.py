@@ -89,7 +89,7 @@ def missing(
     if not places:
         return None
     below = [
-        {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["difference"] and a["difference"][2] < 0
+        {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["below"]
     ]
     num = sum(len(f["answers"]) for f in files.values())
     experts = [row for name in files for row in _experts_of(run_uri, name, results["models"][name]["folder"])]
@@ -192,8 +192,8 @@ def transfer(run_uri: str, figures: Figures) -> dict[str, Any] | None:
     return {
         "figures": drawn,
         "cells": cells,
-        "worse": [c for c in cells if c["high"] < 0],
-        "better": [c for c in reversed(cells) if c["low"] > 0],
+        "worse": [c for c in cells if c["verdict"] == "negative"],
+        "better": [c for c in reversed(cells) if c["verdict"] == "positive"],
         "num": len(cells),
         "num_hidden": max(0, len(maps) - MAX_HEAT_MAPS),
         "listed": MAX_LISTED,

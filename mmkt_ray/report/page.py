@@ -17,7 +17,7 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
-from mmkt_ray.evaluation.tables import points
+from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
 
@@ -46,7 +46,8 @@ def build_report(run_uri: str) -> str:
     stores = _stores(run, results)
     context = {
         "results": results,
-        "headlines": [words.headline(t, results) for t in results["tasks"]],
+        "recommended": _recommended(results, run_uri),
+        "headlines": [found["headline"] for found in results["tasks"].values()],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
         "knowledge": findings.knowledge(run_uri, figures),
@@ -71,6 +72,15 @@ def build_report(run_uri: str) -> str:
     uri = storage.join(run_uri, "report", "index.html")
     storage.write_bytes(uri, _environment().get_template("template.html.j2").render(context).encode())
     return uri
+
+
+def _recommended(results: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
+    """The model to ship, with its path and the command that uses it."""
+    chosen = results["recommended"]
+    if chosen is None:
+        return None
+    path = path_of(chosen, run_uri)
+    return {**chosen, "path": path, "command": predict_command(path)}
 
 
 def _environment() -> jinja2.Environment:
@@ -115,7 +125,7 @@ def _task_section(
     return {
         "name": task,
         "found": found,
-        "rows": sorted(found["rows"], key=lambda r: -r["accuracy"]["value"]),
+        "groups": same_samples(found["rows"]),
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
         "record": record,
@@ -135,12 +145,15 @@ def _task_figures(
     task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
-    rows, shown, single = found["rows"], found["best_trained"] or found["best"], found["best_single"]
-    best = max(rows, key=lambda r: r["accuracy"]["value"])
+    groups, shown, single = same_samples(found["rows"]), found["best_trained"] or found["best"], found["best_single"]
+    rows = groups[0]  # those scored on the most samples; others have no place in their order
+    best = rows[0]
     drawn = [
         figures.add(
             f"{task}-accuracy",
-            "Accuracy of every model",
+            "Accuracy of every model"
+            if len(groups) == 1
+            else f"Accuracy of the models scored on {words.count(best['num_rows'])} samples",
             f"Bars of accuracy on task {task}; best: {best['model']}, {words.percent(best['accuracy']['value'])}",
             lambda theme: plots.accuracy_bars(rows, colors, theme),
         )

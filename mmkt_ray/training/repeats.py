@@ -16,7 +16,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, percentiles
+from mmkt_ray.evaluation.intervals import METRICS, agreeing, paired_p, percentiles
 from mmkt_ray.evaluation.metrics import is_right, predicted
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
@@ -137,7 +137,7 @@ def _compare(
 ) -> dict[str, dict[str, Any]]:
     """Variant -> scores on the same rows (N,) and differences to the reference."""
     first = next(iter(by_name.values()))
-    labels = first.labels[rows]
+    labels, num_rows = first.labels[rows], int(rows.sum())
     preds = {n: np.stack([p[rows[judged.able]] for p in judged.pred]) for n, judged in by_name.items()}
     evaluation = config.evaluation
     drawn = seed_scores(labels, list(preds.values()), first.num_classes, evaluation.bootstrap_samples, config.seed)
@@ -147,12 +147,16 @@ def _compare(
     by_model = {n: {m: drawn[m][i] for m in drawn} for i, n in enumerate(preds)}
     found: dict[str, dict[str, Any]] = {}
     for name, scores in by_model.items():
-        found[name] = {m: percentiles(scores[m], evaluation.confidence) for m in drawn}
+        found[name] = {m: percentiles(scores[m], evaluation.confidence, num_rows) for m in drawn}
         found[name]["by_seed"] = [float(is_right(labels, pred).mean()) for pred in preds[name]]
         found[name]["versus"] = None
         if reference is not None and name != reference:
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
-            found[name]["versus"] = {m: percentiles(gain, evaluation.confidence) for m, gain in gains.items()}
+            versus = {m: percentiles(g, evaluation.confidence, num_rows, least=-1.0) for m, g in gains.items()}
+            ours, theirs = (np.mean([is_right(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
+            found[name]["versus"] = versus | {
+                "accuracy": agreeing(versus["accuracy"], paired_p(ours - theirs), evaluation.confidence)
+            }
     return found
 
 

@@ -29,6 +29,7 @@ from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.evaluation.inference import score_rows
+from mmkt_ray.evaluation.intervals import agreeing, holm, paired_p
 from mmkt_ray.evaluation.seeds import mean_interval
 from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
 from mmkt_ray.training.loop import fit
@@ -68,7 +69,8 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
     """Fit all cells and write `<run>/transfer.json`; the same command after a kill fits only what is missing.
 
     Returns: nodes, label_fracs, seeds, confidence, `targets` [{target, label_frac, score (mean over seeds and test rows)}]
-    and `cells` [{source, target, method, label_frac, gain, low, high, seeds, verdict}].
+    and `cells` [{source, target, method, label_frac, gain, low, high, seeds, p_holm, verdict}]; a verdict holds after
+    correction for all cells.
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
     config = config.with_overrides({"model.experts": False})  # what towers know is asked, and an expert has its own
@@ -222,14 +224,15 @@ def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray])
     """The gains over from scratch; see `transfer_matrix`."""
     seeds = range(config.seed, config.seed + config.transfer.seeds)
     num, confidence = config.evaluation.bootstrap_samples, config.evaluation.confidence
-    targets, found = [], []
+    targets, found, tests = [], list[dict[str, Any]](), list[float]()
     for cell in (c for c in cells if c.seed == config.seed):
         each = np.stack([scores[replace(cell, seed=s)] for s in seeds])
         if cell.source is None:
             targets.append({"target": str(cell.target), "label_frac": cell.label_frac, "score": float(each.mean())})
             continue
         scratch = np.stack([scores[Cell(cell.target, cell.label_frac, s)] for s in seeds])
-        gain = mean_interval(each - scratch, num, confidence, config.seed)
+        tests.append(paired_p((each - scratch).mean(axis=0)))
+        gain = agreeing(mean_interval(each - scratch, num, confidence, config.seed), tests[-1], confidence)
         found.append(
             {
                 "source": str(cell.source),
@@ -240,9 +243,12 @@ def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray])
                 "low": gain["low"],
                 "high": gain["high"],
                 "seeds": len(seeds),
-                "verdict": "positive" if gain["low"] > 0 else "negative" if gain["high"] < 0 else "none shown",
             }
         )
+    for about, p in zip(found, holm(tests), strict=True):
+        shown = p < 1 - confidence
+        way = "positive" if about["low"] > 0 else "negative" if about["high"] < 0 else "none shown"
+        about |= {"p_holm": p, "verdict": way if shown else "none shown"}
     nodes = sorted({str(c.target) for c in cells} | {str(c.source) for c in cells if c.source})
     return {
         "nodes": nodes,

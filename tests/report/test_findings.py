@@ -20,7 +20,8 @@ SECTIONS = ("knowledge", "missing", "calibration", "transfer", "representation",
 
 def transfer_cell(source: str, target: str, gain: float, method: str = "finetune", label_frac: float = 0.1) -> dict:
     about = {"source": source, "target": target, "method": method, "label_frac": label_frac, "seeds": 3}
-    return about | {"gain": gain, "low": gain - 0.02, "high": gain + 0.02}
+    verdict = "positive" if gain > 0.02 else "negative" if gain < -0.02 else "none shown"
+    return about | {"gain": gain, "low": gain - 0.02, "high": gain + 0.02, "verdict": verdict}
 
 
 def duplicates(*samples: dict) -> dict:
