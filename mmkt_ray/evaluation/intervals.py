@@ -25,12 +25,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import sqrt
 from typing import TypedDict
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, ttest_1samp
+from scipy.special import bdtr, ndtri
+from scipy.stats import binomtest, ttest_1samp
 
 from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts
 from mmkt_ray.features.store import labelled
@@ -124,14 +126,14 @@ def paired_difference(
 def share_difference(better: int, worse: int, num_rows: int, confidence: float) -> Interval:
     """Difference of two shares of the same rows, of which `better` are right in the first only and `worse` in the second
     only, with the score interval of Tango (1998); see `agreeing` for how it goes with the exact test of McNemar."""
-    z = float(norm.ppf((1 + confidence) / 2))
+    z = float(ndtri((1 + confidence) / 2))
 
     def score(delta: float) -> float:  # falls with delta
         b = -better - worse + (2 * num_rows - better + worse) * delta
-        root = np.sqrt(max(b * b + 8 * num_rows * worse * delta * (1 - delta), 0.0))
+        root = sqrt(max(b * b + 8 * num_rows * worse * delta * (1 - delta), 0.0))
         share = (root - b) / (4 * num_rows)  # of rows that only the second has right, were the difference delta
         spread = num_rows * (2 * share + delta * (1 - delta))
-        return float((better - worse - num_rows * delta) / np.sqrt(max(spread, 1e-300)))
+        return (better - worse - num_rows * delta) / sqrt(max(spread, 1e-300))
 
     value, edge = (better - worse) / num_rows, 1 - 1e-12
     low = -1.0 if score(-edge) < z else brentq(lambda delta: score(delta) - z, -edge, value)
@@ -142,7 +144,7 @@ def share_difference(better: int, worse: int, num_rows: int, confidence: float) 
 
 def exact_p(better: int, worse: int) -> float:
     """P of the exact two-sided test of McNemar: as many rows are better as worse but for chance."""
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5))) if better + worse else 1.0
 
 
 def paired_p(gain: np.ndarray) -> float:
@@ -152,6 +154,8 @@ def paired_p(gain: np.ndarray) -> float:
     Source: the randomisation test for matched pairs, Fisher 1935, The Design of Experiments, section 21.
     """
     gain = gain[np.abs(gain) > 1e-12]
+    if (np.abs(gain) == 1).all():
+        return exact_p(int((gain > 0).sum()), int((gain < 0).sum()))
     sizes, which = np.unique(np.abs(gain).round(12), return_inverse=True)
     if len(sizes) < 2:
         return exact_p(int((gain > 0).sum()), int((gain < 0).sum()))
