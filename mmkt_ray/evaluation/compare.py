@@ -191,9 +191,16 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
         uri = storage.join(run_uri, folder)
         if record := read_optional(storage.join(uri, "metrics.json")):
             card = read_optional(storage.join(uri, "config.json")) or {}
+            if is_stale(record, card):
+                continue
             predictions = storage.join(uri, f"predictions-{record['split']}.parquet")
             models.append(Evaluated(name, "trained", folder, record, predictions, card))
     return models
+
+
+def is_stale(record: dict[str, Any], card: dict[str, Any]) -> bool:
+    """Whether metrics are those of another model than the one that lies there now."""
+    return None not in (record.get("fingerprint"), card.get("fingerprint")) and record["fingerprint"] != card["fingerprint"]
 
 
 def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
@@ -336,7 +343,7 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
         )
     missing = [v for v in run.get("variants") or {} if v not in results["models"]]
     if missing:
-        notes.append(f"Not evaluated yet, so not shown: {', '.join(missing)}.")
+        notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")
     rows = [r for t in results["tasks"].values() for r in t["rows"]]
     if any(r["verdict"] == DIFFERENT_SAMPLES for r in rows):
         notes.append(

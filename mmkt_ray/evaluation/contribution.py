@@ -18,6 +18,7 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import parse_config
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.disagreement import disagreements
 from mmkt_ray.evaluation.inference import predict_table
@@ -37,7 +38,7 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
 
     Reads the evaluated run and writes `<run>/insight.json`, which it returns:
 
-        split, confidence, notes [..]
+        split, confidence, notes [..], about (see provenance.py)
         tasks: {task: {answers: [..] (those of `compare`), disagreement: {..} or None (see disagreement.py),
                        shapley: {model, num_rows, <metric>: {full, empty, values: {modality: interval}}} or None}}
 
@@ -64,7 +65,9 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
         }
         for task, found in results["tasks"].items()
     }
-    found = {"split": results["split"], "confidence": results["confidence"], "notes": notes, "tasks": tasks}
+    models = results["models"].values()
+    about = provenance.about(run_uri, (m["folder"] for m in models if m["kind"] == "trained"), (m["store"] for m in models))
+    found = {"split": results["split"], "confidence": results["confidence"], "notes": notes, "tasks": tasks, "about": about}
     storage.write_json(storage.join(run_uri, "insight.json"), found)
     return found
 

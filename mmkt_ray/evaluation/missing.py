@@ -23,6 +23,7 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import METRICS, holm, paired_p, percentiles, resampled_scores
@@ -49,7 +50,7 @@ def missing_curves(
 ) -> dict[str, Any]:
     """Scores against the share of rows that lack a modality; written to `<model>/missing.json` and returned:
 
-        model, split, confidence, num_seeds, modalities, rates [..]
+        model, split, confidence, num_seeds, modalities, rates [..], about (see provenance.py)
         curves: {hidden modality or "any": {task: {num_rows, accuracy, macro_f1: [[value, low, high] for each rate]}}}
         reference: the same for the best single-modality models of what is there, where the run evaluated any, and
                    `models` {modality: name}; difference: the same for model - reference, paired, and `p_holm` for each
@@ -79,11 +80,19 @@ def missing_curves(
         "model": model_uri.rstrip("/").rpartition("/")[2],
         "split": split,
         "modalities": list(modalities),
+        "about": _about(model_uri, run_uri, store, best),
         "patterns": _patterns(part.table, without_unreadable(whole, part.table, inputs)),
         **curves_of([ask(model, whole, part.table, config, best)], options, config, rates, num_seeds),
     }
     storage.write_json(storage.join(model_uri, "missing.json"), result)
     return result
+
+
+def _about(model_uri: str, run_uri: str, store: Store, best: Mapping[str, Mapping[str, Single]]) -> dict[str, Any]:
+    """The model and the trained ones that it is measured by."""
+    place = storage.absolute(model_uri).removeprefix(storage.absolute(run_uri).rstrip("/") + "/")
+    folders = {single.folder for by_modality in best.values() for single in by_modality.values() if single.folder}
+    return provenance.about(run_uri, {place, *folders}, [store.manifest.get("fingerprint")])
 
 
 def curves_of(
@@ -126,6 +135,7 @@ class Single:
     score: float  # accuracy on val
     pred: np.ndarray  # (N,) codes or (N, C)
     known: np.ndarray  # (N,) bool
+    folder: str = ""  # of a trained model, in the run
 
 
 def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities: Sequence[str]) -> dict[str, Single]:
@@ -139,7 +149,8 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
             known = pred.notna().to_numpy()
             names, kind = part.table.class_names[task], part.table.kinds.get(task, "multiclass")
             codes = _encode(pred, known, names, kind)
-            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known)
+            folder = best.folder if best.kind == "trained" else ""
+            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known, folder)
     return dict(sorted(found.items(), key=lambda item: item[1].score))
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
+from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
@@ -44,21 +45,23 @@ def build_report(run_uri: str) -> str:
     colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
     figures = Figures(storage.join(run_uri, "report"))
     stores = _stores(run, results)
+    current = Current.of(run_uri, run, results)
     context = {
         "results": results,
         "recommended": _recommended(results, run_uri),
         "headlines": [found["headline"] for found in results["tasks"].values()],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
-        "knowledge": findings.knowledge(run_uri, figures),
-        "search": searched.search(run_uri, figures),
-        "seeds": searched.seeds(run_uri),
-        "missing": findings.missing(run_uri, results, colors, figures),
+        "knowledge": findings.knowledge(current, figures),
+        "search": searched.search(current, figures),
+        "seeds": searched.seeds(current),
+        "missing": findings.missing(current, results, colors, figures),
         "calibration": findings.calibration(models, results, figures),
-        "transfer": findings.transfer(run_uri, figures),
-        "representation": findings.representation(run_uri),
+        "transfer": findings.transfer(current, figures),
+        "representation": findings.representation(current),
         "parameters": findings.parameters(run_uri, results),
         "audits": findings.audits(run_uri, stores),
+        "left_out": current.left_out,
         "data": [_data_card(store, names, run_uri) for store, names in stores.items()],
         "run": run,
         "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True)

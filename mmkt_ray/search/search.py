@@ -19,6 +19,7 @@ from typing import Any
 from mmkt_ray import storage
 from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.search.ensemble import build_ensemble
@@ -75,6 +76,7 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
         "overrides": chosen,
         "compared_with": compared,
         "ensemble": about,
+        "about": provenance.about(run_uri, (), [store.manifest["fingerprint"]]),
         **told,
     }
     publish_winner(told, store, run_uri)

@@ -15,6 +15,7 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import METRICS, agreeing, paired_p, percentiles
 from mmkt_ray.evaluation.metrics import is_right, predicted
@@ -58,10 +59,10 @@ def repeat(
     (those that have one of the modalities), each with the variant `against`; None: with the single-modality variant that is
     best on val. A variant that can read no test row of a task is left out there.
 
-    Returns: seeds, against, `tasks`: task -> {num_rows (None: no row that all can read, each has its own), reference, models:
-    {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over seeds and rows; None:
-    undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the reference; None for
-    itself and where there is no common row)}}}.
+    Returns: seeds, against, about (see provenance.py), `tasks`: task -> {num_rows (None: no row that all can read, each has
+    its own), reference, models: {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over
+    seeds and rows; None: undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the
+    reference; None for itself and where there is no common row)}}}.
     Raises: ConfigError if there is no variant `against`.
     """
     variants = config.expand_variants()
@@ -83,6 +84,7 @@ def repeat(
     result = {
         "seeds": seeds,
         "against": against,
+        "about": provenance.about(run_uri, (), (s.manifest["fingerprint"] for s in stores.values()), variants),
         "tasks": {t: compare_seeds(config, by_name, candidates) for t, by_name in sorted(found.items()) if by_name},
     }
     storage.write_json(storage.join(run_uri, "seeds.json"), result)

@@ -28,6 +28,7 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import score_rows
 from mmkt_ray.evaluation.intervals import agreeing, holm, paired_p
 from mmkt_ray.evaluation.seeds import mean_interval
@@ -73,6 +74,7 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
     correction for all cells.
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
+    about = provenance.about(run_uri, (), [store.manifest["fingerprint"]], {"": config})
     config = config.with_overrides({"model.experts": False})  # what towers know is asked, and an expert has its own
     if config.training.exclude:  # workers have another current folder
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
@@ -85,7 +87,7 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
         )
     folder = storage.join(run_uri, "transfer")
     scores = fit_cells(config, store, folder, cells)
-    result = summarise(config, cells, scores)
+    result = summarise(config, cells, scores) | {"about": about}
     storage.write_json(storage.join(run_uri, "transfer.json"), result)
     return result
 

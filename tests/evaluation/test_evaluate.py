@@ -334,7 +334,9 @@ def test_without_trained_single_modality_models_nothing_is_said_of_fusing(run):
     assert found["headline"]["title"] == "Whether fusing helps is not known: concat stands alone"
     row = row_of(results, "colour", "concat")
     assert (row["versus"], row["verdict"]) == (None, "no single modality trained")
-    assert results["notes"][0] == "Not evaluated yet, so not shown: image, text."
+    assert results["notes"][0] == (
+        "Not evaluated, or trained anew since, so not shown: image, text; run `mmkt evaluate` again."
+    )
     assert any("trained for colour, thing: nothing says there whether fusing helps" in note for note in results["notes"])
 
 

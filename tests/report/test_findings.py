@@ -192,3 +192,16 @@ def test_curves_with_undefined_points_are_drawn():
     assert curves.missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}, plots.LIGHT).startswith(
         b"\x89PNG"
     )
+
+
+def test_what_is_out_of_date_is_left_out_and_named(told, tmp_path, monkeypatch):
+    """Catches curves of a model that is no longer there beside the scores of the one that is."""
+    monkeypatch.setattr(plots, "DPI", 20)
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    card = storage.read_json(str(run / "models" / "concat" / "config.json"))
+    storage.write_json(str(run / "models" / "concat" / "config.json"), card | {"fingerprint": "another"})
+    page = Elements(Path(build_report(str(run))).read_text(encoding="utf-8"))
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert not ids & {"missing", "knowledge"}
+    assert "transfer" in ids
+    assert "models/concat/missing.json (run mmkt evaluate --missing again)" in text_of(page)
