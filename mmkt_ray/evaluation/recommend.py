@@ -177,12 +177,13 @@ def recommend(run_uri: str, scored_on: dict[str, list[Evaluated]], tasks: dict[s
         return None
     mine = [t for t, models in able.items() if any(m.name == most[0] for m in models)]
     names = [n for n in most if all(any(m.name == n for m in able[t]) for t in mine)]
-    scores, rows = ({t: f(t, scored_on[t]) for t in mine} for f in (selection_scores, _most_rows))
+    scores = {t: selection_scores(t, scored_on[t]) for t in mine}
+    rows = {t: _most_rows(t, scored_on[t]) for t in mine}
     ons = {tasks[t]["selected_on"] for t in mine}
     on = next(place for place in ("test", "cv", "val") if place in ons)
     by_name = {m.name: m for m in able[mine[0]]}
     considered = choose(
-        [_candidate(by_name[n], *({t: v[t][n] for t in mine} for v in (scores, rows)), on) for n in names]
+        [_candidate(by_name[n], {t: scores[t][n] for t in mine}, {t: rows[t][n] for t in mine}, on) for n in names]
     )
     chosen, best = considered[0], max(considered, key=lambda c: c["score"])
     why = sentences.recommendation(chosen, best, len(mine), sum(c["within"] for c in considered))

@@ -156,9 +156,9 @@ def _compare(
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
             versus = {m: percentiles(g, evaluation.confidence, num_rows, least=-1.0) for m, g in gains.items()}
             ours, theirs = (np.mean([is_right(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
-            found[name]["versus"] = versus | {
-                "accuracy": agreeing(versus["accuracy"], paired_p(ours - theirs), evaluation.confidence)
-            }
+            if versus["accuracy"] is not None:
+                versus["accuracy"] = agreeing(versus["accuracy"], paired_p(ours - theirs), evaluation.confidence)
+            found[name]["versus"] = versus
     return found
 
 
