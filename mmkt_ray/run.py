@@ -30,8 +30,10 @@ from mmkt_ray.evaluation.evaluate import (
     missing_table,
     write_gallery,
 )
+from mmkt_ray.evaluation.recommend import fused_to_study
 from mmkt_ray.evaluation.scores import scores_table, transferability
 from mmkt_ray.evaluation.suspects import find_suspects
+from mmkt_ray.evaluation.tables import recommendation_text
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
@@ -58,9 +60,9 @@ def run(config: Config) -> str:
         check_test(stores)
         train_step(config, stores)
         results = evaluate_step(config, stores)
-        study_step(config, stores, results["main"])
+        study_step(config, stores, results)
         page = report_step(config)
-    return f"{comparison_table(results)}\n\nreport: {page}"
+    return f"{comparison_table(results)}\n\nreport: {page}\n\n{recommendation_text(results, run_folder(config))}".rstrip()
 
 
 def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
@@ -146,9 +148,9 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
         return results
 
 
-def study_step(config: Config, stores: dict[str, Store], main: str) -> None:
-    """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads."""
-    uri, wanted = run_folder(config), config.evaluation.studies
+def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]) -> None:
+    """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads. results: of `compare`."""
+    uri, wanted, main = run_folder(config), config.evaluation.studies, results["main"]
     with _record(config, "study"):
         if "insight" in wanted:
             insights(uri, stores)
@@ -158,8 +160,10 @@ def study_step(config: Config, stores: dict[str, Store], main: str) -> None:
         if "suspects" in wanted:
             store = stores.get(main) or next(iter(stores.values()))
             find_suspects(store, variant or config, storage.join(uri, "suspects.parquet"))
-        if "missing" in wanted and variant is not None and len(variant.model_modalities) > 1:
-            missing_curves(storage.join(uri, "models", main), stores[main], uri, evaluation=config.evaluation)
+        for name in fused_to_study(results) if "missing" in wanted else ():
+            about = results["models"][name]
+            store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
+            missing_curves(storage.join(uri, about["folder"]), store, uri, evaluation=config.evaluation)
 
 
 def scores_step(config: Config, stores: dict[str, Store]) -> str:

@@ -1,220 +1,273 @@
-"""Plain answers from paired tests between the models of a run: what a modality adds, what suffices, where fusing hurts.
+"""Plain answers from paired tests between the models of a run: does fusing help, what a modality adds, what suffices.
 
-For each modality that the best fused model reads, that model is compared with the best one that reads all the others,
-row by row; both were trained with the same settings, or the answer says what differs. Without such variants the logistic
-regressions on the same features answer. The rules, on the paired bootstrap interval of the difference:
+A question is what the best fused model (chosen on held-out rows) gains over models that read less, its rivals: all models of
+the best single modality, or those that read all modalities but one. Rivals that are shown to be worse than the best of them
+are left out. The rules, on differences row by row over the rows that both models predicted:
 
-    adds, hurts   the interval leaves out zero, and so does the test after correction for all comparisons of the run
-    suffices      not that, and a gain of NEGLIGIBLE or more lies outside the interval: the others alone suffice
-    unclear       anything else: these rows cannot tell
+    adds      better than every rival (so the largest P counts)
+    depends   not so, but another fused model is; P counts times the number of other models and of questions
+    hurts     worse than a rival; P counts times the number of rivals
+    suffices  none of these, and for every fused model tried the interval leaves out a gain of NEGLIGIBLE or more
+    unclear   anything else: these rows cannot tell
 
-Sources: McNemar 1947 (https://doi.org/10.1007/BF02295996) in its exact form, Holm 1979 (https://www.jstor.org/stable/4615733).
-Axes: N rows that both models predicted.
+P is that of an exact test by rows, corrected for all questions of the run (Holm 1979). The same question is asked once,
+so one page never gives two answers to it. Words: sentences.py.
+
+Source of the largest P of several tests that must all hold: Berger 1982, https://doi.org/10.1080/00401706.1982.10487790
+Axes: N rows that a model predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from scipy.stats import binomtest, ttest_rel
 
-from mmkt_ray import storage
-from mmkt_ray.evaluation.compare import read_optional
-from mmkt_ray.evaluation.intervals import Interval, paired_difference
-from mmkt_ray.evaluation.rows import read_predictions
+from mmkt_ray.evaluation.intervals import agreeing, holm, paired_p, share_difference
 from mmkt_ray.evaluation.seeds import mean_interval
-from mmkt_ray.evaluation.tables import points
 
 NEGLIGIBLE = 0.01  # a gain below this is none
 
 
-def answer_tasks(run_uri: str, results: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """task -> answers, and what a reader must know about them. `results` is what `compare` returned.
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One model's labelled rows of one task."""
 
-    An answer: {kind, sentence, modalities (in question), fused, rest (models), rest_modalities, metric, value, low, high,
-    p, p_holm, num_rows, scores {fused, rest}, source: trained|baseline, differs {setting: [fused's, rest's]}}.
-    """
-    answers: dict[str, list[dict[str, Any]]] = {}
-    notes = []
-    for task in results["tasks"]:
-        models = models_of(run_uri, results, task)
-        pairs = _pairs([m for m in models if m["kind"] == "trained"], results["tasks"][task]["best_fused"])
-        if not pairs:
-            pairs = _pairs([m for m in models if m["kind"] == "baseline"], None)
-            if pairs:
-                notes.append(
-                    f"{task}: no two trained variants differ by a modality, so logistic regression on the same features answers."
-                )
-        compared = [_compare(run_uri, results, task, *pair) for pair in pairs]
-        answers[task] = [a for a in compared if a]
-    every = [a for found in answers.values() for a in found]
-    for answer, p in zip(every, holm([a["p"] for a in every]), strict=True):
-        answer["p_holm"] = p
-        answer["kind"] = decide(answer, p, results["confidence"])
-    for task, found in answers.items():
-        for answer in found:
-            answer["sentence"] = sentence(task, answer)
-    return answers, notes
+    name: str
+    trained: bool  # else it is a baseline
+    reads: tuple[str, ...]  # the modalities that it reads for the task
+    held_out: float  # the score by which models are chosen
+    ids: np.ndarray  # (N,) of the samples; distinct
+    labels: np.ndarray  # (N,) codes, the same for all models of a task
+    scores: np.ndarray  # (N,) 0 or 1; of sets of classes 0..1
+    training: Mapping[str, Any] | None = None
+    sets: bool = False  # a row has a set of classes; its score is F1
 
+    def beside(self, other: Scored) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of both on the rows that both predicted and that have the same label."""
+        if np.array_equal(self.ids, other.ids):
+            ours = theirs = np.arange(len(self.ids))
+        else:
+            _, ours, theirs = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
+        same = self.labels[ours] == other.labels[theirs]
+        return self.scores[ours[same]], other.scores[theirs[same]]
 
-def decide(difference: dict[str, Any] | Interval, p: float, confidence: float) -> str:
-    """adds | hurts | suffices | unclear, by the rules at the top of this file."""
-    shown = p < 1 - confidence
-    if shown and difference["low"] > 0:
-        return "adds"
-    if shown and difference["high"] < 0:
-        return "hurts"
-    return "suffices" if difference["high"] < NEGLIGIBLE else "unclear"
+    def on(self, ids: np.ndarray) -> np.ndarray:
+        """Scores on these samples; 0 where it has no prediction."""
+        _, theirs, ours = np.intersect1d(ids, self.ids, assume_unique=True, return_indices=True)
+        found = np.zeros(len(ids))
+        found[theirs] = self.scores[ours]
+        return found
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values corrected for their number, in the given order (Holm's step-down)."""
-    order = np.argsort(p_values, kind="stable")
-    steps = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else []
-    return [float(p) for p in corrected]
+@dataclass(frozen=True)
+class Settings:
+    """How differences are judged."""
+
+    confidence: float = 0.95
+    num_resamples: int = 1000
+    chosen_on_test: bool = False  # then P counts times the number of fused models that the best was chosen of
+
+    @property
+    def alpha(self) -> float:
+        return 1 - self.confidence
 
 
 def paired_test(ours: np.ndarray, theirs: np.ndarray, confidence: float, num_resamples: int) -> dict[str, Any]:
     """Row scores (N,) of two models -> value, low, high of their mean difference, and p that it is zero.
 
-    p is the exact McNemar test where scores are right or wrong, then the interval is that of `paired_difference`; else it
-    is the t test beside a bootstrap of rows.
+    Right or wrong: the exact McNemar test and the interval that goes with it. Else the same test by random signs, and a
+    bootstrap of rows. The interval holds zero where p tells no difference.
     """
+    p = paired_p(ours - theirs)
     if np.isin([ours, theirs], (0, 1)).all():
-        a, b = ((1 - scores).astype(int) for scores in (ours, theirs))
-        options: Any = {"confidence": confidence, "num_resamples": num_resamples}
-        found = paired_difference(np.zeros(len(ours), int), a, b, num_classes=2, **options)
-        assert found is not None  # accuracy is always defined
         better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
-        return {**found, "p": float(binomtest(better, better + worse).pvalue) if better + worse else 1.0}
-    gain = ours - theirs
-    p = ttest_rel(ours, theirs).pvalue if np.ptp(gain) > 0 else float(not gain.any())
-    return {**mean_interval(gain[None], num_resamples, confidence, seed=0), "p": float(p)}
+        return {**share_difference(better, worse, len(ours), confidence), "p": p}
+    interval = mean_interval((ours - theirs)[None], num_resamples, confidence, seed=0)
+    return {**agreeing(interval, p, confidence), "p": p}
 
 
-def sentence(task: str, answer: dict[str, Any]) -> str:
-    """The answer in words; differences in points."""
-    what, rest = _and(answer["modalities"]), _and(answer["rest_modalities"])
-    several = len(answer["modalities"]) > 1
-    interval = f"[{points(answer['low'])}, {points(answer['high'])}]"
-    ends = sorted(abs(answer[end]) for end in ("low", "high"))
-    sizes = f"{100 * abs(answer['value']):.1f} points [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
-    scores = {k: f"{100 * v:.1f} %" for k, v in answer["scores"].items()}
-    models = f"{answer['fused']} {scores['fused']}, {answer['rest']} {scores['rest']}"
-    if answer["metric"] == "f1_samples":
-        models = f"mean F1 of a sample's classes: {models}"
-    text = {
-        "adds": f"{what} {'add' if several else 'adds'} {sizes} to {rest} for {task} ({models}).",
-        "hurts": f"Fusing hurts {task}: adding {what} to {rest} costs {sizes} ({models}).",
-        "suffices": f"{rest} alone {'suffice' if len(answer['rest_modalities']) > 1 else 'suffices'} for {task}: "
-        f"adding {what} changes {points(answer['value'])} points {interval} ({models}).",
-        "unclear": f"Whether {what} {'help' if several else 'helps'} {rest} for {task} is not shown: "
-        f"{points(answer['value'])} points {interval} ({models}).",
-    }[answer["kind"]]
-    if answer["differs"]:
-        settings = "; ".join(f"{key} {ours} and {theirs}" for key, (ours, theirs) in answer["differs"].items())
-        text += f" Their training differs: {settings}."
-    return text
+@dataclass(frozen=True)
+class Pair:
+    """One fused model against one that reads less."""
+
+    fused: Scored
+    rest: Scored
+    found: dict[str, Any]  # of `paired_test`
+    num_rows: int
+    scores: tuple[float, float]  # means of both over these rows
+
+    @classmethod
+    def of(cls, fused: Scored, rest: Scored, settings: Settings) -> Pair | None:
+        """None if the two predicted no row in common."""
+        ours, theirs = fused.beside(rest)
+        if not len(ours):
+            return None
+        found = paired_test(ours, theirs, settings.confidence, settings.num_resamples)
+        return cls(fused, rest, found, len(ours), (float(ours.mean()), float(theirs.mean())))
+
+    def p(self, sign: int) -> float:
+        """P of a difference of this sign; 1 if it has the other one."""
+        return self.found["p"] if sign * self.found["value"] > 0 else 1.0
 
 
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What the fused model gains over models that read less."""
+
+    pairs: tuple[Pair, ...]  # of the fused model against its rivals, the best of them first
+    others: tuple[tuple[Pair, ...], ...]  # the same of the other fused models
+    factor: int = 1  # by which P is to be multiplied
+
+    @cached_property
+    def p_adds(self) -> float:
+        return min(1.0, self.factor * max(pair.p(1) for pair in self.pairs))
+
+    @cached_property
+    def p_hurts(self) -> float:
+        return min(1.0, self.factor * len(self.pairs) * min(pair.p(-1) for pair in self.pairs))
+
+    def decide(self, p_holm: float, alpha: float, num_questions: int = 1) -> tuple[str, Pair]:
+        """The kind of the answer and the pair that it is about, by the rules at the top of this file. p_holm: the smaller of
+        `p_adds` and `p_hurts`, corrected for the number of questions."""
+        shown = p_holm < alpha
+        if shown and self.p_adds <= self.p_hurts:
+            return "adds", self.pairs[0]
+        times = num_questions * len(self.others)
+        better = [pairs for pairs in self.others if times * max(pair.p(1) for pair in pairs) < alpha]
+        if better:
+            return "depends", max(better, key=lambda pairs: pairs[0].fused.held_out)[0]
+        if shown:
+            return "hurts", min(self.pairs, key=lambda pair: pair.p(-1))
+        if all(pairs[0].found["high"] < NEGLIGIBLE for pairs in (self.pairs, *self.others)):
+            return "suffices", self.pairs[0]
+        first = self.pairs[0]
+        return "unclear", max(self.pairs, key=lambda pair: pair.p(1)) if first.p(1) < alpha else first
 
 
-# --- which models are compared ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Asked:
+    """The questions of one task."""
+
+    fusing: Question | None  # against all single modalities; None: there is no such model on the same rows
+    modalities: tuple[Question, ...]  # what each modality adds; the former may be among them
+
+    def every(self) -> tuple[Question, ...]:
+        """All questions, each once."""
+        return self.modalities + ((self.fusing,) if self.fusing and self.fusing not in self.modalities else ())
 
 
-def models_of(run_uri: str, results: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    """The task's scored models: {name, kind, reads (modalities, of this task), val, training (settings or None)}."""
-    models = []
-    for row in results["tasks"][task]["rows"]:
-        about = results["models"][row["model"]]
-        card = {} if about["kind"] == "baseline" else _card(run_uri, about)
-        config = card.get("config", {})
-        inputs = config.get("tasks", {}).get(task, {}).get("inputs")
-        models.append(
-            {
-                "name": row["model"],
-                "kind": about["kind"],
-                "reads": tuple(m for m in about["modalities"] if inputs is None or m in inputs),
-                "val": row["val_accuracy"] if row["val_accuracy"] is not None else row["accuracy"]["value"],
-                "training": config.get("training"),
-            }
-        )
-    return models
+def ask(models: Sequence[Scored], fused: str | None, single: str | None, settings: Settings) -> Asked:
+    """One task's questions. fused, single: the best fused and the best single-modality model, both trained.
 
-
-def _card(run_uri: str, about: dict[str, Any]) -> dict[str, Any]:
-    return read_optional(storage.join(run_uri, about["folder"], "config.json")) or {}
-
-
-def _pairs(models: list[dict[str, Any]], fused_name: str | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(fused model, model that reads less) for each modality left out, and for the best single modality if not among them.
-
-    Of several models that read the same, one with the fused model's training settings is taken before the others, then
-    the best on val.
+    Where no two trained models differ by a modality, the baselines among `models` answer what a modality adds.
     """
-    fused = [m for m in models if len(m["reads"]) > 1 and fused_name in (None, m["name"])]
-    if not fused:
-        return []
-    ours = max(fused, key=lambda m: (len(m["reads"]), m["val"]))
-    singles = [m for m in models if len(m["reads"]) == 1 and {*m["reads"]} < {*ours["reads"]}]
-    wanted = [{*ours["reads"]} - {m} for m in ours["reads"]]
-    if singles:
-        wanted.append({*max(singles, key=lambda m: m["val"])["reads"]})
-    pairs = {}
-    for rest in wanted:
-        theirs = [m for m in models if {*m["reads"]} == rest]
-        if theirs:
-            pairs[tuple(sorted(rest))] = ours, max(theirs, key=lambda m: (m["training"] == ours["training"], m["val"]))
-    return list(pairs.values())
+    ours = next((m for m in models if m.name == fused), None)
+    best = next((m for m in models if m.name == single), None)
+    fusing = None
+    if ours is not None and best is not None:
+        rivals = [best, *(m for m in models if len(m.reads) == 1 and m is not best)]
+        fusing = _question(ours, rivals, [m for m in models if len(m.reads) > 1], settings)
+    asked = _by_modality(ours, models, fusing, settings) if ours is not None else []
+    if not asked and fusing is None:  # like with like
+        baselines = [m for m in models if not m.trained]
+        ours = max((m for m in baselines if len(m.reads) > 1), key=lambda m: (len(m.reads), m.held_out), default=None)
+        asked = _by_modality(ours, baselines, None, settings) if ours is not None else []
+    return Asked(fusing, tuple(asked))
 
 
-def _compare(
-    run_uri: str, results: dict[str, Any], task: str, fused: dict[str, Any], rest: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The answer without its words; None if the two predicted no row in common."""
-    ours, theirs = (predictions_of(run_uri, results, m["name"], task) for m in (fused, rest))
-    both = ours.join(theirs.add_suffix("_rest"), how="inner")
-    both = both[both["label"] == both["label_rest"]]
-    if both.empty:
+def _by_modality(
+    ours: Scored, models: Sequence[Scored], fusing: Question | None, settings: Settings
+) -> list[Question]:
+    """What each modality adds to the others, where a model (a trained one if `ours` is) reads just these."""
+    asked = []
+    for modality in ours.reads:
+        rest = {*ours.reads} - {modality}
+        rivals = [m for m in models if {*m.reads} == rest]
+        first = max(rivals, key=lambda m: (m.trained, m.training == ours.training, m.held_out), default=None)
+        if first is None or first.trained != ours.trained:
+            continue
+        if fusing is not None and all({*pair.rest.reads} == rest for pair in fusing.pairs):
+            asked.append(fusing)
+            continue
+        tried = [m for m in models if len(m.reads) > 1 and rest < {*m.reads}]
+        question = _question(ours, [first, *(m for m in rivals if m is not first)], tried, settings)
+        asked += [question] if question is not None else []
+    return asked
+
+
+def _question(
+    ours: Scored, rivals: Sequence[Scored], tried: Sequence[Scored], settings: Settings
+) -> Question | None:
+    """None if the first of the rivals shares no row with the model."""
+    first, ids = rivals[0], ours.ids
+    rivals = [first, *(m for m in rivals[1:] if not _shown_worse(m, first, ids, settings))]
+    found = [Pair.of(ours, rival, settings) for rival in rivals]
+    if found[0] is None:
         return None
-    ours_scores, theirs_scores = (row_scores(both["label"], both[c]) for c in ("pred", "pred_rest"))
-    num_resamples = _num_resamples(run_uri, results, fused["name"])
-    training = [m["training"] or {} for m in (fused, rest)]
+    pairs = tuple(pair for pair in found if pair is not None)
+    others = []
+    for model in tried:
+        if model is not ours:
+            beside = [Pair.of(model, pair.rest, settings) for pair in pairs]
+            if beside[0] is not None:
+                others.append(tuple(pair for pair in beside if pair is not None))
+    return Question(pairs, tuple(others), 1 + len(others) if settings.chosen_on_test else 1)
+
+
+def _shown_worse(model: Scored, best: Scored, ids: np.ndarray, settings: Settings) -> bool:
+    """Whether the model is shown to be worse on these samples, one that it can't read counting as wrong."""
+    gain = best.on(ids) - model.on(ids)
+    return bool(gain.mean() > 0 and paired_p(gain) < settings.alpha)
+
+
+def settle(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
+    """Task -> the answer whether fusing helps, or None, and all answers (the former too where no other is about the same two
+    models), P corrected for all questions together.
+
+    An answer: {kind, modalities (in question), fused, rest (models), rest_modalities, metric, value, low, high, p, p_holm,
+    num_rows, scores {fused, rest}, best_fused (the model that the question was about), num_fused (fused models tried), source:
+    trained|baseline, differs {setting: [fused's, rest's]}}.
+    """
+    every = [q for found in asked.values() for q in found.every()]
+    tests = [min(q.p_adds, q.p_hurts) for q in every]
+    answers = {
+        id(q): _answer(q, p, settings, corrected, len(every))
+        for q, p, corrected in zip(every, tests, holm(tests), strict=True)
+    }
+    told = {}
+    for task, found in asked.items():
+        fusing = answers[id(found.fusing)] if found.fusing else None
+        told[task] = fusing, [answers[id(q)] for q in found.modalities]
+        if fusing and not any((a["fused"], a["rest"]) == (fusing["fused"], fusing["rest"]) for a in told[task][1]):
+            told[task][1].append(fusing)
+    return told
+
+
+def _answer(question: Question, p: float, settings: Settings, p_holm: float, num_questions: int) -> dict[str, Any]:
+    kind, pair = question.decide(p_holm, settings.alpha, num_questions)
+    both = pair.fused.trained and pair.rest.trained
+    training = [m.training or {} if both else {} for m in (pair.fused, pair.rest)]
     return {
-        "modalities": [m for m in fused["reads"] if m not in rest["reads"]],
-        "fused": fused["name"],
-        "rest": rest["name"],
-        "rest_modalities": list(rest["reads"]),
-        "metric": "f1_samples" if isinstance(both["label"].iloc[0], tuple) else "accuracy",
-        **paired_test(ours_scores, theirs_scores, results["confidence"], num_resamples),
-        "num_rows": len(both),
-        "scores": {"fused": float(ours_scores.mean()), "rest": float(theirs_scores.mean())},
-        "source": fused["kind"],
+        "kind": kind,
+        "modalities": [m for m in pair.fused.reads if m not in pair.rest.reads],
+        "fused": pair.fused.name,
+        "rest": pair.rest.name,
+        "rest_modalities": list(pair.rest.reads),
+        "metric": "f1_samples" if pair.fused.sets else "accuracy",
+        **pair.found,
+        "p": p,
+        "p_holm": p_holm,
+        "num_rows": pair.num_rows,
+        "scores": dict(zip(("fused", "rest"), pair.scores, strict=True)),
+        "best_fused": question.pairs[0].fused.name,
+        "num_fused": 1 + len(question.others),
+        "source": "trained" if question.pairs[0].fused.trained else "baseline",
         "differs": {k: [t.get(k) for t in training] for k in training[0] if training[0][k] != training[1].get(k)},
     }
-
-
-def _num_resamples(run_uri: str, results: dict[str, Any], name: str) -> int:
-    folder = results["models"][name]["folder"]
-    return int(storage.read_json(storage.join(run_uri, folder, "metrics.json"))["bootstrap_samples"])
-
-
-# --- predictions -----------------------------------------------------------------------------------------------------
-
-
-def predictions_of(run_uri: str, results: dict[str, Any], name: str, task: str) -> pd.DataFrame:
-    """Columns label, pred and proba of `read_predictions` of one of the run's models."""
-    about = results["models"][name]
-    uri = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
-    model = about["name"] if about["kind"] == "baseline" else None
-    return read_predictions(uri, task, model, ("label", "pred", "proba"))
 
 
 def row_scores(labels: Sequence[Any], pred: Sequence[Any]) -> np.ndarray:

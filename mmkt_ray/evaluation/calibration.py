@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_expit, log_softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 
 log = logging.getLogger(__name__)
 
 NUM_BINS = 15
-LOWEST, HIGHEST = 0.05, 20.0  # temperatures: rows that are all right would ask for 0
+LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are looked at
+PRIOR_ROWS = 20  # how many rows the belief is worth that the probabilities are right as they are
 _SMALLEST = 1e-7  # probabilities are float32: smaller ones are noise to the logarithm
 
 
@@ -38,24 +39,39 @@ def chosen(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature with the smallest log loss on these rows; 1 where none of them is usable.
 
-    logits: (N, C); labels: (N,) codes, or (N, C) of 0 and 1. The loss is convex in 1 / T, so there is one minimum.
+    logits: (N, C); labels: (N,) codes, or (N, C) of 0 and 1. Beside the N rows stand PRIOR_ROWS more whose labels are spread
+    as the model itself foretells: few rows move the temperature little away from 1, and rows that are all right do not ask
+    for 0. The loss is convex in 1 / T, so there is one minimum.
     """
     rows = usable(labels)
     if not rows.any():
         return 1.0
     logits, labels = logits[rows].astype(np.float64), labels[rows]
+    weight = PRIOR_ROWS / len(labels)
+    target = (_as_shares(labels, logits.shape[1]) + weight * _forecast(logits, labels.ndim)) / (1 + weight)
 
     def loss(log_temperature: float) -> float:
-        return _log_loss(logits / np.exp(log_temperature), labels)
+        return _log_loss(logits / np.exp(log_temperature), target, labels.ndim)
 
     found = minimize_scalar(loss, bounds=(np.log(LOWEST), np.log(HIGHEST)), method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
 
 
-def _log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    if labels.ndim == 2:
-        return float(-log_expit(np.where(labels == 1, logits, -logits)).mean())
-    return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
+def _as_shares(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(N, C): 1 for each class that a row has."""
+    return np.eye(num_classes)[labels] if labels.ndim == 1 else labels.astype(np.float64)
+
+
+def _forecast(logits: np.ndarray, label_ndim: int) -> np.ndarray:
+    """(N, C) probabilities."""
+    return expit(logits) if label_ndim == 2 else softmax(logits, axis=1)
+
+
+def _log_loss(logits: np.ndarray, target: np.ndarray, label_ndim: int) -> float:
+    """Of targets (N, C), the share of each class in a row; of a multilabel task each class by itself."""
+    if label_ndim == 2:
+        return float(-(target * log_expit(logits) + (1 - target) * log_expit(-logits)).mean())
+    return float(-(target * log_softmax(logits, axis=1)).sum(axis=1).mean())
 
 
 def log_loss(labels: np.ndarray, proba: np.ndarray) -> float:
@@ -113,13 +129,16 @@ def probability_scores(labels: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
 
 
 def fit_temperatures(logits: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """For each task {temperature, num_val_rows, note}; `note` tells why nothing was fitted, else None."""
+    """For each task {temperature, num_val_rows, note}; `note` tells why nothing, or little, was fitted, else None."""
     found = {}
     for task, values in sorted(logits.items()):
         num_rows, note = int(usable(labels[task]).sum()), None
         if num_rows == 0:
             note = f"task '{task}' has no labelled val rows to calibrate on: its temperature stays 1"
             log.warning(note)
+        elif num_rows < PRIOR_ROWS:
+            rows = "1 labelled val row" if num_rows == 1 else f"{num_rows} labelled val rows"
+            note = f"task '{task}' has only {rows} to calibrate on: its temperature stays near 1"
         temperature = fit_temperature(values, labels[task])
         found[task] = {"temperature": temperature, "num_val_rows": num_rows, "note": note}
     return found

@@ -1,13 +1,13 @@
 """All models of a run side by side, each against the best single modality on the same samples. Reads result files only.
 
-The best single modality of a task is the trained variant that reads exactly one modality with the highest accuracy on
-`val` (on `test`, with a note, if there is no `val`); without any the best logistic regression on one modality.
-Differences are paired over the samples that both models predicted. Models that share none were scored on different
-samples; their scores are shown, not compared.
+The best single modality of a task is the trained model that reads exactly one modality with the highest accuracy on held-out
+rows (on `test`, with a note, if there are none). Differences are paired over the samples that both models predicted. Models
+that share none were scored on different samples; their scores are shown, not compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,27 +16,47 @@ import pandas as pd
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation import sentences
+from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, row_scores, settle
 from mmkt_ray.evaluation.baselines import MAX_TRAIN_ROWS
-from mmkt_ray.evaluation.intervals import METRICS, paired_difference, verdict
+from mmkt_ray.evaluation.intervals import METRICS, agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.evaluation.metrics import is_right
+from mmkt_ray.evaluation.recommend import (
+    Rows,
+    best_of,
+    best_single,
+    name_of,
+    recommend,
+    selected_on,
+    selection_scores,
+    smallest_of_best,
+)
 from mmkt_ray.evaluation.rows import Outcomes, read_outcomes, read_predictions
 
 DIFFERENT_SAMPLES = "different samples"
+NO_SINGLE = "no single modality trained"
 REFERENCE = "best single modality"
+HELD_OUT = "predictions-heldout.parquet"
 
 
 def compare(run_uri: str) -> dict[str, Any]:
     """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned:
 
-        run, split, confidence, main (the trained model chosen on val over all tasks), notes [..]
+        run, split, confidence, main (the trained model that is recommended, or else chosen over all tasks), notes [..]
         models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
                         training_s, store, folder}}
-        tasks: {task: {kind, num_classes, selected_on: val|test, best, best_trained, best_fused (see
-                       `smallest_of_best`), best_single (names),
-                       rows: [{model, num_rows, num_unseen, unseen {class: rows}, accuracy, macro_f1 (intervals or None),
-                               balanced_accuracy, val_accuracy,
+        tasks: {task: {kind, num_classes, selected_on: val|cv|test, best, best_trained, best_fused (see `choose`),
+                        best_single (names), answers [..] (see `settle`, each with its sentence), answers_from,
+                        headline {task, tone, title, text},
+                        rows: [{model, reads, rows_id (the same for models scored on the same samples), num_rows,
+                                num_unseen, unseen {class: rows}, accuracy, macro_f1 (intervals or None),
+                                balanced_accuracy, val_accuracy,
                                versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
-                                        (paired differences)} or None, verdict}]}}
+                                        (paired differences), p, p_holm} or None, verdict}]}}
+        recommended: {model, folder, tasks, why [sentences], considered [..] (see `choose`), per_task {task: model}} or None
+
+    A verdict is that of the interval and of an exact test, corrected for all of its kind (Holm): the chosen fused models are
+    one family over the tasks, all other rows another.
 
     Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`, and
     `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
@@ -51,9 +71,13 @@ def compare(run_uri: str) -> dict[str, Any]:
         "split": models[0].record["split"],
         "confidence": models[0].record["confidence"],
         "models": {m.name: m.describe() for m in models},
-        "tasks": {t: _compare_task(t, [m for m in models if m.tasks.get(t, {}).get("num_rows")]) for t in tasks},
     }
-    results |= {"main": _main_model(models, results["tasks"]), "notes": _notes(results, run)}
+    scored_on = {t: [m for m in models if m.tasks.get(t, {}).get("num_rows")] for t in tasks}
+    results["tasks"] = {t: _compare_task(t, scored) for t, scored in scored_on.items()}
+    _judge_rows(results["tasks"], results["confidence"])
+    _answer(results)
+    results["recommended"] = recommend(run_uri, scored_on, results["tasks"])
+    results |= {"main": _main_model(models, results), "notes": _notes(results, run)}
     storage.write_json(storage.join(run_uri, "report", "results.json"), results)
     return results
 
@@ -81,6 +105,7 @@ class Evaluated:
     card: dict[str, Any] = field(default_factory=dict)
     automatic: bool = False  # trained without being asked for, to compare with
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the task that was last asked for
+    _held_out: dict[str, Rows | None] = field(default_factory=dict)
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -105,6 +130,11 @@ class Evaluated:
             "folder": self.folder,
         }
 
+    def reads(self, task: str) -> tuple[str, ...]:
+        """The modalities that it reads for a task."""
+        inputs = self.card.get("config", {}).get("tasks", {}).get(task, {}).get("inputs")
+        return tuple(m for m in self.record["modalities"] if inputs is None or m in inputs)
+
     def predictions(self, task: str) -> pd.DataFrame:
         """Columns label and pred of `read_predictions`."""
         return read_predictions(self.predictions_uri, task, self._own_name())
@@ -115,6 +145,27 @@ class Evaluated:
             self._outcomes.clear()
             self._outcomes[task] = read_outcomes(self.predictions_uri, task, self._own_name())
         return self._outcomes[task]
+
+    def scored(self, task: str, held_out: float, vocabulary: dict[Any, int]) -> Scored:
+        """Its labelled rows; vocabulary: label -> code, of all models of the task."""
+        found = self.outcomes(task)
+        codes = np.array([vocabulary.setdefault(v, len(vocabulary)) for v in found.values], np.int32)
+        kinds, which = np.unique(np.stack([found.label, found.pred]), axis=1, return_inverse=True)
+        by_kind = row_scores(*([found.values[i] for i in kind] for kind in kinds))
+        training = self.card.get("config", {}).get("training")
+        sets = bool(len(found.values)) and isinstance(found.values[0], tuple)
+        about = {"training": training, "sets": sets}
+        scores = by_kind[which.reshape(-1)]
+        trained = self.kind == "trained"
+        return Scored(self.name, trained, self.reads(task), held_out, found.ids, codes[found.label], scores, **about)
+
+    def held_out(self, task: str) -> Rows | None:
+        """Which held-out rows it has right, where it left their predictions."""
+        if task not in self._held_out:
+            uri = storage.join(self.predictions_uri.rpartition("/")[0], HELD_OUT)
+            found = read_outcomes(uri, task) if storage.exists(uri) else None
+            self._held_out[task] = (found.ids, found.label == found.pred) if found else None
+        return self._held_out[task]
 
     def shares_samples(self, other: Evaluated, task: str) -> bool:
         """True if both predicted some sample of the task."""
@@ -144,9 +195,16 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
         uri = storage.join(run_uri, folder)
         if record := read_optional(storage.join(uri, "metrics.json")):
             card = read_optional(storage.join(uri, "config.json")) or {}
+            if is_stale(record, card):
+                continue
             predictions = storage.join(uri, f"predictions-{record['split']}.parquet")
             models.append(Evaluated(name, "trained", folder, record, predictions, card, automatic=name in singles))
     return models
+
+
+def is_stale(record: dict[str, Any], card: dict[str, Any]) -> bool:
+    """Whether metrics are those of another model than the one that lies there now."""
+    return None not in (record.get("fingerprint"), card.get("fingerprint")) and record["fingerprint"] != card["fingerprint"]
 
 
 def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
@@ -176,83 +234,37 @@ def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
 
 
 def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
-    """The rows of one task; `models` were all scored on it."""
-    on = _selected_on(task, models)
+    """The rows of one task and what is asked of it; `models` were all scored on it."""
     scores = selection_scores(task, models)
     trained = [m for m in models if m.kind == "trained"]
-    fused = [m for m in trained if len(m.record["modalities"]) > 1]
-    single = best_single(task, models, scores, relative_to=_best(fused or trained, scores))
+    fused = [m for m in trained if len(m.reads(task)) > 1]
+    best_fused = smallest_of_best(task, fused, scores)
+    single = best_single(task, trained, scores, relative_to=best_fused or best_of(trained, scores))
+    vocabulary: dict[Any, int] = {}
+    rows = [m.scored(task, scores[m.name], vocabulary) for m in models]
+    record, on = models[0].record, selected_on(task, models)
+    settings = Settings(record["confidence"], record["bootstrap_samples"], chosen_on_test=on == "test")
     return {
         "kind": models[0].tasks[task].get("kind", "multiclass"),
         "num_classes": len(models[0].tasks[task]["class_names"]),
         "selected_on": on,
-        "best": _name(_best(models, scores)),
-        "best_trained": _name(smallest_of_best(task, trained, scores)),
-        "best_fused": _name(smallest_of_best(task, fused, scores)),
-        "best_single": _name(single),
-        "rows": [_row(task, m, best_single(task, models, scores, relative_to=m)) for m in models],
+        "best": name_of(best_of(models, scores)),
+        "best_trained": name_of(smallest_of_best(task, trained, scores)),
+        "best_fused": name_of(best_fused),
+        "best_single": name_of(single),
+        "asked": ask(rows, name_of(best_fused), name_of(single), settings),
+        "rows": [_row(task, m, best_single(task, trained, scores, relative_to=m), single is not None) for m in models],
     }
 
 
-def _selected_on(task: str, models: list[Evaluated]) -> str:
-    return "val" if all(m.tasks[task].get("val") for m in models) else "test"
-
-
-def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
-    """Model -> the score by which models are chosen: accuracy on val (or test), where a labelled sample that the model
-    can't read but another one of the same store can counts as wrong. Without that, the model that only sees the easy
-    samples would win."""
-    on = _selected_on(task, models)
-    found = {m.name: m.tasks[task]["val"] if on == "val" else m.tasks[task] for m in models}
-    most: dict[Any, int] = {}
-    for m in models:
-        store = m.record.get("store")
-        most[store] = max(most.get(store, 0), found[m.name]["num_rows"])
-    return {m.name: found[m.name]["accuracy"] * found[m.name]["num_rows"] / most[m.record.get("store")] for m in models}
-
-
-def best_single(
-    task: str, models: list[Evaluated], scores: dict[str, float], relative_to: Evaluated | None
-) -> Evaluated | None:
-    """The best single-modality model among those scored on samples of `relative_to`: trained ones before baselines."""
-    singles = [m for m in models if len(m.record["modalities"]) == 1]
-    if relative_to is not None:
-        singles = [m for m in singles if m is relative_to or m.shares_samples(relative_to, task)]
-    trained = [m for m in singles if m.kind == "trained"]
-    return _best(trained or singles, scores)
-
-
-def smallest_of_best(task: str, models: list[Evaluated], scores: dict[str, float]) -> Evaluated | None:
-    """The model with the fewest parameters of those within one standard error of the best score: of equals the one that costs
-    least to run, where the highest score would be chance.
-
-    Source: the one-standard-error rule, Breiman et al. 1984, Classification and Regression Trees, 3.4.3.
-    """
-    if not models:
-        return None
-    on = _selected_on(task, models)
-    num_rows = max((m.tasks[task]["val"] if on == "val" else m.tasks[task])["num_rows"] for m in models)
-    best = max(scores[m.name] for m in models)
-    least = best - (best * (1 - best) / num_rows) ** 0.5
-    return min(
-        (m for m in models if scores[m.name] >= least),
-        key=lambda m: (m.record.get("num_params") or 0, -scores[m.name]),
-    )
-
-
-def _best(models: list[Evaluated], scores: dict[str, float]) -> Evaluated | None:
-    return max(models, key=lambda m: scores[m.name], default=None)
-
-
-def _name(model: Evaluated | None) -> str | None:
-    return model.name if model else None
-
-
-def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any]:
-    """One model's line: its scores, and the paired difference to the best single modality."""
+def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> dict[str, Any]:
+    """One model's line: its scores, and the paired difference to the best single modality. trained: there is one."""
     record = model.tasks[task]
+    ids = np.sort(model.outcomes(task).ids)
     row = {
         "model": model.name,
+        "reads": list(model.reads(task)),
+        "rows_id": hashlib.sha256(ids.tobytes()).hexdigest()[:12],
         **{k: record.get(k) for k in ("num_rows", "num_unseen", "unseen", "balanced_accuracy")},
         **record["intervals"],
     }
@@ -261,7 +273,7 @@ def _row(task: str, model: Evaluated, single: Evaluated | None) -> dict[str, Any
         return {**row, "versus": None, "verdict": REFERENCE}
     versus = _paired(task, model, single) if single else None
     if versus is None:
-        return {**row, "versus": None, "verdict": DIFFERENT_SAMPLES}
+        return {**row, "versus": None, "verdict": DIFFERENT_SAMPLES if trained else NO_SINGLE}
     return {**row, "versus": versus, "verdict": verdict(versus["accuracy"])}
 
 
@@ -275,24 +287,56 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
     labels, pred = ours.codes(rows, names)
     pred_other = theirs.codes(other_rows, names)[1]
     options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
-    shared = {"ours": float(is_right(labels, pred).mean()), "theirs": float(is_right(labels, pred_other).mean())}
+    right, other_right = (is_right(labels, p).astype(float) for p in (pred, pred_other))
+    shared = {"ours": float(right.mean()), "theirs": float(other_right.mean())}
     found = {m: paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options) for m in METRICS}
-    return {"model": other.name, "num_rows": len(rows), "shared_accuracy": shared, **found}
+    p = paired_p(right - other_right)
+    return {"model": other.name, "num_rows": len(rows), "shared_accuracy": shared, **found, "p": p}
 
 
 # --- the run as a whole --------------------------------------------------------------------------------------------
 
 
-def _main_model(models: list[Evaluated], tasks: dict[str, Any]) -> str | None:
-    """The trained model that scores most tasks, and among those the best on average."""
+def _judge_rows(tasks: dict[str, Any], confidence: float) -> None:
+    """Correct the P of the rows' differences, and with it their verdicts."""
+    families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # the chosen fused models, all other rows
+    for found in tasks.values():
+        for row in found["rows"]:
+            if row["versus"]:
+                families[row["model"] == found["best_fused"]].append(row)
+    for rows in families.values():
+        for row, p in zip(rows, holm([r["versus"]["p"] for r in rows]), strict=True):
+            row["versus"]["p_holm"] = p
+            row["verdict"] = verdict(agreeing(row["versus"]["accuracy"], p, confidence))
+
+
+def _answer(results: dict[str, Any]) -> None:
+    """Settle what was asked of each task, all together, and put it into words."""
+    asked: dict[str, Asked] = {t: found.pop("asked") for t, found in results["tasks"].items()}
+    for task, (fusing, answers) in settle(asked, Settings(results["confidence"])).items():
+        for answer in answers:
+            answer["sentence"] = sentences.answer_sentence(task, answer)
+        found = results["tasks"][task]
+        found["answers"] = answers
+        found["headline"] = sentences.headline(task, fusing, found, results["confidence"])
+
+
+def _main_model(models: list[Evaluated], results: dict[str, Any]) -> str | None:
+    """The recommended model, if it is a trained one; else the trained model that scores most tasks, and among those the best
+    on average."""
     trained = [m for m in models if m.kind == "trained"]
-    by_task = {t: selection_scores(t, [m for m in models if m.tasks.get(t, {}).get("num_rows")]) for t in tasks}
+    recommended = results["recommended"]
+    if recommended and recommended["model"] in [m.name for m in trained]:
+        return str(recommended["model"])
+    by_task = {
+        t: selection_scores(t, [m for m in models if m.tasks.get(t, {}).get("num_rows")]) for t in results["tasks"]
+    }
 
     def key(model: Evaluated) -> tuple[int, float]:
         values = [scores[model.name] for scores in by_task.values() if model.name in scores]
         return len(values), float(np.mean(values)) if values else 0.0
 
-    return _name(max(trained, key=key, default=None))
+    return name_of(max(trained, key=key, default=None))
 
 
 def _unseen(tasks: dict[str, Any]) -> str:
@@ -309,15 +353,19 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
     notes = []
     if any(t["selected_on"] == "test" for t in results["tasks"].values()):
         notes.append(
-            "There is no val split, so the best models were chosen on test: their scores are a little too good."
+            "There are no held-out rows but test, so the best models were chosen there: their scores are a little too good."
         )
     missing = [v for v in run.get("variants") or {} if v not in results["models"]]
     if missing:
-        notes.append(f"Not evaluated yet, so not shown: {', '.join(missing)}.")
+        notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")
     rows = [r for t in results["tasks"].values() for r in t["rows"]]
     if any(r["verdict"] == DIFFERENT_SAMPLES for r in rows):
         notes.append(
             '"Different samples": no single modality was scored on the same samples, so there is no fair difference.'
+        )
+    if alone := [t for t, found in results["tasks"].items() if found["best_single"] is None]:
+        notes.append(
+            f"No model of a single modality was trained for {', '.join(alone)}: nothing says there whether fusing helps."
         )
     if any(r["num_unseen"] for r in rows):
         notes.append(

@@ -18,8 +18,8 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import parse_config
-from mmkt_ray.evaluation.answers import answer_tasks
-from mmkt_ray.evaluation.compare import compare, read_optional
+from mmkt_ray.evaluation import provenance
+from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.disagreement import disagreements
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import percentiles, resampled_scores
@@ -38,14 +38,18 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
 
     Reads the evaluated run and writes `<run>/insight.json`, which it returns:
 
-        split, confidence, notes [..]
-        tasks: {task: {answers: [..], disagreement: {..} or None (see answers.py, disagreement.py),
+        split, confidence, notes [..], about (see provenance.py)
+        tasks: {task: {answers: [..] (those of `compare`), disagreement: {..} or None (see disagreement.py),
                        shapley: {model, num_rows, <metric>: {full, empty, values: {modality: interval}}} or None}}
 
     Raises: DataError if nothing was evaluated.
     """
-    results = read_optional(storage.join(run_uri, "report", "results.json")) or compare(run_uri)
-    answers, notes = answer_tasks(run_uri, results)
+    results = compare(run_uri)
+    notes = [
+        f"{task}: no two trained variants differ by a modality, so logistic regression on the same features answers."
+        for task, found in results["tasks"].items()
+        if any(answer["source"] == "baseline" for answer in found["answers"])
+    ]
     shares = {}
     for name in sorted({t["best_fused"] for t in results["tasks"].values() if t["best_fused"]}):
         if len(results["models"][name]["modalities"]) > MAX_MODALITIES:
@@ -55,13 +59,15 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
             shares[name] = shapley_values(folder, stores[name], results["split"])
     tasks = {
         task: {
-            "answers": answers[task],
+            "answers": found["answers"],
             "disagreement": disagreements(run_uri, results, task),
             "shapley": shares.get(found["best_fused"], {}).get(task),
         }
         for task, found in results["tasks"].items()
     }
-    found = {"split": results["split"], "confidence": results["confidence"], "notes": notes, "tasks": tasks}
+    models = results["models"].values()
+    about = provenance.about(run_uri, (m["folder"] for m in models if m["kind"] == "trained"), (m["store"] for m in models))
+    found = {"split": results["split"], "confidence": results["confidence"], "notes": notes, "tasks": tasks, "about": about}
     storage.write_json(storage.join(run_uri, "insight.json"), found)
     return found
 
@@ -142,7 +148,7 @@ def contributions(
     weights = shapley_weights(len(modalities))
     found = {}
     for metric, drawn in resampled_scores(labels, predictions, num_classes, num_resamples, seed).items():
-        shares = [percentiles(values, confidence) for values in weights @ drawn]
+        shares = [percentiles(values, confidence, len(labels), least=-1.0) for values in weights @ drawn]
         scores = [none_if_nan(v) for v in drawn[:, 0]]
         found[metric] = {
             "full": scores[-1],

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from mmkt_ray.evaluation.answers import models_of, predictions_of
+from mmkt_ray import storage
 from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.evaluation.rows import read_predictions
 
 NUM_EXAMPLES = 8
 
@@ -25,7 +26,7 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     fused {model, right_when_differ} or None, examples [{sample_id, label, predictions {modality: {pred, proba}}, fused}]}.
     The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
     """
-    chosen = _single_models(models_of(run_uri, results, task))
+    chosen = _single_models(results, task)
     frames = {m: predictions_of(run_uri, results, name, task) for m, name in chosen.items()}
     rows = sorted(set.intersection(*(set(f.index) for f in frames.values()))) if len(frames) > 1 else []
     if not rows:
@@ -61,13 +62,23 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     }
 
 
-def _single_models(models: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """modality -> the model that reads it alone: trained before baselines, then the best on val."""
+def _single_models(results: dict[str, Any], task: str) -> dict[str, str]:
+    """modality -> the model that reads it alone: trained before baselines, then the best on held-out rows."""
     chosen: dict[str, Any] = {}
-    for model in (m for m in models if len(m["reads"]) == 1):
-        best = chosen.setdefault(model["reads"][0], model)
-        chosen[model["reads"][0]] = max(best, model, key=lambda m: (m["kind"] == "trained", m["val"]))
-    return {modality: model["name"] for modality, model in sorted(chosen.items())}
+    for row in results["tasks"][task]["rows"]:
+        if len(row["reads"]) == 1:
+            held_out = row["val_accuracy"] if row["val_accuracy"] is not None else row["accuracy"]["value"]
+            key = results["models"][row["model"]]["kind"] == "trained", held_out, row["model"]
+            chosen[row["reads"][0]] = max(chosen.get(row["reads"][0], key), key, key=lambda k: k[:2])
+    return {modality: key[2] for modality, key in sorted(chosen.items())}
+
+
+def predictions_of(run_uri: str, results: dict[str, Any], name: str, task: str) -> pd.DataFrame:
+    """Columns label, pred and proba of `read_predictions` of one of the run's models."""
+    about = results["models"][name]
+    uri = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
+    model = about["name"] if about["kind"] == "baseline" else None
+    return read_predictions(uri, task, model, ("label", "pred", "proba"))
 
 
 def _farthest_apart(frames: dict[str, pd.DataFrame], differ: np.ndarray) -> list[int]:

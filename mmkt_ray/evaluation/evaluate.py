@@ -76,7 +76,7 @@ def evaluate_model(
     `predictions-heldout.parquet` into the folder.
     Returns what metrics.json holds:
 
-        name, split, store (fingerprint), modalities, num_params, training_s, confidence, num_rows, seconds
+        name, split, store, fingerprint (of store and model), modalities, num_params, training_s, confidence, num_rows, seconds
         tasks: {task: {metrics of `task_metrics`,
                        intervals: {accuracy, macro_f1: {value, low, high} (None: undefined)},
                        calibration: {temperature, num_val_rows, note, before, after: {log_loss, calibration_error,
@@ -130,6 +130,7 @@ def evaluate_model(
     record = {
         **_identity(store, split, settings.evaluation, part),
         "name": name or model_uri.rstrip("/").rpartition("/")[2],
+        "fingerprint": card.get("fingerprint"),
         "modalities": list(config.model_modalities),
         "num_params": sum(p.numel() for p in model.parameters()),
         "training_s": card.get("training", {}).get("seconds"),
@@ -137,7 +138,8 @@ def evaluate_model(
         "seconds": time.perf_counter() - started,
     }
     parts = prediction_parts(part, config.model_modalities, proba)
-    write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts)
+    made_by = {k: record[k] or "" for k in ("store", "fingerprint")}
+    write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts, made_by)
     storage.write_json(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"), record)
     return record
 

@@ -1,18 +1,23 @@
-"""Bootstrap percentile intervals: how far a score on these test rows may lie from the score on new rows.
+"""Intervals: how far a score on these test rows may lie from the score on as many new rows, and tests of differences.
 
-Rows are drawn with replacement. The scores depend only on how often each combination of label and predictions occurs,
-so a resample is one multinomial draw over these combinations ("cells"): the same distribution as drawing N rows, at a
-cost that does not grow with N. Scores of several predictions are drawn jointly: what makes a row hard for all of them
-cancels out of their differences. Models of several seeds: seeds.py.
+A share of rows (accuracy) has the exact interval of Clopper & Pearson, the difference of two on the same rows the score
+interval of Tango; both hold for one row as for a million, and none has zero width. All other scores are bootstrapped: rows
+are drawn with replacement. They depend only on how often each combination of label and predictions occurs, so a resample is
+one multinomial draw over these combinations ("cells"): the same distribution as drawing N rows, at a cost that does not
+grow with N. Scores of several predictions are drawn jointly: what makes a row hard for all of them cancels out of their
+differences. Models of several seeds: seeds.py.
 
 Labels and predictions are (N,) class indices, or (N, C) of 0 and 1 for a multilabel task, whose accuracy is subset
 accuracy: a row counts if every class of it is right.
 
-Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
+Sources: Clopper & Pearson 1934, https://doi.org/10.1093/biomet/26.4.404; Tango 1998,
+https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8%3C891::AID-SIM780%3E3.0.CO;2-B; McNemar 1947,
+https://doi.org/10.1007/BF02295996; Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 10 (bias), 13, 15.
 Axes: N samples, C classes, K distinct cells, P predictions of the same rows, R resamples.
 
 Limits: the rows must be independent draws. Rows that share a text or an image (label-made pairs) are not, and their
-intervals are too narrow. Macro-F1 over classes with a handful of rows is biased in small resamples.
+intervals are too narrow. Macro-F1 over classes of a row or two is biased: its intervals tell of new test sets of as many
+rows, and less often of endless ones.
 """
 
 from __future__ import annotations
@@ -20,16 +25,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import sqrt
 from typing import TypedDict
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.optimize import brentq
+from scipy.special import bdtr, ndtri
+from scipy.stats import binomtest, ttest_1samp
 
 from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts
 from mmkt_ray.features.store import labelled
 
 METRICS = ("accuracy", "macro_f1")
 _MAX_COUNTS = 2_000_000  # drawn at once: 16 MB
+_NUM_FLIPS = 9999  # of a test by random signs: the least P is one in 10,000
+_MAX_SIZES = 2000  # distinct sizes of gains that are flipped; above, there are enough rows for a t test
 
 
 class Interval(TypedDict):
@@ -61,19 +72,24 @@ def bootstrap_intervals(
         {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled. Macro-F1 is None where no row
         has or gets any class.
 
-    A bootstrap of rows that are all right (or all wrong) has no spread. Both metrics then take the exact bound of
-    Clopper & Pearson (1934) for a share: 20 right of 20 gives [0.83, 1], not [1, 1].
+    Neither has zero width, also where all rows are right: 20 right of 20 gives [0.83, 1], not [1, 1].
     """
     rows = labelled(labels)
     if not rows.any():
         return {}
-    drawn = resampled_scores(labels[rows], [pred[rows]], num_classes, num_resamples, seed)
-    found = {m: percentiles(scores[0], confidence) for m, scores in drawn.items()}
-    bound = ((1 - confidence) / 2) ** (1 / int(rows.sum()))
-    for interval in found.values():
-        if interval is not None and interval["value"] in (0.0, 1.0):
-            interval["low" if interval["value"] == 1.0 else "high"] = bound if interval["value"] == 1.0 else 1 - bound
-    return found
+    labels, pred = labels[rows], pred[rows]
+    right = int(is_right(as_codes(labels, num_classes), pred).sum())
+    drawn = resampled_scores(labels, [pred], num_classes, num_resamples, seed)["macro_f1"][0]
+    return {
+        "accuracy": share_interval(right, len(labels), confidence),
+        "macro_f1": percentiles(drawn, confidence, len(labels)),
+    }
+
+
+def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval:
+    """A share of rows and its exact interval (Clopper & Pearson), which is never of zero width. There must be a row."""
+    ends = binomtest(num_right, num_rows).proportion_ci(confidence, method="exact")
+    return {"value": num_right / num_rows, "low": float(ends.low), "high": float(ends.high)}
 
 
 def paired_difference(
@@ -87,10 +103,10 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval | None:
-    """Score of `pred_a` minus score of `pred_b` on the same rows, resampled jointly; None where it is undefined.
+    """Score of `pred_a` minus score of `pred_b` on the same rows; None where it is undefined.
 
     Both predictions of a row stay together, so the interval is narrower than two separate ones suggest. Some rows are
-    labelled; `metric` is one of METRICS.
+    labelled; `metric` is one of METRICS. Accuracy: `share_difference`; macro-F1: resampled jointly.
 
     Raises: ValueError for another metric, or if no row is labelled.
     """
@@ -100,12 +116,72 @@ def paired_difference(
     if not rows.any():
         raise ValueError("no labelled row to compare on")
     labels, preds = labels[rows], [pred_a[rows], pred_b[rows]]
-    if metric == "accuracy":  # who is right is all that matters: four cells
-        codes = as_codes(labels, num_classes)
-        preds = [np.where(is_right(codes, p), 0, 1) for p in preds]
-        labels, num_classes = np.zeros(len(labels), int), 1
+    if metric == "accuracy":
+        ours, theirs = (is_right(as_codes(labels, num_classes), p) for p in preds)
+        return share_difference(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(labels), confidence)
     a, b = resampled_scores(labels, preds, num_classes, num_resamples, seed)[metric]
-    return percentiles(a - b, confidence)
+    return percentiles(a - b, confidence, len(labels), least=-1.0)
+
+
+def share_difference(better: int, worse: int, num_rows: int, confidence: float) -> Interval:
+    """Difference of two shares of the same rows, of which `better` are right in the first only and `worse` in the second
+    only, with the score interval of Tango (1998); see `agreeing` for how it goes with the exact test of McNemar."""
+    z = float(ndtri((1 + confidence) / 2))
+
+    def score(delta: float) -> float:  # falls with delta
+        b = -better - worse + (2 * num_rows - better + worse) * delta
+        root = sqrt(max(b * b + 8 * num_rows * worse * delta * (1 - delta), 0.0))
+        share = (root - b) / (4 * num_rows)  # of rows that only the second has right, were the difference delta
+        spread = num_rows * (2 * share + delta * (1 - delta))
+        return (better - worse - num_rows * delta) / sqrt(max(spread, 1e-300))
+
+    value, edge = (better - worse) / num_rows, 1 - 1e-12
+    low = -1.0 if score(-edge) < z else brentq(lambda delta: score(delta) - z, -edge, value)
+    high = 1.0 if score(edge) > -z else brentq(lambda delta: score(delta) + z, value, edge)
+    found: Interval = {"value": value, "low": float(low), "high": float(high)}
+    return agreeing(found, exact_p(better, worse), confidence)
+
+
+def exact_p(better: int, worse: int) -> float:
+    """P of the exact two-sided test of McNemar: as many rows are better as worse but for chance."""
+    return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5))) if better + worse else 1.0
+
+
+def paired_p(gain: np.ndarray) -> float:
+    """P that the mean gain (N,) of one model's row scores over another's is zero: the share of random signs of the gains that
+    give as much. Of right or wrong it is the exact test of McNemar.
+
+    Source: the randomisation test for matched pairs, Fisher 1935, The Design of Experiments, section 21.
+    """
+    gain = gain[np.abs(gain) > 1e-12]
+    if (np.abs(gain) == 1).all():
+        return exact_p(int((gain > 0).sum()), int((gain < 0).sum()))
+    sizes, which = np.unique(np.abs(gain).round(12), return_inverse=True)
+    if len(sizes) < 2:
+        return exact_p(int((gain > 0).sum()), int((gain < 0).sum()))
+    if len(sizes) > _MAX_SIZES:
+        return float(ttest_1samp(gain, 0).pvalue)
+    counts = np.bincount(which)
+    flipped = (2 * np.random.default_rng(0).binomial(counts, 0.5, (_NUM_FLIPS, len(counts))) - counts) @ sizes
+    return float((1 + (np.abs(flipped) >= abs(gain.sum()) - 1e-9).sum()) / (1 + _NUM_FLIPS))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number, in the given order (the step-down of Holm 1979,
+    https://www.jstor.org/stable/4615733)."""
+    order = np.argsort(p_values, kind="stable")
+    steps = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else []
+    return [float(p) for p in corrected]
+
+
+def agreeing(difference: Interval, p: float, confidence: float) -> Interval:
+    """The interval, widened to zero where the test does not tell the difference from zero: so no verdict of the one
+    contradicts the other."""
+    if p < 1 - confidence:
+        return difference
+    return difference | {"low": min(difference["low"], 0.0), "high": max(difference["high"], 0.0)}
 
 
 def resampled_scores(
@@ -120,13 +196,30 @@ def resampled_scores(
     return {m: np.concatenate([[s[m] for s in scores] for scores in drawn], axis=1) for m in METRICS}
 
 
-def percentiles(scores: np.ndarray, confidence: float) -> Interval | None:
+def percentiles(
+    scores: np.ndarray, confidence: float, num_rows: int | None = None, least: float = 0.0
+) -> Interval | None:
     """Scores (1 + R,) -> the first one between percentiles of the others; None where it is undefined (NaN). Resamples that
-    lack what defines it are left out."""
-    if np.isnan(scores[0]):
+    lack what defines it are left out.
+
+    Resamples of macro-F1 lie below the score, because they lack rare classes, by about as much as the score lies below that
+    of endless rows. The interval therefore reaches over the percentiles as they are and moved by twice this bias.
+    num_rows: N, where the least width counts that any score has that rests on N rows: they may all be of one kind though a
+    share 1 - (a / 2)^(1 / N) of new ones is not (Clopper & Pearson). least: the lowest possible score (-1 of differences);
+    the highest is 1.
+    """
+    value = float(scores[0])
+    if np.isnan(value):
         return None
-    low, high = np.nanquantile(scores[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"value": float(scores[0]), "low": float(low), "high": float(high)}
+    drawn = scores[1:]
+    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    bias = 2 * (value - float(np.nanmean(drawn)))
+    low, high = min(low, low + bias), max(high, high + bias)
+    if num_rows is not None:
+        share = 1 - ((1 - confidence) / 2) ** (1 / num_rows)
+        low, high = min(low, value - share * (value - least)), max(high, value + share * (1 - value))
+        low, high = max(low, least), min(high, 1.0)
+    return {"value": value, "low": float(low), "high": float(high)}
 
 
 def verdict(difference: Interval, neither: str = "no difference shown") -> str:

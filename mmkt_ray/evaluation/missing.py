@@ -23,10 +23,11 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, percentiles, resampled_scores
-from mmkt_ray.evaluation.metrics import predicted, task_metrics
+from mmkt_ray.evaluation.intervals import METRICS, holm, paired_p, percentiles, resampled_scores
+from mmkt_ray.evaluation.metrics import as_codes, is_right, predicted, task_metrics
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
 from mmkt_ray.features.store import FeatureTable, Store, encode_labels, label_type, labelled
@@ -49,12 +50,14 @@ def missing_curves(
 ) -> dict[str, Any]:
     """Scores against the share of rows that lack a modality; written to `<model>/missing.json` and returned:
 
-        model, split, confidence, num_seeds, modalities, rates [..]
+        model, split, confidence, num_seeds, modalities, rates [..], about (see provenance.py)
         curves: {hidden modality or "any": {task: {num_rows, accuracy, macro_f1: [[value, low, high] for each rate]}}}
         reference: the same for the best single-modality models of what is there, where the run evaluated any, and
-                   `models` {modality: name}; difference: the same for model - reference, paired
+                   `models` {modality: name}; difference: the same for model - reference, paired, and `p_holm` for each
+                   rate: P that the accuracies are equal, corrected for all rates, tasks and hidden modalities together
         patterns: {"image+text": {task: {num_rows and every score that is one number}}} by what rows have as they are
-        answers: [{hidden, task, rate, difference [value, low, high], text}]: where the model stands worst
+        answers: [{hidden, task, rate, difference [value, low, high], below, text}]: where the model stands worst, and
+                   whether it is shown to stand below the reference there
 
     Intervals hold both the rows that happen to be in the split and those that happen to be hidden: they are percentiles of
     the bootstrap over all seeds. `run_uri` is the run whose evaluated models are the reference; evaluation: null: as when
@@ -77,11 +80,19 @@ def missing_curves(
         "model": model_uri.rstrip("/").rpartition("/")[2],
         "split": split,
         "modalities": list(modalities),
+        "about": _about(model_uri, run_uri, store, best),
         "patterns": _patterns(part.table, without_unreadable(whole, part.table, inputs)),
         **curves_of([ask(model, whole, part.table, config, best)], options, config, rates, num_seeds),
     }
     storage.write_json(storage.join(model_uri, "missing.json"), result)
     return result
+
+
+def _about(model_uri: str, run_uri: str, store: Store, best: Mapping[str, Mapping[str, Single]]) -> dict[str, Any]:
+    """The model and the trained ones that it is measured by."""
+    place = storage.absolute(model_uri).removeprefix(storage.absolute(run_uri).rstrip("/") + "/")
+    folders = {single.folder for by_modality in best.values() for single in by_modality.values() if single.folder}
+    return provenance.about(run_uri, {place, *folders}, [store.manifest.get("fingerprint")])
 
 
 def curves_of(
@@ -100,8 +111,17 @@ def curves_of(
         for hidden in (*first.inputs, ANY):
             for name, scores in _curves([answers[task] for answers in models], hidden, rates, draw).items():
                 result[name].setdefault(hidden, {})[task] = scores
+    _correct(result["difference"])
     hint = "" if config.model.experts else "; model.experts: true leaves such rows to it"
     return result | {"answers": _tell(result, hint)}
+
+
+def _correct(differences: dict[str, Any]) -> None:
+    """Correct the P values of all rates, tasks and hidden modalities for their number."""
+    cells = [scores for by_task in differences.values() for scores in by_task.values()]
+    corrected = iter(holm([p for scores in cells for p in scores["p_holm"]]))
+    for scores in cells:
+        scores["p_holm"] = [next(corrected) for _ in scores["p_holm"]]
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -115,6 +135,7 @@ class Single:
     score: float  # accuracy on val
     pred: np.ndarray  # (N,) codes or (N, C)
     known: np.ndarray  # (N,) bool
+    folder: str = ""  # of a trained model, in the run
 
 
 def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities: Sequence[str]) -> dict[str, Single]:
@@ -128,7 +149,8 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
             known = pred.notna().to_numpy()
             names, kind = part.table.class_names[task], part.table.kinds.get(task, "multiclass")
             codes = _encode(pred, known, names, kind)
-            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known)
+            folder = best.folder if best.kind == "trained" else ""
+            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known, folder)
     return dict(sorted(found.items(), key=lambda item: item[1].score))
 
 
@@ -154,10 +176,12 @@ class _Draws:
     num_seeds: int
     seed: int
 
-    def interval(self, scores: Sequence[np.ndarray]) -> list[float] | None:
-        """Scores (1 + R,) of each seed, the score itself first -> [mean, low, high]; None where undefined."""
+    def interval(self, scores: Sequence[np.ndarray], num_rows: int, least: float) -> list[float] | None:
+        """Scores (1 + R,) of each seed, the score itself first -> [mean, low, high]; None where undefined. least: see
+        `percentiles`."""
         mean = np.mean([s[0] for s in scores])
-        found = percentiles(np.concatenate([[mean], *(s[1:] for s in scores)]), self.confidence)
+        drawn = np.concatenate([[mean], *(s[1:] for s in scores)])
+        found = percentiles(drawn, self.confidence, num_rows, least)
         return [found["value"], found["low"], found["high"]] if found else None
 
 
@@ -194,7 +218,8 @@ class Answers:
     def scores(
         self, rows: np.ndarray, order: tuple[np.ndarray, np.ndarray], num_hidden: int, draw: _Draws
     ) -> dict[str, dict[str, np.ndarray]]:
-        """Metric -> (1 + R,) of the model, and where it is compared of the reference and of their difference."""
+        """Metric -> (1 + R,) of the model, and where it is compared of the reference and of their difference, and `gain` {rows:
+        (rows,)}, by how much the model's accuracy is above the reference's."""
         gone = np.full(len(rows), -1)
         gone[order[0][:num_hidden]] = order[1][order[0][:num_hidden]]
         pred, other = self.whole[rows], np.zeros_like(self.whole[rows])
@@ -210,6 +235,8 @@ class Answers:
         if self.compared():
             found["reference"] = {m: s[1] for m, s in scores.items()}
             found["difference"] = {m: s[0] - s[1] for m, s in scores.items()}
+            ours, theirs = (is_right(as_codes(labels, num_classes), p).astype(float) for p in (pred, other))
+            found["gain"] = {"rows": ours - theirs}
         return found
 
 
@@ -244,8 +271,12 @@ def _curves(models: Sequence[Answers], hidden: str, rates: Sequence[float], draw
         num_hidden = round(rate * len(rows))
         scores = [a.scores(rows, order, num_hidden, draw) for a, order in zip(asked, orders, strict=True)]
         for name in names:
+            least = -1.0 if name == "difference" else 0.0
             for metric in METRICS:
-                found[name][metric].append(draw.interval([s[name][metric] for s in scores]))
+                found[name][metric].append(draw.interval([s[name][metric] for s in scores], len(rows), least))
+        if "difference" in names:
+            p = paired_p(np.mean([s["gain"]["rows"] for s in scores], axis=0))
+            found["difference"].setdefault("p_holm", []).append(p)
     if models[0].compared():
         found["reference"]["models"] = {m: s.name for m, s in models[0].singles.items()}
     return found
@@ -278,12 +309,14 @@ def _tell(result: dict[str, Any], hint: str) -> list[dict[str, Any]]:
             lost = "any modality" if hidden == ANY else hidden
             beside = f"the best single-modality model of what is there ({task})"
             text = f"With {lost} missing the model is never shown to be worse than {beside}"
-            shown = [(r, d) for r, d in zip(result["rates"], scores["accuracy"], strict=True) if d[2] < 0]
+            every = zip(result["rates"], scores["accuracy"], scores["p_holm"], strict=True)
+            shown = [(r, d) for r, d, p in every if d[2] < 0 and p < 1 - result["confidence"]]
             if shown:
                 rate, worst = min(shown, key=lambda pair: pair[1][0])
                 text = (
                     f"With {lost} missing in {100 * rate:.0f} % of rows the model is {-100 * worst[0]:.1f} points "
                     f"[{-100 * worst[2]:.1f}, {-100 * worst[1]:.1f}] below {beside}{hint}"
                 )
-            told.append({"hidden": hidden, "task": task, "rate": rate, "difference": worst, "text": text + "."})
+            about = {"hidden": hidden, "task": task, "rate": rate, "difference": worst, "below": bool(shown)}
+            told.append(about | {"text": text + "."})
     return told

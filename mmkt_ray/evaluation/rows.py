@@ -151,12 +151,14 @@ def prediction_parts(
         yield pa.table(columns | ({"model": pa.array([model] * len(part), pa.string())} if model else {}))
 
 
-def write_parts(uri: str, parts: Iterable[pa.Table]) -> None:
-    """Tables of the same columns (at least one) as one Parquet file, atomically; about ROW_GROUP rows are held."""
+def write_parts(uri: str, parts: Iterable[pa.Table], metadata: Mapping[str, str] | None = None) -> None:
+    """Tables of the same columns (at least one) as one Parquet file, atomically; about ROW_GROUP rows are held. metadata: of
+    the file, such as fingerprints."""
     with storage.atomic(uri) as (fs, temporary):
         writer: pq.ParquetWriter | None = None
         held: list[pa.Table] = []
         for part in parts:
+            part = part.replace_schema_metadata(metadata)
             if writer is None:
                 strings = [f.name for f in part.schema if pa.types.is_string(f.type)]
                 options = {"compression": "zstd", "compression_level": 1, "use_dictionary": strings}

@@ -18,6 +18,7 @@ from scipy.stats import spearmanr, weightedtau
 
 from mmkt_ray import storage
 from mmkt_ray.encoders.base import Features
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.evaluation.transferability import Moments, h_score, leep, linear_cka, logme
@@ -37,7 +38,7 @@ def transferability(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]
         tasks: {task: {sets: [{store, modalities, encoders, num_rows, dim, logme, h_score, trained: {model, accuracy} or None}],
                        predicted: {score: {num, spearman, weighted_kendall} or None}}}
         cka: [{store, modalities [two], num_rows, value}], leep: [{model, source, target (tasks), num_rows, value}]
-        skipped: [{store, modalities, reason}], seconds
+        skipped: [{store, modalities, reason}], seconds, about (see provenance.py)
     """
     started = time.perf_counter()
     results = read_optional(storage.join(run_uri, "report", "results.json"))
@@ -49,6 +50,8 @@ def transferability(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]
         scored["predicted"] = {score: _rank_correlation(scored["sets"], score) for score in SCORES}
     if results:
         found["leep"] = _leep_cells(run_uri, results)
+    trained = [m["folder"] for m in (results or {"models": {}})["models"].values() if m["kind"] == "trained"]
+    found["about"] = provenance.about(run_uri, trained, (s.manifest.get("fingerprint") for s in stores.values()))
     found["seconds"] = time.perf_counter() - started
     storage.write_json(storage.join(run_uri, "transferability.json"), found)
     return found

@@ -99,10 +99,10 @@ def _average_precision(labels: np.ndarray, proba: np.ndarray, counts: np.ndarray
 
 
 def mean_interval(scores: np.ndarray, num_resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of scores (S, N), or of differences of scores seed by seed, between percentiles; all are numbers, N > 0."""
+    """Mean of scores (S, N), or of differences of scores seed by seed, between percentiles; all lie in -1..1, N > 0."""
     num_rows = scores.shape[1]
     drawn = _resample([lambda counts: scores[None] @ counts.T / num_rows], num_rows, num_resamples, seed)
-    found = percentiles(drawn[0, 0], confidence)
+    found = percentiles(drawn[0, 0], confidence, num_rows, least=-1.0)
     assert found is not None
     return found
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
+from mmkt_ray import storage
 from mmkt_ray.evaluation.intervals import Interval
 
 _WIDTH = 100
@@ -46,22 +49,57 @@ def told_metric(metric: str, interval: Interval | None) -> str:
 
 
 def comparison_table(results: dict[str, Any]) -> str:
-    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first."""
+    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first among the
+    models that were scored on the same samples."""
     lines = []
     for task, found in results["tasks"].items():
         single = found["best_single"]
         lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
-        rows = sorted(found["rows"], key=lambda r: -r["accuracy"]["value"])
-        cells = [[r["model"], told(r["accuracy"]), told(r["macro_f1"]), _difference(r)] for r in rows]
         percent = f"{100 * results['confidence']:g} %"
-        cells.insert(0, ["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"])
+        cells = [["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"]]
+        titles = {}  # line of the table -> what stands above it
+        for rows in same_samples(found["rows"]):
+            titles[len(cells)] = f" on {rows[0]['num_rows']:,} samples:"
+            cells += [[r["model"], told(r["accuracy"]), told(r["macro_f1"]), _difference(r)] for r in rows]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
-        for row in cells:
+        for number, row in enumerate(cells):
+            lines += [titles[number]] if number in titles else []
             row[0] = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
             lines.append(("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip())
-        lines.append("")
+        lines += [found["headline"]["title"], ""]
     return "\n".join([*lines, *results["notes"]]).rstrip()
+
+
+def same_samples(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A task's rows by the samples that they were scored on, the most samples first, and in each group the best accuracy
+    first: scores on different samples have no order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: -r["accuracy"]["value"]):
+        groups.setdefault(row["rows_id"], []).append(row)
+    return sorted(groups.values(), key=lambda group: (-group[0]["num_rows"], -len(group)))
+
+
+def recommendation_text(results: dict[str, Any], run_uri: str) -> str:
+    """Which model to ship, why, where it is, and the command that uses it; empty if there is none."""
+    chosen = results["recommended"]
+    if chosen is None:
+        return ""
+    folder = path_of(chosen, run_uri)
+    lines = [f"Ship {chosen['model']}.", *chosen["why"]]
+    if (others := {t: m for t, m in chosen["per_task"].items() if m != chosen["model"]}) and len(chosen["tasks"]) > 1:
+        lines.append(f"For one task alone: {', '.join(f'{m} for {t}' for t, m in others.items())}.")
+    return "\n".join([*lines, f"model: {folder}", f"use it: {predict_command(folder)}"])
+
+
+def path_of(chosen: dict[str, Any], run_uri: str) -> str:
+    """Where the recommended model lies."""
+    return storage.join(run_uri, chosen["folder"])
+
+
+def predict_command(folder: str) -> str:
+    """The command that predicts new shards with a model."""
+    return f"mmkt predict {shlex.quote(folder)} NEW_SHARDS --out FOLDER"
 
 
 def _difference(row: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import read_optional
+from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import points
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
@@ -25,9 +26,9 @@ MAX_LISTED = 6  # shown losses and gains of transfer, each
 RATES_IN_TABLE = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
-def knowledge(run_uri: str, figures: Figures) -> dict[str, Any] | None:
+def knowledge(current: Current, figures: Figures) -> dict[str, Any] | None:
     """Plain answers, Shapley values and disagreement of every task."""
-    insight = read_optional(storage.join(run_uri, "insight.json"))
+    insight = current.read("insight.json", "mmkt run")
     if insight is None:
         return None
     tasks = []
@@ -46,9 +47,9 @@ def knowledge(run_uri: str, figures: Figures) -> dict[str, Any] | None:
     return {"tasks": tasks, "notes": insight["notes"], "confidence": insight["confidence"]} if tasks else None
 
 
-def representation(run_uri: str) -> dict[str, Any] | None:
+def representation(current: Current) -> dict[str, Any] | None:
     """Transferability scores, best LogME first."""
-    found = read_optional(storage.join(run_uri, "transferability.json"))
+    found = current.read("transferability.json", "mmkt scores")
     if found is None:
         return None
     stores = {s["store"] for task in found["tasks"].values() for s in task["sets"]}
@@ -76,11 +77,11 @@ def parameters(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def missing(
-    run_uri: str, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+    current: Current, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
 ) -> dict[str, Any] | None:
     """For each task and hidden modality: curves of all models that have them, and how far they fall below the reference."""
     files = {
-        name: read_optional(storage.join(run_uri, about["folder"], "missing.json"))
+        name: current.read(f"{about['folder']}/missing.json", "mmkt evaluate --missing")
         for name, about in results["models"].items()
         if about["kind"] == "trained"
     }
@@ -89,10 +90,10 @@ def missing(
     if not places:
         return None
     below = [
-        {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["difference"] and a["difference"][2] < 0
+        {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["below"]
     ]
     num = sum(len(f["answers"]) for f in files.values())
-    experts = [row for name in files for row in _experts_of(run_uri, name, results["models"][name]["folder"])]
+    experts = [row for name in files for row in _experts_of(current.run_uri, name, results["models"][name]["folder"])]
     sections = [_missing_of(task, hidden, files, colors, figures) for task, hidden in sorted(places)]
     return {"sections": sections, "below": below, "num": num, "experts": experts}
 
@@ -171,9 +172,9 @@ def calibration(models: Mapping[str, Any], results: Mapping[str, Any], figures: 
     return sections
 
 
-def transfer(run_uri: str, figures: Figures) -> dict[str, Any] | None:
+def transfer(current: Current, figures: Figures) -> dict[str, Any] | None:
     """The transfer matrix: heat maps by method and share of labels, gains and losses that are shown."""
-    found = read_optional(storage.join(run_uri, "transfer.json"))
+    found = current.read("transfer.json", "mmkt transfer")
     if not found or not found["cells"]:
         return None
     cells = sorted(found["cells"], key=lambda c: c["gain"])
@@ -192,8 +193,8 @@ def transfer(run_uri: str, figures: Figures) -> dict[str, Any] | None:
     return {
         "figures": drawn,
         "cells": cells,
-        "worse": [c for c in cells if c["high"] < 0],
-        "better": [c for c in reversed(cells) if c["low"] > 0],
+        "worse": [c for c in cells if c["verdict"] == "negative"],
+        "better": [c for c in reversed(cells) if c["verdict"] == "positive"],
         "num": len(cells),
         "num_hidden": max(0, len(maps) - MAX_HEAT_MAPS),
         "listed": MAX_LISTED,

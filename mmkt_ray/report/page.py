@@ -17,7 +17,8 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
-from mmkt_ray.evaluation.tables import points
+from mmkt_ray.evaluation.provenance import Current
+from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
 
@@ -44,20 +45,23 @@ def build_report(run_uri: str) -> str:
     colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
     figures = Figures(storage.join(run_uri, "report"))
     stores = _stores(run, results)
+    current = Current.of(run_uri, run, results)
     context = {
         "results": results,
-        "headlines": [words.headline(t, results) for t in results["tasks"]],
+        "recommended": _recommended(results, run_uri),
+        "headlines": [found["headline"] for found in results["tasks"].values()],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
-        "knowledge": findings.knowledge(run_uri, figures),
-        "search": searched.search(run_uri, figures),
-        "seeds": searched.seeds(run_uri),
-        "missing": findings.missing(run_uri, results, colors, figures),
+        "knowledge": findings.knowledge(current, figures),
+        "search": searched.search(current, figures),
+        "seeds": searched.seeds(current),
+        "missing": findings.missing(current, results, colors, figures),
         "calibration": findings.calibration(models, results, figures),
-        "transfer": findings.transfer(run_uri, figures),
-        "representation": findings.representation(run_uri),
+        "transfer": findings.transfer(current, figures),
+        "representation": findings.representation(current),
         "parameters": findings.parameters(run_uri, results),
         "audits": findings.audits(run_uri, stores),
+        "left_out": current.left_out,
         "data": [_data_card(store, names, run_uri) for store, names in stores.items()],
         "run": run,
         "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True)
@@ -71,6 +75,15 @@ def build_report(run_uri: str) -> str:
     uri = storage.join(run_uri, "report", "index.html")
     storage.write_bytes(uri, _environment().get_template("template.html.j2").render(context).encode())
     return uri
+
+
+def _recommended(results: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
+    """The model to ship, with its path and the command that uses it."""
+    chosen = results["recommended"]
+    if chosen is None:
+        return None
+    path = path_of(chosen, run_uri)
+    return {**chosen, "path": path, "command": predict_command(path)}
 
 
 def _environment() -> jinja2.Environment:
@@ -115,7 +128,7 @@ def _task_section(
     return {
         "name": task,
         "found": found,
-        "rows": sorted(found["rows"], key=lambda r: -r["accuracy"]["value"]),
+        "groups": same_samples(found["rows"]),
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
         "record": record,
@@ -135,12 +148,15 @@ def _task_figures(
     task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
-    rows, shown, single = found["rows"], found["best_trained"] or found["best"], found["best_single"]
-    best = max(rows, key=lambda r: r["accuracy"]["value"])
+    groups, shown, single = same_samples(found["rows"]), found["best_trained"] or found["best"], found["best_single"]
+    rows = groups[0]  # those scored on the most samples; others have no place in their order
+    best = rows[0]
     drawn = [
         figures.add(
             f"{task}-accuracy",
-            "Accuracy of every model",
+            "Accuracy of every model"
+            if len(groups) == 1
+            else f"Accuracy of the models scored on {words.count(best['num_rows'])} samples",
             f"Bars of accuracy on task {task}; best: {best['model']}, {words.percent(best['accuracy']['value'])}",
             lambda theme: plots.accuracy_bars(rows, colors, theme),
         )

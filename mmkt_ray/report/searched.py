@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mmkt_ray import storage
-from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.intervals import verdict
+from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import metric_name, points
 from mmkt_ray.report import search_plots, words
 from mmkt_ray.report.figures import Figures
@@ -30,10 +29,10 @@ COUNTS = ("candidates", "references", "fused")  # what `tried` tells beside the 
 RIVALS = {"best single modality": "the best single modality", "best concat": "the best plain concat"}
 
 
-def search(run_uri: str, figures: Figures) -> dict[str, Any] | None:
+def search(current: Current, figures: Figures) -> dict[str, Any] | None:
     """Tried, winner, comparisons, finalists, ensemble and figures; None without a finished search."""
-    result = read_optional(storage.join(run_uri, "search", "result.json"))
-    insight = read_optional(storage.join(run_uri, "search", "report.json"))
+    result = current.read("search/result.json", "mmkt search")
+    insight = current.read("search/report.json", "mmkt search")
     if result is None or insight is None:
         return None
     metric, aim = result["objective"]["metric"], result["objective"]["task"]
@@ -207,9 +206,9 @@ def _plain(points: list[list[Any]]) -> str:
     return search_plots.choice_name(value) if isinstance(value, str) else f"{value:.3g}"
 
 
-def seeds(run_uri: str) -> dict[str, Any] | None:
+def seeds(current: Current) -> dict[str, Any] | None:
     """Every task's models, best first, with a verdict each, and one sentence on which differences are more than luck."""
-    found = read_optional(storage.join(run_uri, "seeds.json"))
+    found = current.read("seeds.json", "mmkt repeat")
     if not found or not found["tasks"]:
         return None
     tasks = []

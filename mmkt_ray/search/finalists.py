@@ -2,7 +2,7 @@
 
 Who wins is decided on validation: the mean over the seeds. The test split then says how the winner does, and by paired
 differences what it gains over the other finalists, the best single modality and the best plain concatenation. A difference
-whose interval holds 0 is a tie. Intervals draw both the test rows and the seeds anew.
+whose interval holds 0, or that a test by rows does not show, is a tie. Intervals draw both the test rows and the seeds anew.
 
 Source: Efron & Tibshirani 1993, chapters 13 and 16 (the paired bootstrap).
 Axes: S seeds, N test rows, C classes.
@@ -23,8 +23,8 @@ from mmkt_ray import cluster, storage
 from mmkt_ray.config import METRICS_BY_KIND, Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import percentiles, verdict
-from mmkt_ray.evaluation.metrics import predicted
+from mmkt_ray.evaluation.intervals import Interval, agreeing, paired_p, percentiles, verdict
+from mmkt_ray.evaluation.metrics import is_right, predicted
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.evaluation.rows import readable
@@ -164,12 +164,16 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
             rows &= readable(test, model.config.task_inputs(task))
         if not rows.any():
             continue
-        found[task] = {"num_rows": int(rows.sum())}
+        num_rows, confidence = int(rows.sum()), config.evaluation.confidence
+        found[task] = {"num_rows": num_rows}
         for metric, values in _drawn(config, test, task, rows, models).items():
-            two = len(models) == 2
-            interval = percentiles(values[0] - values[1] if two else values[0], config.evaluation.confidence)
-            told = {"verdict": verdict(interval, "tie")} if two and interval else {}
-            found[task][metric] = {**interval, **told} if interval else None
+            if len(models) == 1:
+                found[task][metric] = percentiles(values[0], confidence, num_rows)
+                continue
+            interval = percentiles(values[0] - values[1], confidence, num_rows, least=-1.0)
+            kind = test.kinds.get(task, "multiclass")
+            preds = [np.stack([predicted(p, kind) for p in m.by_task[task][:, rows]]) for m in models]
+            found[task][metric] = _judged(interval, metric, test.labels[task][rows], preds, confidence)
     return found
 
 
@@ -186,6 +190,21 @@ def _drawn(
     if extra in METRICS_BY_KIND[kind]:
         drawn[extra] = metric_seed_scores(extra, kind, labels, proba, *how)
     return drawn
+
+
+def _judged(
+    interval: Interval | None, metric: str, labels: np.ndarray, preds: Sequence[np.ndarray], confidence: float
+) -> dict[str, Any] | None:
+    """The interval of a difference with its verdict, which needs a test by rows too. preds: of two models, (S, N, ..)."""
+    if interval is None:
+        return None
+    ours, theirs = (np.mean([is_right(labels, p) for p in pred], axis=0) for pred in preds)
+    p = paired_p(ours - theirs)
+    if metric != "accuracy":  # the least P that exchanging the models in random rows could give
+        differ = (preds[0][:1] != preds[1][:1]) if len(preds[0]) != len(preds[1]) else preds[0] != preds[1]
+        p = 2.0 ** (1 - int(differ.any(axis=0).reshape(len(labels), -1).any(axis=1).sum()))
+    interval = agreeing(interval, min(p, 1.0), confidence)
+    return {**interval, "verdict": verdict(interval, "tie")}
 
 
 def predict_seeds(models: Iterable[Predictor], table: FeatureTable) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ import pandas as pd
 from mmkt_ray import storage
 from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.evaluation.tables import metric_name, told_metric, told_score
 from mmkt_ray.features.store import FeatureTable, Store, labelled
@@ -93,6 +94,7 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         "overrides": chosen,
         "compared_with": compared,
         "ensemble": about,
+        "about": provenance.about(run_uri, (), [store.manifest["fingerprint"]]),
         **told,
     }
     if told["winner"] is not None:

@@ -15,8 +15,9 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, percentiles
+from mmkt_ray.evaluation.intervals import METRICS, agreeing, paired_p, percentiles
 from mmkt_ray.evaluation.metrics import is_right, predicted
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
@@ -58,10 +59,10 @@ def repeat(
     (those that have one of the modalities), each with the variant `against`; None: with the single-modality variant that is
     best on val. A variant that can read no test row of a task is left out there.
 
-    Returns: seeds, against, `tasks`: task -> {num_rows (None: no row that all can read, each has its own), reference, models:
-    {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over seeds and rows; None:
-    undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the reference; None for
-    itself and where there is no common row)}}}.
+    Returns: seeds, against, about (see provenance.py), `tasks`: task -> {num_rows (None: no row that all can read, each has
+    its own), reference, models: {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over
+    seeds and rows; None: undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the
+    reference; None for itself and where there is no common row)}}}.
     Raises: ConfigError if there is no variant `against`, and for less than one seed.
     """
     if num_seeds < 1:
@@ -86,6 +87,7 @@ def repeat(
     result = {
         "seeds": seeds,
         "against": against,
+        "about": provenance.about(run_uri, (), (s.manifest["fingerprint"] for s in stores.values()), variants),
         "tasks": {t: compare_seeds(config, by_name, candidates) for t, by_name in sorted(found.items()) if by_name},
     }
     storage.write_json(storage.join(run_uri, "seeds.json"), result)
@@ -140,7 +142,7 @@ def _compare(
 ) -> dict[str, dict[str, Any]]:
     """Variant -> scores on the same rows (N,) and differences to the reference."""
     first = next(iter(by_name.values()))
-    labels = first.labels[rows]
+    labels, num_rows = first.labels[rows], int(rows.sum())
     preds = {n: np.stack([p[rows[judged.able]] for p in judged.pred]) for n, judged in by_name.items()}
     evaluation = config.evaluation
     drawn = seed_scores(labels, list(preds.values()), first.num_classes, evaluation.bootstrap_samples, config.seed)
@@ -150,12 +152,16 @@ def _compare(
     by_model = {n: {m: drawn[m][i] for m in drawn} for i, n in enumerate(preds)}
     found: dict[str, dict[str, Any]] = {}
     for name, scores in by_model.items():
-        found[name] = {m: percentiles(scores[m], evaluation.confidence) for m in drawn}
+        found[name] = {m: percentiles(scores[m], evaluation.confidence, num_rows) for m in drawn}
         found[name]["by_seed"] = [float(is_right(labels, pred).mean()) for pred in preds[name]]
         found[name]["versus"] = None
         if reference is not None and name != reference:
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
-            found[name]["versus"] = {m: percentiles(gain, evaluation.confidence) for m, gain in gains.items()}
+            versus = {m: percentiles(g, evaluation.confidence, num_rows, least=-1.0) for m, g in gains.items()}
+            ours, theirs = (np.mean([is_right(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
+            if versus["accuracy"] is not None:
+                versus["accuracy"] = agreeing(versus["accuracy"], paired_p(ours - theirs), evaluation.confidence)
+            found[name]["versus"] = versus
     return found
 
 

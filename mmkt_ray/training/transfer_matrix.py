@@ -28,9 +28,12 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import score_rows
+from mmkt_ray.evaluation.intervals import agreeing, holm, paired_p
 from mmkt_ray.evaluation.seeds import mean_interval
 from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
+from mmkt_ray.training.auto import usual_settings, with_settings
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train, training_fingerprint
 from mmkt_ray.training.transfer import load_knowledge
@@ -68,9 +71,12 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
     """Fit all cells and write `<run>/transfer.json`; the same command after a kill fits only what is missing.
 
     Returns: nodes, label_fracs, seeds, confidence, `targets` [{target, label_frac, score (mean over seeds and test rows)}]
-    and `cells` [{source, target, method, label_frac, gain, low, high, seeds, verdict}].
+    and `cells` [{source, target, method, label_frac, gain, low, high, seeds, p_holm, verdict}]; a verdict holds after
+    correction for all cells.
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
+    about = provenance.about(run_uri, (), [store.manifest["fingerprint"]], {"": config})
+    config = with_settings(config, usual_settings(config))  # the same for all cells, or gains would be those of settings
     config = config.with_overrides({"model.experts": False})  # what towers know is asked, and an expert has its own
     if config.training.exclude:  # workers have another current folder
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
@@ -83,7 +89,7 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
         )
     folder = storage.join(run_uri, "transfer")
     scores = fit_cells(config, store, folder, cells)
-    result = summarise(config, cells, scores)
+    result = summarise(config, cells, scores) | {"about": about}
     storage.write_json(storage.join(run_uri, "transfer.json"), result)
     return result
 
@@ -223,14 +229,15 @@ def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray])
     """The gains over from scratch; see `transfer_matrix`."""
     seeds = range(config.seed, config.seed + config.transfer.seeds)
     num, confidence = config.evaluation.bootstrap_samples, config.evaluation.confidence
-    targets, found = [], []
+    targets, found, tests = [], list[dict[str, Any]](), list[float]()
     for cell in (c for c in cells if c.seed == config.seed):
         each = np.stack([scores[replace(cell, seed=s)] for s in seeds])
         if cell.source is None:
             targets.append({"target": str(cell.target), "label_frac": cell.label_frac, "score": float(each.mean())})
             continue
         scratch = np.stack([scores[Cell(cell.target, cell.label_frac, s)] for s in seeds])
-        gain = mean_interval(each - scratch, num, confidence, config.seed)
+        tests.append(paired_p((each - scratch).mean(axis=0)))
+        gain = agreeing(mean_interval(each - scratch, num, confidence, config.seed), tests[-1], confidence)
         found.append(
             {
                 "source": str(cell.source),
@@ -241,9 +248,12 @@ def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray])
                 "low": gain["low"],
                 "high": gain["high"],
                 "seeds": len(seeds),
-                "verdict": "positive" if gain["low"] > 0 else "negative" if gain["high"] < 0 else "none shown",
             }
         )
+    for about, p in zip(found, holm(tests), strict=True):
+        shown = p < 1 - confidence
+        way = "positive" if about["low"] > 0 else "negative" if about["high"] < 0 else "none shown"
+        about |= {"p_holm": p, "verdict": way if shown else "none shown"}
     nodes = sorted({str(c.target) for c in cells} | {str(c.source) for c in cells if c.source})
     return {
         "nodes": nodes,

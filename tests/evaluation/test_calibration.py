@@ -9,9 +9,11 @@ from sklearn.calibration import calibration_curve
 
 from mmkt_ray.evaluation.calibration import (
     NUM_BINS,
+    PRIOR_ROWS,
     calibration_error,
     fit_temperature,
     fit_temperatures,
+    log_loss,
     probability_scores,
     reliability,
 )
@@ -37,7 +39,8 @@ def test_a_known_temperature_is_found_again(kind, temperature):
 
 
 def test_the_temperature_is_that_of_gradient_descent():
-    """Catches a search that stops early: PyTorch's L-BFGS on the same loss must agree."""
+    """Catches a search that stops early, and a prior of another weight: PyTorch's L-BFGS on the rows and on PRIOR_ROWS
+    more, which are as the model foretells, must agree."""
     logits, labels = draw("multiclass", num_rows=300)
     labels[:20], labels[20:40] = MISSING, UNSEEN
     beta = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -45,7 +48,9 @@ def test_the_temperature_is_that_of_gradient_descent():
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(torch.from_numpy(2.5 * logits[40:]) * beta, torch.from_numpy(labels[40:]))
+        x = torch.from_numpy(2.5 * logits[40:])
+        loss = F.cross_entropy(x * beta, torch.from_numpy(labels[40:]), reduction="sum")
+        loss = loss + PRIOR_ROWS * F.cross_entropy(x * beta, x.softmax(dim=1))
         loss.backward()
         return loss
 
@@ -60,8 +65,35 @@ def test_without_val_labels_the_temperature_stays_and_is_told(caplog):
     assert found["b"]["temperature"] == 1.0
     assert "no labelled val rows" in found["b"]["note"]
     assert found["b"]["note"] in caplog.text
-    assert found["a"]["note"] is None
     assert found["a"]["num_val_rows"] == 10
+    assert "only 10 labelled val rows" in found["a"]["note"]
+    logits, labels = draw("multiclass", num_rows=PRIOR_ROWS)
+    assert fit_temperatures({"a": logits}, {"a": labels})["a"]["note"] is None
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary", "multilabel"])
+@pytest.mark.parametrize("right", [True, False])
+def test_four_rows_move_the_temperature_little(kind, right):
+    """Catches a temperature of 0.05 (or 20) from four rows that all happen to be right (or wrong)."""
+    logits, _ = draw(kind, num_rows=4)
+    labels = (logits > 0).astype(np.int8) if kind == "multilabel" else logits.argmax(axis=1)
+    if not right:
+        labels = 1 - labels if kind == "multilabel" else (labels + 1) % logits.shape[1]
+    assert 0.6 < fit_temperature(logits, labels) < 3
+    assert (fit_temperature(logits, labels) < 1) == right
+
+
+def test_a_temperature_from_few_rows_does_little_harm_where_none_is_needed():
+    """Catches a fit to noise: probabilities that are right get worse on new rows by the fit to a handful."""
+    logits, labels = draw("multiclass", num_rows=4000)
+    worse = []
+    for start in range(0, 800, 8):
+        rows = slice(start, start + 8)
+        found = fit_temperature(logits[rows], labels[rows])
+        losses = [log_loss(labels[1000:], softmax(logits[1000:] / t, axis=1)) for t in (1.0, found)]
+        worse.append(losses[1] - losses[0])
+    assert np.mean(worse) < 0.02
+    assert np.max(worse) < 0.1
 
 
 def test_the_error_is_that_of_the_obvious_loop():

@@ -9,11 +9,13 @@ import pytest
 from sklearn.metrics import f1_score
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.answers import decide, holm, paired_test, row_scores, sentence
+from mmkt_ray.evaluation.answers import paired_test, row_scores
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.contribution import contributions, insights, majority, shapley_weights
+from mmkt_ray.evaluation.intervals import holm
 from mmkt_ray.evaluation.model_folder import write_card
 from mmkt_ray.evaluation.rows import subsets
+from mmkt_ray.evaluation.sentences import answer_sentence
 from mmkt_ray.features.store import MISSING, UNSEEN, open_store
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
 
@@ -77,7 +79,8 @@ def test_equal_modalities_share_equally_and_one_without_effect_has_nothing():
     for metric in ("accuracy", "macro_f1"):
         assert found[metric]["values"]["a"] == pytest.approx(found[metric]["values"]["b"])
     found = contributions(labels, [nothing, one, nothing, one], ("a", "b"), num_classes, num_resamples=100)
-    assert list(found["accuracy"]["values"]["b"].values()) == pytest.approx([0, 0, 0], abs=1e-12)
+    room = 1 - 0.025 ** (1 / 200)  # what 200 rows without effect leave open
+    assert list(found["accuracy"]["values"]["b"].values()) == pytest.approx([0, -room, room], abs=1e-12)
 
 
 def test_the_interval_covers_the_true_share_about_as_often_as_it_says():
@@ -118,22 +121,6 @@ def test_holm_is_the_step_down():
     assert holm([]) == []
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "p", "kind"),
-    [
-        (0.029, 0.053, 0.001, "adds"),
-        (0.001, 0.053, 0.08, "unclear"),  # not after correction
-        (-0.05, -0.01, 0.001, "hurts"),
-        (-0.05, -0.01, 0.2, "suffices"),
-        (-0.02, 0.005, 0.6, "suffices"),
-        (-0.02, 0.03, 0.6, "unclear"),
-    ],
-)
-def test_an_answer_says_no_more_than_the_interval_shows(low, high, p, kind):
-    """Catches a wide interval around zero sold as "it adds nothing", and a gain that does not survive correction."""
-    assert decide({"low": low, "high": high}, p, 0.95) == kind
-
-
 def test_the_paired_test_is_mcnemars_for_right_or_wrong():
     """Catches an unpaired test: the rows on which both agree must not blur the difference."""
     ours, theirs = np.ones(1000), np.ones(1000)
@@ -164,6 +151,7 @@ def answer(kind: str, **changes) -> dict:
         "fused": "both",
         "rest": "words",
         "scores": {"fused": 0.871, "rest": 0.83},
+        "num_rows": 1204,
     }
     return about | {"kind": kind, "value": 0.041, "low": 0.029, "high": 0.053, "differs": {}} | changes
 
@@ -171,15 +159,18 @@ def answer(kind: str, **changes) -> dict:
 def test_the_sentence_says_it_plainly():
     """Catches a sentence with the sign, the modality or the caveat missing."""
     assert (
-        sentence("Y", answer("adds")) == "image adds 4.1 points [2.9, 5.3] to text for Y (both 87.1 %, words 83.0 %)."
+        answer_sentence("Y", answer("adds"))
+        == "image adds 4.1 points [2.9, 5.3] to text for Y (both 87.1 %, words 83.0 %; 1,204 samples)."
     )
-    hurts = sentence("Z", answer("hurts", value=-0.02, low=-0.03, high=-0.01))
-    assert hurts.startswith("Fusing hurts Z: adding image to text costs 2.0 points [1.0, 3.0]")
-    enough = sentence("X", answer("suffices", value=-0.001, low=-0.008, high=0.006))
+    hurts = answer_sentence("Z", answer("hurts", value=-0.02, low=-0.03, high=-0.01))
+    assert hurts.startswith("Fusing by both hurts Z: adding image to text costs 2.0 points [1.0, 3.0]")
+    enough = answer_sentence("X", answer("suffices", value=-0.001, low=-0.008, high=0.006))
     assert enough.startswith("text alone suffices for X: adding image changes −0.1 points [−0.8, +0.6]")
-    assert "not shown" in sentence("X", answer("unclear"))
-    assert "(mean F1 of a sample's classes: both 87.1 %" in sentence("X", answer("adds", metric="f1_samples"))
-    assert "Their training differs: epochs 3 and 9." in sentence("Y", answer("adds", differs={"epochs": [3, 9]}))
+    assert "not shown" in answer_sentence("X", answer("unclear"))
+    assert "in both, which is not shown of sum" in answer_sentence("X", answer("depends", best_fused="sum"))
+    assert "nor does any of the 3 other fused models" in answer_sentence("X", answer("suffices", num_fused=4))
+    assert "(mean F1 of a sample's classes: both 87.1 %" in answer_sentence("X", answer("adds", metric="f1_samples"))
+    assert "Their training differs: epochs 3 and 9." in answer_sentence("Y", answer("adds", differs={"epochs": [3, 9]}))
 
 
 # --- a run by the real code ------------------------------------------------------------------------------------------
@@ -219,8 +210,10 @@ def test_a_run_is_told_what_each_modality_knows(run, insight):
     results = storage.read_json(run + "/report/results.json")
     for task, found in insight["tasks"].items():
         against = {r["model"]: r["versus"] for r in results["tasks"][task]["rows"]}["concat"]
-        same = next(a for a in found["answers"] if a["rest"] == against["model"])
-        assert [same[k] for k in ("value", "low", "high")] == [against["accuracy"][k] for k in ("value", "low", "high")]
+        for same in (a for a in found["answers"] if a["rest"] == against["model"]):
+            assert [same[k] for k in ("value", "low", "high")] == pytest.approx(
+                [against["accuracy"][k] for k in ("value", "low", "high")]
+            )
 
 
 def test_disagreement_counts_the_rows_that_both_read(run, insight):
@@ -254,9 +247,10 @@ def test_unequal_training_is_told(run, tmp_path):
     card = storage.read_json(copy + "/models/text/config.json")
     card["config"]["training"]["epochs"] = 2
     write_card(copy + "/models/text", card)
-    answers = insights(copy, stores_of(run))["tasks"]["thing"]["answers"]
+    answers = insights(copy, stores_of(run))["tasks"]["colour"]["answers"]
     differs = {a["rest"]: a["differs"] for a in answers}
-    assert differs == {"text": {"epochs": [6, 2]}, "image": {}}
+    assert differs.pop("text") == {"epochs": [6, 2]}
+    assert set(map(str, differs.values())) == {"{}"}
     assert ["Their training differs" in a["sentence"] for a in answers] == [bool(a["differs"]) for a in answers]
 
 

@@ -330,17 +330,23 @@ def test_without_val_the_choice_is_on_test_and_said(run):
     storage.write_json(uri, record)
     results = compare(str(run))
     assert {t: f["selected_on"] for t, f in results["tasks"].items()} == {"thing": "test", "colour": "val"}
-    assert "no val split" in results["notes"][0]
+    assert "no held-out rows but test" in results["notes"][0]
 
 
-def test_without_trained_single_modality_models_the_baseline_stands_in(run):
-    """Catches a comparison that silently disappears when nobody trained the modalities alone."""
+def test_without_trained_single_modality_models_nothing_is_said_of_fusing(run):
+    """Catches a gain over something weaker, such as a baseline, sold as a gain of fusing; and silence about it."""
     shutil.rmtree(run / "models" / "image")
     shutil.rmtree(run / "models" / "text")
     results = compare(str(run))
-    assert results["tasks"]["colour"]["best_single"] == "logreg:image"
-    assert row_of(results, "colour", "concat")["versus"]["model"] == "logreg:image"
-    assert results["notes"][0] == "Not evaluated yet, so not shown: image, text."
+    found = results["tasks"]["colour"]
+    assert found["best_single"] is None
+    assert found["headline"]["title"] == "Whether fusing helps is not known: concat stands alone"
+    row = row_of(results, "colour", "concat")
+    assert (row["versus"], row["verdict"]) == (None, "no single modality trained")
+    assert results["notes"][0] == (
+        "Not evaluated, or trained anew since, so not shown: image, text; run `mmkt evaluate` again."
+    )
+    assert any("trained for colour, thing: nothing says there whether fusing helps" in note for note in results["notes"])
 
 
 def test_models_of_other_samples_are_not_compared(run, samples, tmp_path):
@@ -359,7 +365,7 @@ def test_models_of_other_samples_are_not_compared(run, samples, tmp_path):
     assert "different samples" in comparison_table(results)
     evaluate_baselines(config, store, str(run / "baselines" / "pairs"))
     results = compare(str(run))
-    assert row_of(results, "colour", "paired")["versus"]["model"] == "logreg:image (pairs)"
+    assert row_of(results, "colour", "paired")["verdict"] == "different samples"
     assert row_of(results, "colour", "concat")["versus"]["model"] == "image"
 
 

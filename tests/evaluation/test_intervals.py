@@ -4,9 +4,21 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import beta, multinomial, permutation_test
 from sklearn.metrics import accuracy_score, f1_score
 
-from mmkt_ray.evaluation.intervals import METRICS, Outcome, bootstrap_intervals, paired_difference, verdict
+from mmkt_ray.evaluation.intervals import (
+    METRICS,
+    Outcome,
+    bootstrap_intervals,
+    exact_p,
+    paired_difference,
+    paired_p,
+    percentiles,
+    share_difference,
+    share_interval,
+    verdict,
+)
 from mmkt_ray.evaluation.metrics import classification_metrics
 from mmkt_ray.features.store import MISSING, UNSEEN
 
@@ -36,7 +48,7 @@ def test_resampled_counts_are_a_bootstrap_of_rows():
     drawn = [classification_metrics(labels[r], np.eye(4)[pred[r]], list("abcd"))["macro_f1"] for r in rows[:200]]
     found = bootstrap_intervals(labels, pred, 4, num_resamples=2000)
     spread = (found["macro_f1"]["high"] - found["macro_f1"]["low"]) / (2 * 1.96)
-    assert spread == pytest.approx(np.std(drawn), rel=0.15)
+    assert 0.85 < spread / np.std(drawn) < 1.3  # it reaches over the bias of the resamples too
     right = (labels == pred)[rows].mean(axis=1)
     assert [found["accuracy"]["low"], found["accuracy"]["high"]] == pytest.approx(
         np.quantile(right, [0.025, 0.975]), abs=0.01
@@ -62,6 +74,84 @@ def test_a_perfect_score_on_few_rows_is_no_certainty():
     assert found["accuracy"] == pytest.approx({"value": 1.0, "low": 0.8316, "high": 1.0}, abs=1e-4)
     none = bootstrap_intervals(labels, 1 - labels, 2)
     assert none["accuracy"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.1684}, abs=1e-4)
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 1), (1, 1), (3, 10), (10, 10), (900, 1000)])
+def test_the_interval_of_a_share_is_clopper_and_pearsons(right, rows):
+    """Catches a bootstrap of few rows, whose interval is too narrow, or [0, 0] where no row is right."""
+    found = share_interval(right, rows, 0.95)
+    low = beta.ppf(0.025, right, rows - right + 1) if right else 0.0
+    high = beta.ppf(0.975, right + 1, rows - right) if right < rows else 1.0
+    assert [found[k] for k in ("value", "low", "high")] == pytest.approx([right / rows, low, high])
+    labels = np.zeros(rows, int)
+    assert bootstrap_intervals(labels, (np.arange(rows) >= right).astype(int), 2)["accuracy"] == found
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 20])
+def test_the_interval_of_a_difference_covers_the_truth_also_of_few_rows(num_rows):
+    """Catches "suffices, [0.0, 0.0]" from one row. The coverage is summed over all outcomes, so nothing is left to luck."""
+    outcomes = [(b, w) for b in range(num_rows + 1) for w in range(num_rows + 1 - b)]
+    found = {o: share_difference(*o, num_rows, 0.95) for o in outcomes}
+    assert all(i["high"] - i["low"] > 0.1 and i["low"] <= i["value"] <= i["high"] for i in found.values())
+    coverage = []
+    for better, worse in ((0.0, 0.0), (0.02, 0.0), (0.05, 0.05), (0.2, 0.05), (0.3, 0.3), (0.1, 0.6), (0.9, 0.05)):
+        drawn = multinomial(num_rows, [better, worse, 1 - better - worse])
+        truth, slack = better - worse, 1e-9
+        covered = [o for o, i in found.items() if i["low"] - slack <= truth <= i["high"] + slack]
+        coverage.append(sum(drawn.pmf([b, w, num_rows - b - w]) for b, w in covered))
+    assert min(coverage) > 0.89
+    assert np.mean(coverage) > 0.95
+
+
+def test_four_rows_to_none_are_no_verdict():
+    """Catches "better" from 4 : 0 discordant pairs, which happens to equal models one time in eight."""
+    labels, few, none = np.zeros(60, int), np.zeros(60, int), np.zeros(60, int)
+    none[:4] = 1
+    found = paired_difference(labels, few, none, num_classes=2)
+    assert exact_p(4, 0) == pytest.approx(2 * 0.5**4)
+    assert found["value"] == pytest.approx(4 / 60)
+    assert found["low"] == 0
+    assert verdict(found) == "no difference shown"
+    none[:6] = 1  # 2 / 64
+    assert verdict(paired_difference(labels, few, none, num_classes=2)) == "better"
+
+
+def test_random_signs_are_scipys_permutation_test():
+    """Catches signs that are drawn per model in place of per row, and a one-sided P."""
+    rng = np.random.default_rng(0)
+    gain = rng.choice([-1, -0.5, 0, 0.25, 0.5, 1], 12)
+    exact = permutation_test((gain,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert paired_p(gain) == pytest.approx(exact, abs=0.02)
+    assert paired_p(-gain) == paired_p(gain)
+    right = rng.choice([-1.0, 0.0, 1.0], 40)
+    assert paired_p(right) == exact_p(int((right > 0).sum()), int((right < 0).sum()))
+    assert paired_p(np.zeros(5)) == paired_p(np.ones(1)) == 1.0
+
+
+def test_macro_f1_of_a_thousand_classes_of_few_rows_lies_in_its_interval():
+    """Catches resamples without a third of the classes taken for the score's spread: an interval below its own score. Over
+    test sets of one size, intervals must cover the mean score of such sets."""
+    rng = np.random.default_rng(0)
+    for num_classes, num_rows, num_sets in ((1000, 1000, 1), (1000, 5000, 1), (60, 120, 60)):
+        values, found = [], []
+        for seed in range(num_sets):
+            labels = np.resize(np.arange(num_classes), num_rows)
+            if num_sets > 1:
+                labels = rng.integers(0, num_classes, num_rows)
+            pred = np.where(rng.random(num_rows) < 0.7, labels, rng.integers(0, num_classes, num_rows))
+            found.append(bootstrap_intervals(labels, pred, num_classes, num_resamples=100, seed=seed)["macro_f1"])
+            values.append(f1_score(labels, pred, average="macro"))
+        assert all(i["low"] < v < i["high"] for i, v in zip(found, values, strict=True))
+        assert np.mean([i["low"] <= np.mean(values) <= i["high"] for i in found]) >= 0.9
+
+
+def test_scores_without_spread_still_have_an_interval():
+    """Catches zero width where all rows are of one kind: 20 such rows leave room for a share of 16.8 % of another kind."""
+    same = np.full(101, 0.5)
+    room = 1 - 0.025 ** (1 / 20)
+    assert percentiles(same, 0.95, 20) == pytest.approx({"value": 0.5, "low": 0.5 - room / 2, "high": 0.5 + room / 2})
+    found = percentiles(np.zeros(101), 0.95, 20, least=-1)
+    assert found == pytest.approx({"value": 0.0, "low": -room, "high": room})
 
 
 def test_no_labelled_row_gives_no_interval():

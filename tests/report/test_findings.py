@@ -21,7 +21,8 @@ SECTIONS = ("knowledge", "missing", "calibration", "transfer", "representation",
 
 def transfer_cell(source: str, target: str, gain: float, method: str = "finetune", label_frac: float = 0.1) -> dict:
     about = {"source": source, "target": target, "method": method, "label_frac": label_frac, "seeds": 3}
-    return about | {"gain": gain, "low": gain - 0.02, "high": gain + 0.02}
+    verdict = "positive" if gain > 0.02 else "negative" if gain < -0.02 else "none shown"
+    return about | {"gain": gain, "low": gain - 0.02, "high": gain + 0.02, "verdict": verdict}
 
 
 def duplicates(*samples: dict) -> dict:
@@ -192,3 +193,16 @@ def test_curves_with_undefined_points_are_drawn():
     assert curves.missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}, plots.LIGHT).startswith(
         b"\x89PNG"
     )
+
+
+def test_what_is_out_of_date_is_left_out_and_named(told, tmp_path, monkeypatch):
+    """Catches curves of a model that is no longer there beside the scores of the one that is."""
+    monkeypatch.setattr(plots, "DPI", 20)
+    run = Path(shutil.copytree(told, tmp_path / "run"))
+    card = storage.read_json(str(run / "models" / "concat" / "config.json"))
+    storage.write_json(str(run / "models" / "concat" / "config.json"), card | {"fingerprint": "another"})
+    page = Elements(Path(build_report(str(run))).read_text(encoding="utf-8"))
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert not ids & {"missing", "knowledge"}
+    assert "transfer" in ids
+    assert "models/concat/missing.json (run mmkt evaluate --missing again)" in text_of(page)

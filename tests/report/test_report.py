@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation import sentences
 from mmkt_ray.report import plots, words
 from mmkt_ray.report.page import build_report
 from tests.report.pages import ATTRIBUTE, HOSTILE, Elements
@@ -65,8 +66,8 @@ def test_the_page_says_what_was_found_and_with_what(page, finished):
     """Catches a section that renders empty: numbers, data, rejects, stages, config and caveats must all be there."""
     text = " ".join(Elements(page).text.split())
     results = storage.read_json(str(finished / "report" / "results.json"))
-    for task, found in results["tasks"].items():
-        assert words.headline(task, results)["title"] in text
+    for found in results["tasks"].values():
+        assert found["headline"]["title"] in text
         for row in found["rows"]:
             assert words.percent(row["accuracy"]["value"]) in text
     for expected in (
@@ -148,62 +149,34 @@ def test_nothing_evaluated_is_an_error_that_helps(tmp_path):
         build_report(str(tmp_path))
 
 
-def result(difference: tuple[float, float, float], verdict: str, baseline: float = 0.5) -> dict:
-    """Results of one task: `both` and `image`, with a given paired difference, and a baseline."""
-    low, value, high = difference
-    interval = {"value": value, "low": low, "high": high}
-
-    def row(model: str, accuracy: float) -> dict:
-        return {
-            "model": model,
-            "num_rows": 200,
-            "accuracy": {"value": accuracy, "low": accuracy - 0.03, "high": accuracy + 0.03},
-            "versus": None,
-            "verdict": "",
-        }
-
-    shared = {"ours": 0.8 + value, "theirs": 0.8}
-    fused = row("both", 0.8 + value) | {
-        "verdict": verdict,
-        "versus": {"model": "image", "num_rows": 200, "shared_accuracy": shared, "accuracy": interval},
-    }
-    models = {m: {"kind": "trained", "store": "s"} for m in ("both", "image")} | {
-        "logreg:image": {"kind": "baseline", "store": "s", "modalities": ["image"]}
-    }
-    found = {
-        "best_fused": "both",
-        "best_single": "image",
-        "best_trained": "both",
-        "rows": [fused, row("image", 0.8), row("logreg:image", baseline)],
-    }
-    return {"confidence": 0.95, "models": models, "tasks": {"t": found}}
+def told(kind: str, value: float, low: float, high: float, **changes) -> dict:
+    """The headline of one task: `both` beside `image`, over 150 of the 200 samples that `both` can read."""
+    accuracy = {"value": 0.82, "low": 0.79, "high": 0.85}
+    rows = [{"model": m, "num_rows": n, "accuracy": accuracy} for m, n in (("both", 200), ("image", 150), ("sum", 200))]
+    found = {"rows": rows, "best_fused": "both", "best_single": "image"}
+    answer = {"kind": kind, "value": value, "low": low, "high": high, "fused": "both", "rest": "image", "num_rows": 150}
+    answer |= {"metric": "accuracy", "scores": {"fused": 0.8 + value, "rest": 0.8}, "best_fused": "both", "num_fused": 2}
+    return sentences.headline("t", answer | changes, found, 0.95)
 
 
 def test_the_headline_says_plainly_what_fusing_did():
-    """Catches a page that praises the fused model whatever the numbers say."""
-    better = words.headline("t", result((0.01, 0.031, 0.05), "better"))
+    """Catches a page that praises the fused model whatever the tests say, and one that does not say which model hurts."""
+    better = told("adds", 0.031, 0.01, 0.05)
     assert (better["tone"], better["title"]) == (
         "good",
         "Fusing helps: both beats the best single modality by 3.1 points",
     )
     assert "Paired difference +3.1 points, 95 % interval +1.0 to +5.0." in better["text"]
-    worse = words.headline("t", result((-0.05, -0.02, -0.01), "worse"))
+    assert "It also answers for 50 samples that image cannot read." in better["text"]
+    assert "150 samples" in better["text"]
+    worse = told("hurts", -0.02, -0.05, -0.01)
     assert (worse["tone"], worse["title"]) == ("bad", "Fusing hurts: both is 2.0 points below image alone")
-    same = words.headline("t", result((-0.01, 0.01, 0.03), "no difference shown"))
-    assert same["title"].startswith("Fusing is not shown to help")
-    assert (
-        "Mind the baseline: logreg:image reaches 90.0 %"
-        in words.headline("t", result((-0.01, 0.01, 0.03), "", 0.9))["text"]
-    )
-    assert "Mind" not in same["text"]
-
-
-def test_a_weak_yardstick_is_told():
-    """Catches a gain over a single modality that was only trained badly, sold as a gain of fusion."""
-    results = result((0.01, 0.031, 0.05), "better", 0.82)
-    assert "yardstick" not in words.headline("t", results)["text"]
-    results["tasks"]["t"]["rows"][2] |= {"verdict": "better", "versus": {"model": "image"}}
-    assert "The yardstick is weak: logreg:image is better than image" in words.headline("t", results)["text"]
+    assert told("unclear", 0.01, -0.01, 0.03)["title"].startswith("Fusing is not shown to help")
+    enough = told("suffices", -0.001, -0.008, 0.006)
+    assert enough["title"] == "image alone suffices: none of the fused models tried gains a point"
+    assert "nor does the other one" in enough["text"]
+    other = told("depends", 0.03, 0.01, 0.05, fused="sum")
+    assert other["title"] == "Fusing helps with sum, by 3.0 points; with both it is not shown to"
 
 
 def test_a_model_keeps_its_colour_and_baselines_are_grey():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmkt_ray import storage
+from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.report import plots, search_plots, searched
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.page import build_report
@@ -212,8 +213,8 @@ def test_an_unfinished_search_has_no_section(run, tmp_path, lost):
     """Catches a page that fails, or tells half a story, while a search still runs."""
     folder = Path(shutil.copytree(run / "search", tmp_path / "search")).parent
     (folder / lost).unlink()
-    assert searched.search(str(folder), Figures(str(folder / "report"))) is None
-    assert searched.seeds(str(folder)) is None
+    assert searched.search(Current(str(folder)), Figures(str(folder / "report"))) is None
+    assert searched.seeds(Current(str(folder))) is None
 
 
 def test_a_search_of_one_candidate_is_told(tmp_path, monkeypatch):
@@ -222,7 +223,7 @@ def test_a_search_of_one_candidate_is_told(tmp_path, monkeypatch):
     bare = {"heat_maps": [], "curve": [[1.0, 0.5, 1]], "importance": None, "slices": {"training.lr": [[0.1, 0.5, 9]]}}
     storage.write_json(str(tmp_path / "search" / "result.json"), result())
     storage.write_json(str(tmp_path / "search" / "report.json"), bare)
-    found = searched.search(str(tmp_path), Figures(str(tmp_path / "report")))
+    found = searched.search(Current(str(tmp_path)), Figures(str(tmp_path / "report")))
     assert found["curve"]
     assert (found["maps"], found["importance"], found["slices"]) == ([], None, [])
 
@@ -235,7 +236,7 @@ def test_the_most_important_keys_are_drawn(tmp_path, monkeypatch):
     told["importance"] = {f"k{searched.MAX_SLICES + 1}": 0.9}
     storage.write_json(str(tmp_path / "search" / "result.json"), result())
     storage.write_json(str(tmp_path / "search" / "report.json"), told)
-    found = searched.search(str(tmp_path), Figures(str(tmp_path / "report")))
+    found = searched.search(Current(str(tmp_path)), Figures(str(tmp_path / "report")))
     assert [f["title"] for f in found["slices"]][:2] == [f"k{searched.MAX_SLICES + 1}", "k0"]
     assert (len(found["slices"]), found["num_slices_hidden"]) == (searched.MAX_SLICES, 2)
 

@@ -1,0 +1,65 @@
+"""Which model is recommended: simple ones within one standard error, paired where held-out predictions are there."""
+
+import numpy as np
+import pytest
+
+from mmkt_ray import storage
+from mmkt_ray.evaluation.recommend import Candidate, choose, standard_error
+from mmkt_ray.evaluation.tables import recommendation_text
+
+ROWS = np.arange(100)
+
+
+def candidate(name: str, num_right: int, num_params: int, modalities: str = "ab", predicted: bool = True) -> Candidate:
+    """Right on the first so many of 100 held-out rows."""
+    rows = (ROWS, num_right > ROWS) if predicted else None
+    return Candidate(name, tuple(modalities), num_params, {"t": num_right / 100}, {"t": 100}, {"t": rows})
+
+
+def test_the_standard_error_is_that_of_paired_differences():
+    """Catches the binomial error where models agree on most rows: it would call 4 of 100 rows level at any accuracy near half."""
+    best, other = candidate("best", 60, 9), candidate("other", 56, 1)
+    gain = (ROWS < 60).astype(float) - (ROWS < 56)
+    assert standard_error(best, other) == (pytest.approx(gain.std(ddof=1) / 10), True)
+    assert [c["model"] for c in choose([best, other])] == ["best", "other"]
+    blind = candidate("other", 56, 1, predicted=False)
+    error, paired = standard_error(best, blind)
+    assert (error, paired) == (pytest.approx(0.049, abs=1e-3), False)
+    assert choose([best, blind])[0]["model"] == "other"
+
+
+def test_fewer_modalities_come_before_fewer_parameters():
+    """Catches a fused model that is shipped though one modality does as well, because it is narrower."""
+    models = [candidate("fused", 80, 10), candidate("single", 80, 99, "a"), candidate("small", 80, 50, "b")]
+    assert choose(models)[0]["model"] == "small"
+    assert {c["model"] for c in choose(models) if c["within"]} == {"fused", "single", "small"}
+
+
+def test_a_row_that_a_model_cannot_read_counts_as_wrong():
+    """Catches a pair compared only where both can answer: the model of the few easy rows would pass as level."""
+    best = candidate("best", 90, 9)
+    half = Candidate("half", ("a",), 1, {"t": 0.5}, {"t": 100}, {"t": (ROWS[:50], np.ones(50, bool))})
+    assert standard_error(best, half)[1]
+    assert choose([best, half])[0]["model"] == "best"
+
+
+def test_one_row_or_none_wrong_is_no_certainty():
+    """Catches an error of zero where the best has everything right."""
+    blind = {"t": None}
+    models = [Candidate(n, ("a",), p, {"t": s}, {"t": 10}, blind) for n, p, s in (("big", 9, 1.0), ("small", 1, 0.95))]
+    assert choose(models)[0]["model"] == "small"
+    assert choose(models[:1])[0]["model"] == "big"
+
+
+def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
+    """Catches a run that ends without the model, its reasons, its place, or a command that a shell takes apart."""
+    chosen = {"model": "image", "folder": "models/image", "why": ["It is good."], "tasks": ["t"], "per_task": {"t": "image"}}
+    folder = storage.join(str(tmp_path / "my run"), "models/image")
+    text = recommendation_text({"recommended": chosen}, str(tmp_path / "my run"))
+    assert text.splitlines() == [
+        "Ship image.",
+        "It is good.",
+        f"model: {folder}",
+        f"use it: mmkt predict '{folder}' NEW_SHARDS --out FOLDER",
+    ]
+    assert recommendation_text({"recommended": None}, str(tmp_path)) == ""
