@@ -76,6 +76,20 @@ def parameters(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | Non
     return {"rows": sorted(rows, key=lambda r: r["total"]), "columns": columns} if rows else None
 
 
+def settings(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `training.auto` chose for each trained model, and the scores by which."""
+    rows = []
+    for name, about in results["models"].items():
+        card = read_optional(storage.join(run_uri, about["folder"], "config.json")) or {}
+        chosen = card.get("training", {}).get("auto") if about["kind"] == "trained" else None
+        if chosen:
+            losses = {i: c["loss"] for i, c in enumerate(chosen["candidates"], start=1)}
+            rank = next((i for i, c in enumerate(chosen["candidates"], start=1) if c["chosen"]), None)
+            rows.append({"model": name, "losses": losses, "rank": rank, **chosen})
+    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    return {"rows": rows, "keys": keys} if rows else None
+
+
 def missing(
     current: Current, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
 ) -> dict[str, Any] | None:

@@ -59,6 +59,7 @@ def build_report(run_uri: str) -> str:
         "calibration": findings.calibration(models, results, figures),
         "transfer": findings.transfer(current, figures),
         "representation": findings.representation(current),
+        "settings": findings.settings(run_uri, results),
         "parameters": findings.parameters(run_uri, results),
         "audits": findings.audits(run_uri, stores),
         "left_out": current.left_out,

@@ -25,6 +25,7 @@ from mmkt_ray.evaluation.seeds import MULTILABEL_METRICS, multilabel_seed_scores
 from mmkt_ray.evaluation.tables import told
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.models import Predictor
+from mmkt_ray.training.experts import single_configs
 from mmkt_ray.training.trainer import train
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Judged:
     num_classes: int
     pred: list[np.ndarray] = field(default_factory=list)  # by seed, as labels; of rows that it can read
     proba: list[np.ndarray] = field(default_factory=list)  # the same of a multilabel task as probabilities, (N, C)
-    val: list[float] = field(default_factory=list)  # by seed: accuracy on val; on test, where no val row tells
+    val: list[float] = field(default_factory=list)  # by seed: accuracy on held-out rows; on test, where none tells
 
 
 def repeat(
@@ -68,6 +69,9 @@ def repeat(
     if num_seeds < 1:
         raise ConfigError(f"repeat needs at least one seed, got {num_seeds}")
     variants = config.expand_variants()
+    stores = dict(stores)
+    for name, (alone, like) in singles_of(variants, stores).items():
+        variants, stores[name] = {name: alone, **variants}, stores[like]
     if against is not None and against not in variants:
         raise ConfigError(f"--against: no variant '{against}': {nearest(against, variants)}")
     seeds = [config.training_seed + i for i in range(num_seeds)]
@@ -78,9 +82,10 @@ def repeat(
             uri = storage.join(run_uri, "seeds", str(seed), name)
             train(variant.with_overrides({"training.seed": seed}), stores[name].uri, uri)
             stores[name].copy_encoders(variant.model_modalities, run_uri, uri)
-            model, _ = load_model(uri)
+            model, card = load_model(uri)
             for task in variant.model_tasks:
-                _judge(model, table, task, variant, found.setdefault(task, {}), name)
+                held_out = ((card["training"]["val"] or {}).get("accuracy") or {}).get(task)
+                _judge(model, table, task, variant, found.setdefault(task, {}), name, held_out)
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
     candidates = [against] if against is not None else single
@@ -94,10 +99,30 @@ def repeat(
     return result
 
 
+def singles_of(variants: Mapping[str, Config], stores: Mapping[str, Store]) -> dict[str, tuple[Config, str]]:
+    """`only:<modality>` -> the config of a model of that modality alone, and a variant over the same features.
+
+    Those of the variants that no variant reads alone; where variants are over several stores, the first one's.
+    """
+    first = next(iter(variants))
+    same = {name: v for name, v in variants.items() if stores[name].uri == stores[first].uri}
+    modalities = sorted({m for v in same.values() for m in v.model_modalities})
+    tasks = sorted({t for v in same.values() for t in v.model_tasks})
+    found = single_configs(same, stores[first].table(modalities, tasks))
+    return {f"only:{m}": (single, first) for m, single in found.items()}
+
+
 def _judge(
-    model: Predictor, table: FeatureTable, task: str, config: Config, by_name: dict[str, Judged], name: str
+    model: Predictor,
+    table: FeatureTable,
+    task: str,
+    config: Config,
+    by_name: dict[str, Judged],
+    name: str,
+    held_out: float | None,
 ) -> None:
-    """Add one seed's predictions to a variant's, if there is a test row that it can read."""
+    """Add one seed's predictions to a variant's, if there is a test row that it can read. held_out: its accuracy on held-out
+    rows."""
     rows = {s: np.flatnonzero((table.split == s) & labelled(table.labels[task])) for s in ("test", "val")}
     able = {s: readable(table, config.task_inputs(task))[r] for s, r in rows.items()}
     if not able["test"].any():
@@ -113,7 +138,7 @@ def _judge(
             judged = by_name.setdefault(name, Judged(labels, able[split], len(table.class_names[task])))
             judged.pred.append(pred)
             judged.proba += [proba] if labels.ndim == 2 else []
-    judged.val.append(right.get("val", right["test"]))
+    judged.val.append(right.get("val", right["test"]) if held_out is None else held_out)
 
 
 def compare_seeds(config: Config, by_name: Mapping[str, Judged], candidates: list[str]) -> dict[str, Any]:

@@ -214,7 +214,8 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
         "experts_for": routes,
     }
     extra = {"fingerprint": summary["fingerprint"], "training": summary}
-    if heldout.on == "cv" or load_heldout(fused_uri) is not None:
+    if load_heldout(fused_uri) is not None:
+        summary["val"] = heldout_scores(heldout, config, table)
         save_heldout(model_uri, heldout)
     save_model(model_uri, model, config, store.manifest, extra)
     storage.remove_folder(scratch)
