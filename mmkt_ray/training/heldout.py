@@ -54,7 +54,8 @@ def make_folds(table: FeatureTable, seed: int) -> Folds:
     val, train = table.split == "val", table.split == "train"
     if val.sum() >= ENOUGH_ROWS:
         return Folds(np.where(val, 0, np.where(train, 1, -1)).astype(np.int8), 1, "val")
-    part = np.fromiter((xxhash.xxh64_intdigest(f"{seed}/{i}") % FOLDS for i in table.sample_id), np.int8, len(val))
+    keys = (f"{seed}/{i}".encode() for i in table.sample_id)
+    part = np.fromiter((xxhash.xxh64_intdigest(key) % FOLDS for key in keys), np.int8, len(val))
     size = max(1, int((val | train).sum()) // FOLDS)
     return Folds(np.where(val | train, part, -1).astype(np.int8), min(FOLDS, -(-ENOUGH_ROWS // size)), "cv")
 
