@@ -1,56 +1,81 @@
 """What any model must beat: the majority class, and logistic regression on the same features.
 
-Axes: N samples, D features, C classes.
+Logistic regression is the model without towers (`num_levels: 0`), solved to its optimum on all rows of train and val, its
+penalty chosen on held-out rows: see training/linear.py. It can be shipped like any model.
+
+Axes: N samples, C classes.
 """
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.multiclass import OneVsRestClassifier
+import torch
 
-from mmkt_ray.encoders.base import Features
+from mmkt_ray import storage
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.calibration import usable
-from mmkt_ray.evaluation.rows import readable
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.evaluation.model_folder import save_model
+from mmkt_ray.evaluation.rows import readable, without_unreadable
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.models import to_proba
+from mmkt_ray.training.batches import narrow
+from mmkt_ray.training.heldout import as_train, pattern_name, save_heldout
+from mmkt_ray.training.linear import LinearFit, fit_linear
+from mmkt_ray.training.loop import training_rows
 
 MAJORITY = "majority"
-MAX_TRAIN_ROWS = 20_000
-PREDICT_ROWS = 4096  # in memory at a time
-MAX_SPARSE_COLUMNS = 200_000
-MAX_ITERATIONS = 100
 
 
 def baseline_name(modalities: Sequence[str]) -> str:
     """`logreg:image+text` for logistic regression on these modalities."""
-    return "logreg:" + "+".join(modalities)
+    return "logreg:" + pattern_name(modalities)
 
 
-def fit_baselines(table: FeatureTable, task: str, seed: int = 0) -> dict[str, Baseline]:
-    """All baselines of one task, fitted on its labelled train rows.
+def fit_baselines(config: Config, table: FeatureTable) -> tuple[dict[str, Majority], dict[str, Logreg]]:
+    """The baselines of the tasks in the table: task -> Majority, and name -> Logreg.
 
-    Returns {"majority": .., "logreg:<modality>": .. for each modality, "logreg:<all joined by +>": ..}. A modality that
-    no labelled train row has is left out; so is the concatenation of fewer than two. Empty without labelled train rows.
+    A logistic regression for each modality, and for all that a task reads: "logreg:<modality>", "logreg:<all joined by
+    +>". For a task, a modality that none of its labelled train rows has is left out, so is the concatenation of fewer than
+    two, and rows with one class only, which teach nothing. Tasks without labelled train rows have none.
     """
-    labels = table.labels[task]
-    rows = np.flatnonzero((table.split == "train") & usable(labels))
-    if len(rows) == 0:
-        return {}
-    there = [m for m in sorted(table.features) if table.present[m][rows].any()]
-    sets = [(m,) for m in there] + ([tuple(there)] if len(there) > 1 else [])
-    fitted: dict[str, Baseline] = {MAJORITY: Majority.fit(labels[rows], len(table.class_names[task]), there)}
-    for modalities in sets:
-        chosen = _drawn(rows[readable(table, modalities)[rows]], seed)
-        fitted[baseline_name(modalities)] = Logreg.fit(table.take(chosen), task, modalities, seed)
-    return fitted
+    majorities: dict[str, Majority] = {}
+    tasks: dict[tuple[str, ...], list[str]] = {}  # modalities -> tasks
+    for t in sorted(table.labels):
+        labels = table.labels[t]
+        rows = np.flatnonzero((table.split == "train") & usable(labels))
+        if not len(rows):
+            continue
+        read = config.tasks[t].inputs or sorted(table.features)
+        there = [m for m in sorted(read) if table.present[m][rows].any()]
+        majorities[t] = Majority.fit(labels[rows], len(table.class_names[t]), there)
+        for modalities in dict.fromkeys([*((m,) for m in there), *([tuple(there)] if there else [])]):
+            if _can_learn(logreg_config(config, modalities, [t]), table):
+                tasks.setdefault(modalities, []).append(t)
+    fitted = {}
+    for modalities in sorted(tasks, key=lambda names: (len(names), names)):
+        own = logreg_config(config, modalities, tasks[modalities])
+        fitted[baseline_name(modalities)] = Logreg(own, fit_linear(own, table))
+    return majorities, fitted
+
+
+def logreg_config(config: Config, modalities: Sequence[str], tasks: Sequence[str]) -> Config:
+    """The config of logistic regression on some modalities, with the labels that the config's models have."""
+    training = {"label_frac": config.training.label_frac, "exclude": config.training.exclude}
+    model = {"modalities": list(modalities), "tasks": list(tasks), "num_levels": 0, "experts": False}
+    return config.with_overrides({"variants": {}, "model": model, "training": training})
+
+
+def _can_learn(config: Config, table: FeatureTable) -> bool:
+    try:
+        training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
+    except DataError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -60,8 +85,6 @@ class Majority:
     modalities: tuple[str, ...]  # those a sample must have one of, so that it is scored on the rows of the others
     frequency: np.ndarray  # (C,) float32
     num_rows: int  # that it was fitted on
-    num_params: int = 0
-    seconds: float = 0.0
 
     @classmethod
     def fit(cls, labels: np.ndarray, num_classes: int, modalities: Sequence[str]) -> Majority:
@@ -78,112 +101,42 @@ class Majority:
 
 @dataclass(frozen=True)
 class Logreg:
-    """Logistic regression (L2) on one modality or on several side by side: multinomial; of a multilabel task one for
-    each class.
+    """Logistic regression on one modality or on several side by side."""
 
-    Dense features are standardised by the train rows that have them, sparse ones are taken as they are (see `_assemble`
-    for both together); an absent modality is a row of zeros. To stay a matter of seconds it fits on at most
-    MAX_TRAIN_ROWS rows (drawn by the seed), on the MAX_SPARSE_COLUMNS most frequent columns of a sparse modality, and for
-    at most MAX_ITERATIONS steps of L-BFGS: far enough for the accuracy to stand still, not always for the solver to say
-    "converged".
-    """
+    config: Config
+    fit: LinearFit
 
-    modalities: tuple[str, ...]
-    inputs: dict[str, _Scaling | _Columns] = field(repr=False)
-    model: LogisticRegression | OneVsRestClassifier | None  # None: `constant` says all
-    classes: np.ndarray  # the classes that the model's columns are of
-    constant: np.ndarray  # (C,) probabilities of the classes that need no model: each train row has them, or none
-    num_rows: int  # that it was fitted on
-    seconds: float
-
-    @classmethod
-    def fit(
-        cls, train: FeatureTable, task: str, modalities: tuple[str, ...], seed: int = 0, inverse_l2: float = 1.0
-    ) -> Logreg:
-        """Fit on the labelled rows of `train` that have one of `modalities` (there must be some).
-
-        inverse_l2: scikit-learn's C, the weight of the rows' losses against the penalty.
-        """
-        started = time.perf_counter()
-        train = train.take(_drawn(np.flatnonzero(readable(train, modalities) & usable(train.labels[task])), seed))
-        labels = train.labels[task]
-        inputs = {m: _fit_input(train.features[m], train.present[m]) for m in modalities}
-        num_classes = len(train.class_names[task])
-        share = Majority.fit(labels, num_classes, modalities).frequency
-        classes = np.flatnonzero((share > 0) & (share < 1))
-        model = None
-        if len(classes):
-            model = LogisticRegression(C=inverse_l2, solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4)
-            model = model if labels.ndim == 1 else OneVsRestClassifier(model)
-            with warnings.catch_warnings():  # see above: near enough
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                model.fit(_assemble(inputs, train), labels if labels.ndim == 1 else labels[:, classes])
-        return cls(modalities, inputs, model, classes, np.floor(share), len(labels), time.perf_counter() - started)
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it reads, sorted."""
+        return self.config.model_modalities
 
     @property
     def num_params(self) -> int:
         """Weights and biases."""
-        fitted = self.model.estimators_ if isinstance(self.model, OneVsRestClassifier) else [self.model]
-        return sum(int(m.coef_.size + m.intercept_.size) for m in fitted if m is not None)
+        return sum(p.numel() for p in self.fit.model.parameters())
 
-    def predict(self, table: FeatureTable) -> np.ndarray:
-        """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
-        rows = np.flatnonzero(readable(table, self.modalities))
-        proba = np.full((len(table.sample_id), len(self.constant)), np.nan, dtype=np.float32)
-        proba[rows] = self.constant
-        if self.model is None:
-            return proba
-        for start in range(0, len(rows), PREDICT_ROWS):
-            some = rows[start : start + PREDICT_ROWS]
-            found = self.model.predict_proba(_assemble(self.inputs, table.take(some)))
-            proba[np.ix_(some, self.classes)] = found[:, -len(self.classes) :]
-        return proba
+    def predict(self, table: FeatureTable) -> dict[str, np.ndarray]:
+        """Task -> probabilities (N, C) float32; NaN for rows without any of the modalities."""
+        return self._known(predict_table(self.fit.model, table), table)
 
+    def held_out(self, table: FeatureTable) -> tuple[FeatureTable, dict[str, np.ndarray]]:
+        """The held-out rows of the table that it was fitted on, and what models that had not seen them say."""
+        part = table.take(self.fit.heldout.rows)
+        logits = self.fit.heldout.logits[pattern_name(self.modalities)]
+        kinds = self.fit.model.spec.kinds
+        return part, self._known({t: to_proba(torch.from_numpy(z), kinds[t]).numpy() for t, z in logits.items()}, part)
 
-def _drawn(rows: np.ndarray, seed: int) -> np.ndarray:
-    """At most MAX_TRAIN_ROWS of the rows, in their order."""
-    if len(rows) <= MAX_TRAIN_ROWS:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAIN_ROWS, replace=False))
+    def _known(self, proba: Mapping[str, np.ndarray], table: FeatureTable) -> dict[str, np.ndarray]:
+        return without_unreadable(proba, table, {t: self.config.task_inputs(t) for t in proba})
 
-
-Baseline: TypeAlias = Majority | Logreg
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """Standardisation of a dense modality; absent rows stay zero, which is the mean."""
-
-    mean: np.ndarray  # (D,)
-    scale: np.ndarray  # (D,)
-
-    def apply(self, features: np.ndarray, present: np.ndarray) -> np.ndarray:
-        return np.where(present[:, None], (features - self.mean) / self.scale, 0)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of a sparse modality that take part."""
-
-    index: np.ndarray
-
-    def apply(self, features: sp.csr_matrix, present: np.ndarray) -> sp.csr_matrix:
-        return features[:, self.index]
-
-
-def _fit_input(features: Features, present: np.ndarray) -> _Scaling | _Columns:
-    if not isinstance(features, np.ndarray):
-        frequency = np.bincount(features.indices, minlength=features.shape[1])
-        return _Columns(np.sort(np.argsort(-frequency, kind="stable")[:MAX_SPARSE_COLUMNS]))
-    some = features[present].astype(np.float64)
-    scale = some.std(axis=0)
-    return _Scaling(some.mean(axis=0), np.where(scale > 0, scale, 1))
-
-
-def _assemble(inputs: dict[str, _Scaling | _Columns], table: FeatureTable) -> Features:
-    """The modalities side by side (N, sum of D). Beside sparse rows, which have a norm of about one, dense ones are scaled
-    to the same norm: else the penalty on weights would all but silence the sparse modality."""
-    blocks = [inputs[m].apply(table.features[m], table.present[m]) for m in inputs]
-    if not any(sp.issparse(b) for b in blocks):
-        return np.hstack(blocks)
-    return sp.hstack([b if sp.issparse(b) else sp.csr_matrix(b / np.sqrt(b.shape[1])) for b in blocks], format="csr")
+    def save(self, uri: str, store: Store, encoders_uri: str) -> None:
+        """Publish it as a model folder, with the encoders of its modalities, so that raw samples can be predicted."""
+        manifest, fit = store.manifest, self.fit
+        parts = {"store": manifest["fingerprint"], "config": self.config.model_dump(mode="json"), "l2": fit.l2}
+        training = {"seconds": fit.seconds, "l2": fit.l2, "path": fit.path, "num_params": self.num_params}
+        for m in self.modalities:
+            for folder in manifest["modalities"][m].get("folders", []):
+                storage.copy_folder(storage.join(encoders_uri, folder), storage.join(uri, "encoders", folder))
+        save_heldout(uri, fit.heldout)
+        save_model(uri, fit.model, self.config, manifest, {"fingerprint": fingerprint(parts), "training": training})

@@ -16,7 +16,6 @@ import pandas as pd
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.baselines import MAX_TRAIN_ROWS
 from mmkt_ray.evaluation.intervals import METRICS, paired_difference, verdict
 from mmkt_ray.evaluation.metrics import is_right
 from mmkt_ray.evaluation.rows import Outcomes, read_outcomes, read_predictions
@@ -30,7 +29,7 @@ def compare(run_uri: str) -> dict[str, Any]:
 
         run, split, confidence, main (the trained model chosen on val over all tasks), notes [..]
         models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
-                        training_s, store, folder}}
+                        training_s, store, folder, folder_to_ship (None: the majority class)}}
         tasks: {task: {kind, num_classes, selected_on: val|test, best, best_trained, best_fused (see
                        `smallest_of_best`), best_single (names),
                        rows: [{model, num_rows, num_unseen, accuracy, macro_f1 (intervals or None), balanced_accuracy,
@@ -101,6 +100,7 @@ class Evaluated:
             **({"num_train_rows": self.record["num_train_rows"]} if "num_train_rows" in self.record else {}),
             "store": self.record.get("store"),
             "folder": self.folder,
+            "folder_to_ship": self.folder if self.kind == "trained" else self.record.get("folder_to_ship"),
         }
 
     def predictions(self, task: str) -> pd.DataFrame:
@@ -311,8 +311,6 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
             "Some test labels are of classes that the train split does not have; they count as wrong, "
             "or are left out of a multilabel row."
         )
-    if any(m.get("num_train_rows") == MAX_TRAIN_ROWS for m in results["models"].values()):
-        notes.append(f"The logistic regressions are fitted on {MAX_TRAIN_ROWS:,} of the train rows, drawn by the seed.")
     multilabel = [t for t, found in results["tasks"].items() if found["kind"] == "multilabel"]
     if multilabel:
         notes.append(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.baselines import MAJORITY, Baseline, fit_baselines
+from mmkt_ray.evaluation.baselines import MAJORITY, Logreg, Majority, fit_baselines
 from mmkt_ray.evaluation.calibration import chosen, fit_temperatures, probability_scores
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.gallery import write_gallery
@@ -42,6 +41,7 @@ from mmkt_ray.evaluation.rows import (
 from mmkt_ray.evaluation.tables import comparison_table, missing_table
 from mmkt_ray.features.store import FeatureTable, Store, labelled
 from mmkt_ray.models import Predictor
+from mmkt_ray.training.heldout import make_folds, pattern_name
 
 __all__ = [
     "compare",
@@ -144,44 +144,69 @@ def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> di
 
 
 def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, Any]:
-    """Fit the baselines on a store's train split and score them on `test`.
+    """Fit the baselines on a store's train and val rows and score them on `test`.
 
     Writes `<out_uri>/metrics.json`, {split, store, .., models: {name: record as of `evaluate_model`, without subsets
-    and patterns}}, and `<out_uri>/predictions-test.parquet` with one more column, `model`. Returns the former.
-    Raises: DataError if the split has no rows.
+    and patterns; `val` is of held-out rows, see heldout.py, and says which in `on`}}, `<out_uri>/predictions-test.parquet`
+    with one more column, `model`, and each logistic regression as a model folder, of which its record tells
+    `folder_to_ship` in the run. Returns the former. Raises: DataError if the split has no rows.
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
     settings = _Settings(config.evaluation, config.seed)
     data = load_rows(store, modalities, tasks)
     part = _part(data, store, "test")
-    fitted = {task: fit_baselines(data.table, task, config.seed) for task in tasks}
-    names = list(dict.fromkeys(name for by_name in fitted.values() for name in by_name))
-    records: dict[str, Any] = {}
+    majorities, fitted = fit_baselines(config, data.table)
+    run_uri = out_uri.rpartition("/baselines/")[0] or out_uri
+    found: dict[str, Proba] = {name: model.predict(part.table) for name, model in fitted.items()}
+    records = {name: _logreg_record(model, store, data, run_uri) for name, model in fitted.items()}
+    if majorities:
+        found = {MAJORITY: {t: m.predict(part.table) for t, m in majorities.items()}, **found}
+        records = {MAJORITY: _majority_record(majorities, data, config.seed), **records}
     parts = []
-    val = _val_rows(data, "test")
-    for name in names:
-        models = {t: by_name[name] for t, by_name in fitted.items() if name in by_name}
-        proba = _predict_baselines(models, part.table)
-        records[name] = {
-            "name": name,
-            "modalities": [] if name == MAJORITY else sorted({m for b in models.values() for m in b.modalities}),
-            "num_params": sum(m.num_params for m in models.values()),
-            "num_train_rows": max(m.num_rows for m in models.values()),
-            "training_s": sum(m.seconds for m in models.values()),
-            "tasks": {t: _task_scores(part, t, p, settings) for t, p in proba.items()},
-        }
-        on_val = _val_scores(val, partial(_predict_baselines, models))
-        for t, scores in records[name]["tasks"].items():
-            scores["val"] = on_val.get(t)
-        parts.append(prediction_parts(part, modalities, proba, name))
+    for name, record in records.items():
+        val = record.pop("val")
+        record |= {"name": name, "tasks": {t: _task_scores(part, t, p, settings) for t, p in found[name].items()}}
+        for t, scores in record["tasks"].items():
+            scores["val"] = val[t]
+        parts.append(prediction_parts(part, modalities, found[name], name))
     result = {**_identity(store, "test", config.evaluation, part), "models": records}
     write_parts(storage.join(out_uri, "predictions-test.parquet"), chain.from_iterable(parts))
     storage.write_json(storage.join(out_uri, "metrics.json"), result)
     return result
 
 
-def _predict_baselines(models: Mapping[str, Baseline], table: FeatureTable) -> Proba:
-    return {t: m.predict(table) for t, m in models.items()}
+def _logreg_record(model: Logreg, store: Store, data: Rows, run_uri: str) -> dict[str, Any]:
+    """What is known of a logistic regression before it is scored; publishes it."""
+    folder = f"models/.linear/{store.manifest['fingerprint']}/{pattern_name(model.modalities)}"
+    model.save(storage.join(run_uri, folder), store, storage.join(run_uri, "encoders"))
+    return {
+        "modalities": list(model.modalities),
+        "num_params": model.num_params,
+        "num_train_rows": max(model.fit.num_rows.values()),
+        "training_s": model.fit.seconds,
+        "l2": model.fit.l2,
+        "folder_to_ship": folder,
+        "val": _held_out_scores(*model.held_out(data.table), model.fit.heldout.on),
+    }
+
+
+def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) -> dict[str, Any]:
+    """What is known of the majority class before it is scored."""
+    folds = make_folds(data.table, seed)
+    held = data.table.take(np.flatnonzero(np.isin(folds.fold, range(folds.num_held))))
+    return {
+        "modalities": [],
+        "num_params": 0,
+        "num_train_rows": max(m.num_rows for m in majorities.values()),
+        "training_s": 0.0,
+        "val": _held_out_scores(held, {t: m.predict(held) for t, m in majorities.items()}, folds.on),
+    }
+
+
+def _held_out_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
+    """Task -> scores of held-out rows, None without a labelled one; on: cv or val."""
+    scores = {t: _point_scores(table, t, has_prediction(values), values) for t, values in proba.items()}
+    return {t: s | {"on": on} if s["num_rows"] else None for t, s in scores.items()}
 
 
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,9 +1,12 @@
 """A model without towers is logistic regression: solved to its optimum, its penalty chosen on held-out rows.
 
 Features are what the model's input stage makes of them, and each modality is brought to rows of unit mean squared length
-before the penalty sees it, so that one penalty is fair to 1,280 dense numbers and to ten words. Each task has a penalty of
-its own, from a path of about ten, strong to weak: the one with the lowest held-out log loss (see heldout.py). The model
-then learns from train and val together.
+before the penalty sees it, so that one penalty is fair to 1,280 dense numbers and to ten words. Without that the wider
+modality drowns the other: cross-validated with the best penalty of each, OpenMoji's category is 78.4 % with it and 69.3 %
+without (HOG and words), 87.4 % and 85.7 % with pretrained encoders.
+
+Each task has a penalty of its own, from a path of about ten, strong to weak: the one with the lowest held-out log loss
+(see heldout.py). The model then learns from train and val together.
 
 Axes: N rows that are learnt from, H held-out rows, D features of a modality, C classes of one task.
 """
@@ -11,8 +14,8 @@ Axes: N rows that are learnt from, H held-out rows, D features of a modality, C 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,8 @@ from mmkt_ray.training.validation import summarise, tally_batch
 STRONGEST = 0.1  # penalty, times the rows that are learnt from
 FACTOR = 3.0  # from one penalty to the next
 MAX_PENALTIES = 14
-PATH_TOLERANCE = 1e-6  # nats per row: finer differences choose nothing
+JUDGED_PARTS = 2  # parts of the held-out rows that penalties are judged on; models at the chosen one hold out every part
+PATH_TOLERANCE = 1e-5  # nats per row: finer differences choose nothing
 MAX_MODALITIES = 4  # of more, not every subset is asked for
 DEFAULT_L2 = 1.0  # where no row can be held out
 Weights = tuple[dict[str, np.ndarray], np.ndarray]  # of a task: modality -> (D, C), and the bias (C,)
@@ -111,6 +115,14 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     parts = found.model.num_parameters_by_part()
     result = FitResult(found.model, [record], 1, record["val"], parts, found.seconds)
     return result, found.heldout, {"l2": found.l2, "path": found.path, "on": found.heldout.on}
+
+
+def solve(features: Features, labels: np.ndarray, num_classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logistic regression on features (N, D) as they are: weights (D, C) and bias (C,). labels: usable ones."""
+    target = _Target.of(labels, num_classes, False)
+    problem = Problem([make_block(features)], target.labels, np.ones((len(labels), 1), bool), target.class_weights)
+    (weights,), bias = problem.original(minimise(problem, l2), 0)
+    return target.expanded(weights, bias, num_classes)
 
 
 # --- one task --------------------------------------------------------------------------------------------------------
@@ -203,13 +215,12 @@ class _Solver:
         num_classes = len(self.table.class_names[task])
         target = _Target.of(labels[known], num_classes, self.config.training.class_weights == "balanced")
         fold = self.fold[known]
-        used = fold[:, None] != np.arange(self.num_held)
-        problem = Problem(blocks, target.labels, used, target.class_weights)
-        l2, path, by_fold = self._choose(problem, target, fold)
+        l2, path, start = self._choose(blocks, target, fold)
+        folds = np.arange(self.num_held)
+        parts = Problem(blocks, target.labels, fold[:, None] != folds, target.class_weights)
+        by_fold = minimise(parts, l2 / target.weight, _spread(start, parts), PATH_TOLERANCE)
         whole = Problem(blocks, target.labels, np.ones((len(fold), 1), bool), target.class_weights)
-        start = by_fold.view(len(by_fold), self.num_held, -1).mean(dim=1)
-        start[-1] = torch.where(whole.open, start[-1], whole.start)
-        best = minimise(whole, l2 / target.weight, start)
+        best = minimise(whole, l2 / target.weight, _spread(by_fold, whole))
         losses = whole.evaluate(best)[0] / whole.total
 
         def unscaled(problem: Problem, weights: Tensor, fit: int) -> Weights:
@@ -217,31 +228,40 @@ class _Solver:
             full = [target.expanded(part, bias, num_classes) for part in parts]
             return {m: w * self.scales[m] for m, (w, _) in zip(inputs, full, strict=True)}, full[0][1]
 
-        folds = [unscaled(problem, by_fold, k) for k in range(self.num_held)]
-        return _Solved(unscaled(whole, best, 0), folds, l2, path, float(losses.mean()), len(fold))
+        held_out = [unscaled(parts, by_fold, k) for k in folds]
+        return _Solved(unscaled(whole, best, 0), held_out, l2, path, float(losses.mean()), len(fold))
 
-    def _choose(self, problem: Problem, target: _Target, fold: np.ndarray) -> tuple[float, list[dict[str, Any]], Tensor]:
-        """The penalty, the path to it, and the weights of each fold's model there."""
-        given = self.config.training.l2
-        held = (fold >= 0) & (fold < self.num_held)
-        largest = STRONGEST * len(fold)
-        penalties = [given] if given is not None else [largest / FACTOR**k for k in range(MAX_PENALTIES)]
-        if not held.any():
-            penalties = [DEFAULT_L2 if given is None else given]
-        weights, path, best, worse = None, [], None, 0
-        part = _Target(target.labels[held], target.classes, target.class_weights, target.weight, target.kind)
-        for l2 in penalties:
+    def _choose(
+        self, blocks: Sequence[Block], target: _Target, fold: np.ndarray
+    ) -> tuple[float, list[dict[str, Any]], Tensor]:
+        """The penalty, the path to it, and the weights of the models there that it was judged by."""
+        given, num_parts = self.config.training.l2, min(JUDGED_PARTS, self.num_held)
+        problem = Problem(blocks, target.labels, fold[:, None] != np.arange(num_parts), target.class_weights)
+        held = (fold >= 0) & (fold < num_parts)
+        if given is not None or not held.any():
+            return DEFAULT_L2 if given is None else given, [], problem.initial()
+        part = replace(target, labels=target.labels[held])
+        path: list[dict[str, Any]] = []
+        best = weights = problem.initial()
+        for l2 in (STRONGEST * len(fold) / FACTOR**k for k in range(MAX_PENALTIES)):
             weights = minimise(problem, l2 / target.weight, weights, PATH_TOLERANCE)
-            if not held.any():
-                return l2, [], weights
-            loss, accuracy = part.score(problem.held_out(weights, np.clip(fold, 0, self.num_held - 1))[held])
-            worse += bool(path) and loss > path[-1]["log_loss"]
+            loss, accuracy = part.score(problem.held_out(weights, np.clip(fold, 0, num_parts - 1))[held])
             path.append({"l2": l2, "log_loss": loss, "accuracy": accuracy})
-            if best is None or loss < best[0]:
-                best = (loss, l2, weights)
-            if worse == 2:
-                break
-        return best[1], path, best[2]
+            if len(path) > 1 and loss >= path[-2]["log_loss"]:
+                return path[-2]["l2"], path, best
+            best = weights
+        return path[-1]["l2"], path, best
+
+
+def _spread(weights: Tensor, problem: Problem) -> Tensor:
+    """Weights of some fits as a start for others: those that there are, and their mean."""
+    start = problem.initial()
+    found = weights.view(len(weights), -1, problem.num_classes)  # (P, fits, K)
+    whole = start.view(len(weights), -1, problem.num_classes)
+    whole[:-1] = found[:-1].mean(dim=1, keepdim=True)
+    if found.shape[1] <= whole.shape[1]:
+        whole[:, : found.shape[1]] = found
+    return start * problem.open + problem.initial() * ~problem.open
 
 
 def standardised(

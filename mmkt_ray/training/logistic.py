@@ -19,31 +19,35 @@ Böhning 1992 (https://doi.org/10.1007/BF00048682).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, one_hot, softplus
 
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.models.missing import evenly
 
 MAX_ROTATED = 2048  # axes: the eigenvectors of a larger matrix cost more than they save
 GRAM_ROWS = 4  # times D: enough for the axes
+TURNED_ROWS = 8  # times D: so many rows are turned themselves, more as their weights are
 CHUNK_VALUES = 2_000_000  # logits in memory at a time
 HISTORY_BYTES = 400_000_000  # of L-BFGS
 MAX_PAIRS = 12
 MAX_STEPS = 1000
 TOLERANCE = 1e-9  # nats per row that the optimum may still be below
 NOISE = 1e-7  # of a float32 loss, relative
+Point: TypeAlias = tuple[Tensor, Tensor, Tensor]  # weights (P, F K), values (F K,), gradient (P, F K)
 
 
 @dataclass(frozen=True)
 class Block:
     """Some columns of the rows. `x` (N, D) dense, or sparse with the columns that are not empty; the solver's are x times
-    `basis` (D, R), or x as it is, if null."""
+    `basis` (D, R), or x as it is if null."""
 
     x: Tensor | sp.csr_matrix
     basis: Tensor | None
@@ -81,8 +85,9 @@ def make_block(features: Features) -> Block:
     if columns > rows:
         return _wide_block(x)
     some = x[torch.from_numpy(evenly(np.arange(rows), GRAM_ROWS * columns))]
-    energy, basis = torch.linalg.eigh((some.T @ some).double())
-    return Block(x, basis.float(), energy.clamp(min=0).float() * (rows / max(1, len(some))))
+    energy, axes = torch.linalg.eigh((some.T @ some).double())
+    basis, energy = axes.float(), energy.clamp(min=0).float() * (rows / len(some))
+    return Block(x @ basis, None, energy, back=basis) if rows <= TURNED_ROWS * columns else Block(x, basis, energy)
 
 
 def _wide_block(x: Tensor) -> Block:
@@ -127,8 +132,7 @@ class Problem:
         """Weight of each class in each fit, and which problems there is something to solve in."""
         used = self.used.float()
         if self.softmax:
-            one_hot = torch.nn.functional.one_hot(self.labels, self.num_classes).float() * self.class_weights
-            positive = used.T @ one_hot  # (F, K)
+            positive = used.T @ (one_hot(self.labels, self.num_classes) * self.class_weights)  # (F, K)
             self.total = positive.sum(dim=1, keepdim=True).expand_as(positive).reshape(-1)
             self.seen = positive > 0
             several = self.seen.sum(dim=1, keepdim=True) > 1
@@ -165,7 +169,7 @@ class Problem:
         logits = weights[-1][-1].expand(self.chunks[index].stop - self.chunks[index].start, -1).clone()
         for pieces, own in zip(self.pieces, weights, strict=False):
             x = pieces[index]
-            logits += x @ own if isinstance(x, Tensor) else torch.from_numpy(x @ own.numpy())
+            logits += linear(x, own.T.contiguous()) if isinstance(x, Tensor) else torch.from_numpy(x @ own.numpy())
         return logits
 
     def mapped(self, weights: Tensor) -> list[Tensor]:
@@ -188,7 +192,7 @@ class Problem:
             gradients[-1] += residual.sum(dim=0)
             for pieces, turned, gradient in zip(self.pieces, self.turned, gradients, strict=False):
                 x, other = pieces[index], turned[index]
-                gradient += x.T @ residual if other is None else torch.from_numpy(other @ residual.numpy())
+                gradient += (residual.T @ x).T if other is None else torch.from_numpy(other @ residual.numpy())
         parts = [g if b.basis is None else b.basis.T @ g for b, g in zip(self.blocks, gradients, strict=False)]
         gradient = torch.cat([*parts, gradients[-1]])
         return self.together(losses), gradient.mul_(self.open), curved
@@ -211,7 +215,7 @@ class Problem:
         y = labels.to(logits.dtype)
         weights = used[..., None] * torch.where(labels == 1, self.class_weights, 1.0)[:, None]  # (B, F, K)
         z = logits.view(shape)
-        each = torch.nn.functional.softplus(z) - z * y[:, None]
+        each = softplus(z) - z * y[:, None]
         losses = (weights * each).sum(dim=0, dtype=torch.float64)
         p = z.sigmoid()
         slopes = (weights * p * (1 - p)).sum(dim=0, dtype=torch.float64) if curvature else torch.zeros_like(losses)
@@ -274,12 +278,14 @@ def minimise(problem: Problem, l2: float, start: Tensor | None = None, tolerance
     return point * scale
 
 
-def _search(at: object, point: Tensor, value: Tensor, direction: Tensor, slope: Tensor) -> tuple[Tensor, tuple]:
+def _search(
+    at: Callable[[Tensor], tuple[Tensor, Tensor]], point: Tensor, value: Tensor, direction: Tensor, slope: Tensor
+) -> tuple[Tensor, Point]:
     """Steps (F K,) that each problem's value falls enough by, halved from one; none where float32 sees no fall."""
     step = torch.ones_like(value)
     for _ in range(12):
         new = torch.addcmul(point, direction, step.to(point.dtype))
-        new_value, gradient = at(new)  # type: ignore[operator]
+        new_value, gradient = at(new)
         short = new_value > value + 1e-4 * step * slope + NOISE * value.abs()
         if not short.any():
             break
