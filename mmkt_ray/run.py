@@ -24,7 +24,6 @@ from mmkt_ray.evaluation.contribution import insights
 from mmkt_ray.evaluation.evaluate import (
     compare,
     comparison_table,
-    evaluate_baselines,
     evaluate_model,
     missing_curves,
     missing_table,
@@ -32,13 +31,14 @@ from mmkt_ray.evaluation.evaluate import (
 )
 from mmkt_ray.evaluation.recommend import fused_to_study
 from mmkt_ray.evaluation.scores import scores_table, transferability
-from mmkt_ray.evaluation.suspects import find_suspects
 from mmkt_ray.evaluation.tables import recommendation_text
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
+from mmkt_ray.training.baselines import evaluate_baselines
 from mmkt_ray.training.repeats import repeat, seeds_table
+from mmkt_ray.training.suspects import find_suspects
 from mmkt_ray.training.trainer import train, train_singles
 from mmkt_ray.training.transfer_matrix import transfer_matrix, transfer_table
 

@@ -103,6 +103,12 @@ class TrainingConfig(Section):
     batch_size_per_worker: int = Field(256, ge=1, description="samples per step on each worker")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
+    l2: float | None = Field(
+        None,
+        gt=0,
+        description="penalty of a linear model (num_levels 0): weight of the squared weights against the summed losses, "
+        "1 / scikit-learn's C; null: chosen by cross-validation",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     label_frac: float = Field(
         1.0, gt=0, le=1, description="share of each task's train labels that is used, the same share of each class"

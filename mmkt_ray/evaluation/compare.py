@@ -18,7 +18,6 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, row_scores, settle
-from mmkt_ray.evaluation.baselines import MAX_TRAIN_ROWS
 from mmkt_ray.evaluation.intervals import METRICS, agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.evaluation.metrics import is_right
 from mmkt_ray.evaluation.recommend import (
@@ -44,7 +43,7 @@ def compare(run_uri: str) -> dict[str, Any]:
 
         run, split, confidence, main (the trained model that is recommended, or else chosen over all tasks), notes [..]
         models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
-                        training_s, store, folder}}
+                        training_s, store, folder, folder_to_ship (None: the majority class)}}
         tasks: {task: {kind, num_classes, selected_on: val|cv|test, best, best_trained, best_fused (see `choose`),
                         best_single (names), answers [..] (see `settle`, each with its sentence), answers_from,
                         headline {task, tone, title, text},
@@ -128,6 +127,7 @@ class Evaluated:
             **({"num_train_rows": self.record["num_train_rows"]} if "num_train_rows" in self.record else {}),
             "store": self.record.get("store"),
             "folder": self.folder,
+            "folder_to_ship": self.folder if self.kind == "trained" else self.record.get("folder_to_ship"),
         }
 
     def reads(self, task: str) -> tuple[str, ...]:
@@ -372,8 +372,6 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
             f"Some test labels are of classes that the train split does not have{_unseen(results['tasks'])}; they count as "
             "wrong, or are left out of a multilabel row."
         )
-    if any(m.get("num_train_rows") == MAX_TRAIN_ROWS for m in results["models"].values()):
-        notes.append(f"The logistic regressions are fitted on {MAX_TRAIN_ROWS:,} of the train rows, drawn by the seed.")
     multilabel = [t for t, found in results["tasks"].items() if found["kind"] == "multilabel"]
     if multilabel:
         notes.append(

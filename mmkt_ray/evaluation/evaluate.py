@@ -11,15 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, EvaluationConfig, parse_config
+from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.baselines import MAJORITY, Baseline, fit_baselines
 from mmkt_ray.evaluation.calibration import chosen, fit_temperatures, probability_scores
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.gallery import write_gallery
@@ -47,7 +45,6 @@ from mmkt_ray.models import Predictor
 __all__ = [
     "compare",
     "comparison_table",
-    "evaluate_baselines",
     "evaluate_model",
     "missing_curves",
     "missing_table",
@@ -92,7 +89,7 @@ def evaluate_model(
     started = time.perf_counter()
     model, card = load_model(model_uri)
     config = parse_config(card["config"])
-    settings = _Settings(evaluation or config.evaluation, config.seed)
+    settings = ScoreSettings(evaluation or config.evaluation, config.seed)
     data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"])
     held = _held_out(model_uri, model, card, store, data) if split != "val" else None
     calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
@@ -104,9 +101,9 @@ def evaluate_model(
         inputs = {t: [m for m in config.task_inputs(t) if m in subset] for t in proba}
         return without_unreadable(_checked(proba, model_uri), table, inputs)
 
-    part = _part(data, store, split)
+    part = part_of(data, store, split)
     proba = predict(part.table)
-    tasks: dict[str, Any] = {t: _task_scores(part, t, proba[t], settings) | {"subsets": {}} for t in config.model_tasks}
+    tasks: dict[str, Any] = {t: scores_of_task(part, t, proba[t], settings) | {"subsets": {}} for t in config.model_tasks}
     for subset in modality_subsets(config.model_modalities):
         found = predict(part.table, subset)
         for t, scores in tasks.items():
@@ -128,7 +125,7 @@ def evaluate_model(
     for t, scores in tasks.items():
         scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
     record = {
-        **_identity(store, split, settings.evaluation, part),
+        **identity_of(store, split, settings.evaluation, part),
         "name": name or model_uri.rstrip("/").rpartition("/")[2],
         "fingerprint": card.get("fingerprint"),
         "modalities": list(config.model_modalities),
@@ -176,47 +173,6 @@ def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> di
     return probability_scores(table.labels[task][known], proba[known])
 
 
-def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, Any]:
-    """Fit the baselines on a store's train split and score them on `test`.
-
-    Writes `<out_uri>/metrics.json`, {split, store, .., models: {name: record as of `evaluate_model`, without subsets
-    and patterns}}, and `<out_uri>/predictions-test.parquet` with one more column, `model`. Returns the former.
-    Raises: DataError if the split has no rows.
-    """
-    modalities, tasks = sorted(config.modalities), sorted(config.tasks)
-    settings = _Settings(config.evaluation, config.seed)
-    data = load_rows(store, modalities, tasks)
-    part = _part(data, store, "test")
-    fitted = {task: fit_baselines(data.table, task, config.seed) for task in tasks}
-    names = list(dict.fromkeys(name for by_name in fitted.values() for name in by_name))
-    records: dict[str, Any] = {}
-    parts = []
-    val = _val_rows(data, "test")
-    for name in names:
-        models = {t: by_name[name] for t, by_name in fitted.items() if name in by_name}
-        proba = _predict_baselines(models, part.table)
-        records[name] = {
-            "name": name,
-            "modalities": [] if name == MAJORITY else sorted({m for b in models.values() for m in b.modalities}),
-            "num_params": sum(m.num_params for m in models.values()),
-            "num_train_rows": max(m.num_rows for m in models.values()),
-            "training_s": sum(m.seconds for m in models.values()),
-            "tasks": {t: _task_scores(part, t, p, settings) for t, p in proba.items()},
-        }
-        on_val = _val_scores(val, _predict_baselines(models, val), "val") if val is not None else {}
-        for t, scores in records[name]["tasks"].items():
-            scores["val"] = on_val.get(t)
-        parts.append(prediction_parts(part, modalities, proba, name))
-    result = {**_identity(store, "test", config.evaluation, part), "models": records}
-    write_parts(storage.join(out_uri, "predictions-test.parquet"), chain.from_iterable(parts))
-    storage.write_json(storage.join(out_uri, "metrics.json"), result)
-    return result
-
-
-def _predict_baselines(models: Mapping[str, Baseline], table: FeatureTable) -> Proba:
-    return {t: m.predict(table) for t, m in models.items()}
-
-
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """The subsets that are scored, largest first: all; of more than four modalities only all, all but one, each alone."""
     num = len(modalities)
@@ -224,7 +180,7 @@ def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     return sorted(subsets(sorted(modalities), sizes), key=len, reverse=True)
 
 
-def _part(data: Rows, store: Store, split: str) -> Rows:
+def part_of(data: Rows, store: Store, split: str) -> Rows:
     """The readable rows of a split. Raises: DataError if there are none."""
     rows = data.readable(split)
     if len(rows) == 0:
@@ -236,7 +192,7 @@ def _part(data: Rows, store: Store, split: str) -> Rows:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class ScoreSettings:
     """How intervals are drawn."""
 
     evaluation: EvaluationConfig
@@ -248,7 +204,7 @@ class _Settings:
         return bootstrap_intervals(labels, pred, num_classes, num_resamples=num, confidence=confidence, seed=self.seed)
 
 
-def _identity(store: Store, split: str, evaluation: EvaluationConfig, part: Rows) -> dict[str, Any]:
+def identity_of(store: Store, split: str, evaluation: EvaluationConfig, part: Rows) -> dict[str, Any]:
     return {
         "split": split,
         "store": store.manifest.get("fingerprint"),
@@ -265,7 +221,7 @@ def _checked(proba: Proba, model_uri: str) -> Proba:
     return proba
 
 
-def _task_scores(part: Rows, task: str, proba: np.ndarray, settings: _Settings) -> dict[str, Any]:
+def scores_of_task(part: Rows, task: str, proba: np.ndarray, settings: ScoreSettings) -> dict[str, Any]:
     """Metrics and intervals of one task over the rows that are labelled and have a prediction."""
     table, rows = part.table, has_prediction(proba)
     labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
@@ -280,7 +236,7 @@ def _task_scores(part: Rows, task: str, proba: np.ndarray, settings: _Settings) 
 
 
 def _subset_scores(
-    table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: _Settings
+    table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: ScoreSettings
 ) -> dict[str, Any]:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
     rows = has_prediction(proba) & labelled(table.labels[task])
@@ -292,11 +248,11 @@ def _subset_scores(
         "num_rows": len(labels),
         **settings.intervals(labels, predicted(proba, kind), len(names)),
         "metrics": task_metrics(kind, labels, proba, names),
-        "all": _point_scores(table, task, rows, proba_all),
+        "all": point_scores(table, task, rows, proba_all),
     }
 
 
-def _point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
+def point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
     kind = table.kinds.get(task, "multiclass")
     metrics = task_metrics(kind, table.labels[task][rows], chosen(proba, rows), table.class_names[task])
     return {name: metrics.get(name) for name in ("num_rows", "accuracy", "macro_f1")}
@@ -324,5 +280,5 @@ def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
     """Accuracy and macro-F1 on held-out rows, for tasks with labels there."""
     scores = {}
     for task, values in proba.items():
-        scores[task] = _point_scores(table, task, has_prediction(values), values) | {"on": on}
+        scores[task] = point_scores(table, task, has_prediction(values), values) | {"on": on}
     return {task: s for task, s in scores.items() if s["num_rows"]}

@@ -44,6 +44,7 @@ from mmkt_ray.training.experts import (
     single_configs,
 )
 from mmkt_ray.training.imbalance import read_excluded
+from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import FitResult, fit
 from mmkt_ray.training.transfer import load_knowledge, source_uris
 from mmkt_ray.training.validation import summarise as summarise_tallies
@@ -91,11 +92,11 @@ def train(
     if has_experts(config):
         return {**_train_with_experts(config, store, model_uri, folder, run), "status": "trained"}
     scratch = storage.join(model_uri, ".train")
-    choice = settle(config, store, run) if config.training.auto else None
+    choice = settle(config, store, run) if config.training.auto and not is_linear(config) else None
     job = Job(config, choice, store_uri, model_uri, scratch, digest, folder)
     if job.holds_out:
         _ask(run, hold_out_on_worker, job, 1)
-    outcome = _ask(run, train_on_worker, job, config.training.num_workers)
+    outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
     return {**outcome, "status": "trained"}
 
@@ -301,11 +302,15 @@ def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) 
         table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
         heldout = load_heldout(job.scratch) if job.holds_out else None
         world = World(rank, world_size, device)
-        whole = as_train(table) if heldout else table
-        result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
+        about: dict[str, Any] = {}
+        if is_linear(config):
+            result, heldout, about["linear"] = linear_result(config, table)
+        else:
+            whole = as_train(table) if heldout else table
+            result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
     except UserError as error:
         return error
-    summary = summarise(result, job.fingerprint, world_size, device)
+    summary = summarise(result, job.fingerprint, world_size, device) | about
     if job.choice:
         summary["auto"] = job.choice.to_dict()
     if heldout:

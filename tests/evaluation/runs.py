@@ -17,7 +17,7 @@ from PIL import Image
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.evaluation.compare import compare
-from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model
+from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.features.store import (
@@ -29,6 +29,7 @@ from mmkt_ray.features.store import (
     to_arrow,
     write_manifest,
 )
+from mmkt_ray.training.baselines import evaluate_baselines
 from mmkt_ray.training.loop import fit
 
 THINGS = ("bird", "boat", "car", "cat")

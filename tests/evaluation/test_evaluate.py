@@ -19,14 +19,16 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import rows as rows_module
 from mmkt_ray.evaluation.compare import compare
-from mmkt_ray.evaluation.evaluate import evaluate_baselines, evaluate_model, modality_subsets
+from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
 from mmkt_ray.evaluation.gallery import thumbnail, write_gallery
+from mmkt_ray.evaluation.heldout import load_heldout
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features import table as table_module
 from mmkt_ray.features.store import MISSING, open_store
+from mmkt_ray.training.baselines import evaluate_baselines
 from tests.evaluation.runs import (
     THINGS,
     VARIANTS,
@@ -265,6 +267,27 @@ def test_baselines_have_the_same_record_and_rows(finished, samples):
         assert sorted(mine["sample_id"]) == sorted(expected)
         assert record["tasks"]["thing"]["num_rows"] == len(expected)
         assert (mine["thing_label"] == mine["thing_pred"]).mean() == pytest.approx(record["tasks"]["thing"]["accuracy"])
+
+
+def test_a_baseline_is_shipped_as_a_model_that_says_the_same(finished):
+    """Catches a baseline that the report recommends and nobody can use, and val scores of rows that it learnt from."""
+    results = storage.read_json(str(finished / "report" / "results.json"))["models"]
+    assert results["majority"]["folder_to_ship"] is None
+    assert results["concat"]["folder_to_ship"] == "models/concat"
+    folder = results["logreg:image+text"]["folder_to_ship"]
+    model, card = load_model(str(finished / folder))
+    table = open_store(str(finished / "features" / "union")).table(["image", "text"], ["thing", "colour"])
+    rows = predictions(finished / "baselines" / "union")
+    rows = rows[rows["model"] == "logreg:image+text"].set_index("sample_id").dropna(subset=["thing_proba"])
+    proba = predict_table(model, table.take(np.flatnonzero(np.isin(table.sample_id.astype(str), rows.index))))["thing"]
+    np.testing.assert_allclose(proba, np.stack(rows["thing_proba"]), atol=1e-6)
+    heldout = load_heldout(str(finished / folder))
+    y, z = table.labels["thing"][heldout.rows], heldout.logits["image+text"]["thing"]
+    record = storage.read_json(str(finished / "baselines" / "union" / "metrics.json"))
+    val = record["models"]["logreg:image+text"]["tasks"]["thing"]["val"]
+    assert (val["num_rows"], val["on"]) == ((y >= 0).sum(), "cv")
+    assert val["accuracy"] == pytest.approx((z.argmax(axis=1) == y)[y >= 0].mean())
+    assert card["training"]["l2"].keys() == {"thing", "colour"}
 
 
 def test_the_difference_is_paired_over_shared_samples(finished):

@@ -12,8 +12,8 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.evaluation.suspects import Opinions, ask_modalities, divergence, find_suspects
 from mmkt_ray.features.store import MISSING, FeatureTable
+from mmkt_ray.training.suspects import Opinions, ask_modalities, divergence, find_suspects
 
 CLASSES = ["bird", "boat", "car", "cat"]
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import torch
 from cleanlab.filter import find_label_issues
 from cleanlab.multilabel_classification.filter import find_label_issues as find_multilabel_issues
 from cleanlab.multilabel_classification.rank import get_label_quality_scores as multilabel_quality
@@ -32,18 +33,19 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.base import Features
-from mmkt_ray.evaluation.baselines import Logreg, Majority
 from mmkt_ray.evaluation.calibration import fit_temperature, log_loss, usable
 from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.models import to_proba
+from mmkt_ray.training.baselines import Majority
+from mmkt_ray.training.batches import feature_statistics
+from mmkt_ray.training.linear import solve
 
 log = logging.getLogger(__name__)
 
 NUM_FOLDS = 5
 MAX_FIT_ROWS = 10_000  # that a fold's model is fitted on, the same share of each class; all others are judged by it
 SPARSE_DIM = 128  # sparse features are reduced to this width: many times faster, and better with few rows
-INVERSE_L2 = (
-    0.01  # of the folds' models: few rows and many features; finds more planted errors than 1, and in less time
-)
+L2 = 100.0  # penalty of the folds' models: few rows and many features; finds more planted errors than 1, and in less time
 MIN_DOUBT = 0.95  # probability that a suspect label is wrong, as far as the modalities can tell
 MIN_DIVERGENCE = 0.7  # of modalities that contradict each other; at most 1: each is sure of another class
 SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1, so that no single modality settles the matter
@@ -169,10 +171,19 @@ def _out_of_fold(table: FeatureTable, task: str, modality: str, seed: int) -> np
             known = train_test_split(
                 known, train_size=MAX_FIT_ROWS, stratify=None if rare else strata[known], random_state=seed
             )[0]
-        model = Logreg.fit(table.take(here[known]), task, (modality,), seed, INVERSE_L2)
-        proba[here[judged]] = model.predict(table.take(here[judged]))
+        proba[here[judged]] = _judge(table, task, modality, here[known], here[judged])
     proba[here] = calibrate(labels, proba[here])
     return proba
+
+
+def _judge(table: FeatureTable, task: str, modality: str, known: np.ndarray, judged: np.ndarray) -> np.ndarray:
+    """(judged, C) probabilities by logistic regression on the known rows, which all have the modality and a label."""
+    x, labels = table.features[modality][known], table.labels[task][known]
+    mean, std = (values.numpy() for values in feature_statistics(x, np.ones(len(x), bool)))
+    std = np.where(std > 0, std, 1)
+    weights, bias = solve((x - mean) / std, labels, len(table.class_names[task]), L2)
+    logits = ((table.features[modality][judged] - mean) / std) @ weights + bias
+    return to_proba(torch.from_numpy(logits), "multilabel" if labels.ndim == 2 else "multiclass").numpy()
 
 
 def calibrate(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
