@@ -74,10 +74,11 @@ class Choice:
 
 def is_plain(config: Config) -> bool:
     """Whether models of this config can be trained in a stack and on held-out parts: none of its methods acts on gradients,
-    mixes rows, makes new ones or asks other models."""
+    mixes rows, makes new ones, asks other models or stops by the val score."""
     training = config.training
     return not (
         training.balance
+        or training.patience
         or training.task_weighting != "sum"
         or training.generate
         or training.transfer.init
@@ -91,6 +92,7 @@ def plain(config: Config) -> Config:
     return config.with_overrides(
         {
             "training.balance": None,
+            "training.patience": 0,
             "training.task_weighting": "sum",
             "training.generate": None,
             "training.transfer": {},
