@@ -111,9 +111,9 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     labels = {t: table.labels[t][found.heldout.rows] for t in config.model_tasks}
     logits = found.heldout.logits[pattern_name(config.model_modalities)]
     val = summarise({t: tally_batch(torch.from_numpy(logits[t]), torch.from_numpy(labels[t])).numpy() for t in labels})
-    record = {"epoch": 1, "train_loss": found.loss, "val": val if val["accuracy"] else None, "seconds": found.seconds}
-    parts = found.model.num_parameters_by_part()
-    result = FitResult(found.model, [record], 1, record["val"], parts, found.seconds)
+    scores = val if val["accuracy"] else None
+    history = [{"epoch": 1, "train_loss": found.loss, "val": scores, "seconds": found.seconds}]
+    result = FitResult(found.model, history, 1, scores, found.model.num_parameters_by_part(), found.seconds)
     return result, found.heldout, {"l2": found.l2, "path": found.path, "on": found.heldout.on}
 
 
@@ -144,7 +144,7 @@ class _Target:
 
     labels: np.ndarray  # (N,) codes, or (N, K) of 0 and 1
     classes: np.ndarray  # the task's classes that K stands for; two classes are one column
-    class_weights: np.ndarray | None
+    class_weights: np.ndarray  # (K,)
     weight: float  # of all rows, beside the class weights
     kind: str  # several | two | sets
 
@@ -216,8 +216,7 @@ class _Solver:
         target = _Target.of(labels[known], num_classes, self.config.training.class_weights == "balanced")
         fold = self.fold[known]
         l2, path, start = self._choose(blocks, target, fold)
-        folds = np.arange(self.num_held)
-        parts = Problem(blocks, target.labels, fold[:, None] != folds, target.class_weights)
+        parts = Problem(blocks, target.labels, fold[:, None] != np.arange(self.num_held), target.class_weights)
         by_fold = minimise(parts, l2 / target.weight, _spread(start, parts), PATH_TOLERANCE)
         whole = Problem(blocks, target.labels, np.ones((len(fold), 1), bool), target.class_weights)
         best = minimise(whole, l2 / target.weight, _spread(by_fold, whole))
@@ -228,7 +227,7 @@ class _Solver:
             full = [target.expanded(part, bias, num_classes) for part in parts]
             return {m: w * self.scales[m] for m, (w, _) in zip(inputs, full, strict=True)}, full[0][1]
 
-        held_out = [unscaled(parts, by_fold, k) for k in folds]
+        held_out = [unscaled(parts, by_fold, k) for k in range(self.num_held)]
         return _Solved(unscaled(whole, best, 0), held_out, l2, path, float(losses.mean()), len(fold))
 
     def _choose(
