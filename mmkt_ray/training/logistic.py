@@ -40,7 +40,7 @@ HISTORY_BYTES = 400_000_000  # of L-BFGS
 MAX_PAIRS = 12
 ROUND_STEPS = 25  # of L-BFGS, then the axes are scaled anew
 MAX_ROUNDS = 40
-TOLERANCE = 1e-9  # nats per row that the optimum may still be below
+TOLERANCE = 1e-9  # share of the loss by which the optimum may still be below
 NOISE = 1e-7  # of a float32 loss, relative
 Point: TypeAlias = tuple[Tensor, Tensor, Tensor]  # weights (P, F K), values (F K,), gradient (P, F K)
 
@@ -249,7 +249,7 @@ class Problem:
 
 
 def minimise(problem: Problem, l2: float, start: Tensor | None = None, tolerance: float = TOLERANCE) -> Tensor:
-    """The best weights (P, F K) at one penalty, to within `tolerance` nats per row. start: weights of another penalty."""
+    """The best weights (P, F K) at one penalty, to within this share of the loss. start: weights of another penalty."""
     weights = problem.initial() if start is None else start
     moving = problem.open
     for _ in range(MAX_ROUNDS):
@@ -279,7 +279,7 @@ def _descend(
     for _ in range(ROUND_STEPS):
         direction = pairs.direction(gradient)
         slope = problem.dot(direction, gradient)  # twice what is still to be gained, about
-        moving = moving & (slope < -tolerance * problem.total)
+        moving = moving & (slope < -tolerance * value.clamp(min=1e-6 * problem.total))
         if not moving.any():
             break
         step, found = _search(at, point, value, direction * moving, slope)
