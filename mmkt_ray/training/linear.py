@@ -43,7 +43,7 @@ STRONGEST = 0.1  # penalty, times the rows that are learnt from
 FACTOR = 3.0  # from one penalty to the next
 MAX_PENALTIES = 14
 JUDGED_PARTS = 2  # parts of the held-out rows that penalties are judged on; models at the chosen one hold out every part
-PATH_TOLERANCE = 1e-5  # nats per row: finer differences choose nothing
+PATH_TOLERANCE = 1e-5  # share of the loss: finer differences choose nothing
 MAX_MODALITIES = 4  # of more, not every subset is asked for
 DEFAULT_L2 = 1.0  # where no row can be held out
 Weights = tuple[dict[str, np.ndarray], np.ndarray]  # of a task: modality -> (D, C), and the bias (C,)
@@ -145,7 +145,7 @@ class _Target:
 
     labels: np.ndarray  # (N,) codes, or (N, K) of 0 and 1
     classes: np.ndarray  # the task's classes that K stands for; two classes are one column
-    class_weights: np.ndarray  # of each class, or of each positive
+    class_weights: np.ndarray  # (K,)
     weight: float  # of all rows, beside the class weights
     kind: str  # several | two | sets
 
@@ -217,8 +217,7 @@ class _Solver:
         target = _Target.of(labels[known], num_classes, self.config.training.class_weights == "balanced")
         fold = self.fold[known]
         l2, path, start = self._choose(blocks, target, fold)
-        folds = np.arange(self.num_held)
-        parts = Problem(blocks, target.labels, fold[:, None] != folds, target.class_weights)
+        parts = Problem(blocks, target.labels, fold[:, None] != np.arange(self.num_held), target.class_weights)
         by_fold = minimise(parts, l2 / target.weight, _spread(start, parts), PATH_TOLERANCE)
         whole = Problem(blocks, target.labels, np.ones((len(fold), 1), bool), target.class_weights)
         best = minimise(whole, l2 / target.weight, _spread(by_fold, whole))

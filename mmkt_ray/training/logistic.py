@@ -38,8 +38,9 @@ TURNED_ROWS = 8  # times D: so many rows are turned themselves, more as their we
 CHUNK_VALUES = 2_000_000  # logits in memory at a time
 HISTORY_BYTES = 400_000_000  # of L-BFGS
 MAX_PAIRS = 12
-MAX_STEPS = 1000
-TOLERANCE = 1e-9  # nats per row that the optimum may still be below
+ROUND_STEPS = 25  # of L-BFGS, then the axes are scaled anew
+MAX_ROUNDS = 40
+TOLERANCE = 1e-9  # share of the loss by which the optimum may still be below
 NOISE = 1e-7  # of a float32 loss, relative
 Point: TypeAlias = tuple[Tensor, Tensor, Tensor]  # weights (P, F K), values (F K,), gradient (P, F K)
 
@@ -248,8 +249,20 @@ class Problem:
 
 
 def minimise(problem: Problem, l2: float, start: Tensor | None = None, tolerance: float = TOLERANCE) -> Tensor:
-    """The best weights (P, F K) at one penalty, to within `tolerance` nats per row. start: weights of another penalty."""
+    """The best weights (P, F K) at one penalty, to within this share of the loss. start: weights of another penalty."""
     weights = problem.initial() if start is None else start
+    moving = problem.open
+    for _ in range(MAX_ROUNDS):
+        weights, moving = _descend(problem, l2, weights, moving, tolerance)
+        if not moving.any():
+            break
+    return weights
+
+
+def _descend(
+    problem: Problem, l2: float, weights: Tensor, moving: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Some steps in coordinates that suit the curvature here: the new weights, and which problems (F K,) go on."""
     curved = problem.evaluate(weights, curvature=True)[2].float().clamp(min=1e-3 * problem.total / problem.num_classes)
     decay = torch.full_like(problem.energy, l2)
     decay[-1] = 0
@@ -263,19 +276,17 @@ def minimise(problem: Problem, l2: float, start: Tensor | None = None, tolerance
 
     pairs = _Pairs(problem, point.numel())
     value, gradient = at(point)
-    moving = problem.open
-    for _ in range(MAX_STEPS):
+    for _ in range(ROUND_STEPS):
         direction = pairs.direction(gradient)
         slope = problem.dot(direction, gradient)  # twice what is still to be gained, about
-        moving = moving & (slope < -tolerance * problem.total)
+        moving = moving & (slope < -tolerance * value.clamp(min=1e-6 * problem.total))
         if not moving.any():
             break
         step, found = _search(at, point, value, direction * moving, slope)
-        if not step.any():
-            break
+        moving = moving & (step > 0)
         pairs.add(found[0] - point, found[2] - gradient)
         point, value, gradient = found
-    return point * scale
+    return point * scale, moving
 
 
 def _search(
