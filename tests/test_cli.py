@@ -1,6 +1,5 @@
 """The command line as a shell sees it: statuses, sentences, and nothing that a terminal would obey."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from mmkt_ray import cli
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError, UserError
+from mmkt_ray.evaluation.model_folder import SCHEMA_VERSION, write_card
 from mmkt_ray.features.store import Store
 from mmkt_ray.run import check_test
 from mmkt_ray.samples.readers import list_shards, read_chunks
@@ -115,10 +115,10 @@ def test_a_read_only_folder(tmp_path: Path, make_config: Callable[..., Config], 
 def test_a_card_without_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches `KeyError: 'config'` for a card that somebody has edited."""
     (tmp_path / "model.safetensors").write_bytes(b"")
-    for card in ({"schema_version": 2, "spec": {}, "class_names": {}, "encoders": {}}, {"schema_version": 2}):
-        (tmp_path / "config.json").write_text(json.dumps(card))
+    for card in ({"spec": {}, "class_names": {}, "encoders": {}}, {}):
+        write_card(str(tmp_path), {"schema_version": SCHEMA_VERSION, "checksums": {}, **card})
         assert main(["predict", str(tmp_path), "x.parquet", "--out", str(tmp_path / "out")]) == 2
-        assert "config): remove the folder and train again" in capsys.readouterr().err
+        assert "train again" in capsys.readouterr().err
 
 
 def test_errors_of_files_are_the_users() -> None:

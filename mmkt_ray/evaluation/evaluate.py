@@ -277,8 +277,18 @@ def _val_rows(data: Rows, split: str) -> FeatureTable | None:
 
 
 def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
-    """Accuracy and macro-F1 on held-out rows, for tasks with labels there."""
-    scores = {}
-    for task, values in proba.items():
-        scores[task] = point_scores(table, task, has_prediction(values), values) | {"on": on}
-    return {task: s for task, s in scores.items() if s["num_rows"]}
+    """See `heldout_record`, for tasks with labels there."""
+    scores = {task: heldout_record(table, task, values, on) for task, values in proba.items()}
+    return {task: s for task, s in scores.items() if s}
+
+
+def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> dict[str, Any] | None:
+    """Accuracy and macro-F1 on held-out rows, how they were held out (`on`), and of rows held out by cross-validation the same
+    of those in the val split (`split_val`, None if there are none): models without cross-validation know only these. None
+    without a labelled row."""
+    rows = has_prediction(proba)
+    record = point_scores(table, task, rows, proba) | {"on": on}
+    if on == "cv":
+        inside = point_scores(table, task, rows & (table.split == "val"), proba)
+        record["split_val"] = inside if inside["num_rows"] else None
+    return record if record["num_rows"] else None

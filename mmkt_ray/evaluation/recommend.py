@@ -104,16 +104,24 @@ def _binomial_error(score: float, num_rows: int) -> float:
 
 
 def selected_on(task: str, models: list[Evaluated]) -> str:
-    """val, cv (out-of-fold predictions of train and val), or test where a model has neither."""
+    """val, cv (out-of-fold predictions of train and val), or test where a model has neither. Where only some of the models
+    were cross-validated, all are compared on val."""
     if not all(m.tasks[task].get("val") for m in models):
         return "test"
-    return "cv" if any(m.tasks[task]["val"].get("on") == "cv" for m in models) else "val"
+    ways = {m.tasks[task]["val"].get("on", "val") for m in models}
+    if len(ways) > 1:
+        inside = [m.tasks[task]["val"].get("split_val", m.tasks[task]["val"]) for m in models]
+        return "val" if all(inside) else "test"
+    return str(ways.pop()) if ways else "val"
 
 
 def _selected_by(task: str, models: list[Evaluated]) -> dict[str, dict[str, Any]]:
     """Model -> the record of the rows by which it is chosen: num_rows, accuracy."""
     on = selected_on(task, models)
-    return {m.name: m.tasks[task] if on == "test" else m.tasks[task]["val"] for m in models}
+    if on == "test":
+        return {m.name: m.tasks[task] for m in models}
+    held = {m.name: m.tasks[task]["val"] for m in models}
+    return {n: r["split_val"] if on == "val" and r.get("on") == "cv" else r for n, r in held.items()}
 
 
 def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:

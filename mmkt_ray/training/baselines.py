@@ -20,13 +20,12 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.calibration import usable
-from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, identity_of, part_of, point_scores, scores_of_task
+from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, identity_of, part_of, scores_of_task
 from mmkt_ray.evaluation.heldout import as_train, make_folds, pattern_name, save_heldout
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.evaluation.rows import (
     Rows,
-    has_prediction,
     load_rows,
     prediction_parts,
     readable,
@@ -218,5 +217,4 @@ def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) 
 
 def _held_out_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
     """Task -> scores of held-out rows, None without a labelled one; on: cv or val."""
-    scores = {t: point_scores(table, t, has_prediction(values), values) for t, values in proba.items()}
-    return {t: s | {"on": on} if s["num_rows"] else None for t, s in scores.items()}
+    return {t: heldout_record(table, t, values, on) for t, values in proba.items()}

@@ -209,8 +209,11 @@ def test_a_run_is_told_what_each_modality_knows(run, insight):
         assert all(not a["differs"] and a["source"] == "trained" for a in found["answers"])
     results = storage.read_json(run + "/report/results.json")
     for task, found in insight["tasks"].items():
-        against = {r["model"]: r["versus"] for r in results["tasks"][task]["rows"]}["concat"]
-        for same in (a for a in found["answers"] if a["rest"] == against["model"]):
+        versus = {r["model"]: r["versus"] for r in results["tasks"][task]["rows"]}
+        for same in found["answers"]:
+            against = versus[same["fused"]]
+            if same["rest"] != against["model"]:
+                continue
             assert [same[k] for k in ("value", "low", "high")] == pytest.approx(
                 [against["accuracy"][k] for k in ("value", "low", "high")]
             )

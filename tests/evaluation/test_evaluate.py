@@ -23,7 +23,7 @@ from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
 from mmkt_ray.evaluation.gallery import thumbnail, write_gallery
 from mmkt_ray.evaluation.heldout import load_heldout
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.model_folder import load_model, write_card
 from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features import table as table_module
@@ -246,7 +246,10 @@ def test_errors_say_what_to_do(run, samples, tmp_path):
         {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in load_file(weights).items()},
         weights,
     )
-    with pytest.raises(DataError, match="diverged"):
+    card = storage.read_json(str(run / "models" / "image" / "config.json"))
+    card["checksums"]["model.safetensors"] = storage.file_checksum(str(weights))
+    write_card(str(run / "models" / "image"), card)
+    with pytest.raises(DataError, match="NaN or infinite weights"):
         evaluate_model(str(run / "models" / "image"), store)
     with pytest.raises(DataError, match="nothing is evaluated"):
         compare(str(tmp_path / "nowhere"))
