@@ -80,7 +80,9 @@ def check_budget(
     rejects = storage.join(uri, "rejects")
     found = [f.base_name for f in storage.list_files(rejects, "*.parquet")]
     parts = [name for name in found if name.split("-")[0] in names]  # not of shards that have changed since
-    reasons = count_reasons(collect_rejects(uri, parts, names))
+    told = collect_rejects(uri, parts, names)
+    counted = pc.invert(pc.is_in(told.column("stage"), pa.array([LEAKAGE, UNMAPPED])))
+    reasons = count_reasons(told.filter(counted))
     share = math.ceil(1000 * num_hit / total) / 1000
     damaged = f" (about {lost[DAMAGE]:,} of them in damaged shards)" if lost[DAMAGE] else ""
     advice = (
@@ -129,7 +131,8 @@ def publish(
     if config.samples.drop_leakage and is_whole:
         known |= drop_leakage(uri, parts, sorted(modalities))
     counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
-    if extra is None and merge_spellings(uri, parts, counts["by_task"]):
+    if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"])):
+        known |= respelled
         counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
     cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
     check_binary(config, counts)

@@ -33,23 +33,24 @@ def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return [name if name in exact else same.get(canonical(name), name) for name in names]
 
 
-def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[str, Mapping[str, int]]]) -> bool:
-    """Give classes with several spellings one, in the affected parts, and note it in `cleaned`; True if any was found.
+def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, str]:
+    """Give classes with several spellings one, in the affected parts, and note it in `cleaned`.
 
-    by_task: task -> split -> class -> rows, as in a manifest's counts.
+    by_task: task -> split -> class -> rows, as in a manifest's counts. Returns the checksums of the affected parts.
     """
     names = {task: respelled({c for counts in splits.values() for c in counts}) for task, splits in by_task.items()}
     names = {task: changes for task, changes in names.items() if changes}
     if not names:
-        return False
+        return {}
     told = [f"{task} '{old}' as '{new}'" for task, changes in names.items() for old, new in sorted(changes.items())]
     log.warning("one class in several spellings, read as one: %s", ", ".join(told[:MAX_TOLD]))
+    rewritten: dict[str, str] = {}
     for part in parts:
         path = storage.join(uri, "data", part)
         table = storage.read_table(path, [*names, "cleaned"])
         if any(_uses(table.column(task), changes) for task, changes in names.items()):
-            storage.write_table(path, _rewritten(storage.read_table(path), names))
-    return True
+            rewritten[part] = storage.write_table(path, _rewritten(storage.read_table(path), names))
+    return rewritten
 
 
 def _uses(column: pa.ChunkedArray, changes: Mapping[str, str]) -> bool:

@@ -55,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         name="chaos",
         modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.05}},
         model__hidden_dim=16,
-        training={"epochs": 20, "batch_size_per_worker": 16, "num_workers": 2},
+        training={"epochs": 20, "batch_size_per_worker": 16, "num_workers": 2, "auto": []},
         extract__chunk_rows=4,
         search={
             "space": {

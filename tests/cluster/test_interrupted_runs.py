@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("interrupted")
     write_shards(root)
     for name, epochs in (("short", 2), ("long", 2000)):
-        training = {"epochs": epochs, "batch_size_per_worker": 16, "num_workers": 2}
+        training = {"epochs": epochs, "batch_size_per_worker": 16, "num_workers": 2, "auto": []}
         config = shapes_config(root, training=training, model__hidden_dim=16, evaluation__bootstrap_samples=100)
         (root / f"{name}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return root

@@ -323,7 +323,7 @@ def write_config(folder: Path, root: str, name: str) -> str:
         "tasks": {"colour": {}},
         "extract": {"chunk_rows": 16, "num_actors": 1},
         "model": {"hidden_dim": 8, "experts": False},
-        "training": {"epochs": 2, "batch_size_per_worker": 32, "lr": 0.01},
+        "training": {"epochs": 2, "batch_size_per_worker": 32, "lr": 0.01, "auto": []},
         "evaluation": {"bootstrap_samples": 100},
         "search": {
             "space": {"model.fusion.name": {"choice": ["concat", "sum"]}, "training.lr": {"loguniform": [1e-3, 1e-1]}},

@@ -65,7 +65,7 @@ def job_config(storage: Path) -> str:
         },
         "tasks": {"colour": {}},
         "model": {"hidden_dim": 16, "experts": False},
-        "training": {"epochs": 2, "num_workers": 3},
+        "training": {"epochs": 2, "num_workers": 3, "auto": []},
         "extract": {"chunk_rows": 16, "num_actors": 1},
         "evaluation": {"studies": [], "baselines": False, "bootstrap_samples": 100},
     }

@@ -24,10 +24,12 @@ from mmkt_ray.features.publish import publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.samples.content import hash_array, hash_text
 from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.schema import Shard
 from tests.shapes import png, write_shard
 
 MakeConfig = Callable[..., Config]
 Sample = tuple[str, str, int | None, int | None, Any]  # id, split, hash of the image, of the text, label
+SHARD = Shard(0, "", "shard", "")
 MODALITIES = {m: {"dim": 2, "sparse": False, "kind": m, "fingerprint": m} for m in ("image", "text")}
 
 
@@ -45,10 +47,10 @@ def write_part(config: Config, uri: str, name: str, rows: list[Sample]) -> None:
 
 
 def publish_parts(config: Config, uri: str, *parts: list[Sample]) -> Store:
-    """A published store of one unit, `u`."""
+    """A published store of one shard."""
     for i, rows in enumerate(parts):
-        write_part(config, uri, f"u-{i:06d}{'-end' if i == len(parts) - 1 else ''}.parquet", rows)
-    return publish(uri, config, ["u"], MODALITIES, {}, names={"u": "shard"}, layout="l")
+        write_part(config, uri, f"{SHARD.unit}-{i:06d}{'-end' if i == len(parts) - 1 else ''}.parquet", rows)
+    return publish(uri, config, [SHARD.unit], MODALITIES, {}, shards=[SHARD], layout="l")
 
 
 FIRST: list[Sample] = [
@@ -109,8 +111,8 @@ def test_a_publishing_that_broke_off_tells_each_row_once(tmp_path: Path, make_co
     """Catches rejects that double where the process died between the part's rejects and its rows."""
     config = make_config(samples__drop_leakage=True)
     store = publish_parts(config, str(tmp_path / "s"), FIRST, SECOND)
-    write_part(config, store.uri, "u-000001-end.parquet", SECOND)
-    store = publish(store.uri, config, ["u"], MODALITIES, {}, layout="l")
+    write_part(config, store.uri, f"{SHARD.unit}-000001-end.parquet", SECOND)
+    store = publish(store.uri, config, [SHARD.unit], MODALITIES, {}, layout="l")
     assert store.manifest["counts"]["rejects"] == 2
 
 

@@ -55,12 +55,15 @@ def test_both_limits_can_be_set() -> None:
 
 
 def test_the_message_names_file_row_and_reason(tmp_path: Path) -> None:
-    """Catches reasons whose numbers and names are blanked, rows that nobody can find, and two kinds of loss in one number."""
+    """Catches reasons whose numbers and names are blanked, rows that nobody can find, two kinds of loss in one number,
+    and what is no loss (members that no column maps, rows left out on request) told as the most frequent one."""
     rejects = [
         Reject("a/0.tar#7", "u", "read", "not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1"),
         Reject("a/0.tar#9", "u", "read", "not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 3"),
         Reject("mine", "u", MODALITY, "image: no file 'x.png'"),
         Reject("a/0.tar", "u", DAMAGE, "the shard is damaged", 300),
+        Reject("jpg", "u", UNMAPPED, "no column maps this suffix", 4000),
+        Reject("b", "u", LEAKAGE, "the same content is in val or test", 500),
     ]
     storage.write_table(str(tmp_path / "rejects" / "u-000000-end.parquet"), reject_table(rejects))
     storage.write_table(str(tmp_path / "rejects" / "gone-000000-end.parquet"), reject_table(rejects))
@@ -71,6 +74,8 @@ def test_the_message_names_file_row_and_reason(tmp_path: Path) -> None:
     assert "300 x the shard is damaged (first: a/0.tar)" in text
     assert "2 x not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 (first: a/0.tar#7)" in text
     assert "1 x image: no file 'x.png' (first: mine in a/0.tar)" in text
+    assert "no column maps" not in text
+    assert "val or test" not in text
 
 
 def test_notes_are_counted_apart() -> None:

@@ -135,8 +135,11 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_told() -> None:
 
 
 def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config: MakeConfig) -> None:
-    """A store that calls itself damaged after rows were taken out of a part, or after a run that went on."""
+    """A store that calls itself damaged after rows were taken out of a part, or a class was spelled as in another part, or
+    after a run that went on."""
     write_shard(shapes / "data" / "shapes" / "again.parquet", 30, 20)  # ten rows of two other shards again
+    for start, spelling in ((200, "1"), (202, "1.0")):
+        write_shard(shapes / "data" / "shapes" / f"{start}.parquet", start, 2, colour=[spelling] * 2)
     config = make_config(samples__max_reject_frac=0.5)
     config = config.with_overrides({"modalities.text.encoder": {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}})
     encode, uri = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), {}, False, 1)), str(shapes / "store")
@@ -148,8 +151,9 @@ def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config
     about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}
     units = [shard.unit for shard in shards]
     store = publish(uri, config, units, about, {}, layout="x", checksums=checksums)
-    assert store.manifest["counts"]["rows"] == 120
+    assert store.manifest["counts"]["rows"] == 124
     assert store.manifest["checksums"] != checksums  # rows were taken out of some
     rows = pa.concat_tables(open_store(uri).read())
-    assert len(set(rows.column("sample_id").to_pylist())) == 120
+    assert len(set(rows.column("sample_id").to_pylist())) == 124
+    assert set(rows.column("colour").to_pylist()) == {"red", "green", "blue", "1"}
     assert publish(uri, config, units, about, {}, layout="x").manifest["checksums"] == store.manifest["checksums"]
