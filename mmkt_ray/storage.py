@@ -388,9 +388,12 @@ def remove_folder(uri: str) -> None:
 
 
 def copy_folder(source: str, target: str) -> None:
-    """Copy the files of a folder (not of folders in it), each atomically."""
+    """Copy the files of a folder (not of folders in it), each atomically; those that are there already stay."""
+    there = {info.base_name: info.size for info in list_files(target)}
     for info in list_files(source):
-        write_bytes(join(target, info.base_name), read_bytes(join(source, info.base_name)))
+        data, place = read_bytes(join(source, info.base_name)), join(target, info.base_name)
+        if there.get(info.base_name) != info.size or read_bytes(place) != data:
+            write_bytes(place, data)
 
 
 def read_json(uri: str) -> Any:
