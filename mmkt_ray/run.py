@@ -94,12 +94,22 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
 def check_test(stores: dict[str, Store]) -> None:
     """Before anything is trained that is to be compared. Raises: DataError if there is nothing to compare it on."""
-    for store in stores.values():
-        if not store.manifest["counts"]["by_split"].get("test"):
+    for store in {s.uri: s for s in stores.values()}.values():
+        counts = store.manifest["counts"]
+        if not (num_rows := counts["by_split"].get("test")):
             raise DataError(
                 "no sample is in the test split, on which models are compared: set samples.split.test_frac above 0, or give a "
                 "source `split: test`; `mmkt train` needs none"
             )
+        without = [task for task, by_split in sorted(counts["by_task"].items()) if not by_split.get("test")]
+        told = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
+        if len(without) == len(counts["by_task"]):
+            raise DataError(
+                f"{told}, so there is nothing to compare models on: map the label column in the source of the test split, or "
+                "let samples.split draw one of labelled samples; `mmkt train` needs none"
+            )
+        if without:
+            log.warning("%s: the comparison leaves that out", told)
 
 
 def _is_there(uri: str, store: str | None) -> bool:
