@@ -239,7 +239,7 @@ def test_no_train_rows_and_one_class_give_no_suspects(tmp_path: Path, sparse: bo
 
 def test_a_seed_of_more_than_32_bits(tmp_path: Path, planted: tuple[FeatureTable, np.ndarray]) -> None:
     """scikit-learn's traceback after training where the seed is a time, such as 20241129184300."""
-    table, wrong = planted
+    table, _ = planted
     config = make_config().with_overrides({"seed": 20241129184300})
     assert find_suspects(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet"))["num_suspects"]["thing"]["label"]
     wide = sp.random(50, 300, 0.1, "csr", np.float32, 0)
