@@ -313,17 +313,21 @@ def _dispatch(args: argparse.Namespace) -> str:
 
 
 def _step(args: argparse.Namespace, config: Config) -> str:
-    from mmkt_ray import run as steps  # torch and ray load here, so that --help is quick
+    from mmkt_ray import done
     from mmkt_ray.locks import locked
 
     if args.command == "report":
+        from mmkt_ray import run as steps
+
         return f"report: {steps.report_step(config)}"
-    with locked(steps.run_folder(config)):  # for all steps of the command
+    with locked(done.run_folder(config)):  # for all steps of the command
+        if args.command == "run" and (told := done.told_before(config)) is not None:
+            return f"{done.NOTHING}\n\n{told}"
         return _locked_step(args, config)
 
 
 def _locked_step(args: argparse.Namespace, config: Config) -> str:
-    from mmkt_ray import run as steps
+    from mmkt_ray import run as steps  # torch and ray load here, so that what does not need them is quick
 
     command = args.command
     if command == "run":

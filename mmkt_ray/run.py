@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
+from mmkt_ray.done import NOTHING, keep_told, listing, once, run_folder, steps_done, told_before
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.contribution import insights
 from mmkt_ray.evaluation.evaluate import (
@@ -29,6 +30,7 @@ from mmkt_ray.evaluation.evaluate import (
     missing_table,
     write_gallery,
 )
+from mmkt_ray.evaluation.provenance import model_fingerprint
 from mmkt_ray.evaluation.recommend import fused_to_study
 from mmkt_ray.evaluation.scores import scores_table, transferability
 from mmkt_ray.evaluation.tables import recommendation_text
@@ -48,21 +50,25 @@ EXTRACTED = {"samples", "modalities", "tasks", "extract", "seed", "data_root"}  
 LIBRARIES = ("ray", "torch", "torchvision", "scikit-learn", "pyarrow", "pandas", "numpy")
 
 
-def run_folder(config: Config) -> str:
-    """Absolute path or URI of the run's folder."""
-    return storage.absolute(storage.join(config.run_root, config.name))
-
-
 def run(config: Config) -> str:
-    """Everything; returns the comparison as a table of text, ending with where the report is."""
-    with locked(run_folder(config)):
+    """Everything that is not done yet; returns the comparison as a table of text, ending with where the report is.
+
+    Where all was done before, a first line says so.
+    """
+    uri = run_folder(config)
+    with locked(uri):
+        if (told := told_before(config)) is not None:
+            return f"{NOTHING}\n\n{told}"
+        before = listing(uri)
         stores = extract_step(config, trains=True)
         check_test(stores)
         train_step(config, stores)
         results = evaluate_step(config, stores)
         study_step(config, stores, results)
-        page = report_step(config)
-    return f"{comparison_table(results)}\n\nreport: {page}\n\n{recommendation_text(results, run_folder(config))}".rstrip()
+        page = report_step(config, again=False)
+        text = f"{comparison_table(results)}\n\nreport: {page}\n\n{recommendation_text(results, uri)}".rstrip()
+        keep_told(config, text)
+        return f"{NOTHING}\n\n{text}" if listing(uri) == before else text
 
 
 def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
@@ -88,12 +94,22 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
 def check_test(stores: dict[str, Store]) -> None:
     """Before anything is trained that is to be compared. Raises: DataError if there is nothing to compare it on."""
-    for store in stores.values():
-        if not store.manifest["counts"]["by_split"].get("test"):
+    for store in {s.uri: s for s in stores.values()}.values():
+        counts = store.manifest["counts"]
+        if not (num_rows := counts["by_split"].get("test")):
             raise DataError(
                 "no sample is in the test split, on which models are compared: set samples.split.test_frac above 0, or give a "
                 "source `split: test`; `mmkt train` needs none"
             )
+        without = [task for task, by_split in sorted(counts["by_task"].items()) if not by_split.get("test")]
+        told = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
+        if len(without) == len(counts["by_task"]):
+            raise DataError(
+                f"{told}, so there is nothing to compare models on: map the label column in the source of the test split, or "
+                "let samples.split draw one of labelled samples; `mmkt train` needs none"
+            )
+        if without:
+            log.warning("%s: the comparison leaves that out", told)
 
 
 def _is_there(uri: str, store: str | None) -> bool:
@@ -109,7 +125,11 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
         for name, variant in variants.items():
             model_uri = storage.join(uri, "models", name)
             summary = train(variant, stores[name].uri, model_uri)
-            log.info("model %s: best epoch %s, %.1f s", name, summary.get("best_epoch"), summary.get("seconds", 0.0))
+            epoch, seconds = summary.get("best_epoch"), summary.get("seconds", 0.0)
+            if summary.get("status") == "up to date":
+                log.info("model %s is up to date", name)
+            else:
+                log.info("model %s: best epoch %s, %.1f s", name, epoch, seconds)
             _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
         card["singles"] = {}
         for store in {s.uri: s for s in stores.values()}.values():
@@ -133,37 +153,96 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
     uri = run_folder(config)
     with _record(config, "evaluate"):
         for name, variant in config.expand_variants().items():
-            evaluate_model(storage.join(uri, "models", name), stores[name], evaluation=variant.evaluation)
+            _evaluate(uri, f"models/{name}", stores[name], variant.evaluation, name)
         by_place = {_in_features(store): store for store in stores.values()}
         for name, place in _read_card(uri).get("singles", {}).items():
-            model_uri = storage.join(uri, place["model"])
-            evaluate_model(model_uri, by_place[place["store"]], evaluation=config.evaluation, name=name)
+            _evaluate(uri, place["model"], by_place[place["store"]], config.evaluation, name)
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
-                evaluate_baselines(config, store, storage.join(uri, "baselines", store.uri.rsplit("/", 1)[-1]))
+                _baselines(config, store)
         _write_run_json(config, stores)
-        results = compare(uri)
-        if results["main"] in stores:
-            write_gallery(storage.join(uri, "models", results["main"]))
+        results = _compare(uri)
+        if (main := results["main"]) in stores:
+            model_uri = storage.join(uri, "models", main)
+            shown = steps_done(uri, (f"evaluate models/{main}",))
+            once(uri, f"gallery {main}", shown, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
         return results
+
+
+def _evaluate(uri: str, folder: str, store: Store, evaluation: EvaluationConfig, name: str) -> None:
+    """Score a model of the run, unless this very model was scored just so."""
+    model_uri = storage.join(uri, folder)
+    decided_by = [model_fingerprint(model_uri), _identity(store), evaluation.model_dump(mode="json"), name]
+    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet")
+    once(
+        uri,
+        f"evaluate {folder}",
+        decided_by,
+        lambda: evaluate_model(model_uri, store, evaluation=evaluation, name=name),
+        [f"{folder}/{file}" for file in names],
+    )
+
+
+def _baselines(config: Config, store: Store) -> None:
+    """Fit and score the baselines of a store, unless that was done."""
+    uri, folder = run_folder(config), f"baselines/{store.uri.rsplit('/', 1)[-1]}"
+    settings = config.model_dump(mode="json", include={"evaluation", "tasks", "seed"})
+    once(
+        uri,
+        folder,
+        [_identity(store), sorted(config.modalities), settings],
+        lambda: evaluate_baselines(config, store, storage.join(uri, folder)),
+        [f"{folder}/metrics.json", f"{folder}/predictions-test.parquet"],
+    )
+
+
+def _compare(uri: str) -> dict[str, Any]:
+    """The comparison of all that was evaluated, made again only if that has changed."""
+    decided_by = [steps_done(uri, ("evaluate ", "baselines/")), _without_seconds(uri)]
+    once(uri, "compare", decided_by, lambda: compare(uri), ["report/results.json"])
+    return storage.read_json(storage.join(uri, "report", "results.json"))
+
+
+def _identity(store: Store) -> list[Any]:
+    """What tells a store's content from any other's."""
+    return [store.manifest["fingerprint"], store.manifest.get("checksums")]
 
 
 def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]) -> None:
     """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads. results: of `compare`."""
     uri, wanted, main = run_folder(config), config.evaluation.studies, results["main"]
     with _record(config, "study"):
+        evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
         if "insight" in wanted:
-            insights(uri, stores)
+            once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
         if "scores" in wanted:
-            transferability(uri, stores)
-        variant = config.expand_variants().get(main)  # None: a baseline is best
+            once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
         if "suspects" in wanted:
-            store = stores.get(main) or next(iter(stores.values()))
-            find_suspects(store, variant or config, storage.join(uri, "suspects.parquet"))
+            _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
         for name in fused_to_study(results) if "missing" in wanted else ():
             about = results["models"][name]
             store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
-            missing_curves(storage.join(uri, about["folder"]), store, uri, evaluation=config.evaluation)
+            _missing(config, evaluated, about["folder"], store)
+
+
+def _suspects(config: Config, store: Store, uri: str) -> None:
+    """Look for suspect labels, unless that was done. config: of the main variant, or of all if a baseline is best."""
+    decided_by = [_identity(store), config.model_dump(mode="json", include={"modalities", "tasks", "seed"})]
+    out = storage.join(uri, "suspects.parquet")
+    files = ["suspects.parquet", f"{_in_features(store)}/audit.json"]
+    once(uri, "suspects", decided_by, lambda: find_suspects(store, config, out), files)
+
+
+def _missing(config: Config, evaluated: Any, folder: str, store: Store) -> None:
+    """The curves of one model without its modalities, unless they are there."""
+    uri = run_folder(config)
+    once(
+        uri,
+        f"missing {folder}",
+        [evaluated, config.evaluation.model_dump(mode="json")],
+        lambda: missing_curves(storage.join(uri, folder), store, uri, evaluation=config.evaluation),
+        [f"{folder}/missing.json"],
+    )
 
 
 def scores_step(config: Config, stores: dict[str, Store]) -> str:
@@ -197,10 +276,14 @@ def missing_step(config: Config, stores: dict[str, Store]) -> str:
         )
 
 
-def report_step(config: Config) -> str:
-    """The HTML page; returns where it is."""
+def report_step(config: Config, again: bool = True) -> str:
+    """The HTML page; returns where it is. again: also where nothing that it shows has changed since it was made."""
+    uri = run_folder(config)
     with _record(config, "report"):
-        return build_report(run_folder(config))
+        shown = {place: about for place, about in listing(uri).items() if not place.startswith(("report/", "run.json"))}
+        files = ["report/index.html", "report/results.json"]
+        once(uri, "report", [shown, _without_seconds(uri)], lambda: build_report(uri), files, again)
+        return storage.join(uri, "report", "index.html")
 
 
 def refresh_report(config: Config) -> str:
@@ -212,13 +295,24 @@ def refresh_report(config: Config) -> str:
 
 @contextmanager
 def _record(config: Config, stage: str) -> Iterator[dict[str, Any]]:
-    """Keep the seconds of a stage, and what is added to the dictionary, in run.json; a run folder that is there is locked."""
+    """Keep the seconds of a stage that did something, and what is added to the dictionary, in run.json; a run folder that is
+    there is locked."""
     start, added, uri = time.perf_counter(), dict[str, Any](), run_folder(config)
     with locked(uri) if storage.exists(uri) else nullcontext():
+        before = listing(uri)
         yield added
-        card = _read_card(uri) | added
+        card = _read_card(uri)
+        if listing(uri) == before and card == card | added:
+            log.info("%s: nothing was to be done", stage)
+            return
+        card |= added
         card["seconds"][stage] = round(time.perf_counter() - start, 2)
         storage.write_json(storage.join(uri, "run.json"), card)
+
+
+def _without_seconds(uri: str) -> dict[str, Any]:
+    """What run.json says of the run, but for how long its stages took."""
+    return {key: value for key, value in _read_card(uri).items() if key != "seconds"}
 
 
 def _read_card(uri: str) -> dict[str, Any]:
@@ -237,7 +331,8 @@ def _write_run_json(config: Config, stores: dict[str, Store]) -> None:
         "commit": read_commit(),
         "hardware": hardware(),
     }
-    storage.write_json(storage.join(uri, "run.json"), _read_card(uri) | about)
+    if (card := _read_card(uri)) != card | about:
+        storage.write_json(storage.join(uri, "run.json"), card | about)
 
 
 def _in_features(store: Store) -> str:

@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import json
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -388,9 +389,34 @@ def remove_folder(uri: str) -> None:
 
 
 def copy_folder(source: str, target: str) -> None:
-    """Copy the files of a folder (not of folders in it), each atomically."""
+    """Copy the files of a folder (not of folders in it), each atomically; those that are there already stay."""
+    there = {info.base_name: info.size for info in list_files(target)}
     for info in list_files(source):
-        write_bytes(join(target, info.base_name), read_bytes(join(source, info.base_name)))
+        data, place = read_bytes(join(source, info.base_name)), join(target, info.base_name)
+        if there.get(info.base_name) != info.size or read_bytes(place) != data:
+            write_bytes(place, data)
+
+
+def adopt_folder(source: str, target: str, last: str) -> None:
+    """Copy all files below a folder, the file `last` after all others; on a local disk as hard links where it has them.
+
+    Files here are replaced, never written into, so what later happens to one of the two leaves the other as it is.
+    Raises: OSError if a file goes away meanwhile.
+    """
+    (fs, start), (target_fs, end) = resolve(source), resolve(target)
+    found = [info.path for info in list_files(source, recursive=True) if not info.base_name.startswith(".lock")]
+    for path in sorted(found, key=lambda p: p == f"{start}/{last}"):
+        place = f"{end}/{path.removeprefix(start + '/')}"
+        if isinstance(fs, pafs.LocalFileSystem):
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            temporary = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                os.link(path, temporary)
+            except PermissionError:  # a disk without links, or files of another user
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, place)
+        else:
+            pafs.copy_files(path, place, source_filesystem=fs, destination_filesystem=target_fs)
 
 
 def read_json(uri: str) -> Any:

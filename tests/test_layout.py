@@ -17,7 +17,7 @@ BASE = {"config", "cluster", "storage", "locks", "errors", "interrupts", "creden
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
     {"cli", "__main__"},
-    {"run", "submit", "upload", "doctor", "plan"},
+    {"run", "submit", "upload", "doctor", "plan", "done"},
     {"report"},
     {"search"},
     {"training"},

@@ -19,6 +19,7 @@ from mmkt_ray import run as steps
 from mmkt_ray import storage
 from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
+from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.prediction import predict
 from tests.shapes import png, shapes_config, write_shard, write_shards
 
@@ -53,18 +54,123 @@ def test_a_run_says_how_good_its_models_are(finished: tuple[Config, str]) -> Non
     assert metrics["tasks"]["colour"]["accuracy"] > 0.8  # the colour is in the picture and in the caption
 
 
-def test_the_same_command_again(
+def snapshot(folder: Path) -> dict[str, int]:
+    """Modification time of each file of a run, by place in it."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+QUIET = """
+import sys
+from mmkt_ray.cli import main
+status = main(["run", sys.argv[1]])
+loaded = {"ray", "torch", "sklearn"} & sys.modules.keys()
+sys.exit(status or (f"loaded: {loaded}" if loaded else 0))
+"""
+
+
+def test_the_same_command_again(finished: tuple[Config, str], tmp_path: Path) -> None:
+    """A finished run that loads PyTorch and Ray, evaluates, studies or draws again, or does not say that it did nothing."""
+    config, text = finished
+    folder = Path(steps.run_folder(config))
+    before = snapshot(folder)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    again = subprocess.run(
+        [sys.executable, "-c", QUIET, str(tmp_path / "c.yaml")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.rstrip() == f"nothing was to be done: the run is finished\n\n{text}"
+    assert snapshot(folder) == before
+
+
+def test_a_copied_run_is_examined_and_left_as_it_is(
     finished: tuple[Config, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rerun that trains again, or examines sources and cluster where there is nothing to do."""
-    config, text = finished
-    weights = Path(steps.run_folder(config)) / "models" / "concat" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
+    """Files with other times than when the run ended, as `cp -r` and object stores give, that make all steps run again."""
+    config, _ = finished
+    folder = Path(steps.run_folder(config))
+    for file in folder.rglob("*.json"):
+        file.touch()
+    before = snapshot(folder)
     monkeypatch.setattr(steps, "check_before_work", lambda *_: pytest.fail("examined again"))
     caplog.set_level("INFO", logger="mmkt_ray")
-    assert steps.run(config) == text
+    steps.run(config)
     assert "features are up to date" in caplog.text
-    assert weights.stat().st_mtime_ns == before
+    assert "model concat is up to date" in caplog.text
+    assert "best epoch" not in caplog.text
+    changed = {place for place, at in snapshot(folder).items() if before.get(place) != at}
+    assert all(place.startswith(("report/", "run.json", "done.json")) for place in changed)
+
+
+def test_a_new_name_extracts_nothing_again(
+    finished: tuple[Config, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Encoders fitted and features extracted anew because the run's name differs; a run that needs the other one to live."""
+    config, _ = finished
+    caplog.set_level("INFO", logger="mmkt_ray")
+    monkeypatch.setattr("mmkt_ray.features.extract.run_encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("mmkt_ray.features.fit.merge_in_tree", lambda *_: pytest.fail("fitted again"))
+    before = snapshot(Path(steps.run_folder(config)))
+    other = config.with_overrides({"name": "other", "training.epochs": 2})
+    stores, known = steps.extract_step(other), steps.extract_step(config)
+    for name, store in stores.items():
+        assert store.uri.startswith(steps.run_folder(other))
+        assert store.manifest == known[name].manifest
+        ours, theirs = (s.table(["image", "text"], ["colour"]) for s in (store, known[name]))
+        assert np.array_equal(ours.features["image"], theirs.features["image"])
+        assert np.array_equal(ours.labels["colour"], theirs.labels["colour"])
+    assert "is taken over from" in caplog.text
+    assert "suspects" not in json.loads(Path(stores["concat"].uri, "audit.json").read_text())
+    assert "suspects" in json.loads(Path(known["concat"].uri, "audit.json").read_text())
+    assert snapshot(Path(steps.run_folder(config))) == before
+
+
+def test_a_damaged_store_of_another_run_is_not_taken_over(
+    finished: tuple[Config, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfinished or damaged store that is copied because its name is right."""
+    config, _ = finished
+    folder = Path(steps.run_folder(config))
+    manifest = next(folder.glob("features/encoded-*/manifest.json"))
+    right = manifest.read_bytes()
+    monkeypatch.setattr("mmkt_ray.features.extract.run_encode", lambda *_: (_ for _ in ()).throw(DataError("encoded")))
+    monkeypatch.setattr("mmkt_ray.features.siblings._other_runs", lambda _: [str(folder)])
+    try:
+        manifest.write_bytes(right.replace(b'"rows"', b'"Rows"'))
+        with pytest.raises(DataError, match="encoded"):
+            steps.extract_step(config.with_overrides({"name": "third"}))
+    finally:
+        manifest.write_bytes(right)
+
+
+class Counted:
+    """A store that knows its manifest only."""
+
+    uri = "store"
+
+    def __init__(self, **test_labels: int) -> None:
+        by_task = {task: {"train": {"a": 9}} | ({"test": {"a": n}} if n else {}) for task, n in test_labels.items()}
+        self.manifest = {"counts": {"by_split": {"train": 9, "test": 12}, "by_task": by_task}}
+
+
+def test_a_test_split_without_labels_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """An empty comparison with exit 0, after hours of training, as no test sample has a label."""
+    with pytest.raises(DataError, match="none of the 12 samples in the test split has a label of 'colour'"):
+        steps.check_test({"model": Counted(colour=0)})
+    steps.check_test({"model": Counted(colour=3, shape=0)})
+    assert "has a label of 'shape'" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["models/concat/metrics.json", "insight.json", "suspects.parquet", "report/index.html"])
+def test_what_is_missing_is_made_again(finished: tuple[Config, str], lost: str) -> None:
+    """A result file that was removed, or written over by something else, and stays so because its step was done before."""
+    config, text = finished
+    file = Path(steps.run_folder(config)) / lost
+    right = file.read_bytes()
+    file.write_bytes(b"{}") if file.suffix == ".json" else file.unlink()
+    assert not steps.run(config).startswith("nothing")
+    assert len(file.read_bytes()) > 2
+    assert abs(file.stat().st_size - len(right)) < 0.1 * len(right)
+    assert steps.run(config) == f"nothing was to be done: the run is finished\n\n{text}"
 
 
 @pytest.mark.parametrize("command", ["run", "extract", "search"])

@@ -20,7 +20,7 @@ from mmkt_ray.config.modalities import (
 )
 from mmkt_ray.config.model import FUSES, FUSIONS, MISSING_STRATEGIES, SCHEMES, FusionConfig
 from mmkt_ray.config.parsing import parse_override
-from mmkt_ray.config.reading import describe_fields, fingerprint, load_config
+from mmkt_ray.config.reading import describe_fields, fingerprint, load_config, seed_32
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.samples import JoinCombine, PairCombine, SourceConfig, UnionCombine
 from mmkt_ray.config.search import ParameterConfig, SearchConfig
@@ -64,4 +64,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "parse_override",
+    "seed_32",
 ]

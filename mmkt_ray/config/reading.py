@@ -49,6 +49,11 @@ def fingerprint(value: Any, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+def seed_32(seed: int) -> int:
+    """The seed itself where it has 32 bits, which is all that scikit-learn and Optuna take; else its digest of 32 bits."""
+    return seed if seed < 2**32 else int(fingerprint(seed, 8), 16)
+
+
 def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Every key of the config as (dotted key, default, description): the source of the CLI's help and of the docs."""
     for name, field in section.model_fields.items():

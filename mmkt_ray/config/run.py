@@ -24,7 +24,7 @@ class Config(Section):
     """A run: samples -> features -> models -> report."""
 
     name: Name = Field(description="name of the run and of its folder")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=2**53, description="seed of everything random")
     data_root: str = Field("data", description="folder or URI that source paths are relative to")
     run_root: str = Field("runs", description="folder or URI under which the run folder lies")
     samples: SamplesConfig = Field(description="raw shards -> samples")

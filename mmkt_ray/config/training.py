@@ -95,7 +95,7 @@ class TrainingConfig(Section):
         description="settings that are chosen by data, see docs/methods.md: by default all of "
         f"{', '.join(CHOSEN)} that the config does not give; [] or false: none, what is not given has its default here",
     )
-    seed: int | None = Field(None, ge=0, description="seed of initialisation, batches and dropout; null: the run's")
+    seed: int | None = Field(None, ge=0, lt=2**53, description="seed of initialisation, batches and dropout; null: the run's")
     epochs: int = Field(30, ge=1, description="passes over the train split at most")
     steps: int | None = Field(
         None, ge=1, description="steps of the optimiser at least, rounded up to whole epochs; null: as many as `epochs` take"

@@ -26,9 +26,10 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
-from mmkt_ray.features.fit import fit_encoders, fit_reducers, is_fitted
+from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers, is_fitted
 from mmkt_ray.features.leakage import find_leaking
 from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts, tell_reasons
+from mmkt_ray.features.siblings import take_over_store
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.content import NORMALISATION
 from mmkt_ray.samples.readers import list_shards
@@ -96,6 +97,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     done, complete = stored_chunks(uri)
     if store := published(uri, units):
         log.info("features are up to date: %s", uri)
+        return store
+    if not encoded_by_user(config) and (store := take_over_store(run_uri, uri, units)):
         return store
     todo = [shard for shard in shards if shard.unit not in complete]
     stats = RunStats(uri, config.samples, {s.unit: s.name for s in shards})
@@ -166,6 +169,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     units = encoded.manifest["units"]
     if store := published(uri, units, source=encoded):
         log.info("reduced features are up to date: %s", uri)
+        return store
+    if not encoded_by_user(config) and (store := take_over_store(run_uri, uri, units, encoded)):
         return store
     present = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
     todo = [

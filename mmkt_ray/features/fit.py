@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import ray
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, Section, fingerprint
+from mmkt_ray.config import Config, CustomEncoder, Section, fingerprint
 from mmkt_ray.encoders.base import Mergeable
-from mmkt_ray.encoders.build import build_encoder, build_reducer, read_card, save_fitted
+from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, read_card, save_fitted
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.publish import tell_reasons
+from mmkt_ray.features.siblings import take_over
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.content import NORMALISATION
@@ -79,6 +80,13 @@ def fit_encoder(
     if kept := find_fit(run_uri, prefix, units):
         return kept
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
+    if not isinstance(section, CustomEncoder) and take_over(  # the user's code may have changed since
+        run_uri,
+        f"encoders/{uri.rsplit('/', 1)[-1]}",
+        "encoder.json",
+        lambda found: load_fitted(build_encoder(section), found) is not None and read_card(found)["units"] == units,
+    ):
+        return uri
     cluster.connect()
     log.info("fitting the %s encoder '%s' on the train split of %d shards", modality, section.name, len(feeding))
     if trained:
@@ -93,6 +101,11 @@ def fit_encoder(
         encoder.finish(total)
     _save(encoder, section, uri, units)
     return uri
+
+
+def encoded_by_user(config: Config) -> bool:
+    """Whether an encoder is the user's own code, which may have changed since another run used it."""
+    return any(isinstance(modality.encoder, CustomEncoder) for modality in config.modalities.values())
 
 
 def why_none(config: Config, modality: str, shards: list[Shard]) -> str:
@@ -179,6 +192,13 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
         return kept
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
     reducer = build_reducer(section)
+    if not encoded_by_user(config) and take_over(
+        run_uri,
+        f"encoders/{uri.rsplit('/', 1)[-1]}",
+        "encoder.json",
+        lambda found: load_fitted(build_reducer(section), found) is not None and read_card(found)["units"] == units,
+    ):
+        return uri
     cluster.connect()
     log.info("fitting %s on the %s features of the train split", section.name, modality)
     while not reducer.fitted:  # svd of wide features takes several passes

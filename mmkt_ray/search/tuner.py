@@ -30,7 +30,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from mmkt_ray import cluster
-from mmkt_ray.config import ParameterConfig
+from mmkt_ray.config import ParameterConfig, seed_32
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.space import Overrides, Space, text_of, values_of
@@ -165,7 +165,7 @@ def build_sampler(job: Job, num_trials: int) -> OptunaSearch:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
-            seed=space.config.seed + next_number, multivariate=True, group=True, constant_liar=True
+            seed=seed_32(space.config.seed + next_number), multivariate=True, group=True, constant_liar=True
         )
     searcher = OptunaSearch(
         Proposals(space, count(next_number), list(turns)),

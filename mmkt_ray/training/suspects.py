@@ -31,7 +31,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config
+from mmkt_ray.config import Config, seed_32
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.evaluation.calibration import fit_temperature, log_loss, usable
 from mmkt_ray.features.store import FeatureTable, Store
@@ -127,7 +127,8 @@ class Opinions:
             evidence = np.where(np.isnan(said), evidence, np.nan_to_num(evidence) + said)
         together = back(scale(prior) + evidence)
         known = ~np.isnan(together[:, 0])
-        together[known] = calibrate(self.labels[known], together[known])  # modalities are not quite independent
+        if known.any():  # else no modality tells anything
+            together[known] = calibrate(self.labels[known], together[known])  # modalities are not quite independent
         return together
 
 
@@ -164,12 +165,12 @@ def _out_of_fold(table: FeatureTable, task: str, modality: str, seed: int) -> np
         return None
     strata = labels if labels.ndim == 1 else np.zeros(len(labels))
     rare = labels.ndim == 2 or np.bincount(labels)[labels].min() < NUM_FOLDS  # among the rows that have the modality
-    splitter = (KFold if rare else StratifiedKFold)(NUM_FOLDS, shuffle=True, random_state=seed)
+    splitter = (KFold if rare else StratifiedKFold)(NUM_FOLDS, shuffle=True, random_state=seed_32(seed))
     proba = np.full((len(table.sample_id), len(table.class_names[task])), np.nan)
     for known, judged in splitter.split(strata, strata):
         if len(known) > MAX_FIT_ROWS:
             known = train_test_split(
-                known, train_size=MAX_FIT_ROWS, stratify=None if rare else strata[known], random_state=seed
+                known, train_size=MAX_FIT_ROWS, stratify=None if rare else strata[known], random_state=seed_32(seed)
             )[0]
         proba[here[judged]] = _judge(table, task, modality, here[known], here[judged])
     proba[here] = calibrate(labels, proba[here])
@@ -223,7 +224,10 @@ def _suspects(opinions: Opinions, config: Config) -> Iterator[pd.DataFrame]:
 
 
 def label_issues(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
-    """(R,) bool: labels that confident learning holds for wrong, given out-of-sample probabilities (R, C)."""
+    """(R,) bool: labels that confident learning holds for wrong, given out-of-sample probabilities (R, C); of no rows, or of one
+    class alone, none."""
+    if len(np.unique(labels, axis=0)) < 2:
+        return np.zeros(len(labels), dtype=bool)
     if labels.ndim == 2:
         given = [np.flatnonzero(row).tolist() for row in labels]
         return np.asarray(find_multilabel_issues(given, proba, filter_by="both", n_jobs=1), dtype=bool)
@@ -233,6 +237,8 @@ def label_issues(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
 
 def label_quality(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
     """(R,) 0..1: the probability of the given label; of a multilabel task cleanlab's mean over the classes, worst first."""
+    if not len(labels):
+        return np.zeros(0)
     if labels.ndim == 2:
         return multilabel_quality([np.flatnonzero(row).tolist() for row in labels], proba)
     return get_label_quality_scores(labels, proba)
@@ -309,5 +315,7 @@ def _dense(features: Features, seed: int) -> np.ndarray:
         return features
     if features.shape[1] <= SPARSE_DIM:
         return features.toarray()
+    if not features.shape[0]:
+        return np.zeros((0, SPARSE_DIM), np.float32)
     rows = np.random.default_rng(seed).permutation(features.shape[0])[: 2 * MAX_FIT_ROWS]
-    return TruncatedSVD(SPARSE_DIM, random_state=seed).fit(features[rows]).transform(features).astype(np.float32)
+    return TruncatedSVD(SPARSE_DIM, random_state=seed_32(seed)).fit(features[rows]).transform(features).astype(np.float32)

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.features.store import MISSING, FeatureTable
+from mmkt_ray.training import suspects
 from mmkt_ray.training.suspects import Opinions, ask_modalities, divergence, find_suspects
 
 CLASSES = ["bird", "boat", "car", "cat"]
@@ -206,3 +207,40 @@ def test_divergence_equals_the_formula(planted):
     opinions = Opinions(table, "thing", "multiclass", {"image": image, "text": text}, {"image": 1.0, "text": 1.0})
     expected = [jensenshannon(image[0], text[0], base=2) ** 2, 1.0, 0.0]
     assert divergence(opinions) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_modalities_that_tell_nothing_give_no_suspects(tmp_path: Path, kind: str) -> None:
+    """A run that ends in `min() arg is an empty sequence` after all its work, as no modality tells anything of a task."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, (200, 4)) if kind == "multilabel" else rng.integers(0, 4, 200)
+    table = make_table(labels, kind)
+    for features in table.features.values():
+        features[:] = 1.0
+    config = make_config(kind=kind)
+    opinions = ask_modalities(table, "thing", config)
+    assert opinions is not None
+    assert opinions.telling() == {}
+    found = find_suspects(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet"))
+    assert found["num_suspects"] == {"thing": {"label": 0, "modalities": 0}}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_train_rows_and_one_class_give_no_suspects(tmp_path: Path, sparse: bool) -> None:
+    """Libraries that are handed none, or one class: scikit-learn's `Found array with 0 sample(s)`."""
+    for num_rows in (0, 1, 60):
+        table = make_table(np.zeros(num_rows, dtype=np.int64))
+        if sparse:
+            wide = {m: sp.random(num_rows, 300, 0.1, "csr", np.float32, 0) for m in table.features}
+            table.features.update(wide)
+        found = find_suspects(TableStore(tmp_path, table), make_config(), str(tmp_path / "s.parquet"))
+        assert found["num_suspects"] == {"thing": {"label": 0, "modalities": 0}}
+
+
+def test_a_seed_of_more_than_32_bits(tmp_path: Path, planted: tuple[FeatureTable, np.ndarray]) -> None:
+    """scikit-learn's traceback after training where the seed is a time, such as 20241129184300."""
+    table, _ = planted
+    config = make_config().with_overrides({"seed": 20241129184300})
+    assert find_suspects(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet"))["num_suspects"]["thing"]["label"]
+    wide = sp.random(50, 300, 0.1, "csr", np.float32, 0)
+    assert suspects._dense(wide, config.seed).shape == (50, min(suspects.SPARSE_DIM, 50))

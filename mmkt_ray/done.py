@@ -1,0 +1,120 @@
+"""What of a run was done, and from what, so that the same command does what is missing and nothing else.
+
+`<run>/done.json` keeps for each step a digest of all that decides its result (settings, what it reads, this code) and the
+checksums of the files that it wrote. A step is skipped where all of that is as it was. For `mmkt run` as a whole it keeps the
+shards' identities, a listing of the run folder and what was printed: if nothing changed, not even Ray and PyTorch are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.errors import DataError
+
+FILE = "done.json"
+NOTHING = "nothing was to be done: the run is finished"
+_NOT_RESULTS = (FILE, ".lock", ".lock.json")  # files in a run folder that come and go, or are about the others
+
+
+def run_folder(config: Config) -> str:
+    """Absolute path or URI of the run's folder."""
+    return storage.absolute(storage.join(config.run_root, config.name))
+
+
+@cache
+def code_digest() -> str:
+    """Of this package's source: another version does its steps again."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".j2"):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def listing(run_uri: str) -> dict[str, list[int]]:
+    """Size in bytes and modification time in ns of each file in a run folder, by place in it."""
+    start = storage.resolve(run_uri)[1].rstrip("/") + "/"
+    files = storage.list_files(run_uri, recursive=True)
+    found = {f.path.removeprefix(start): [f.size, f.mtime_ns] for f in files}
+    return {place: about for place, about in found.items() if place not in _NOT_RESULTS}
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+def once(
+    run_uri: str, step: str, decided_by: Any, work: Callable[[], Any], files: Iterable[str], again: bool = False
+) -> bool:
+    """Do a step, unless it was done from the same before and its files are as it left them; returns whether it did it.
+
+    decided_by: JSON-able, all that decides the result, but for the code. files: that it writes, by place in the run folder;
+    one that is not there afterwards is no result of this step. again: do it in any case.
+    """
+    digest = fingerprint([code_digest(), decided_by])
+    known = steps_done(run_uri).get(step, {})
+    if not again and known.get("digest") == digest and known["files"] == _checksums(run_uri, known["files"]):
+        return False
+    work()
+    found = {place: checksum for place, checksum in _checksums(run_uri, files).items() if checksum is not None}
+    _write(run_uri, {"steps": steps_done(run_uri) | {step: {"digest": digest, "files": found}}})
+    return True
+
+
+def steps_done(run_uri: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    """Step -> {digest, files {place: checksum}} of the steps whose names begin so."""
+    steps = _read(run_uri).get("steps", {})
+    return {name: about for name, about in sorted(steps.items()) if name.startswith(prefixes)}
+
+
+def _checksums(run_uri: str, places: Iterable[str]) -> dict[str, str | None]:
+    """None where there is no file."""
+    uris = {place: storage.join(run_uri, place) for place in places}
+    return {place: storage.file_checksum(uri) if storage.exists(uri) else None for place, uri in sorted(uris.items())}
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def told_before(config: Config) -> str | None:
+    """What `mmkt run` printed when it had done all of this; None if it has not, or anything is not as it was then."""
+    uri = run_folder(config)
+    known = _read(uri).get("run")
+    return known["text"] if known and known["digest"] and known["digest"] == _run_digest(config, uri) else None
+
+
+def keep_told(config: Config, text: str) -> None:
+    """Everything is done, and this is what was printed."""
+    uri = run_folder(config)
+    _write(uri, {"run": {"digest": _run_digest(config, uri), "text": text}})
+
+
+def _run_digest(config: Config, uri: str) -> str | None:
+    """Of the code, the config, the shards, and all that is in the run folder; None where models come from elsewhere."""
+    from mmkt_ray.samples.shards import list_shards
+
+    variants = [config, *config.expand_variants().values()]
+    if any("/" in name for v in variants for name in (*v.training.transfer.init.values(), *v.training.transfer.teachers)):
+        return None
+    excluded = [storage.absolute(v.training.exclude) for v in variants if v.training.exclude]
+    left_out = [storage.file_checksum(file) if storage.exists(file) else None for file in excluded]
+    shards = [shard.unit for variant in variants for shard in list_shards(variant)]
+    return fingerprint([code_digest(), uri, config.model_dump(mode="json"), shards, left_out, listing(uri)])
+
+
+def _read(run_uri: str) -> dict[str, Any]:
+    """done.json; empty if there is none, or it is damaged: then all is done again."""
+    try:
+        found = storage.read_json(storage.join(run_uri, FILE))
+    except (FileNotFoundError, DataError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(run_uri: str, changed: dict[str, Any]) -> None:
+    storage.write_json(storage.join(run_uri, FILE), _read(run_uri) | changed)

@@ -1,0 +1,61 @@
+"""What other runs under the same `run_root` have finished already: a new name, or another training, extracts nothing again.
+
+Folders of encoders and stores are named by fingerprints of all that decides their content, so one of the same name is taken
+over as it is (on a local disk as hard links), and each run folder still holds all that it needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pyarrow.fs as pafs
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError
+from mmkt_ray.features.publish import published
+from mmkt_ray.features.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def take_over(run_uri: str, place: str, last: str, is_whole: Callable[[str], bool]) -> bool:
+    """Look for a folder in the other runs and copy it to the same place in this one; whether there was one.
+
+    place: in the run folder, e.g. `encoders/text-1a2b`. last: the file that makes it a finished one. is_whole: asked of a
+    folder, whether it is one that serves.
+    """
+    target = storage.join(run_uri, place)
+    for other in _other_runs(run_uri):
+        source = storage.join(other, place)
+        try:
+            if storage.exists(storage.join(source, last)) and is_whole(source):
+                storage.adopt_folder(source, target, last)
+                log.info("%s is taken over from %s", place, other)
+                return True
+        except (DataError, OSError) as error:  # it is damaged, being made anew, or not ours to read
+            log.info("%s cannot be taken over from %s: %s", place, other, error)
+    return False
+
+
+def take_over_store(run_uri: str, uri: str, units: list[str], source: Store | None = None) -> Store | None:
+    """The store that belongs at `uri`, from another run that has it whole, of just these units (and this source); else None.
+
+    What the other run found out about it since, its suspect labels, is left out.
+    """
+    place = f"features/{uri.rsplit('/', 1)[-1]}"
+    if storage.exists(uri) or not take_over(run_uri, place, "manifest.json", lambda u: bool(published(u, units, source))):
+        return None
+    audit_uri = storage.join(uri, "audit.json")
+    if storage.exists(audit_uri):
+        storage.write_json(audit_uri, {k: v for k, v in storage.read_json(audit_uri).items() if k != "suspects"})
+    return published(uri, units, source)
+
+
+def _other_runs(run_uri: str) -> list[str]:
+    """The folders beside a run's."""
+    root, _, name = run_uri.rstrip("/").rpartition("/")
+    fs, path = storage.resolve(root)
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+    return [storage.join(root, other) for other in names if other != name and not other.startswith(".")]
