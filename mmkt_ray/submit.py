@@ -19,7 +19,8 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,12 @@ def submit(job: Job, address: str, submission_id: str | None = None, wait: bool 
     """
     client = connect(address)
     name = submission_id or f"{job.config.name}-{job.command}-{uuid.uuid4().hex[:8]}"
-    known = {info.submission_id: info for info in client.list_jobs()}.get(name)
+    with told_if_lost(address, name):
+        known = {info.submission_id: info for info in client.list_jobs()}.get(name)
     if known is None:
         upload = choose_files(job.folder, job.excludes)
         tell(str(upload))
-        with packed(upload) as package:
+        with packed(upload) as package, told_if_lost(address, name):
             client.submit_job(
                 entrypoint=job.entrypoint, submission_id=name, runtime_env={"working_dir": str(package)}
             )
@@ -106,6 +108,18 @@ def submit(job: Job, address: str, submission_id: str | None = None, wait: bool 
     if not wait:
         return 0
     return tell_result(follow(client, name))
+
+
+@contextmanager
+def told_if_lost(address: str, name: str) -> Iterator[None]:
+    """Raises: ResourceError with the job's id if a connection breaks off: the server may have the job already."""
+    try:
+        yield
+    except OSError as error:  # as those of the library that Ray's client uses are
+        raise ResourceError(
+            f"the connection to the job server at {address} broke off ({error}); the same command with --submission-id {name} "
+            "follows the job, or submits it if the server does not have it"
+        ) from None
 
 
 def connect(address: str) -> Any:

@@ -85,3 +85,12 @@ def test_only_folders_without_an_owner_are_removed(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         local.remove_left(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{local.PREFIX}foreign", f"{local.PREFIX}used"]
+
+
+def test_a_ray_that_starts_too_slowly_is_told() -> None:
+    """Catches 'unexpected Exception' and a traceback on a machine that is busy; Ray's other errors stay what they are."""
+    slow = "The current node timed out during startup. This could happen because the GCS has become overloaded."
+    with pytest.raises(ResourceError, match="too busy"), local.told_if_slow():
+        raise Exception(slow)
+    with pytest.raises(KeyError), local.told_if_slow():
+        raise KeyError("another")

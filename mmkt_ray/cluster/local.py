@@ -34,7 +34,10 @@ _own: dict[int, str] = {}  # process that started a Ray (a fork of it has not) -
 
 
 def start_local() -> None:
-    """Start it; it ends when this process does, and its folder is removed. Raises: ResourceError if there is no place for it."""
+    """Start it; it ends when this process does, and its folder is removed.
+
+    Raises: ResourceError if there is no place for it, or if this machine is too busy.
+    """
     for name in ("ray", "ray.data", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -45,7 +48,7 @@ def start_local() -> None:
             f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
             "~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
         ) from None
-    with loopback_alone(), keep_signals():
+    with loopback_alone(), keep_signals(), told_if_slow():
         ray.init(
             address="local",  # never join a Ray that happens to run here
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -54,6 +57,20 @@ def start_local() -> None:
             logging_level=logging.WARNING,
             _temp_dir=f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
         )
+
+
+@contextmanager
+def told_if_slow() -> Iterator[None]:
+    """Ray waits 30 s for its own processes, then raises a bare Exception. Raises: ResourceError instead."""
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray did not start within 30 s: this machine is too busy with other processes; give the same command again when "
+            "there is less to do, it goes on from here"
+        ) from None
 
 
 def private_folder() -> str:

@@ -1,5 +1,6 @@
 """`mmkt submit` against real heads of their own: one that wants a token, one that knows none."""
 
+import json
 import os
 import shutil
 import socket
@@ -9,9 +10,11 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from mmkt_ray.cli import main
@@ -210,3 +213,40 @@ def test_nobody_there_is_a_sentence(project: Path, monkeypatch: pytest.MonkeyPat
     assert "no job server answers" in capsys.readouterr().err
     assert main(["submit", "c.yaml", "--address", "10.0.0.1:8265"]) == 2
     assert "no URL of a job server" in capsys.readouterr().err
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """A job server without jobs that breaks off as one is submitted."""
+
+    def do_GET(self) -> None:
+        """What Ray's client asks for first."""
+        known = {
+            "/api/authentication_mode": {"authentication_mode": "disabled"},
+            "/api/version": {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""},
+            "/api/jobs/": [],
+        }
+        self.send_response(200 if self.path in known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(known.get(self.path)).encode())
+
+    def do_PUT(self) -> None:
+        """Takes the package."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        """No answer."""
+
+    def log_message(self, *_: object) -> None:
+        """Not to standard error."""
+
+
+def test_a_connection_that_breaks_off_at_the_submission(project: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a job that may be there, under an id that nobody was told: the same command again would be a second job."""
+    monkeypatch.chdir(project)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert main(["submit", "c.yaml", "--address", f"http://127.0.0.1:{server.server_port}"]) == 2
+        server.shutdown()
+    assert "the same command with --submission-id shapes-run-" in capsys.readouterr().err
