@@ -141,7 +141,8 @@ def test_a_label_of_5000_digits_is_a_label(tmp_path: Path, make_config: Callable
 def test_no_test_split_is_told_before_training() -> None:
     """Catches hours of training whose comparison then fails for want of a row."""
     counts = {"train": {"train": 3}, "whole": {"train": 3, "test": 1}}
-    stores = {name: Store("x", {"counts": {"by_split": found}}) for name, found in counts.items()}
+    labels = {"thing": {"test": {"a": 1}}}
+    stores = {n: Store(n, {"counts": {"by_split": found, "by_task": labels}}) for n, found in counts.items()}
     check_test({"a": stores["whole"]})
     with pytest.raises(DataError, match=r"no sample is in the test split.*test_frac"):
         check_test(stores)

@@ -127,7 +127,7 @@ class Opinions:
             evidence = np.where(np.isnan(said), evidence, np.nan_to_num(evidence) + said)
         together = back(scale(prior) + evidence)
         known = ~np.isnan(together[:, 0])
-        if known.any():  # else no modality tells anything
+        if known.any() and len(self.telling()) > 1:  # one alone is calibrated as it is
             together[known] = calibrate(self.labels[known], together[known])  # modalities are not quite independent
         return together
 
