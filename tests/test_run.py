@@ -274,14 +274,14 @@ def test_a_labelled_file_is_scored(
 def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, str], tmp_path: Path) -> None:
     """New rows without labels refused, or rows that lack a modality dropped instead of flagged."""
     new, out = tmp_path / "new" / "0.parquet", tmp_path / "out"
-    images = [png("red", 900), None, b"broken", png("blue", 901), b"broken", b"broken"]
-    captions = ["a red square", "a green square", "a green square", None, "a green square", "a red square"]
-    ids = [f"n{i}" for i in range(6)]
-    write_shard(new, 0, 6, id=ids, image=pa.array(images, pa.binary()), caption=pa.array(captions))
+    images = [png("red", 900), None, b"broken", png("blue", 901), b"broken", b"broken", b"broken"]
+    captions = ["a red square", "a green square", "a green square", None, *["a green square"] * 3]
+    ids = [f"n{i}" for i in range(7)]
+    write_shard(new, 0, 7, id=ids, image=pa.array(images, pa.binary()), caption=pa.array(captions))
     model = Path(steps.run_folder(finished[0])) / "models" / "concat"
-    with pytest.raises(Exception, match="0 of 6 rows were rejected and 3 lost a modality"):
-        predict(str(model), [str(new)], str(out), max_reject_frac=0.4)
-    path = predict(str(model), [str(new)], str(out), max_reject_frac=0.5)
+    with pytest.raises(Exception, match="0 of 7 rows were rejected and 4 lost a modality"):
+        predict(str(model), [str(new)], str(out), max_reject_frac=0.5)
+    path = predict(str(model), [str(new)], str(out), max_reject_frac=0.6)
     rows = pd.read_parquet(path).set_index("sample_id")
     assert sorted(rows.index) == ids
     assert rows.loc["n0", "colour_pred"] == "red"
@@ -289,7 +289,7 @@ def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, s
     assert list(rows.loc["n3", "missing"]) == ["text"]
     assert np.allclose([p.sum() for p in rows["colour_proba"]], 1, atol=1e-5)
     rejects = pd.read_parquet(out / "rejects.parquet")
-    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2", "n4", "n5"], ["modality"] * 3)
+    assert (rejects["sample_id"].tolist(), rejects["stage"].tolist()) == (["n2", "n4", "n5", "n6"], ["modality"] * 4)
 
 
 def test_user_errors_are_sentences_with_status_2(

@@ -83,7 +83,7 @@ def check_budget(
     told = collect_rejects(uri, parts, names)
     counted = pc.invert(pc.is_in(told.column("stage"), pa.array([LEAKAGE, UNMAPPED])))
     reasons = count_reasons(told.filter(counted))
-    share = math.ceil(1000 * num_hit / total) / 1000
+    share = min(1.0, math.ceil(1000 * num_hit / total) / 1000)
     damaged = f" (about {lost[DAMAGE]:,} of them in damaged shards)" if lost[DAMAGE] else ""
     advice = (
         f"mend the data, or allow it with --set samples.max_reject_frac={share:g} (predict: --max-reject-frac {share:g})"

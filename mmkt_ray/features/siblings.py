@@ -30,6 +30,7 @@ def take_over(run_uri: str, place: str, last: str, is_whole: Callable[[str], boo
         source = storage.join(other, place)
         try:
             if storage.exists(storage.join(source, last)) and is_whole(source):
+                storage.remove_folder(target)  # what an unfinished fit has left there
                 storage.adopt_folder(source, target, last)
                 log.info("%s is taken over from %s", place, other)
                 return True

@@ -153,12 +153,12 @@ def test_a_join_takes_the_id_for_a_key(
     assert parts_of_ids(make_config(), parts, shards) == [parts]
 
 
-def test_ids_that_occur_twice_are_no_matter_of_budget(tmp_path: Path) -> None:
+def test_ids_that_occur_twice_are_no_matter_of_budget(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     """The advice to raise a budget where half of the rows would be dropped for it."""
-    rejects = reject_table([Reject("a", "s", "check", f"{DUPLICATE}: an earlier row has it already")] * 5)
-    storage.write_table(str(tmp_path / "rejects" / "0.parquet"), rejects)
+    rejects = reject_table([Reject("a", "s", "check", f"{DUPLICATE}: an earlier row has it already")] * 6)
+    storage.write_table(str(tmp_path / "rejects" / "0-0.parquet"), rejects)
     with pytest.raises(DataError, match=r"give each row an id of its own, or join rows of one id") as caught:
-        check_budget(str(tmp_path), 5, 5, 0.01)
+        check_budget(str(tmp_path), make_config().samples, 5, Counter(check=6), {"0": "s"})
     assert "raise the budget" not in str(caught.value)
 
 
