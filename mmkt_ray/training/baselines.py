@@ -18,10 +18,9 @@ import torch
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.calibration import usable
 from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, identity_of, part_of, scores_of_task
-from mmkt_ray.evaluation.heldout import as_train, make_folds, pattern_name, save_heldout
+from mmkt_ray.evaluation.heldout import make_folds, pattern_name, save_heldout
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.evaluation.rows import (
@@ -34,9 +33,8 @@ from mmkt_ray.evaluation.rows import (
 )
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.models import to_proba
-from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.linear import LinearFit, fit_linear
-from mmkt_ray.training.loop import training_rows
+from mmkt_ray.training.loop import can_learn
 
 MAJORITY = "majority"
 
@@ -64,7 +62,7 @@ def fit_baselines(config: Config, table: FeatureTable) -> tuple[dict[str, Majori
         there = [m for m in sorted(read) if table.present[m][rows].any()]
         majorities[t] = Majority.fit(labels[rows], len(table.class_names[t]), there)
         for modalities in dict.fromkeys([*((m,) for m in there), *([tuple(there)] if there else [])]):
-            if _can_learn(logreg_config(config, modalities, [t]), table):
+            if can_learn(logreg_config(config, modalities, [t]), table):
                 tasks.setdefault(modalities, []).append(t)
     fitted = {}
     for modalities in sorted(tasks, key=lambda names: (len(names), names)):
@@ -78,14 +76,6 @@ def logreg_config(config: Config, modalities: Sequence[str], tasks: Sequence[str
     training = {"label_frac": config.training.label_frac, "exclude": config.training.exclude}
     model = {"modalities": list(modalities), "tasks": list(tasks), "num_levels": 0, "experts": False}
     return config.with_overrides({"variants": {}, "model": model, "training": training})
-
-
-def _can_learn(config: Config, table: FeatureTable) -> bool:
-    try:
-        training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
-    except DataError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,15 @@ import torch
 from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.calibration import fit_temperature, usable
-from mmkt_ray.evaluation.heldout import HeldOut, as_train, pattern_name
+from mmkt_ray.evaluation.heldout import HeldOut, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits
 from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable, labelled
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, to_proba
 from mmkt_ray.training.auto import each_loss, given_subsets
-from mmkt_ray.training.batches import narrow
-from mmkt_ray.training.loop import training_rows
+from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty
 ALPHA = 0.1  # of the test by which an expert is clearly better
@@ -67,7 +65,7 @@ def expert_configs(config: Config, table: FeatureTable) -> dict[str, Config]:
     for modalities in expert_sets(config, table):
         sparse = {m: sp.issparse(table.features[m]) for m in modalities}
         every = fused_tasks(config, modalities)
-        tasks = [t for t in every if _can_learn(expert_config(config, modalities, [t], sparse), table)]
+        tasks = [t for t in every if can_learn(expert_config(config, modalities, [t], sparse), table)]
         if tasks:
             found[pattern_name(modalities)] = expert_config(config, modalities, tasks, sparse)
     return found
@@ -148,7 +146,7 @@ def single_configs(variants: Mapping[str, Config], table: FeatureTable) -> dict[
     for m in widest.model_modalities:
         sparse = {m: sp.issparse(table.features[m])}
         reading = [t for t in widest.model_tasks if m in widest.task_inputs(t)]
-        tasks = [t for t in reading if _can_learn(expert_config(widest, (m,), [t], sparse), table)]
+        tasks = [t for t in reading if can_learn(expert_config(widest, (m,), [t], sparse), table)]
         there = [v for v in variants.values() if v.model_modalities == (m,) and {*v.model_tasks} >= {*tasks}]
         if tasks and not there:
             found[m] = expert_config(widest, (m,), tasks, sparse)
@@ -158,14 +156,6 @@ def single_configs(variants: Mapping[str, Config], table: FeatureTable) -> dict[
 def chosen_as_before(config: Config, changed: Config) -> Config:
     """The changed config, with as much left to choose as in `config`."""
     return changed.with_overrides({"training.auto": list(config.training.auto)})
-
-
-def _can_learn(config: Config, table: FeatureTable) -> bool:
-    try:
-        training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
-    except DataError:
-        return False
-    return True
 
 
 # --- who answers what ------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmkt_ray.config import Config
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.evaluation.heldout import as_train
 from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
@@ -118,6 +119,15 @@ def training_rows(
         readable = np.any(list(table.present.values()), axis=0) & (table.split == "train")
         rows = np.union1d(rows, np.flatnonzero(taught & readable))
     return table, rows
+
+
+def can_learn(config: Config, table: FeatureTable) -> bool:
+    """Whether train and val have something to teach each task of the model."""
+    try:
+        training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
+    except DataError:
+        return False
+    return True
 
 
 class Fitting:
