@@ -149,8 +149,8 @@ def plan(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[in
     taken = {t.number for t in known}
     free = count(max(taken | {len(planned) - 1}) + 1)
     for position, turn in enumerate(planned):
-        if turn is None and position not in taken:
-            turns[position] = None
+        if position not in taken and (turn is None or position < max(taken, default=-1)):
+            turns[position] = turn  # one whose part was lost is the same again, whoever else chose it since
         elif turn is not None and turn not in there:
             turns[next(free) if position in taken else position] = turn
     return sorted(turns.items(), key=lambda item: item[0])

@@ -116,7 +116,7 @@ def test_killed_trials_and_a_killed_search(reference: Store, config: Config, tmp
     """Catches candidates that are lost with the process that tried them, tried under another name, or given up half-way;
     a search that, killed and started again, finds another leaderboard."""
     undisturbed = searched(config, reference, tmp_path / "a")
-    assert len(undisturbed) == 4 * (2 + 3)  # of each architecture, and of each reference
+    assert len(undisturbed) == 20 + 4 * 3  # candidates, and beside them those of each reference
     found: list[pd.DataFrame] = []
     kill_when(TITLES["trial"], lambda: found.append(searched(config, reference, tmp_path / "b")))
     pd.testing.assert_frame_equal(found[0], undisturbed, check_exact=False, atol=1e-6)
