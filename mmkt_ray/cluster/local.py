@@ -102,15 +102,16 @@ def remove_left(parent: str) -> None:
 def stop_local() -> None:
     """End our Ray, and remove its folder."""
     if folder := _own.get(os.getpid()):
-        started = psutil.Process().children(recursive=True)  # workers lose their parent with the raylet
-        overdue = threading.Timer(END_TIMEOUT_S, kill, (started, folder))  # what hangs goes on when its peer is gone
+        # asked now: workers lose their parent with the raylet, and one that is ending says no more whose it is
+        started = [process for process in psutil.Process().children(recursive=True) if is_of(process, folder)]
+        overdue = threading.Timer(END_TIMEOUT_S, kill, (started,))  # what hangs goes on when its peer is gone
         overdue.daemon = True
         overdue.start()
         with suppress(Exception):  # a Ray that has broken down; what is left of it ends below
             ray.shutdown()
         overdue.cancel()
-        psutil.wait_procs([process for process in started if is_of(process, folder)], timeout=1)
-        kill(started, folder)
+        psutil.wait_procs(started, timeout=1)
+        kill(started)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -123,19 +124,19 @@ def kill_local() -> None:
         for end in [p.suspend for p in servers] + [p.kill for p in reversed(ours) if p not in servers]:
             with suppress(psutil.NoSuchProcess):
                 end()
+        psutil.wait_procs([process for process in ours if process not in servers], timeout=1)
         shutil.rmtree(folder, ignore_errors=True)
         for process in servers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
-def kill(started: Sequence[psutil.Process], folder: str) -> None:
-    """SIGKILL to those of them that belong to the Ray in that folder, the ones started last first."""
-    killed = [process for process in reversed(started) if is_of(process, folder)]
-    for process in killed:
+def kill(started: Sequence[psutil.Process]) -> None:
+    """SIGKILL to those of them that still run, the ones started last first; waits for their end."""
+    for process in reversed(started):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(killed, timeout=END_TIMEOUT_S)
+    psutil.wait_procs(started, timeout=END_TIMEOUT_S)
 
 
 def is_of(process: psutil.Process, folder: str) -> bool:
