@@ -31,7 +31,7 @@ def make_config(tmp_path_factory) -> Callable[..., Config]:
             },
             "tasks": {task: {} for task in CLASSES},
             "model": {"hidden_dim": 8, "experts": False},
-            "training": {"epochs": 9, "batch_size_per_worker": 128},
+            "training": {"auto": [], "epochs": 9, "batch_size_per_worker": 128},
             "evaluation": {"bootstrap_samples": 100},
             "search": {
                 "space": {

@@ -214,7 +214,8 @@ def test_a_budget_of_a_moment_ends_with_what_there_is_and_says_so(ray_local, mak
 def test_searching_over_tasks_ends_with_a_winner(ray_local, make_config, store, tmp_path):
     """Catches a KeyError after all finalists are trained, and a candidate that wins by leaving out a task."""
     space = {"model.tasks": {"choice": [["topic"], ["mood", "topic"]]}, "training.lr": {"loguniform": [1e-3, 1e-1]}}
-    changes = {"search.space": space, "search.max_candidates": 12, "training.epochs": 3, "search.seeds": 1}
+    changes = {"search.space": space, "search.max_candidates": 12, "search.finalists": 12}
+    changes |= {"training.epochs": 3, "search.seeds": 1}
     result = search(make_config(**changes, **{"search.ensemble": 2}), store, str(tmp_path))
     rows = read_rows(tmp_path)
     alone = rows[rows["model.tasks"] == '["topic"]']
