@@ -430,7 +430,9 @@ def test_search_there_and_again(s3: Server, mmkt: Command, raw: Path, disturbed:
     fs, path = storage.resolve(f"{disturbed}/search/leaderboard.parquet")
     rows = pq.read_table(path, filesystem=fs).to_pandas()
     assert rows["candidate"].is_unique
-    assert len(rows) == storage.read_json(f"{disturbed}/search/result.json")["tried"]["candidates"] == 12
+    tried = storage.read_json(f"{disturbed}/search/result.json")["tried"]
+    assert tried["candidates"] == 12
+    assert len(rows) == tried["candidates"] + tried["references"]
     assert storage.exists(f"{disturbed}/models/search_winner/model.safetensors")
     s3.faults()
     mmkt("search", config)
