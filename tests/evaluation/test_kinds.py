@@ -120,7 +120,8 @@ def test_calibration_is_kept_in_the_card_and_used_everywhere(finished, store, tm
     sure = config.with_overrides({"training.epochs": 30, "training.lr": 0.05, **undisturbed})
     uri = str(tmp_path / "sure")
     train_variant(sure, store, uri)
-    plain = evaluate_model(uri, store)
+    raw = EvaluationConfig(calibrate=False, bootstrap_samples=100)
+    plain = evaluate_model(uri, store, evaluation=raw)
     asked = evaluate_model(uri, store, evaluation=EvaluationConfig(calibrate=True, bootstrap_samples=100))
     model, card = load_model(uri)
     for task, found in asked["tasks"].items():
@@ -136,7 +137,7 @@ def test_calibration_is_kept_in_the_card_and_used_everywhere(finished, store, tm
         for path in (tmp_path / "p.parquet", f"{uri}/predictions-test.parquet")
     )
     assert all(np.allclose(new[i], p, atol=1e-6) for i, p in old.items())
-    evaluate_model(uri, store)
+    evaluate_model(uri, store, evaluation=raw)
     model, card = load_model(uri)
     assert card["temperatures"] == model.temperatures == {}
     before = predict_table(model, store.table(config.model_modalities, config.model_tasks))["tags"]

@@ -13,7 +13,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation import missing
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.missing import missing_curves
-from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.model_folder import load_model, write_card
 from mmkt_ray.evaluation.tables import missing_table
 from mmkt_ray.features.store import MISSING, Store, open_store
 from tests.evaluation.runs import draw_samples, make_config, write_run
@@ -102,6 +102,9 @@ def test_a_model_below_the_best_of_what_is_there_is_told(run, store):
         if "heads" in name or "fusions" in name:
             value.data.zero_()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, f"{uri}/model.safetensors")
+    card = storage.read_json(f"{uri}/config.json")
+    card["checksums"]["model.safetensors"] = storage.file_checksum(f"{uri}/model.safetensors")
+    write_card(uri, card)
     found = missing_curves(uri, store, str(run), rates=(0.0, 1.0))
     told = [a["text"] for a in found["answers"] if (a["hidden"], a["task"]) == ("image", "thing")]
     assert "points" in told[0]

@@ -27,7 +27,7 @@ def test_a_finalist_has_experts_and_takes_one_core(make_config, store, tmp_path)
         torch.set_num_threads(before)
     model, card = load_model(uri)
     assert isinstance(model, ExpertModel)
-    assert set(model.spec.routes["topic"]) == {"image", "text"}
+    assert set(model.spec.routes["topic"]) >= {"image", "text"}
     assert card["fingerprint"] == training_fingerprint(config, store, str(tmp_path))
     assert storage.exists(storage.join(str(tmp_path), ".experts"))
 

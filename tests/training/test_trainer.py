@@ -130,8 +130,7 @@ def test_more_workers_than_the_cluster_has_are_refused(make_config, store_uri, t
 def test_an_error_of_the_user_crosses_processes_as_a_value(make_config, table, tmp_path):
     """A user's error raised in a Ray Train worker: retried twice as a crash, then shown with Ray's traceback around it."""
     hopeless = write_store(str(tmp_path / "store"), table, mood="same")
-    job = {"config": make_config(), "store_uri": hopeless, "scratch": str(tmp_path), "fingerprint": "f00"}
-    job["folder"] = str(tmp_path)
+    job = trainer.Job(make_config(), None, hopeless, "", str(tmp_path), "f00", str(tmp_path))
     outcome = trainer.train_on_worker(job, 0, 1, torch.device("cpu"))
     assert isinstance(pickle.loads(pickle.dumps(outcome)), DataError)
     with pytest.raises(DataError, match="'mood'"):

@@ -97,7 +97,8 @@ def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
     assert len(set(found["models"]["both"]["by_seed"])) == 2
     assert found["reference"] == "image"
     table = store.table()
-    both = table.present["image"] & (table.labels["topic"] != -1) & (table.split == "test")
+    both = table.present["image"] & table.present["text"]  # text alone is trained beside the variants
+    both = both & (table.labels["topic"] != -1) & (table.split == "test")
     assert found["num_rows"] == both.sum()
     assert "against image" in seeds_table(result)
     model, reference = found["models"]["both"], found["models"]["image"]
