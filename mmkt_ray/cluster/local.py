@@ -64,7 +64,7 @@ def told_if_slow() -> Iterator[None]:
     """Ray waits 30 s for its own processes, then raises a bare Exception. Raises: ResourceError instead."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Ray has no class of its own for it
         if "timed out during startup" not in str(error):
             raise
         raise ResourceError(
