@@ -1,9 +1,9 @@
 """`training: auto`: settings chosen by data, on held-out rows, from a small fixed set that is trained as one stack.
 
-The set is CANDIDATES; its first one was level with the best on four of five development sets (see docs/methods.md). All candidates train at
-once (see population.py), each once for each part of the rows that is held out, on the other rows alone. One is taken
-instead of the first if its held-out log loss is lower by more than one standard error. What the chosen settings then say
-of every held-out row, also with modalities hidden, is kept: models are compared, calibrated and routed by it.
+The set is CANDIDATES; its first one was level with the best on four of five development sets (see docs/methods.md). All
+candidates train at once (see population.py), each once for each part of the rows that is held out, on the other rows alone.
+One is taken instead of the first if its held-out log loss is lower by more than one standard error. What the chosen settings
+then say of every held-out row, also with modalities hidden, is kept: models are compared, calibrated and routed by it.
 
 Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch, C classes of one task.
 
