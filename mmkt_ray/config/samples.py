@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mmkt_ray.config.section import Section, name_in, named
+from mmkt_ray.section import Section, name_in, named
 
 
 class SourceConfig(Section):
