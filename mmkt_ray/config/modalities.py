@@ -23,7 +23,9 @@ class ModalityConfig(Section):
         description="what the column holds: " + "; ".join(f"{name}: {kind.holds}" for name, kind in MODALITY_KINDS.items())
     )
     encoder: EncoderConfig = Field(description="raw values -> feature vectors")
-    reduce: ReduceConfig | None = Field(None, description="features -> fewer features: pca, svd (sparse input too), standardize")
+    reduce: ReduceConfig | None = Field(
+        None, description="features -> fewer features: " + "; ".join(f"{name}: {r.does}" for name, r in REDUCERS.items())
+    )
     hidden_dim: int | None = Field(
         None, ge=1, description="tower width under sharing: separate; null: from the features' width"
     )

@@ -65,6 +65,7 @@ class _Reducer:
     """What reducers have in common: fitted arrays, their way to disk and back, checks."""
 
     Section: ClassVar[type[ReduceSection]]
+    does: ClassVar[str]  # for the config's help
 
     version = 1
     _shapes: ClassVar[dict[str, tuple[Any, str]]]  # fitted array -> type, axes
@@ -190,8 +191,10 @@ class _CentringReducer(_Reducer, ABC):
 class PcaReducer(_CentringReducer):
     """Projection of centred features onto their K directions of largest variance."""
 
+    does: ClassVar[str] = "projection of centred features"
+
     class Section(ReduceSection):
-        """Centred projection; dense features."""
+        """See PcaReducer."""
 
         name: Literal["pca"] = "pca"
         dim: int = Field(ge=1, description="features kept")
@@ -217,8 +220,10 @@ class PcaReducer(_CentringReducer):
 class Standardizer(_CentringReducer):
     """Features less their mean, divided by their standard deviation; constant ones become 0."""
 
+    does: ClassVar[str] = "zero mean and unit variance, no change of width"
+
     class Section(ReduceSection):
-        """No change of width."""
+        """See Standardizer."""
 
         name: Literal["standardize"] = "standardize"
         dim: None = Field(None, description="none: the width does not change")
@@ -263,8 +268,10 @@ class SvdReducer(_Reducer):
     float32; a pickled reducer carries one of these blocks, all that `partial` needs.
     """
 
+    does: ClassVar[str] = "projection of uncentred features, sparse ones too"
+
     class Section(ReduceSection):
-        """Uncentred projection; sparse features too."""
+        """See SvdReducer."""
 
         name: Literal["svd"] = "svd"
         dim: int = Field(ge=1, description="features kept")
