@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mmkt_ray.config.modalities import ModalityConfig, TaskConfig
 from mmkt_ray.config.model import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
-from mmkt_ray.config.samples import PairCombine, SamplesConfig
+from mmkt_ray.config.samples import PairCombine, SamplesConfig, SourceConfig
 from mmkt_ray.config.search import SearchConfig
 from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.encoders.catalog import ENCODERS
@@ -72,6 +72,7 @@ class Config(Section):
                         f"source '{source.path}' fills column '{column}', which is no modality and no task; "
                         + nearest(column, [*names, *reserved])
                     )
+            self._check_several(source)
         filled = {c for s in self.samples.sources for c in s.columns}
         for name in names:
             if name not in filled:
@@ -132,6 +133,13 @@ class Config(Section):
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
         return self
+
+    def _check_several(self, source: SourceConfig) -> None:
+        """Raises: ConfigError where several of a source's columns fill one that takes a single one."""
+        for column, theirs in source.columns.items():
+            takes_several = column in self.modalities and self.modalities[column].kind.takes_several
+            if not isinstance(theirs, str) and not takes_several:
+                raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
 
     def _check_columns(self, names: list[str]) -> None:
         """Raises: ConfigError where two columns of features or predictions would have one name."""

@@ -204,8 +204,9 @@ def prediction_config(
             )
         known = sources[like]
         left_out = {"split", "key", *(t for t in config.tasks if t not in tasks)}
-        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in left_out}
-        changes = {"reader": reader or known.reader, "columns": mapping, "split": "test", "limit": None}
+        mapping: Mapping[str, str | tuple[str, ...]]
+        mapping = columns or {k: v for k, v in known.columns.items() if k not in left_out}
+        changes = {"reader": reader or known.reader, "columns": dict(mapping), "split": "test", "limit": None}
         sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
     modalities = {m: config.modalities[m] for m in config.model_modalities}
     if unknown := {c for s in sources for c in s.columns} - {
@@ -259,7 +260,7 @@ def check_found(plan: ReadingPlan, shards: list[Shard], column: str) -> None:
     """Raises: DataError if no shard has what the user named as one of our columns."""
     mapped = [s for s in shards if column in plan.sources[s.source].columns]
     if mapped and not any(has_column(plan, shard, column) for shard in mapped):
-        theirs, known = plan.sources[mapped[0].source].columns[column], known_columns(plan, mapped[0])
+        theirs, known = plan.sources[mapped[0].source].theirs(column)[0], known_columns(plan, mapped[0])
         hint = f"; {nearest(theirs, known)}" if known else ""
         raise DataError(f"--column {column}={theirs}: '{mapped[0].name}' has no '{theirs}'{hint}")
 

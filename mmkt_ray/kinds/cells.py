@@ -54,6 +54,8 @@ def convert_cell(column: str, kind: ModalityKind | str, value: Any, encoding: st
         raise ValueError(f"{column}: {value}")
     try:
         if not isinstance(kind, str):
+            if isinstance(value, dict) and (wrong := [f"{k}: {v}" for k, v in value.items() if isinstance(v, ValueError)]):
+                raise ValueError("; ".join(wrong))
             found = kind.from_cell(value, encoding)
             if isinstance(found, str):
                 found.encode()

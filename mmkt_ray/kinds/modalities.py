@@ -40,7 +40,8 @@ class ModalityKind(Choice):
     """
 
     holds: ClassVar[str]  # for the config's help
-    is_several: ClassVar[bool] = False  # made of several of the source's columns, which come as a struct (a dict of cells)
+    # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
+    takes_several: ClassVar[bool] = False
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
     decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
     # of one encoded float32 feature in a store, for estimates: what bf16 networks give, and zeros, compress

@@ -6,7 +6,8 @@ sample tables of them. A raw cell may be a ValueError, which says why it could n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -93,10 +94,41 @@ class Reading:
         If no modality is left it stays as it is, so that the reader's own check tells what the shard lacks.
         """
         fixed = {"sample_id", "split", "key"}
-        columns = [c for c, theirs in self.source.columns.items() if c in fixed or theirs in known]
+        columns = [c for c in self.source.columns if c in fixed or set(self.source.theirs(c)) <= set(known)]
         if self.source.absent == "error" or not set(columns) & set(self.plan.modalities):
             return self
         return Reading(self.plan.with_columns(self.shard.source, columns), self.shard)
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether the shard's columns have to be known before it can be read: see `settled`."""
+        return any(_is_pattern(name) for theirs in self.source.columns.values() for name in theirs if theirs != name)
+
+    def settled(self, known: Collection[str]) -> Reading:
+        """This reading with names in place of patterns: the shard's columns that match and that fill no other of ours.
+
+        In natural order: `x2` before `x10`. A pattern that matches none stays, and the reader's own check tells of it.
+        """
+        if not self.has_patterns:
+            return self
+        columns = self.source.columns
+        named = {name for c in columns for name in self.source.theirs(c) if not _is_pattern(name)}
+        settled: dict[str, str | tuple[str, ...]] = {}
+        for column, theirs in columns.items():
+            settled[column] = theirs if isinstance(theirs, str) else tuple(_expanded(theirs, sorted(set(known) - named)))
+        return Reading(self.plan.with_source(self.shard.source, columns=settled), self.shard)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The source's columns that are read, sorted."""
+        return sorted({name for column in self.source.columns for name in self.source.theirs(column)})
+
+    def gather(self, cell_of: Callable[[str], Any]) -> dict[str, Any]:
+        """The raw cells of a row by our columns, a dict where several of the source's make one. cell_of: their column -> cell."""
+        return {
+            column: cell_of(theirs) if isinstance(theirs, str) else {name: cell_of(name) for name in theirs}
+            for column, theirs in self.source.columns.items()
+        }
 
     def only(self, column: str) -> Reading:
         """This reading of one column alone."""
@@ -109,7 +141,7 @@ class Reading:
     def theirs(self, column: str) -> str:
         """The source's own name of a column, as the end of a reason; empty where it is the same."""
         name = self.source.columns.get(column, column)
-        return f" (column '{name}')" if name != column else ""
+        return f" (column '{name}')" if isinstance(name, str) and name != column else ""
 
     def place(self, mark: str, where: object) -> str:
         """The id of a row that has none of its own: the shard's name, a mark, and where in it the row is."""
@@ -151,6 +183,24 @@ class Reading:
             DAMAGE,
             num_rows=0,
         )
+
+
+def _is_pattern(name: str) -> bool:
+    return "*" in name
+
+
+def _expanded(names: Iterable[str], known: list[str]) -> Iterator[str]:
+    """Each name once, patterns replaced by those of `known` that match them."""
+    seen: dict[str, None] = {}
+    for name in names:
+        pattern = "[^.]*".join(map(re.escape, name.split("*")))
+        matching = [k for k in known if re.fullmatch(pattern, k)] if _is_pattern(name) else []
+        seen |= dict.fromkeys(sorted(matching, key=_natural) or [name])
+    yield from seen
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 # --- blocks --------------------

@@ -36,7 +36,7 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
     """
     reading = narrowed_to_shard(reading)
     first = rows_before(reading, group) if group else 0
-    for batch in read_batches(reading, sorted(set(reading.source.columns.values())), group):
+    for batch in read_batches(reading, reading.paths, group):
         if isinstance(batch, Block):
             yield batch
             continue
@@ -45,9 +45,9 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
 
 
 def narrowed_to_shard(reading: Reading) -> Reading:
-    """The reading without what the shard has no column for, where `absent: null` says so."""
-    known = parquet_columns(reading) if reading.source.absent == "null" else None
-    return reading.narrowed(known) if known else reading
+    """The reading without what the shard has no column for, where `absent: null` says so, and with names for patterns."""
+    known = parquet_columns(reading) if reading.source.absent == "null" or reading.has_patterns else None
+    return reading.settled(known).narrowed(known) if known else reading
 
 
 def parquet_columns(reading: Reading) -> set[str]:
@@ -185,7 +185,7 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
     errors: dict[int, str] = {}
     unread: dict[int, str] = {}
     for column, path in reading.source.columns.items():
-        raw = column_at(batch, path)
+        raw = column_at(batch, path) if isinstance(path, str) else _struct_of(batch, path)
         try:
             converted[column], wrong = _convert_column(reading, column, raw, batch.schema, path)
         except (pa.ArrowException, TypeError) as error:
@@ -215,6 +215,11 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
+def _struct_of(batch: pa.RecordBatch, paths: Sequence[str]) -> pa.Array:
+    """Columns side by side as one of structs."""
+    return pa.StructArray.from_arrays([column_at(batch, path) for path in paths], names=list(paths))
+
+
 def _field_of(column: pa.Array, name: str) -> pa.Array:
     """A field of structs, or of lists of them: then as lists, null where these are."""
     if not is_list(column.type):
@@ -225,11 +230,11 @@ def _field_of(column: pa.Array, name: str) -> pa.Array:
     return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
-def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
+def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str | tuple[str, ...]) -> Converted:
     if pa.types.is_null(raw.type) or (pa.types.is_floating(raw.type) and _is_empty(raw)):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
-    names = _class_names(schema, path)
+    names = _class_names(schema, path) if isinstance(path, str) else None
     if not isinstance(kind, str):
         as_text = partial(_label_column, class_names=names, text_of=label_text)
         return kind.from_arrow(raw, Source(reading.source.encoding, FileReader(reading).read, as_text))

@@ -52,9 +52,13 @@ class ReadingPlan:
 
     def with_columns(self, source: int, columns: Collection[str]) -> ReadingPlan:
         """The same plan with only these of a source's columns."""
+        kept = {c: theirs for c, theirs in self.sources[source].columns.items() if c in columns}
+        return self.with_source(source, columns=kept)
+
+    def with_source(self, source: int, **changes: Any) -> ReadingPlan:
+        """The same plan with other fields of a source."""
         sources = list(self.sources)
-        kept = {c: theirs for c, theirs in sources[source].columns.items() if c in columns}
-        sources[source] = sources[source].model_copy(update={"columns": kept})
+        sources[source] = sources[source].model_copy(update=changes)
         return replace(self, sources=tuple(sources))
 
     def to_json(self) -> dict[str, Any]:
