@@ -43,7 +43,7 @@ def test_decoding_before_or_inside_the_actor_gives_the_same_rows(shapes: Path, m
     plan = EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1)
     encode = EncodeChunk(plan)
     shard = list_shards(ReadingPlan.of(config))[0]
-    batch = next(read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}))
+    batch = next(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={}))
     inside, before = encode(batch), encode(decode_chunk(batch, config))
     assert unpack(inside["table"][0]).equals(unpack(before["table"][0]))
     assert unpack(inside["rejects"][0]).equals(unpack(before["rejects"][0]))
@@ -115,7 +115,7 @@ def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig)
     """A resumed run that encodes what it has."""
     config = make_config(extract__chunk_rows=16)
     shard = list_shards(ReadingPlan.of(config))[0]
-    rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, config, done={shard.unit: {0, 1}}))
+    rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={shard.unit: {0, 1}}))
     assert [(r["index"][0], r["last"][0]) for r in rows] == [(2, True)]
 
 
@@ -149,7 +149,7 @@ def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config
     encode, uri = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), {}, False, 1)), str(shapes / "store")
     checksums, shards = {}, list_shards(ReadingPlan.of(config))
     for shard in shards:
-        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}):
+        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={}):
             told = write_part(encode(batch), uri)
             checksums[told["name"][0]] = told["checksum"][0]
     about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}

@@ -40,7 +40,7 @@ def toy(make_config: MakeConfig, **overrides: object) -> Config:
     source = make_config().samples.sources[0].model_dump() | {"columns": COLUMNS}
     modalities = {
         "pulse": {"kind": {"name": "pulse", "shortest": 2}, "encoder": {"name": "spread", "scale": 2.0}},
-        "text": {"kind": "text", "encoder": "tfidf"},
+        "text": {"kind": "text", "encoder": "late_encoder:Late"},
     }
     return make_config(samples__sources=[source], modalities=modalities, **overrides)
 
@@ -74,7 +74,8 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> 
     means = {i: rows.loc[f"s{i}", "pulse_features"][0] for i in (0, 1, 2)}
     assert [round(means[i] / 8) for i in (0, 1, 2)] == [0, 1, 2]  # scale: 2
     write_pulses(tmp_path / "new", 300, 30)
-    predictions = pd.read_parquet(predict(f"{tmp_path}/runs/shapes/models/model", [str(tmp_path / "new")], str(tmp_path / "out")))
+    model_uri, out_uri = f"{tmp_path}/runs/shapes/models/model", str(tmp_path / "out")
+    predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "new")], out_uri, trust_code=True))
     assert (predictions["colour_pred"] == predictions["colour_label"]).mean() > 0.9
     inputs = storage.read_json(f"{tmp_path}/runs/shapes/models/model/gallery.json")["tasks"]["colour"]["right"][0]["inputs"]
     assert inputs["pulse"]["text"].startswith("[")
