@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -98,8 +98,7 @@ def quick_findings(config: Config, run_uri: str) -> list[Finding]:
 def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
     """Whether a source's path and columns are there; and how many rows it has, about."""
     source = config.samples.sources[number]
-    look = source.model_copy(update={"limit": min(source.limit or LOOK_ROWS, LOOK_ROWS)})
-    alone = replace(ReadingPlan.of(config), sources=(look,))  # so that a wrong source does not hide the next
+    alone = ReadingPlan.of(config).only_source(number, LOOK_ROWS)  # so that a wrong source does not hide the next
     what = f"source {number} ({source.path})"
     try:
         shards = list_shards(alone)

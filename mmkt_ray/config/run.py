@@ -140,6 +140,11 @@ class Config(Section):
             takes_several = column in self.modalities and self.modalities[column].kind.takes_several
             if not isinstance(theirs, str) and not takes_several:
                 raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
+            if source.reader not in ("parquet", "manifest") and not isinstance(theirs, str) and "*" in "".join(theirs):
+                raise ConfigError(
+                    f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader '{source.reader}' "
+                    "knows none of them before it reads"
+                )
 
     def _check_columns(self, names: list[str]) -> None:
         """Raises: ConfigError where two columns of features or predictions would have one name."""

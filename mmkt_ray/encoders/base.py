@@ -63,7 +63,7 @@ class Encoder(Protocol):
 
     def encode(self, values: Sequence[Any]) -> Features:
         """Present values only: images as RGB uint8 (H, W, 3), audio as kinds.sounds.Clip, either also as `prepare` returns
-        it; texts as str. (B, D) float32."""
+        it; texts as str; of another kind what its class in kinds/modalities.py says. (B, D) float32."""
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -115,7 +115,7 @@ class Trained(Protocol):
         ...
 
     def prepare(self, value: Any) -> np.ndarray:
-        """A value -> what is trained on, and encoded."""
+        """A value -> what is trained on; and encoded, where the modality's kind has a decoder."""
         ...
 
     def train(

@@ -100,12 +100,14 @@ def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dic
         reasons.update(reject.reason for reject in chunk.rejects)
         train = train_rows(chunk.table, leaking)
         rows = train.filter(pc.and_(train.column(modality).is_valid(), train.column(task).is_valid()))
-        decoded = decode_column(rows.column(modality), job.plan.modalities[modality], encoder.prepare, job.samples)
-        images = decoded.values
+        kind = job.plan.modalities[modality]
+        decoded = decode_column(rows.column(modality), kind, encoder.prepare, job.samples)
         reasons.update(map(shorten, decoded.broken.values()))
-        good = [i for i, image in enumerate(images) if image is not None]
-        if good:
-            pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
+        found = {i: value for i, value in enumerate(decoded.values) if value is not None}
+        if not kind.decoder:
+            found = {i: encoder.prepare(value) for i, value in found.items()}
+        if good := list(found):
+            pixels = pa.array([value.tobytes() for value in found.values()], pa.binary())
             storage.write_table(
                 storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"),
                 pa.table({"pixels": pixels, "label": rows.column(task).take(good)}),

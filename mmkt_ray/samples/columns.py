@@ -102,21 +102,23 @@ class Reading:
     @property
     def has_patterns(self) -> bool:
         """Whether the shard's columns have to be known before it can be read: see `settled`."""
-        return any(_is_pattern(name) for theirs in self.source.columns.values() for name in theirs if theirs != name)
+        return any("*" in name for theirs in self._lists.values() for name in theirs)
+
+    @property
+    def _lists(self) -> dict[str, tuple[str, ...]]:
+        """Of our columns those that several of the source's make, with these or patterns for them."""
+        return {c: theirs for c, theirs in self.source.columns.items() if not isinstance(theirs, str)}
 
     def settled(self, known: Collection[str]) -> Reading:
-        """This reading with names in place of patterns: the shard's columns that match and that fill no other of ours.
+        """This reading with names in place of patterns: the shard's columns that match and that the config names nowhere.
 
         In natural order: `x2` before `x10`. A pattern that matches none stays, and the reader's own check tells of it.
         """
         if not self.has_patterns:
             return self
-        columns = self.source.columns
-        named = {name for c in columns for name in self.source.theirs(c) if not _is_pattern(name)}
-        settled: dict[str, str | tuple[str, ...]] = {}
-        for column, theirs in columns.items():
-            settled[column] = theirs if isinstance(theirs, str) else tuple(_expanded(theirs, sorted(set(known) - named)))
-        return Reading(self.plan.with_source(self.shard.source, columns=settled), self.shard)
+        free = sorted(set(known) - set(self.plan.named[self.shard.source]), key=_natural)
+        settled = {column: tuple(_expanded(theirs, free)) for column, theirs in self._lists.items()}
+        return Reading(self.plan.with_source(self.shard.source, columns={**self.source.columns, **settled}), self.shard)
 
     @cached_property
     def paths(self) -> list[str]:
@@ -185,17 +187,13 @@ class Reading:
         )
 
 
-def _is_pattern(name: str) -> bool:
-    return "*" in name
-
-
 def _expanded(names: Iterable[str], known: list[str]) -> Iterator[str]:
     """Each name once, patterns replaced by those of `known` that match them."""
     seen: dict[str, None] = {}
     for name in names:
         pattern = "[^.]*".join(map(re.escape, name.split("*")))
-        matching = [k for k in known if re.fullmatch(pattern, k)] if _is_pattern(name) else []
-        seen |= dict.fromkeys(sorted(matching, key=_natural) or [name])
+        matching = [k for k in known if re.fullmatch(pattern, k)] if "*" in name else []
+        seen |= dict.fromkeys(matching or [name])
     yield from seen
 
 

@@ -25,6 +25,7 @@ class ReadingPlan:
     joins: bool  # samples are joined by a key, which then decides the split
     chunk_rows: int
     chunk_bytes: int
+    named: tuple[tuple[str, ...], ...]  # by source: its columns that the config names, which no pattern takes in
 
     @classmethod
     def of(cls, config: Config) -> ReadingPlan:
@@ -39,7 +40,14 @@ class ReadingPlan:
             joins=samples.combine.name == "join",
             chunk_rows=limits.chunk_rows,
             chunk_bytes=limits.chunk_bytes,
+            named=tuple(map(_named, samples.sources)),
         )
+
+    def only_source(self, number: int, limit: int) -> ReadingPlan:
+        """One source alone, at most `limit` rows of each of its shards."""
+        source = self.sources[number]
+        look = source.model_copy(update={"limit": min(source.limit or limit, limit)})
+        return replace(self, sources=(look,), named=(self.named[number],))
 
     def only(self, modality: str, task: str | None = None) -> ReadingPlan:
         """The same rows, read for one modality and one task at most: no other column is touched."""
@@ -79,8 +87,16 @@ class ReadingPlan:
             "modalities": {m: _class_of(name).model_validate(named(kind)) for m, (name, kind) in told["modalities"].items()},
             "tasks": {t: TaskConfig(**task) for t, task in told["tasks"].items()},
             "split": SplitConfig(**told["split"]),
+            "named": tuple(map(tuple, told["named"])),
         }
         return cls(**{**told, **parts})
+
+
+def _named(source: SourceConfig) -> tuple[str, ...]:
+    """The columns of a source that the config names in full."""
+    found = {theirs for theirs in source.columns.values() if isinstance(theirs, str)}
+    found |= {name for column in source.columns for name in source.theirs(column) if "*" not in name}
+    return tuple(sorted(found))
 
 
 def _name_of(kind: ModalityKind) -> str:

@@ -116,8 +116,10 @@ def test_a_pattern_leaves_the_other_columns_alone(tmp_path: Path) -> None:
     """Catches labels and ids among the features."""
     as_csv(tmp_path / "a.csv", ROWS[:2])
     plan = ReadingPlan.of(config_of(tmp_path, "a.csv", ["*"]))
-    (chunk,) = read_chunks(plan, list_shards(plan)[0])
-    assert chunk.table["facts"][0].as_py() == {"price": 1.5, "rest": 12.0, "names": "x2 x10"}
+    shard = list_shards(plan)[0]
+    for some in (plan, plan.only("facts"), plan.only_source(0, limit=1)):  # as encoders are fitted, and as doctor looks
+        chunk = next(read_chunks(some, shard))
+        assert chunk.table["facts"][0].as_py() == {"price": 1.5, "rest": 12.0, "names": "x2 x10"}
 
 
 def test_what_is_not_there_or_not_meant_is_told(tmp_path: Path) -> None:
@@ -126,6 +128,8 @@ def test_what_is_not_there_or_not_meant_is_told(tmp_path: Path) -> None:
     plan = ReadingPlan.of(config_of(tmp_path, "a.parquet", ["price", "y*"]))
     with pytest.raises(DataError, match=r"'a\.parquet' has no column 'y\*'"):
         list(read_chunks(plan, list_shards(plan)[0]))
+    with pytest.raises(ConfigError, match=r"source 'a\.tar' fills 'facts' from a pattern: name each column"):
+        config_of(tmp_path, "a.tar", ["price", "x*"])
     raw = config_of(tmp_path, "a.parquet", "price").model_dump(mode="json")
     raw["modalities"]["facts"] = {"kind": "text", "encoder": "tfidf"}
     raw["samples"]["sources"][0]["columns"]["facts"] = ["price", "x2"]
