@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.section import Once, Section
 from mmkt_ray.errors import ConfigError, nearest, unknown_name
+from mmkt_ray.section import Once, Section
 
 AVERAGES = tuple(f"{over}_{name}" for over in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1"))
 SHARED = ("accuracy", *AVERAGES, "auroc", "log_loss", "macro_average_precision")

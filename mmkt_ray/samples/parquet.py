@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import FILE_KINDS, TEXT_OF, decode_text, escape_id, is_nan, is_utf8, label_names, label_text
+from mmkt_ray.kinds.arrow import Converted, check_value, is_list, is_string, values_of
+from mmkt_ray.kinds.cells import TEXT_OF, escape_id, is_nan, label_names, label_text
+from mmkt_ray.kinds.modalities import Source
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.pages import WatchedFile, most_bytes_of_a_value
@@ -25,8 +28,6 @@ _READ_BYTES = 4 << 20  # read at a time from each column of a shard
 
 RENAME = "rename all but the one that is meant, and write the file again"
 
-Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows, null in it, could not be converted
-
 
 def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
     """Blocks of a Parquet shard, or of one row group of it; the id of a row is its index.
@@ -35,7 +36,7 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
     """
     reading = narrowed_to_shard(reading)
     first = rows_before(reading, group) if group else 0
-    for batch in read_batches(reading, sorted(set(reading.source.columns.values())), group):
+    for batch in read_batches(reading, reading.paths, group):
         if isinstance(batch, Block):
             yield batch
             continue
@@ -44,9 +45,9 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
 
 
 def narrowed_to_shard(reading: Reading) -> Reading:
-    """The reading without what the shard has no column for, where `absent: null` says so."""
-    known = parquet_columns(reading) if reading.source.absent == "null" else None
-    return reading.narrowed(known) if known else reading
+    """The reading without what the shard has no column for, where `absent: null` says so, and with names for patterns."""
+    known = parquet_columns(reading) if reading.source.absent == "null" or reading.has_patterns else None
+    return reading.settled(known).narrowed(known) if known else reading
 
 
 def parquet_columns(reading: Reading) -> set[str]:
@@ -144,7 +145,7 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     if pa.types.is_struct(kind):
         for inner in kind:
             yield from _leaves(f"{path}.{inner.name}", inner.type)
-    elif _is_list(kind) and pa.types.is_struct(kind.value_type):
+    elif is_list(kind) and pa.types.is_struct(kind.value_type):
         for inner in kind.value_type:
             yield f"{path}.{inner.name}", pa.list_(inner.type)
 
@@ -153,7 +154,7 @@ def _to_read(schema: pa.Schema, path: str) -> str:
     """The column to read for a path: itself, or the list of structs that holds it."""
     known = dict(leaf for f in schema for leaf in _leaves(f.name, f.type))
     outer = path.rpartition(".")[0]
-    return outer if path not in schema.names and outer in known and _is_list(known[outer]) else path
+    return outer if path not in schema.names and outer in known and is_list(known[outer]) else path
 
 
 def _rows_per_block(
@@ -184,14 +185,14 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
     errors: dict[int, str] = {}
     unread: dict[int, str] = {}
     for column, path in reading.source.columns.items():
-        raw = column_at(batch, path)
+        raw = column_at(batch, path) if isinstance(path, str) else _struct_of(batch, path)
         try:
             converted[column], wrong = _convert_column(reading, column, raw, batch.schema, path)
         except (pa.ArrowException, TypeError) as error:
             raise DataError(
                 f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
             ) from None
-        told = unread if column in reading.config.modalities else errors
+        told = unread if column in reading.plan.modalities else errors
         for i, reason in wrong.items():
             reason = f"{column}: {reason}{reading.theirs(column)}"
             told[i] = f"{told[i]}; {reason}" if i in told else reason
@@ -214,9 +215,14 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
+def _struct_of(batch: pa.RecordBatch, paths: Sequence[str]) -> pa.Array:
+    """Columns side by side as one of structs."""
+    return pa.StructArray.from_arrays([column_at(batch, path) for path in paths], names=list(paths))
+
+
 def _field_of(column: pa.Array, name: str) -> pa.Array:
     """A field of structs, or of lists of them: then as lists, null where these are."""
-    if not _is_list(column.type):
+    if not is_list(column.type):
         return pc.struct_field(column, name)
     ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
     mask = np.append(column.is_null().to_numpy(zero_copy_only=False), False)
@@ -224,40 +230,18 @@ def _field_of(column: pa.Array, name: str) -> pa.Array:
     return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
-def values_of(column: pa.Array) -> list[Any]:
-    """The values as Python's; for one that cannot be one (a date beyond year 9999, a string of other bytes) a ValueError."""
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError):
-        return [_value_of(scalar) for scalar in column]
-
-
-def _value_of(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError) as error:
-        return ValueError(f"not readable: {error}")
-
-
-def _check_value(value: Any) -> None:
-    if isinstance(value, ValueError):
-        raise value
-
-
-def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
+def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str | tuple[str, ...]) -> Converted:
     if pa.types.is_null(raw.type) or (pa.types.is_floating(raw.type) and _is_empty(raw)):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
-    if kind in FILE_KINDS:
-        return _file_column(reading, raw, kind)
-    if kind == "text" and (_is_binary(raw.type) or _is_string(raw.type)):
-        return _text_column(raw, reading.source.encoding if _is_binary(raw.type) else "utf-8")
-    names = _class_names(schema, path)
+    names = _class_names(schema, path) if isinstance(path, str) else None
+    if not isinstance(kind, str):
+        as_text = partial(_label_column, class_names=names, text_of=label_text)
+        return kind.from_arrow(raw, Source(reading.source.encoding, FileReader(reading).read, as_text))
     if kind == "labels":
         return _labels_column(raw, names, reading.separator(column))
-    if _is_list(raw.type):
-        several = "; set the task's kind to multilabel" if kind == "label" else ""
-        raise TypeError(f"it holds lists where one value is expected{several}")
+    if is_list(raw.type) and kind == "label":
+        raise TypeError("it holds lists where one value is expected; set the task's kind to multilabel")
     converted, errors = _label_column(raw, names, TEXT_OF[kind])
     return converted.cast(reading.schema.field(column).type), errors
 
@@ -267,54 +251,17 @@ def _is_empty(raw: pa.Array) -> bool:
     return raw.is_null(nan_is_null=True).true_count == len(raw)
 
 
-def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
-    """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
-    if not pa.types.is_struct(raw.type):
-        if not _is_binary(raw.type):
-            raise TypeError(f"{kind} must be encoded bytes; if these are paths, set reader: manifest")
-        return raw.cast(pa.large_binary()), {}
-    data = pc.struct_field(raw, "bytes").cast(pa.large_binary())
-    if data.null_count == 0 or raw.type.get_field_index("path") < 0:
-        return data, {}
-    files = FileReader(reading)
-    values, errors = data.to_pylist(), {}
-    for i, path in enumerate(values_of(pc.struct_field(raw, "path"))):
-        if values[i] is None and path:
-            try:
-                _check_value(path)
-                values[i] = files.read(path)
-            except ValueError as error:
-                errors[i] = str(error)
-    return pa.array(values, pa.large_binary()), errors
-
-
-def _text_column(raw: pa.Array, encoding: str) -> Converted:
-    """Decoded and checked text: Arrow does not check the strings that it reads from a file."""
-    data = raw.cast(pa.large_binary())
-    if is_utf8(encoding):
-        try:
-            return data.cast(pa.large_string()), {}
-        except pa.ArrowInvalid:
-            pass  # some row is not UTF-8: find out which
-    values, errors = [], {}
-    for i, value in enumerate(data.to_pylist()):
-        try:
-            values.append(None if value is None else decode_text(value, encoding))
-        except ValueError as error:
-            values.append(None)
-            errors[i] = str(error)
-    return pa.array(values, pa.large_string()), errors
-
-
 def _label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable[[Any], str | None]) -> Converted:
     """Each distinct value becomes a string once, by `text_of`. class_names: of a ClassLabel."""
+    if is_list(raw.type):
+        raise TypeError("it holds lists where one value is expected")
     # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
-    encoded = (raw.cast(pa.large_binary()) if _is_string(raw.type) else raw).dictionary_encode()
+    encoded = (raw.cast(pa.large_binary()) if is_string(raw.type) else raw).dictionary_encode()
     named: list[str | None] = []
     wrong: dict[int, str] = {}
     for code, value in enumerate(_plain_values(encoded.dictionary)):
         try:
-            _check_value(value)
+            check_value(value)
             named.append(text_of(value if class_names is None else _class_name(value, class_names)))
         except ValueError as error:
             named.append(None)
@@ -333,15 +280,15 @@ def _plain_values(column: pa.Array) -> list[Any]:
 def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
     """Sorted lists of class names. class_names: of a list of ClassLabel, whose integers they replace."""
     kind = raw.type
-    if _is_list(kind):
-        raw = raw.cast(pa.large_list(pa.large_binary())) if _is_string(kind.value_type) else raw
-    elif _is_string(kind):
+    if is_list(kind):
+        raw = raw.cast(pa.large_list(pa.large_binary())) if is_string(kind.value_type) else raw
+    elif is_string(kind):
         raw = raw.cast(pa.large_binary())  # unchecked, as in _label_column
     values: list[list[str] | None] = []
     errors: dict[int, str] = {}
     for i, value in enumerate(values_of(raw)):
         try:
-            _check_value(value)
+            check_value(value)
             if class_names is not None and isinstance(value, list):
                 value = [_class_name(code, class_names) for code in value]
             elif class_names is not None:
@@ -396,15 +343,3 @@ def _without_lists(feature: Any) -> Any:
         else:
             break
     return feature
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
