@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from mmkt_ray.evaluation.metrics import predicted, row_scores
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.rows import load_rows, readable
 from mmkt_ray.evaluation.seeds import mean_interval

@@ -25,12 +25,11 @@ from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.samples import JoinCombine, PairCombine, SourceConfig, UnionCombine
 from mmkt_ray.config.search import ParameterConfig, SearchConfig
 from mmkt_ray.config.section import SPLITS, Section
-from mmkt_ray.config.training import METRICS_BY_KIND, AugmentConfig, EvaluationConfig, ObjectiveConfig, TransferConfig
+from mmkt_ray.config.training import AugmentConfig, EvaluationConfig, ObjectiveConfig, TransferConfig
 
 __all__ = [
     "FUSES",
     "FUSIONS",
-    "METRICS_BY_KIND",
     "MISSING_STRATEGIES",
     "SCHEMES",
     "SPLITS",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, PlainValidator, Tag, model_validator
 
 from mmkt_ray.config.section import Once, Section, name_in, named
 from mmkt_ray.errors import unknown_name
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tasks import Multiclass, task_kind
 
 
 class CnnEncoder(Section):
@@ -178,8 +180,10 @@ class ModalityConfig(Section):
 class TaskConfig(Section):
     """One label column to predict."""
 
-    kind: Literal["multiclass", "binary", "multilabel"] = Field(
-        "multiclass",
+    kind: Annotated[
+        TaskKind, PlainValidator(task_kind), PlainSerializer(lambda kind: kind.as_json(), return_type=Any)
+    ] = Field(
+        Multiclass(),
         description="one of several classes, one of two (the later in sorted order is the positive one), or any number of "
         "classes per sample (a list in the source, or a string split at `separator`)",
     )

@@ -1,19 +1,19 @@
 """One class in several spellings, `1.0` in one file and `1` in another: found where they meet, and written in one.
 
-What counts as one class is `canonical` (samples/cells.py). A spelling that meets no other one stays as it is written.
+What counts as one class is `canonical` (kinds/spelling.py). A spelling that meets no other one stays as it is written.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmkt_ray import storage
-from mmkt_ray.samples.cells import canonical
+from mmkt_ray.kinds.spelling import canonical
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,6 @@ def respelled(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     found = {name: canonical(name) for name in names}
     return {old: new for old, new in found.items() if old != new} if len({*found.values()}) < len(found) else {}
-
-
-def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names as they are spelled in `known`, where they are there in any spelling."""
-    exact, same = set(known), {canonical(name): name for name in reversed(known)}
-    return [name if name in exact else same.get(canonical(name), name) for name in names]
 
 
 def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, str]:

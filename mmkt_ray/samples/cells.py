@@ -19,9 +19,10 @@ import json
 import math
 import re
 import tokenize
-import unicodedata
 from collections.abc import Callable
 from typing import Any
+
+from mmkt_ray.kinds.spelling import canonical
 
 FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
 MAX_INT_DIGITS = 4000  # of a number in JSON; Python refuses to make one of more than 4,300
@@ -126,17 +127,7 @@ def is_utf8(encoding: str) -> bool:
 
 # --- labels, ids and keys --------------------
 
-_WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # as pandas writes integers of a column that lacks some
 _EXACT_FLOAT = 2.0**53  # beyond it a float may stand for several integers
-
-
-def canonical(text: str) -> str:
-    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, no blanks at the ends."""
-    text = unicodedata.normalize("NFC", text.strip().strip("\ufeff"))
-    if text.lower() in ("true", "false"):
-        return text.lower()
-    whole = _WHOLE_FLOAT.fullmatch(text)
-    return text if whole is None else "0" if whole[1] == "-0" else whole[1]
 
 
 def label_text(value: Any) -> str | None:

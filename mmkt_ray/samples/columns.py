@@ -78,7 +78,7 @@ class Reading:
     @cached_property
     def kinds(self) -> dict[str, str]:
         """Each column that the source fills -> image, audio, text, label, labels (multilabel), key (sample_id, key) or split."""
-        kinds = {t: "labels" for t, task in self.config.tasks.items() if task.kind == "multilabel"}
+        kinds = {t: task.kind.cell for t, task in self.config.tasks.items()}
         kinds |= {"sample_id": "key", "key": "key", "split": "split"}
         kinds |= {m: modality.kind for m, modality in self.config.modalities.items()}
         return {c: kinds.get(c, "label") for c in self.source.columns}

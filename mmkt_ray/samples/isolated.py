@@ -27,6 +27,7 @@ import pyarrow as pa
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig, SourceConfig
 from mmkt_ray.errors import ConfigError, DataError, ResourceError
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading
 from mmkt_ray.samples.schema import DAMAGE, Reject, Shard
@@ -107,7 +108,7 @@ def _child(reading: Reading, group: int) -> Iterator[subprocess.Popen[bytes]]:
     request = {
         "source": reading.source.model_dump(mode="json"),
         "modalities": {m: {"kind": c.kind} for m, c in config.modalities.items()},
-        "tasks": {t: {"kind": c.kind, "separator": c.separator} for t, c in config.tasks.items()},
+        "tasks": {t: {"kind": c.kind.as_json(), "separator": c.separator} for t, c in config.tasks.items()},
         "shard": vars(shard) | {"source": 0},
         "group": group,
     }
@@ -157,6 +158,8 @@ def serve() -> None:
         part: {name: SimpleNamespace(**about) for name, about in request[part].items()}
         for part in ("modalities", "tasks")
     }
+    for task in parts["tasks"].values():
+        task.kind = task_kind(task.kind)
     parts["samples"] = SamplesConfig.model_construct(sources=(SourceConfig(**request["source"]),))
     reading = Reading(Config.model_construct(**parts), Shard(**request["shard"]))
     try:

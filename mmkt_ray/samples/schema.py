@@ -61,10 +61,9 @@ def sample_schema(config: Config) -> pa.Schema:
     `cleaned` lists what was normalised in the row, `text: control characters`; null where nothing was.
     """
     value = {"image": pa.large_binary(), "audio": pa.large_binary(), "text": pa.large_string()}
-    label = {"multilabel": pa.list_(pa.string())}
     columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
     columns += [(name, value[m.kind]) for name, m in sorted(config.modalities.items())]
-    columns += [(name, label.get(t.kind, pa.string())) for name, t in sorted(config.tasks.items())]
+    columns += [(name, t.kind.arrow_type) for name, t in sorted(config.tasks.items())]
     return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
 
 

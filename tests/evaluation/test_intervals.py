@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from mmkt_ray.evaluation.metrics import classification_metrics
 from scipy.stats import beta, multinomial, permutation_test
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -19,7 +20,6 @@ from mmkt_ray.evaluation.intervals import (
     share_interval,
     verdict,
 )
-from mmkt_ray.evaluation.metrics import classification_metrics
 from mmkt_ray.features.store import MISSING, UNSEEN
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from mmkt_ray.evaluation.metrics import as_codes, classification_metrics, row_scores, task_metrics
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -16,7 +17,6 @@ from sklearn.metrics import (
 )
 
 from mmkt_ray.evaluation.intervals import Outcome
-from mmkt_ray.evaluation.metrics import as_codes, classification_metrics, row_scores, task_metrics
 from mmkt_ray.features.store import MISSING, UNSEEN
 
 NAMES = ["a", "b", "c", "d", "e"]

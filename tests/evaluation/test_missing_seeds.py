@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from mmkt_ray.evaluation.metrics import task_metrics
 from sklearn.metrics import average_precision_score
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.metrics import task_metrics
 from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.seeds import MULTILABEL_METRICS, multilabel_seed_scores

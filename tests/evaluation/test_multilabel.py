@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from mmkt_ray.evaluation.metrics import task_metrics
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -14,7 +15,6 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmkt_ray.evaluation.metrics import task_metrics
 from mmkt_ray.features.store import MISSING
 
 NAMES = ["a", "b", "c", "d"]

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from mmkt_ray.evaluation.metrics import task_metrics
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.preprocessing import label_binarize
 
 from mmkt_ray.config import METRICS_BY_KIND, ObjectiveConfig
-from mmkt_ray.evaluation.metrics import task_metrics
 from mmkt_ray.evaluation.objective import Score, constant_scores, metric_scores
 from mmkt_ray.features.store import UNSEEN
 
