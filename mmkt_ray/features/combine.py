@@ -20,7 +20,7 @@ from mmkt_ray.config import Config, JoinCombine, PairCombine, fingerprint
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.publish import publish, published, source_rejects
 from mmkt_ray.features.store import Store, column_of, hash_of
-from mmkt_ray.kinds.spelling import canonical
+from mmkt_ray.kinds.cells import canonical
 from mmkt_ray.samples.schema import Reject, reject_table
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """One class in several spellings, `1.0` in one file and `1` in another: found where they meet, and written in one.
 
-What counts as one class is `canonical` (kinds/spelling.py). A spelling that meets no other one stays as it is written.
+What counts as one class is `canonical` (kinds/cells.py). A spelling that meets no other one stays as it is written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmkt_ray import storage
-from mmkt_ray.kinds.spelling import canonical
+from mmkt_ray.kinds.cells import canonical
 
 log = logging.getLogger(__name__)
 

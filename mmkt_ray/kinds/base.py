@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 
+from mmkt_ray.kinds.arrow import Converted
 from mmkt_ray.kinds.labels import Labels
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ class TaskKind(ABC):
 
     name: ClassVar[str]
     arrow_type: ClassVar[pa.DataType]  # of a column of labels, and of one of predictions
-    cell: ClassVar[str] = "label"  # how readers take a cell: `label`, one value, or `labels`, any number of them
     exclusive: ClassVar[bool] = False  # a row has one of several classes, so rows can be made up and paired by class
     metrics: ClassVar[tuple[str, ...]]  # what an objective may ask for
     reported: ClassVar[tuple[str, ...]]  # metrics with an interval in every comparison, the main one first
@@ -56,6 +56,15 @@ class TaskKind(ABC):
     def reading(self, task: str, separator: str) -> str:
         """What decides how cells of a task are read: stores of another reading are made anew."""
         return task
+
+    @abstractmethod
+    def from_cell(self, cell: Any, separator: str) -> Any:
+        """A raw cell, text decoded, as one of `arrow_type`; null for no label. Raises: ValueError that says what is wrong."""
+
+    @abstractmethod
+    def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
+        """A raw column as one of `arrow_type`. class_names: what whole numbers in it stand for, where the file says so.
+        Raises: TypeError for a column that can't be one of labels."""
 
     @abstractmethod
     def labels(self, values: Sequence[Any] | np.ndarray, known: np.ndarray | None = None) -> Labels:

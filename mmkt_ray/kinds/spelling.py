@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # as pandas writes integers of a column that lacks some
-
-
-def canonical(text: str) -> str:
-    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, no blanks at the ends."""
-    text = unicodedata.normalize("NFC", text.strip().strip("\ufeff"))
-    if text.lower() in ("true", "false"):
-        return text.lower()
-    whole = _WHOLE_FLOAT.fullmatch(text)
-    return text if whole is None else "0" if whole[1] == "-0" else whole[1]
+from mmkt_ray.kinds.cells import canonical
 
 
 def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:

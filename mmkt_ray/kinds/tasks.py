@@ -15,7 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
+from mmkt_ray.kinds.arrow import Converted, is_list
 from mmkt_ray.kinds.base import Outcomes, TaskKind
+from mmkt_ray.kinds.cells import class_name, label_names
+from mmkt_ray.kinds.label_columns import label_column, labels_column
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in, sort_classes
 
@@ -113,6 +116,17 @@ class Multiclass(ClassKind):
     row_metric: ClassVar[str] = "accuracy"
 
     # --- labels
+
+    def from_cell(self, cell: Any, separator: str) -> Any:
+        name = class_name(cell)
+        if name is not None:
+            name.encode()
+        return name
+
+    def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
+        if is_list(raw.type):
+            raise TypeError("it holds lists where one value is expected; set the task's kind to multilabel")
+        return label_column(raw, class_names, class_name)
 
     def encode(self, column: pa.ChunkedArray, class_names: Sequence[str]) -> Labels:
         codes, labelled = index_in(column, class_names), ~column.is_null().to_numpy()
@@ -385,7 +399,6 @@ class Multilabel(ClassKind):
 
     name: ClassVar[str] = "multilabel"
     arrow_type: ClassVar[pa.DataType] = pa.list_(pa.string())
-    cell: ClassVar[str] = "labels"
     metrics: ClassVar[tuple[str, ...]] = (
         *_SHARED, "samples_precision", "samples_recall", "samples_f1", "micro_average_precision",
     )  # fmt: skip
@@ -395,6 +408,14 @@ class Multilabel(ClassKind):
     notes: ClassVar[str] = "Accuracy of {tasks} is subset accuracy: a sample is right if all of its classes are."
 
     # --- labels
+
+    def from_cell(self, cell: Any, separator: str) -> Any:
+        names = label_names(cell, separator)
+        "".join(names or ()).encode()
+        return names
+
+    def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
+        return labels_column(raw, class_names, separator)
 
     def reading(self, task: str, separator: str) -> str:
         return f"{task} split at {separator}"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import json_int
+from mmkt_ray.kinds.cells import json_int
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.schema import UNMAPPED, Reject

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from mmkt_ray.config import Config, SourceConfig
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.samples.cells import convert_cell, escape_id
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.cells import convert_cell, escape_id
 from mmkt_ray.samples.content import compose_labels, normalise_texts
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
@@ -76,12 +77,12 @@ class Reading:
         return sample_schema(self.config)
 
     @cached_property
-    def kinds(self) -> dict[str, str]:
-        """Each column that the source fills -> image, audio, text, label, labels (multilabel), key (sample_id, key) or split."""
-        kinds = {t: task.kind.cell for t, task in self.config.tasks.items()}
+    def kinds(self) -> dict[str, TaskKind | str]:
+        """Each column that the source fills -> its task's kind, or image, audio, text, key (sample_id, key) or split."""
+        kinds: dict[str, TaskKind | str] = {t: task.kind for t, task in self.config.tasks.items()}
         kinds |= {"sample_id": "key", "key": "key", "split": "split"}
         kinds |= {m: modality.kind for m, modality in self.config.modalities.items()}
-        return {c: kinds.get(c, "label") for c in self.source.columns}
+        return {c: kinds[c] for c in self.source.columns}
 
     def narrowed(self, known: Collection[str]) -> Reading:
         """This reading without the modalities and tasks whose column is not among the shard's, where `absent: null` says so.

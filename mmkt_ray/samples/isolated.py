@@ -27,8 +27,8 @@ import pyarrow as pa
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig, SourceConfig
 from mmkt_ray.errors import ConfigError, DataError, ResourceError
+from mmkt_ray.kinds.cells import escape_id
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading
 from mmkt_ray.samples.schema import DAMAGE, Reject, Shard
 

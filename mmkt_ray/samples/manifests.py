@@ -15,10 +15,11 @@ from typing import IO, Any, cast
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import FILE_KINDS, is_nan, json_int, likely_encoding
+from mmkt_ray.kinds.arrow import values_of
+from mmkt_ray.kinds.cells import FILE_KINDS, is_nan, json_int, likely_encoding
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
-from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches, values_of
+from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches
 from mmkt_ray.samples.schema import Reject
 
 _LOOK_ROWS = 64  # whose columns stand for those of a whole file of JSON lines

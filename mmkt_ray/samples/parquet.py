@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.cells import FILE_KINDS, TEXT_OF, decode_text, escape_id, is_nan, is_utf8, label_names, label_text
+from mmkt_ray.kinds.arrow import Converted, check_value, is_binary, is_list, is_string, values_of
+from mmkt_ray.kinds.cells import FILE_KINDS, TEXT_OF, decode_text, escape_id, is_utf8
+from mmkt_ray.kinds.label_columns import label_column
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.pages import WatchedFile, most_bytes_of_a_value
@@ -24,8 +26,6 @@ _MAX_LISTS = 8  # in one another
 _READ_BYTES = 4 << 20  # read at a time from each column of a shard
 
 RENAME = "rename all but the one that is meant, and write the file again"
-
-Converted = tuple[pa.Array, dict[int, str]]  # the column, and why some of its rows, null in it, could not be converted
 
 
 def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
@@ -144,7 +144,7 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     if pa.types.is_struct(kind):
         for inner in kind:
             yield from _leaves(f"{path}.{inner.name}", inner.type)
-    elif _is_list(kind) and pa.types.is_struct(kind.value_type):
+    elif is_list(kind) and pa.types.is_struct(kind.value_type):
         for inner in kind.value_type:
             yield f"{path}.{inner.name}", pa.list_(inner.type)
 
@@ -153,7 +153,7 @@ def _to_read(schema: pa.Schema, path: str) -> str:
     """The column to read for a path: itself, or the list of structs that holds it."""
     known = dict(leaf for f in schema for leaf in _leaves(f.name, f.type))
     outer = path.rpartition(".")[0]
-    return outer if path not in schema.names and outer in known and _is_list(known[outer]) else path
+    return outer if path not in schema.names and outer in known and is_list(known[outer]) else path
 
 
 def _rows_per_block(
@@ -216,32 +216,12 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
 
 def _field_of(column: pa.Array, name: str) -> pa.Array:
     """A field of structs, or of lists of them: then as lists, null where these are."""
-    if not _is_list(column.type):
+    if not is_list(column.type):
         return pc.struct_field(column, name)
     ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
     mask = np.append(column.is_null().to_numpy(zero_copy_only=False), False)
     starts = pa.array(np.append(0, ends), pa.int32(), mask=mask)
     return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
-
-
-def values_of(column: pa.Array) -> list[Any]:
-    """The values as Python's; for one that cannot be one (a date beyond year 9999, a string of other bytes) a ValueError."""
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError):
-        return [_value_of(scalar) for scalar in column]
-
-
-def _value_of(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError) as error:
-        return ValueError(f"not readable: {error}")
-
-
-def _check_value(value: Any) -> None:
-    if isinstance(value, ValueError):
-        raise value
 
 
 def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
@@ -250,15 +230,14 @@ def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Sch
     kind = reading.kinds[column]
     if kind in FILE_KINDS:
         return _file_column(reading, raw, kind)
-    if kind == "text" and (_is_binary(raw.type) or _is_string(raw.type)):
-        return _text_column(raw, reading.source.encoding if _is_binary(raw.type) else "utf-8")
+    if kind == "text" and (is_binary(raw.type) or is_string(raw.type)):
+        return _text_column(raw, reading.source.encoding if is_binary(raw.type) else "utf-8")
     names = _class_names(schema, path)
-    if kind == "labels":
-        return _labels_column(raw, names, reading.separator(column))
-    if _is_list(raw.type):
-        several = "; set the task's kind to multilabel" if kind == "label" else ""
-        raise TypeError(f"it holds lists where one value is expected{several}")
-    converted, errors = _label_column(raw, names, TEXT_OF[kind])
+    if not isinstance(kind, str):
+        return kind.from_arrow(raw, names, reading.separator(column))
+    if is_list(raw.type):
+        raise TypeError("it holds lists where one value is expected")
+    converted, errors = label_column(raw, names, TEXT_OF[kind])
     return converted.cast(reading.schema.field(column).type), errors
 
 
@@ -270,7 +249,7 @@ def _is_empty(raw: pa.Array) -> bool:
 def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
     """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
     if not pa.types.is_struct(raw.type):
-        if not _is_binary(raw.type):
+        if not is_binary(raw.type):
             raise TypeError(f"{kind} must be encoded bytes; if these are paths, set reader: manifest")
         return raw.cast(pa.large_binary()), {}
     data = pc.struct_field(raw, "bytes").cast(pa.large_binary())
@@ -281,7 +260,7 @@ def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
     for i, path in enumerate(values_of(pc.struct_field(raw, "path"))):
         if values[i] is None and path:
             try:
-                _check_value(path)
+                check_value(path)
                 values[i] = files.read(path)
             except ValueError as error:
                 errors[i] = str(error)
@@ -304,64 +283,6 @@ def _text_column(raw: pa.Array, encoding: str) -> Converted:
             values.append(None)
             errors[i] = str(error)
     return pa.array(values, pa.large_string()), errors
-
-
-def _label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable[[Any], str | None]) -> Converted:
-    """Each distinct value becomes a string once, by `text_of`. class_names: of a ClassLabel."""
-    # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
-    encoded = (raw.cast(pa.large_binary()) if _is_string(raw.type) else raw).dictionary_encode()
-    named: list[str | None] = []
-    wrong: dict[int, str] = {}
-    for code, value in enumerate(_plain_values(encoded.dictionary)):
-        try:
-            _check_value(value)
-            named.append(text_of(value if class_names is None else _class_name(value, class_names)))
-        except ValueError as error:
-            named.append(None)
-            wrong[code] = str(error)
-    errors = {i: wrong[c] for i, c in enumerate(encoded.indices.to_pylist()) if c in wrong} if wrong else {}
-    return pa.array(named, pa.string()).take(encoded.indices), errors
-
-
-def _plain_values(column: pa.Array) -> list[Any]:
-    """The values as Python's; narrow floats with the digits that they have: 0.1, not 0.10000000149."""
-    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
-        return [None if value is None else float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
-    return values_of(column)
-
-
-def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
-    """Sorted lists of class names. class_names: of a list of ClassLabel, whose integers they replace."""
-    kind = raw.type
-    if _is_list(kind):
-        raw = raw.cast(pa.large_list(pa.large_binary())) if _is_string(kind.value_type) else raw
-    elif _is_string(kind):
-        raw = raw.cast(pa.large_binary())  # unchecked, as in _label_column
-    values: list[list[str] | None] = []
-    errors: dict[int, str] = {}
-    for i, value in enumerate(values_of(raw)):
-        try:
-            _check_value(value)
-            if class_names is not None and isinstance(value, list):
-                value = [_class_name(code, class_names) for code in value]
-            elif class_names is not None:
-                value = _class_name(value, class_names)
-            values.append(label_names(value, separator))
-        except ValueError as error:
-            values.append(None)
-            errors[i] = str(error)
-    return pa.array(values, pa.list_(pa.string())), errors
-
-
-def _class_name(value: Any, class_names: list[str]) -> str | None:
-    """The name of a ClassLabel's number, also of one that pandas made float; any below zero means no label."""
-    if value is None or is_nan(value) or (isinstance(value, int | float) and value < 0):
-        return None
-    if not isinstance(value, int | float):
-        return label_text(value)  # a name already
-    if not value < len(class_names) or value != int(value):
-        raise ValueError(f"label {value} has no name: the file's schema names {len(class_names)} classes")
-    return class_names[int(value)]
 
 
 def _class_names(schema: pa.Schema, path: str) -> list[str] | None:
@@ -396,15 +317,3 @@ def _without_lists(feature: Any) -> Any:
         else:
             break
     return feature
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))

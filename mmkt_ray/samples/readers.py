@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmkt_ray.config import Config
+from mmkt_ray.kinds.cells import escape_id
 from mmkt_ray.samples.archives import read_folders, read_webdataset
-from mmkt_ray.samples.cells import escape_id
 from mmkt_ray.samples.columns import Block, Reading, Row, clean, rows_to_blocks
 from mmkt_ray.samples.damage import with_estimates
 from mmkt_ray.samples.isolated import died_before, read_isolated

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.samples.cells import escape_id, label_names, label_text
+from mmkt_ray.kinds.cells import escape_id, label_names, label_text
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
 from mmkt_ray.samples.schema import sample_schema
 

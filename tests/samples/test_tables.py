@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.samples.cells import canonical, key_text, label_names, label_text, likely_encoding
+from mmkt_ray.kinds.cells import canonical, key_text, label_names, label_text, likely_encoding
 from mmkt_ray.samples.readers import list_shards, read_chunks
 
 COLUMNS = {"text": "text", "label": "label"}

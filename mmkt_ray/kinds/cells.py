@@ -19,10 +19,12 @@ import json
 import math
 import re
 import tokenize
+import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmkt_ray.kinds.spelling import canonical
+if TYPE_CHECKING:
+    from mmkt_ray.kinds.base import TaskKind
 
 FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
 MAX_INT_DIGITS = 4000  # of a number in JSON; Python refuses to make one of more than 4,300
@@ -42,8 +44,8 @@ def _as_bytes(char: str) -> bytes:
         return char.encode("utf-8", "surrogatepass")
 
 
-def convert_cell(column: str, kind: str, value: Any, encoding: str, separator: str = "") -> Any:
-    """A raw cell as bytes (image, audio), string (text, label) or list of strings (labels).
+def convert_cell(column: str, kind: TaskKind | str, value: Any, encoding: str, separator: str = "") -> Any:
+    """A raw cell as bytes (image, audio), as a string (text, key, split), or as a task's kind has it.
 
     Raises: ValueError that says what was got; also if the cell is one, which says why it could not be read.
     """
@@ -58,10 +60,8 @@ def convert_cell(column: str, kind: str, value: Any, encoding: str, separator: s
             return value
         if isinstance(value, bytes):
             value = decode_text(value, encoding)
-        if kind == "labels":
-            names = label_names(value, separator)
-            "".join(names or ()).encode()
-            return names
+        if not isinstance(kind, str):
+            return kind.from_cell(value, separator)
         text = value if kind == "text" and isinstance(value, str) else TEXT_OF[kind](value)
         if text is not None:
             text.encode()
@@ -127,7 +127,17 @@ def is_utf8(encoding: str) -> bool:
 
 # --- labels, ids and keys --------------------
 
+_WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # as pandas writes integers of a column that lacks some
 _EXACT_FLOAT = 2.0**53  # beyond it a float may stand for several integers
+
+
+def canonical(text: str) -> str:
+    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, no blanks at the ends."""
+    text = unicodedata.normalize("NFC", text.strip().strip("\ufeff"))
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    whole = _WHOLE_FLOAT.fullmatch(text)
+    return text if whole is None else "0" if whole[1] == "-0" else whole[1]
 
 
 def label_text(value: Any) -> str | None:
@@ -173,7 +183,6 @@ def key_text(value: Any) -> str | None:
 
 TEXT_OF: dict[str, Callable[[Any], str | None]] = {  # by kind of column
     "text": label_text,
-    "label": class_name,
     "key": key_text,
     "split": label_text,
 }
