@@ -131,12 +131,12 @@ def publish(
     is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
     if config.samples.drop_leakage and is_whole:
         known |= drop_leakage(uri, parts, sorted(modalities))
-    counts = count_rows(uri, parts, sorted(modalities), {t: c.kind for t, c in sorted(config.tasks.items())})
-    if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"])):
-        known |= respelled
-        counts = count_rows(uri, parts, sorted(modalities), {t: c.kind for t, c in sorted(config.tasks.items())})
-    cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
     kinds = {t: section.kind for t, section in sorted(config.tasks.items())}
+    counts = count_rows(uri, parts, sorted(modalities), kinds)
+    if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"], kinds)):
+        known |= respelled
+        counts = count_rows(uri, parts, sorted(modalities), kinds)
+    cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
     classes = {t: kind.class_names(counts["by_task"][t].get("train", {})) for t, kind in kinds.items()}
     for t, kind in kinds.items():
         kind.check_classes(t, classes[t])

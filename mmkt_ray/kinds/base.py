@@ -43,6 +43,7 @@ class TaskKind(ABC):
     seed_metrics: ClassVar[tuple[str, ...]] = ()  # metrics beside `reported` where models of several seeds are compared
     ranked: ClassVar[tuple[str, ...]] = ()  # metrics whose resamples take long, because rows are sorted by output
     row_metric: ClassVar[str]  # name of the mean of `row_scores`
+    called: ClassVar[Mapping[str, str]] = {}  # metric -> what a report calls it, where that is not its name
     notes: ClassVar[str] = ""  # what readers of a report should know of the metrics; {tasks} stands for the tasks' names
     cannot: ClassVar[Mapping[str, str]] = {}  # setting of `training` that has no meaning here -> why, as part of a sentence
 
@@ -85,6 +86,14 @@ class TaskKind(ABC):
     @abstractmethod
     def members(self, column: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
         """Row number and class name of every class of every row, for counting; name null where a row has no label."""
+
+    def normalise(self, column: pa.Array) -> tuple[pa.Array, list[int]]:
+        """A column of `arrow_type` with labels in one form, and the rows that were changed."""
+        return column, []
+
+    def rename(self, cell: Any, names: Mapping[str, str]) -> Any:
+        """A cell of `arrow_type` with some classes called otherwise."""
+        return cell
 
     @abstractmethod
     def class_names(self, counts: Mapping[str, int]) -> list[str]:

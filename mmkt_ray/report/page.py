@@ -19,6 +19,7 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
 from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
 
@@ -98,6 +99,7 @@ def _environment() -> jinja2.Environment:
         "points": points,
         "count": words.count,
         "seconds": words.seconds,
+        "metric_of": lambda metric, kind: task_kind(kind).called.get(metric, metric.replace("_", " ")),
     }
     return environment
 

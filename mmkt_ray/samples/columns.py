@@ -18,7 +18,7 @@ from mmkt_ray.config import Config, SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import convert_cell, escape_id
-from mmkt_ray.samples.content import compose_labels, normalise_texts
+from mmkt_ray.samples.content import normalise_texts
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 
@@ -217,7 +217,7 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
         except ValueError as error:
             errors[i] = str(error)
     for name in sorted(set(reading.config.tasks) & set(block.columns)):
-        columns[name], composed = compose_labels(columns[name])
+        columns[name], composed = reading.config.tasks[name].kind.normalise(columns[name])
         for i in composed:
             cleaned.setdefault(i, []).append(f"{name}: Unicode form")
     columns |= {"sample_id": pa.array(block.ids, pa.string()), "split": pa.array(splits, pa.string())}
