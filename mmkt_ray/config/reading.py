@@ -15,6 +15,7 @@ from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.section import Section
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.base import TaskKind
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -67,4 +68,6 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, TaskKind):
+        return value.as_json()
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -162,7 +162,7 @@ def test_what_an_absent_modality_holds_has_no_influence(options, kind, sparse):
     """Catches 0 * NaN instead of a mask, a softmax over nothing, a fusion that can't read sparse signals."""
     torch.manual_seed(0)
     fusion = build(options, {m: Width(w.dim, m in sparse) for m, w in WIDTHS.items()}).eval()
-    head = fusion.build_head(C, kind)
+    head = fusion.build_head(C, task_kind(kind))
     parts, present = inputs()
     wild = {m: torch.where(present[m][:, None], x, -77.0 if m in sparse else torch.nan) for m, x in parts.items()}
     results = []

@@ -10,6 +10,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.models import SparseBatch
 from mmkt_ray.training.augment import augment_batch, check_augment, drop_terms, mix_features, mix_rows
 from mmkt_ray.training.batches import Batch
+from tests.labels import coded
 
 
 def sparse_batch(num_rows=40, dim=60):
@@ -30,7 +31,7 @@ def make_batch():
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(40, 5, generator=generator)
     present = {"image": torch.rand(40, generator=generator) < 0.7, "text": torch.rand(40, generator=generator) < 0.7}
-    labels = {"topic": torch.randint(-1, 3, (40,), generator=generator)}
+    labels = coded({"topic": torch.randint(-1, 3, (40,), generator=generator)})
     return Batch({"image": image, "text": sparse_batch()}, present, labels, present, labels)
 
 
