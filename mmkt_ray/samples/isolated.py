@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -108,7 +109,10 @@ def _child(reading: Reading, group: int) -> Iterator[subprocess.Popen[bytes]]:
     request = {
         "source": reading.source.model_dump(mode="json"),
         "modalities": {m: {"kind": c.kind} for m, c in config.modalities.items()},
-        "tasks": {t: {"kind": c.kind.as_json(), "separator": c.separator} for t, c in config.tasks.items()},
+        "tasks": {
+            t: {"kind": c.kind.as_json(), "module": type(c.kind).__module__, "separator": c.separator}
+            for t, c in config.tasks.items()
+        },
         "shard": vars(shard) | {"source": 0},
         "group": group,
     }
@@ -159,6 +163,7 @@ def serve() -> None:
         for part in ("modalities", "tasks")
     }
     for task in parts["tasks"].values():
+        import_module(task.module)  # which makes the entry of a kind of the user's
         task.kind = task_kind(task.kind)
     parts["samples"] = SamplesConfig.model_construct(sources=(SourceConfig(**request["source"]),))
     reading = Reading(Config.model_construct(**parts), Shard(**request["shard"]))

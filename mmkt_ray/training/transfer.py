@@ -154,7 +154,7 @@ def distillation_targets(
         return {}
     rows = table.rows("train")
     known = teacher_targets(knowledge.teachers, table.take(rows), tasks, temperature)
-    targets = {t: np.full((len(table.split), y.shape[1]), np.nan, dtype=np.float32) for t, y in known.items()}
+    targets = {t: np.full((len(table.split), own.shape[1]), np.nan, dtype=np.float32) for t, own in known.items()}
     for t, values in known.items():
         targets[t][rows] = values
     return targets
