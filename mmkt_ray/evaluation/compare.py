@@ -272,13 +272,14 @@ def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -
         **{k: record.get(k) for k in ("num_rows", "num_unseen", "unseen", "balanced_accuracy")},
         **record["intervals"],
     }
-    row["val_accuracy"] = record["val"]["accuracy"] if record.get("val") else None
+    main = model.kind_of(task).main
+    row["val_accuracy"] = record["val"][main] if record.get("val") else None
     if single is model:
         return {**row, "versus": None, "verdict": REFERENCE}
     versus = _paired(task, model, single) if single else None
     if versus is None:
         return {**row, "versus": None, "verdict": DIFFERENT_SAMPLES if trained else NO_SINGLE}
-    return {**row, "versus": versus, "verdict": verdict(versus["accuracy"])}
+    return {**row, "versus": versus, "verdict": verdict(versus[main])}
 
 
 def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | None:
@@ -292,7 +293,7 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
     pred_other = theirs.encoded(other_rows, names)[1]
     kind = labels.kind
     options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
-    right, other_right = (kind.is_right(labels, p).astype(float) for p in (pred, pred_other))
+    right, other_right = (kind.main_by_row(labels, p) for p in (pred, pred_other))
     shared = {"ours": float(right.mean()), "theirs": float(other_right.mean())}
     found = {m: paired_difference(labels, pred, pred_other, m, width=kind.width(names), **options) for m in kind.reported}
     p = paired_p(right - other_right)
@@ -304,15 +305,15 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
 
 def _judge_rows(tasks: dict[str, Any], confidence: float) -> None:
     """Correct the P of the rows' differences, and with it their verdicts."""
-    families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # the chosen fused models, all other rows
+    families: dict[bool, list[tuple[dict[str, Any], str]]] = {True: [], False: []}  # the chosen fused models, all other rows
     for found in tasks.values():
         for row in found["rows"]:
             if row["versus"]:
-                families[row["model"] == found["best_fused"]].append(row)
+                families[row["model"] == found["best_fused"]].append((row, task_kind(found["kind"]).main))
     for rows in families.values():
-        for row, p in zip(rows, holm([r["versus"]["p"] for r in rows]), strict=True):
+        for (row, main), p in zip(rows, holm([r["versus"]["p"] for r, _ in rows]), strict=True):
             row["versus"]["p_holm"] = p
-            row["verdict"] = verdict(agreeing(row["versus"]["accuracy"], p, confidence))
+            row["verdict"] = verdict(agreeing(row["versus"][main], p, confidence))
 
 
 def _answer(results: dict[str, Any]) -> None:

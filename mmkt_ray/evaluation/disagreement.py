@@ -68,9 +68,10 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
 def _single_models(results: dict[str, Any], task: str) -> dict[str, str]:
     """modality -> the model that reads it alone: trained before baselines, then the best on held-out rows."""
     chosen: dict[str, Any] = {}
+    main = task_kind(results["tasks"][task]["kind"]).main
     for row in results["tasks"][task]["rows"]:
         if len(row["reads"]) == 1:
-            held_out = row["val_accuracy"] if row["val_accuracy"] is not None else row["accuracy"]["value"]
+            held_out = row["val_accuracy"] if row["val_accuracy"] is not None else row[main]["value"]
             key = results["models"][row["model"]]["kind"] == "trained", held_out, row["model"]
             chosen[row["reads"][0]] = max(chosen.get(row["reads"][0], key), key, key=lambda k: k[:2])
     return {modality: key[2] for modality, key in sorted(chosen.items())}

@@ -113,7 +113,8 @@ def curves_of(
                 result[name].setdefault(hidden, {})[task] = scores
     _correct(result["difference"])
     hint = "" if config.model.experts else "; model.experts: true leaves such rows to it"
-    return result | {"answers": _tell(result, hint)}
+    mains = {task: first.table.kinds[task].main for task, first in models[0].items()}
+    return result | {"answers": _tell(result, mains, hint)}
 
 
 def _correct(differences: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ class Single:
     """The best single-modality model of one modality: its predictions for the rows, and which rows have one."""
 
     name: str
-    score: float  # accuracy on val
+    score: float  # main metric on val
     pred: np.ndarray  # (N,) codes or (N, C)
     known: np.ndarray  # (N,) bool
     folder: str = ""  # of a trained model, in the run
@@ -143,13 +144,13 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
     found = {}
     for modality in modalities:
         able = [m for m in models if m.record["modalities"] == [modality] and m.tasks.get(task, {}).get("num_rows")]
-        best = max(able, key=lambda m: _val_accuracy(m, task), default=None)
+        best = max(able, key=lambda m: _val_score(m, task), default=None)
         if best is not None:
             pred = best.predictions(task)["pred"].reindex(part.table.sample_id)
             known = pred.notna().to_numpy()
             codes = _encode(pred, known, part.table.class_names[task], part.table.kinds[task])
             folder = best.folder if best.kind == "trained" else ""
-            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known, folder)
+            found[modality] = Single(best.name, _val_score(best, task), codes, known, folder)
     return dict(sorted(found.items(), key=lambda item: item[1].score))
 
 
@@ -158,9 +159,9 @@ def _encode(pred: pd.Series, known: np.ndarray, names: Sequence[str], kind: Task
     return kind.encode_predictions(pa.chunked_array([pa.array(told, kind.arrow_type)]), names)
 
 
-def _val_accuracy(model: Evaluated, task: str) -> float:
+def _val_score(model: Evaluated, task: str) -> float:
     scores = model.tasks[task].get("val") or model.tasks[task]
-    return float(scores["accuracy"])
+    return float(scores[model.kind_of(task).main])
 
 
 # --- one task -------------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class Answers:
         if self.compared():
             found["reference"] = {m: s[1] for m, s in scores.items()}
             found["difference"] = {m: s[0] - s[1] for m, s in scores.items()}
-            ours, theirs = (labels.kind.is_right(labels, p).astype(float) for p in (pred, other))
+            ours, theirs = (labels.kind.main_by_row(labels, p) for p in (pred, other))
             found["gain"] = {"rows": ours - theirs}
         return found
 
@@ -298,17 +299,17 @@ def _patterns(table: FeatureTable, proba: dict[str, np.ndarray]) -> dict[str, An
     return found
 
 
-def _tell(result: dict[str, Any], hint: str) -> list[dict[str, Any]]:
-    """For each hidden modality and task the rate at which the model stands worst against the reference, in words. hint: what
-    to do about it."""
+def _tell(result: dict[str, Any], mains: Mapping[str, str], hint: str) -> list[dict[str, Any]]:
+    """For each hidden modality and task the rate at which the model stands worst against the reference, in words. mains:
+    task -> its main metric; hint: what to do about it."""
     told = []
     for hidden, by_task in result["difference"].items():
         for task, scores in by_task.items():
-            rate, worst = min(zip(result["rates"], scores["accuracy"], strict=True), key=lambda pair: pair[1][0])
+            rate, worst = min(zip(result["rates"], scores[mains[task]], strict=True), key=lambda pair: pair[1][0])
             lost = "any modality" if hidden == ANY else hidden
             beside = f"the best single-modality model of what is there ({task})"
             text = f"With {lost} missing the model is never shown to be worse than {beside}"
-            every = zip(result["rates"], scores["accuracy"], scores["p_holm"], strict=True)
+            every = zip(result["rates"], scores[mains[task]], scores["p_holm"], strict=True)
             shown = [(r, d) for r, d, p in every if d[2] < 0 and p < 1 - result["confidence"]]
             if shown:
                 rate, worst = min(shown, key=lambda pair: pair[1][0])

@@ -23,6 +23,7 @@ from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.evaluation.transferability import Moments, h_score, leep, linear_cka, logme
 from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.kinds.tasks import task_kind
 
 MAX_WIDTH = 4096  # D x D matrices up to here take seconds
 BLOCK_ROWS = 4096
@@ -186,7 +187,8 @@ def _trained_result(
     if not candidates:
         return None
     row = max(candidates, key=lambda c: c[:2])[2]
-    return {"model": row["model"], "accuracy": row["accuracy"]["value"]}
+    main = task_kind(results["tasks"][task]["kind"]).main if results else ""
+    return {"model": row["model"], "accuracy": row[main]["value"]}
 
 
 def _rank_correlation(sets: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any] | None:

@@ -43,6 +43,7 @@ class TaskKind(ABC):
     seed_metrics: ClassVar[tuple[str, ...]] = ()  # metrics beside `reported` where models of several seeds are compared
     ranked: ClassVar[tuple[str, ...]] = ()  # metrics whose resamples take long, because rows are sorted by output
     row_metric: ClassVar[str]  # name of the mean of `row_scores`
+    val_metric: ClassVar[str]  # the one of `reported` whose mean over tasks epochs are told by
     called: ClassVar[Mapping[str, str]] = {}  # metric -> what a report calls it, where that is not its name
     notes: ClassVar[str] = ""  # what readers of a report should know of the metrics; {tasks} stands for the tasks' names
     cannot: ClassVar[Mapping[str, str]] = {}  # setting of `training` that has no meaning here -> why, as part of a sentence
@@ -51,6 +52,11 @@ class TaskKind(ABC):
         """The name; with parameters a mapping of `name` and these. `task_kind` reads both."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"name": self.name, **own} if own else self.name
+
+    @property
+    def main(self) -> str:
+        """The metric by which models are compared and chosen."""
+        return self.reported[0]
 
     # --- labels ------------------------------------------------------------------------------------------------------
 
@@ -209,6 +215,10 @@ class TaskKind(ABC):
     @abstractmethod
     def row_scores(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """(N,) score of each labelled row, higher is better: what paired tests compare."""
+
+    def main_by_row(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
+        """(N,) what the main metric is the mean of, for the paired test of its difference; `row_scores` if it is no mean."""
+        return self.row_scores(labels, predictions)
 
     @abstractmethod
     def score_pair(self, label: Any, prediction: Any) -> float:

@@ -31,6 +31,7 @@ class ClassKind(TaskKind):
 
     reported: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
     share: ClassVar[str | None] = "accuracy"
+    val_metric: ClassVar[str] = "macro_f1"
     ranked: ClassVar[tuple[str, ...]] = (
         "auroc", "average_precision", "macro_average_precision", "micro_average_precision",
     )  # fmt: skip
@@ -74,6 +75,10 @@ class ClassKind(TaskKind):
                 f"task '{task}' has no labelled row with features in the train split: check the sources' columns and splits, "
                 f"or leave it out of model.tasks"
             )
+
+    def main_by_row(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
+        """Right or wrong."""
+        return self.is_right(labels, predictions).astype(float)
 
     def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
         """What predictions come to row by row; all are labelled."""

@@ -131,7 +131,7 @@ def _task_section(
     return {
         "name": task,
         "found": found,
-        "groups": same_samples(found["rows"]),
+        "groups": same_samples(found["rows"], task_kind(found["kind"]).main),
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
         "record": record,
@@ -151,8 +151,8 @@ def _task_figures(
     task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
-    groups, shown, single = same_samples(found["rows"]), found["best_trained"] or found["best"], found["best_single"]
-    rows = groups[0]  # those scored on the most samples; others have no place in their order
+    shown, single = found["best_trained"] or found["best"], found["best_single"]
+    rows = same_samples(found["rows"], task_kind(found["kind"]).main)[0]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [
         figures.add(

@@ -96,7 +96,7 @@ def quick_scores(table: FeatureTable, proba: Proba, metric: str | None = None) -
         labels = table.labels[t][table.labels[t].labelled]
         if len(labels):
             for name, score in labels.kind.quick_scores(labels, values[table.labels[t].labelled]).items():
-                found[name][t] = score
+                found.setdefault(name, {})[t] = score
     return found
 
 

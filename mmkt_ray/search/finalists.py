@@ -198,9 +198,9 @@ def _judged(
     """The interval of a difference with its verdict, which needs a test by rows too. preds: of two models, (S, N, ..)."""
     if interval is None:
         return None
-    ours, theirs = (np.mean([labels.kind.is_right(labels, p) for p in pred], axis=0) for pred in preds)
+    ours, theirs = (np.mean([labels.kind.main_by_row(labels, p) for p in pred], axis=0) for pred in preds)
     p = paired_p(ours - theirs)
-    if metric != labels.kind.share:  # the least P that exchanging the models in random rows could give
+    if metric != labels.kind.main:  # the least P that exchanging the models in random rows could give
         differ = (preds[0][:1] != preds[1][:1]) if len(preds[0]) != len(preds[1]) else preds[0] != preds[1]
         p = 2.0 ** (1 - int(differ.any(axis=0).reshape(len(labels), -1).any(axis=1).sum()))
     interval = agreeing(interval, min(p, 1.0), confidence)

@@ -113,7 +113,7 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     tensors = {t: y.tensors() for t, y in labels.items()}
     tallies = {t: y.kind.tally(torch.from_numpy(logits[t]), y).numpy() for t, y in tensors.items()}
     val = summarise(tallies, table.kinds)
-    scores = {"on": found.heldout.on, **val} if val["accuracy"] else None
+    scores = {"on": found.heldout.on, **val} if np.isfinite(val["score"]) else None
     record = {"epoch": 1, "train_loss": found.loss, "val": scores, "seconds": found.seconds}
     parts = found.model.num_parameters_by_part()
     result = FitResult(found.model, [record], 1, scores, parts, found.seconds)

@@ -21,7 +21,7 @@ from mmkt_ray.evaluation.intervals import agreeing, paired_p, percentiles
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.evaluation.seeds import further_seed_scores, seed_scores
-from mmkt_ray.evaluation.tables import told
+from mmkt_ray.evaluation.tables import metric_name, told
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Predictor
@@ -31,9 +31,6 @@ from mmkt_ray.training.trainer import train
 log = logging.getLogger(__name__)
 
 WORDS = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "micro_f1": "micro-F1",
     "samples_f1": "F1 by sample",
     "macro_average_precision": "average precision",
 }
@@ -84,7 +81,7 @@ def repeat(
             stores[name].copy_encoders(variant.model_modalities, run_uri, uri)
             model, card = load_model(uri)
             for task in variant.model_tasks:
-                held_out = ((card["training"]["val"] or {}).get("accuracy") or {}).get(task)
+                held_out = ((card["training"]["val"] or {}).get(model.spec.kinds[task].main) or {}).get(task)
                 _judge(model, table, task, variant, found.setdefault(task, {}), name, held_out)
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
@@ -132,7 +129,7 @@ def _judge(
         part = table.take(rows[split][able[split]])
         proba, kind = predict_table(model, part)[task], model.spec.kinds[task]
         pred = kind.predict(proba)
-        right[split] = float(kind.is_right(part.labels[task], pred).mean())
+        right[split] = float(kind.main_by_row(part.labels[task], pred).mean())
         if split == "test":
             labels = table.labels[task][rows[split]]
             judged = by_name.setdefault(name, Judged(labels, able[split], table.width(task)))
@@ -179,14 +176,14 @@ def _compare(
     found: dict[str, dict[str, Any]] = {}
     for name, scores in by_model.items():
         found[name] = {m: percentiles(scores[m], evaluation.confidence, num_rows) for m in drawn}
-        found[name]["by_seed"] = [float(kind.is_right(labels, pred).mean()) for pred in preds[name]]
+        found[name]["by_seed"] = [float(kind.main_by_row(labels, pred).mean()) for pred in preds[name]]
         found[name]["versus"] = None
         if reference is not None and name != reference:
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
             versus = {m: percentiles(g, evaluation.confidence, num_rows, least=-1.0) for m, g in gains.items()}
-            ours, theirs = (np.mean([kind.is_right(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
-            if versus["accuracy"] is not None:
-                versus["accuracy"] = agreeing(versus["accuracy"], paired_p(ours - theirs), evaluation.confidence)
+            ours, theirs = (np.mean([kind.main_by_row(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
+            if (difference := versus[kind.main]) is not None:
+                versus[kind.main] = agreeing(difference, paired_p(ours - theirs), evaluation.confidence)
             found[name]["versus"] = versus
     return found
 
@@ -196,13 +193,13 @@ def seeds_table(result: Mapping[str, Any]) -> str:
     lines = []
     for task, found in result["tasks"].items():
         rows = f"{found['num_rows']} test rows, " if found["num_rows"] else ""
-        metrics = [m for m in WORDS if m in next(iter(found["models"].values()))]
-        names = ", ".join(WORDS[m] for m in metrics)
+        metrics = [m for m in next(iter(found["models"].values())) if m not in ("by_seed", "versus", "val")]
+        names = ", ".join(WORDS.get(m, metric_name(m)) for m in metrics)
         lines.append(f"{task}: {names}; {rows}{len(result['seeds'])} seeds")
         width = max(map(len, found["models"]))
         for name, model in found["models"].items():
             by_seed = " ".join(f"{100 * s:.1f}" for s in model["by_seed"])
-            line = f"  {name:{width}}  {told(model['accuracy'])}  ({by_seed})  "
+            line = f"  {name:{width}}  {told(model[metrics[0]])}  ({by_seed})  "
             line += "  ".join(told(model[m]) for m in metrics[1:])
             if model["versus"]:
                 gains = ", ".join(told(model["versus"][m], "+.1f") for m in metrics)

@@ -32,10 +32,9 @@ def validate(
 ) -> dict[str, Any]:
     """Each rank reads its share of `rows`; all return the same scores.
 
-    Returns: `loss` (nats, summed over tasks), `accuracy` and `macro_f1` by task, as evaluation defines them, for the tasks
-    with a label among the rows, and `score`, the mean macro-F1 of these tasks (mean accuracy if none is defined). Of a
-    multilabel task the classes with a probability of at least 0.5 are predicted, and accuracy is the share of rows in which
-    every class is right. With `metric` also that one by task, see `metric_scores`, where it is defined; the logits of all
+    Returns: `loss` (nats, summed over tasks); the metrics that kinds report, such as `accuracy`, by task, as evaluation defines
+    them, for the tasks with a label among the rows; and `score`, the mean over these tasks of the kinds' `val_metric` (of the
+    main one if none is defined). With `metric` also that one by task, see `metric_scores`, where it is defined; the logits of all
     rows are then in memory.
     """
     tallies = {
@@ -86,8 +85,8 @@ def summarise(tallies: Mapping[str, np.ndarray], kinds: Mapping[str, TaskKind]) 
     """Scores from the tallies of all rows; see `validate`."""
     scores = {t: kinds[t].tally_scores(tally) for t, tally in sorted(tallies.items())}
     loss = sum((found.get("loss", 0.0) for found in scores.values()), 0.0)
-    accuracy, macro_f1 = (
-        {t: found[metric] for t, found in scores.items() if metric in found} for metric in ("accuracy", "macro_f1")
-    )
-    score = float(np.mean(list((macro_f1 or accuracy).values())))
-    return {"loss": loss, "score": score, "accuracy": accuracy, "macro_f1": macro_f1}
+    metrics = dict.fromkeys(metric for t in scores for metric in kinds[t].reported)
+    by_metric = {m: {t: found[m] for t, found in scores.items() if m in found} for m in metrics}
+    told = [found[kinds[t].val_metric] for t, found in scores.items() if kinds[t].val_metric in found]
+    told = told or [found[kinds[t].main] for t, found in scores.items() if found]
+    return {"loss": loss, "score": float(np.mean(told)), **by_metric}
