@@ -152,7 +152,8 @@ def _task_figures(
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
     shown, single = found["best_trained"] or found["best"], found["best_single"]
-    rows = same_samples(found["rows"], task_kind(found["kind"]).main)[0]  # those scored on the most samples; others have no place in their order
+    groups = same_samples(found["rows"], task_kind(found["kind"]).main)
+    rows = groups[0]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [
         figures.add(
