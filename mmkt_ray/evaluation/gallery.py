@@ -139,7 +139,7 @@ def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, An
     table = find_samples(ReadingPlan.of(config), sorted({p for ps in parts.values() for p in ps}))
     found = {row["sample_id"]: row for row in table.to_pylist()}
     values = {}
-    limits = Limits(config.samples.max_image_pixels, config.samples.decode_timeout_s)
+    limits = Limits.of(config.samples)
     for sample_id, sources in parts.items():
         rows = [found[s] for s in sources if s in found]
         raw = {m: next((r[m] for r in rows if r.get(m) is not None), None) for m in config.model_modalities}
