@@ -55,6 +55,7 @@ from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
 from mmkt_ray.run import extract_step, hardware, read_commit, run_folder
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 
 Result = dict[str, float]
@@ -193,7 +194,7 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
     encoder.adopt(SmallCNN(10, width=encoder.config.width), [str(i) for i in range(10)])
     uri = str(folder / "encoder")
     save_fitted(encoder, section, uri, {"units": []})
-    shards = [shard.uri for shard in list_shards(config)]
+    shards = [shard.uri for shard in list_shards(ReadingPlan.of(config))]
     return {
         "loop": lambda: loop_extract(config, shards, uri, folder / "loop"),
         "pipeline": lambda: pipeline(config, {"image": uri}, folder),
@@ -246,7 +247,7 @@ def pipeline(config: Config, encoders: dict[str, str], folder: Path) -> Result:
     """The product: shards to a published store, from nothing."""
     shutil.rmtree(folder / "features", ignore_errors=True)
     start = time.perf_counter()
-    store: Store = encode(config, str(folder), list_shards(config), encoders)
+    store: Store = encode(config, str(folder), list_shards(ReadingPlan.of(config)), encoders)
     wall = time.perf_counter() - start
     counts, manifest = store.manifest["counts"], store.manifest
     num_rows = counts["rows"] + counts["rejects"]
@@ -350,7 +351,7 @@ def pipeline_tfidf(config: Config, folder: Path) -> Result:
     """Fit over the shards, then encode them into a store; reading and writing included."""
     shutil.rmtree(folder / "encoders", ignore_errors=True)
     start = time.perf_counter()
-    encoders = fit_encoders(config, str(folder), list_shards(config))
+    encoders = fit_encoders(config, str(folder), list_shards(ReadingPlan.of(config)))
     fit_s = time.perf_counter() - start
     result = pipeline(config, encoders, folder)
     num_rows = result["rows_per_s"] * result["wall_s"]

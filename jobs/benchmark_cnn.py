@@ -14,7 +14,8 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.encoders.cnn import apply_cnn
 from mmkt_ray.features.store import open_store
-from mmkt_ray.samples.cleaning import decode_image
+from mmkt_ray.kinds.images import decode_image
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 
 
@@ -29,8 +30,8 @@ def score_cnn(config: Config, run_uri: str) -> dict[str, Any]:
     folder = open_store(stores[0].path).manifest["modalities"][name]["folders"][0]
     encoder = load_fitted(build_encoder(modality.encoder), storage.join(run_uri, "encoders", folder))
     images, labels = [], []
-    for shard in list_shards(config):
-        for chunk in read_chunks(config, shard):
+    for shard in list_shards(ReadingPlan.of(config)):
+        for chunk in read_chunks(ReadingPlan.of(config), shard):
             samples = chunk.table
             usable = pc.and_(samples.column(name).is_valid(), samples.column(task).is_valid())
             samples = samples.filter(pc.and_(usable, pc.equal(samples.column("split"), "test")))

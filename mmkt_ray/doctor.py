@@ -27,7 +27,7 @@ from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
 from mmkt_ray.features.publish import shorten
 from mmkt_ray.plan.rates import size, stored_bytes
-from mmkt_ray.samples.cleaning import import_soundfile
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
@@ -98,9 +98,7 @@ def quick_findings(config: Config, run_uri: str) -> list[Finding]:
 def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
     """Whether a source's path and columns are there; and how many rows it has, about."""
     source = config.samples.sources[number]
-    look = source.model_copy(update={"limit": min(source.limit or LOOK_ROWS, LOOK_ROWS)})
-    # alone, so that a wrong source does not hide the next
-    alone = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (look,)})})
+    alone = ReadingPlan.of(config).only_source(number, LOOK_ROWS)  # so that a wrong source does not hide the next
     what = f"source {number} ({source.path})"
     try:
         shards = list_shards(alone)
@@ -120,11 +118,11 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
     return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}"), rows
 
 
-def first_samples(config: Config, shards: list[Shard]) -> tuple[Shard, pa.Table, list[str]]:
+def first_samples(plan: ReadingPlan, shards: list[Shard]) -> tuple[Shard, pa.Table, list[str]]:
     """Samples of the first shard that has any, with that shard, else none; and the reasons of the rejects up to there."""
     reasons: list[str] = []
     for shard in shards[:LOOK_SHARDS]:
-        for chunk in read_chunks(config, shard):
+        for chunk in read_chunks(plan, shard):
             reasons += [reject.reason for reject in chunk.rejects]
             if len(chunk.table):
                 return shard, chunk.table, reasons
@@ -179,8 +177,7 @@ def encoder_checks(config: Config) -> Iterator[tuple[str, Callable[[], str]]]:
 def check_encoder(config: Config, name: str) -> str:
     """Build an encoder, and what decodes its input. Raises: ConfigError, DataError for a missing extra, class or file."""
     modality = config.modalities[name]
-    if modality.kind == "audio":
-        import_soundfile()
+    modality.kind.check()
     build_encoder(modality.encoder)
     return modality.encoder.name
 
@@ -283,7 +280,7 @@ def look_around(node: str, config: Config, probe: str) -> dict[str, Any]:
     if sees:  # else the folder would be made on a disk of its own, and stay
         storage.write_bytes(storage.join(probe, node), b"")
     checks = [attempt(f"encoder {name}", check) for name, check in encoder_checks(config)]
-    checks.append(attempt("sources", lambda: str(len(list_shards(config)))))
+    checks.append(attempt("sources", lambda: str(len(list_shards(ReadingPlan.of(config))))))
     wrong = [f"{finding.what}: {finding.text}" for finding in checks if not finding.ok]
     return {"versions": own_versions(), "sees": sees, "wrong": wrong}
 

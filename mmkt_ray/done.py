@@ -96,6 +96,7 @@ def keep_told(config: Config, text: str) -> None:
 
 def _run_digest(config: Config, uri: str) -> str | None:
     """Of the code, the config, the shards, and all that is in the run folder; None where models come from elsewhere."""
+    from mmkt_ray.samples.plan import ReadingPlan
     from mmkt_ray.samples.shards import list_shards
 
     variants = [config, *config.expand_variants().values()]
@@ -103,7 +104,7 @@ def _run_digest(config: Config, uri: str) -> str | None:
         return None
     excluded = [storage.absolute(v.training.exclude) for v in variants if v.training.exclude]
     left_out = [storage.file_checksum(file) if storage.exists(file) else None for file in excluded]
-    shards = [shard.unit for variant in variants for shard in list_shards(variant)]
+    shards = [shard.unit for variant in variants for shard in list_shards(ReadingPlan.of(variant))]
     return fingerprint([code_digest(), uri, config.model_dump(mode="json"), shards, left_out, listing(uri)])
 
 

@@ -17,6 +17,7 @@ from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.evaluation.model_folder import SCHEMA_VERSION, write_card
 from mmkt_ray.features.store import Store
 from mmkt_ray.run import check_test
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.terminal import plain
 from tests.heads import free_port
@@ -134,7 +135,7 @@ def test_a_label_of_5000_digits_is_a_label(tmp_path: Path, make_config: Callable
     (tmp_path / "data" / "a.jsonl").write_text(f'{{"text": "x", "colour": {digits}}}\n{{"text": "y", "colour": 17}}\n')
     source = {"reader": "manifest", "path": "a.jsonl", "columns": {"text": "text", "colour": "colour"}}
     config = make_config(samples__sources=[source | {"columns": {**source["columns"], "image": "none"}, "absent": "null"}])
-    (chunk,) = read_chunks(config, list_shards(config)[0])
+    (chunk,) = read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])
     assert chunk.table["colour"].to_pylist() == [digits, "17"]
 
 

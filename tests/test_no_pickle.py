@@ -19,17 +19,20 @@ import pytest
 import ray.data  # noqa: F401  (registers its Arrow types, one of which unpickles)
 
 from mmkt_ray import storage
-from mmkt_ray.config import HuggingFaceEncoder, parse_config
+from mmkt_ray.config import parse_config
 from mmkt_ray.config.reading import load_config
 from mmkt_ray.config.training import TransferConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.encoders.build import read_card as read_encoder_card
+from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder
 from mmkt_ray.encoders.pretrained.weights import read_weights
 from mmkt_ray.errors import UserError
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import read_parts
 from mmkt_ray.features.store import open_store
-from mmkt_ray.samples.cleaning import decode_audio, decode_image
+from mmkt_ray.kinds.images import decode_image
+from mmkt_ray.kinds.sounds import decode_audio
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import Space
@@ -111,8 +114,8 @@ def read(root: Path, reader: str, path: str, columns: dict[str, str]) -> int:
         }
     )
     seen = 0
-    for shard in list_shards(config):
-        for chunk in read_chunks(config, shard):
+    for shard in list_shards(ReadingPlan.of(config)):
+        for chunk in read_chunks(ReadingPlan.of(config), shard):
             seen += chunk.table.num_rows + len(chunk.rejects)
             for row in chunk.table.to_pylist():
                 for name, decode in (("image", lambda data: decode_image(data, 1_000)), ("audio", decode_audio)):
@@ -286,7 +289,7 @@ def test_pickles_in_a_hugging_face_folder(tmp_path, disguised):
     ):
         (tmp_path / name).write_bytes(disguised)
     (tmp_path / "config.json").write_text(json.dumps(card))
-    encoder = build_encoder(HuggingFaceEncoder(name="huggingface", folder=str(tmp_path), max_tokens=16))
+    encoder = build_encoder(HuggingFaceTextEncoder.Section(folder=str(tmp_path), max_tokens=16))
     with pytest.raises(UserError, match=r"no \.safetensors file"):
         encoder.load()
     (tmp_path / "model.safetensors").write_bytes(disguised)

@@ -24,7 +24,7 @@ from mmkt_ray.plan import (
     train_steps,
 )
 from mmkt_ray.plan import rates as known
-from mmkt_ray.plan.rates import Rates, rates_of
+from mmkt_ray.plan.rates import Rates, rates_of, stored_bytes, widths
 
 MakeConfig = Callable[..., Config]
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
@@ -122,6 +122,15 @@ def test_what_was_never_measured_is_not_made_up(make_config: MakeConfig) -> None
     assert re.search(r"encode image +GPUs: not measured", text)
     assert "together   at least" in text
     assert "each must encode" in text
+
+
+def test_a_width_that_is_not_known_yet_is_estimated(make_config: MakeConfig) -> None:
+    """Catches a first run with an encoder of one's own that ends before any work, as the encoder is not fitted yet."""
+    config = make_config(modalities__text__encoder="late_encoder:Late")
+    assert widths(config)["text"] == [known.USUAL_DIM, known.USUAL_DIM]
+    reduced = config.with_overrides({"modalities.text.reduce": {"name": "pca", "dim": 16}})
+    assert widths(reduced)["text"] == [known.USUAL_DIM, 16]
+    assert 0 < stored_bytes(config) < stored_bytes(reduced)  # whose encoded features stay
 
 
 def test_limits_tell_what_breaks_first(make_config: MakeConfig) -> None:

@@ -4,28 +4,16 @@ Unknown keys are errors that name the nearest known key. A choice with options o
 name (`fusion: concat`) or as a mapping (`fusion: {name: hierarchical, depth: 2}`). Dimensions are derived, never stated.
 """
 
-from mmkt_ray.config.modalities import (
-    CnnEncoder,
-    CustomEncoder,
-    EfficientNetLite0Encoder,
-    EncoderConfig,
-    HuggingFaceEncoder,
-    LogMelCnnEncoder,
-    MinilmEncoder,
-    PixelsEncoder,
-    ReduceConfig,
-    TaskConfig,
-    TfidfEncoder,
-    TorchvisionEncoder,
-)
+from mmkt_ray.config.modalities import TaskConfig
 from mmkt_ray.config.model import FUSES, FUSIONS, MISSING_STRATEGIES, SCHEMES, FusionConfig
 from mmkt_ray.config.parsing import parse_override
-from mmkt_ray.config.reading import describe_fields, fingerprint, load_config, seed_32
+from mmkt_ray.config.reading import describe_fields, load_config, seed_32
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.samples import JoinCombine, PairCombine, SourceConfig, UnionCombine
 from mmkt_ray.config.search import ParameterConfig, SearchConfig
-from mmkt_ray.config.section import SPLITS, Section
 from mmkt_ray.config.training import AugmentConfig, EvaluationConfig, ObjectiveConfig, TransferConfig
+from mmkt_ray.encoders.base import CustomEncoder
+from mmkt_ray.section import SPLITS, Section, fingerprint
 
 __all__ = [
     "FUSES",
@@ -34,28 +22,18 @@ __all__ = [
     "SCHEMES",
     "SPLITS",
     "AugmentConfig",
-    "CnnEncoder",
     "Config",
     "CustomEncoder",
-    "EfficientNetLite0Encoder",
-    "EncoderConfig",
     "EvaluationConfig",
     "FusionConfig",
-    "HuggingFaceEncoder",
     "JoinCombine",
-    "LogMelCnnEncoder",
-    "MinilmEncoder",
     "ObjectiveConfig",
     "PairCombine",
     "ParameterConfig",
-    "PixelsEncoder",
-    "ReduceConfig",
     "SearchConfig",
     "Section",
     "SourceConfig",
     "TaskConfig",
-    "TfidfEncoder",
-    "TorchvisionEncoder",
     "TransferConfig",
     "UnionCombine",
     "describe_fields",

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmkt_ray.config.section import Once, Section, named
 from mmkt_ray.errors import unknown_name
+from mmkt_ray.section import Once, Section, named
 
 SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
 FUSES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")

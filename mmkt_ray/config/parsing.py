@@ -8,9 +8,10 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from mmkt_ray.config.section import Section
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.section import OneOf, Section
 
 SectionT = TypeVar("SectionT", bound=Section)
 MAX_VALUES, MAX_DEPTH = 100_000, 50  # of a config
@@ -121,16 +122,28 @@ def _assign(node: Any, part: str, value: Any) -> None:
     node[int(part) if isinstance(node, list) else part] = value
 
 
+def sections_of(field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
+    """The sections inside a field, with the mark of its key: `[]` in lists, `.<name>` in mappings, `(cnn)` of a choice."""
+    choices = [mark for mark in field.metadata if isinstance(mark, OneOf)]
+    yield from sections(choices[0] if choices else field.annotation)
+
+
 def sections(annotation: Any, mark: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """The sections inside a field's type, with the mark that its key takes (`[]` in lists, `.<name>` in mappings)."""
+    """The same of a field's type."""
+    if isinstance(annotation, OneOf):
+        for name, section in annotation.sections():
+            yield mark + (f"({name})" if name else ""), section
+        return
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        name = annotation.model_fields.get("name")
-        chosen = get_args(name.annotation) if name is not None else ()
+        field = annotation.model_fields.get("name")
+        chosen = get_args(field.annotation) if field is not None else ()
         yield mark + (f"({chosen[0]})" if len(chosen) == 1 else ""), annotation
         return
     origin = get_origin(annotation)
     inner = "[]" if origin is tuple else ".<name>" if origin is dict else ""
-    for part in get_args(annotation):
+    parts = get_args(annotation)
+    choices = [part for part in parts if isinstance(part, OneOf)]  # of an Annotated, whose type is their base
+    for part in choices or parts:
         yield from sections(part, mark + inner)
 
 
@@ -166,7 +179,7 @@ def _known_keys(parents: list[Any], root: type[Section]) -> list[str]:
     for part in parents:
         fields = [c.model_fields[part] for c in candidates if isinstance(part, str) and part in c.model_fields]
         if fields:
-            candidates = [s for f in fields for _, s in sections(f.annotation)]
+            candidates = [s for f in fields for _, s in sections_of(f)]
         else:  # an index, a mapping's key or a union's tag: narrow by tag where it is one
             candidates = [c for c in candidates if _tag(c) == part] or candidates
     return sorted({name for c in candidates for name in c.model_fields})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mmkt_ray.config.parsing import read_yaml, sections, set_dotted
+from mmkt_ray.config.parsing import read_yaml, sections_of, set_dotted
 from mmkt_ray.config.run import Config, parse_config
-from mmkt_ray.config.section import Section
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.section import Section, fingerprint
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -42,14 +41,6 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return config
 
 
-def fingerprint(value: Any, length: int = 16) -> str:
-    """Hex digest of any JSON-able value or config section; equal content gives equal digests on every machine."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
 def seed_32(seed: int) -> int:
     """The seed itself where it has 32 bits, which is all that scikit-learn and Optuna take; else its digest of 32 bits."""
     return seed if seed < 2**32 else int(fingerprint(seed, 8), 16)
@@ -61,7 +52,7 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
         default = (
             "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
         )
-        children = list(sections(field.annotation))
+        children = list(sections_of(field))
         yield f"{prefix}{name}", default if not children or field.is_required() else "", field.description or ""
         for mark, child in children:
             yield from describe_fields(child, f"{prefix}{name}{mark}.")

@@ -7,14 +7,15 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.modalities import KINDS, ModalityConfig, TaskConfig
+from mmkt_ray.config.modalities import ModalityConfig, TaskConfig
 from mmkt_ray.config.model import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
-from mmkt_ray.config.samples import PairCombine, SamplesConfig
+from mmkt_ray.config.samples import PairCombine, SamplesConfig, SourceConfig
 from mmkt_ray.config.search import SearchConfig
-from mmkt_ray.config.section import Name, Section
 from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
+from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.section import Name, Section
 
 OWN_COLUMNS = ("sample_id", "split", "key", "cleaned", "missing")
 OWN_MODELS = {"majority", "search_winner"}
@@ -71,6 +72,7 @@ class Config(Section):
                         f"source '{source.path}' fills column '{column}', which is no modality and no task; "
                         + nearest(column, [*names, *reserved])
                     )
+            self._check_several(source)
         filled = {c for s in self.samples.sources for c in s.columns}
         for name in names:
             if name not in filled:
@@ -78,7 +80,7 @@ class Config(Section):
                     f"no source fills '{name}': add it to a source's columns, or drop it from modalities or tasks"
                 )
         for name, modality in self.modalities.items():
-            task = getattr(modality.encoder, "pretrain", None)
+            task, encoder = modality.encoder.task, ENCODERS.get(modality.encoder.name)
             if task is not None and task not in self.tasks:
                 raise ConfigError(
                     f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
@@ -88,10 +90,10 @@ class Config(Section):
                     f"modalities.{name}.encoder.pretrain: '{task}' is {self.tasks[task].kind.name}; "
                     "name a multiclass or binary task"
                 )
-            kind = KINDS.get(modality.encoder.name, modality.kind)
-            if kind != modality.kind:
+            if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(
-                    f"modalities.{name}: encoder '{modality.encoder.name}' reads {kind}, the modality's kind is {modality.kind}"
+                    f"modalities.{name}: encoder '{modality.encoder.name}' reads {' or '.join(encoder.kinds)}, the modality's "
+                    f"kind is {modality.kind.name}"
                 )
         for what, chosen, known in (
             ("modalities", self.model.modalities, self.modalities),
@@ -102,7 +104,8 @@ class Config(Section):
                     raise ConfigError(f"model.{what}: unknown '{name}': {nearest(name, known)}")
         if self.model.missing == "generate" and len(self.model_modalities) > 1:
             for name in self.model_modalities:
-                if self.modalities[name].encoder.name == "tfidf" and self.modalities[name].reduce is None:
+                encoder = ENCODERS.get(self.modalities[name].encoder.name)
+                if encoder is not None and encoder.sparse and self.modalities[name].reduce is None:
                     raise ConfigError(
                         f"model.missing: generate cannot predict sparse features: add modalities.{name}.reduce, "
                         "e.g. {name: svd, dim: 256}"
@@ -131,6 +134,18 @@ class Config(Section):
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
         return self
+
+    def _check_several(self, source: SourceConfig) -> None:
+        """Raises: ConfigError where several of a source's columns fill one that takes a single one."""
+        for column, theirs in source.columns.items():
+            takes_several = column in self.modalities and self.modalities[column].kind.takes_several
+            if not isinstance(theirs, str) and not takes_several:
+                raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
+            if source.reader not in ("parquet", "manifest") and not isinstance(theirs, str) and "*" in "".join(theirs):
+                raise ConfigError(
+                    f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader '{source.reader}' "
+                    "knows none of them before it reads"
+                )
 
     def _check_columns(self, names: list[str]) -> None:
         """Raises: ConfigError where two columns of features or predictions would have one name."""

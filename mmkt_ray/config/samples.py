@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mmkt_ray.config.section import Section, name_in, named
+from mmkt_ray.section import Section, name_in, named
 
 
 class SourceConfig(Section):
@@ -14,8 +14,9 @@ class SourceConfig(Section):
 
     reader: Literal["parquet", "webdataset", "folders", "manifest"] = Field(description="layout of the shards")
     path: str = Field(description="file, folder, glob (**: folders at any depth) or URI; relative paths are under data_root")
-    columns: dict[str, str] = Field(
-        description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field"
+    columns: dict[str, str | tuple[str, ...]] = Field(
+        description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field; for "
+        "a kind of modality that is made of several a list of them, in which * stands for any part of a name"
     )
     split: Literal["train", "val", "test"] | None = Field(
         None, description="split of all rows here; null: from a split column, the folder's name, or a hash of the id"
@@ -29,6 +30,11 @@ class SourceConfig(Section):
     allow_outside: bool = Field(
         False, description="manifest cells may be absolute paths or leave the manifest's folder"
     )
+
+    def theirs(self, column: str) -> tuple[str, ...]:
+        """The source's columns that fill one of ours."""
+        theirs = self.columns[column]
+        return (theirs,) if isinstance(theirs, str) else theirs
 
 
 class SplitConfig(Section):

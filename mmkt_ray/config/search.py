@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.section import Section
 from mmkt_ray.config.training import ObjectiveConfig
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.section import Section
 
 IntRange: TypeAlias = tuple[int, int]
 FloatRange: TypeAlias = tuple[float, float]

@@ -6,14 +6,24 @@ Axes: T samples in time, F frequency bins, S mel bands and as many time steps, B
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import numpy as np
-import torch
-from scipy.signal import resample_poly, savgol_filter
+from pydantic import Field
 
-from mmkt_ray.config import LogMelCnnEncoder
+from mmkt_ray.encoders.base import EncoderSection
 from mmkt_ray.encoders.frozen import TrainedCnn
-from mmkt_ray.samples.cleaning import Clip, import_soundfile
+from mmkt_ray.lazy import lazy
+from mmkt_ray.section import Once
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from scipy import signal
+
+    from mmkt_ray.kinds import sounds
+    from mmkt_ray.kinds.sounds import Clip
+else:
+    np, torch, signal, sounds = lazy("numpy"), lazy("torch"), lazy("scipy.signal"), lazy("mmkt_ray.kinds.sounds")
 
 RANGE_DB = 80.0  # what is softer than the loudest point of the clip by more than this counts as silence
 DELTA_DB = (20.0, 10.0)  # changes per time step, and changes of these, that span uint8
@@ -23,8 +33,32 @@ SILENCE = 1e-10  # power of a clip that is silent throughout
 class LogMelCnnAudioEncoder(TrainedCnn):
     """Log-mel spectrogram and its first two differences in time, as three channels of a `SmallCNN`'s image."""
 
-    def __init__(self, config: LogMelCnnEncoder) -> None:
-        import_soundfile()
+    kinds: ClassVar[tuple[str, ...]] = ("audio",)
+
+    class Section(EncoderSection):
+        """Log-mel spectrogram as an image for a small convolutional network, trained here on one modality and one task."""
+
+        name: Literal["logmel_cnn"] = "logmel_cnn"
+        pretrain: str = Field(description="the task it is trained on")
+        sample_rate: int = Field(8000, ge=1000, le=192_000, description="samples per second that audio is resampled to")
+        seconds: float = Field(1.0, gt=0, le=60, description="length that clips are cut or padded to")
+        image_size: int = Field(32, ge=9, le=256, description="mel bands, and time steps that the clip is divided into")
+        width: int = Field(32, ge=8, description="channels of the first block; later blocks are multiples")
+        epochs: int = Field(10, ge=1, description="passes over the train split")
+        batch_size: int = Field(128, ge=2, description="clips per optimiser step, over all workers")
+        lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
+        augment: Annotated[tuple[Literal["crop", "cutout"], ...], Once] = Field(
+            ("crop",), description="training augmentation: shift in time and pitch, cutout"
+        )
+        precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
+        num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
+
+        @property
+        def task(self) -> str:
+            return self.pretrain
+
+    def __init__(self, config: Section) -> None:
+        sounds.import_soundfile()
         super().__init__(config)
 
     def prepare(self, clip: Clip) -> np.ndarray:
@@ -41,7 +75,7 @@ def fit_length(clip: Clip, sample_rate: int, num_samples: int) -> np.ndarray:
     start = max(0, len(samples) - longest) // 2
     samples = samples[start : start + longest]
     if clip.sample_rate != sample_rate:
-        samples = resample_poly(samples, sample_rate, clip.sample_rate).astype(np.float32)
+        samples = signal.resample_poly(samples, sample_rate, clip.sample_rate).astype(np.float32)
     samples = samples[:num_samples]
     before = (num_samples - len(samples)) // 2
     return np.pad(samples, (before, num_samples - len(samples) - before))
@@ -90,6 +124,6 @@ def to_image(decibels: np.ndarray) -> np.ndarray:
     channels = [(decibels + RANGE_DB) * (255 / RANGE_DB)]
     slope = decibels
     for span in DELTA_DB:
-        slope = savgol_filter(slope, 5, 1, deriv=1, axis=1, mode="nearest")
+        slope = signal.savgol_filter(slope, 5, 1, deriv=1, axis=1, mode="nearest")
         channels.append(127.5 + slope * (127.5 / span))
     return np.rint(np.stack(channels).clip(0, 255)).astype(np.uint8)

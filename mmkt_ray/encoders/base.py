@@ -5,13 +5,45 @@ Axes: B values in a batch, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
-import scipy.sparse as sp
+from pydantic import Field
 
-Features: TypeAlias = np.ndarray | sp.csr_matrix  # (B, D) float32
+from mmkt_ray.lazy import lazy
+from mmkt_ray.section import Choice
+
+if TYPE_CHECKING:
+    import numpy as np
+    import scipy.sparse as sp
+    import torch
+else:
+    np = lazy("numpy")
+
+Features: TypeAlias = "np.ndarray | sp.csr_matrix"  # (B, D) float32
+Fit = Literal["none", "statistics", "training"]
+
+
+class EncoderSection(Choice):
+    """Base of the config section of an encoder; the `name` of each is its entry in ENCODERS."""
+
+    @property
+    def task(self) -> str | None:
+        """The task that it is trained on; such an encoder is `Trained`."""
+        return None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Option -> the file or folder that it names, which a model's folder does not hold."""
+        return {}
+
+
+class CustomEncoder(EncoderSection):
+    """An encoder of the user's, named `module:Class`."""
+
+    name: str = Field(description="module:Class, importable on every node")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
 
 
 @runtime_checkable
@@ -30,8 +62,8 @@ class Encoder(Protocol):
         ...
 
     def encode(self, values: Sequence[Any]) -> Features:
-        """Present values only: images as RGB uint8 (H, W, 3), audio as samples.cleaning.Clip, either also as `prepare` returns
-        it; texts as str. (B, D) float32."""
+        """Present values only: images as RGB uint8 (H, W, 3), audio as kinds.sounds.Clip, either also as `prepare` returns
+        it; texts as str; of another kind what its class in kinds/modalities.py says. (B, D) float32."""
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -41,6 +73,70 @@ class Encoder(Protocol):
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Take a fitted state back."""
         ...
+
+
+class ListedEncoder:
+    """Base of an encoder with an entry in ENCODERS: it has its config section beside it, and by default nothing is fitted.
+
+    One that is `Mergeable` is fitted from statistics; one whose section names a task, on that task's labels (`Trained`).
+    """
+
+    Section: ClassVar[type[EncoderSection]]
+    kinds: ClassVar[tuple[str, ...]]  # of the modalities that it reads
+    sparse: ClassVar[bool] = False  # encode returns CSR matrices
+    version: int = 1  # raised by whoever changes what encode returns
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        """Nothing is fitted."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where an encoder is trained: one of `world_size` processes that share the work."""
+
+    seed: int
+    device: torch.device
+    rank: int
+    world_size: int
+    checkpoint: dict[str, Any] | None  # what the last epoch's `state_fn` gave; None at the start
+    on_epoch: Callable[[int, dict[str, float], Any], None]  # epoch, metrics, state_fn
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What Ray Train trains on the labels of `Section.task`; the section has `epochs` and `num_workers`."""
+
+    @property
+    def prepared_shape(self) -> tuple[int, ...]:
+        """Of a prepared value, which is uint8."""
+        ...
+
+    def prepare(self, value: Any) -> np.ndarray:
+        """A value -> what is trained on; and encoded, where the modality's kind has a decoder."""
+        ...
+
+    def train(
+        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: Training
+    ) -> dict[str, np.ndarray]:
+        """Prepared values (N, ..) and class numbers (N,) int64 of this process -> fitted tensors."""
+        ...
+
+    def rest_of_state(self, class_names: list[str]) -> dict[str, Any]:
+        """What `load_state` takes beside these tensors."""
+        ...
+
+
+def fit_of(encoder: Any) -> Fit:
+    """How an encoder is fitted: not at all, from statistics of the train split that merge, or by training on a task."""
+    if isinstance(encoder, ListedEncoder) and encoder.config.task is not None:
+        return "training"
+    return "statistics" if isinstance(encoder, Mergeable) else "none"
 
 
 def check_array(name: str, value: np.ndarray, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:

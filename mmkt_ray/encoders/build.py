@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from mmkt_ray import storage
-from mmkt_ray.config import CustomEncoder, EncoderConfig, ReduceConfig, Section, fingerprint
-from mmkt_ray.config.parsing import parse
-from mmkt_ray.encoders.base import Encoder
-from mmkt_ray.encoders.reduce import REDUCERS
+from mmkt_ray.encoders.base import CustomEncoder, Encoder, EncoderSection
+from mmkt_ray.encoders.catalog import ENCODERS
+from mmkt_ray.encoders.reduce import REDUCERS, ReduceSection
 from mmkt_ray.errors import ConfigError, DataError, UserError
-
-ENCODERS = {  # imported when built: a process that counts words needs no torch
-    "cnn": "mmkt_ray.encoders.image:CnnImageEncoder",
-    "pixels": "mmkt_ray.encoders.image:PixelsImageEncoder",
-    "tfidf": "mmkt_ray.encoders.text:TfidfEncoder",
-    "logmel_cnn": "mmkt_ray.encoders.audio:LogMelCnnAudioEncoder",
-    "torchvision": "mmkt_ray.encoders.pretrained.images:TorchvisionImageEncoder",
-    "efficientnet-lite0": "mmkt_ray.encoders.pretrained.images:EfficientNetLite0ImageEncoder",
-    "minilm": "mmkt_ray.encoders.pretrained.texts:MinilmTextEncoder",
-    "huggingface": "mmkt_ray.encoders.pretrained.texts:HuggingFaceTextEncoder",
-}
-
+from mmkt_ray.section import OneOf, Section, fingerprint
 
 CARD = {"config": dict, "version": int, "rest": dict, "dim": int, "sparse": bool, "fingerprint": str}  # of encoder.json
 _OF_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)  # of states that do not fit
 
 
-def build_encoder(config: EncoderConfig) -> Encoder:
+def build_encoder(config: EncoderSection) -> Encoder:
     """An unfitted encoder. Raises: ConfigError if a user's class can't be imported or refuses its options."""
     if not isinstance(config, CustomEncoder):
-        return _load(ENCODERS[config.name])(config)
+        encoder: Encoder = cast(Any, ENCODERS[config.name](config))
+        return encoder
     try:
         return _load(config.name)(**config.options)
     except (ImportError, AttributeError, TypeError) as error:
@@ -51,7 +41,7 @@ def _load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def build_reducer(config: ReduceConfig) -> Any:
+def build_reducer(config: ReduceSection) -> Any:
     """An unfitted reducer for its config section; what it can do: encoders/reduce.py."""
     return REDUCERS[config.name](config)
 
@@ -112,7 +102,11 @@ def load_fitted(fitted: Any, uri: str) -> Any:
 
 def load_reducer(uri: str) -> Any:
     """A fitted reducer, built as its own card says. Raises: as `load_fitted`; ConfigError if the card names no reducer."""
-    return load_fitted(build_reducer(parse(ReduceConfig, read_card(uri)["config"])), uri)
+    try:
+        section: Any = OneOf("reducer", REDUCERS).check(read_card(uri)["config"])
+    except ValidationError as error:
+        raise ConfigError(f"'{uri}/encoder.json' describes no reducer: {error}") from None
+    return load_fitted(build_reducer(section), uri)
 
 
 def _damaged(uri: str, why: str) -> DataError:

@@ -6,26 +6,32 @@ Axes: B values, S side of a square image, D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from mmkt_ray.config import CnnEncoder, LogMelCnnEncoder
-from mmkt_ray.encoders.base import check_array
-from mmkt_ray.encoders.cnn import SmallCNN, apply_cnn
-from mmkt_ray.encoders.cnn_training import CNNRecipe
+from mmkt_ray.encoders.base import ListedEncoder, Training, check_array
 from mmkt_ray.errors import DataError
+from mmkt_ray.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from mmkt_ray.encoders import cnn, cnn_training
+    from mmkt_ray.encoders.cnn import SmallCNN
+    from mmkt_ray.encoders.cnn_training import CNNRecipe
+else:
+    np, torch = lazy("numpy"), lazy("torch")
+    cnn, cnn_training = lazy("mmkt_ray.encoders.cnn"), lazy("mmkt_ray.encoders.cnn_training")
 
 
-class FrozenNetwork:
+class FrozenNetwork(ListedEncoder):
     """A network over prepared images (3, S, S) uint8: where it runs, and how many images a forward pass takes."""
 
     model: Any = None  # None until trained or loaded
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        super().__init__(config)
         self.device = torch.device("cpu")
         self.encode_batch_size = 256
 
@@ -41,7 +47,7 @@ class FrozenNetwork:
         images = np.stack(values)
         padding = -len(images) % self.encode_batch_size
         padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
-        outputs = apply_cnn(
+        outputs = cnn.apply_cnn(
             function,
             padded,
             device=self.device,
@@ -54,15 +60,18 @@ class FrozenNetwork:
 class TrainedCnn(FrozenNetwork):
     """Penultimate features of a `SmallCNN` that was trained on one task; D = 4 * width. A subclass says how to `prepare`."""
 
-    version = 1
-
-    def __init__(self, config: CnnEncoder | LogMelCnnEncoder) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.class_names: list[str] = []
 
     @property
     def dim(self) -> int:
-        return 4 * self.config.width
+        return int(4 * self.config.width)
+
+    @property
+    def prepared_shape(self) -> tuple[int, ...]:
+        """(3, S, S)."""
+        return (3, self.config.image_size, self.config.image_size)
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared values (B, 3, S, S) -> (B, D) float32."""
@@ -80,7 +89,25 @@ class TrainedCnn(FrozenNetwork):
         asked = self.config.model_dump(
             include={"epochs", "batch_size", "width", "image_size", "augment", "precision", "lr"}
         )
-        return CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
+        return cnn_training.CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
+
+    def train(
+        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: Training
+    ) -> dict[str, np.ndarray]:
+        """See `base.Trained`; values: (N, 3, S, S) uint8."""
+        model = cnn_training.fit_cnn(
+            values, labels, len(class_names), self.recipe(training.seed),
+            device=training.device, rank=training.rank, world_size=training.world_size,
+            state=training.checkpoint, on_epoch=training.on_epoch,
+        )  # fmt: skip
+        return {k: v.detach().cpu().numpy() for k, v in model.state_dict().items()}
+
+    def rest_of_state(self, class_names: list[str]) -> dict[str, Any]:
+        """How the network is built, and its classes."""
+        return {"options": self._options(class_names), "class_names": class_names}
+
+    def _options(self, class_names: list[str]) -> dict[str, int]:
+        return {"num_classes": len(class_names), "image_size": self.config.image_size, "width": self.config.width}
 
     def adopt(self, model: SmallCNN, class_names: list[str]) -> None:
         """Take a trained network."""
@@ -94,11 +121,11 @@ class TrainedCnn(FrozenNetwork):
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         num_classes, width = len(rest["class_names"]), self.config.width
-        options = {"num_classes": num_classes, "image_size": self.config.image_size, "width": width}
+        options = self._options(rest["class_names"])
         if rest["options"] != options:
             raise ValueError(f"the network was built with {rest['options']}, the config and the classes say {options}")
-        check_array("head.weight", tensors["head.weight"], np.float32, (num_classes, 4 * width))  # before memory is taken
-        model = SmallCNN(**options)
+        check_array("head.weight", tensors["head.weight"], "float32", (num_classes, 4 * width))  # before memory is taken
+        model = cnn.SmallCNN(**options)
         model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise ValueError("the network has NaN or infinite weights")

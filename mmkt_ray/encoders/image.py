@@ -6,28 +6,59 @@ Axes: B images, H x W pixels, S side of the square that images are resized to, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+from pydantic import Field
 
-from mmkt_ray.config import PixelsEncoder
+from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
 from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.errors import DataError
+from mmkt_ray.lazy import lazy
+from mmkt_ray.section import Once
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torch import Tensor
+else:
+    np, torch, F, Image = lazy("numpy"), lazy("torch"), lazy("torch.nn.functional"), lazy("PIL.Image")
+
+BILINEAR, BICUBIC = 2, 3  # PIL.Image.Resampling
 
 
-def resize(image: np.ndarray, side: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+def resize(image: np.ndarray, side: int, how: int = BILINEAR) -> np.ndarray:
     """(H, W, 3) uint8 -> (3, S, S) uint8, with antialiasing; the aspect ratio is not kept."""
     if image.shape[:2] != (side, side):
-        image = np.asarray(Image.fromarray(image).resize((side, side), how))
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling(how)))
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 class CnnImageEncoder(TrainedCnn):
     """A small CNN over images that was trained on one task, then frozen."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    class Section(EncoderSection):
+        """Small convolutional network, trained here on one modality and one task, then frozen."""
+
+        name: Literal["cnn"] = "cnn"
+        pretrain: str = Field(description="the task it is trained on")
+        image_size: int = Field(32, ge=9, le=256, description="side in pixels that images are resized to")
+        width: int = Field(64, ge=8, description="channels of the first block; later blocks are multiples")
+        epochs: int = Field(10, ge=1, description="passes over the train split")
+        batch_size: int = Field(500, ge=2, description="images per optimiser step, over all workers")
+        lr: float | None = Field(None, gt=0, description="peak learning rate; null: the recipe's")
+        augment: Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Once] = Field(
+            ("flip", "crop"), description="training augmentation; cutout pays in longer runs"
+        )
+        precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of training and encoding")
+        num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
+
+        @property
+        def task(self) -> str:
+            return self.pretrain
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (3, S, S) uint8: done where the image is decoded, so that no full-size pixels travel."""
@@ -38,17 +69,23 @@ class CnnImageEncoder(TrainedCnn):
         return self._apply(self._trained().forward_tta, values)
 
 
-class PixelsImageEncoder:
+class PixelsImageEncoder(ListedEncoder):
     """Colour thumbnail (8 x 8 x 3), colour histogram (4 x 4 x 4, square-rooted) and HOG (9 orientations, cells of S / 8 pixels).
 
     HOG after Dalal & Triggs 2005 (https://doi.org/10.1109/CVPR.2005.177), each cell normalised by itself. D = 832.
     """
 
-    version = 1
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
     THUMB, CELLS, ORIENTATIONS, COLOURS = 8, 8, 9, 4
 
-    def __init__(self, config: PixelsEncoder) -> None:
-        self.config = config
+    class Section(EncoderSection):
+        """Shallow image features without training: colour thumbnail and oriented-gradient histograms."""
+
+        name: Literal["pixels"] = "pixels"
+        image_size: int = Field(32, ge=8, le=256, description="side in pixels that images are resized to")
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
         if config.image_size % self.CELLS:
             raise DataError(f"encoder pixels: image_size must be a multiple of {self.CELLS}, got {config.image_size}")
 
@@ -81,9 +118,3 @@ class PixelsImageEncoder:
         votes = torch.zeros(len(x), self.ORIENTATIONS, *x.shape[2:]).scatter_(1, which, strength)
         cells = F.adaptive_avg_pool2d(votes, self.CELLS)
         return (cells / (cells.norm(dim=1, keepdim=True) + 0.05)).flatten(1)
-
-    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        return {}, {}
-
-    def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        """Nothing is fitted."""

@@ -12,16 +12,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import scipy.linalg
-import scipy.sparse as sp
+from pydantic import Field
 
-from mmkt_ray.config import ReduceConfig
 from mmkt_ray.encoders.base import Features, check_array
-from mmkt_ray.encoders.lanczos import BlockLanczos
 from mmkt_ray.errors import DataError
+from mmkt_ray.lazy import lazy
+from mmkt_ray.section import Choice
+
+if TYPE_CHECKING:
+    import numpy as np
+    import scipy.sparse as sp
+    from scipy import linalg
+
+    from mmkt_ray.encoders import lanczos
+    from mmkt_ray.encoders.lanczos import BlockLanczos
+else:
+    np, sp, linalg = lazy("numpy"), lazy("scipy.sparse"), lazy("scipy.linalg")
+    lanczos = lazy("mmkt_ray.encoders.lanczos")
 
 EXACT_WIDTH = 4096  # up to this width D x D matrices are cheap and sparse chunks may be made dense
 
@@ -46,14 +55,23 @@ class Products:
     sums: np.ndarray  # (C, L): those rows of the product
 
 
+class ReduceSection(Choice):
+    """Base of the config section of a reducer: a linear reduction of one modality's features, fitted on the train split."""
+
+    dim: int | None = Field(None, ge=1, description="features kept")
+
+
 class _Reducer:
-    """What the three have in common: fitted arrays, their way to disk and back, checks."""
+    """What reducers have in common: fitted arrays, their way to disk and back, checks."""
+
+    Section: ClassVar[type[ReduceSection]]
+    does: ClassVar[str]  # for the config's help
 
     version = 1
     _shapes: ClassVar[dict[str, tuple[Any, str]]]  # fitted array -> type, axes
     num_passes = 1  # passes over the train split that the fit takes
 
-    def __init__(self, config: ReduceConfig) -> None:
+    def __init__(self, config: ReduceSection) -> None:
         self._config = config
         self._tensors: dict[str, np.ndarray] = {}
         self._rest: dict[str, Any] = {}
@@ -123,7 +141,7 @@ def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.
     Third comes its rank, counted up to `num`. If `num` exceeds D, all D are returned.
     """
     width = len(matrix)
-    values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[max(width - num, 0), width - 1])
+    values, vectors = linalg.eigh(matrix, subset_by_index=[max(width - num, 0), width - 1])
     rank = int((values > values[-1] * width * np.finfo(np.float64).eps).sum())
     return values[::-1], vectors[:, ::-1], rank
 
@@ -173,7 +191,15 @@ class _CentringReducer(_Reducer, ABC):
 class PcaReducer(_CentringReducer):
     """Projection of centred features onto their K directions of largest variance."""
 
-    _shapes: ClassVar = {"mean": (np.float64, "D"), "components": (np.float32, "DK")}
+    does: ClassVar[str] = "projection of centred features"
+
+    class Section(ReduceSection):
+        """See PcaReducer."""
+
+        name: Literal["pca"] = "pca"
+        dim: int = Field(ge=1, description="features kept")
+
+    _shapes: ClassVar = {"mean": ("float64", "D"), "components": ("float32", "DK")}
 
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
         return centred.T @ centred
@@ -194,7 +220,15 @@ class PcaReducer(_CentringReducer):
 class Standardizer(_CentringReducer):
     """Features less their mean, divided by their standard deviation; constant ones become 0."""
 
-    _shapes: ClassVar = {"mean": (np.float64, "D"), "scale": (np.float64, "D")}
+    does: ClassVar[str] = "zero mean and unit variance, no change of width"
+
+    class Section(ReduceSection):
+        """See Standardizer."""
+
+        name: Literal["standardize"] = "standardize"
+        dim: None = Field(None, description="none: the width does not change")
+
+    _shapes: ClassVar = {"mean": ("float64", "D"), "scale": ("float64", "D")}
 
     @property
     def dim(self) -> int:
@@ -234,12 +268,20 @@ class SvdReducer(_Reducer):
     float32; a pickled reducer carries one of these blocks, all that `partial` needs.
     """
 
-    _shapes: ClassVar = {"components": (np.float32, "DK")}
+    does: ClassVar[str] = "projection of uncentred features, sparse ones too"
+
+    class Section(ReduceSection):
+        """See SvdReducer."""
+
+        name: Literal["svd"] = "svd"
+        dim: int = Field(ge=1, description="features kept")
+
+    _shapes: ClassVar = {"components": ("float32", "DK")}
     KRYLOV_PASSES = 8
     OVERSAMPLING = 20
     SEED = 0
 
-    def __init__(self, config: ReduceConfig) -> None:
+    def __init__(self, config: ReduceSection) -> None:
         super().__init__(config)
         self.num_passes = self.KRYLOV_PASSES  # 1 as soon as `finish` has seen narrow features
         self._lanczos: BlockLanczos | None = None
@@ -289,7 +331,7 @@ class SvdReducer(_Reducer):
             self._become_fitted(total, *_largest_eigenvectors(product, self.dim))
             return
         if self._block is None:
-            self._lanczos = BlockLanczos(np.random.default_rng(self.SEED))
+            self._lanczos = lanczos.BlockLanczos(np.random.default_rng(self.SEED))
         assert self._lanczos is not None, "call `finish` on the reducer of the first pass, not on a pickled copy"
         self._block = self._lanczos.add(product)
         if len(self._lanczos.blocks) == self.num_passes:
@@ -318,7 +360,7 @@ class SvdReducer(_Reducer):
         return np.random.default_rng(self.SEED).integers(0, 2, shape, np.int8).astype(np.float32) * 2 - 1
 
 
-REDUCERS: dict[str, type[PcaReducer] | type[SvdReducer] | type[Standardizer]] = {
+REDUCERS: dict[str, type[_Reducer]] = {
     "pca": PcaReducer,
     "svd": SvdReducer,
     "standardize": Standardizer,

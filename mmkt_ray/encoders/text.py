@@ -8,44 +8,71 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import scipy.sparse as sp
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
+from pydantic import Field
 
-from mmkt_ray import config
-from mmkt_ray.encoders.base import check_array
-from mmkt_ray.encoders.tokens import TermIndex, count_terms
+from mmkt_ray.encoders.base import EncoderSection, ListedEncoder, check_array
 from mmkt_ray.errors import DataError
+from mmkt_ray.lazy import lazy
 
-TERMS = pa.schema([("term", pa.large_string()), ("text_count", pa.int64()), ("term_count", pa.int64())])
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import scipy.sparse as sp
+    from sklearn import preprocessing
+    from sklearn.feature_extraction import text as sklearn_text
+
+    from mmkt_ray.encoders import tokens
+else:
+    np, pa, pc, sp = lazy("numpy"), lazy("pyarrow"), lazy("pyarrow.compute"), lazy("scipy.sparse")
+    sklearn_text, preprocessing = lazy("sklearn.feature_extraction.text"), lazy("sklearn.preprocessing")
+    tokens = lazy("mmkt_ray.encoders.tokens")
+
+
+@cache
+def term_schema() -> pa.Schema:
+    """Of a table of terms: the texts that each is in, and its occurrences in all."""
+    return pa.schema([("term", pa.large_string()), ("text_count", pa.int64()), ("term_count", pa.int64())])
 
 
 @dataclass(frozen=True)
 class TermStatistics:
     """What TF-IDF must know of a set of texts: as large as their vocabulary, whatever their number."""
 
-    terms: pa.Table  # schema TERMS, each term once: the texts it occurs in, its occurrences in all
+    terms: pa.Table  # of `term_schema`, each term once
     num_texts: int
 
 
-class TfidfEncoder:
+class TfidfEncoder(ListedEncoder):
     """Texts -> TF-IDF weights, equal to `TfidfVectorizer` with the same options, fitted on shards in any order.
 
     Single words go through the compiled `tokens`, n-grams through scikit-learn's own analyzer.
     """
 
-    version = 1
-    sparse = True  # encode returns CSR matrices
+    kinds: ClassVar[tuple[str, ...]] = ("text",)
+    sparse: ClassVar[bool] = True
 
-    def __init__(self, section: config.TfidfEncoder) -> None:
+    class Section(EncoderSection):
+        """TF-IDF with scikit-learn's options and results, fitted in one distributed pass."""
+
+        name: Literal["tfidf"] = "tfidf"
+        lowercase: bool = Field(True, description="lower-case before tokenising")
+        ngram_range: tuple[int, int] = Field((1, 1), description="shortest and longest n-gram")
+        min_df: int = Field(1, ge=1, description="drop terms in fewer documents")
+        max_df: float = Field(1.0, gt=0, le=1, description="drop terms in more than this share of documents")
+        max_features: int | None = Field(None, ge=1, description="keep the most frequent terms only")
+        stop_words: Literal["english"] | None = Field(None, description="stop word list")
+        sublinear_tf: bool = Field(False, description="1 + log(tf) in place of tf")
+        norm: Literal["l1", "l2"] | None = Field("l2", description="row normalisation")
+
+    def __init__(self, section: Section) -> None:
+        super().__init__(section)
         self._section = section
         options = section.model_dump(include={"lowercase", "ngram_range", "stop_words"})
-        self._vectorizer = TfidfVectorizer(**options)
+        self._vectorizer = sklearn_text.TfidfVectorizer(**options)
         self._words_only = section.ngram_range == (1, 1)
         self._terms: pa.LargeStringArray | None = None  # (D,) sorted by code point
         self._idf = np.empty(0)  # (D,) float64
@@ -67,13 +94,13 @@ class TfidfEncoder:
     def partial(self, values: Sequence[str]) -> TermStatistics:
         """Term statistics of one chunk of texts."""
         columns = self._count_words(values) if self._words_only else self._count_ngrams(values)
-        return TermStatistics(pa.table(columns, schema=TERMS), len(values))
+        return TermStatistics(pa.table(columns, schema=term_schema()), len(values))
 
     def merge(self, parts: list[TermStatistics]) -> TermStatistics:
         """Statistics of all parts together, terms in the order of first appearance."""
-        table = pa.concat_tables([TERMS.empty_table(), *(part.terms for part in parts)])
+        table = pa.concat_tables([term_schema().empty_table(), *(part.terms for part in parts)])
         counts = table.group_by("term", use_threads=False).aggregate([("text_count", "sum"), ("term_count", "sum")])
-        return TermStatistics(pa.table(counts.columns, schema=TERMS), sum(part.num_texts for part in parts))
+        return TermStatistics(pa.table(counts.columns, schema=term_schema()), sum(part.num_texts for part in parts))
 
     def finish(self, total: TermStatistics) -> None:
         """Choose the vocabulary and its inverse document frequencies. Raises: DataError if no term is left."""
@@ -93,7 +120,7 @@ class TfidfEncoder:
             counts.data = np.log(counts.data) + 1
         counts.data *= self._idf[counts.indices]
         if self._section.norm is not None and len(values):
-            normalize(counts, norm=self._section.norm, copy=False)
+            preprocessing.normalize(counts, norm=self._section.norm, copy=False)
         return counts.astype(np.float32)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -103,13 +130,13 @@ class TfidfEncoder:
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Become what `state` was taken of. Raises: ValueError, KeyError if that was no state: compiled code trusts it."""
-        data = check_array("term_bytes", tensors["term_bytes"], np.uint8, (None,))
-        offsets = check_array("term_offsets", tensors["term_offsets"], np.int64, (None,))
+        data = check_array("term_bytes", tensors["term_bytes"], "uint8", (None,))
+        offsets = check_array("term_offsets", tensors["term_offsets"], "int64", (None,))
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
             raise ValueError(f"term_offsets do not ascend from 0 to the {len(data)} bytes of the terms")
         terms = _from_utf8(data, offsets)
         terms.validate(full=True)  # UTF-8
-        self._idf = check_array("idf", tensors["idf"], np.float64, (len(terms),))
+        self._idf = check_array("idf", tensors["idf"], "float64", (len(terms),))
         self._terms, self._index = terms, None
 
     def _fitted_terms(self) -> pa.LargeStringArray:
@@ -118,7 +145,7 @@ class TfidfEncoder:
         return self._terms
 
     def _count_words(self, values: Sequence[str]) -> list[pa.Array]:
-        counts = count_terms(*_to_utf8(self._prepared(values)))
+        counts = tokens.count_terms(*_to_utf8(self._prepared(values)))
         terms = _from_utf8(counts.term_bytes, counts.term_offsets)
         stop_words = pa.array(self._vectorizer.get_stop_words() or (), pa.large_string())
         kept = pc.invert(pc.is_in(terms, stop_words))
@@ -158,7 +185,7 @@ class TfidfEncoder:
     def _look_up_words(self, values: Sequence[str], terms: pa.LargeStringArray) -> sp.csr_matrix:
         """Occurrences (B, D) float64 of the vocabulary's terms, columns in any order."""
         if self._index is None:
-            self._index = TermIndex(*_to_utf8(terms), order=self._idf.argsort())
+            self._index = tokens.TermIndex(*_to_utf8(terms), order=self._idf.argsort())
         return sp.csr_matrix(self._index.count(*_to_utf8(self._prepared(values))), shape=(len(values), len(terms)))
 
     def _look_up_ngrams(self, values: Sequence[str], terms: pa.LargeStringArray) -> sp.csr_matrix:
@@ -192,6 +219,6 @@ def _from_utf8(data: np.ndarray, offsets: np.ndarray) -> pa.LargeStringArray:
 
 def compile_kernels() -> None:
     """Compile the token kernels into their cache on disk, so that the first job does not (about 6 s, in every process)."""
-    encoder = TfidfEncoder(config.TfidfEncoder())
+    encoder = TfidfEncoder(TfidfEncoder.Section())
     encoder.finish(encoder.partial(["to be compiled"]))
     encoder.encode(["compiled"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,24 +9,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.rows import read_parts
 from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples
 
 log = logging.getLogger(__name__)
 
 NUM_PER_GROUP = 4
-THUMBNAIL_SIDE = 96  # pixels
-EXCERPT_CHARS = 300
-LIMITS = Limits(max_pixels=64_000_000, timeout_s=30.0)  # where no config has others
 
 
 def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
@@ -131,36 +126,24 @@ def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str,
 def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:
     """sample_id -> {modality the model reads: thumbnail, excerpt or None}; a combined sample `a|b` has both's."""
     parts = {i: [i, *i.split("|")] for i in sample_ids}
-    table = find_samples(config, sorted({p for ps in parts.values() for p in ps}))
+    table = find_samples(ReadingPlan.of(config), sorted({p for ps in parts.values() for p in ps}))
     found = {row["sample_id"]: row for row in table.to_pylist()}
     values = {}
+    limits = Limits.of(config.samples)
     for sample_id, sources in parts.items():
         rows = [found[s] for s in sources if s in found]
         raw = {m: next((r[m] for r in rows if r.get(m) is not None), None) for m in config.model_modalities}
         values[sample_id] = (
-            {m: _show(v, config.modalities[m].kind, config.samples) for m, v in raw.items()} if rows else {}
+            {m: show(v, config.modalities[m].kind, limits) for m, v in raw.items()} if rows else {}
         )
     return values
 
 
-def _show(value: Any, kind: str, samples: SamplesConfig) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    if kind == "text":
-        text = " ".join(str(value).split())
-        return {"kind": "text", "text": text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"}
-    if kind == "audio":
-        return {"kind": "text", "text": f"audio, {len(value):,} bytes"}
-    return {"kind": "image", "png": thumbnail(value, Limits(samples.max_image_pixels, samples.decode_timeout_s))}
+def show(cell: Any, kind: ModalityKind, limits: Limits) -> dict[str, Any] | None:
+    """What people see of a cell; None where there is none."""
 
+    def decode(data: bytes) -> Any:
+        (outcome,) = decode_samples([data], kind, limits)
+        return None if isinstance(outcome, Broken) else outcome[0]
 
-def thumbnail(data: bytes, limits: Limits = LIMITS) -> str | None:
-    """Encoded image -> base64 PNG of at most THUMBNAIL_SIDE pixels a side, upright; None if it can't be decoded."""
-    (outcome,) = decode_samples([data], "image", limits)
-    if isinstance(outcome, Broken):
-        return None
-    image = Image.fromarray(outcome[0])
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
+    return None if cell is None else kind.show(cell, decode)

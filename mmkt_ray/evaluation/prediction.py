@@ -28,6 +28,7 @@ from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
@@ -39,7 +40,6 @@ LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
     "samples": (SamplesConfig, ("max_image_pixels", "decode_timeout_s")),
     "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
 }
-FILES = ("folder", "weights")  # options of encoders that name files
 
 
 
@@ -87,7 +87,7 @@ def _predict(
     named: Mapping[str, str],
 ) -> str:
     storage.make_dir(out_uri)
-    store = encode(config, out_uri, list_shards(config), {m: f[0] for m, f in folders.items()})
+    store = encode(config, out_uri, list_shards(ReadingPlan.of(config)), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
     store = combine(config, out_uri, store)
     absent = tell_absent(config, store, named)
@@ -147,9 +147,8 @@ def check_encoders(config: Config, own: Mapping[str, Any]) -> None:
                 f"the model's card names the encoder '{encoder.name}' for '{m}', code of this machine that would be imported "
                 "and run: if you trust whoever made the model, add --trust-code (in Python: trust_code=True)"
             )
-        for option in FILES:
-            value, key = getattr(encoder, option, "download"), f"modalities.{m}.encoder.{option}"
-            if value != "download" and key not in own:
+        for option, value in encoder.files.items():
+            if (key := f"modalities.{m}.encoder.{option}") not in own:
                 raise ConfigError(
                     f"the model's card names files outside of its folder, '{value}', for the encoder of '{m}': if you trust "
                     f"whoever made the model, add --trust-code, else say where they are by --set {key}=PATH"
@@ -205,8 +204,9 @@ def prediction_config(
             )
         known = sources[like]
         left_out = {"split", "key", *(t for t in config.tasks if t not in tasks)}
-        mapping = dict(columns) or {k: v for k, v in known.columns.items() if k not in left_out}
-        changes = {"reader": reader or known.reader, "columns": mapping, "split": "test", "limit": None}
+        mapping: Mapping[str, str | tuple[str, ...]]
+        mapping = columns or {k: v for k, v in known.columns.items() if k not in left_out}
+        changes = {"reader": reader or known.reader, "columns": dict(mapping), "split": "test", "limit": None}
         sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
     modalities = {m: config.modalities[m] for m in config.model_modalities}
     if unknown := {c for s in sources for c in s.columns} - {
@@ -241,25 +241,26 @@ def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
 
     named: our column -> theirs, as the user gave it. Raises: DataError for a column that is named and in no Parquet or CSV shard.
     """
-    shards, sources = list_shards(config), list(config.samples.sources)
+    plan, sources = ReadingPlan.of(config), list(config.samples.sources)
+    shards = list_shards(plan)
     if all(has_suffix(shard.name, (".csv", ".parquet")) for shard in shards):  # others tell only when they are read
         for column in named:
-            check_found(config, shards, column)
+            check_found(plan, shards, column)
     for number, source in enumerate(sources):
         if "sample_id" not in source.columns or "sample_id" in named:
             continue
-        if not any(has_column(config, shard, "sample_id") for shard in shards if shard.source == number):
+        if not any(has_column(plan, shard, "sample_id") for shard in shards if shard.source == number):
             log.info("'%s' has no '%s': its rows are called by their place", source.path, source.columns["sample_id"])
             columns = {k: v for k, v in source.columns.items() if k != "sample_id"}
             sources[number] = source.model_copy(update={"columns": columns})
     return config.model_copy(update={"samples": config.samples.model_copy(update={"sources": tuple(sources)})})
 
 
-def check_found(config: Config, shards: list[Shard], column: str) -> None:
+def check_found(plan: ReadingPlan, shards: list[Shard], column: str) -> None:
     """Raises: DataError if no shard has what the user named as one of our columns."""
-    mapped = [s for s in shards if column in config.samples.sources[s.source].columns]
-    if mapped and not any(has_column(config, shard, column) for shard in mapped):
-        theirs, known = config.samples.sources[mapped[0].source].columns[column], known_columns(config, mapped[0])
+    mapped = [s for s in shards if column in plan.sources[s.source].columns]
+    if mapped and not any(has_column(plan, shard, column) for shard in mapped):
+        theirs, known = plan.sources[mapped[0].source].theirs(column)[0], known_columns(plan, mapped[0])
         hint = f"; {nearest(theirs, known)}" if known else ""
         raise DataError(f"--column {column}={theirs}: '{mapped[0].name}' has no '{theirs}'{hint}")
 
@@ -273,7 +274,8 @@ def tell_absent(config: Config, store: Store, named: Mapping[str, str]) -> str:
     for modality, by_split in sorted(store.manifest["counts"]["missing"].items()):
         absent = sum(by_split.values())
         if absent == num_rows and modality in named:
-            check_found(config, list_shards(config), modality)
+            plan = ReadingPlan.of(config)
+            check_found(plan, list_shards(plan), modality)
         if absent > num_rows / 2:
             told += f"; {modality} is absent in {absent} of {num_rows} rows"
     if told:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, count_stages, reject_table
 
@@ -53,11 +53,11 @@ def make_row(unit: str, index: int, last: bool, table: pa.Table, rejects: pa.Tab
     }
 
 
-def read_shard(batch: Row, config: Config, done: dict[str, set[int]]) -> Iterator[Row]:
+def read_shard(batch: Row, plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:
     """Stage 1: stream one shard into chunks, leaving out those that are stored already."""
     shard = Shard(**{name: batch[name][0] for name in ("source", "uri", "name", "identity")})
     start = time.perf_counter()
-    for chunk in read_chunks(config, shard):
+    for chunk in read_chunks(plan, shard):
         if chunk.index not in done.get(shard.unit, ()):
             seconds = {"read": time.perf_counter() - start}
             yield make_row(shard.unit, chunk.index, chunk.last, chunk.table, reject_table(chunk.rejects), seconds)

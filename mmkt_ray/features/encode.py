@@ -20,41 +20,43 @@ from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import Row, make_row, part_name, unpack
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
-from mmkt_ray.samples.cleaning import Clip
-from mmkt_ray.samples.content import hash_array, hash_text
+from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
 
 if TYPE_CHECKING:
     import torch  # imported where something is encoded: the other stages' processes start seconds sooner
 
-SHAPE = b"shape"  # metadata of a column of decoded images or audio
+PREPARED = b"prepared"  # metadata of a column of prepared values: their shape and type
 UNREADABLE = "unreadable"  # in `cleaned`: the modality was there and could not be decoded
 NOT_ENCODED = "not encoded"  # in `cleaned`: it was decoded, and its encoder gave no usable features
 
 
 class Decoded(NamedTuple):
-    """A column of N images or sounds, decoded."""
+    """The values of a column of N cells."""
 
     values: list[Any]  # prepared; None where null or broken
     broken: dict[int, str]  # row -> why it could not be decoded
     hashes: list[int | None]  # of the content as decoded, before it was prepared
-    changes: list[list[str]]  # what was normalised
+    changes: list[list[str]]  # what was normalised while decoding
 
 
-def decode_column(column: pa.ChunkedArray, kind: str, prepare: Any, samples: SamplesConfig) -> Decoded:
-    """Decode and prepare a column of encoded images or audio."""
-    size = len(column)
+def decode_column(column: pa.ChunkedArray, kind: ModalityKind, prepare: Any, samples: SamplesConfig) -> Decoded:
+    """The values of a column: decoded and prepared where the kind has a decoder, else as they are."""
+    size, data = len(column), column.to_pylist()
     decoded = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)])
-    data = column.to_pylist()
     present = [i for i, value in enumerate(data) if value is not None]
-    limits = Limits(samples.max_image_pixels, samples.decode_timeout_s)
+    if not kind.decoder:
+        for i in present:
+            decoded.values[i], decoded.hashes[i] = data[i], kind.digest(data[i])
+        return decoded
+    limits = Limits.of(samples)
     for i, outcome in zip(present, decode_samples([data[i] for i in present], kind, limits), strict=True):
         if isinstance(outcome, Broken):
             decoded.broken[i], decoded.changes[i] = outcome.reason, [UNREADABLE]
             continue
         value, decoded.changes[i] = outcome
-        decoded.hashes[i] = hash_array(value.samples if isinstance(value, Clip) else value)
+        decoded.hashes[i] = kind.digest(value)
         decoded.values[i] = value if prepare is None else prepare(value)
     return decoded
 
@@ -80,22 +82,23 @@ def changes_of(part: pa.Table, name: str) -> list[list[str]]:
 
 
 def decode_chunk(batch: Row, config: Config) -> Row:
-    """Stage 2, only where encoders run on GPUs: images and audio are decoded and prepared on CPUs, so that the GPU does not wait.
+    """Stage 2, only where encoders run on GPUs: files are decoded and prepared on CPUs, so that the GPU does not wait.
 
-    A prepared value replaces the encoded one as raw bytes, its shape in the column's metadata; a broken one becomes null.
+    A prepared value replaces the encoded one as raw bytes, its shape and type in the column's metadata; a broken one becomes
+    null.
     """
     start = time.perf_counter()
     broken: dict[str, dict[int, str]] = {}
     samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
     for name, modality in sorted(config.modalities.items()):
         prepare = getattr(build_encoder(modality.encoder), "prepare", None)
-        if modality.kind == "text" or prepare is None:  # without prepare the size is unknown: the encoder decodes
+        if not modality.kind.decoder or prepare is None:  # without prepare the size is unknown: the encoder decodes
             continue
         decoded = decode_column(samples.column(name), modality.kind, prepare, config.samples)
         values, broken[name] = decoded.values, decoded.broken
-        shape = next((value.shape for value in values if value is not None), ())
+        look = next(([value.shape, value.dtype.name] for value in values if value is not None), [(), "uint8"])
         column = pa.array([None if value is None else value.tobytes() for value in values], pa.large_binary())
-        field = pa.field(name, pa.large_binary(), metadata={SHAPE: json.dumps(shape)})
+        field = pa.field(name, pa.large_binary(), metadata={PREPARED: json.dumps(look)})
         samples = samples.set_column(samples.column_names.index(name), field, column)
         samples = note_content(samples, name, decoded.hashes, decoded.changes)
     keep, told = settle_broken(samples, broken, sorted(config.modalities), str(batch["unit"][0]))
@@ -223,22 +226,16 @@ class EncodeChunk:
             kind = self.plan.config.modalities[name].kind
             if (part := stored.get(name)) is not None:
                 if hash_of(name) not in samples.column_names:  # not decoded by the stage before
-                    changes = changes_of(part, name) if kind != "text" else []  # texts are normalised on reading
+                    changes = changes_of(part, name) if kind.decoder else []  # else known from reading
                     changes = [[c for c in cell if c != NOT_ENCODED] for cell in changes]
                     known = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
                     broken[name] = dict.fromkeys(known, "unreadable, as found when the modality was encoded")
                     samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
                 continue
             field, column = samples.schema.field(name), samples.column(name)
-            if kind == "text":
-                values[name] = column.to_pylist()
-                hashes = [None if text is None else hash_text(text) for text in values[name]]
-                samples = note_content(samples, name, hashes, [])
-            elif field.metadata and SHAPE in field.metadata:  # decoded by the stage before
-                shape = json.loads(field.metadata[SHAPE])
-                values[name] = [
-                    None if v is None else np.frombuffer(v, np.uint8).reshape(shape) for v in column.to_pylist()
-                ]
+            if field.metadata and PREPARED in field.metadata:  # decoded by the stage before
+                shape, dtype = json.loads(field.metadata[PREPARED])
+                values[name] = [None if v is None else np.frombuffer(v, dtype).reshape(shape) for v in column.to_pylist()]
             else:
                 decoded = decode_column(column, kind, getattr(encoder, "prepare", None), self.plan.config.samples)
                 values[name], broken[name] = decoded.values, decoded.broken

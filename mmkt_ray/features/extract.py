@@ -21,17 +21,19 @@ import ray.data
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder, load_reducer, read_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
-from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers, is_fitted
+from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
 from mmkt_ray.features.leakage import find_leaking
 from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts, tell_reasons
 from mmkt_ray.features.siblings import take_over_store
 from mmkt_ray.features.store import Store
-from mmkt_ray.samples.content import NORMALISATION
+from mmkt_ray.kinds.content import NORMALISATION
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.schema import DAMAGE, Shard
 
@@ -47,7 +49,7 @@ def extract(config: Config, run_uri: str) -> Store:
 
     Raises: ConfigError, DataError (bad paths, too many rejects), ResourceError (the cluster can't place the work).
     """
-    shards = list_shards(config)
+    shards = list_shards(ReadingPlan.of(config))
     encoders = fit_encoders(config, run_uri, shards, leaking_train_rows(config, run_uri, shards))
     encoded = encode(config, run_uri, shards, encoders)
     check_not_empty(encoded)
@@ -63,10 +65,10 @@ def drops_rows(config: Config) -> bool:
 def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, list[str]]:
     """Unit of a shard -> ids of its train rows that no encoder may be fitted on, as they will be left out."""
     sections = [modality.encoder for modality in config.modalities.values()]
-    if not drops_rows(config) or not any(is_fitted(build_encoder(section), section) for section in sections):
+    if not drops_rows(config) or all(fit_of(build_encoder(section)) == "none" for section in sections):
         return {}
     uri = storage.join(run_uri, "features", f"contents-{fingerprint(reading_layout(config))}")
-    return find_leaking(config, uri, shards)
+    return find_leaking(ReadingPlan.of(config), config.samples, uri, shards)
 
 
 def check_not_empty(store: Store) -> None:
@@ -108,7 +110,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         log.info("encoding %d of %d shards (%s)", len(todo), len(shards), ", ".join(sorted(cards)))
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {
-        m: {"dim": c["dim"], "sparse": c["sparse"], "kind": config.modalities[m].kind}
+        m: {"dim": c["dim"], "sparse": c["sparse"], "kind": config.modalities[m].kind.name}
         | {
             "encoder": c["config"],
             "reduce": None,
@@ -145,7 +147,7 @@ def run_encode(
     plan = EncodePlan(config, encoders, reuse, use_gpu=num_gpus > 0, num_threads=max(1, cluster.cores() // num_actors))
     with cluster.one_row_blocks():
         chunks = ray.data.from_items([vars(shard) for shard in todo], override_num_blocks=len(todo))
-        chunks = chunks.map_batches(partial(read_shard, config=config, done=done), batch_size=1, num_cpus=READ_CPUS)
+        chunks = chunks.map_batches(partial(read_shard, plan=ReadingPlan.of(config), done=done), batch_size=1, num_cpus=READ_CPUS)
         if num_gpus:
             chunks = chunks.map_batches(partial(decode_chunk, config=config), batch_size=1, num_cpus=1)
         features = chunks.map_batches(
@@ -210,7 +212,7 @@ def reading_layout(config: Config) -> dict[str, Any]:
         "normalisation": NORMALISATION,
         "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
         "columns": {
-            "modalities": {m: c.kind for m, c in sorted(config.modalities.items())},
+            "modalities": {m: c.kind.model_dump(mode="json") for m, c in sorted(config.modalities.items())},
             "tasks": [c.kind.reading(t, c.separator) for t, c in sorted(config.tasks.items())],
         },
         "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],

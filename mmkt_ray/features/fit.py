@@ -17,14 +17,15 @@ import ray
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, CustomEncoder, Section, fingerprint
-from mmkt_ray.encoders.base import Mergeable
+from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, read_card, save_fitted
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.publish import tell_reasons
 from mmkt_ray.features.siblings import take_over
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
-from mmkt_ray.samples.content import NORMALISATION
+from mmkt_ray.kinds.content import NORMALISATION
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard
 
@@ -44,30 +45,26 @@ def fit_encoders(
     return {name: fit_encoder(config, run_uri, name, shards, leaking or {}) for name in sorted(config.modalities)}
 
 
-def is_fitted(encoder: Any, section: Section) -> bool:
-    """Whether an encoder of this kind learns from the samples."""
-    return hasattr(section, "pretrain") or isinstance(encoder, Mergeable)
-
-
 def fit_encoder(
     config: Config, run_uri: str, modality: str, shards: list[Shard], leaking: Mapping[str, Sequence[str]]
 ) -> str:
     """The folder of one modality's fitted encoder. Raises: DataError if its train split is empty."""
     section = config.modalities[modality].encoder
     encoder: Any = build_encoder(section)
-    task: str | None = getattr(section, "pretrain", None)
-    trained = task is not None
-    if not is_fitted(encoder, section):
+    how = fit_of(encoder)
+    trained = how == "training"
+    if how == "none":
         uri = storage.join(run_uri, "encoders", f"{modality}-{fingerprint(section, 12)}")
         if not storage.exists(storage.join(uri, "encoder.json")):
             _save(encoder, section, uri, units=[])
         return uri
-    narrow = only_modality(config, modality, task)
+    plan = ReadingPlan.of(config).only(modality, section.task)
+    narrow = config.samples.model_copy(update={"sources": plan.sources})
     feeding = [s for s in shards if modality in config.samples.sources[s.source].columns]
     identity = [
         section.model_dump(mode="json"),
         config.seed if trained else 0,
-        narrow.samples.model_dump(
+        narrow.model_dump(
             mode="json", exclude={"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s"}
         ),
         NORMALISATION,
@@ -90,14 +87,15 @@ def fit_encoder(
     cluster.connect()
     log.info("fitting the %s encoder '%s' on the train split of %d shards", modality, section.name, len(feeding))
     if trained:
-        from mmkt_ray.features.pretrain import pretrain_cnn  # with torch, which processes that count have no use for
+        from mmkt_ray.features.pretrain import Pretraining, pretrain  # with torch, which counting needs not
 
-        pretrain_cnn(encoder, narrow, modality, feeding, uri, left_out)
+        pretrain(encoder, Pretraining(section, plan, config.samples, config.seed, uri), feeding, left_out)
     else:
-        groups = [partial(encoder_statistics, narrow, modality, s, left_out.get(s.unit, ())) for s in feeding]
+        samples = config.samples
+        groups = [partial(encoder_statistics, section, plan, samples, s, left_out.get(s.unit, ())) for s in feeding]
         total = merge_in_tree(groups, encoder.merge)
         if total is None:
-            raise DataError(f"no sample of the train split has {modality}{why_none(narrow, modality, feeding)}")
+            raise DataError(f"no sample of the train split has {modality}{why_none(plan, modality, feeding)}")
         encoder.finish(total)
     _save(encoder, section, uri, units)
     return uri
@@ -108,10 +106,10 @@ def encoded_by_user(config: Config) -> bool:
     return any(isinstance(modality.encoder, CustomEncoder) for modality in config.modalities.values())
 
 
-def why_none(config: Config, modality: str, shards: list[Shard]) -> str:
+def why_none(plan: ReadingPlan, modality: str, shards: list[Shard]) -> str:
     """What the shards hold instead of train rows with a modality, as the end of a sentence: they are read once more."""
     look = ray.remote(what_is_read)
-    found = ray.get([look.remote(config, modality, shard) for shard in shards[:SHARDS_TOLD]])
+    found = ray.get([look.remote(plan, modality, shard) for shard in shards[:SHARDS_TOLD]])
     with_it, without, reasons = (sum((Counter(f[i]) for f in found), Counter[str]()) for i in range(3))
     if with_it:
         held = ", ".join(f"{n} in {split}" for split, n in sorted(with_it.items()))
@@ -121,10 +119,10 @@ def why_none(config: Config, modality: str, shards: list[Shard]) -> str:
     return f": no row could be read{tell_reasons(reasons)}"
 
 
-def what_is_read(config: Config, modality: str, shard: Shard) -> tuple[Counter[str], Counter[str], Counter[str]]:
+def what_is_read(plan: ReadingPlan, modality: str, shard: Shard) -> tuple[Counter[str], Counter[str], Counter[str]]:
     """Rows of a shard by split, with the modality and without it, and its rejects by reason."""
     with_it, without, reasons = Counter[str](), Counter[str](), Counter[str]()
-    for chunk in read_chunks(config, shard):
+    for chunk in read_chunks(plan, shard):
         present = chunk.table.column(modality).is_valid()
         with_it.update(chunk.table.column("split").filter(present).to_pylist())
         without.update(chunk.table.column("split").filter(pc.invert(present)).to_pylist())
@@ -150,22 +148,6 @@ def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
             )
             return uri
     return None
-
-
-def only_modality(config: Config, modality: str, task: str | None) -> Config:
-    """The config narrowed to one modality (and one task), so that a fit reads no other column."""
-    wanted = {modality, task, "sample_id", "split", "key"}
-    sources = tuple(
-        s.model_copy(update={"columns": {k: v for k, v in s.columns.items() if k in wanted}})
-        for s in config.samples.sources
-    )
-    return config.model_copy(
-        update={
-            "samples": config.samples.model_copy(update={"sources": sources}),
-            "modalities": {modality: config.modalities[modality]},
-            "tasks": {task: config.tasks[task]} if task is not None else {},
-        }
-    )
 
 
 def fit_reducers(config: Config, run_uri: str, encoded: Store) -> dict[str, str]:

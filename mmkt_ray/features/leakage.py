@@ -11,28 +11,28 @@ import pyarrow.parquet as pq
 import ray
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.features.audit import leaking_rows, read_contents
 from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.store import hash_of
-from mmkt_ray.samples.content import hash_text
+from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
 
 
-def find_leaking(config: Config, uri: str, shards: list[Shard]) -> dict[str, list[str]]:
+def find_leaking(plan: ReadingPlan, samples: SamplesConfig, uri: str, shards: list[Shard]) -> dict[str, list[str]]:
     """Ids of train rows whose whole content is in val or test too, by the unit of their shard; units without any left out.
 
     Reads and decodes every shard once and keeps the hashes in the folder `uri`: another call takes them from there.
     """
     cluster.connect()
     hash_one = ray.remote(hash_shard)
-    ray.get([hash_one.remote(config, shard, uri) for shard in shards])
+    ray.get([hash_one.remote(plan, samples, shard, uri) for shard in shards])
     parts = [f"{shard.unit}.parquet" for shard in shards]
-    contents = read_contents(uri, parts, sorted(config.modalities))
+    contents = read_contents(uri, parts, sorted(plan.modalities))
     found = {}
     for shard, leaks in zip(shards, np.split(leaking_rows(contents), np.cumsum(contents.lengths)[:-1]), strict=True):
         if leaks.any():
@@ -42,28 +42,26 @@ def find_leaking(config: Config, uri: str, shards: list[Shard]) -> dict[str, lis
     return found
 
 
-def hash_shard(config: Config, shard: Shard, uri: str) -> None:
+def hash_shard(plan: ReadingPlan, samples: SamplesConfig, shard: Shard, uri: str) -> None:
     """Write ids, splits and hashes of the content of a shard's rows, named and typed as in a store's part."""
     target = storage.join(uri, "data", f"{shard.unit}.parquet")
     if storage.exists(target):
         return
-    names = sorted(config.modalities)
+    names = sorted(plan.modalities)
     schema = pa.schema(
         [("sample_id", pa.string()), ("split", pa.string()), *((hash_of(m), pa.uint64()) for m in names)]
     )
     with storage.atomic(target) as (fs, path), pq.ParquetWriter(path, schema, filesystem=fs) as writer:
-        for chunk in read_chunks(config, shard):
+        for chunk in read_chunks(plan, shard):
             columns = {name: chunk.table.column(name) for name in ("sample_id", "split")}
             for modality in names:
-                column, kind = chunk.table.column(modality), config.modalities[modality].kind
-                columns[hash_of(modality)] = _hash_column(column, kind, config.samples)
+                column, kind = chunk.table.column(modality), plan.modalities[modality]
+                columns[hash_of(modality)] = _hash_column(column, kind, samples)
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _hash_column(column: pa.ChunkedArray, kind: str, samples: SamplesConfig) -> list[int | None]:
+def _hash_column(column: pa.ChunkedArray, kind: ModalityKind, samples: SamplesConfig) -> list[int | None]:
     """The same as the pipeline writes to a store: None where the modality is absent or can't be decoded."""
-    if kind == "text":
-        return [None if text is None else hash_text(text) for text in column.to_pylist()]
     return decode_column(column, kind, _forget, samples).hashes
 
 

@@ -1,6 +1,6 @@
-"""Training a CNN encoder on one modality and one task: the unimodal knowledge that is transferred.
+"""Training an encoder on one modality and one task: the unimodal knowledge that is transferred.
 
-Images, or spectrograms of audio, are decoded and prepared once into Parquet parts beside the encoder; each worker maps
+Values (images, spectrograms of audio) are decoded and prepared once into Parquet parts beside the encoder; each worker maps
 them as one array of uint8, so that every epoch is a true shuffle of all and memory is the page cache's.
 """
 
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,83 +26,88 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import CnnEncoder, Config, LogMelCnnEncoder
+from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.encoders.base import Training
 from mmkt_ray.encoders.build import build_encoder
-from mmkt_ray.encoders.cnn_training import fit_cnn
-from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.publish import shorten, tell_reasons
 from mmkt_ray.features.spellings import respelled
 from mmkt_ray.kinds.spelling import index_in, sort_classes
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard, train_rows
 
 log = logging.getLogger(__name__)
 
 
-def pretrain_cnn(
-    encoder: TrainedCnn,
-    config: Config,
-    modality: str,
-    shards: list[Shard],
-    uri: str,
-    leaking: Mapping[str, Sequence[str]],
-) -> None:
-    """Train `encoder` on the labelled train rows of `shards`; `config` is narrowed to its modality and task.
+@dataclass(frozen=True)
+class Pretraining:
+    """What trains an encoder of one modality on one task, and where it is kept."""
+
+    section: Any  # of a Trained encoder
+    plan: ReadingPlan  # of that modality and that task alone
+    samples: SamplesConfig
+    seed: int
+    uri: str
+
+    @property
+    def modality(self) -> str:
+        """The only one of the plan."""
+        (modality,) = self.plan.modalities
+        return modality
+
+    @property
+    def pieces(self) -> str:
+        """Folder of the prepared values, with their labels."""
+        return storage.join(self.uri, "images")
+
+
+def pretrain(encoder: Any, job: Pretraining, shards: list[Shard], leaking: Mapping[str, Sequence[str]]) -> None:
+    """Train a Trained encoder on the labelled train rows of `shards`.
 
     leaking: unit of a shard -> ids of its train rows to leave out.
 
     Resumes from the last finished epoch after a kill. Raises: DataError if fewer than two classes are there.
     """
-    section = encoder.config
-    pieces = storage.join(uri, "images")
+    section = job.section
     decode = ray.remote(_decode_shard)
-    found = ray.get([decode.remote(config, modality, shard, pieces, leaking.get(shard.unit, ())) for shard in shards])
-    counts = _count_classes(pieces)
+    found = ray.get([decode.remote(job, shard, leaking.get(shard.unit, ())) for shard in shards])
+    counts = _count_classes(job.pieces)
     class_names = sort_classes(counts)
     if len(class_names) < 2:
         raise DataError(
-            f"the {section.name} encoder of '{modality}' needs two classes of '{section.pretrain}' in the train split, "
+            f"the {section.name} encoder of '{job.modality}' needs two classes of '{section.task}' in the train split, "
             f"got {class_names or 'none'}{tell_reasons(sum(map(Counter, found), Counter()))}"
         )
-    job = {"config": config, "modality": modality, "class_names": class_names, "uri": uri}
-    state = cluster.run_on_workers(_train, job, section.num_workers)
-    encoder.load_state(
-        {k: np.asarray(v) for k, v in state.items()},
-        {"options": _options(section, class_names), "class_names": class_names},
-    )
-    storage.remove_folder(pieces)
-    storage.remove(storage.join(uri, "checkpoint.safetensors"))
+    state = cluster.run_on_workers(_train, {"job": job, "class_names": class_names}, section.num_workers)
+    encoder.load_state({k: np.asarray(v) for k, v in state.items()}, encoder.rest_of_state(class_names))
+    storage.remove_folder(job.pieces)
+    storage.remove(storage.join(job.uri, "checkpoint.safetensors"))
 
 
-def _options(section: CnnEncoder | LogMelCnnEncoder, class_names: list[str]) -> dict[str, int]:
-    return {"num_classes": len(class_names), "image_size": section.image_size, "width": section.width}
-
-
-def _decode_shard(
-    config: Config, modality: str, shard: Shard, pieces: str, leaking: Sequence[str]
-) -> dict[str, int]:
+def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dict[str, int]:
     """Write the shard's labelled train values, prepared, as parts of (pixels, label); extraction will reject broken ones.
 
     Returns why values are not among them -> how many.
     """
-    encoder: Any = build_encoder(config.modalities[modality].encoder)
-    task = encoder.config.pretrain
+    encoder: Any = build_encoder(job.section)
+    modality, task, pieces = job.modality, job.section.task, job.pieces
     done, reasons = storage.join(pieces, f"{shard.unit}.done"), Counter[str]()
     if storage.exists(done):
         return dict(json.loads(storage.read_bytes(done) or b"{}"))
-    for chunk in read_chunks(config, shard):
+    for chunk in read_chunks(job.plan, shard):
         reasons.update(reject.reason for reject in chunk.rejects)
         train = train_rows(chunk.table, leaking)
         rows = train.filter(pc.and_(train.column(modality).is_valid(), train.column(task).is_valid()))
-        kind = config.modalities[modality].kind
-        decoded = decode_column(rows.column(modality), kind, encoder.prepare, config.samples)
-        images = decoded.values
+        kind = job.plan.modalities[modality]
+        decoded = decode_column(rows.column(modality), kind, encoder.prepare, job.samples)
         reasons.update(map(shorten, decoded.broken.values()))
-        good = [i for i, image in enumerate(images) if image is not None]
-        if good:
-            pixels = pa.array([images[i].tobytes() for i in good], pa.binary())
+        found = {i: value for i, value in enumerate(decoded.values) if value is not None}
+        if not kind.decoder:
+            found = {i: encoder.prepare(value) for i, value in found.items()}
+        if good := list(found):
+            pixels = pa.array([value.tobytes() for value in found.values()], pa.binary())
             storage.write_table(
                 storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"),
                 pa.table({"pixels": pixels, "label": rows.column(task).take(good)}),
@@ -126,28 +132,30 @@ def _read_pieces(pieces: str, columns: list[str]) -> Any:
         yield storage.read_table(storage.join(pieces, info.base_name), columns)
 
 
-def _map_images(pieces: str, side: int, class_names: list[str], folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """All pieces as one memory-mapped array of images (N, 3, S, S) uint8 in `folder`, and labels (N,) int64."""
+def _map_values(
+    pieces: str, shape: tuple[int, ...], class_names: list[str], folder: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """All pieces as one memory-mapped array of prepared values (N, *shape) uint8 in `folder`, and labels (N,) int64."""
     found = [index_in(t.column("label"), class_names) for t in _read_pieces(pieces, ["label"])]
     labels = np.concatenate([np.empty(0, np.int64), *found])
     images = np.lib.format.open_memmap(
-        os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), 3, side, side)
+        os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), *shape)
     )
     start = 0
     for table in _read_pieces(pieces, ["pixels"]):
         for chunk in table.column("pixels").chunks:
-            block = np.frombuffer(b"".join(chunk.to_pylist()), dtype=np.uint8).reshape(-1, 3, side, side)
+            block = np.frombuffer(b"".join(chunk.to_pylist()), dtype=np.uint8).reshape(-1, *shape)
             images[start : start + len(block)] = block
             start += len(block)
     return images, labels
 
 
-def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
+def _train(told: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
     """On each worker: the training itself. Rank 0 keeps a checkpoint per epoch and returns the weights."""
-    config: Config = job["config"]
-    encoder: Any = build_encoder(config.modalities[job["modality"]].encoder)
-    section = encoder.config
-    checkpoint = storage.join(job["uri"], "checkpoint.safetensors")
+    job, class_names = told["job"], told["class_names"]
+    section = job.section
+    encoder: Any = build_encoder(section)
+    checkpoint = storage.join(job.uri, "checkpoint.safetensors")
     state = dict(load_tensors(storage.read_bytes(checkpoint))) if storage.exists(checkpoint) else None
     folder = tempfile.mkdtemp(prefix="mmkt-images-")
     epoch_start = time.perf_counter()
@@ -159,7 +167,8 @@ def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device
             storage.write_bytes(checkpoint, save_tensors(tensors))
             seconds = time.perf_counter() - epoch_start
             log.info(
-                "cnn epoch %d/%d: loss %.3f, train accuracy %.3f, %.1f s",
+                "%s epoch %d/%d: loss %.3f, train accuracy %.3f, %.1f s",
+                section.name,
                 epoch,
                 section.epochs,
                 metrics["loss"],
@@ -169,11 +178,9 @@ def _train(job: dict[str, Any], rank: int, world_size: int, device: torch.device
         epoch_start = time.perf_counter()
 
     try:
-        images, labels = _map_images(storage.join(job["uri"], "images"), section.image_size, job["class_names"], folder)
-        model = fit_cnn(
-            images, labels, len(job["class_names"]), encoder.recipe(config.seed),
-            device=device, rank=rank, world_size=world_size, state=state, on_epoch=keep,
-        )  # fmt: skip
+        values, labels = _map_values(job.pieces, encoder.prepared_shape, class_names, folder)
+        training = Training(job.seed, device, rank, world_size, checkpoint=state, on_epoch=keep)
+        weights: dict[str, np.ndarray] = encoder.train(values, labels, class_names, training)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return {k: v.detach().cpu().numpy() for k, v in model.state_dict().items()} if rank == 0 else None
+    return weights if rank == 0 else None

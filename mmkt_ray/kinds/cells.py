@@ -23,10 +23,11 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.base import TaskKind
 
-FILE_KINDS = ("image", "audio")  # kinds whose cells are the bytes of an encoded file
+if TYPE_CHECKING:
+    from mmkt_ray.kinds.modalities import ModalityKind
+
 MAX_INT_DIGITS = 4000  # of a number in JSON; Python refuses to make one of more than 4,300
 
 _UNSAFE_IN_ID = re.compile("[%|\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -44,8 +45,10 @@ def _as_bytes(char: str) -> bytes:
         return char.encode("utf-8", "surrogatepass")
 
 
-def convert_cell(column: str, kind: TaskKind | str, value: Any, encoding: str, separator: str = "") -> Any:
-    """A raw cell as bytes (image, audio), as a string (text, key, split), or as a task's kind has it.
+def convert_cell(
+    column: str, kind: ModalityKind | TaskKind | str, value: Any, encoding: str, separator: str = ""
+) -> Any:
+    """A raw cell as the sample schema holds it. kind: of a modality or a task; or `key`, `split`.
 
     Raises: ValueError that says what was got; also if the cell is one, which says why it could not be read.
     """
@@ -54,15 +57,18 @@ def convert_cell(column: str, kind: TaskKind | str, value: Any, encoding: str, s
     if isinstance(value, ValueError):
         raise ValueError(f"{column}: {value}")
     try:
-        if kind in FILE_KINDS:
-            if not isinstance(value, bytes):
-                raise ValueError(f"{kind} must be encoded bytes, got {type(value).__name__}")
-            return value
+        if isinstance(kind, TaskKind):
+            return kind.from_cell(decode_text(value, encoding) if isinstance(value, bytes) else value, separator)
+        if not isinstance(kind, str):
+            if isinstance(value, dict) and (wrong := [f"{k}: {v}" for k, v in value.items() if isinstance(v, ValueError)]):
+                raise ValueError("; ".join(wrong))
+            found = kind.from_cell(value, encoding)
+            if isinstance(found, str):
+                found.encode()
+            return found
         if isinstance(value, bytes):
             value = decode_text(value, encoding)
-        if not isinstance(kind, str):
-            return kind.from_cell(value, separator)
-        text = value if kind == "text" and isinstance(value, str) else TEXT_OF[kind](value)
+        text = TEXT_OF[kind](value)
         if text is not None:
             text.encode()
         return text
@@ -182,7 +188,6 @@ def key_text(value: Any) -> str | None:
 
 
 TEXT_OF: dict[str, Callable[[Any], str | None]] = {  # by kind of column
-    "text": label_text,
     "key": key_text,
     "split": label_text,
 }

@@ -16,6 +16,8 @@ from mmkt_ray.kinds.cells import is_nan, label_names, label_text
 
 def label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable[[Any], str | None]) -> Converted:
     """Each distinct value becomes a string once, by `text_of`. class_names: of a ClassLabel."""
+    if is_list(raw.type):
+        raise TypeError("it holds lists where one value is expected")
     # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
     encoded = (raw.cast(pa.large_binary()) if is_string(raw.type) else raw).dictionary_encode()
     named: list[str | None] = []

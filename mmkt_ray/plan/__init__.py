@@ -7,11 +7,15 @@ not shared. A straight line through small runs: it knows nothing of stragglers, 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mmkt_ray import cluster
-from mmkt_ray.config import CnnEncoder, Config, LogMelCnnEncoder, SearchConfig
+from mmkt_ray.config import Config, SearchConfig
+from mmkt_ray.encoders.base import Trained
+from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.plan import rates as known
 from mmkt_ray.plan.rates import Rates, rates_of, size, table_bytes
@@ -92,14 +96,16 @@ def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) 
     rows = samples * rates.train_frac
     for name, modality in sorted(config.modalities.items()):
         section = modality.encoder
-        if section.name == "tfidf":
-            core_s = samples * rates.stages["read"] + rows * known.FIT_S["tfidf"]
+        encoder = build_encoder(section)
+        if section.name in known.FIT_S:
+            core_s = samples * rates.stages["read"] + rows * known.FIT_S[section.name]
             yield Step(f"fit {name}", core_s, core_s / machines.all_cpus, "all CPUs")
-        elif isinstance(section, CnnEncoder | LogMelCnnEncoder):
+        elif isinstance(encoder, Trained) and section.task is not None:
             core_s = samples * (rates.stages["read"] + rates.stages["decode"])
             yield Step(f"decode {name} to train on", core_s, core_s / machines.all_cpus, "all CPUs")
-            core_s = rows * section.epochs * known.PRETRAIN_S
-            workers = min(section.num_workers, machines.nodes)
+            asked: Any = section
+            core_s = rows * asked.epochs * known.PRETRAIN_S
+            workers = min(asked.num_workers, machines.nodes)
             yield Step(f"train {name} encoder", core_s, core_s / (workers * machines.cpus), f"{workers} worker(s)")
 
 
@@ -197,11 +203,12 @@ def find_limits(config: Config, rates: Rates, machines: Machines, candidates: fl
             "a hash join in Ray tasks",
         )
     for name, modality in sorted(config.modalities.items()):
-        if isinstance(modality.encoder, CnnEncoder | LogMelCnnEncoder):
-            image_bytes = 3 * modality.encoder.image_size**2
+        encoder = build_encoder(modality.encoder)
+        if isinstance(encoder, Trained) and modality.encoder.task is not None:
+            value_bytes = math.prod(encoder.prepared_shape)
             yield Limit(
-                known.DISK_BYTES / (image_bytes * rates.train_frac),
-                f"each worker that trains the {name} encoder writes all images to its disk: {image_bytes:,} bytes each, 1 TB",
+                known.DISK_BYTES / (value_bytes * rates.train_frac),
+                f"each worker that trains the {name} encoder writes all its inputs to its disk: {value_bytes:,} bytes each, 1 TB",
                 "training on a sample of the shards",
             )
     if candidates:

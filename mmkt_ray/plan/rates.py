@@ -11,6 +11,7 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
+from mmkt_ray.encoders.base import Encoder
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.model_folder import read_card
@@ -30,8 +31,7 @@ CHUNK_S = 12e-3  # of the driver per chunk: two Ray tasks, an actor's call and a
 PUBLISH_S = 5.5e-6  # of the driver per row and store: ids, counts, audit
 
 # Bytes a row
-# a stored float32 feature, zstd: what bf16 networks give, and zeros, compress
-ENCODED_BYTES = {"image": 1.8, "audio": 1.8, "text": 3.7}
+USUAL_DIM = 768  # of an encoder that does not know yet
 REDUCED_BYTES = 3.7  # a stored float32 component
 SPARSE_TERMS, SPARSE_BYTES = 154, 840  # terms of a TF-IDF text, and their bytes in a store
 ROW_BYTES = 30  # the rest of a stored row: id, labels, hashes
@@ -136,9 +136,17 @@ def widths(config: Config) -> dict[str, list[int]]:
     found = {}
     for name, modality in sorted(config.modalities.items()):
         encoder = build_encoder(modality.encoder)
-        dim = 0 if getattr(encoder, "sparse", False) else encoder.dim
+        dim = 0 if getattr(encoder, "sparse", False) else expected_dim(encoder)
         found[name] = [dim, (modality.reduce.dim or dim) if modality.reduce else dim]
     return found
+
+
+def expected_dim(encoder: Encoder) -> int:
+    """Features of an encoder; USUAL_DIM where it only knows once it is fitted."""
+    try:
+        return int(encoder.dim)
+    except Exception:  # what a user's own class says before that is its own affair
+        return USUAL_DIM
 
 
 def stored_bytes(config: Config) -> float:
@@ -147,7 +155,7 @@ def stored_bytes(config: Config) -> float:
     encoded = reduced = float(ROW_BYTES)
     for name, (dim, final_dim) in widths(config).items():
         modality = config.modalities[name]
-        own = ENCODED_BYTES[modality.kind] * half * dim if dim else SPARSE_BYTES
+        own = modality.kind.stored_bytes * half * dim if dim else SPARSE_BYTES
         encoded += own
         reduced += own if modality.reduce is None else REDUCED_BYTES * half * final_dim
     has_reducer = any(modality.reduce for modality in config.modalities.values())

@@ -185,7 +185,7 @@ def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
     The sample in which an archive breaks off is lost with those after it: its other members may be missing. Members whose
     suffix no column maps are counted in rejects of the stage `unmapped`, the last ones.
     """
-    specs = [spec for column in reading.source.columns.values() for spec in _specs(column)]
+    specs = [spec for column in reading.paths for spec in _specs(column)]
     wanted = {"json" if spec.startswith("json.") else spec for spec in specs}
     unmapped: Counter[str] = Counter()
     for group in _groups(reading, wanted):
@@ -251,7 +251,7 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 def _webdataset_row(reading: Reading, group: _Group) -> Row | Reject:
     fields = _parse_json(group.data.get("json"))
-    cells = {c: _first_there(_specs(spec), group, fields) for c, spec in reading.source.columns.items()}
+    cells = reading.gather(lambda column: _first_there(_specs(column), group, fields))
     return reading.convert(reading.place("#", group.key), cells)
 
 
@@ -312,7 +312,7 @@ def read_folders(reading: Reading) -> Iterator[Row | Reject]:
 
     Raises: DataError if a column names anything else.
     """
-    for column in reading.source.columns.values():
+    for column in reading.paths:
         if column not in _FOLDER_COLUMNS:
             where = f"samples.sources[{reading.shard.source}].columns"
             raise DataError(f"{where}: reader 'folders' has no '{column}'; {nearest(column, _FOLDER_COLUMNS)}")
@@ -338,7 +338,7 @@ def _folder_row(reading: Reading, member: Member, is_archive: bool) -> Row | Rej
         "folder": folders[-1] if folders else None,
         "name": posixpath.splitext(posixpath.basename(path))[0],
     }
-    cells = {c: raw[column] for c, column in reading.source.columns.items()}
+    cells = reading.gather(raw.__getitem__)
     if "split" not in cells:
         cells["split"] = _split_in_path(reading, f"{reading.shard.name}/{path}".split("/")[:-1])
     return reading.convert(place, cells)
@@ -346,7 +346,7 @@ def _folder_row(reading: Reading, member: Member, is_archive: bool) -> Row | Rej
 
 def _split_in_path(reading: Reading, folders: list[str]) -> str | None:
     """The split that the innermost telling folder says; a class folder says none, be it called `test`."""
-    if "folder" in reading.source.columns.values() and not has_suffix(folders[-1], SUFFIXES["folders"]):
+    if "folder" in reading.paths and not has_suffix(folders[-1], SUFFIXES["folders"]):
         folders = folders[:-1]
     for folder in reversed(folders):
         stem = next((folder[: -len(s)] for s in SUFFIXES["folders"] if has_suffix(folder, (s,))), folder)

@@ -6,7 +6,8 @@ sample tables of them. A raw cell may be a ValueError, which says why it could n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmkt_ray.config import Config, SourceConfig
+from mmkt_ray.config import SourceConfig
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.arrow import bytes_of_cell
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import convert_cell, escape_id
-from mmkt_ray.samples.content import normalise_texts
+from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 
@@ -31,7 +34,7 @@ MAX_ROW_BYTES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One converted row: image and audio cells are bytes, multilabel ones lists, all others strings; any may be absent."""
+    """One converted row; any cell may be absent."""
 
     sample_id: str
     cells: dict[str, Any]
@@ -54,7 +57,7 @@ class Block:
 class Reading:
     """What a layout's reader needs to know. Raises: ConfigError for an unknown text encoding."""
 
-    config: Config
+    plan: ReadingPlan
     shard: Shard
 
     def __post_init__(self) -> None:
@@ -69,19 +72,19 @@ class Reading:
     @cached_property
     def source(self) -> SourceConfig:
         """The source that the shard belongs to."""
-        return self.config.samples.sources[self.shard.source]
+        return self.plan.sources[self.shard.source]
 
     @cached_property
     def schema(self) -> pa.Schema:
         """Columns of the samples."""
-        return sample_schema(self.config)
+        return sample_schema(self.plan)
 
     @cached_property
-    def kinds(self) -> dict[str, TaskKind | str]:
-        """Each column that the source fills -> its task's kind, or image, audio, text, key (sample_id, key) or split."""
-        kinds: dict[str, TaskKind | str] = {t: task.kind for t, task in self.config.tasks.items()}
-        kinds |= {"sample_id": "key", "key": "key", "split": "split"}
-        kinds |= {m: modality.kind for m, modality in self.config.modalities.items()}
+    def kinds(self) -> dict[str, ModalityKind | TaskKind | str]:
+        """Each column that the source fills -> its modality's or its task's kind, or key (sample_id, key) or split."""
+        kinds: dict[str, ModalityKind | TaskKind | str] = {"sample_id": "key", "key": "key", "split": "split"}
+        kinds |= {t: task.kind for t, task in self.plan.tasks.items()}
+        kinds |= self.plan.modalities
         return {c: kinds[c] for c in self.source.columns}
 
     def narrowed(self, known: Collection[str]) -> Reading:
@@ -90,29 +93,56 @@ class Reading:
         If no modality is left it stays as it is, so that the reader's own check tells what the shard lacks.
         """
         fixed = {"sample_id", "split", "key"}
-        columns = {c: theirs for c, theirs in self.source.columns.items() if c in fixed or theirs in known}
-        if self.source.absent == "error" or not set(columns) & set(self.config.modalities):
+        columns = [c for c in self.source.columns if c in fixed or set(self.source.theirs(c)) <= set(known)]
+        if self.source.absent == "error" or not set(columns) & set(self.plan.modalities):
             return self
-        return self._with(columns)
+        return Reading(self.plan.with_columns(self.shard.source, columns), self.shard)
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether the shard's columns have to be known before it can be read: see `settled`."""
+        return any("*" in name for theirs in self._lists.values() for name in theirs)
+
+    @property
+    def _lists(self) -> dict[str, tuple[str, ...]]:
+        """Of our columns those that several of the source's make, with these or patterns for them."""
+        return {c: theirs for c, theirs in self.source.columns.items() if not isinstance(theirs, str)}
+
+    def settled(self, known: Collection[str]) -> Reading:
+        """This reading with names in place of patterns: the shard's columns that match and that the config names nowhere.
+
+        In natural order: `x2` before `x10`. A pattern that matches none stays, and the reader's own check tells of it.
+        """
+        if not self.has_patterns:
+            return self
+        free = sorted(set(known) - set(self.plan.named[self.shard.source]), key=_natural)
+        settled = {column: tuple(_expanded(theirs, free)) for column, theirs in self._lists.items()}
+        return Reading(self.plan.with_source(self.shard.source, columns={**self.source.columns, **settled}), self.shard)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The source's columns that are read, sorted."""
+        return sorted({name for column in self.source.columns for name in self.source.theirs(column)})
+
+    def gather(self, cell_of: Callable[[str], Any]) -> dict[str, Any]:
+        """The raw cells of a row by our columns, a dict where several of the source's make one. cell_of: their column -> cell."""
+        return {
+            column: cell_of(theirs) if isinstance(theirs, str) else {name: cell_of(name) for name in theirs}
+            for column, theirs in self.source.columns.items()
+        }
 
     def only(self, column: str) -> Reading:
         """This reading of one column alone."""
-        return self._with({column: self.source.columns[column]})
-
-    def _with(self, columns: dict[str, str]) -> Reading:
-        sources = list(self.config.samples.sources)
-        sources[self.shard.source] = self.source.model_copy(update={"columns": columns})
-        samples = self.config.samples.model_copy(update={"sources": tuple(sources)})
-        return Reading(self.config.model_copy(update={"samples": samples}), self.shard)
+        return Reading(self.plan.with_columns(self.shard.source, [column]), self.shard)
 
     def separator(self, column: str) -> str:
         """What separates the classes of a multilabel column where they stand in one string."""
-        return self.config.tasks[column].separator if column in self.config.tasks else ""
+        return self.plan.tasks[column].separator if column in self.plan.tasks else ""
 
     def theirs(self, column: str) -> str:
         """The source's own name of a column, as the end of a reason; empty where it is the same."""
         name = self.source.columns.get(column, column)
-        return f" (column '{name}')" if name != column else ""
+        return f" (column '{name}')" if isinstance(name, str) and name != column else ""
 
     def place(self, mark: str, where: object) -> str:
         """The id of a row that has none of its own: the shard's name, a mark, and where in it the row is."""
@@ -131,14 +161,14 @@ class Reading:
                 cells[column] = convert_cell(column, kind, value, self.source.encoding, self.separator(column))
             except ValueError as error:
                 reason = f"{error}{self.theirs(column)}"
-                if column not in self.config.modalities:
+                if column not in self.plan.modalities:
                     return self.reject(place, reason)
                 unread.append(reason)
         if "sample_id" in self.kinds:
             if cells["sample_id"] is None:
                 return self.reject(place, "sample_id is null")
             place = escape_id(cells.pop("sample_id"))
-        num_bytes = sum(len(cells.get(m) or "") for m in self.config.modalities)
+        num_bytes = sum(bytes_of_cell(cells.get(m)) for m in self.plan.modalities)
         return Row(place, cells, num_bytes, "; ".join(unread))
 
     def reject(self, sample_id: str, reason: str, stage: str = "read", num_rows: int = 1) -> Reject:
@@ -154,6 +184,20 @@ class Reading:
             DAMAGE,
             num_rows=0,
         )
+
+
+def _expanded(names: Iterable[str], known: list[str]) -> Iterator[str]:
+    """Each name once, patterns replaced by those of `known` that match them."""
+    seen: dict[str, None] = {}
+    for name in names:
+        pattern = "[^.]*".join(map(re.escape, name.split("*")))
+        matching = [k for k in known if re.fullmatch(pattern, k)] if "*" in name else []
+        seen |= dict.fromkeys(matching or [name])
+    yield from seen
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 # --- blocks --------------------
@@ -194,30 +238,29 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
     columns = {f.name: block.columns.get(f.name, pa.nulls(num_rows, f.type)) for f in reading.schema}
     present = pa.array([False] * num_rows, pa.bool_())
     cleaned: dict[int, list[str]] = {}
-    for name, modality in sorted(reading.config.modalities.items()):
-        if modality.kind == "text" and name in block.columns:
-            text, changed = normalise_texts(columns[name])
-            columns[name] = _blank_to_null(text)
+    for name, kind in sorted(reading.plan.modalities.items()):
+        if name in block.columns:
+            columns[name], changed = kind.normalise(columns[name])
             for i, changes in changed.items():
                 cleaned.setdefault(i, []).extend(f"{name}: {change}" for change in changes)
         present = pc.or_(present, columns[name].is_valid())
     absent = [i for i, ok in enumerate(present.to_pylist()) if not ok]
     errors = {i: block.unread.get(i, "no modality is present") for i in absent} | block.errors
     splits: list[str | None] = [None] * num_rows
-    if reading.config.samples.combine.name == "join" and joins_by_id(reading.source):
+    if reading.plan.joins and joins_by_id(reading.source):
         columns["key"] = pa.array(block.ids, pa.string())
     keys, given = columns["key"].to_pylist(), columns["split"].to_pylist()
     for i, sample_id in enumerate(block.ids):
         if i in errors:
             continue
         try:
-            splits[i] = assign_split(sample_id, keys[i], given[i], reading.config, reading.source)
+            splits[i] = assign_split(sample_id, keys[i], given[i], reading.plan, reading.source)
             if seen is not None:
                 _check_unseen(sample_id, seen)
         except ValueError as error:
             errors[i] = str(error)
-    for name in sorted(set(reading.config.tasks) & set(block.columns)):
-        columns[name], composed = reading.config.tasks[name].kind.normalise(columns[name])
+    for name in sorted(set(reading.plan.tasks) & set(block.columns)):
+        columns[name], composed = reading.plan.tasks[name].kind.normalise(columns[name])
         for i in composed:
             cleaned.setdefault(i, []).append(f"{name}: Unicode form")
     columns |= {"sample_id": pa.array(block.ids, pa.string()), "split": pa.array(splits, pa.string())}
@@ -234,13 +277,6 @@ def _check_unseen(sample_id: str, seen: set[str]) -> None:
     if sample_id in seen:
         raise ValueError("duplicate sample id: an earlier row of this shard has it")
     seen.add(sample_id)
-
-
-def _blank_to_null(text: pa.Array) -> pa.Array:
-    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)
-    if not pc.any(blank).as_py():
-        return text
-    return pc.if_else(pc.fill_null(blank, False), pa.scalar(None, text.type), text)
 
 
 def joins_by_id(source: SourceConfig) -> bool:

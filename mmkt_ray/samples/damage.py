@@ -61,11 +61,11 @@ def _peers(reading: Reading) -> list[Reading]:
     """Some other shards of the source; if it has none, of another one of the same kind."""
     own = reading.shard
     try:
-        others = [s for s in list_shards(reading.config) if s.uri != own.uri and _suffix(s.uri) == _suffix(own.uri)]
+        others = [s for s in list_shards(reading.plan) if s.uri != own.uri and _suffix(s.uri) == _suffix(own.uri)]
     except (UserError, OSError):  # another source is gone
         return []
     others = [s for s in others if s.source == own.source] or others
-    return [Reading(reading.config, s) for s in others[:: max(1, len(others) // MAX_PEERS)]][:MAX_PEERS]
+    return [Reading(reading.plan, s) for s in others[:: max(1, len(others) // MAX_PEERS)]][:MAX_PEERS]
 
 
 def _suffix(uri: str) -> str:

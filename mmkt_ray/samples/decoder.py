@@ -1,4 +1,4 @@
-"""Images and sounds are decoded by a child process, so that data that crashes, hangs or bloats a decoder costs one sample.
+"""Encoded files are decoded by a child process, so that data that crashes, hangs or bloats a decoder costs one sample.
 
     parent: decode_samples --request: a group of samples--> child: serve
                            <--replies: one for each sample--
@@ -7,12 +7,13 @@ A request is a line of JSON and the samples' bytes; a reply is a `_REPLY` header
 child reads a request whole before it decodes, so neither waits for the other; its replies are buffered, so small images cost
 few system calls. Which sample it is at stands in memory that both map: when the child dies, that one is tried once more,
 alone in a new child, and is broken if that dies too. Whatever the child lost for another reason (the machine was out of
-memory, someone killed it) is decoded again. The child imports NumPy and the decoders only and starts in a fraction of a second.
+memory, someone killed it) is decoded again. A child imports NumPy and its decoder only and starts in a fraction of a second.
 """
 
 from __future__ import annotations
 
 import fcntl
+import importlib
 import io
 import json
 import mmap
@@ -27,13 +28,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.samples.cleaning import Clip, decode_and_tell, decode_audio, import_soundfile
+
+if TYPE_CHECKING:
+    from mmkt_ray.config.samples import SamplesConfig  # a child imports neither
+    from mmkt_ray.kinds.modalities import ModalityKind
 
 GROUP_BYTES, GROUP_SAMPLES = 4 << 20, 1024  # of a request, at most; a larger sample goes alone
 PIPE_BYTES = 1 << 20  # a photo's pixels at once
@@ -42,9 +45,12 @@ START_TIMEOUT_S = 300.0  # the child's imports, on a busy machine
 GRACE_S = 10.0  # the child keeps the limit itself; if it does not, the parent ends it this much later
 OUT_OF_MEMORY = 71  # exit code
 READY = b"ready\n"
-_REPLY = struct.Struct("<?IQQ")  # decoded or not; bytes of the note; height and width, or frames and sample rate
+# decoded or not; bytes of the note; the kind's number; of the array its type's code, number of axes, and their lengths
+_REPLY = struct.Struct("<?IqBB4Q")
+_TYPES = ("uint8", "float32", "int16", "int32", "int64", "float64")
 
-Outcome = tuple[Any, list[str]]  # pixels (H, W, 3) uint8 or a Clip; what was normalised
+Outcome = tuple[Any, list[str]]  # a value of the kind; what was normalised
+Reply = tuple[np.ndarray, int, list[str]]  # of a kind's decoding function: array, number, what was normalised
 
 
 class Broken(NamedTuple):
@@ -59,26 +65,31 @@ class Limits(NamedTuple):
     max_pixels: int
     timeout_s: float
 
+    @classmethod
+    def of(cls, samples: SamplesConfig) -> Limits:
+        """As the config has them."""
+        return cls(samples.max_image_pixels, samples.decode_timeout_s)
+
     @property
     def memory_bytes(self) -> int:
         """The address space of the child, for itself, its libraries and one sample."""
         return BASE_BYTES + BYTES_PER_PIXEL * self.max_pixels
 
 
-def decode_samples(values: Sequence[bytes], kind: str, limits: Limits) -> Iterator[Outcome | Broken]:
-    """Decode encoded samples of one kind, `image` or `audio`, in order; never hangs, never dies of one.
+def decode_samples(values: Sequence[bytes], kind: ModalityKind, limits: Limits) -> Iterator[Outcome | Broken]:
+    """Decode encoded samples of one kind, in order; never hangs, never dies of one.
 
-    Raises: ConfigError if soundfile is needed and not installed, ResourceError if no child process starts.
+    Raises: ConfigError if the kind's decoder is not installed, ResourceError if no child process starts.
     """
-    if kind == "audio":
-        import_soundfile()
+    kind.check()
     for group in _groups(values):
         yield from _decode_group(group, kind, limits)
 
 
 # --- parent --------------------
 
-_idle: list[Decoder] = []  # of this process; another thread at work in the meantime starts one of its own
+# of this process, by what they decode with; another thread at work in the meantime starts one of its own
+_idle: dict[str, list[Decoder]] = {}
 os.register_at_fork(after_in_child=_idle.clear)  # two processes must not read from one pipe
 
 
@@ -95,11 +106,11 @@ def _groups(values: Sequence[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _decode_group(group: list[bytes], kind: str, limits: Limits) -> Iterator[Outcome | Broken]:
+def _decode_group(group: list[bytes], kind: ModalityKind, limits: Limits) -> Iterator[Outcome | Broken]:
     work = deque([(group, False)])  # samples, and whether a child has died of them before
     while work:
         samples, is_suspect = work.popleft()
-        decoder = _take_decoder()
+        decoder = _take_decoder(kind.decoder)
         num_done = 0
         try:
             for outcome in decoder.decode(samples, kind, limits):
@@ -117,14 +128,14 @@ def _decode_group(group: list[bytes], kind: str, limits: Limits) -> Iterator[Out
             decoder.end()
             raise
         else:
-            _idle.append(decoder)
+            _idle.setdefault(kind.decoder, []).append(decoder)
 
 
-def _take_decoder() -> Decoder:
+def _take_decoder(function: str) -> Decoder:
     try:
-        return _idle.pop()
-    except IndexError:
-        return Decoder()
+        return _idle[function].pop()
+    except (KeyError, IndexError):
+        return Decoder(function)
 
 
 class _ChildDied(Exception):
@@ -132,16 +143,19 @@ class _ChildDied(Exception):
 
 
 class Decoder:
-    """A child process and the pipes to it. Raises: ResourceError if it does not start."""
+    """A child process that decodes with a function (`module:function`), and the pipes to it.
 
-    def __init__(self) -> None:
+    Raises: ResourceError if it does not start.
+    """
+
+    def __init__(self, function: str) -> None:
         shared = os.memfd_create("progress")
         os.truncate(shared, mmap.PAGESIZE)
         self.progress = memoryview(mmap.mmap(shared, mmap.PAGESIZE)).cast("Q")  # [0]: index of the sample at work
         root = str(Path(__file__).parents[2])  # the same code, wherever a job brought it
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mmkt_ray.samples.decoder", str(shared)],
+            [sys.executable, "-P", "-m", "mmkt_ray.samples.decoder", str(shared), function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[shared],
@@ -162,14 +176,14 @@ class Decoder:
         except _ChildDied:
             self.end()
             raise ResourceError(
-                f"the process that decodes images and audio does not start (exit code {self.process.returncode}); what it "
+                f"the process that decodes samples does not start (exit code {self.process.returncode}); what it "
                 "said is above or in the Ray worker's log: is the machine out of memory or processes?"
             ) from None
 
-    def decode(self, samples: list[bytes], kind: str, limits: Limits) -> Iterator[Outcome | Broken]:
+    def decode(self, samples: list[bytes], kind: ModalityKind, limits: Limits) -> Iterator[Outcome | Broken]:
         """Outcomes one by one. Raises: _ChildDied."""
         self.progress[0], self.patience_s = 0, limits.timeout_s + GRACE_S
-        request = {"kind": kind, "limits": limits, "lengths": [len(data) for data in samples]}
+        request = {"limits": limits, "lengths": [len(data) for data in samples]}
         rest = memoryview(b"".join([json.dumps(request).encode(), b"\n", *samples]))
         try:
             while rest:
@@ -179,14 +193,12 @@ class Decoder:
         for _ in samples:
             yield self._receive(kind)
 
-    def _receive(self, kind: str) -> Outcome | Broken:
-        is_decoded, note_bytes, first, second = _REPLY.unpack(self._read(_REPLY.size))
+    def _receive(self, kind: ModalityKind) -> Outcome | Broken:
+        is_decoded, note_bytes, number, code, num_axes, *lengths = _REPLY.unpack(self._read(_REPLY.size))
         note = json.loads(self._read(note_bytes)) if note_bytes else []
         if not is_decoded:
             return Broken(str(note))
-        if kind == "audio":
-            return Clip(self._fill(np.empty(first, np.float32)), second), note
-        return self._fill(np.empty((first, second, 3), np.uint8)), note
+        return kind.from_decoder(self._fill(np.empty(lengths[:num_axes], _TYPES[code])), number), note
 
     def _read(self, num_bytes: int) -> bytes:
         data = self.replies.read(num_bytes)
@@ -247,27 +259,27 @@ class _Patient(io.RawIOBase):
 # --- child --------------------
 
 
-def serve(progress_fd: int) -> None:
-    """Answer requests until the parent closes the pipe or is gone."""
+def serve(progress_fd: int, function: str) -> None:
+    """Answer requests with `function` until the parent closes the pipe or is gone."""
     requests, replies = _take_pipes()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also in the midst of C code
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     progress = memoryview(mmap.mmap(progress_fd, mmap.PAGESIZE)).cast("Q")
-    Image.init()  # imports Pillow's decoders, or the first sample would pay for it
+    module, _, name = function.partition(":")
+    decode = getattr(importlib.import_module(module), name)
+    getattr(sys.modules[module], "warm_up", lambda: None)()
     replies.write(READY)
     replies.flush()
     while line := requests.readline():
         request = json.loads(line)
         samples = [requests.read(length) for length in request["lengths"]]
-        if request["kind"] == "audio":
-            import_soundfile()
         limits = Limits(*request["limits"])
         _limit_memory(limits.memory_bytes)
         for i, data in enumerate(samples):
             progress[0] = i
-            _reply(replies, *_decode(data, request["kind"], limits))
+            _reply(replies, *_decode(decode, data, limits))
         replies.flush()
 
 
@@ -286,15 +298,13 @@ def _limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (min(num_bytes, most), hard))
 
 
-def _decode(data: bytes, kind: str, limits: Limits) -> tuple[np.ndarray | None, int, list[str] | str]:
-    """Pixels (H, W, 3) or sound (T,), its sample rate, what was changed; None and a reason if it is broken."""
+def _decode(
+    decode: Callable[[bytes, int], Reply], data: bytes, limits: Limits
+) -> tuple[np.ndarray | None, int, list[str] | str]:
+    """The array, the kind's number, what was changed; None and a reason if the sample is broken."""
     signal.setitimer(signal.ITIMER_REAL, limits.timeout_s)
     try:
-        if kind == "audio":
-            clip = decode_audio(data)
-            return clip.samples, clip.sample_rate, []
-        pixels, changes = decode_and_tell(data, limits.max_pixels)
-        return pixels, pixels.shape[1], changes
+        return decode(data, limits.max_pixels)
     except MemoryError:  # perhaps of samples before this one: a new child tells
         os._exit(OUT_OF_MEMORY)
     except ValueError as error:
@@ -305,14 +315,16 @@ def _decode(data: bytes, kind: str, limits: Limits) -> tuple[np.ndarray | None, 
         signal.setitimer(signal.ITIMER_REAL, 0)  # writing may wait for the parent
 
 
-def _reply(replies: IO[bytes], array: np.ndarray | None, second: int, note: list[str] | str) -> None:
+def _reply(replies: IO[bytes], array: np.ndarray | None, number: int, note: list[str] | str) -> None:
     text = json.dumps(note).encode() if note else b""
-    replies.write(_REPLY.pack(array is not None, len(text), 0 if array is None else len(array), second) + text)
+    code, shape = (0, ()) if array is None else (_TYPES.index(array.dtype.name), array.shape)
+    lengths = (*shape, *[0] * (4 - len(shape)))
+    replies.write(_REPLY.pack(array is not None, len(text), number, code, len(shape), *lengths) + text)
     if array is not None:
         replies.write(np.ascontiguousarray(array).data)
 
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
-        serve(int(sys.argv[1]))
+        serve(int(sys.argv[1]), sys.argv[2])
     os._exit(0)  # without another try to write what the parent did not take

@@ -18,19 +18,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
 import pyarrow as pa
 
-from mmkt_ray.config import Config
-from mmkt_ray.config.samples import SamplesConfig, SourceConfig
 from mmkt_ray.errors import ConfigError, DataError, ResourceError
 from mmkt_ray.kinds.cells import escape_id
-from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.samples.columns import Block, Reading
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import DAMAGE, Reject, Shard
 
 MEMORY_BYTES = 8 << 30  # address space of a child: pages of a Parquet file may be 1 GB, packed and unpacked
@@ -105,17 +101,7 @@ def _lost(reading: Reading, group: int, num_groups: int, num_rows: int, code: in
 @contextmanager
 def _child(reading: Reading, group: int) -> Iterator[subprocess.Popen[bytes]]:
     """A child that reads a shard from a row group on; it has ended afterwards, also where nobody wants the rest."""
-    config, shard = reading.config, reading.shard
-    request = {
-        "source": reading.source.model_dump(mode="json"),
-        "modalities": {m: {"kind": c.kind} for m, c in config.modalities.items()},
-        "tasks": {
-            t: {"kind": c.kind.as_json(), "module": type(c.kind).__module__, "separator": c.separator}
-            for t, c in config.tasks.items()
-        },
-        "shard": vars(shard) | {"source": 0},
-        "group": group,
-    }
+    request = {"plan": reading.plan.to_json(), "shard": vars(reading.shard), "group": group}
     root = str(Path(__file__).parents[2])  # the same code, wherever a job brought it
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, "ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
@@ -158,15 +144,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what libraries print is for the log
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    parts: dict[str, Any] = {
-        part: {name: SimpleNamespace(**about) for name, about in request[part].items()}
-        for part in ("modalities", "tasks")
-    }
-    for task in parts["tasks"].values():
-        import_module(task.module)  # which makes the entry of a kind of the user's
-        task.kind = task_kind(task.kind)
-    parts["samples"] = SamplesConfig.model_construct(sources=(SourceConfig(**request["source"]),))
-    reading = Reading(Config.model_construct(**parts), Shard(**request["shard"]))
+    reading = Reading(ReadingPlan.from_json(request["plan"]), Shard(**request["shard"]))
     try:
         signal.alarm(BLOCK_TIMEOUT_S)
         for frame, data in _read(reading, request["group"]):

@@ -16,7 +16,8 @@ from typing import IO, Any, cast
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import values_of
-from mmkt_ray.kinds.cells import FILE_KINDS, is_nan, json_int, likely_encoding
+from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
+from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches
@@ -36,6 +37,8 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
     Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
     """
     suffix = reading.shard.name.lower().rpartition(".")[2]
+    if reading.has_patterns:
+        reading = reading.settled(manifest_columns(reading))
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
     for row in rows:
@@ -62,9 +65,9 @@ def _header(table: Iterator[list[str]]) -> list[str]:
 
 
 def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
-    cells = {column: raw.get(name) for column, name in reading.source.columns.items()}
+    cells = reading.gather(raw.get)
     for column, kind in reading.kinds.items():
-        if kind in FILE_KINDS:
+        if isinstance(kind, ModalityKind) and kind.is_file:
             cells[column] = _read_file(files, cells[column])
     return reading.convert(place, cells)
 
@@ -168,7 +171,7 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
                 return
             _check_columns(reading, header)
             _check_closed(reading, lines, line)
-            wanted, line = set(reading.source.columns.values()), table.line_num + 1
+            wanted, line = set(reading.paths), table.line_num + 1
             lines.start_row()
             for cells in table:
                 _check_closed(reading, lines, line)
@@ -207,7 +210,7 @@ def _not_closed(reading: Reading, lines: _Lines, first: int) -> DataError:
 
 def _json_rows(reading: Reading) -> Iterator[Placed]:
     seen: set[str] = set()
-    wanted = sorted(set(reading.source.columns.values()))
+    wanted = reading.paths
     num_rows = 0
     with _open_lines(reading, newline=_LINE) as lines:
         try:
@@ -265,7 +268,7 @@ def _is_twice(line: str, name: str) -> bool:
 
 def _parquet_rows(reading: Reading) -> Iterator[Placed]:
     first = 0
-    paths = sorted(set(narrowed_to_shard(reading).source.columns.values()))
+    paths = narrowed_to_shard(reading).paths
     for batch in read_batches(reading, paths):
         if isinstance(batch, Block):
             yield from batch.rejects
@@ -278,7 +281,7 @@ def _parquet_rows(reading: Reading) -> Iterator[Placed]:
 
 def _check_columns(reading: Reading, known: list[str]) -> None:
     where = f"samples.sources[{reading.shard.source}].columns"
-    for column in reading.narrowed(known).source.columns.values():
+    for column in reading.narrowed(known).paths:
         if known.count(column) > 1:
             raise DataError(f"{where}: '{reading.shard.name}' has {known.count(column)} columns called '{column}': {RENAME}")
         if column not in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.kinds.arrow import Converted, check_value, is_binary, is_list, is_string, values_of
-from mmkt_ray.kinds.cells import FILE_KINDS, TEXT_OF, decode_text, escape_id, is_utf8
+from mmkt_ray.kinds.arrow import Converted, is_list
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.cells import TEXT_OF, escape_id, label_text
 from mmkt_ray.kinds.label_columns import label_column
+from mmkt_ray.kinds.modalities import Source
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.pages import WatchedFile, most_bytes_of_a_value
@@ -35,7 +38,7 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
     """
     reading = narrowed_to_shard(reading)
     first = rows_before(reading, group) if group else 0
-    for batch in read_batches(reading, sorted(set(reading.source.columns.values())), group):
+    for batch in read_batches(reading, reading.paths, group):
         if isinstance(batch, Block):
             yield batch
             continue
@@ -44,9 +47,9 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
 
 
 def narrowed_to_shard(reading: Reading) -> Reading:
-    """The reading without what the shard has no column for, where `absent: null` says so."""
-    known = parquet_columns(reading) if reading.source.absent == "null" else None
-    return reading.narrowed(known) if known else reading
+    """The reading without what the shard has no column for, where `absent: null` says so, and with names for patterns."""
+    known = parquet_columns(reading) if reading.source.absent == "null" or reading.has_patterns else None
+    return reading.settled(known).narrowed(known) if known else reading
 
 
 def parquet_columns(reading: Reading) -> set[str]:
@@ -184,14 +187,14 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
     errors: dict[int, str] = {}
     unread: dict[int, str] = {}
     for column, path in reading.source.columns.items():
-        raw = column_at(batch, path)
+        raw = column_at(batch, path) if isinstance(path, str) else _struct_of(batch, path)
         try:
             converted[column], wrong = _convert_column(reading, column, raw, batch.schema, path)
         except (pa.ArrowException, TypeError) as error:
             raise DataError(
                 f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
             ) from None
-        told = unread if column in reading.config.modalities else errors
+        told = unread if column in reading.plan.modalities else errors
         for i, reason in wrong.items():
             reason = f"{column}: {reason}{reading.theirs(column)}"
             told[i] = f"{told[i]}; {reason}" if i in told else reason
@@ -214,6 +217,11 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
+def _struct_of(batch: pa.RecordBatch, paths: Sequence[str]) -> pa.Array:
+    """Columns side by side as one of structs."""
+    return pa.StructArray.from_arrays([column_at(batch, path) for path in paths], names=list(paths))
+
+
 def _field_of(column: pa.Array, name: str) -> pa.Array:
     """A field of structs, or of lists of them: then as lists, null where these are."""
     if not is_list(column.type):
@@ -224,19 +232,16 @@ def _field_of(column: pa.Array, name: str) -> pa.Array:
     return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
-def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str) -> Converted:
+def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str | tuple[str, ...]) -> Converted:
     if pa.types.is_null(raw.type) or (pa.types.is_floating(raw.type) and _is_empty(raw)):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
-    if kind in FILE_KINDS:
-        return _file_column(reading, raw, kind)
-    if kind == "text" and (is_binary(raw.type) or is_string(raw.type)):
-        return _text_column(raw, reading.source.encoding if is_binary(raw.type) else "utf-8")
-    names = _class_names(schema, path)
-    if not isinstance(kind, str):
+    names = _class_names(schema, path) if isinstance(path, str) else None
+    if isinstance(kind, TaskKind):
         return kind.from_arrow(raw, names, reading.separator(column))
-    if is_list(raw.type):
-        raise TypeError("it holds lists where one value is expected")
+    if not isinstance(kind, str):
+        as_text = partial(label_column, class_names=names, text_of=label_text)
+        return kind.from_arrow(raw, Source(reading.source.encoding, FileReader(reading).read, as_text))
     converted, errors = label_column(raw, names, TEXT_OF[kind])
     return converted.cast(reading.schema.field(column).type), errors
 
@@ -246,43 +251,6 @@ def _is_empty(raw: pa.Array) -> bool:
     return raw.is_null(nan_is_null=True).true_count == len(raw)
 
 
-def _file_column(reading: Reading, raw: pa.Array, kind: str) -> Converted:
-    """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
-    if not pa.types.is_struct(raw.type):
-        if not is_binary(raw.type):
-            raise TypeError(f"{kind} must be encoded bytes; if these are paths, set reader: manifest")
-        return raw.cast(pa.large_binary()), {}
-    data = pc.struct_field(raw, "bytes").cast(pa.large_binary())
-    if data.null_count == 0 or raw.type.get_field_index("path") < 0:
-        return data, {}
-    files = FileReader(reading)
-    values, errors = data.to_pylist(), {}
-    for i, path in enumerate(values_of(pc.struct_field(raw, "path"))):
-        if values[i] is None and path:
-            try:
-                check_value(path)
-                values[i] = files.read(path)
-            except ValueError as error:
-                errors[i] = str(error)
-    return pa.array(values, pa.large_binary()), errors
-
-
-def _text_column(raw: pa.Array, encoding: str) -> Converted:
-    """Decoded and checked text: Arrow does not check the strings that it reads from a file."""
-    data = raw.cast(pa.large_binary())
-    if is_utf8(encoding):
-        try:
-            return data.cast(pa.large_string()), {}
-        except pa.ArrowInvalid:
-            pass  # some row is not UTF-8: find out which
-    values, errors = [], {}
-    for i, value in enumerate(data.to_pylist()):
-        try:
-            values.append(None if value is None else decode_text(value, encoding))
-        except ValueError as error:
-            values.append(None)
-            errors[i] = str(error)
-    return pa.array(values, pa.large_string()), errors
 
 
 def _class_names(schema: pa.Schema, path: str) -> list[str] | None:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmkt_ray.config import Config
 from mmkt_ray.kinds.cells import escape_id
 from mmkt_ray.samples.archives import read_folders, read_webdataset
 from mmkt_ray.samples.columns import Block, Reading, Row, clean, rows_to_blocks
@@ -18,6 +17,7 @@ from mmkt_ray.samples.damage import with_estimates
 from mmkt_ray.samples.isolated import died_before, read_isolated
 from mmkt_ray.samples.manifests import manifest_columns, read_manifest
 from mmkt_ray.samples.parquet import parquet_columns, read_parquet
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema
 from mmkt_ray.samples.shards import list_shards
 
@@ -41,17 +41,17 @@ class Chunk:
     rejects: list[Reject]
 
 
-def read_chunks(config: Config, shard: Shard) -> Iterator[Chunk]:
+def read_chunks(plan: ReadingPlan, shard: Shard) -> Iterator[Chunk]:
     """The chunks of a shard, at least one (empty if the shard is), the last one marked.
 
-    A chunk has at most `extract.chunk_rows` rows and `extract.chunk_bytes` raw bytes; a single larger sample
+    A chunk has at most `chunk_rows` rows and `chunk_bytes` raw bytes; a single larger sample
     is a chunk of its own. About two chunks are in memory at a time. A row that cannot be read is rejected; if
     the file is damaged, the rows before the damage are kept and one reject stands for the rest (see damage.py).
     In a task that is tried again because its process died, a child process reads the shard (see isolated.py).
 
     Raises: DataError if the shard lacks a column that the config names, ConfigError for an unknown encoding.
     """
-    reading = Reading(config, shard)
+    reading = Reading(plan, shard)
     is_deadly = died_before()
     blocks = read_isolated(reading) if is_deadly else read_blocks(reading)
     cleaned = _cleaned(reading, with_estimates(reading, blocks, is_deadly))
@@ -74,21 +74,21 @@ def read_blocks(reading: Reading) -> Iterator[Block]:
     return rows_to_blocks(reading, islice(rows, reading.source.limit))
 
 
-def known_columns(config: Config, shard: Shard) -> set[str] | None:
+def known_columns(plan: ReadingPlan, shard: Shard) -> set[str] | None:
     """The columns of a Parquet shard or a manifest (of JSON lines: those of the first rows); None of archives and folders."""
-    reader = config.samples.sources[shard.source].reader
+    reader = plan.sources[shard.source].reader
     known = {"parquet": parquet_columns, "manifest": manifest_columns}.get(reader)
-    return known(Reading(config, shard)) if known else None
+    return known(Reading(plan, shard)) if known else None
 
 
-def has_column(config: Config, shard: Shard, column: str) -> bool:
+def has_column(plan: ReadingPlan, shard: Shard, column: str) -> bool:
     """Whether a shard has what the source maps to one of our columns; of JSON lines and WebDatasets the first rows decide."""
-    source = config.samples.sources[shard.source]
+    source = plan.sources[shard.source]
     if source.reader == "webdataset":
-        rows = islice(read_webdataset(Reading(config, shard).only(column)), LOOK_ROWS)
+        rows = islice(read_webdataset(Reading(plan, shard).only(column)), LOOK_ROWS)
         return any(isinstance(row, Row) and row.cells.get(column, row.sample_id) is not None for row in rows)
-    known = known_columns(config, shard)
-    return known is None or source.columns[column] in known
+    known = known_columns(plan, shard)
+    return known is None or set(Reading(plan, shard).only(column).settled(known).paths) <= known
 
 
 def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Table, list[Reject]]]:
@@ -104,7 +104,7 @@ def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Tab
 
 def _cut(tables: Iterable[tuple[pa.Table, list[Reject]]], reading: Reading) -> Iterator[tuple[pa.Table, list[Reject]]]:
     """Join and cut tables at the limits of a chunk; boundaries depend on the rows, not on how they came."""
-    limits = reading.config.extract
+    limits = reading.plan
     pending = reading.schema.empty_table()
     rejects: list[Reject] = []
     num_yielded = 0
@@ -121,25 +121,25 @@ def _cut(tables: Iterable[tuple[pa.Table, list[Reject]]], reading: Reading) -> I
 
 def _rows_that_fit(table: pa.Table, reading: Reading, max_rows: int, max_bytes: int) -> int | None:
     """Rows of the next chunk if `table` holds more than one or exactly a full one, else None."""
-    sizes = sum(pc.fill_null(pc.binary_length(table.column(name)), 0).to_numpy() for name in reading.config.modalities)
+    sizes = sum(kind.num_bytes(table.column(name)) for name, kind in reading.plan.modalities.items())
     fitting = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right")) if table.num_rows else 0
     num_rows = min(max(fitting, 1), max_rows)
     return num_rows if table.num_rows > fitting or table.num_rows >= max_rows else None
 
 
-def find_samples(config: Config, sample_ids: Iterable[str]) -> pa.Table:
+def find_samples(plan: ReadingPlan, sample_ids: Iterable[str]) -> pa.Table:
     """The raw samples with these ids, in their order; ids that no shard has are left out.
 
     Reads the shards whose name begins an id, and those of sources that map `sample_id`, until all are found.
     """
     wanted = list(dict.fromkeys(sample_ids))
     missing = set(wanted)
-    found = [sample_schema(config).empty_table()]
-    for shard in list_shards(config):
+    found = [sample_schema(plan).empty_table()]
+    for shard in list_shards(plan):
         name = escape_id(shard.name)
-        mapped = "sample_id" in config.samples.sources[shard.source].columns
+        mapped = "sample_id" in plan.sources[shard.source].columns
         here = missing if mapped else {i for i in missing if i.startswith((f"{name}#", f"{name}/"))}
-        for chunk in read_chunks(config, shard) if here else ():
+        for chunk in read_chunks(plan, shard) if here else ():
             rows = chunk.table.filter(pc.is_in(chunk.table["sample_id"], pa.array(here, pa.string())))
             found.append(rows)
             here = here - set(rows["sample_id"].to_pylist())

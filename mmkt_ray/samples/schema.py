@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmkt_ray.config import Config
+from mmkt_ray.samples.plan import ReadingPlan
 
 # stages of a reject that stand for something else than one row that could not become a sample
 MODALITY = "modality"  # one of the row's modalities was unreadable, the row itself is kept
@@ -55,15 +55,14 @@ class Reject:
     num_rows: int = 1  # that it stands for; of a damaged shard 0 until they are estimated
 
 
-def sample_schema(config: Config) -> pa.Schema:
+def sample_schema(plan: ReadingPlan) -> pa.Schema:
     """Columns of a chunk of samples: sample_id, split, key, one per modality, one per task (class names), `cleaned`.
 
     `cleaned` lists what was normalised in the row, `text: control characters`; null where nothing was.
     """
-    value = {"image": pa.large_binary(), "audio": pa.large_binary(), "text": pa.large_string()}
     columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
-    columns += [(name, value[m.kind]) for name, m in sorted(config.modalities.items())]
-    columns += [(name, t.kind.arrow_type) for name, t in sorted(config.tasks.items())]
+    columns += [(name, kind.arrow_type) for name, kind in sorted(plan.modalities.items())]
+    columns += [(name, task.kind.arrow_type) for name, task in sorted(plan.tasks.items())]
     return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
 
 

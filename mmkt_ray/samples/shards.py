@@ -13,8 +13,9 @@ from urllib.parse import quote, unquote
 import pyarrow.fs as pafs
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, SourceConfig
+from mmkt_ray.config import SourceConfig
 from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 
 SUFFIXES = {
@@ -26,7 +27,7 @@ SUFFIXES = {
 _MAX_LISTED = 20  # names in an error message
 
 
-def list_shards(config: Config) -> list[Shard]:
+def list_shards(plan: ReadingPlan) -> list[Shard]:
     """The shards of all sources, in the order of the sources and sorted by path within each.
 
     A path may be a file, a folder, a glob (`**`: folders at any depth) or a URI. A folder means the files of the reader's
@@ -35,13 +36,13 @@ def list_shards(config: Config) -> list[Shard]:
     Raises: DataError for a path that matches nothing, or nothing that the reader reads.
     """
     shards = []
-    for index, source in enumerate(config.samples.sources):
-        uri = _source_uri(config, source)
-        found = [f for f in storage.glob(uri, _root(config)) if visible(f.base_name) or uri.endswith(f.base_name)]
+    for index, source in enumerate(plan.sources):
+        uri = _source_uri(plan, source)
+        found = [f for f in storage.glob(uri, _root(plan)) if visible(f.base_name) or uri.endswith(f.base_name)]
         if not found:
             raise DataError(f"samples.sources[{index}].path: {_nothing_at(uri)}")
         # a file that is found by itself and in its folder is one shard
-        expanded = {shard.uri: shard for info in found for shard in _expand(config, index, uri, info)}
+        expanded = {shard.uri: shard for info in found for shard in _expand(plan, index, uri, info)}
         if not expanded:
             raise DataError(f"samples.sources[{index}].path: {_nothing_readable(uri, source, found)}")
         shards += [expanded[own] for own in sorted(expanded)]
@@ -58,33 +59,33 @@ def visible(path: str) -> bool:
     return not any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
-def _root(config: Config) -> str:
-    return storage.absolute(config.data_root).rstrip("/")
+def _root(plan: ReadingPlan) -> str:
+    return storage.absolute(plan.data_root).rstrip("/")
 
 
-def _source_uri(config: Config, source: SourceConfig) -> str:
-    return storage.absolute(storage.join(config.data_root, os.path.expanduser(source.path)))
+def _source_uri(plan: ReadingPlan, source: SourceConfig) -> str:
+    return storage.absolute(storage.join(plan.data_root, os.path.expanduser(source.path)))
 
 
-def _expand(config: Config, index: int, uri: str, info: pafs.FileInfo) -> list[Shard]:
+def _expand(plan: ReadingPlan, index: int, uri: str, info: pafs.FileInfo) -> list[Shard]:
     """The shards in one file or folder that a source's path matches."""
-    source = config.samples.sources[index]
+    source = plan.sources[index]
     suffixes = SUFFIXES[source.reader]
     if info.type != pafs.FileType.Directory:
-        return [_shard(config, index, uri, info.path, [info])] if has_suffix(info.base_name, suffixes) else []
+        return [_shard(plan, index, uri, info.path, [info])] if has_suffix(info.base_name, suffixes) else []
     folders = source.reader == "folders"
     files = [
         f
-        for f in storage.list_files(_uri_at(uri, info.path, _root(config)), recursive=folders)
+        for f in storage.list_files(_uri_at(uri, info.path, _root(plan)), recursive=folders)
         if visible(f.path.removeprefix(info.path)) and (folders or has_suffix(f.base_name, suffixes))
     ]
     if not folders:
-        return [_shard(config, index, uri, f.path, [f]) for f in files]
+        return [_shard(plan, index, uri, f.path, [f]) for f in files]
     archives = [f for f in files if has_suffix(f.base_name, suffixes)]
     plain = sorted((f for f in files if not has_suffix(f.base_name, suffixes)), key=lambda f: (_parent(f), f.path))
     leaves = [(folder, list(inside)) for folder, inside in groupby(plain, key=_parent)]
-    return [_shard(config, index, uri, f.path, [f]) for f in archives] + [
-        _shard(config, index, uri, folder, inside) for folder, inside in leaves
+    return [_shard(plan, index, uri, f.path, [f]) for f in archives] + [
+        _shard(plan, index, uri, folder, inside) for folder, inside in leaves
     ]
 
 
@@ -92,8 +93,8 @@ def _parent(info: pafs.FileInfo) -> str:
     return posixpath.dirname(info.path)
 
 
-def _shard(config: Config, index: int, uri: str, path: str, files: Iterable[pafs.FileInfo]) -> Shard:
-    root = _root(config)
+def _shard(plan: ReadingPlan, index: int, uri: str, path: str, files: Iterable[pafs.FileInfo]) -> Shard:
+    root = _root(plan)
     own = _uri_at(uri, path, root)
     name = unquote(own.removeprefix(root + "/")) if own.startswith(root + "/") else own
     facts = "\n".join(f"{f.base_name}|{f.size}|{f.mtime_ns}" for f in files)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from mmkt_ray.config import Config, JoinCombine, SourceConfig
+from mmkt_ray.config import SourceConfig
+from mmkt_ray.samples.plan import ReadingPlan
 
 _SPELLINGS = {
     "train": "train",
@@ -31,7 +32,7 @@ def split_in_name(name: str) -> str | None:
     return _SPELLINGS.get(name.lower().replace("_", "-").rpartition("-")[2])
 
 
-def assign_split(sample_id: str, key: str | None, given: str | None, config: Config, source: SourceConfig) -> str:
+def assign_split(sample_id: str, key: str | None, given: str | None, plan: ReadingPlan, source: SourceConfig) -> str:
     """The split of one row: train, val or test.
 
     A source's own `split` outranks the row's `given` one. Rows without any are drawn by the fractions of
@@ -41,11 +42,11 @@ def assign_split(sample_id: str, key: str | None, given: str | None, config: Con
 
     Raises: ValueError if the given split is no known word.
     """
-    fractions = config.samples.split
-    drawn_by = key if key is not None and isinstance(config.samples.combine, JoinCombine) else sample_id
+    fractions = plan.split
+    drawn_by = key if key is not None and plan.joins else sample_id
     if source.split is not None or given is not None:
         split = source.split or normalise_split(given or "")
-        lacks_val = split == "train" and fractions.val_frac > 0 and not _any_source_gives_val(config)
+        lacks_val = split == "train" and fractions.val_frac > 0 and not _any_source_gives_val(plan)
         return "val" if lacks_val and _draw(drawn_by) < fractions.val_frac else split
     drawn = _draw(drawn_by)
     if drawn < fractions.test_frac:
@@ -53,8 +54,8 @@ def assign_split(sample_id: str, key: str | None, given: str | None, config: Con
     return "val" if drawn < fractions.test_frac + fractions.val_frac else "train"
 
 
-def _any_source_gives_val(config: Config) -> bool:
-    return any(source.split == "val" or "split" in source.columns for source in config.samples.sources)
+def _any_source_gives_val(plan: ReadingPlan) -> bool:
+    return any(source.split == "val" or "split" in source.columns for source in plan.sources)
 
 
 def _draw(text: str) -> float:

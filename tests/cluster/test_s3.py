@@ -23,6 +23,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError, ResourceError
 from mmkt_ray.features.store import open_store
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.shapes import COLOURS, png, write_shard
 
@@ -255,7 +256,7 @@ def read_rows(root: str) -> pa.Table:
             "tasks": {"colour": {}},
         }
     )
-    chunks = [chunk for shard in list_shards(config) for chunk in read_chunks(config, shard)]
+    chunks = [chunk for shard in list_shards(ReadingPlan.of(config)) for chunk in read_chunks(ReadingPlan.of(config), shard)]
     assert not [reject for chunk in chunks for reject in chunk.rejects]
     return pa.concat_tables([chunk.table for chunk in chunks])
 

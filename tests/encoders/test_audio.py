@@ -6,17 +6,16 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mmkt_ray.config import LogMelCnnEncoder
 from mmkt_ray.encoders.audio import RANGE_DB, LogMelCnnAudioEncoder, fit_length, log_mel, mel_filters, to_image
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.samples.cleaning import Clip
+from mmkt_ray.kinds.sounds import Clip
 
 pytest.importorskip("soundfile", reason="the extra `audio` is not installed")
 
 RATE = 8000
-ENCODER = LogMelCnnEncoder(pretrain="digit", width=8, precision="fp32")
+ENCODER = LogMelCnnAudioEncoder.Section(pretrain="digit", width=8, precision="fp32")
 
 
 def tone(hz: float, seconds: float = 1.0, rate: int = RATE) -> Clip:

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mmkt_ray.config import CnnEncoder, ReduceConfig, TfidfEncoder
 from mmkt_ray.encoders import build
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, save_fitted
 from mmkt_ray.encoders.cnn import SmallCNN
+from mmkt_ray.encoders.image import CnnImageEncoder
+from mmkt_ray.encoders.reduce import REDUCERS
+from mmkt_ray.encoders.text import TfidfEncoder
 from mmkt_ray.errors import DataError
 
 TEXTS = ["a red car", "the blue cat", "no car at all"]
 
 
-def tfidf(folder: Path, **options) -> TfidfEncoder:
+def tfidf(folder: Path, **options) -> TfidfEncoder.Section:
     """A fitted encoder in a folder; returns its section."""
-    section = TfidfEncoder(**options)
+    section = TfidfEncoder.Section(**options)
     encoder = build_encoder(section)
     encoder.finish(encoder.partial(TEXTS))
     save_fitted(encoder, section, str(folder), {"units": []})
@@ -73,7 +75,7 @@ def test_a_vocabulary_is_checked_before_it_is_used(tmp_path, ngrams, state):
 @pytest.mark.parametrize("name", ["pca", "svd", "standardize"])
 def test_a_reducer_is_checked_before_it_is_used(tmp_path, name):
     """Components of another width, or infinite ones, that give other features or a traceback."""
-    section = ReduceConfig(name=name, dim=None if name == "standardize" else 3)
+    section = REDUCERS[name].Section(dim=None if name == "standardize" else 3)
     reducer = build_reducer(section)
     reducer.finish(reducer.partial(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)))
     save_fitted(reducer, section, str(tmp_path), {"units": []})
@@ -91,7 +93,7 @@ def test_a_reducer_is_checked_before_it_is_used(tmp_path, name):
 @pytest.mark.timeout(30)
 def test_a_network_takes_no_more_memory_than_its_state(tmp_path):
     """A width of 10^6 in a card of a few bytes: 10^14 bytes for the network before it is compared with its weights."""
-    section = CnnEncoder(pretrain="colour", image_size=16, width=8)
+    section = CnnImageEncoder.Section(pretrain="colour", image_size=16, width=8)
     encoder = build_encoder(section)
     encoder.adopt(SmallCNN(num_classes=2, image_size=16, width=8), ["a", "b"])
     save_fitted(encoder, section, str(tmp_path), {"units": []})

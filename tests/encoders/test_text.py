@@ -15,7 +15,6 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mmkt_ray import config
 from mmkt_ray.encoders import tokens
 from mmkt_ray.encoders.base import Encoder, Mergeable
 from mmkt_ray.encoders.text import TfidfEncoder
@@ -57,7 +56,7 @@ PIECES = st.one_of(
 
 
 def build(**options):
-    return TfidfEncoder(config.TfidfEncoder(**options))
+    return TfidfEncoder(TfidfEncoder.Section(**options))
 
 
 def fit(texts, chunk_rows=3, **options):

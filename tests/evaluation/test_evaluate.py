@@ -20,7 +20,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import rows as rows_module
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
-from mmkt_ray.evaluation.gallery import thumbnail, write_gallery
+from mmkt_ray.evaluation.gallery import show, write_gallery
 from mmkt_ray.evaluation.heldout import load_heldout
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model, write_card
@@ -28,6 +28,8 @@ from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features import table as table_module
 from mmkt_ray.features.store import open_store
+from mmkt_ray.kinds.modalities import MODALITY_KINDS
+from mmkt_ray.samples.decoder import Limits
 from mmkt_ray.training.baselines import evaluate_baselines
 from tests.evaluation.runs import (
     THINGS,
@@ -452,9 +454,10 @@ def test_thumbnails_are_small_whatever_the_image(mode):
     """Catches image modes that PNG cannot hold, and full-size images in the page."""
     out = io.BytesIO()
     Image.new(mode, (500, 200)).save(out, "tiff")
-    found = Image.open(io.BytesIO(base64.b64decode(thumbnail(out.getvalue()))))
+    kind, limits = MODALITY_KINDS["image"](), Limits(max_pixels=1_000_000, timeout_s=30.0)
+    found = Image.open(io.BytesIO(base64.b64decode(show(out.getvalue(), kind, limits)["png"])))
     assert found.size == (96, 38)
-    assert thumbnail(b"no image") is None
+    assert show(b"no image", kind, limits) == {"kind": "image", "png": None}
 
 
 def test_variants_of_the_run_are_the_ones_asked_for(finished):

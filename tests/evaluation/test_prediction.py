@@ -19,6 +19,7 @@ from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.evaluation.prediction import predict, prediction_config, restrict, settle_columns, tell_absent
 from mmkt_ray.features.store import Store
 from mmkt_ray.models import MultimodalModel, build_spec
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.evaluation.runs import make_config
 
@@ -28,7 +29,7 @@ def read_new(
 ) -> tuple[list[dict], list]:
     """Rows and rejects of new shards, read as `mmkt predict` reads them."""
     found = settle_columns(prediction_config(config, [str(path)], 0, reader, columns or {}), columns or {})
-    chunks = [c for shard in list_shards(found) for c in read_chunks(found, shard)]
+    chunks = [c for shard in list_shards(ReadingPlan.of(found)) for c in read_chunks(ReadingPlan.of(found), shard)]
     rows = pa.concat_tables([c.table for c in chunks]).to_pylist()
     return [{m: r[m] for m in ("image", "text")} for r in rows], [r for c in chunks for r in c.rejects]
 
@@ -96,7 +97,7 @@ def test_training_still_refuses_a_column_that_is_not_there(config, tmp_path):
     columns = {"id": ["a"], "caption": ["x"], "thing": ["car"], "colour": ["red"]}
     pq.write_table(pa.table(columns), tmp_path / "data" / "0.parquet")
     with pytest.raises(DataError, match="no column 'image'"):
-        list(read_chunks(config, list_shards(config)[0]))
+        list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
 
 
 # --- a model folder is data --------------------

@@ -22,7 +22,8 @@ from mmkt_ray.features.chunks import read_shard, unpack
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk
 from mmkt_ray.features.publish import publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
-from mmkt_ray.samples.content import hash_array, hash_text
+from mmkt_ray.kinds.content import hash_array, hash_text
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.schema import Shard
 from tests.shapes import png, write_shard
@@ -222,7 +223,8 @@ def test_encoding_writes_hashes_and_what_was_cleaned(shapes: Path, make_config: 
     for name, modality in config.modalities.items():
         save_fitted(build_encoder(modality.encoder), modality.encoder, str(shapes / name), {"units": []})
     encode = EncodeChunk(EncodePlan(config, {m: str(shapes / m) for m in MODALITIES}, {}, False, 1))
-    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    plan = ReadingPlan.of(config)
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
     part = unpack(encode(decode_chunk(batch, config) if before else batch)["table"][0])
     image, text_hash = (part.column(hash_of(m)).to_pylist() for m in ("image", "text"))
     assert image[0] == image[3] != image[1]

@@ -15,6 +15,7 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join, pair
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.publish import DUPLICATE, check_budget, parts_of_ids
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import Reject, reject_table
 from tests.shapes import write_shard
@@ -145,8 +146,8 @@ def test_a_join_takes_the_id_for_a_key(
     texts = {"sample_id": "id", "text": "caption"}
     sources = [{"reader": "parquet", "path": "shapes/0.parquet", "columns": c, "limit": 2} for c in (images, texts)]
     config = make_config(samples__sources=sources, samples__combine="join")
-    shards = list_shards(config)
-    tables = [next(read_chunks(config, shard)).table for shard in shards]
+    shards = list_shards(ReadingPlan.of(config))
+    tables = [next(read_chunks(ReadingPlan.of(config), shard)).table for shard in shards]
     assert [t["key"].to_pylist() for t in tables] == [keys, ["s0", "s1"]]
     parts = [f"{shard.unit}-000000.parquet" for shard in shards]
     assert parts_of_ids(config, parts, shards) == [parts[:1], parts[1:]]

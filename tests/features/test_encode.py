@@ -14,6 +14,7 @@ from mmkt_ray.features.chunks import make_row, read_shard, unpack, write_part
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device, decode_chunk
 from mmkt_ray.features.publish import publish
 from mmkt_ray.features.store import open_store
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from tests.shapes import png, write_shard
 
@@ -41,8 +42,8 @@ def test_decoding_before_or_inside_the_actor_gives_the_same_rows(shapes: Path, m
     config = image_config(make_config, shapes)
     plan = EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1)
     encode = EncodeChunk(plan)
-    shard = list_shards(config)[0]
-    batch = next(read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}))
+    shard = list_shards(ReadingPlan.of(config))[0]
+    batch = next(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={}))
     inside, before = encode(batch), encode(decode_chunk(batch, config))
     assert unpack(inside["table"][0]).equals(unpack(before["table"][0]))
     assert unpack(inside["rejects"][0]).equals(unpack(before["rejects"][0]))
@@ -59,7 +60,8 @@ def test_a_row_with_nothing_but_a_broken_image_is_rejected(shapes: Path, make_co
     captions = pa.array([None, "a red square", None])
     write_shard(shapes / "data" / "shapes" / "bad.parquet", 90, 3, image=images, caption=captions)
     encode = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1))
-    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    plan = ReadingPlan.of(config)
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
     for row in (encode(batch), encode(decode_chunk(batch, config))):
         told = unpack(row["rejects"][0])
         assert unpack(row["table"][0]).column("sample_id").to_pylist() == ["s91", "s92"]
@@ -90,7 +92,8 @@ def test_features_that_are_none_cost_their_rows_alone(shapes, make_config, gives
     )
     folders = encoder_folders(config, shapes)
     encode = EncodeChunk(EncodePlan(config, folders, reuse={}, use_gpu=False, num_threads=1))
-    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    plan = ReadingPlan.of(config)
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
     row = encode(batch)
     table, told = unpack(row["table"][0]), unpack(row["rejects"][0])
     assert table.column("sample_id").to_pylist() == ["s90", "s91", "s92", "s94"]
@@ -111,8 +114,8 @@ def test_features_that_are_none_cost_their_rows_alone(shapes, make_config, gives
 def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig) -> None:
     """A resumed run that encodes what it has."""
     config = make_config(extract__chunk_rows=16)
-    shard = list_shards(config)[0]
-    rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, config, done={shard.unit: {0, 1}}))
+    shard = list_shards(ReadingPlan.of(config))[0]
+    rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={shard.unit: {0, 1}}))
     assert [(r["index"][0], r["last"][0]) for r in rows] == [(2, True)]
 
 
@@ -120,7 +123,8 @@ def test_empty_chunk_keeps_the_schema(shapes: Path, make_config: MakeConfig) -> 
     """An empty shard whose part no reader can open together with the others."""
     config = image_config(make_config, shapes)
     encode = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1))
-    batch = next(read_shard({k: [v] for k, v in vars(list_shards(config)[0]).items()}, config, done={}))
+    plan = ReadingPlan.of(config)
+    batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
     full, samples = unpack(encode(batch)["table"][0]), unpack(batch["table"][0])
     empty = make_row("u", 0, True, samples.slice(0, 0), unpack(batch["rejects"][0]), {})
     assert unpack(encode(empty)["table"][0]).schema == full.schema
@@ -143,9 +147,9 @@ def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config
     config = make_config(samples__max_reject_frac=0.5)
     config = config.with_overrides({"modalities.text.encoder": {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}})
     encode, uri = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), {}, False, 1)), str(shapes / "store")
-    checksums, shards = {}, list_shards(config)
+    checksums, shards = {}, list_shards(ReadingPlan.of(config))
     for shard in shards:
-        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, config, done={}):
+        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={}):
             told = write_part(encode(batch), uri)
             checksums[told["name"][0]] = told["checksum"][0]
     about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}

@@ -22,6 +22,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.extract import extract, stored_chunks
 from mmkt_ray.features.fit import fit_encoder
 from mmkt_ray.features.store import Store, column_of, open_store
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from tests.shapes import png, write_shard
 
@@ -254,7 +255,7 @@ def test_no_encoder_has_seen_the_rows_that_leak(shapes: Path, make_config: MakeC
     assert (store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"]) == (126, 6)
     kept = Path(config.run_root) / "shapes" / "encoders" / store.manifest["modalities"]["text"]["folders"][0]
     assert b"plantedterm" not in (kept / "state.safetensors").read_bytes()
-    seen = fit_encoder(config, str(shapes / "seen"), "text", list_shards(config), {})
+    seen = fit_encoder(config, str(shapes / "seen"), "text", list_shards(ReadingPlan.of(config)), {})
     assert b"plantedterm" in (Path(seen) / "state.safetensors").read_bytes()
     assert run(config).uri == store.uri
 
@@ -306,7 +307,7 @@ def test_a_fit_without_rows_says_why(shapes: Path, make_config: MakeConfig) -> N
         source = {"reader": "manifest", "path": "a.jsonl", "columns": COLUMNS, "split": split}
         config = make_config(samples__sources=[source], samples__split__val_frac=0.0)
         with pytest.raises(DataError, match=f"no sample of the train split has text.*{complaint}"):
-            fit_encoder(config, str(shapes / "run"), "text", list_shards(config), {})
+            fit_encoder(config, str(shapes / "run"), "text", list_shards(ReadingPlan.of(config)), {})
 
 
 def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: MakeConfig) -> None:

@@ -19,6 +19,7 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.isolated import read_isolated
 from mmkt_ray.samples.parquet import count_row_groups
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_blocks, read_chunks
 from mmkt_ray.samples.shards import list_shards
 from tests.shapes import write_shard, write_shards
@@ -102,7 +103,7 @@ def test_a_shard_of_another_kind_keeps_what_was_read(
     whole = (folder / "0.parquet").read_bytes()
     (folder / "1.parquet").write_bytes(whole[: len(whole) // 2])
     config = make_config()
-    sound, damaged = (list(read_chunks(config, shard)) for shard in list_shards(config))
+    sound, damaged = (list(read_chunks(ReadingPlan.of(config), shard)) for shard in list_shards(ReadingPlan.of(config)))
     assert sum(len(c.table) for c in sound) == 40
     assert [len(c.table) for c in damaged] == [0]
     (reject,) = damaged[0].rejects
@@ -113,8 +114,8 @@ def one_reading(config: Config, limit: int | None = None) -> Reading:
     """Of the only shard, at most `limit` rows."""
     source = config.samples.sources[0].model_copy(update={"limit": limit})
     config = config.model_copy(update={"samples": config.samples.model_copy(update={"sources": (source,)})})
-    (shard,) = list_shards(config)
-    return Reading(config, shard)
+    (shard,) = list_shards(ReadingPlan.of(config))
+    return Reading(ReadingPlan.of(config), shard)
 
 
 @pytest.fixture

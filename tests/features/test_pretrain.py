@@ -15,6 +15,7 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features import pretrain
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.fit import fit_encoder
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from tests.shapes import png, write_shard
 
@@ -37,7 +38,7 @@ def config(shapes: Path, make_config: Callable[..., Config]) -> Config:
 
 
 def fit(config: Config, folder: Path) -> bytes:
-    uri = fit_encoder(config, str(folder), "image", list_shards(config), {})
+    uri = fit_encoder(config, str(folder), "image", list_shards(ReadingPlan.of(config)), {})
     assert sorted(p.name for p in Path(uri).iterdir()) == ["encoder.json", "state.safetensors"]
     return (Path(uri) / "state.safetensors").read_bytes()
 
@@ -58,7 +59,7 @@ def test_leaking_rows_change_nothing(config: Config, shapes: Path) -> None:
     write_shard(shapes / "data" / "planted" / "0.parquet", 500, 12, image=images)
     source = config.samples.sources[0].model_dump()
     both = config.with_overrides({"samples.sources": [source, source | {"path": "planted/*.parquet"}]})
-    shards = list_shards(both)
+    shards = list_shards(ReadingPlan.of(both))
     leaking = {shards[-1].unit: [f"s{500 + i}" for i in range(12)]}
     uri = Path(fit_encoder(both, str(shapes / "b"), "image", shards, leaking))
     assert (uri / "state.safetensors").read_bytes() == fit(config, shapes / "a")

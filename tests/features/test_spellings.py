@@ -18,6 +18,7 @@ from mmkt_ray.features.fit import what_is_read
 from mmkt_ray.features.pretrain import _decode_shard
 from mmkt_ray.features.spellings import respelled
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from tests.features.test_audit import Sample, publish_parts
 from tests.features.test_combine import index_of
@@ -110,7 +111,7 @@ def test_respelled_is_final() -> None:
 
 def test_reasons_of_what_a_fit_lacks(shapes: Path, make_config: MakeConfig) -> None:
     """Catches 'got none' where all images are broken, and advice on fractions where no line is valid; also when resumed."""
-    (shard,) = list_shards(make_config(samples__sources__0__path="shapes/0.parquet"))
+    (shard,) = list_shards(ReadingPlan.of(make_config(samples__sources__0__path="shapes/0.parquet")))
     write_shard(Path(shard.uri), 0, 6, image=[b"broken"] * 5 + [None], caption=["t"] * 6)
     encoder = {"name": "cnn", "pretrain": "colour", "image_size": 16}
     config = make_config(

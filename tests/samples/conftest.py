@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mmkt_ray.config import Config, parse_config
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import Reject
 
@@ -48,8 +49,8 @@ def read_all() -> Callable[[Config], tuple[pa.Table, list[Reject]]]:
 
     def read(config: Config) -> tuple[pa.Table, list[Reject]]:
         tables, rejects = [], []
-        for shard in list_shards(config):
-            chunks = list(read_chunks(config, shard))
+        for shard in list_shards(ReadingPlan.of(config)):
+            chunks = list(read_chunks(ReadingPlan.of(config), shard))
             assert [c.index for c in chunks] == list(range(len(chunks)))
             assert [c.last for c in chunks] == [False] * (len(chunks) - 1) + [True]
             tables += [c.table for c in chunks]

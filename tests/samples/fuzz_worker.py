@@ -25,7 +25,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import UserError
-from mmkt_ray.samples import archives, cleaning, files, manifests, pages, parquet
+from mmkt_ray.kinds import images, sounds
+from mmkt_ray.samples import archives, files, manifests, pages, parquet
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import UNMAPPED, reject_table
 from tests.samples import fuzz_seeds
@@ -83,7 +85,7 @@ SEEDS: dict[str, Callable[[], dict[str, bytes]]] = {
 
 def limit() -> None:
     """Small limits, so that what is beyond them shows."""
-    cleaning.MAX_AUDIO_FRAMES = MAX_FRAMES
+    sounds.MAX_AUDIO_FRAMES = MAX_FRAMES
     for module in (archives, files, manifests, pages, parquet):
         for name in ("MAX_FILE_BYTES", "MAX_ROW_BYTES", "MAX_PAGE_BYTES"):
             if hasattr(module, name):
@@ -170,7 +172,7 @@ def written(kind: str, case: Case, folder: Path) -> tuple[Path, str]:
 def read_image(path: Path, _: str) -> Outcome:
     """Decode one image."""
     try:
-        pixels = cleaning.decode_image(path.read_bytes(), MAX_PIXELS)
+        pixels = images.decode_image(path.read_bytes(), MAX_PIXELS)
     except ValueError:
         return "refused"
     assert pixels.ndim == 3, pixels.shape
@@ -181,7 +183,7 @@ def read_image(path: Path, _: str) -> Outcome:
 def read_sound(path: Path, _: str) -> Outcome:
     """Decode one sound."""
     try:
-        clip = cleaning.decode_audio(path.read_bytes())
+        clip = sounds.decode_audio(path.read_bytes())
     except ValueError:
         return "refused"
     assert 0 < len(clip.samples) <= MAX_FRAMES, clip.samples.shape
@@ -193,7 +195,8 @@ def read_shard(path: Path, layout: str) -> Outcome:
     num_rows = num_rejects = 0
     try:
         for config in configs(layout, path):
-            for chunk in (chunk for shard in list_shards(config) for chunk in read_chunks(config, shard)):
+            plan = ReadingPlan.of(config)
+            for chunk in (chunk for shard in list_shards(plan) for chunk in read_chunks(plan, shard)):
                 chunk.table.validate(full=True)
                 reject_table(chunk.rejects).validate(full=True)
                 num_rows += chunk.table.num_rows
@@ -215,7 +218,7 @@ def use(rows: list[dict[str, Any]]) -> None:
         assert SECRET not in row.values(), "a file outside of the folder was read"
         if row.get("image") is not None:
             try:
-                cleaning.decode_image(row["image"], MAX_PIXELS)
+                images.decode_image(row["image"], MAX_PIXELS)
             except ValueError:
                 continue
 

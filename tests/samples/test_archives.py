@@ -12,6 +12,7 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.samples import archives
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
 from mmkt_ray.samples.schema import UNMAPPED
 
@@ -284,7 +285,7 @@ def test_unknown_folder_column(make_config, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     config = make_config(tmp_path, {**FOLDERS, "columns": {"text": "contents", "label": "folder"}})
     with pytest.raises(DataError, match="has no 'contents'; did you mean 'content'"):
-        list(read_chunks(config, list_shards(config)[0]))
+        list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
 
 
 def test_undecodable_member_names(make_config, read_all, tmp_path):
@@ -309,7 +310,7 @@ def test_20news(make_config, read_all, data_dir):
     assert len(set(table["label"].to_pylist())) == 20
     assert not rejects
     wanted = table["sample_id"][100].as_py()
-    assert find_samples(config, [wanted])["text"].to_pylist() == [table["text"][100].as_py()]
+    assert find_samples(ReadingPlan.of(config), [wanted])["text"].to_pylist() == [table["text"][100].as_py()]
 
 
 def test_emoji_of_two_vendors_share_their_keys(make_config, read_all, data_dir):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkt_ray.samples import cleaning
-from mmkt_ray.samples.cleaning import decode_audio
+from mmkt_ray.kinds import sounds
+from mmkt_ray.kinds.sounds import decode_audio
 
 soundfile = pytest.importorskip("soundfile", reason="the extra `audio` is not installed")
 
@@ -127,7 +127,7 @@ def test_what_is_no_usable_audio_says_why(data: bytes, reason: str):
 
 def test_a_long_recording_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch):
     """Catches a FLAC of a few kB that holds hours of silence."""
-    monkeypatch.setattr(cleaning, "MAX_AUDIO_FRAMES", 3_000_000)
+    monkeypatch.setattr(sounds, "MAX_AUDIO_FRAMES", 3_000_000)
     bomb = encode(np.zeros(8_000_000, np.int16), "FLAC")
     assert len(bomb) < 100_000
     with pytest.raises(ValueError, match="more than 3,000,000 frames"):

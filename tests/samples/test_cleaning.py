@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from mmkt_ray.samples.cleaning import decode_and_tell, decode_image
+from mmkt_ray.kinds.images import decode_and_tell, decode_image
 
 MAX_PIXELS = 1_000_000
 

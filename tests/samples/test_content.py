@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkt_ray.samples.content import normalise_text, normalise_texts
+from mmkt_ray.kinds.content import normalise_text, normalise_texts
 
 TOKEN = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's
 

@@ -16,8 +16,8 @@ import pytest
 from sklearn.datasets import _twenty_newsgroups
 
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.samples import fetch as fetching
-from mmkt_ray.samples.cleaning import decode_image
 from mmkt_ray.samples.fetch import fetch
 
 

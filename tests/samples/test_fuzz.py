@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.samples import archives, manifests, pages, parquet
-from mmkt_ray.samples.cleaning import decode_image
 from mmkt_ray.samples.columns import Reading
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from tests.samples import fuzz_seeds
 
@@ -140,8 +141,8 @@ def test_value_in_every_row_is_read_in_small_batches(make_config, tmp_path, monk
     table = pa.table({"image": [bytes(500_000)] * 100, "label": ["a"] * 100})
     how = {} if encoding == "dictionary" else {"use_dictionary": False, "column_encoding": {"image": encoding}}
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", **how)
-    config = make_config(tmp_path, PARQUET)
-    batches = list(parquet.read_batches(Reading(config, list_shards(config)[0]), ["image", "label"]))
+    plan = ReadingPlan.of(make_config(tmp_path, PARQUET))
+    batches = list(parquet.read_batches(Reading(plan, list_shards(plan)[0]), ["image", "label"]))
     assert sum(batch.num_rows for batch in batches) == 100
     assert max(batch.num_rows for batch in batches) <= 8
 

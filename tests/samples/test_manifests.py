@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 
 COLUMNS = {"image": "file", "text": "words", "label": "kind"}
@@ -169,7 +170,7 @@ def test_rows_are_streamed(make_config, root):
     """Catches a manifest that is parsed as a whole before its first chunk."""
     write_rows(root / "m" / "a.jsonl", [{"file": "pics/1.png", "words": "t", "kind": "x"}] * 2000)
     config = make_config(root, manifest("m/a.jsonl"), extract={"chunk_rows": 10})
-    chunks = read_chunks(config, list_shards(config)[0])
+    chunks = read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])
     next(chunks)
     (root / "m" / "pics" / "1.png").unlink()
     assert sum(len(chunk.rejects) for chunk in chunks) > 1000

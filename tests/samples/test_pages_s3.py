@@ -8,6 +8,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.samples import pages, parquet
 from mmkt_ray.samples.columns import Reading
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.cluster.test_s3 import BUCKET, Server, server  # noqa: F401  (a fixture)
 
@@ -23,7 +24,7 @@ def put(server: Server, make_config):  # noqa: F811
         fs, path = storage.resolve(f"{BUCKET}/pages/a.parquet")
         pq.write_table(table, path, filesystem=fs, **how)
         config = make_config(f"{BUCKET}/pages", SOURCE)
-        return Reading(config, list_shards(config)[0])
+        return Reading(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])
 
     return write
 
@@ -34,7 +35,7 @@ def test_page_that_unpacks_to_too_much_is_damage(put, monkeypatch):
     images = [bytes([i % 256]) * 10 for i in range(300)] + [bytes(200_000)]
     how = {"compression": "zstd", "use_dictionary": False, "write_batch_size": 1, "data_page_size": 1}
     reading = put(pa.table({"image": images, "label": ["a"] * 301}), row_group_size=300, **how)
-    (chunk,) = read_chunks(reading.config, reading.shard)
+    (chunk,) = read_chunks(reading.plan, reading.shard)
     assert 250 < len(chunk.table) <= 300  # whole batches
     assert "bytes, more than 100,000" in chunk.rejects[0].reason
 
@@ -54,7 +55,7 @@ def test_a_dictionary_that_the_footer_does_not_tell_of_is_damage(put, monkeypatc
     """Catches a file whose footer hides the value that is in every row, so that batches are too large for it."""
     monkeypatch.setattr(parquet, "most_bytes_of_a_value", lambda *args, **kwargs: 0)  # as if no dictionary were named
     reading = put(pa.table({"image": [bytes(50_000)] * 100, "label": ["a"] * 100}), compression="zstd")
-    (chunk,) = read_chunks(reading.config, reading.shard)
+    (chunk,) = read_chunks(reading.plan, reading.shard)
     assert len(chunk.table) == 0
     assert "values of 50,004 bytes that repeat, of which the footer says nothing" in chunk.rejects[0].reason
 

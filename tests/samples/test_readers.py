@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.kinds.cells import escape_id, label_names, label_text
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
 from mmkt_ray.samples.schema import sample_schema
 
@@ -42,9 +43,9 @@ def test_folder_glob_and_uri_list_the_same_shards(make_config, tmp_path, path):
     for name in ("b c.parquet", "a.parquet", ".tmp.parquet", "notes.md"):
         write_parquet(tmp_path / "d" / name, text=["x"], label=["y"])
     root, path = (f"file://{tmp_path}", "d") if path == "file" else (tmp_path, path)
-    config = make_config(root, {**PARQUET, "path": path})
-    assert [s.name for s in list_shards(config)] == ["d/a.parquet", "d/b c.parquet"]
-    assert [c.table.num_rows for s in list_shards(config) for c in read_chunks(config, s)] == [1, 1]
+    plan = ReadingPlan.of(make_config(root, {**PARQUET, "path": path}))
+    assert [s.name for s in list_shards(plan)] == ["d/a.parquet", "d/b c.parquet"]
+    assert [c.table.num_rows for s in list_shards(plan) for c in read_chunks(plan, s)] == [1, 1]
 
 
 def test_shards_below_a_pattern_are_listed_once(make_config, tmp_path):
@@ -57,27 +58,27 @@ def test_shards_below_a_pattern_are_listed_once(make_config, tmp_path):
     for data_root in (root, f"file://{root}"):
         for path, expected in (("**/*.parquet", names), ("**", names), ("a/b/[3].parquet", names[3:])):
             config = make_config(data_root, {**PARQUET, "path": path})
-            shards = list_shards(config)
+            shards = list_shards(ReadingPlan.of(config))
             assert sorted(s.name for s in shards) == expected, (data_root, path)
-            assert [c.table.num_rows for s in shards for c in read_chunks(config, s)] == [1] * len(expected)
+            assert [c.table.num_rows for s in shards for c in read_chunks(ReadingPlan.of(config), s)] == [1] * len(expected)
 
 
 def test_misspelt_path_names_the_nearest(make_config, tmp_path):
     """Catches an empty result, or a bare 'not found', for the commonest mistake."""
     (tmp_path / "cifar10").mkdir()
     with pytest.raises(DataError, match=r"sources\[0\].path: nothing at .*has no 'cifra10'; did you mean 'cifar10'\?"):
-        list_shards(make_config(tmp_path, {**PARQUET, "path": "cifra10/train-*.parquet"}))
+        list_shards(ReadingPlan.of(make_config(tmp_path, {**PARQUET, "path": "cifra10/train-*.parquet"})))
 
 
 @pytest.mark.parametrize("root", ["", "file://"])
 def test_missing_data_root_is_told_from_where_it_ends(make_config, tmp_path, root):
     """Catches an endless climb, or a listing of the current folder, when not even the root exists."""
     with pytest.raises(DataError, match=r"nothing at '.*/no/such/a.parquet'"):
-        list_shards(make_config(f"{root}{tmp_path}/no/such", PARQUET))
+        list_shards(ReadingPlan.of(make_config(f"{root}{tmp_path}/no/such", PARQUET)))
     with pytest.raises(
         DataError, match=r"nothing at '.*/no_such_folder_here/x/a.parquet'.* has no 'no_such_folder_here'"
     ):
-        list_shards(make_config(f"{root}/no_such_folder_here/x", PARQUET))
+        list_shards(ReadingPlan.of(make_config(f"{root}/no_such_folder_here/x", PARQUET)))
 
 
 def test_folder_without_files_of_the_reader_says_what_it_holds(make_config, tmp_path):
@@ -85,7 +86,7 @@ def test_folder_without_files_of_the_reader_says_what_it_holds(make_config, tmp_
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "x.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"no \*\.parquet for reader 'parquet' .*it holds: x\.tar"):
-        list_shards(make_config(tmp_path, {**PARQUET, "path": "d"}))
+        list_shards(ReadingPlan.of(make_config(tmp_path, {**PARQUET, "path": "d"})))
 
 
 def test_identity_follows_the_content(make_config, tmp_path):
@@ -94,9 +95,9 @@ def test_identity_follows_the_content(make_config, tmp_path):
         (tmp_path / "d" / folder).mkdir(parents=True)
         (tmp_path / "d" / folder / "1.txt").write_text("x")
     config = make_config(tmp_path, {**FOLDERS, "path": "d"})
-    before = {s.name: s.unit for s in list_shards(config)}
+    before = {s.name: s.unit for s in list_shards(ReadingPlan.of(config))}
     (tmp_path / "d" / "cats" / "2.txt").write_text("y")
-    after = {s.name: s.unit for s in list_shards(config)}
+    after = {s.name: s.unit for s in list_shards(ReadingPlan.of(config))}
     assert set(before) == {"d/cats", "d/dogs"}
     assert before["d/dogs"] == after["d/dogs"]
     assert before["d/cats"] != after["d/cats"]
@@ -113,8 +114,8 @@ def test_chunks_keep_both_limits_and_the_order(make_config, tmp_path):
     for row_group_size in (1500, 70):
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=row_group_size)
         config = make_config(tmp_path, PARQUET, extract={"chunk_rows": 100, "chunk_bytes": 20_000})
-        chunks = [c for s in list_shards(config) for c in read_chunks(config, s)]
-        assert all(c.table.schema.equals(sample_schema(config)) for c in chunks)
+        chunks = [c for s in list_shards(ReadingPlan.of(config)) for c in read_chunks(ReadingPlan.of(config), s)]
+        assert all(c.table.schema.equals(sample_schema(ReadingPlan.of(config))) for c in chunks)
         sizes = [[len(text) for text in c.table["text"].to_pylist()] for c in chunks]
         assert all(len(rows) <= 100 and sum(rows) <= 20_000 for rows in sizes)
         assert [text for c in chunks for text in c.table["text"].to_pylist()] == texts
@@ -127,7 +128,7 @@ def test_a_sample_larger_than_a_chunk_stands_alone(make_config, read_all, tmp_pa
     texts = ["s", "L" * 5000, "s" * 400, "s" * 600, "s"]
     write_parquet(tmp_path / "a.parquet", text=texts, label=["a"] * 5)
     config = make_config(tmp_path, PARQUET, extract={"chunk_bytes": 1000})
-    assert [c.table.num_rows for c in read_chunks(config, list_shards(config)[0])] == [1, 1, 2, 1]
+    assert [c.table.num_rows for c in read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])] == [1, 1, 2, 1]
     assert read_all(config)[0]["text"].to_pylist()[1] == "L" * 5000
 
 
@@ -146,9 +147,9 @@ def test_memory_is_bounded_by_the_chunk(make_config, write_tar, tmp_path, layout
         write_tar(tmp_path / "a.tar", [(f"{i}.png", image) for i in range(num_rows)])
         source = {**WEBDATASET, "columns": {"image": "png", "label": "cls"}}
     config = make_config(tmp_path, source, extract={"chunk_bytes": 1_000_000})
-    shard = list_shards(config)[0]
+    shard = list_shards(ReadingPlan.of(config))[0]
     start, most, rows = pa.total_allocated_bytes(), 0, 0
-    for chunk in read_chunks(config, shard):
+    for chunk in read_chunks(ReadingPlan.of(config), shard):
         rows += chunk.table.num_rows
         most = max(most, pa.total_allocated_bytes() - start)
     assert rows == num_rows
@@ -399,7 +400,7 @@ def test_unknown_encoding_is_a_config_error(make_config, tmp_path):
     write_parquet(tmp_path / "a.parquet", text=["x"], label=["y"])
     config = make_config(tmp_path, {**PARQUET, "encoding": "latin_one"})
     with pytest.raises(ConfigError, match="unknown text encoding 'latin_one'"):
-        list(read_chunks(config, list_shards(config)[0]))
+        list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
 
 
 def test_mapped_ids(make_config, read_all, tmp_path):
@@ -415,7 +416,7 @@ def test_mapped_ids(make_config, read_all, tmp_path):
         ("c", "no modality is present"),
         ("c", "duplicate sample id"),
     ]
-    assert find_samples(config, ["c", "a%7Cb", "none"])["sample_id"].to_pylist() == ["c", "a%7Cb"]
+    assert find_samples(ReadingPlan.of(config), ["c", "a%7Cb", "none"])["sample_id"].to_pylist() == ["c", "a%7Cb"]
 
 
 def test_split_column(make_config, read_all, tmp_path):
@@ -483,7 +484,7 @@ def test_missing_column_lists_those_there_are(make_config, tmp_path, path):
         tmp_path, {**PARQUET, "path": path, "reader": "parquet" if path == "a.parquet" else "manifest"}
     )
     with pytest.raises(DataError, match=r"no column 'label'; did you mean 'lable'\? known: lable, text"):
-        list(read_chunks(config, list_shards(config)[0]))
+        list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
 
 
 def test_paths_in_an_image_column_point_to_the_manifest_reader(make_config, tmp_path):
@@ -491,7 +492,7 @@ def test_paths_in_an_image_column_point_to_the_manifest_reader(make_config, tmp_
     write_parquet(tmp_path / "a.parquet", image=["x.png"], label=["y"])
     config = make_config(tmp_path, {**PARQUET, "columns": {"image": "image", "label": "label"}})
     with pytest.raises(DataError, match="set reader: manifest"):
-        list(read_chunks(config, list_shards(config)[0]))
+        list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
 
 
 def test_truncated_parquet_is_one_reject(make_config, read_all, tmp_path):
@@ -531,7 +532,7 @@ def test_cifar10_of_the_hub(make_config, data_dir):
         "split": "test",
     }
     config = make_config(data_dir, source)
-    chunks = list(read_chunks(config, list_shards(config)[0]))
+    chunks = list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
     assert [c.table.num_rows for c in chunks] == [1024] * 9 + [784]
     labels = [label for c in chunks for label in c.table["label"].to_pylist()]
     assert sorted(set(labels)) == [
@@ -548,4 +549,4 @@ def test_cifar10_of_the_hub(make_config, data_dir):
     ]
     assert chunks[0].table["image"][0].as_py().startswith(b"\xff\xd8")
     wanted = ["cifar10/test-00000-of-00001.parquet#1500", "cifar10/test-00000-of-00001.parquet#3"]
-    assert find_samples(config, wanted)["label"].to_pylist() == [labels[1500], labels[3]]
+    assert find_samples(ReadingPlan.of(config), wanted)["label"].to_pylist() == [labels[1500], labels[3]]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.splits import assign_split, normalise_split, split_in_name
 
 SOURCE = {"reader": "parquet", "path": "a", "columns": {"text": "text", "label": "label"}}
@@ -15,7 +16,7 @@ IDS = [f"a.parquet#{i}" for i in range(4000)]
 def test_fractions_are_met(make_config):
     """Catches a hash that is not uniform, or thresholds that overlap."""
     config = make_config("d", SOURCE, samples={"split": {"val_frac": 0.1, "test_frac": 0.2}})
-    counts = Counter(assign_split(i, None, None, config, config.samples.sources[0]) for i in IDS)
+    counts = Counter(assign_split(i, None, None, ReadingPlan.of(config), config.samples.sources[0]) for i in IDS)
     assert abs(counts["val"] / len(IDS) - 0.1) < 0.02
     assert abs(counts["test"] / len(IDS) - 0.2) < 0.02
     assert set(counts) == {"train", "val", "test"}
@@ -24,7 +25,7 @@ def test_fractions_are_met(make_config):
 def test_known_draws_never_change(make_config):
     """Catches a changed or salted hash: rows would wander between train and test across versions."""
     config = make_config("d", SOURCE)
-    drawn = [assign_split(i, None, None, config, config.samples.sources[0]) for i in IDS[:12]]
+    drawn = [assign_split(i, None, None, ReadingPlan.of(config), config.samples.sources[0]) for i in IDS[:12]]
     assert " ".join(drawn) == "train val test val train train train train test train train train"
 
 
@@ -32,17 +33,17 @@ def test_val_is_taken_from_given_train_rows(make_config):
     """Catches train-and-test data that leaves nothing to choose the best epoch by, or touches test."""
     config = make_config("d", {**SOURCE, "split": "train"}, {**SOURCE, "path": "b", "split": "test"})
     train, test = config.samples.sources
-    counts = Counter(assign_split(i, None, None, config, train) for i in IDS)
+    counts = Counter(assign_split(i, None, None, ReadingPlan.of(config), train) for i in IDS)
     assert abs(counts["val"] / len(IDS) - 0.1) < 0.02
     assert set(counts) == {"train", "val"}
-    assert {assign_split(i, None, None, config, test) for i in IDS} == {"test"}
+    assert {assign_split(i, None, None, ReadingPlan.of(config), test) for i in IDS} == {"test"}
 
 
 @pytest.mark.parametrize("val_giver", [{"split": "val"}, {"columns": {**SOURCE["columns"], "split": "split"}}])
 def test_given_train_rows_stay_where_val_is_given(make_config, val_giver):
     """Catches train rows lost to val although the data has a val split of its own."""
     config = make_config("d", {**SOURCE, "split": "train"}, {**SOURCE, "path": "b", **val_giver})
-    assert {assign_split(i, None, None, config, config.samples.sources[0]) for i in IDS} == {"train"}
+    assert {assign_split(i, None, None, ReadingPlan.of(config), config.samples.sources[0]) for i in IDS} == {"train"}
 
 
 def test_partners_of_a_join_stay_together(make_config):
@@ -50,16 +51,16 @@ def test_partners_of_a_join_stay_together(make_config):
     joined = make_config("d", SOURCE, samples={"combine": "join"})
     source = joined.samples.sources[0]
     keys = [str(i) for i in range(200)]
-    left, right = ([assign_split(f"{side}#{k}", k, None, joined, source) for k in keys] for side in "ab")
+    left, right = ([assign_split(f"{side}#{k}", k, None, ReadingPlan.of(joined), source) for k in keys] for side in "ab")
     assert left == right
     union = make_config("d", SOURCE)
-    assert left != [assign_split(f"a#{k}", k, None, union, source) for k in keys]
+    assert left != [assign_split(f"a#{k}", k, None, ReadingPlan.of(union), source) for k in keys]
 
 
 def test_source_split_outranks_the_row(make_config):
     """Catches a row's own word winning over what the config says of the whole source."""
     config = make_config("d", {**SOURCE, "split": "test"})
-    assert assign_split("a", None, "train", config, config.samples.sources[0]) == "test"
+    assert assign_split("a", None, "train", ReadingPlan.of(config), config.samples.sources[0]) == "test"
 
 
 @pytest.mark.parametrize(

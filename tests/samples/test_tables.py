@@ -13,6 +13,7 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.cells import canonical, key_text, label_names, label_text, likely_encoding
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 
 COLUMNS = {"text": "text", "label": "label"}
@@ -26,7 +27,7 @@ def manifest(path: str, **more: object) -> dict:
 def read(make_config, root, source: dict, **more: object) -> list:
     """All chunks of the source's shards."""
     config = make_config(root, source, **more)
-    return [chunk for shard in list_shards(config) for chunk in read_chunks(config, shard)]
+    return [chunk for shard in list_shards(ReadingPlan.of(config)) for chunk in read_chunks(ReadingPlan.of(config), shard)]
 
 
 # --- encodings --------------------

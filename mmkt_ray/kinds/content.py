@@ -5,11 +5,14 @@ Axes: N rows.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from xxhash import xxh3_64_intdigest
 
 NORMALISATION = 2  # version of the rules below: part of what identifies features
@@ -67,6 +70,14 @@ def _rows_to_look_at(column: pa.LargeStringArray) -> np.ndarray:
     return np.unique(np.searchsorted(offsets - offsets[0], np.flatnonzero(special), side="right") - 1)
 
 
+def blank_to_null(column: pa.Array) -> pa.Array:
+    """Texts (N,) with null where there is nothing but white space."""
+    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(column)), 0)
+    if not pc.any(blank).as_py():
+        return column
+    return pc.if_else(pc.fill_null(blank, False), pa.scalar(None, column.type), column)
+
+
 def hash_text(text: str) -> int:
     """64-bit hash of a text (XXH3); the same for texts that differ in case and white space only."""
     return xxh3_64_intdigest(text.casefold().encode().translate(None, b" \t\n"))
@@ -75,3 +86,8 @@ def hash_text(text: str) -> int:
 def hash_array(values: np.ndarray) -> int:
     """64-bit hash of decoded pixels or audio samples (XXH3), their shape included."""
     return xxh3_64_intdigest(np.ascontiguousarray(values).data, seed=xxh3_64_intdigest(repr(values.shape).encode()))
+
+
+def hash_json(value: Any) -> int:
+    """64-bit hash of any value of plain Python types (XXH3), whatever the order of its keys."""
+    return xxh3_64_intdigest(json.dumps(value, sort_keys=True, default=str).encode())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import base64
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-from mmkt_ray.errors import ConfigError
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: each image is held to samples.max_image_pixels, before it is decoded
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -38,6 +35,17 @@ def decode_and_tell(data: bytes, max_pixels: int) -> tuple[np.ndarray, list[str]
     return _decode_any(data, max_pixels) if decoded is None else decoded
 
 
+def decode_file(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, list[str]]:
+    """What a decoding process sends of an image: its pixels, no number, what was changed. Raises: as `decode_image`."""
+    pixels, changes = decode_and_tell(data, max_pixels)
+    return pixels, 0, changes
+
+
+def warm_up() -> None:
+    """Import Pillow's decoders, for which the first image would pay otherwise."""
+    Image.init()
+
+
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(
@@ -45,10 +53,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-Decoded = tuple[np.ndarray, list[str]]  # pixels, what was changed
+Told = tuple[np.ndarray, list[str]]  # pixels, what was changed
 
 
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Decoded | None:
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
     """Fast path for RGB and grey JPEG; None leaves the image or its fault to Pillow."""
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -110,7 +118,7 @@ def _exif_block(data: bytes) -> bytes:
     return b""
 
 
-def _decode_any(data: bytes, max_pixels: int) -> Decoded:
+def _decode_any(data: bytes, max_pixels: int) -> Told:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a job over millions of images must not fill its log with notes on metadata
         try:
@@ -143,7 +151,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
         return image, []
 
 
-def _to_rgb(image: Image.Image, changes: list[str]) -> Decoded:
+def _to_rgb(image: Image.Image, changes: list[str]) -> Told:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return np.repeat(_to_8_bit(image)[:, :, None], 3, axis=2), [*changes, "scaled to 8 bit"]
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -166,92 +174,10 @@ def _to_8_bit(image: Image.Image) -> np.ndarray:
     return np.rint(np.clip(values, 0.0, white) * (255.0 / white)).astype(np.uint8)
 
 
-# --- audio --------------------
-
-MAX_AUDIO_FRAMES = 64_000_000  # 22 minutes at 48 kHz; 256 MB as float32
-SAMPLE_RATES = (1_000, 400_000)  # in Hz
-OPEN_ENDED = 0x7FFF0000  # a file that was written to a pipe states a size from here on, as it did not know
-_UNKNOWN_FORMAT = 1  # code of libsndfile's error
-_SLACK_BYTES = 48  # that writers state too much: a pad byte, the header of 44 bytes counted in
-_MP3_SLACK_FRAMES = 2 * 1152  # what its encoder and its decoder may see differently
-# the first bytes of kinds whose chunks state their size -> byte order, name of the chunk with the sound
-_CHUNKS: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
-    b"RIFF": ("little", b"data"),
-    b"RIFX": ("big", b"data"),
-    b"FORM": ("big", b"SSND"),
-}
-
-
-class Clip(NamedTuple):
-    """Decoded audio, mixed to one channel."""
-
-    samples: np.ndarray  # (T,) float32 in -1..1
-    sample_rate: int  # in Hz
-
-
-def import_soundfile() -> Any:
-    """The module soundfile, which is an extra. Raises: ConfigError if it is not installed."""
-    try:
-        return importlib.import_module("soundfile")
-    except (ImportError, OSError) as error:  # OSError: without its C library
-        raise ConfigError(f"reading audio needs soundfile ({error}): pip install 'mmkt-ray[audio]'") from None
-
-
-def decode_audio(data: bytes) -> Clip:
-    """Decode whatever soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...), channels averaged; NaN and infinities become silence.
-
-    Decoded block by block, so that a small file that claims hours costs no memory. A cut WAV, AIFF, FLAC or MP3 is found out
-    by the length it states, where that is more than a few bytes off; other kinds are taken as far as they go.
-
-    Raises: ValueError if the data is no such audio, is damaged or cut, is empty, or has more than MAX_AUDIO_FRAMES frames.
-        ConfigError if soundfile is not installed.
-    """
-    soundfile = import_soundfile()
-    if not data:
-        raise ValueError("empty (0 bytes)")
-    if (missing := _missing_bytes(data)) > _SLACK_BYTES:
-        raise ValueError(f"damaged: {len(data):,} bytes are there of {len(data) + missing:,}")
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            samples, sample_rate = _read_mono(sound), sound.samplerate
-    except soundfile.LibsndfileError as error:
-        if error.code == _UNKNOWN_FORMAT:
-            raise ValueError(f"no sound that soundfile reads (WAV, FLAC, OGG, MP3, ...); begins with {data[:8]!r}") from None
-        raise ValueError(f"damaged: {error.error_string}") from None
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a header that names no known encoding
-        raise ValueError(f"damaged: {error}") from None
-    if not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
-        raise ValueError(f"its sample rate is {sample_rate:,} Hz, outside {SAMPLE_RATES[0]:,} to {SAMPLE_RATES[1]:,}")
-    return Clip(samples, sample_rate)
-
-
-def _missing_bytes(data: bytes) -> int:
-    """Bytes of sound that a file of chunks states and that are not there; the size of the whole file says nothing."""
-    order, name = _CHUNKS.get(data[:4], ("little", b""))
-    at = 12
-    while name and at + 8 <= len(data):
-        size = int.from_bytes(data[at + 4 : at + 8], order)
-        if data[at : at + 4] == name:
-            return max(0, at + 8 + size - len(data)) if size < OPEN_ENDED else 0
-        at += 8 + size + size % 2
-    return 0
-
-
-def _read_mono(sound: Any) -> np.ndarray:
-    """All frames (T,) float32 of an open soundfile.SoundFile."""
-    blocks: list[np.ndarray] = []
-    num_frames, block_frames = 0, max(1, (1 << 20) // sound.channels)
-    while len(block := sound.read(block_frames, dtype="float32", always_2d=True)):
-        num_frames += len(block)
-        if num_frames > MAX_AUDIO_FRAMES:
-            raise ValueError(
-                f"more than {MAX_AUDIO_FRAMES:,} frames ({MAX_AUDIO_FRAMES // 48_000 // 60} minutes at 48 kHz)"
-            )
-        mono = np.nan_to_num(block, posinf=0.0, neginf=0.0).mean(axis=1)
-        blocks.append(np.nan_to_num(mono, posinf=0.0, neginf=0.0))  # the mean of extreme floats overflows
-    if num_frames == 0:
-        raise ValueError("it holds no sound (0 frames)")
-    slack = _MP3_SLACK_FRAMES if sound.format == "MP3" else 0
-    if num_frames < sound.frames - slack and sound.frames < 1 << 62:  # a FLAC written to a pipe states no length
-        raise ValueError(f"damaged: {num_frames:,} frames are there of {sound.frames:,}")
-    return np.concatenate(blocks)
+def thumbnail(pixels: np.ndarray, side: int) -> str:
+    """Pixels (H, W, 3) uint8 -> base64 PNG of at most `side` pixels a side."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()

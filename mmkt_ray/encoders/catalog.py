@@ -1,0 +1,21 @@
+"""All encoders that come with the project, by the name that a config gives. A new one is its class and an entry here."""
+
+from __future__ import annotations
+
+from mmkt_ray.encoders.audio import LogMelCnnAudioEncoder
+from mmkt_ray.encoders.base import ListedEncoder
+from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
+from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
+from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
+from mmkt_ray.encoders.text import TfidfEncoder
+
+ENCODERS: dict[str, type[ListedEncoder]] = {
+    "cnn": CnnImageEncoder,
+    "pixels": PixelsImageEncoder,
+    "tfidf": TfidfEncoder,
+    "logmel_cnn": LogMelCnnAudioEncoder,
+    "torchvision": TorchvisionImageEncoder,
+    "efficientnet-lite0": EfficientNetLite0ImageEncoder,
+    "minilm": MinilmTextEncoder,
+    "huggingface": HuggingFaceTextEncoder,
+}

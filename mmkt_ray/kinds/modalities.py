@@ -1,0 +1,275 @@
+"""The kinds of modalities: all that differs between images, texts and sounds, one class each.
+
+A new kind is one class and one entry in MODALITY_KINDS. Its fields, if it has any, are keys of the config:
+`kind: {name: table, types: {price: number}}`; one without is written as its bare name.
+
+Nothing heavy is imported here before it is used: the config comes from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import model_serializer
+
+from mmkt_ray.section import Choice
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from mmkt_ray.kinds.arrow import Converted
+
+THUMBNAIL_SIDE = 96  # pixels
+EXCERPT_CHARS = 300
+
+
+class Source(NamedTuple):
+    """What a reader of Parquet offers to a kind that converts a column."""
+
+    encoding: str  # of bytes that stand for text
+    read_file: Callable[[str], bytes]  # a file that a cell names. Raises: ValueError
+    as_text: Callable[[pa.Array], Converted]  # numbers, dates and class codes, spelt as labels are
+
+
+class ModalityKind(Choice):
+    """What one modality holds. A cell is what a source has; a value is what an encoder takes.
+
+    By default a value is the cell, as Arrow gives it: override what differs.
+    """
+
+    holds: ClassVar[str]  # for the config's help
+    # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
+    takes_several: ClassVar[bool] = False
+    is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
+    decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
+    # of one encoded float32 feature in a store, for estimates: what bf16 networks give, and zeros, compress
+    stored_bytes: ClassVar[float] = 3.7
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
+        """A kind without options as its bare name."""
+        return handler(self) if len(type(self).model_fields) > 1 else self.name
+
+    # --- reading --------------------
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """Type of the column in a chunk of samples."""
+        raise NotImplementedError
+
+    def from_cell(self, cell: Any, encoding: str) -> Any:
+        """One raw cell, never null or NaN, as `arrow_type` holds it. encoding: of bytes that stand for text.
+
+        Raises: ValueError that says what was got.
+        """
+        return cell
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        """A column of raw cells (N,) as one of `arrow_type`, and why some of its rows, null in it, cannot be read.
+
+        Raises: TypeError, pa.ArrowException if no row of such a column can be.
+        """
+        import pyarrow as pa
+
+        from mmkt_ray.kinds.arrow import check_value, values_of
+        from mmkt_ray.kinds.cells import is_nan
+
+        values, errors = [], {}
+        for i, cell in enumerate(values_of(raw)):
+            try:
+                check_value(cell)
+                values.append(None if cell is None or is_nan(cell) else self.from_cell(cell, source.encoding))
+            except ValueError as error:
+                values.append(None)
+                errors[i] = str(error)
+        return pa.array(values, self.arrow_type), errors
+
+    def normalise(self, column: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
+        """The column (N,) with equal content in one form, blank values as nulls; and row -> what was changed in it."""
+        return column, {}
+
+    def num_bytes(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Bytes of each value (N,) int64, 0 where null: chunks are cut by them."""
+        from mmkt_ray.kinds.arrow import bytes_of_values
+
+        return bytes_of_values(column)
+
+    # --- values --------------------
+
+    def from_decoder(self, array: np.ndarray, number: int) -> Any:
+        """A value, of the array and the number that the decoder sent."""
+        return array
+
+    def digest(self, value: Any) -> int:
+        """64-bit hash of a value's content: equal for what counts as a duplicate."""
+        from mmkt_ray.kinds.content import hash_json
+
+        return hash_json(value)
+
+    # --- for people --------------------
+
+    def check(self) -> None:
+        """Raises: ConfigError if this machine lacks what the kind needs."""
+
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        """A cell in the gallery: {kind: text, text} or {kind: image, png (base64)}. decode: cell -> value, None if broken."""
+        return {"kind": "text", "text": excerpt(str(cell))}
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"
+
+
+class _File(ModalityKind):
+    """A kind whose cells are encoded files."""
+
+    is_file: ClassVar[bool] = True
+    stored_bytes: ClassVar[float] = 1.8
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        import pyarrow as pa
+
+        return pa.large_binary()
+
+    def from_cell(self, cell: Any, encoding: str) -> bytes:
+        if not isinstance(cell, bytes):
+            raise ValueError(f"{self.name} must be encoded bytes, got {type(cell).__name__}")
+        return cell
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from mmkt_ray.kinds.arrow import check_value, is_binary, values_of
+
+        if not pa.types.is_struct(raw.type):
+            if not is_binary(raw.type):
+                raise TypeError(f"{self.name} must be encoded bytes; if these are paths, set reader: manifest")
+            return raw.cast(pa.large_binary()), {}
+        data = pc.struct_field(raw, "bytes").cast(pa.large_binary())
+        if data.null_count == 0 or raw.type.get_field_index("path") < 0:
+            return data, {}
+        values, errors = data.to_pylist(), {}
+        for i, path in enumerate(values_of(pc.struct_field(raw, "path"))):
+            if values[i] is None and path:
+                try:
+                    check_value(path)
+                    values[i] = source.read_file(path)
+                except ValueError as error:
+                    errors[i] = str(error)
+        return pa.array(values, pa.large_binary()), errors
+
+
+class Image(_File):
+    """An encoded image; its value is pixels (H, W, 3) uint8."""
+
+    name: Literal["image"] = "image"
+    holds: ClassVar[str] = "the bytes of an image file"
+    decoder: ClassVar[str] = "mmkt_ray.kinds.images:decode_file"
+
+    def digest(self, value: np.ndarray) -> int:
+        """Of the pixels and their shape."""
+        from mmkt_ray.kinds.content import hash_array
+
+        return hash_array(value)
+
+    def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        """A thumbnail of at most THUMBNAIL_SIDE pixels a side; png is None if the image can't be decoded."""
+        from mmkt_ray.kinds.images import thumbnail
+
+        pixels = decode(cell)
+        return {"kind": "image", "png": None if pixels is None else thumbnail(pixels, THUMBNAIL_SIDE)}
+
+
+class Audio(_File):
+    """An encoded sound; its value is a `kinds.sounds.Clip`."""
+
+    name: Literal["audio"] = "audio"
+    holds: ClassVar[str] = "the bytes of a sound file"
+    decoder: ClassVar[str] = "mmkt_ray.kinds.sounds:decode_file"
+
+    def from_decoder(self, array: np.ndarray, number: int) -> Any:
+        from mmkt_ray.kinds.sounds import Clip
+
+        return Clip(array, number)
+
+    def digest(self, value: Any) -> int:
+        """Of the samples, whatever their rate."""
+        from mmkt_ray.kinds.content import hash_array
+
+        return hash_array(value.samples)
+
+    def check(self) -> None:
+        from mmkt_ray.kinds.sounds import import_soundfile
+
+        import_soundfile()
+
+    def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        return {"kind": "text", "text": f"audio, {len(cell):,} bytes"}
+
+
+class Text(ModalityKind):
+    """A string, in Unicode's composed form without control characters."""
+
+    name: Literal["text"] = "text"
+    holds: ClassVar[str] = "a string"
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        import pyarrow as pa
+
+        return pa.large_string()
+
+    def from_cell(self, cell: Any, encoding: str) -> str | None:
+        """Also of numbers, spelt as labels are."""
+        from mmkt_ray.kinds.cells import decode_text, label_text
+
+        text = decode_text(cell, encoding) if isinstance(cell, bytes) else cell
+        return text if isinstance(text, str) else label_text(text)
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        """Decoded and checked text: Arrow does not check the strings that it reads from a file."""
+        import pyarrow as pa
+
+        from mmkt_ray.kinds.arrow import is_binary, is_string
+        from mmkt_ray.kinds.cells import decode_text, is_utf8
+
+        if not is_binary(raw.type) and not is_string(raw.type):
+            column, errors = source.as_text(raw)
+            return column.cast(pa.large_string()), errors
+        encoding = source.encoding if is_binary(raw.type) else "utf-8"
+        data = raw.cast(pa.large_binary())
+        if is_utf8(encoding):
+            try:
+                return data.cast(pa.large_string()), {}
+            except pa.ArrowInvalid:
+                pass  # some row is not UTF-8: find out which
+        values, errors = [], {}
+        for i, value in enumerate(data.to_pylist()):
+            try:
+                values.append(None if value is None else decode_text(value, encoding))
+            except ValueError as error:
+                values.append(None)
+                errors[i] = str(error)
+        return pa.array(values, pa.large_string()), errors
+
+    def normalise(self, column: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
+        from mmkt_ray.kinds.content import blank_to_null, normalise_texts
+
+        texts, changed = normalise_texts(column)
+        return blank_to_null(texts), changed
+
+    def digest(self, value: str) -> int:
+        """The same for texts that differ in case and white space only."""
+        from mmkt_ray.kinds.content import hash_text
+
+        return hash_text(value)
+
+
+MODALITY_KINDS: dict[str, type[ModalityKind]] = {"image": Image, "text": Text, "audio": Audio}
