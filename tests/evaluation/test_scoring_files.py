@@ -8,6 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 from mmkt_ray.cli import main
 from mmkt_ray.evaluation.rows import prediction_columns
 from mmkt_ray.evaluation.scoring_files import score_task, scores_text
+from mmkt_ray.kinds.tasks import task_kind
 from tests.evaluation.runs import KINDS, make_config
 
 NAMES = {"thing": ["bird", "boat", "car"], "warm": ["no", "yes"], "tags": ["animal", "flies"]}
@@ -34,7 +35,7 @@ def rows_of(task):
         label[7] = "unicorn"
     missing = [["text"] if i % 2 else [] for i in range(NUM_ROWS)]
     columns = {"missing": pa.array(missing, pa.list_(pa.string())), f"{task}_label": pa.array(label)}
-    table = pa.table(columns | prediction_columns(task, proba, names, KINDS[task]))
+    table = pa.table(columns | prediction_columns(task, proba, names, task_kind(KINDS[task])))
     return table, label, proba
 
 
@@ -67,7 +68,7 @@ def test_a_file_of_any_kind_of_task_is_told(config, task):
     table, _, _ = rows_of(task)
     none = table.filter(pa.array([i == 5 for i in range(NUM_ROWS)]))
     for rows, num in ((table, 88), (none, 0)):
-        found = score_task(rows, task, KINDS[task], NAMES[task], config)
+        found = score_task(rows, task, task_kind(KINDS[task]), NAMES[task], config)
         text = scores_text({"num_rows": len(rows), "confidence": 0.95, "tasks": {task: found}})
         assert f"{task} ({KINDS[task]}): {num} labelled rows" in text
         assert ("accuracy " in text) == (num > 0)
