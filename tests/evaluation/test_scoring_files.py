@@ -42,7 +42,7 @@ def rows_of(task):
 def test_the_scores_of_a_file_are_scikit_learns(config):
     """Catches labels beside another row's prediction, an unknown class that is left out, and a missing label that counts."""
     table, label, proba = rows_of("thing")
-    found = score_task(table, "thing", "multiclass", NAMES["thing"], config)
+    found = score_task(table, "thing", task_kind("multiclass"), NAMES["thing"], config)
     kept = [i for i in range(NUM_ROWS) if i not in (3, 5)]
     truth, pred = np.array(label, object)[kept].astype(str), np.array(NAMES["thing"])[proba[kept].argmax(axis=1)]
     assert (found["num_rows"], found["num_unseen"], found["num_unreadable"]) == (88, 1, 1)
