@@ -1,8 +1,10 @@
 """The interface of a task kind: everything in which one kind of task differs from another.
 
+Nothing heavy is imported here before it is used: a config is made of kinds.
+
 Axes: N rows, B rows of a batch, K numbers that a model gives for a row (the width), M modalities, P models in a stack,
-R resamples, S seeds. Outputs are what a model's logits become before anyone reads them, such as probabilities. Predictions
-have the form of label values.
+R resamples, S seeds. Outputs are what a model's logits become before anyone reads them, such as probabilities.
+Predictions have the form of label values.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import pyarrow as pa
 
-from mmkt_ray.kinds.arrow import Converted
 from mmkt_ray.kinds.labels import Labels
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
+
+    from mmkt_ray.kinds.arrow import Converted
 
 
 class Outcomes(Protocol):
@@ -34,7 +37,6 @@ class TaskKind(ABC):
     """One kind of task. Fields are its parameters; they are kept with stores and models, see `as_json`."""
 
     name: ClassVar[str]
-    arrow_type: ClassVar[pa.DataType]  # of a column of labels, and of one of predictions
     exclusive: ClassVar[bool] = False  # a row has one of several classes, so rows can be made up and paired by class
     metrics: ClassVar[tuple[str, ...]]  # what an objective may ask for
     reported: ClassVar[tuple[str, ...]]  # metrics with an interval in every comparison, the main one first
@@ -59,6 +61,11 @@ class TaskKind(ABC):
         return self.reported[0]
 
     # --- labels ------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def arrow_type(self) -> pa.DataType:
+        """Type of a column of labels, and of one of predictions."""
 
     def reading(self, task: str, separator: str) -> str:
         """What decides how cells of a task are read: stores of another reading are made anew."""

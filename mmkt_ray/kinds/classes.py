@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from unicodedata import normalize
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.base import TaskKind
@@ -17,6 +15,7 @@ from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in, sort_classes
 
 if TYPE_CHECKING:
+    import pyarrow as pa
 
     from mmkt_ray.kinds.outcomes import Outcome
 
@@ -43,6 +42,8 @@ class ClassKind(TaskKind):
         return sort_classes(counts)
 
     def outside(self, column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
+        import pyarrow as pa
+
         rows, names = self.members(column)
         absent = (index_in(pa.chunked_array([names]), class_names) < 0) & names.is_valid().to_numpy(zero_copy_only=False)
         found = np.zeros(len(column), dtype=bool)
@@ -51,7 +52,9 @@ class ClassKind(TaskKind):
 
     def normalise(self, column: pa.Array) -> tuple[pa.Array, list[int]]:
         """Names in Unicode's composed form (NFC), as texts are."""
-        names = pc.unique(self.members(column)[1]).to_pylist()
+        import pyarrow as pa
+
+        names = self.members(column)[1].unique().to_pylist()
         composed = {name: normal for name in names if name and (normal := normalize("NFC", name)) != name}
         if not composed:
             return column, []

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.arrow import Converted, is_list
 from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import class_name
 from mmkt_ray.kinds.classes import NOTHING_TO_LEARN, SHARED, ClassKind
-from mmkt_ray.kinds.label_columns import label_column
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
 
+    from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
     from mmkt_ray.kinds.outcomes import Outcome
 
@@ -31,13 +30,18 @@ class Multiclass(ClassKind):
     """One of several classes. Values are codes (N,) int64, indices into the class names."""
 
     name: ClassVar[str] = "multiclass"
-    arrow_type: ClassVar[pa.DataType] = pa.string()
     exclusive: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = (*SHARED, "balanced_accuracy")
     further: ClassVar[tuple[str, ...]] = ("balanced_accuracy", "auroc", "log_loss")
     row_metric: ClassVar[str] = "accuracy"
 
     # --- labels
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        import pyarrow as pa
+
+        return pa.string()
 
     def from_cell(self, cell: Any, separator: str) -> Any:
         name = class_name(cell)
@@ -46,6 +50,9 @@ class Multiclass(ClassKind):
         return name
 
     def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
+        from mmkt_ray.kinds.arrow import is_list
+        from mmkt_ray.kinds.label_columns import label_column
+
         if is_list(raw.type):
             raise TypeError("it holds lists where one value is expected; set the task's kind to multilabel")
         return label_column(raw, class_names, class_name)
@@ -58,6 +65,8 @@ class Multiclass(ClassKind):
         return index_in(column, class_names)
 
     def members(self, column: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
+        import pyarrow as pa
+
         names = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         return pa.array(np.arange(len(names))), names
 

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.arrow import Converted
 from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import label_names
 from mmkt_ray.kinds.classes import NOTHING_TO_LEARN, SHARED, ClassKind
-from mmkt_ray.kinds.label_columns import labels_column
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
 
+    from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
     from mmkt_ray.kinds.outcomes import Outcome
 
@@ -32,7 +30,6 @@ class Multilabel(ClassKind):
     """Any number of classes per row, each a decision of its own. Values are (N, C) int8, 1 where the row has the class."""
 
     name: ClassVar[str] = "multilabel"
-    arrow_type: ClassVar[pa.DataType] = pa.list_(pa.string())
     metrics: ClassVar[tuple[str, ...]] = (
         *SHARED, "samples_precision", "samples_recall", "samples_f1", "micro_average_precision",
     )  # fmt: skip
@@ -44,12 +41,20 @@ class Multilabel(ClassKind):
 
     # --- labels
 
+    @property
+    def arrow_type(self) -> pa.DataType:
+        import pyarrow as pa
+
+        return pa.list_(pa.string())
+
     def from_cell(self, cell: Any, separator: str) -> Any:
         names = label_names(cell, separator)
         "".join(names or ()).encode()
         return names
 
     def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
+        from mmkt_ray.kinds.label_columns import labels_column
+
         return labels_column(raw, class_names, separator)
 
     def reading(self, task: str, separator: str) -> str:
@@ -61,12 +66,17 @@ class Multilabel(ClassKind):
         return Labels(self, self.encode_predictions(column, class_names), labelled, labelled)
 
     def encode_predictions(self, column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
+        import pyarrow.compute as pc
+
         codes = np.zeros((len(column), len(class_names)), dtype=np.int8)
         rows, found = pc.list_parent_indices(column).to_numpy(), index_in(pc.list_flatten(column), class_names)
         codes[rows[found >= 0], found[found >= 0]] = 1
         return codes
 
     def members(self, column: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         cells = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         return pc.list_parent_indices(cells), pc.list_flatten(cells)
 

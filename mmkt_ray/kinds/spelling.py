@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmkt_ray.kinds.cells import canonical
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -25,6 +27,9 @@ def sort_classes(names: Iterable[str]) -> list[str]:
 
 def index_in(names: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
     """(N,) int64 codes of class names in any spelling, -1 for those that are not in `class_names`, and for null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     known, names = pa.array(class_names, pa.string()), names.cast(pa.string())
     found = pc.index_in(names, known)
     if found.null_count > names.null_count:  # a class of another store may be there in another spelling
