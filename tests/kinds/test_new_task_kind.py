@@ -48,7 +48,8 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     assert storage.read_json(f"{model_uri}/metrics.json")["tasks"]["colour"]["accuracy"] > 0.9
     results = storage.read_json(f"{tmp_path}/runs/shapes/report/results.json")
     assert results["tasks"]["colour"]["kind"] == KIND
-    right = storage.read_json(f"{model_uri}/gallery.json")["tasks"]["colour"]["right"][0]
+    (gallery,) = (tmp_path / "runs" / "shapes").rglob("gallery.json")  # of the model that the report shows
+    right = storage.read_json(str(gallery))["tasks"]["colour"]["right"][0]
     assert right["label"] == right["pred"] != right["label"].removesuffix("..")
     assert right["label"] in Path(tmp_path, "runs", "shapes", "report", "index.html").read_text()
     predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "data" / "shapes" / "0.parquet")], str(tmp_path / "out")))
