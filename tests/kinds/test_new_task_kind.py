@@ -10,6 +10,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.features.store import open_store
 from mmkt_ray.kinds.tasks import TASK_KINDS, task_kind
@@ -48,9 +49,9 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     assert storage.read_json(f"{model_uri}/metrics.json")["tasks"]["colour"]["accuracy"] > 0.9
     results = storage.read_json(f"{tmp_path}/runs/shapes/report/results.json")
     assert results["tasks"]["colour"]["kind"] == KIND
-    right = storage.read_json(f"{model_uri}/gallery.json")["tasks"]["colour"]["right"][0]
+    right = write_gallery(model_uri)["tasks"]["colour"]["right"][0]
     assert right["label"] == right["pred"] != right["label"].removesuffix("..")
-    assert right["label"] in Path(tmp_path, "runs", "shapes", "report", "index.html").read_text()
+    assert ">BL<" in Path(tmp_path, "runs", "shapes", "report", "index.html").read_text()
     predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "data" / "shapes" / "0.parquet")], str(tmp_path / "out")))
     assert set(predictions["colour_pred"]) == {"BL", "GR", "RE"}
     assert (predictions["colour_pred"] == predictions["colour_label"]).mean() > 0.9
