@@ -84,7 +84,7 @@ def test_a_killed_fit_goes_on_from_its_last_epoch(
     monkeypatch.undo()
     epochs = []
     monkeypatch.setattr(
-        pretrain.log, "info", lambda text, *args: epochs.append(args[0]) if "cnn epoch" in text else None
+        pretrain.log, "info", lambda text, *args: epochs.append(args[1]) if "%s epoch" in text else None
     )
     assert fit(config, shapes / "killed") == whole
     assert epochs == [3]
