@@ -15,7 +15,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, PairCombine
 from mmkt_ray.features.combine import check_mapping, pair
 from mmkt_ray.features.fit import what_is_read
-from mmkt_ray.features.pretrain import _decode_shard
+from mmkt_ray.features.pretrain import Pretraining, _decode_shard
 from mmkt_ray.features.spellings import respelled
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.samples.plan import ReadingPlan
@@ -117,11 +117,13 @@ def test_reasons_of_what_a_fit_lacks(shapes: Path, make_config: MakeConfig) -> N
     config = make_config(
         samples__sources__0__path="shapes/0.parquet", samples__sources__0__split="train", modalities__image__encoder=encoder
     )
+    plan = ReadingPlan.of(config).only("image", "colour")
+    job = Pretraining(config.modalities["image"].encoder, plan, config.samples, config.seed, str(shapes / "encoder"))
     for _ in range(2):
-        reasons = _decode_shard(config, "image", shard, str(shapes / "pieces"), ())
+        reasons = _decode_shard(job, shard, ())
         assert sum(reasons.values()) == 5
         assert "not a readable JPEG" in next(iter(reasons))
-    with_it, without, rejects = what_is_read(config, "image", shard)
+    with_it, without, rejects = what_is_read(plan, "image", shard)
     assert (sum(with_it.values()), sum(without.values()), rejects) == (5, 1, {})
     bad = config.with_overrides({"samples.sources.0.columns.split": "colour", "samples.sources.0.split": None})
     with_it, without, rejects = what_is_read(bad, "image", shard)
