@@ -121,11 +121,11 @@ def test_reasons_of_what_a_fit_lacks(shapes: Path, make_config: MakeConfig) -> N
     job = Pretraining(config.modalities["image"].encoder, plan, config.samples, config.seed, str(shapes / "encoder"))
     for _ in range(2):
         reasons = _decode_shard(job, shard, ())
-        assert sum(reasons.values()) == 5
-        assert "not a readable JPEG" in next(iter(reasons))
-    with_it, without, rejects = what_is_read(plan, "image", shard)
+        assert sorted(reasons.values()) == [1, 5]
+        assert "not a readable JPEG" in max(reasons, key=lambda reason: reasons[reason])
+    with_it, without, rejects = what_is_read(ReadingPlan.of(config), "image", shard)
     assert (sum(with_it.values()), sum(without.values()), rejects) == (5, 1, {})
     bad = config.with_overrides({"samples.sources.0.columns.split": "colour", "samples.sources.0.split": None})
-    with_it, without, rejects = what_is_read(bad, "image", shard)
+    with_it, without, rejects = what_is_read(ReadingPlan.of(bad), "image", shard)
     assert (with_it, without, sum(rejects.values())) == ({}, {}, 6)
     assert "unknown split" in next(iter(rejects))
