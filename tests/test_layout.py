@@ -102,7 +102,7 @@ def foreign_imports_of_models(source: str, path: Path) -> Iterator[str]:
         return
     for line, name in imports(source, path):
         part = package_part(name)
-        allowed = part in {"models", "config", "errors"} if part else name.split(".")[0] in MODELS_MAY_IMPORT
+        allowed = part in {"models", "config", "errors", "kinds"} if part else name.split(".")[0] in MODELS_MAY_IMPORT
         if not allowed:
             yield f"{path}:{line}: models build on torch, numpy and the config, not on `{name}`"
 

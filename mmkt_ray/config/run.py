@@ -85,9 +85,10 @@ class Config(Section):
                 raise ConfigError(
                     f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
                 )
-            if task is not None and self.tasks[task].kind == "multilabel":
+            if task is not None and not self.tasks[task].kind.exclusive:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: '{task}' is multilabel; name a multiclass or binary task"
+                    f"modalities.{name}.encoder.pretrain: '{task}' is {self.tasks[task].kind.name}; "
+                    "name a multiclass or binary task"
                 )
             if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(
@@ -129,7 +130,7 @@ class Config(Section):
         self.training.objective.check("training.objective", kinds, self.model_tasks)
         if self.search is not None and self.search.objective is not None:
             self.search.objective.check("search.objective", kinds, self.model_tasks)
-        self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks})
+        self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks}, kinds)
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
         return self

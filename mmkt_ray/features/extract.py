@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, TaskConfig, fingerprint
+from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder, load_reducer, read_card
@@ -213,15 +213,10 @@ def reading_layout(config: Config) -> dict[str, Any]:
         "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
         "columns": {
             "modalities": {m: c.kind.model_dump(mode="json") for m, c in sorted(config.modalities.items())},
-            "tasks": [name_with_separator(t, c) for t, c in sorted(config.tasks.items())],
+            "tasks": [c.kind.reading(t, c.separator) for t, c in sorted(config.tasks.items())],
         },
         "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
     } | ({} if config.extract.feature_dtype == "float32" else {"dtype": config.extract.feature_dtype})
-
-
-def name_with_separator(task: str, config: TaskConfig) -> str:
-    """A task's name, and for lists of classes what they are split at."""
-    return f"{task} split at {config.separator}" if config.kind == "multilabel" else task
 
 
 def stored_chunks(uri: str) -> tuple[dict[str, set[int]], set[str]]:

@@ -17,6 +17,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import values_of
 from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
+from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches
@@ -66,7 +67,7 @@ def _header(table: Iterator[list[str]]) -> list[str]:
 def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
     cells = reading.gather(raw.get)
     for column, kind in reading.kinds.items():
-        if not isinstance(kind, str) and kind.is_file:
+        if isinstance(kind, ModalityKind) and kind.is_file:
             cells[column] = _read_file(files, cells[column])
     return reading.convert(place, cells)
 
