@@ -36,11 +36,11 @@ def ray_local() -> Iterator[None]:
     import ray
     from ray.data import DataContext
 
-    from mmkt_ray.cluster import loopback_alone
+    from mmkt_ray.ray_private import init_local, loopback_alone, without_dashboard
 
     temp_dir = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: socket paths end at 107 characters
-    with loopback_alone():
-        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 1024**2, _temp_dir=temp_dir)
+    with loopback_alone(), without_dashboard():
+        init_local(temp_dir, num_cpus=4, include_dashboard=False, object_store_memory=300 * 1024**2)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 60  # a pipeline that waits for itself fails instead of hanging

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, keep_signals, loopback_alone, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, start_local
 from mmkt_ray.errors import ResourceError
+from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class
 
 if TYPE_CHECKING:
     import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
 
-__all__ = ["OBJECT_STORE_BYTES", "loopback_alone"]
+__all__ = ["OBJECT_STORE_BYTES"]
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _run_train(
     import torch
     from ray.exceptions import RayActorError
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
-    from ray.train.torch import TorchTrainer, get_device
+    from ray.train.torch import get_device
 
     from mmkt_ray.cluster.process_group import NodeAddressConfig
 
@@ -173,21 +173,17 @@ def _run_train(
             f"the cluster has {resources.num_cpus:g}: set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
         )
 
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ctrl-C ends the command, as everywhere; Ray Train's handler swallows it, and the third ends with status 0."""
-
     def on_worker(payload: dict[str, Any]) -> Any:
         keep_freed_memory()
         context = get_context()
         torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
         return loop(payload["job"], context.get_world_rank(), context.get_world_size(), get_device())
 
-    before = set(placement_group_table())
+    trainer_of, before = trainer_class(), set(placement_group_table())
     with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
         for attempt in range(MAX_FAILURES + 1):
             name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
-            trainer = Trainer(
+            trainer = trainer_of(
                 on_worker,
                 train_loop_config={"job": job},
                 torch_config=NodeAddressConfig(),
@@ -212,9 +208,7 @@ def release_groups(before: set[str]) -> None:
     """Give back this job's placement groups that came since `before`: Ray Train leaves them, with the workers, if it fails
     while it starts them."""
     own = ray.get_runtime_context().get_job_id()
-    for group_id in set(placement_group_table()) - before:
-        if group_id.endswith(own):  # other jobs' groups are not ours
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
+    remove_groups([g for g in set(placement_group_table()) - before if g.endswith(own)])  # other jobs' groups are not ours
 
 
 def keep_freed_memory() -> None:
