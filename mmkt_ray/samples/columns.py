@@ -98,6 +98,10 @@ class Reading:
         """This reading of one column alone."""
         return self._with({column: self.source.columns[column]})
 
+    def as_text(self, column: str) -> Reading:
+        """This reading of one column alone, called `split`, whose cells are text also where they are paths of files."""
+        return self._with({"split": self.source.columns[column]})
+
     def _with(self, columns: dict[str, str]) -> Reading:
         sources = list(self.config.samples.sources)
         sources[self.shard.source] = self.source.model_copy(update={"columns": columns})
