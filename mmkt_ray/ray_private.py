@@ -7,6 +7,7 @@ when another file reaches for one. Nothing is imported before it is used: a comm
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,9 @@ from typing import Any
 TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.runtime_env.packaging")
 # Reason: `ray.init` raises a bare Exception when its own processes take too long; only its text tells which.
 STARTED_TOO_SLOWLY = "timed out during startup"
+# Reason: see `without_noise`.
+LOG_LEVEL, NOISE = "RAY_BACKEND_LOG_LEVEL", "has constructor arguments in the object store and max_restarts > 0"
+CLEANER = "PlacementGroupCleanerCallback"  # reason: see `trainer_class`
 # Reason: a command that ends at once must stop Ray's servers before the others, and Ray gives out no process numbers.
 SERVERS = {"raylet", "gcs_server"}  # names of processes
 WORKER_TITLE = "ray::"  # how the title of a worker or an agent begins
@@ -89,6 +93,37 @@ def loopback_alone() -> Iterator[None]:
 
 
 @contextmanager
+def without_noise() -> Iterator[None]:
+    """A driver that connects meanwhile neither prints nor passes on what Ray says of actors that may be restarted.
+
+    Reason: Ray's C++ code prints an error for each that gets an argument by reference, as all actors of Ray Data and Ray
+    Train do (https://github.com/ray-project/ray/issues/53727). Only its level can be set, and only as the driver connects.
+    """
+    from ray._private import worker
+
+    connect, show = worker.connect, worker.print_to_stdstream
+
+    def connect_quietly(*args: Any, **options: Any) -> Any:
+        given = os.environ.get(LOG_LEVEL)
+        os.environ[LOG_LEVEL] = given or "fatal"  # for this process: Ray's own were started before
+        try:
+            return connect(*args, **options)
+        finally:
+            if given is None:
+                del os.environ[LOG_LEVEL]
+
+    def show_others(data: dict[str, Any], *args: Any, **options: Any) -> None:
+        if lines := [line for line in data["lines"] if NOISE not in line]:
+            show(data | {"lines": lines}, *args, **options)
+
+    worker.connect, worker.print_to_stdstream = connect_quietly, show_others
+    try:
+        yield
+    finally:
+        worker.connect, worker.print_to_stdstream = connect, show
+
+
+@contextmanager
 def keep_signals() -> Iterator[None]:
     """A Ray that starts or is joined meanwhile leaves our handler of SIGTERM as it is.
 
@@ -109,17 +144,22 @@ def keep_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-def trainer_class() -> Any:
-    """Ray Train's `TorchTrainer`, whose `fit` ends at Ctrl-C as any other call does.
+def trainer_class(has_dashboard: bool) -> Any:
+    """Ray Train's `TorchTrainer`, whose `fit` ends at Ctrl-C as any other call does. has_dashboard: of the Ray that it uses.
 
-    Reason: its own handler swallows the signal, and the third one ends the process with status 0. It has no switch
-    (https://github.com/ray-project/ray/pull/54188).
+    Reasons: its own handler swallows the signal, and the third one ends the process with status 0
+    (https://github.com/ray-project/ray/pull/54188). Beside each training it starts an actor that gives its resources back if
+    the driver is lost; that one asks the dashboard, and where there is none it dies with a traceback. Neither has a switch.
     """
     from ray.train.torch import TorchTrainer
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """None."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if has_dashboard or type(c).__name__ != CLEANER]
 
     return Trainer
 

@@ -30,6 +30,14 @@ from tests.shapes import shapes_config, write_shards  # noqa: E402
 DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that takes a Ray is marked `ray`."""
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One Ray on this machine alone, with 4 logical CPUs: with fewer a pipeline may wait for itself."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 from ray._private import node, ray_constants, services, utils, worker
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api import data_parallel_trainer
 from ray.util.placement_group import placement_group, placement_group_table
 
 from mmkt_ray import ray_private
@@ -47,11 +49,26 @@ def test_patches_are_where_ray_looks_and_are_taken_back() -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_trainer_s_handler_of_ctrl_c_is_left_out() -> None:
-    """Catches a handler of another name, which would swallow Ctrl-C again."""
-    trainer = ray_private.trainer_class()
-    (ours,) = set(vars(trainer)) & {name for name in dir(trainer.__base__) if "sigint" in name}
-    assert f"self.{ours}(" in inspect.getsource(trainer.__base__.fit)
+def test_lines_of_workers_come_through_without_the_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an error at each run that is none, and words of workers that are lost with it; a level that stays set."""
+    assert "print_to_stdstream" in inspect.getsource(worker.connect)
+    assert "connect(" in inspect.getsource(worker.init)
+    data = {"is_err": True, "pid": 1, "ip": "", "lines": ["a word", f"[E] Actor x {ray_private.NOISE}. If", "another"]}
+    with ray_private.without_noise():
+        worker.print_to_stdstream(data, ignore_prefix=True)
+        worker.print_to_stdstream(data | {"lines": data["lines"][1:2]}, ignore_prefix=True)
+    assert capsys.readouterr().err.split() == ["a", "word", "another"]
+    assert ray_private.LOG_LEVEL not in os.environ
+
+
+def test_what_the_trainer_does_by_itself_is_left_out() -> None:
+    """Catches a handler of another name, which would swallow Ctrl-C again, and an actor that dies with a traceback."""
+    whole, bare = (ray_private.trainer_class(has_dashboard)(lambda: None) for has_dashboard in (True, False))
+    (ours,) = set(vars(type(bare))) & {name for name in dir(TorchTrainer) if "sigint" in name}
+    assert f"self.{ours}(" in inspect.getsource(data_parallel_trainer)
+    names = [[type(c).__name__ for c in trainer._create_default_callbacks()] for trainer in (whole, bare)]
+    assert "self._create_default_callbacks(" in inspect.getsource(data_parallel_trainer)
+    assert [name for name in names[0] if name not in names[1]] == [ray_private.CLEANER]
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -17,9 +17,9 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, is_local, start_local
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class
+from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
 if TYPE_CHECKING:
     import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
@@ -65,7 +65,7 @@ def connect() -> Resources:
 def _attach(address: str) -> None:
     check_answers(address)
     try:
-        with keep_signals():
+        with keep_signals(), without_noise():
             ray.init(logging_level=logging.WARNING)
     except ConnectionError as error:
         raise no_cluster(address, str(error)) from None
@@ -160,7 +160,7 @@ def _run_train(
 ) -> Any:
     import torch
     from ray.exceptions import RayActorError
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
+    from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
     from ray.train.torch import get_device
 
     from mmkt_ray.cluster.process_group import NodeAddressConfig
@@ -179,7 +179,7 @@ def _run_train(
         torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
         return loop(payload["job"], context.get_world_rank(), context.get_world_size(), get_device())
 
-    trainer_of, before = trainer_class(), set(placement_group_table())
+    trainer_of, before = trainer_class(has_dashboard=not is_local()), set(placement_group_table())
     with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
         for attempt in range(MAX_FAILURES + 1):
             name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
@@ -192,6 +192,7 @@ def _run_train(
                     name=name,
                     storage_path=scratch_uri or scratch,
                     failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                    logging_config=LoggingConfig(log_level="WARNING"),
                 ),
             )
             try:

@@ -28,6 +28,7 @@ from mmkt_ray.ray_private import (
     quieten,
     shut_down,
     without_dashboard,
+    without_noise,
 )
 
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
@@ -56,7 +57,7 @@ def start_local() -> None:
             f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
             "~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
         ) from None
-    with loopback_alone(), without_dashboard(), keep_signals(), told_if_slow():
+    with loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow():
         init_local(
             f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -78,6 +79,11 @@ def told_if_slow() -> Iterator[None]:
             "Ray did not start within 30 s: this machine is too busy with other processes; give the same command again when "
             "there is less to do, it goes on from here"
         ) from None
+
+
+def is_local() -> bool:
+    """Whether this process has a Ray of its own."""
+    return os.getpid() in _own
 
 
 def private_folder() -> str:

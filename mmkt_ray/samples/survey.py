@@ -42,7 +42,8 @@ def survey_source(config: Config, number: int, shards: Sequence[Shard], seconds:
 
 
 def _survey(config: Config, column: str, shards: Sequence[Shard], until: float) -> Survey:
-    num_rows, reasons = 0, []
+    num_rows = 0
+    reasons: list[str] = []
     for shard in shards:
         reading = Reading(config, shard)
         if reading.source.absent == "null" and not has_column(config, shard, column):
