@@ -144,8 +144,15 @@ def keep_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-def trainer_class(has_dashboard: bool) -> Any:
-    """Ray Train's `TorchTrainer`, whose `fit` ends at Ctrl-C as any other call does. has_dashboard: of the Ray that it uses.
+def has_dashboard() -> bool:
+    """Whether the Ray that this process is connected to has one. Reason: Ray tells its address on the terminal alone."""
+    from ray._private import worker
+
+    return bool(worker._global_node and worker._global_node.webui_url)
+
+
+def trainer_class() -> Any:
+    """Ray Train's `TorchTrainer`, whose `fit` ends at Ctrl-C as any other call does.
 
     Reasons: its own handler swallows the signal, and the third one ends the process with status 0
     (https://github.com/ray-project/ray/pull/54188). Beside each training it starts an actor that gives its resources back if
@@ -159,7 +166,7 @@ def trainer_class(has_dashboard: bool) -> Any:
 
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if has_dashboard or type(c).__name__ != CLEANER]
+            return [c for c in callbacks if has_dashboard() or type(c).__name__ != CLEANER]
 
     return Trainer
 

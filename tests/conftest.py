@@ -14,6 +14,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",  # a token file of the user's must not decide how the tests' clusters talk
     RAY_DATA_USE_DATASOURCE_V2="0",  # the second Parquet reader starts 32 actors for each read
     RAY_DEDUP_LOGS="0",  # repeated worker messages stay whole in a failed test's output
+    RAY_worker_niceness="0",  # Ray's own 15 gives workers no turn while the tests beside them compute
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",  # workers use this interpreter, also under `uv run`
     OMP_NUM_THREADS="1",  # several workers share few cores
 )

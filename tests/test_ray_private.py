@@ -61,14 +61,18 @@ def test_lines_of_workers_come_through_without_the_noise(capsys: pytest.CaptureF
     assert ray_private.LOG_LEVEL not in os.environ
 
 
-def test_what_the_trainer_does_by_itself_is_left_out() -> None:
+@pytest.mark.usefixtures("ray_local")
+def test_what_the_trainer_does_by_itself_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a handler of another name, which would swallow Ctrl-C again, and an actor that dies with a traceback."""
-    whole, bare = (ray_private.trainer_class(has_dashboard)(lambda: None) for has_dashboard in (True, False))
-    (ours,) = set(vars(type(bare))) & {name for name in dir(TorchTrainer) if "sigint" in name}
-    assert f"self.{ours}(" in inspect.getsource(data_parallel_trainer)
-    names = [[type(c).__name__ for c in trainer._create_default_callbacks()] for trainer in (whole, bare)]
-    assert "self._create_default_callbacks(" in inspect.getsource(data_parallel_trainer)
-    assert [name for name in names[0] if name not in names[1]] == [ray_private.CLEANER]
+    trainer = ray_private.trainer_class()(lambda: None)
+    (ours,) = set(vars(type(trainer))) & {name for name in dir(TorchTrainer) if "sigint" in name}
+    for called in (ours, "_create_default_callbacks"):
+        assert f"self.{called}(" in inspect.getsource(data_parallel_trainer)
+    assert not ray_private.has_dashboard()
+    bare = [type(c).__name__ for c in trainer._create_default_callbacks()]
+    monkeypatch.setattr(worker._global_node, "_webui_url", "127.0.0.1:8265")
+    assert ray_private.has_dashboard()
+    assert [n for c in trainer._create_default_callbacks() if (n := type(c).__name__) not in bare] == [ray_private.CLEANER]
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, is_local, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, start_local
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
@@ -33,6 +33,11 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5
 HTTP2_SETTINGS = b"\x04"  # the type of the frame that the other side begins with
 NO_PROGRESS_TIMEOUT_S = 300
 MAX_FAILURES = 2  # deaths of training workers after which all are started again
+ON_ONE_MACHINE = {  # Ray Train there: nobody takes a node away or gathers its metrics, and workers are asked at once
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
 MAX_INIT_DEATHS = 2  # encoder actors in a row that may die while they load, each replaced by another
 
 
@@ -166,6 +171,9 @@ def _run_train(
     from mmkt_ray.cluster.process_group import NodeAddressConfig
 
     resources = connect()
+    if not os.environ.get("RAY_ADDRESS"):
+        for name, value in ON_ONE_MACHINE.items():
+            os.environ.setdefault(name, value)
     use_gpu = resources.num_gpus >= num_workers
     if num_workers + 1 > resources.num_cpus:
         raise ResourceError(
@@ -179,7 +187,7 @@ def _run_train(
         torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
         return loop(payload["job"], context.get_world_rank(), context.get_world_size(), get_device())
 
-    trainer_of, before = trainer_class(has_dashboard=not is_local()), set(placement_group_table())
+    trainer_of, before = trainer_class(), set(placement_group_table())
     with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
         for attempt in range(MAX_FAILURES + 1):
             name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints

@@ -81,11 +81,6 @@ def told_if_slow() -> Iterator[None]:
         ) from None
 
 
-def is_local() -> bool:
-    """Whether this process has a Ray of its own."""
-    return os.getpid() in _own
-
-
 def private_folder() -> str:
     """A new folder for this user alone, removed at exit with the Ray in it; those that a killed command left are removed now."""
     parent = session_parent()
