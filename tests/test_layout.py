@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,15 @@ TOP_LEVEL = {
 Rule = Callable[[str, Path], Iterator[str]]
 
 
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """Of a file, parsed once for all rules."""
+    return list(ast.walk(ast.parse(source)))
+
+
 def imports(source: str, path: Path) -> Iterator[tuple[int, str]]:
     """(line, full dotted name) of every import, also of those in functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -53,7 +60,7 @@ def imports(source: str, path: Path) -> Iterator[tuple[int, str]]:
 
 def calls(source: str) -> Iterator[tuple[int, str, dict[str, ast.expr]]]:
     """(line, dotted name as written, keyword arguments) of every call."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Call):
             keywords = {word.arg: word.value for word in node.keywords if word.arg}
             yield node.lineno, ast.unparse(node.func), keywords
@@ -103,7 +110,7 @@ def private_ray(source: str, path: Path) -> Iterator[str]:
         parts = name.split(".")
         if parts[0] == "ray" and any(part.startswith("_") for part in parts):
             yield f"{path}:{line}: `{name}` is private to Ray: mmkt_ray/ray_private.py is the place for it"
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute) and node.attr == "core_worker":
             yield f"{path}:{node.lineno}: `core_worker` is private to Ray: mmkt_ray/ray_private.py is the place for it"
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("ray._"):
