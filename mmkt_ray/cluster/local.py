@@ -46,6 +46,7 @@ def start_local() -> None:
 
     Raises: ResourceError if there is no place for it, or if this machine is too busy.
     """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15: beside another busy program its workers stand still
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quieten()
