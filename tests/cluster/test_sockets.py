@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from mmkt_ray.cluster import run_on_workers
 
 SECRET = "planted-key-of-an-object-store"
+SOON_S = 5.0  # for a command to end its Ray: 0.5 s where nothing else runs, as `ray.shutdown` alone takes 2
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # A driver as `mmkt` starts it, with a worker; it tells every TCP port that it or a process of its Ray listens on.
 DRIVER = """
@@ -25,7 +27,8 @@ import psutil, ray
 ray.get(ray.remote(lambda: None).options(num_cpus=1).remote())
 tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
 ports = [(p.name(), *c.laddr) for p in tree for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-print(json.dumps({"gcs": ray.get_runtime_context().gcs_address, "ports": ports}), flush=True)
+told = {"gcs": ray.get_runtime_context().gcs_address, "ports": ports, "pids": [p.pid for p in tree[1:]]}
+print(json.dumps(told), flush=True)
 sys.stdin.read()
 """
 STRANGER = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).get_all_node_info())"
@@ -42,17 +45,30 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def driver(home: Path) -> Iterator[dict[str, Any]]:
-    """What the driver told; it runs on."""
+    """What the driver told; it runs on. At the end its Ray must end with it, and soon."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-c", DRIVER]
         own = environment(home, RAY_TMPDIR=scratch, AWS_SECRET_ACCESS_KEY=SECRET)
         with subprocess.Popen(command, env=own, **pipes) as process:
             assert process.stdout is not None
-            yield {**json.loads(process.stdout.readline()), "scratch": scratch}
+            told = {**json.loads(process.stdout.readline()), "scratch": scratch}
+            yield told
+            began = time.monotonic()
             process.communicate()
+            took_s = time.monotonic() - began
+        assert not any(map(lives, told["pids"]))
+        assert took_s < SOON_S, "the prompt comes late"
 
 
 def test_every_port_is_on_the_loopback(driver: dict[str, Any]) -> None:
