@@ -23,6 +23,7 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.training.trainer import train
+from tests.heads import IMPATIENT
 from tests.shapes import shapes_config, write_shards
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
@@ -151,8 +152,10 @@ def same_features(config: Config, run: Path) -> bool:
     return difference == {"lost": 0, "doubled": 0, "changed": []}
 
 
-def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> None:
+def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
+    for name, value in IMPATIENT.items():
+        monkeypatch.setenv(name, value)
     path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"
     path.write_text(yaml.safe_dump(config.with_overrides({"extract.num_actors": 2}).model_dump(mode="json")))
     with on_cluster(tmp_path) as place:

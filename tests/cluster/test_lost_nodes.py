@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.heads import IMPATIENT
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import benchmark_faults
 from benchmark_chaos import disturbed, in_place, write_config, write_data
@@ -23,13 +25,6 @@ SMALL = {
     "extract": {"chunk_rows": 32, "num_actors": 2},
 }
 SMALL_SEARCH = {"population": 4, "max_candidates": 16}
-# Of the cluster's own patience, a part: Ray's defaults are 60 s for a lost head, and 25 s for a node that is silent.
-IMPATIENT = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "3",
-}
 STORE_FULL_S = 10  # Ray tells of a full store after some seconds
 
 
