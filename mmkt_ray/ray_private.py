@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,8 @@ TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._pri
 # Reason: `ray.init` raises a bare Exception when its own processes take too long; only its text tells which.
 STARTED_TOO_SLOWLY = "timed out during startup"
 # Reason: see `without_noise`.
-LOG_LEVEL, NOISE = "RAY_BACKEND_LOG_LEVEL", "has constructor arguments in the object store and max_restarts > 0"
+LOG_LEVEL, TOLD_LEVEL = "RAY_BACKEND_LOG_LEVEL", "Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
+NOISE = "has constructor arguments in the object store and max_restarts > 0"
 CLEANER = "PlacementGroupCleanerCallback"  # reason: see `trainer_class`
 # Reason: a command that ends at once must stop Ray's servers before the others, and Ray gives out no process numbers.
 SERVERS = {"raylet", "gcs_server"}  # names of processes
@@ -104,13 +107,14 @@ def without_noise() -> Iterator[None]:
     connect, show = worker.connect, worker.print_to_stdstream
 
     def connect_quietly(*args: Any, **options: Any) -> Any:
-        given = os.environ.get(LOG_LEVEL)
-        os.environ[LOG_LEVEL] = given or "fatal"  # for this process: Ray's own were started before
-        try:
+        if LOG_LEVEL in os.environ:
             return connect(*args, **options)
+        os.environ[LOG_LEVEL] = "fatal"  # for this process: Ray's own were started before
+        try:
+            with standard_error_without(TOLD_LEVEL):
+                return connect(*args, **options)
         finally:
-            if given is None:
-                del os.environ[LOG_LEVEL]
+            del os.environ[LOG_LEVEL]
 
     def show_others(data: dict[str, Any], *args: Any, **options: Any) -> None:
         if lines := [line for line in data["lines"] if NOISE not in line]:
@@ -121,6 +125,23 @@ def without_noise() -> Iterator[None]:
         yield
     finally:
         worker.connect, worker.print_to_stdstream = connect, show
+
+
+@contextmanager
+def standard_error_without(noise: str) -> Iterator[None]:
+    """What this process writes there meanwhile, C++ code too, comes when it is over, but for lines with `noise`."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            os.write(2, b"".join(line for line in file if noise.encode() not in line))
 
 
 @contextmanager

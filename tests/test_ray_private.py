@@ -61,6 +61,19 @@ def test_lines_of_workers_come_through_without_the_noise(capsys: pytest.CaptureF
     assert ray_private.LOG_LEVEL not in os.environ
 
 
+def test_standard_error_loses_the_noise_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches an error of C++ code that is lost as a driver connects, and standard error that stays away after it."""
+
+    def fail() -> None:
+        os.write(2, b"one\nsome noise here\ntwo\n")
+        raise KeyError
+
+    with pytest.raises(KeyError), ray_private.standard_error_without("noise"):
+        fail()
+    os.write(2, b"three\n")
+    assert capfd.readouterr().err == "one\ntwo\nthree\n"
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_what_the_trainer_does_by_itself_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a handler of another name, which would swallow Ctrl-C again, and an actor that dies with a traceback."""
