@@ -23,7 +23,7 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt fetch openmoji --out data/openmoji
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
-quick: env  ## while you type: the tests that need no Ray, in less than a minute
+quick: env  ## while you type: the tests that need no Ray and are not slow
 	$(PYTEST) --numprocesses auto -m "not ray and not slow and not cluster" $(ARGS)
 
 test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
@@ -32,7 +32,7 @@ test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 	MMKT_FUZZ=20000 $(PYTEST) tests/samples/test_fuzz.py $(ARGS)
 
-test-cluster: env  ## runs through faults, on object stores, on several nodes; 12 min. On hosts: root, openssh-server, rsync, iproute2
+test-cluster: env  ## runs through faults, on object stores, on several nodes. On hosts: root, openssh-server, rsync, iproute2
 	$(PYTEST) $(SIDE_BY_SIDE) -m cluster $(ARGS)
 
 lint: env  ## ruff over all Python files
