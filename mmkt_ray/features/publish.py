@@ -66,6 +66,12 @@ def tell_counts(num_rows: int, lost: Counter[str]) -> str:
     return f"{told}, {lost[MODALITY]:,} kept without an unreadable modality" if lost[MODALITY] else told
 
 
+def is_spent(samples: SamplesConfig, num_hit: int, total: int) -> bool:
+    """Whether more rows than allowed are rejected or lost a modality; a few are put up with, as long as most are whole."""
+    few = samples.min_reject_budget if 2 * num_hit <= total else 0
+    return num_hit > max(samples.max_reject_frac * total, few)
+
+
 def check_budget(
     uri: str, samples: SamplesConfig, num_rows: int, lost: Counter[str], names: dict[str, str]
 ) -> None:
@@ -75,8 +81,7 @@ def check_budget(
     """
     num_lost, num_kept = num_rejected(lost), lost[MODALITY]
     num_hit, total = num_lost + num_kept, num_rows + num_lost
-    few = samples.min_reject_budget if 2 * num_hit <= total else 0
-    if num_hit <= max(samples.max_reject_frac * total, few):
+    if not is_spent(samples, num_hit, total):
         return
     rejects = storage.join(uri, "rejects")
     found = [f.base_name for f in storage.list_files(rejects, "*.parquet")]

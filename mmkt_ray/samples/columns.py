@@ -135,6 +135,10 @@ class Reading:
         """This reading of one column alone."""
         return Reading(self.plan.with_columns(self.shard.source, [column]), self.shard)
 
+    def as_text(self, column: str) -> Reading:
+        """This reading of one column alone, called `split`, whose cells are text also where they are paths of files."""
+        return Reading(self.plan.with_source(self.shard.source, columns={"split": self.source.columns[column]}), self.shard)
+
     def separator(self, column: str) -> str:
         """What separates the classes of a multilabel column where they stand in one string."""
         return self.plan.tasks[column].separator if column in self.plan.tasks else ""

@@ -72,8 +72,13 @@ def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row |
     return reading.convert(place, cells)
 
 
+def is_missing(cell: Any) -> bool:
+    """Whether a row names no file: no file is called as pandas writes "missing"."""
+    return cell is None or is_nan(cell) or (isinstance(cell, str) and cell in ("", "nan"))
+
+
 def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
-    if cell is None or cell in ("", "nan") or is_nan(cell):  # no file is called as pandas writes "missing"
+    if is_missing(cell):
         return None
     if isinstance(cell, ValueError):
         return cell

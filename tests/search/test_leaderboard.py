@@ -8,7 +8,7 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.search.finalists import choose_finalists
-from mmkt_ray.search.insight import anytime_curve, search_insight
+from mmkt_ray.search.insight import anytime_curve, importance, search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import search_digest
 from mmkt_ray.search.space import build_space
@@ -154,6 +154,23 @@ def test_insight_has_the_best_of_each_cell(done):
     assert depth["row_names"] == ["2"]
     assert sum(found["importance"].values()) == pytest.approx(1)
     assert {len(points) for key, points in found["slices"].items() if key.startswith("training")} == {18}
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_parameter_that_never_changed_explains_nothing(done, everything):
+    """Catches shares that are NaN, do not add up, or an exception, where fANOVA has one value of a parameter, or of all."""
+    job, _ = done
+    rows = job.leaderboard.read()
+    first = rows[rows["reference"].isna() & (rows["model.fusion.name"] == "concat")].iloc[0]
+    frozen = list(job.space.parameters) if everything else ["training.lr"]
+    rows[frozen] = first[frozen].to_list()
+    found = importance(job.space, rows)
+    if everything:
+        assert not found or not any(found.values())
+    else:
+        assert found["training.lr"] == 0
+        assert sum(found.values()) == pytest.approx(1)
+    assert all(np.isfinite(share) for share in (found or {}).values())
 
 
 def test_the_curve_only_rises_and_ends_with_all_candidates():
