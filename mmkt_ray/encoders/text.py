@@ -64,6 +64,12 @@ class TfidfEncoder:
         """The vocabulary in column order."""
         return self._fitted_terms().to_pylist()
 
+    def vocabulary(self) -> dict[str, Any]:
+        """What makes a `TfidfVectorizer` of scikit-learn that gives the same: its options, terms in column order and their idf."""
+        section = self._section
+        options = section.model_dump(mode="json", include={"lowercase", "ngram_range", "stop_words", "sublinear_tf", "norm"})
+        return {"options": options, "terms": self.terms, "idf": self._idf.tolist()}
+
     def partial(self, values: Sequence[str]) -> TermStatistics:
         """Term statistics of one chunk of texts."""
         columns = self._count_words(values) if self._words_only else self._count_ngrams(values)
