@@ -16,9 +16,10 @@ PACKAGE = "mmkt_ray"
 BASE = {"config", "cluster", "storage", "locks", "errors", "interrupts", "credentials", "terminal"}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
-    {"cli", "__main__"},
+    {"cli", "commands", "__main__"},
+    {"serve"},
     {"api", "init"},
-    {"run", "submit", "upload", "doctor", "plan", "done"},
+    {"run", "submit", "upload", "doctor", "plan", "done", "export"},
     {"report"},
     {"search"},
     {"training"},
