@@ -24,7 +24,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--timeout-s", type=float, default=30, metavar="S", help="longest answer (default 30)")
     _add_trust(command)
     command = commands.add_parser("compare", help="runs side by side, with paired tests on the rows that they share")
-    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders or model folders; the others are held against the first")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run or model folders; the others are held against the first")
     command.add_argument("--html", metavar="FILE", help="also write the tables as a page")
 
 

@@ -31,6 +31,7 @@ from mmkt_ray.evaluation.evaluate import (
     write_gallery,
 )
 from mmkt_ray.evaluation.provenance import model_fingerprint
+from mmkt_ray.evaluation.readme import README, write_readme
 from mmkt_ray.evaluation.recommend import fused_to_study
 from mmkt_ray.evaluation.scores import scores_table, transferability
 from mmkt_ray.evaluation.tables import recommendation_text
@@ -173,14 +174,13 @@ def _evaluate(uri: str, folder: str, store: Store, evaluation: EvaluationConfig,
     """Score a model of the run, unless this very model was scored just so."""
     model_uri = storage.join(uri, folder)
     decided_by = [model_fingerprint(model_uri), _identity(store), evaluation.model_dump(mode="json"), name]
-    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet")
-    once(
-        uri,
-        f"evaluate {folder}",
-        decided_by,
-        lambda: evaluate_model(model_uri, store, evaluation=evaluation, name=name),
-        [f"{folder}/{file}" for file in names],
-    )
+    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet", README)
+
+    def work() -> None:
+        evaluate_model(model_uri, store, evaluation=evaluation, name=name)
+        write_readme(model_uri, store.manifest)
+
+    once(uri, f"evaluate {folder}", decided_by, work, [f"{folder}/{file}" for file in names])
 
 
 def _baselines(config: Config, store: Store) -> None:

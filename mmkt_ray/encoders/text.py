@@ -65,9 +65,10 @@ class TfidfEncoder:
         return self._fitted_terms().to_pylist()
 
     def vocabulary(self) -> dict[str, Any]:
-        """What makes a `TfidfVectorizer` of scikit-learn that gives the same: its options, terms in column order and their idf."""
+        """Options of a `TfidfVectorizer` of scikit-learn that gives the same, terms in column order, their idf."""
         section = self._section
-        options = section.model_dump(mode="json", include={"lowercase", "ngram_range", "stop_words", "sublinear_tf", "norm"})
+        names = {"lowercase", "ngram_range", "stop_words", "sublinear_tf", "norm"}
+        options = section.model_dump(mode="json", include=names)
         return {"options": options, "terms": self.terms, "idf": self._idf.tolist()}
 
     def partial(self, values: Sequence[str]) -> TermStatistics:
