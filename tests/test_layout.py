@@ -36,7 +36,7 @@ MODELS_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
 UNPICKLERS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
 TOP_LEVEL = {
     *(".ci", ".gitignore", ".rayignore", "LICENSE", "Makefile", "README.md", "cluster.yaml", "docs", "jobs"),
-    *(PACKAGE, "pyproject.toml", "requirements.lock", "tests"),
+    *(".dockerignore", "Dockerfile", PACKAGE, "pyproject.toml", "requirements.lock", "tests"),
 }
 
 Rule = Callable[[str, Path], Iterator[str]]

@@ -80,9 +80,8 @@ def _opening(folder: str, card: Mapping[str, Any], metrics: Mapping[str, Any]) -
     yield f"# {_text(folder)}\n"
     tasks = ", ".join(f"{_text(t)} ({_kind(s['kind'])})" for t, s in metrics["tasks"].items())
     yield f"Predicts {tasks} from {', '.join(map(_text, metrics['modalities']))}; any of these may be missing in a row."
-    experts = f" Rows that lack some may be answered by {len(card['spec']['experts'])} models of fewer modalities." * bool(
-        card["spec"].get("experts")
-    )
+    num_experts = len(card["spec"].get("experts", ()))
+    experts = f" Rows that lack some may be answered by {num_experts} models of fewer modalities." if num_experts else ""
     seconds = metrics["training_s"] or 0
     yield f"Fusion: {_text(model['fusion']['name'])}; {metrics['num_params']:,} parameters, trained in {seconds:.0f} s.{experts}"
     yield f"Made by mmkt_ray {card['versions'].get('mmkt_ray', __version__)} with torch {card['versions'].get('torch', '?')}.\n"

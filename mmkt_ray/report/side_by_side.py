@@ -15,7 +15,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.answers import paired_test
 from mmkt_ray.evaluation.compare import Evaluated, is_stale, read_optional
-from mmkt_ray.evaluation.intervals import holm, verdict
+from mmkt_ray.evaluation.intervals import Interval, agreeing, holm, verdict
 from mmkt_ray.evaluation.tables import metric_name, points, told_metric
 
 DEFAULT_RESAMPLES = 1000
@@ -115,7 +115,8 @@ def _table(
             continue
         p = corrected[task, i]
         told = f"{points(pair['value'])} [{points(pair['low'])}, {points(pair['high'])}]"
-        shown = verdict(pair) if p < 1 - first.record["confidence"] else "no difference shown"
+        difference: Interval = {"value": pair["value"], "low": pair["low"], "high": pair["high"]}
+        shown = verdict(agreeing(difference, p, first.record["confidence"]))
         rows.append((*_own(task, other, metrics), told, str(pair["num_rows"]), f"{p:.3g}", shown))
     score = "F1 of a row's classes" if first.tasks[task].get("kind") == "multilabel" else "share of rows that are right"
     return Table(f"{task}: differences are of the {score}, in points", head, rows)

@@ -6,7 +6,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -16,11 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mmkt_ray import __version__
-from mmkt_ray.api.model import Model
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.samples.cells import FILE_KINDS
 from mmkt_ray.serve.limits import BodyLimit, Busy, Limits, Work
 from mmkt_ray.serve.requests import MAX_ROWS, Row, answer, request_schema, row_from_form, rows_from_json
+
+if TYPE_CHECKING:
+    from mmkt_ray.api.model import Model
 
 log = logging.getLogger(__name__)
 

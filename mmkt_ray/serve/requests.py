@@ -12,11 +12,13 @@ import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmkt_ray.api.model import Model
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.samples.cells import FILE_KINDS
+
+if TYPE_CHECKING:
+    from mmkt_ray.api.model import Model
 
 MAX_ROWS = 256  # of a request
 Row = dict[str, Any]
@@ -65,6 +67,8 @@ def row_from_form(fields: Mapping[str, Any], modalities: Mapping[str, str]) -> R
         if isinstance(value, str) and kind in FILE_KINDS and value:
             raise DataError(f"'{m}' must be an uploaded file, got text")
         row[m] = value or None
+    if all(value is None for value in row.values()):
+        raise DataError(f"the form is broken or empty: give a field for at least one of {sorted(modalities)}")
     return row
 
 

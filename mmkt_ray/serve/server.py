@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import logging
+import socket
 from typing import TYPE_CHECKING
 
 from mmkt_ray.errors import ConfigError, ResourceError
@@ -43,13 +44,6 @@ def allowed_hosts(host: str) -> list[str] | None:
 
 def serve(model_uri: str, host: str, port: int, limits: Limits, *, trust_code: bool = False) -> None:
     """Serve until the process is stopped. Raises: ConfigError, DataError, ResourceError if the port is taken."""
-    import socket
-
-    import uvicorn
-
-    from mmkt_ray.api.model import load
-    from mmkt_ray.serve.app import create_app
-
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -57,6 +51,11 @@ def serve(model_uri: str, host: str, port: int, limits: Limits, *, trust_code: b
     except OSError as error:
         raise ResourceError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host") from None
     with listener:
+        import uvicorn
+
+        from mmkt_ray.api.model import load  # torch: after what may be refused at once
+        from mmkt_ray.serve.app import create_app
+
         app = create_app(load(model_uri, trust_code=trust_code), model_name(model_uri), limits, allowed_hosts(host))
         told = f"[{host}]" if ":" in host else host
         log.info("serving %s on http://%s:%d; Ctrl-C ends it", model_name(model_uri), told, listener.getsockname()[1])
