@@ -39,6 +39,7 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
+from mmkt_ray.tracking import check_tracking, track
 from mmkt_ray.training.baselines import evaluate_baselines
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.suspects import find_suspects
@@ -77,6 +78,7 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
     What has never been extracted is examined first. trains: training follows, and must fit too.
     """
+    check_tracking(config)
     uri = run_folder(config)
     variants = config.expand_variants()
     keys = {name: fingerprint(variant.model_dump(mode="json", include=EXTRACTED)) for name, variant in variants.items()}
@@ -163,6 +165,7 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
                 _baselines(config, store)
         _write_run_json(config, stores)
         results = _compare(uri)
+        track(config, results)
         if (main := results["main"]) in stores:
             model_uri = storage.join(uri, "models", main)
             shown = steps_done(uri, (f"evaluate models/{main}",))

@@ -19,7 +19,7 @@ FLOORS = [
     {"cli", "commands", "__main__"},
     {"serve"},
     {"api", "init"},
-    {"run", "submit", "upload", "doctor", "plan", "done", "export"},
+    {"run", "submit", "upload", "doctor", "plan", "done", "export", "tracking"},
     {"report"},
     {"search"},
     {"training"},
