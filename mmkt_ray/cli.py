@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import __version__
+from mmkt_ray.commands import NAMES as OUTWARD
+from mmkt_ray.commands import add_commands, run_command
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError, ResourceError, UserError
@@ -88,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
             _add_scored_files(command)
     _add_predict(commands)
+    add_commands(commands)
     _add_cluster(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument("names", nargs="+", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
@@ -289,6 +292,8 @@ def _tell_status(args: argparse.Namespace) -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> str:
+    if args.command in OUTWARD:
+        return run_command(args)
     if args.command == "fetch":
         from mmkt_ray.samples.fetch import fetch
 

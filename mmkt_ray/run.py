@@ -31,6 +31,7 @@ from mmkt_ray.evaluation.evaluate import (
     write_gallery,
 )
 from mmkt_ray.evaluation.provenance import model_fingerprint
+from mmkt_ray.evaluation.readme import README, write_readme
 from mmkt_ray.evaluation.recommend import fused_to_study
 from mmkt_ray.evaluation.scores import scores_table, transferability
 from mmkt_ray.evaluation.tables import recommendation_text
@@ -38,6 +39,7 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
+from mmkt_ray.tracking import check_tracking, track
 from mmkt_ray.training.baselines import evaluate_baselines
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.suspects import find_suspects
@@ -76,6 +78,7 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
     What has never been extracted is examined first. trains: training follows, and must fit too.
     """
+    check_tracking(config)
     uri = run_folder(config)
     variants = config.expand_variants()
     keys = {name: fingerprint(variant.model_dump(mode="json", include=EXTRACTED)) for name, variant in variants.items()}
@@ -162,6 +165,7 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
                 _baselines(config, store)
         _write_run_json(config, stores)
         results = _compare(uri)
+        track(config, results)
         if (main := results["main"]) in stores:
             model_uri = storage.join(uri, "models", main)
             shown = steps_done(uri, (f"evaluate models/{main}",))
@@ -173,14 +177,13 @@ def _evaluate(uri: str, folder: str, store: Store, evaluation: EvaluationConfig,
     """Score a model of the run, unless this very model was scored just so."""
     model_uri = storage.join(uri, folder)
     decided_by = [model_fingerprint(model_uri), _identity(store), evaluation.model_dump(mode="json"), name]
-    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet")
-    once(
-        uri,
-        f"evaluate {folder}",
-        decided_by,
-        lambda: evaluate_model(model_uri, store, evaluation=evaluation, name=name),
-        [f"{folder}/{file}" for file in names],
-    )
+    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet", README)
+
+    def work() -> None:
+        evaluate_model(model_uri, store, evaluation=evaluation, name=name)
+        write_readme(model_uri, store.manifest)
+
+    once(uri, f"evaluate {folder}", decided_by, work, [f"{folder}/{file}" for file in names])
 
 
 def _baselines(config: Config, store: Store) -> None:

@@ -23,8 +23,6 @@ from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable, write_parts
-from mmkt_ray.features.combine import combine
-from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
@@ -86,6 +84,9 @@ def _predict(
     out_uri: str,
     named: Mapping[str, str],
 ) -> str:
+    from mmkt_ray.features.combine import combine  # Ray loads here: who predicts without it checks a card as above
+    from mmkt_ray.features.extract import encode, reduce
+
     storage.make_dir(out_uri)
     store = encode(config, out_uri, list_shards(ReadingPlan.of(config)), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})

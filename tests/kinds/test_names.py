@@ -13,7 +13,8 @@ from mmkt_ray.encoders.reduce import REDUCERS
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {"mmkt_ray/plan/rates.py"}  # seconds that were measured, by encoder
+# seconds that were measured, and tensors that a graph takes, by encoder
+ELSEWHERE = {"mmkt_ray/plan/rates.py", "mmkt_ray/export/inputs.py"}
 
 
 def asked_by_name(source: str, names: set[str]) -> Iterator[int]:
