@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
         number = "?" if name == "evaluate" else None  # --model may take its place
         command.add_argument("config", nargs=number, metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
+        if name == "run":
+            command.add_argument(
+                "--quick", action="store_true", help="a first answer in about 20 s: some of the rows, few steps, no studies"
+            )
         if name == "repeat":
             command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
             command.add_argument(
@@ -89,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
             _add_scored_files(command)
     _add_predict(commands)
     _add_cluster(commands)
+    _add_init(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument("names", nargs="+", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
     command.add_argument("--out", required=True, help="folder to write to")
@@ -96,6 +101,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
     _add_set(command)
     return parser
+
+
+def _add_init(commands: argparse._SubParsersAction) -> None:
+    text = "look at your data and write a config for it: what each column was taken for, and why"
+    command = commands.add_parser("init", help=text, description=text)
+    command.add_argument("data", metavar="DATA", help="CSV, JSONL or Parquet file, folder (of them, or one per class), .tar")
+    command.add_argument(
+        "--target", action="append", default=[], metavar="COLUMN", help="what to predict; repeatable; of class folders their name"
+    )
+    command.add_argument("--out", default="run.yaml", metavar="FILE", help="config to write (default run.yaml)")
+    command.add_argument("--classes", action="store_true", help="a target of numbers, or of many values, is a set of classes")
+    command.add_argument("--force", action="store_true", help="replace the file if it is there")
 
 
 def at_least_one(text: str) -> int:
@@ -295,11 +312,19 @@ def _dispatch(args: argparse.Namespace) -> str:
         return "\n".join(fetch(name, args.out) for name in args.names)
     if args.command == "config" and args.config is None:
         return _config_help()
+    if args.command == "init":
+        from mmkt_ray.init.writing import init
+
+        return init(args.data, args.target, args.out, as_classes=args.classes, force=args.force)
     if args.command == "predict":
         return _predict(args)
     if args.command == "evaluate" and (args.model or args.data or args.config is None):
         return _score_files(args)
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
+    if args.command == "run" and args.quick:
+        from mmkt_ray.quick import quick
+
+        config = quick(config)
     if args.command == "plan":
         from mmkt_ray.plan import plan_command
         from mmkt_ray.run import run_folder
