@@ -297,7 +297,7 @@ def _tell_status(args: argparse.Namespace) -> int:
     if args.command == "submit":
         return submit_command(args)
     from mmkt_ray.doctor import examine
-    from mmkt_ray.run import run_folder
+    from mmkt_ray.steps import run_folder
 
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
     findings = examine(config, run_folder(config))
@@ -327,7 +327,7 @@ def _dispatch(args: argparse.Namespace) -> str:
         config = quick(config)
     if args.command == "plan":
         from mmkt_ray.plan import plan_command
-        from mmkt_ray.run import run_folder
+        from mmkt_ray.steps import run_folder
 
         return plan_command(args, config, run_folder(config))
     if args.command == "config":
@@ -342,7 +342,7 @@ def _step(args: argparse.Namespace, config: Config) -> str:
     from mmkt_ray.locks import locked
 
     if args.command == "report":
-        from mmkt_ray import run as steps
+        from mmkt_ray import steps
 
         return f"report: {steps.report_step(config)}"
     with locked(done.run_folder(config)):  # for all steps of the command
@@ -352,7 +352,7 @@ def _step(args: argparse.Namespace, config: Config) -> str:
 
 
 def _locked_step(args: argparse.Namespace, config: Config) -> str:
-    from mmkt_ray import run as steps  # torch and ray load here, so that what does not need them is quick
+    from mmkt_ray import steps  # torch and ray load here, so that what does not need them is quick
 
     command = args.command
     if command == "run":
@@ -381,7 +381,7 @@ def _locked_step(args: argparse.Namespace, config: Config) -> str:
 
 
 def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
-    from mmkt_ray import run as steps
+    from mmkt_ray import steps
     from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
 
     seeds = [config.training_seed + i for i in range(num_seeds)]
@@ -390,7 +390,7 @@ def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int
 
 
 def _search(config: Config) -> str:
-    from mmkt_ray import run as steps
+    from mmkt_ray import steps
     from mmkt_ray.search.search import check_search, result_table, search
 
     check_search(config)

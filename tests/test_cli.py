@@ -16,8 +16,8 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.evaluation.model_folder import SCHEMA_VERSION, write_card
 from mmkt_ray.features.store import Store
-from mmkt_ray.run import check_test
 from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.steps import check_test
 from mmkt_ray.terminal import plain
 from tests.heads import free_port
 

