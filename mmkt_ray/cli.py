@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -12,12 +13,14 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mmkt_ray import __version__
+from mmkt_ray import __version__, progress
+from mmkt_ray.completion import SHELLS, commands, script
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
 from mmkt_ray.credentials import refuse_credentials
-from mmkt_ray.errors import ConfigError, ResourceError, UserError
+from mmkt_ray.errors import ConfigError, ResourceError, UserError, nearest
 from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
@@ -32,6 +35,7 @@ Multimodal knowledge transfer as batch processing on Ray: what does each modalit
 A run goes from raw shards to a report:  extract -> train -> evaluate -> report  (`mmkt run` does all four).
 Every step is resumable: give the same command again and it does only what is missing.
 """
+CLOSED = 141  # exit status, as of a shell: 128 + SIGPIPE
 DATA_SETS = ("openmoji", "openmoji-keywords", "cifar10", "20news")
 EXAMPLES = """\
 examples:
@@ -72,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--quick", action="store_true", help="a first answer in about 20 s: some of the rows, few steps, no studies"
             )
+            command.add_argument("--json", action="store_true", help="the results as JSON, as report/results.json has them")
         if name == "repeat":
             command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
             command.add_argument(
@@ -97,10 +102,23 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument("names", nargs="+", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
     command.add_argument("--out", required=True, help="folder to write to")
+    text = "a script with which your shell completes commands and options"
+    command = commands.add_parser("completion", help=text, description=text)
+    command.add_argument("shell", choices=SHELLS, help=", ".join(SHELLS))
     command = commands.add_parser("config", help="every key of a config with its default and meaning, or check a file")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
     _add_set(command)
+    for own in commands.choices.values():
+        _add_output(own)
     return parser
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    """How much is told; results go to standard output, all else to standard error."""
+    group = command.add_argument_group("output").add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="nothing but the results, warnings and errors")
+    group.add_argument("--verbose", action="store_true", help="more than usual")
+    group.add_argument("--debug", action="store_true", help="all there is, and tracebacks")
 
 
 def _add_init(commands: argparse._SubParsersAction) -> None:
@@ -217,7 +235,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 after Ctrl-C,
-    143 after SIGTERM, 1 where the fault is ours."""
+    143 after SIGTERM, 141 where whoever read the output has closed it, 1 where the fault is ours."""
     with plain_output():
         return _main(sys.argv[1:] if argv is None else list(argv))
 
@@ -228,18 +246,27 @@ def _main(words: list[str]) -> int:
     except UserError as error:
         print(f"mmkt: {error}", file=sys.stderr)
         return 2
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    if wrong := _unknown_command(parser, words):
+        print(f"mmkt: {wrong}", file=sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("mmkt_ray").setLevel(logging.INFO)
+    level = logging.WARNING if args.quiet else logging.DEBUG if args.verbose or args.debug else logging.INFO
+    logging.getLogger("mmkt_ray").setLevel(level)
     with interruptible() as interrupt:
         status = 0
         try:
-            status = _run(args)
+            with nullcontext() if args.quiet else progress.shown():
+                status = _run(args)
         except KeyboardInterrupt:
             interrupt.signum = interrupt.signum or signal.SIGINT
+        except BrokenPipeError:  # whoever read it, such as `head`, has enough
+            _close_output()
+            status = CLOSED
         except Exception as error:  # Ray wraps what a worker raised
             if interrupt.signum is None:  # else it broke off because of that
-                status = _tell_error(error)
+                status = _tell_error(error, args.debug)
         if interrupt.signum is not None:
             interrupt.end()
         return status
@@ -248,12 +275,29 @@ def _main(words: list[str]) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.command in ("submit", "doctor"):
         return _tell_status(args)
-    print(_dispatch(args))
+    print(_dispatch(args), flush=True)
     return 0
 
 
-def _tell_error(error: Exception) -> int:
+def _unknown_command(parser: argparse.ArgumentParser, words: list[str]) -> str:
+    """What is wrong with the command, with the one that was meant; empty if it is known."""
+    known = commands(parser)
+    if not words or words[0].startswith("-") or words[0] in known:
+        return ""
+    return f"no command '{words[0]}': {nearest(words[0], known)}"
+
+
+def _close_output() -> None:
+    """Have nothing more written to a pipe that is closed, by Python at the end neither."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    os.close(nothing)
+
+
+def _tell_error(error: Exception, with_traceback: bool = False) -> int:
     """A sentence for what the user can mend, and for what is ours to mend; the exit status."""
+    if with_traceback:
+        traceback.print_exception(error)
     mendable = find_user_error(error)
     print(f"mmkt: {mendable or tell_unexpected(error)}", file=sys.stderr)
     return 2 if mendable else 1
@@ -312,6 +356,8 @@ def _dispatch(args: argparse.Namespace) -> str:
         return "\n".join(fetch(name, args.out) for name in args.names)
     if args.command == "config" and args.config is None:
         return _config_help()
+    if args.command == "completion":
+        return script(build_parser(), args.shell)
     if args.command == "init":
         from mmkt_ray.init.writing import init
 
@@ -338,7 +384,7 @@ def _dispatch(args: argparse.Namespace) -> str:
 
 
 def _step(args: argparse.Namespace, config: Config) -> str:
-    from mmkt_ray import done
+    from mmkt_ray import done, storage
     from mmkt_ray.locks import locked
 
     if args.command == "report":
@@ -347,8 +393,13 @@ def _step(args: argparse.Namespace, config: Config) -> str:
         return f"report: {steps.report_step(config)}"
     with locked(done.run_folder(config)):  # for all steps of the command
         if args.command == "run" and (told := done.told_before(config)) is not None:
-            return f"{done.NOTHING}\n\n{told}"
-        return _locked_step(args, config)
+            text = f"{done.NOTHING}\n\n{told}"
+        else:
+            text = _locked_step(args, config)
+        if args.command == "run" and args.json:
+            found = storage.read_json(storage.join(done.run_folder(config), "report", "results.json"))
+            return json.dumps(found, indent=2, ensure_ascii=False)
+        return text
 
 
 def _locked_step(args: argparse.Namespace, config: Config) -> str:

@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
-BASE = {"config", "cluster", "storage", "locks", "errors", "interrupts", "credentials", "terminal"}
+BASE = {"config", "cluster", "storage", "locks", "errors", "interrupts", "credentials", "terminal", "progress"}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
-    {"cli", "__main__"},
+    {"cli", "__main__", "completion"},
     {"api", "init"},
     {"steps", "submit", "upload", "doctor", "plan", "done", "quick"},
     {"report"},
