@@ -187,6 +187,13 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way"
     )
+    formats = ["parquet", "csv", "jsonl"]
+    command.add_argument("--format", choices=formats, default="parquet", help="of the predictions (default parquet)")
+    command.add_argument("--join", action="store_true", help="the input's columns before the predictions")
+    command.add_argument(
+        "--top-k", type=at_least_one, metavar="N", help="the N most probable classes of each task, with their probabilities"
+    )
+    command.add_argument("--wide", action="store_true", help="a column of probabilities for each class")
     _add_reading(command)
     _add_set(command)
 
@@ -456,9 +463,11 @@ def _search(config: Config) -> str:
 
 
 def _predict(args: argparse.Namespace) -> str:
+    from mmkt_ray.evaluation.output import Output
     from mmkt_ray.evaluation.prediction import predict
 
-    return f"predictions: {predict(args.model, args.inputs, args.out, **_reading(args))}"
+    output = Output(args.format, args.join, args.top_k, args.wide)
+    return f"predictions: {predict(args.model, args.inputs, args.out, output=output, **_reading(args))}"
 
 
 def _score_files(args: argparse.Namespace) -> str:
