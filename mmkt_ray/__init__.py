@@ -19,11 +19,22 @@ __version__ = "0.1.0"  # not from the metadata: a job brings the code to nodes w
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from mmkt_ray.api.estimators import MultimodalClassifier as MultimodalClassifier
     from mmkt_ray.api.model import Model as Model
     from mmkt_ray.api.model import load as load
+    from mmkt_ray.api.results import Results as Results
+    from mmkt_ray.api.results import results as results
+    from mmkt_ray.api.results import run as run
 
-_OFFERED = {"Model": "model", "load": "model"}  # name -> module of mmkt_ray.api, loaded when the name is first used
-__all__ = ["Model", "__version__", "load"]
+_OFFERED = {  # name -> module of mmkt_ray.api, loaded when the name is first used
+    "Model": "model",
+    "MultimodalClassifier": "estimators",
+    "Results": "results",
+    "load": "model",
+    "results": "results",
+    "run": "results",
+}
+__all__ = ["Model", "MultimodalClassifier", "Results", "__version__", "load", "results", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
-BASE = {"section", "lazy", "cluster", "ray_private", "storage", "locks", "errors", "interrupts", "credentials", "terminal"}
+BASE = {
+    *("section", "lazy", "cluster", "ray_private", "storage", "locks", "errors", "interrupts", "credentials", "terminal"),
+    "progress",
+}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
-    {"cli", "commands", "__main__"},
+    {"cli", "commands", "__main__", "completion"},
     {"serve"},
     {"api", "init"},
-    {"run", "submit", "upload", "doctor", "plan", "done", "export", "tracking"},
+    {"steps", "submit", "upload", "doctor", "plan", "done", "quick", "export", "tracking"},
     {"report"},
     {"search"},
     {"training"},

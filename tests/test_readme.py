@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHELL_BLOCK = re.compile(r"^[ \t]*```(console|bash|sh|shell)[ \t]*\n(.*?)^[ \t]*```", re.M | re.S)
 PROJECT_FILE = re.compile(r"(?<![\w./-])(?:jobs|tests|docs|mmkt_ray)/[\w./-]*\w")
-MMKT = (["mmkt"], ["python", "-m", "mmkt_ray.cli"])
+MMKT = (["mmkt"], ["python", "-m", "mmkt_ray.cli"], ["python", "-m", "mmkt_ray"])
 
 
 def shell_commands(markdown: str) -> list[list[str]]:

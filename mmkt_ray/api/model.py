@@ -25,7 +25,7 @@ from mmkt_ray.encoders.build import load_reducer
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.prediction import finite, prediction_config, restrict, usable_encoders
+from mmkt_ray.evaluation.prediction import finite, prediction_config, restrict, shipped, usable_encoders
 from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable
 from mmkt_ray.features.encode import EncodePlan, SampleEncoder, reduce_features
 from mmkt_ray.features.store import column_of, from_arrow
@@ -49,7 +49,7 @@ def load(
 
     Raises: DataError if there is no whole model, ConfigError if it asks for code or files and `trust_code` is not set.
     """
-    uri = _shipped(storage.absolute(str(folder)))
+    uri = shipped(storage.absolute(str(folder)))
     network, card = load_model(uri)
     own = dict(overrides or {})
     trained = restrict(parse_config(card["config"]), own)
@@ -67,17 +67,6 @@ def load(
     return Model(uri, dict(card["class_names"]), network.to(torch.device(device)), config, encoder, reducers, aliases)
 
 
-def _shipped(uri: str) -> str:
-    """The model folder itself, or the one that a run's report recommends."""
-    results = storage.join(uri, "report", "results.json")
-    if storage.exists(storage.join(uri, "config.json")) or not storage.exists(results):
-        return uri
-    chosen = storage.read_json(results)["recommended"]
-    if chosen is None:
-        raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
-    return storage.join(uri, chosen["folder"])
-
-
 @dataclass(frozen=True)
 class Model:
     """A loaded model; several threads may predict with it. Made by `load`."""
@@ -89,6 +78,11 @@ class Model:
     encoder: SampleEncoder = field(repr=False)
     reducers: Mapping[str, Any] = field(repr=False)
     aliases: Mapping[str, list[str]] = field(repr=False)  # modality -> what the columns of training were called
+
+    def __repr__(self) -> str:
+        reads = ", ".join(f"{m} ({kind})" for m, kind in self.modalities.items())
+        tells = ", ".join(f"{task} ({len(self.classes[task])} classes)" for task in self.tasks)
+        return f"Model({self.folder!r}: {reads} -> {tells})"
 
     @property
     def tasks(self) -> tuple[str, ...]:

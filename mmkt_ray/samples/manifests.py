@@ -36,13 +36,17 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
 
     Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
     """
-    suffix = reading.shard.name.lower().rpartition(".")[2]
     if reading.has_patterns:
         reading = reading.settled(manifest_columns(reading))
-    rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
-    for row in rows:
+    for row in raw_rows(reading):
         yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+
+
+def raw_rows(reading: Reading) -> Iterator[Placed]:
+    """The rows of a table as they are: each with its place, by the source's column names. Raises: as `read_manifest`."""
+    suffix = reading.shard.name.lower().rpartition(".")[2]
+    return {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
 
 
 def manifest_columns(reading: Reading) -> set[str]:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
 from mmkt_ray.done import NOTHING, keep_told, listing, once, run_folder, steps_done, told_before
@@ -123,8 +123,8 @@ def _is_there(uri: str, store: str | None) -> bool:
 def train_step(config: Config, stores: dict[str, Store]) -> None:
     """A model folder for each variant, with the encoders that its features came from, and one of each modality alone."""
     uri = run_folder(config)
-    with _record(config, "train") as card:
-        variants = config.expand_variants()
+    variants = config.expand_variants()
+    with _record(config, "train") as card, progress.stage("models", len(variants), "models") as shown:
         for name, variant in variants.items():
             model_uri = storage.join(uri, "models", name)
             summary = train(variant, stores[name].uri, model_uri)
@@ -134,6 +134,7 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
             else:
                 log.info("model %s: best epoch %s, %.1f s", name, epoch, seconds)
             _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
+            shown.advance()
         card["singles"] = {}
         for store in {s.uri: s for s in stores.values()}.values():
             own = {name: variant for name, variant in variants.items() if stores[name].uri == store.uri}
@@ -154,22 +155,27 @@ def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[
 def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri = run_folder(config)
-    with _record(config, "evaluate"):
-        for name, variant in config.expand_variants().items():
+    variants, singles = config.expand_variants(), _read_card(uri).get("singles", {})
+    total = len(variants) + len(singles) + config.evaluation.baselines
+    with _record(config, "evaluate"), progress.stage("scores", total, "models") as shown:
+        for name, variant in variants.items():
             _evaluate(uri, f"models/{name}", stores[name], variant.evaluation, name)
+            shown.advance()
         by_place = {_in_features(store): store for store in stores.values()}
-        for name, place in _read_card(uri).get("singles", {}).items():
+        for name, place in singles.items():
             _evaluate(uri, place["model"], by_place[place["store"]], config.evaluation, name)
+            shown.advance()
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
                 _baselines(config, store)
+            shown.advance()
         _write_run_json(config, stores)
         results = _compare(uri)
         track(config, results)
         if (main := results["main"]) in stores:
             model_uri = storage.join(uri, "models", main)
-            shown = steps_done(uri, (f"evaluate models/{main}",))
-            once(uri, f"gallery {main}", shown, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
+            decided_by = steps_done(uri, (f"evaluate models/{main}",))
+            once(uri, f"gallery {main}", decided_by, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
         return results
 
 
@@ -216,16 +222,22 @@ def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]
     uri, wanted, main = run_folder(config), config.evaluation.studies, results["main"]
     with _record(config, "study"):
         evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
-        if "insight" in wanted:
-            once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
-        if "scores" in wanted:
-            once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
-        if "suspects" in wanted:
-            _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
-        for name in fused_to_study(results) if "missing" in wanted else ():
-            about = results["models"][name]
-            store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
-            _missing(config, evaluated, about["folder"], store)
+        with progress.stage("studies", len(wanted), "studies") as shown:
+            if "insight" in wanted:
+                once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
+                shown.advance()
+            if "scores" in wanted:
+                once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
+                shown.advance()
+            if "suspects" in wanted:
+                _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
+                shown.advance()
+            for name in fused_to_study(results) if "missing" in wanted else ():
+                about = results["models"][name]
+                store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
+                _missing(config, evaluated, about["folder"], store)
+            if "missing" in wanted:
+                shown.advance()
 
 
 def _suspects(config: Config, store: Store, uri: str) -> None:
@@ -301,7 +313,7 @@ def _record(config: Config, stage: str) -> Iterator[dict[str, Any]]:
     """Keep the seconds of a stage that did something, and what is added to the dictionary, in run.json; a run folder that is
     there is locked."""
     start, added, uri = time.perf_counter(), dict[str, Any](), run_folder(config)
-    with locked(uri) if storage.exists(uri) else nullcontext():
+    with locked(uri) if storage.exists(uri) else nullcontext(), progress.stage(stage):
         before = listing(uri)
         yield added
         card = _read_card(uri)
