@@ -26,6 +26,8 @@ from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.shapes import COLOURS, png, write_shard
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "s3://bucket"
 NUM_ROWS = 96
 SECRET = "planted-key-of-the-bucket"

@@ -20,6 +20,8 @@ from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.pretrained.images import backbone_dim
 from mmkt_ray.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.slow
+
 SIDE, CPU = 64, torch.device("cpu")
 
 

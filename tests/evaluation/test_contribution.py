@@ -19,6 +19,8 @@ from mmkt_ray.evaluation.sentences import answer_sentence
 from mmkt_ray.features.store import MISSING, UNSEEN, open_store
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

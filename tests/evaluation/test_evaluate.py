@@ -40,6 +40,8 @@ from tests.evaluation.runs import (
     write_store,
 )
 
+pytestmark = pytest.mark.slow
+
 ALL_THINGS = (*THINGS, "unicorn")  # the last one is in test only
 
 
