@@ -49,8 +49,7 @@ def quieten() -> None:
 def init_local(folder: str, **settings: Any) -> None:
     """`ray.init` for a Ray of our own, with its session in `folder`.
 
-    Reason: `_temp_dir` is a private argument; RAY_TMPDIR, the public way, would also move the files of everything else
-    that this process starts. The documentation names it too: "Configuring Logging", section "Specify the log directory".
+    Reason: `_temp_dir` is a private argument; RAY_TMPDIR, the public way, goes on to every other Ray that is started from here.
     """
     import ray
 
