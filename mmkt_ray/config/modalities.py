@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
 from mmkt_ray.encoders.catalog import ENCODERS
@@ -29,6 +29,11 @@ class ModalityConfig(Section):
     hidden_dim: int | None = Field(
         None, ge=1, description="tower width under sharing: separate; null: from the features' width"
     )
+
+    @model_validator(mode="after")
+    def _encoder_knows_the_kind(self) -> ModalityConfig:
+        object.__setattr__(self, "encoder", self.encoder.of_kind(self.kind))  # frozen, and not given to anyone yet
+        return self
 
 
 class TaskConfig(Section):

@@ -104,7 +104,8 @@ class Config(Section):
         if self.model.missing == "generate" and len(self.model_modalities) > 1:
             for name in self.model_modalities:
                 encoder = ENCODERS.get(self.modalities[name].encoder.name)
-                if encoder is not None and encoder.sparse and self.modalities[name].reduce is None:
+                sparse = encoder is not None and getattr(self.modalities[name].encoder, "sparse", encoder.sparse)
+                if sparse and self.modalities[name].reduce is None:
                     raise ConfigError(
                         f"model.missing: generate cannot predict sparse features: add modalities.{name}.reduce, "
                         "e.g. {name: svd, dim: 256}"

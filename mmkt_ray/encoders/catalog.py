@@ -7,6 +7,7 @@ from mmkt_ray.encoders.base import ListedEncoder
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
 from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
 from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
+from mmkt_ray.encoders.table import TableEncoder
 from mmkt_ray.encoders.text import TfidfEncoder
 
 ENCODERS: dict[str, type[ListedEncoder]] = {
@@ -18,4 +19,5 @@ ENCODERS: dict[str, type[ListedEncoder]] = {
     "efficientnet-lite0": EfficientNetLite0ImageEncoder,
     "minilm": MinilmTextEncoder,
     "huggingface": HuggingFaceTextEncoder,
+    "table": TableEncoder,
 }

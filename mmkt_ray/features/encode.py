@@ -43,7 +43,7 @@ class Decoded(NamedTuple):
 
 def decode_column(column: pa.ChunkedArray, kind: ModalityKind, prepare: Any, samples: SamplesConfig) -> Decoded:
     """The values of a column: decoded and prepared where the kind has a decoder, else as they are."""
-    size, data = len(column), column.to_pylist()
+    size, data = len(column), column.to_pylist() if kind.decoder else kind.values(column)
     decoded = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)])
     present = [i for i, value in enumerate(data) if value is not None]
     if not kind.decoder:
@@ -196,6 +196,7 @@ class EncodeChunk:
             if part is None:
                 chosen = [value for value, wanted in zip(values[name], keep, strict=True) if wanted]
                 columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
+                samples = note_changes(samples, name, changes_in(self.encoders[name], chosen))
             else:
                 part = part.filter(mask)
                 columns[column_of(name)] = part.column(column_of(name)).combine_chunks()
@@ -223,13 +224,12 @@ class EncodeChunk:
         values: dict[str, list[Any]] = {}
         broken: dict[str, dict[int, str]] = {}
         for name, encoder in self.encoders.items():
-            kind = self.plan.config.modalities[name].kind
             if (part := stored.get(name)) is not None:
                 if hash_of(name) not in samples.column_names:  # not decoded by the stage before
-                    changes = changes_of(part, name) if kind.decoder else []  # else known from reading
-                    changes = [[c for c in cell if c != NOT_ENCODED] for cell in changes]
-                    known = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
-                    broken[name] = dict.fromkeys(known, "unreadable, as found when the modality was encoded")
+                    known = [{NOT_ENCODED, *cell} for cell in changes_of(samples, name)]  # from reading
+                    changes = [[c for c in cell if c not in k] for cell, k in zip(changes_of(part, name), known, strict=True)]
+                    lost = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
+                    broken[name] = dict.fromkeys(lost, "unreadable, as found when the modality was encoded")
                     samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
                 continue
             field, column = samples.schema.field(name), samples.column(name)
@@ -237,6 +237,7 @@ class EncodeChunk:
                 shape, dtype = json.loads(field.metadata[PREPARED])
                 values[name] = [None if v is None else np.frombuffer(v, dtype).reshape(shape) for v in column.to_pylist()]
             else:
+                kind = self.plan.config.modalities[name].kind
                 decoded = decode_column(column, kind, getattr(encoder, "prepare", None), self.plan.config.samples)
                 values[name], broken[name] = decoded.values, decoded.broken
                 samples = note_content(samples, name, decoded.hashes, decoded.changes)
@@ -249,10 +250,11 @@ def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> tu
 
     Null where a value is absent or its features are refused: they are of another width, or not finite as `dtype`.
     """
-    rows = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
+    wrong = _refused(encoder, values)
+    rows = np.array([i for i, value in enumerate(values) if value is not None and i not in wrong], dtype=np.int64)
     kind = feature_type(encoder.dim, getattr(encoder, "sparse", False), dtype)
     if not len(rows):
-        return pa.nulls(len(values), kind), {}
+        return pa.nulls(len(values), kind), wrong
     features, refused = checked_features(encoder, [values[i] for i in rows], dtype)
     good = np.array([i not in refused for i in range(len(rows))])
     present = np.zeros(len(values), dtype=bool)
@@ -261,7 +263,23 @@ def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> tu
         column = pa.nulls(len(values), kind)
     else:
         column = to_arrow(features if good.all() else features[np.flatnonzero(good)], present, dtype)
-    return column, {int(rows[i]): why for i, why in refused.items()}
+    return column, wrong | {int(rows[i]): why for i, why in refused.items()}
+
+
+def _refused(encoder: Any, values: list[Any]) -> dict[int, str]:
+    """Row -> why the encoder takes no such value."""
+    if not hasattr(encoder, "refused"):
+        return {}
+    rows = [i for i, value in enumerate(values) if value is not None]
+    return {rows[i]: why for i, why in encoder.refused([values[i] for i in rows]).items()}
+
+
+def changes_in(encoder: Any, values: list[Any]) -> list[list[str]]:
+    """What of each value (N, None where absent) the encoder does not read; empty for an encoder that reads all."""
+    if not hasattr(encoder, "changes"):
+        return []
+    told = iter(encoder.changes([value for value in values if value is not None]))
+    return [[] if value is None else next(told) for value in values]
 
 
 def checked_features(encoder: Any, values: list[Any], dtype: str) -> tuple[Any, dict[int, str]]:

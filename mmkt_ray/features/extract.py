@@ -117,6 +117,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
             "fingerprint": c["fingerprint"],
             "folders": [encoders[m].rsplit("/", 1)[-1]],
         }
+        | c["rest"].get("found", {})  # what the fit found out of the values
         for m, c in cards.items()
     }
     return publish(

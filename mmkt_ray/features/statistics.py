@@ -29,7 +29,7 @@ def encoder_statistics(
     for chunk in read_chunks(plan, shard):
         train = train_rows(chunk.table, leaking).column(modality).drop_null()
         if len(train):
-            part = encoder.partial(train.to_pylist())
+            part = encoder.partial(plan.modalities[modality].values(train))
             total = part if total is None else encoder.merge([total, part])
     return total
 

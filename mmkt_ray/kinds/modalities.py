@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import model_serializer
+from pydantic import Field, model_serializer
 
 from mmkt_ray.section import Choice
 
@@ -98,6 +98,10 @@ class ModalityKind(Choice):
 
     # --- values --------------------
 
+    def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
+        """The values of a column (N,), where the kind has no decoder; None where null."""
+        return list(column.to_pylist())
+
     def from_decoder(self, array: np.ndarray, number: int) -> Any:
         """A value, of the array and the number that the decoder sent."""
         return array
@@ -109,6 +113,13 @@ class ModalityKind(Choice):
         return hash_json(value)
 
     # --- for people --------------------
+
+    def look(self, column: pa.ChunkedArray) -> str:
+        """What the first rows (N,) of a source show, for `mmkt doctor`; "" for nothing that needs saying.
+
+        Raises: DataError for what would stop a run.
+        """
+        return ""
 
     def check(self) -> None:
         """Raises: ConfigError if this machine lacks what the kind needs."""
@@ -272,4 +283,68 @@ class Text(ModalityKind):
         return hash_text(value)
 
 
-MODALITY_KINDS: dict[str, type[ModalityKind]] = {"image": Image, "text": Text, "audio": Audio}
+class Table(ModalityKind):
+    """A row of several columns; its value is {column: text} of the cells that are there, in the spelling of `kinds.tables`."""
+
+    name: Literal["table"] = "table"
+    types: dict[str, Literal["number", "category", "boolean", "date"]] = Field(
+        default_factory=dict,
+        description="column -> what its cells are; of others it is found in the train rows: what nine of ten cells can be read "
+        "as, else category",
+    )
+    holds: ClassVar[str] = "a row of cells, each a number, a category, a boolean or a date, or null"
+    takes_several: ClassVar[bool] = True
+    stored_bytes: ClassVar[float] = 1.0
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        from mmkt_ray.kinds.tables import row_type
+
+        return row_type()
+
+    def from_cell(self, cell: Any, encoding: str) -> dict[str, str] | None:
+        from mmkt_ray.kinds.tables import row_texts
+
+        if not isinstance(cell, dict):
+            raise ValueError(f"must be several columns, got {cell!r:.40}: write the source's column as a list, [price]")
+        return row_texts(cell, encoding) or None
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        import pyarrow as pa
+
+        from mmkt_ray.kinds.tables import rows_from_arrow
+
+        if not pa.types.is_struct(raw.type):
+            raise TypeError("it is a single column: write the source's column as a list, [price]")
+        return rows_from_arrow(raw, source.as_text)
+
+    def num_bytes(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        from mmkt_ray.kinds.tables import bytes_of_rows
+
+        return bytes_of_rows(column)
+
+    def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
+        return list(column.to_pylist(maps_as_pydicts="strict"))
+
+    def look(self, column: pa.ChunkedArray) -> str:
+        """The types that columns have in these rows."""
+        from mmkt_ray.kinds.tables import check_stated, column_statistics
+
+        rows = self.values(column.drop_null())
+        found = column_statistics(rows, self.types, {})
+        check_stated(self.types, found, "kind.types")
+        for name, stated in self.types.items():
+            found[name].check(name, stated)
+        types = {c: self.types.get(c) or statistics.type_of() for c, statistics in found.items()}
+        by_type = {t: [c for c, own in types.items() if own == t] for t in dict.fromkeys(types.values())}
+        return "; ".join(f"{t}: {', '.join(columns)}" for t, columns in sorted(by_type.items()))
+
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        from mmkt_ray.kinds.tables import ITEM_MARK
+
+        pairs = cell.items() if isinstance(cell, dict) else cell
+        told = "; ".join(f"{column}: {text.replace(ITEM_MARK, ', ')}" for column, text in pairs)
+        return {"kind": "text", "text": excerpt(told)}
+
+
+MODALITY_KINDS: dict[str, type[ModalityKind]] = {"image": Image, "text": Text, "audio": Audio, "table": Table}

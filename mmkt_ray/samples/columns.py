@@ -91,13 +91,16 @@ class Reading:
     def narrowed(self, known: Collection[str]) -> Reading:
         """This reading without the modalities and tasks whose column is not among the shard's, where `absent: null` says so.
 
-        If no modality is left it stays as it is, so that the reader's own check tells what the shard lacks.
+        Of several columns that make one those stay that are there. If no modality is left the reading stays as it is, so that
+        the reader's own check tells what the shard lacks.
         """
         fixed = {"sample_id", "split", "key"}
-        columns = [c for c in self.source.columns if c in fixed or set(self.source.theirs(c)) <= set(known)]
+        there = {c: tuple(name for name in self.source.theirs(c) if name in known) for c in self.source.columns}
+        columns = {c: theirs for c, theirs in self.source.columns.items() if c in fixed or there[c]}
+        columns |= {c: there[c] for c in self._lists if there[c]}
         if self.source.absent == "error" or not set(columns) & set(self.plan.modalities):
             return self
-        return Reading(self.plan.with_columns(self.shard.source, columns), self.shard)
+        return Reading(self.plan.with_source(self.shard.source, columns=columns), self.shard)
 
     @property
     def has_patterns(self) -> bool:
