@@ -141,6 +141,13 @@ class Config(Section):
             takes_several = column in self.modalities and self.modalities[column].kind.takes_several
             if not isinstance(theirs, str) and not takes_several:
                 raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
+            if column in source.arrays(""):
+                takes_arrays = column in self.modalities and self.modalities[column].kind.takes_arrays
+                if not takes_arrays or source.reader not in ("parquet", "manifest"):
+                    raise ConfigError(
+                        f"source '{source.path}' fills '{column}' from '{theirs}': an array fills vectors alone, beside shards of "
+                        "the readers parquet and manifest"
+                    )
             if source.reader not in ("parquet", "manifest") and not isinstance(theirs, str) and "*" in "".join(theirs):
                 raise ConfigError(
                     f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader '{source.reader}' "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmkt_ray.encoders.audio import LogMelCnnAudioEncoder
 from mmkt_ray.encoders.base import ListedEncoder
+from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
 from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
 from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
@@ -20,4 +21,5 @@ ENCODERS: dict[str, type[ListedEncoder]] = {
     "minilm": MinilmTextEncoder,
     "huggingface": HuggingFaceTextEncoder,
     "table": TableEncoder,
+    "identity": IdentityEncoder,
 }

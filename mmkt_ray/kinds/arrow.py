@@ -80,4 +80,6 @@ def bytes_of_cell(value: Any) -> int:
         return sum(map(bytes_of_cell, value.values()))
     if isinstance(value, list | tuple):
         return 8 * len(value)
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
     return 0 if value is None else 8

@@ -42,6 +42,7 @@ class ModalityKind(Choice):
     holds: ClassVar[str]  # for the config's help
     # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
     takes_several: ClassVar[bool] = False
+    takes_arrays: ClassVar[bool] = False  # may be filled from the rows of an array beside the shard, `vectors.npy`
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
     decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
     # of one encoded float32 feature in a store, for estimates: what bf16 networks give, and zeros, compress
@@ -347,4 +348,49 @@ class Table(ModalityKind):
         return {"kind": "text", "text": excerpt(told)}
 
 
-MODALITY_KINDS: dict[str, type[ModalityKind]] = {"image": Image, "text": Text, "audio": Audio, "table": Table}
+class Vector(ModalityKind):
+    """Numbers that another encoder made of something; its value is an array (D,) float32, finite."""
+
+    name: Literal["vector"] = "vector"
+    holds: ClassVar[str] = "a list of numbers, such as an embedding made elsewhere; or as many columns; or a row of a .npy file"
+    takes_several: ClassVar[bool] = True
+    takes_arrays: ClassVar[bool] = True
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        import pyarrow as pa
+
+        return pa.list_(pa.float32())
+
+    def from_cell(self, cell: Any, encoding: str) -> list[float] | None:
+        from mmkt_ray.kinds.vectors import vector_of
+
+        return vector_of(cell)
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        from mmkt_ray.kinds.vectors import vectors_from_arrow
+
+        return vectors_from_arrow(raw) or super().from_arrow(raw, source)
+
+    def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
+        from mmkt_ray.kinds.vectors import vectors_in
+
+        return vectors_in(column)
+
+    def digest(self, value: np.ndarray) -> int:
+        from mmkt_ray.kinds.content import hash_array
+
+        return hash_array(value)
+
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        shown = ", ".join(f"{number:.4g}" for number in cell[:8])
+        return {"kind": "text", "text": f"{len(cell)} numbers: {shown}{', …' if len(cell) > 8 else ''}"}
+
+
+MODALITY_KINDS: dict[str, type[ModalityKind]] = {
+    "image": Image,
+    "text": Text,
+    "audio": Audio,
+    "table": Table,
+    "vector": Vector,
+}

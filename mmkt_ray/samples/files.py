@@ -33,6 +33,15 @@ class FileReader:
 
     def read(self, cell: str) -> bytes:
         """The file's bytes. Raises: ValueError if it is missing, too large, no file or outside."""
+        try:
+            fs, path = self.locate(cell, MAX_FILE_BYTES)
+            with fs.open_input_stream(path, compression=None) as stream:
+                return bytes(stream.read())
+        except OSError as error:
+            raise _told_fault(cell, error) from None
+
+    def locate(self, cell: str, max_bytes: int | None = None) -> tuple[pafs.FileSystem, str]:
+        """Where the file is. Raises: ValueError if it is missing, too large, no file or outside."""
         folder = posixpath.normpath(posixpath.dirname(cell))
         outside = "://" in cell or posixpath.isabs(cell) or folder.split("/")[0] == ".."
         if outside and not self.allow_outside:  # before the name can mean anything, such as a server to ask
@@ -43,15 +52,12 @@ class FileReader:
             raise self._told_outside(cell)
         try:
             info = fs.get_file_info(path)
-            if info.type == pafs.FileType.NotFound:
-                raise ValueError(f"no file '{cell}' in '{self.base}'")
-            _check_readable(info)
-            with fs.open_input_stream(path, compression=None) as stream:
-                return bytes(stream.read())
         except OSError as error:
-            if error.errno not in _FAULTS_OF_A_NAME:
-                raise
-            raise ValueError(f"cannot read '{cell:.200}': {os.strerror(error.errno)}") from None
+            raise _told_fault(cell, error) from None
+        if info.type == pafs.FileType.NotFound:
+            raise ValueError(f"no file '{cell}' in '{self.base}'")
+        _check_readable(info, max_bytes)
+        return fs, path
 
     def _told_outside(self, cell: str) -> ValueError:
         return ValueError(
@@ -73,10 +79,17 @@ class FileReader:
         return self._real_folders[folder]
 
 
-def _check_readable(info: pafs.FileInfo) -> None:
-    """Raises: ValueError for a folder, a device or a file of more than MAX_FILE_BYTES."""
+def _told_fault(cell: str, error: OSError) -> Exception:
+    """What a fault of the storage means: ValueError where the name is to blame, else itself."""
+    if error.errno not in _FAULTS_OF_A_NAME:
+        return error
+    return ValueError(f"cannot read '{cell:.200}': {os.strerror(error.errno)}")
+
+
+def _check_readable(info: pafs.FileInfo, max_bytes: int | None) -> None:
+    """Raises: ValueError for a folder, a device or a file of more than `max_bytes`."""
     if info.type != pafs.FileType.File:
         raise ValueError(f"'{info.base_name}' is no regular file")
-    if info.size is not None and info.size > MAX_FILE_BYTES:
-        limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
+    if max_bytes is not None and info.size is not None and info.size > max_bytes:
+        limit = f"more than the {max_bytes:,} of one sample at most"
         raise ValueError(f"'{info.base_name}' has {info.size:,} bytes, {limit}")
