@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
-from mmkt_ray.encoders.catalog import ENCODERS
-from mmkt_ray.encoders.reduce import REDUCERS, ReduceSection
+from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
+from mmkt_ray.encoders.reduce import ReduceSection
 from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
 from mmkt_ray.section import Once, OneOf, Section
 

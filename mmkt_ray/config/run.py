@@ -89,6 +89,11 @@ class Config(Section):
                 raise ConfigError(
                     f"modalities.{name}.encoder.pretrain: '{task}' is multilabel; name a multiclass or binary task"
                 )
+            labels_of = modality.reduce.labels_of if modality.reduce is not None else None
+            if labels_of is not None and labels_of not in self.tasks:
+                raise ConfigError(f"modalities.{name}.reduce.task: unknown task '{labels_of}': {nearest(labels_of, self.tasks)}")
+            if labels_of is not None and self.tasks[labels_of].kind not in ("multiclass", "binary"):
+                raise ConfigError(f"modalities.{name}.reduce.task: '{labels_of}' must be a multiclass or binary task")
             if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(
                     f"modalities.{name}: encoder '{modality.encoder.name}' reads {' or '.join(encoder.kinds)}, the modality's "
@@ -104,8 +109,9 @@ class Config(Section):
         if self.model.missing == "generate" and len(self.model_modalities) > 1:
             for name in self.model_modalities:
                 encoder = ENCODERS.get(self.modalities[name].encoder.name)
-                sparse = encoder is not None and getattr(self.modalities[name].encoder, "sparse", encoder.sparse)
-                if sparse and self.modalities[name].reduce is None:
+                modality = self.modalities[name]
+                sparse = encoder is not None and getattr(modality.encoder, "sparse", encoder.sparse)
+                if sparse and (modality.reduce is None or modality.reduce.keeps_sparse):
                     raise ConfigError(
                         f"model.missing: generate cannot predict sparse features: add modalities.{name}.reduce, "
                         "e.g. {name: svd, dim: 256}"
@@ -141,13 +147,12 @@ class Config(Section):
             takes_several = column in self.modalities and self.modalities[column].kind.takes_several
             if not isinstance(theirs, str) and not takes_several:
                 raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
-            if column in source.arrays(""):
-                takes_arrays = column in self.modalities and self.modalities[column].kind.takes_arrays
-                if not takes_arrays or source.reader not in ("parquet", "manifest"):
-                    raise ConfigError(
-                        f"source '{source.path}' fills '{column}' from '{theirs}': an array fills vectors alone, beside shards of "
-                        "the readers parquet and manifest"
-                    )
+            takes_arrays = column in self.modalities and self.modalities[column].kind.takes_arrays
+            if column in source.arrays("") and not (takes_arrays and source.reader in ("parquet", "manifest")):
+                raise ConfigError(
+                    f"source '{source.path}' fills '{column}' from '{theirs}': an array fills vectors alone, beside shards of "
+                    "the readers parquet and manifest"
+                )
             if source.reader not in ("parquet", "manifest") and not isinstance(theirs, str) and "*" in "".join(theirs):
                 raise ConfigError(
                     f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader '{source.reader}' "

@@ -6,6 +6,7 @@ Axes: B rows in a batch, D features, C columns with numbers (dates too), Q quant
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ class TableEncoder(ListedEncoder):
         super().__init__(section)
         self._section = section
         self.sparse = section.sparse  # type: ignore[misc]  # by instance
-        self._types: dict[str, ColumnType] = dict.fromkeys(section.split, "category") | section.types  # type: ignore[arg-type]
+        self._types: dict[str, ColumnType] = {**dict.fromkeys(section.split, "category"), **section.types}
         self._columns: tuple[Column, ...] | None = None
         self._points: dict[str, np.ndarray] = {}  # column -> quantiles (Q,), or the edges of bins (T + 1,)
 
@@ -194,7 +195,7 @@ class TableEncoder(ListedEncoder):
                 for own, row in zip(told, values, strict=True):
                     text = row.get(column.name)
                     if text is not None and read(text, column.stated) is None:
-                        own.append(f"'{column.name}' is no {column.type}, read as null")
+                        own.append(f"'{column.name}' is no {column.type}{tables.NULLED}")
         return told
 
     def _encode_dense(self, values: Sequence[Mapping[str, str]]) -> np.ndarray:
@@ -249,7 +250,7 @@ class TableEncoder(ListedEncoder):
         names = [name] if column.scale else []
         if column.scale and self._section.numbers == "piecewise_linear" and column.name in self._points:
             edges = self._points[name]
-            names = [f"{name} in {low:.6g} .. {high:.6g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+            names = [f"{name} in {low:.6g} .. {high:.6g}" for low, high in itertools.pairwise(edges)]
         if column.type == "date":
             names += [f"{name} ({part})" for part in (*DATE_PARTS, *(TIME_PARTS if column.has_time else ()))]
         return [*names, *missing]

@@ -91,6 +91,11 @@ class TfidfEncoder(ListedEncoder):
         """The vocabulary in column order."""
         return self._fitted_terms().to_pylist()
 
+    @property
+    def feature_names(self) -> list[str]:
+        """The same: what each feature is of."""
+        return self.terms
+
     def partial(self, values: Sequence[str]) -> TermStatistics:
         """Term statistics of one chunk of texts."""
         columns = self._count_words(values) if self._words_only else self._count_ngrams(values)

@@ -385,7 +385,7 @@ def reduce_part(
         if present.any():
             reduced = to_arrow(reducer.encode(features[present]), present, dtype)
         else:
-            reduced = pa.nulls(len(part), feature_type(reducer.dim, False, dtype))
+            reduced = pa.nulls(len(part), feature_type(reducer.dim, getattr(reducer, "sparse", False), dtype))
         part = part.set_column(position, column_of(modality), reduced)
     unit, index, *end = name.removesuffix(".parquet").split("-")
     seconds = {"reduce": time.perf_counter() - start}

@@ -196,11 +196,11 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         folders = [*modalities[m]["folders"], reducers[m].rsplit("/", 1)[-1]]
         modalities[m] |= {
             "dim": card["dim"],
-            "sparse": False,
+            "sparse": card["sparse"],
             "reduce": card["config"],
             "fingerprint": both,
             "folders": folders,
-        }
+        } | card["rest"].get("found", {})
     return publish(uri, config, units, modalities, stats.summary(), source=encoded, checksums=stats.checksums)
 
 

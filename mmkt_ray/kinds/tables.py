@@ -29,6 +29,7 @@ from mmkt_ray.kinds.cells import canonical, decode_text, is_nan, key_text
 ColumnType = Literal["number", "category", "boolean", "date"]
 
 ITEM_MARK = "\x1f"  # between the items of a cell that is a list
+NULLED = ", read as null"  # end of what is told of a cell that is not of its column's type
 MAX_BAD_FRAC = 0.1  # of a column's cells that may be unreadable as its type
 NUM_BAD_SHOWN = 5
 MAX_TEXTS = 2**16  # different texts of a column that are counted; with more it is no category
@@ -202,8 +203,9 @@ READ: dict[str, Callable[[str, bool], float | None]] = {"boolean": read_boolean,
 class Values:
     """Numbers with how often each is there, exact up to MAX_VALUES different ones.
 
-    With more, the lowest bits of all are dropped until they fit: how many does not depend on how the numbers came (uniform
-    collapse as in UDDSketch, Epicoco et al. 2020, here on the bits of float64). Each is then known to a relative 2**(dropped - 52).
+    With more, the lowest bits of all are dropped until they fit, and each is known to a relative 2**(dropped - 52). How many bits
+    does not depend on how the numbers came, other than in KLL sketches: uniform collapse as in UDDSketch (Epicoco et al. 2020),
+    here on the bits of float64.
     """
 
     values: np.ndarray  # (U,) float64, ascending

@@ -91,7 +91,7 @@ def _side_by_side(raw: pa.StructArray) -> Converted:
     columns = [column.cast(pa.float64()) for column in raw.flatten()]
     nulls = np.stack([column.is_null().to_numpy(zero_copy_only=False) for column in columns], axis=1)
     values = np.stack([pc.fill_null(column, 0.0).to_numpy(zero_copy_only=False) for column in columns], axis=1)
-    absent = nulls.all(axis=1)
+    absent = np.asarray(nulls.all(axis=1))
     lengths = np.where(absent, 0, len(columns))
     names = [f.name for f in raw.type]
     column, errors = _checked(values[~absent].ravel(), lengths, absent, nulls[~absent].ravel())
