@@ -266,8 +266,8 @@ def tell_lacking(config: Config) -> None:
         for column in source.columns.keys() & plan.modalities.keys() if known else ():
             names = [n for n in source.theirs(column) if not isinstance(source.columns[column], str) and "*" not in n]
             lacking |= {name: shard.name for name in names if name not in (known or ()) and name not in lacking}
-    for name, shard in sorted(lacking.items()):
-        log.warning("'%s' has no column '%s': it counts as null there", shard, name)
+    for name, where in sorted(lacking.items()):
+        log.warning("'%s' has no column '%s': it counts as null there", where, name)
 
 
 def check_found(plan: ReadingPlan, shards: list[Shard], column: str) -> None:
