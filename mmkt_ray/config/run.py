@@ -89,6 +89,10 @@ class Config(Section):
                 raise ConfigError(
                     f"modalities.{name}.encoder.pretrain: '{task}' is multilabel; name a multiclass or binary task"
                 )
+            if task is not None and modality.kind.pooled:
+                raise ConfigError(
+                    f"modalities.{name}: '{modality.encoder.name}' is trained on single values: set kind.pool to first"
+                )
             labels_of = modality.reduce.labels_of if modality.reduce is not None else None
             if labels_of is not None and labels_of not in self.tasks:
                 raise ConfigError(f"modalities.{name}.reduce.task: unknown task '{labels_of}': {nearest(labels_of, self.tasks)}")

@@ -29,7 +29,10 @@ def encoder_statistics(
     for chunk in read_chunks(plan, shard):
         train = train_rows(chunk.table, leaking).column(modality).drop_null()
         if len(train):
-            part = encoder.partial(plan.modalities[modality].values(train))
+            values = plan.modalities[modality].values(train)
+            if plan.modalities[modality].pooled:
+                values = [item for several in values for item in several]
+            part = encoder.partial(values)
             total = part if total is None else encoder.merge([total, part])
     return total
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 THUMBNAIL_SIDE = 96  # pixels
 EXCERPT_CHARS = 300
+POOL = "cells are lists, or several columns: mean or max of the features, or the first alone; null: one in each cell"
 
 
 class Source(NamedTuple):
@@ -50,8 +51,10 @@ class ModalityKind(Choice):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
-        """A kind without options as its bare name."""
-        return handler(self) if len(type(self).model_fields) > 1 else self.name
+        """A kind whose options are as by default as its bare name."""
+        told = handler(self)
+        plain = all(getattr(self, n) == f.get_default(call_default_factory=True) for n, f in type(self).model_fields.items())
+        return self.name if plain else told
 
     # --- reading --------------------
 
@@ -99,6 +102,11 @@ class ModalityKind(Choice):
 
     # --- values --------------------
 
+    @property
+    def pooled(self) -> str | None:
+        """How features are pooled where a value is a list of several: mean or max; None where it is a single one."""
+        return None
+
     def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
         """The values of a column (N,), where the kind has no decoder; None where null."""
         return list(column.to_pylist())
@@ -136,24 +144,82 @@ def excerpt(text: str) -> str:
     return text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"
 
 
-class _File(ModalityKind):
-    """A kind whose cells are encoded files."""
+class _Listed(ModalityKind):
+    """A kind whose cells may be lists of several, where its option `pool` says what becomes of them."""
 
-    is_file: ClassVar[bool] = True
-    stored_bytes: ClassVar[float] = 1.8
+    pool: str | None = None
+
+    @property
+    def takes_several(self) -> bool:  # type: ignore[override]  # by option
+        return self.pool is not None
+
+    @property
+    def pooled(self) -> str | None:
+        return self.pool if self.pool in ("mean", "max") else None
 
     @property
     def arrow_type(self) -> pa.DataType:
         import pyarrow as pa
 
+        return pa.list_(self.item_type) if self.pooled else self.item_type
+
+    @property
+    def item_type(self) -> pa.DataType:
+        """Type of one of several."""
+        raise NotImplementedError
+
+    def item_from_cell(self, cell: Any, encoding: str) -> Any:
+        """As `from_cell`, of one."""
+        raise NotImplementedError
+
+    def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        """As `from_arrow`, of one in each row."""
+        raise NotImplementedError
+
+    def from_cell(self, cell: Any, encoding: str) -> Any:
+        from mmkt_ray.kinds.lists import items_in, one_of
+
+        if self.pool is None:
+            if isinstance(cell, list | tuple):
+                raise ValueError(self._told_several())
+            return self.item_from_cell(cell, encoding)
+        items = [self.item_from_cell(item, encoding) for item in items_in(cell)]
+        return one_of([item for item in items if item is not None], self.pool)
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        from mmkt_ray.kinds.arrow import is_list
+        from mmkt_ray.kinds.lists import lists_from_arrow
+
+        if self.pool is None:
+            if is_list(raw.type):
+                raise TypeError(self._told_several())
+            return self.items_from_arrow(raw, source)
+        column, errors = lists_from_arrow(raw, self.pool, lambda items: self.items_from_arrow(items, source))
+        return column.cast(self.arrow_type), errors
+
+    def _told_several(self) -> str:
+        return f"must be one {self.name}, got several: say what becomes of them, kind: {{name: {self.name}, pool: first}}"
+
+
+class _File(_Listed):
+    """A kind whose cells are encoded files."""
+
+    is_file: ClassVar[bool] = True
+    stored_bytes: ClassVar[float] = 1.8
+    pool: Literal["mean", "max", "first"] | None = Field(None, description=POOL)
+
+    @property
+    def item_type(self) -> pa.DataType:
+        import pyarrow as pa
+
         return pa.large_binary()
 
-    def from_cell(self, cell: Any, encoding: str) -> bytes:
+    def item_from_cell(self, cell: Any, encoding: str) -> bytes:
         if not isinstance(cell, bytes):
             raise ValueError(f"{self.name} must be encoded bytes, got {type(cell).__name__}")
         return cell
 
-    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+    def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
         """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -195,7 +261,7 @@ class Image(_File):
         """A thumbnail of at most THUMBNAIL_SIDE pixels a side; png is None if the image can't be decoded."""
         from mmkt_ray.kinds.images import thumbnail
 
-        pixels = decode(cell)
+        pixels = decode(cell[0] if isinstance(cell, list) else cell)
         return {"kind": "image", "png": None if pixels is None else thumbnail(pixels, THUMBNAIL_SIDE)}
 
 
@@ -223,29 +289,31 @@ class Audio(_File):
         import_soundfile()
 
     def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"kind": "text", "text": f"audio, {len(cell):,} bytes"}
+        sizes = [f"audio, {len(sound):,} bytes" for sound in (cell if isinstance(cell, list) else [cell])]
+        return {"kind": "text", "text": "; ".join(sizes)}
 
 
-class Text(ModalityKind):
+class Text(_Listed):
     """A string, in Unicode's composed form without control characters."""
 
     name: Literal["text"] = "text"
     holds: ClassVar[str] = "a string"
+    pool: Literal["mean", "max", "first", "join"] | None = Field(None, description=f"{POOL}; join: one text, a line for each")
 
     @property
-    def arrow_type(self) -> pa.DataType:
+    def item_type(self) -> pa.DataType:
         import pyarrow as pa
 
         return pa.large_string()
 
-    def from_cell(self, cell: Any, encoding: str) -> str | None:
+    def item_from_cell(self, cell: Any, encoding: str) -> str | None:
         """Also of numbers, spelt as labels are."""
         from mmkt_ray.kinds.cells import decode_text, label_text
 
         text = decode_text(cell, encoding) if isinstance(cell, bytes) else cell
         return text if isinstance(text, str) else label_text(text)
 
-    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+    def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
         """Decoded and checked text: Arrow does not check the strings that it reads from a file."""
         import pyarrow as pa
 
@@ -273,15 +341,22 @@ class Text(ModalityKind):
 
     def normalise(self, column: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
         from mmkt_ray.kinds.content import blank_to_null, normalise_texts
+        from mmkt_ray.kinds.lists import map_items
 
-        texts, changed = normalise_texts(column)
-        return blank_to_null(texts), changed
+        def normalised(texts: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
+            texts, changed = normalise_texts(texts)
+            return blank_to_null(texts), changed
+
+        return map_items(column, normalised) if self.pooled else normalised(column)
 
     def digest(self, value: str) -> int:
         """The same for texts that differ in case and white space only."""
         from mmkt_ray.kinds.content import hash_text
 
         return hash_text(value)
+
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        return {"kind": "text", "text": excerpt(" / ".join(cell) if isinstance(cell, list) else cell)}
 
 
 class Table(ModalityKind):

@@ -17,6 +17,8 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import values_of
 from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
+from mmkt_ray.kinds.lists import items_in
+from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
@@ -79,8 +81,19 @@ def _convert(reading: Reading, files: FileReader, place: str, raw: Raw, beside: 
     cells = reading.gather(raw.get) | beside
     for column, kind in reading.kinds.items():
         if not isinstance(kind, str) and kind.is_file:
-            cells[column] = _read_file(files, cells[column])
+            cells[column] = _read_files(files, kind, cells[column])
     return reading.convert(place, cells)
+
+
+def _read_files(files: FileReader, kind: ModalityKind, cell: Any) -> Any:
+    """What the file that a cell names holds, or of several files, where the kind takes several."""
+    if not kind.takes_several or isinstance(cell, ValueError) or cell is None or is_nan(cell):
+        return _read_file(files, cell)
+    try:
+        found = [_read_file(files, item) for item in items_in(cell)]
+    except ValueError as error:
+        return error
+    return next((item for item in found if isinstance(item, ValueError)), found or None)
 
 
 def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
