@@ -257,7 +257,7 @@ class Image(_File):
 
         return hash_array(value)
 
-    def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """A thumbnail of at most THUMBNAIL_SIDE pixels a side; png is None if the image can't be decoded."""
         from mmkt_ray.kinds.images import thumbnail
 
@@ -288,7 +288,7 @@ class Audio(_File):
 
         import_soundfile()
 
-    def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
         sizes = [f"audio, {len(sound):,} bytes" for sound in (cell if isinstance(cell, list) else [cell])]
         return {"kind": "text", "text": "; ".join(sizes)}
 
