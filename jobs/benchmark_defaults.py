@@ -18,11 +18,10 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.rows import load_rows, readable
 from mmkt_ray.evaluation.seeds import mean_interval
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.run import extract_step, run_folder
 from mmkt_ray.training.baselines import baseline_name, fit_baselines
 from mmkt_ray.training.trainer import train, train_singles
@@ -50,14 +49,14 @@ def measure(config: Config, num_seeds: int) -> Iterator[str]:
     data = load_rows(store, config.model_modalities, config.model_tasks)
     regressions = fit_baselines(config, data.table)[1]
     for t in config.model_tasks:
-        rows = labelled(data.table.labels[t]) & readable(data.table, config.task_inputs(t))
+        rows = data.table.labels[t].labelled & readable(data.table, config.task_inputs(t))
         test = data.table.take(np.flatnonzero(rows & (data.table.split == "test")))
         scores = {name: np.stack([scores_of(by_name[name], test, t) for by_name in uris]) for name in uris[0]}
         fused = scores.pop("fused")
         able = {name: s for name, s in scores.items() if s.size}
         single = max(able, key=lambda name: np.mean([held_out(by_name[name], t) for by_name in uris]))
         linear = regressions[baseline_name(config.task_inputs(t))].predict(test)[t]
-        logreg = row_scores(test.labels[t], predicted(linear, test.kinds[t]))[None].repeat(num_seeds, axis=0)
+        logreg = test.kinds[t].row_scores(test.labels[t], test.kinds[t].predict(linear))[None].repeat(num_seeds, axis=0)
         cells = [f"{100 * fused.mean():.1f}"]
         for name, other in ((single.removeprefix("only:"), able[single]), ("", logreg)):
             gain = mean_interval(fused - other, 1000, 0.95, seed=0)
@@ -76,11 +75,12 @@ def fit_all(config: Config, store: Store, seed: int) -> dict[str, str]:
 
 
 def scores_of(uri: str, test: FeatureTable, task: str) -> np.ndarray:
-    """(N,) score of each test row, see `row_scores`; empty if the model has no such task."""
+    """(N,) score of each test row, see `TaskKind.row_scores`; empty if the model has no such task."""
     model: Any = load_model(uri)[0]
     if task not in model.spec.tasks:
         return np.zeros(0)
-    return row_scores(test.labels[task], predicted(predict_table(model, test)[task], test.kinds[task]))
+    kind = test.kinds[task]
+    return kind.row_scores(test.labels[task], kind.predict(predict_table(model, test)[task]))
 
 
 def held_out(uri: str, task: str) -> float:

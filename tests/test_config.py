@@ -55,7 +55,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"samples.sources.0.columns": {"image": "img", "label": "y"}}, ["no source fills 'text'"]),
         ({"modalities.image.encoder": {"name": "cnn", "pretrain": "lable"}}, ["did you mean 'label'"]),
         ({"modalities.text.encoder": "pixels"}, ["reads image", "kind is text"]),
-        ({"modalities.image.reduce": "pca"}, ["need dim"]),
+        ({"modalities.image.reduce": "pca"}, ["'modalities.image.reduce.pca.dim' is missing"]),
         ({"name": "a/b"}, ["name", "letters"]),
         ({"variants": {"../../../x": {}}}, ["variants.../../../x: a name consists of letters"]),
         ({"variants": {"majority": {}}}, ["variants: majority is the name of a model that a run makes by itself"]),

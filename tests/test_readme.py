@@ -1,4 +1,4 @@
-"""What README.md tells the reader to type exists: make targets, `mmkt` commands with their options, files."""
+"""What README.md and CONTRIBUTING.md tell the reader to type exists: make targets, `mmkt` commands with their options, files."""
 
 import re
 import shlex
@@ -61,10 +61,11 @@ def commands(readme) -> list[list[str]]:
     return shell_commands(readme)
 
 
-def test_every_make_target_exists(commands):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    used = set(make_targets_used(commands))
-    assert used, "README.md shows no `make` command in a ```console or ```bash block"
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_target_exists(name):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = set(make_targets_used(shell_commands((ROOT / name).read_text())))
+    assert used, f"{name} shows no `make` command in a ```console or ```bash block"
     assert used <= targets
 
 
@@ -83,9 +84,10 @@ def test_every_mmkt_command_is_understood(commands, capsys):
     assert not refused
 
 
-def test_every_project_file_named_exists(readme):
-    named = set(PROJECT_FILE.findall(readme))
-    assert any(name.startswith("jobs/") for name in named), "README.md names no file under jobs/"
+@pytest.mark.parametrize(("name", "folder"), [("README.md", "jobs/"), ("CONTRIBUTING.md", "tests/")])
+def test_every_project_file_named_exists(name, folder):
+    named = set(PROJECT_FILE.findall((ROOT / name).read_text()))
+    assert any(name.startswith(folder) for name in named), f"{name} names no file under {folder}"
     assert not sorted(name for name in named if not (ROOT / name).exists())
 
 

@@ -117,7 +117,7 @@ def test_a_new_name_extracts_nothing_again(
         assert store.manifest == known[name].manifest
         ours, theirs = (s.table(["image", "text"], ["colour"]) for s in (store, known[name]))
         assert np.array_equal(ours.features["image"], theirs.features["image"])
-        assert np.array_equal(ours.labels["colour"], theirs.labels["colour"])
+        assert ours.labels["colour"].same_as(theirs.labels["colour"])
     assert "is taken over from" in caplog.text
     assert "suspects" not in json.loads(Path(stores["concat"].uri, "audit.json").read_text())
     assert "suspects" in json.loads(Path(known["concat"].uri, "audit.json").read_text())

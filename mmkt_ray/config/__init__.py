@@ -11,14 +11,13 @@ from mmkt_ray.config.reading import describe_fields, load_config, seed_32
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.config.samples import JoinCombine, PairCombine, SourceConfig, UnionCombine
 from mmkt_ray.config.search import ParameterConfig, SearchConfig
-from mmkt_ray.config.training import METRICS_BY_KIND, AugmentConfig, EvaluationConfig, ObjectiveConfig, TransferConfig
+from mmkt_ray.config.training import AugmentConfig, EvaluationConfig, ObjectiveConfig, TransferConfig
 from mmkt_ray.encoders.base import CustomEncoder
 from mmkt_ray.section import SPLITS, Section, fingerprint
 
 __all__ = [
     "FUSES",
     "FUSIONS",
-    "METRICS_BY_KIND",
     "MISSING_STRATEGIES",
     "SCHEMES",
     "SPLITS",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
 from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
 from mmkt_ray.encoders.reduce import ReduceSection
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
+from mmkt_ray.kinds.tasks import Multiclass, task_kind
 from mmkt_ray.section import Once, OneOf, Section
 
 EncoderConfig = Annotated[EncoderSection, OneOf("encoder", ENCODERS, elsewhere=CustomEncoder)]
@@ -39,8 +41,10 @@ class ModalityConfig(Section):
 class TaskConfig(Section):
     """One label column to predict."""
 
-    kind: Literal["multiclass", "binary", "multilabel"] = Field(
-        "multiclass",
+    kind: Annotated[
+        TaskKind, PlainValidator(task_kind), PlainSerializer(lambda kind: kind.as_json(), return_type=Any)
+    ] = Field(
+        Multiclass(),
         description="one of several classes, one of two (the later in sorted order is the positive one), or any number of "
         "classes per sample (a list in the source, or a string split at `separator`)",
     )

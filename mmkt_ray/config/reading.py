@@ -13,6 +13,7 @@ from mmkt_ray.config.parsing import read_yaml, sections_of, set_dotted
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.section import Section, fingerprint
 
 
@@ -58,4 +59,6 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, TaskKind):
+        return value.as_json()
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

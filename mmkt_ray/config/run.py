@@ -85,9 +85,10 @@ class Config(Section):
                 raise ConfigError(
                     f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
                 )
-            if task is not None and self.tasks[task].kind == "multilabel":
+            if task is not None and not self.tasks[task].kind.exclusive:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: '{task}' is multilabel; name a multiclass or binary task"
+                    f"modalities.{name}.encoder.pretrain: '{task}' is {self.tasks[task].kind.name}; "
+                    "name a multiclass or binary task"
                 )
             if task is not None and modality.kind.pooled:
                 raise ConfigError(
@@ -96,7 +97,7 @@ class Config(Section):
             labels_of = modality.reduce.labels_of if modality.reduce is not None else None
             if labels_of is not None and labels_of not in self.tasks:
                 raise ConfigError(f"modalities.{name}.reduce.task: unknown task '{labels_of}': {nearest(labels_of, self.tasks)}")
-            if labels_of is not None and self.tasks[labels_of].kind not in ("multiclass", "binary"):
+            if labels_of is not None and not self.tasks[labels_of].kind.exclusive:
                 raise ConfigError(f"modalities.{name}.reduce.task: '{labels_of}' must be a multiclass or binary task")
             if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(
@@ -140,7 +141,7 @@ class Config(Section):
         self.training.objective.check("training.objective", kinds, self.model_tasks)
         if self.search is not None and self.search.objective is not None:
             self.search.objective.check("search.objective", kinds, self.model_tasks)
-        self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks})
+        self.training.check_combinations({t: self.task_inputs(t) for t in self.model_tasks}, kinds)
         if isinstance(self.samples.combine, PairCombine):
             self._check_pair(self.samples.combine)
         return self

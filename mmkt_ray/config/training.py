@@ -8,15 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmkt_ray.errors import ConfigError, nearest, unknown_name
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.section import Once, Section
-
-AVERAGES = tuple(f"{over}_{name}" for over in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1"))
-SHARED = ("accuracy", *AVERAGES, "auroc", "log_loss", "macro_average_precision")
-METRICS_BY_KIND = {
-    "multiclass": (*SHARED, "balanced_accuracy"),
-    "binary": (*SHARED, "balanced_accuracy", "precision", "recall", "f1", "average_precision"),
-    "multilabel": (*SHARED, "samples_precision", "samples_recall", "samples_f1", "micro_average_precision"),
-}
 
 
 class ObjectiveConfig(Section):
@@ -31,15 +24,15 @@ class ObjectiveConfig(Section):
     over: Literal["mean", "worst"] = Field("mean", description="of several tasks: their mean, or the worst of them")
     split: Literal["val"] = Field("val", description="test is for telling the result, once")
 
-    def check(self, where: str, kinds: Mapping[str, str], tasks: Collection[str]) -> None:
+    def check(self, where: str, kinds: Mapping[str, TaskKind], tasks: Collection[str]) -> None:
         """kinds: of all tasks; tasks: the model's. Raises: ConfigError for an unknown task, or a metric that its kind lacks."""
         if self.task is not None and self.task not in kinds:
             raise ConfigError(f"{where}.task: unknown task '{self.task}': {nearest(self.task, kinds)}")
         for task in [self.task] if self.task is not None else tasks:
-            known = METRICS_BY_KIND[kinds[task]]
+            known = kinds[task].metrics
             if self.metric not in known:
                 raise ConfigError(
-                    f"{where}.metric: '{self.metric}' is no metric of '{task}', a {kinds[task]} task: "
+                    f"{where}.metric: '{self.metric}' is no metric of '{task}', a {kinds[task].name} task: "
                     f"{nearest(self.metric, known)}"
                 )
 
@@ -162,8 +155,16 @@ class TrainingConfig(Section):
             )
         return self
 
-    def check_combinations(self, inputs: Mapping[str, tuple[str, ...]]) -> None:
-        """inputs: task -> the modalities that the model reads for it. Raises: ConfigError for what makes no sense."""
+    def check_combinations(self, inputs: Mapping[str, tuple[str, ...]], kinds: Mapping[str, TaskKind]) -> None:
+        """inputs: task -> the modalities that the model reads for it; kinds: of all tasks. Raises: ConfigError for what makes
+        no sense, or has no meaning for a kind of task."""
+        for task in inputs:
+            for setting, why in kinds[task].cannot.items():
+                if getattr(self, setting):
+                    raise ConfigError(
+                        f"training.{setting}: '{task}' is a {kinds[task].name} task, {why}: leave it out, or leave the task out "
+                        "of model.tasks"
+                    )
         if self.balance and max(map(len, inputs.values())) < 2:
             raise ConfigError(
                 f"training.balance: {self.balance} balances the modalities of a task, and no task of the model reads two: "

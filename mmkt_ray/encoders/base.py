@@ -32,7 +32,7 @@ class EncoderSection(Choice):
 
     @property
     def task(self) -> str | None:
-        """The task that it is trained on."""
+        """The task that it is trained on; such an encoder is `Trained`."""
         return None
 
     def of_kind(self, kind: ModalityKind) -> EncoderSection:
@@ -84,7 +84,10 @@ class Encoder(Protocol):
 
 
 class ListedEncoder:
-    """Base of an encoder with an entry in ENCODERS: it has its config section beside it, and by default nothing is fitted."""
+    """Base of an encoder with an entry in ENCODERS: it has its config section beside it, and by default nothing is fitted.
+
+    One that is `Mergeable` is fitted from statistics; one whose section names a task, on that task's labels (`Trained`).
+    """
 
     Section: ClassVar[type[EncoderSection]]
     kinds: ClassVar[tuple[str, ...]]  # of the modalities that it reads
@@ -115,7 +118,7 @@ class Training:
 
 @runtime_checkable
 class Trained(Protocol):
-    """An encoder that is trained by Ray Train on the labels of `Section.task`; its section has `epochs` and `num_workers`."""
+    """What Ray Train trains on the labels of `Section.task`; the section has `epochs` and `num_workers`."""
 
     @property
     def prepared_shape(self) -> tuple[int, ...]:
@@ -139,7 +142,7 @@ class Trained(Protocol):
 
 def fit_of(encoder: Any) -> Fit:
     """How an encoder is fitted: not at all, from statistics of the train split that merge, or by training on a task."""
-    if isinstance(encoder, Trained):
+    if isinstance(encoder, ListedEncoder) and encoder.config.task is not None:
         return "training"
     return "statistics" if isinstance(encoder, Mergeable) else "none"
 

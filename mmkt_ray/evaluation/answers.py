@@ -42,9 +42,9 @@ class Scored:
     held_out: float  # the score by which models are chosen
     ids: np.ndarray  # (N,) of the samples; distinct
     labels: np.ndarray  # (N,) codes, the same for all models of a task
-    scores: np.ndarray  # (N,) 0 or 1; of sets of classes 0..1
+    scores: np.ndarray  # (N,) see `TaskKind.row_scores`
     training: Mapping[str, Any] | None = None
-    sets: bool = False  # a row has a set of classes; its score is F1
+    row_metric: str = "accuracy"  # what the mean of the scores is
 
     def beside(self, other: Scored) -> tuple[np.ndarray, np.ndarray]:
         """Scores of both on the rows that both predicted and that have the same label."""
@@ -257,7 +257,7 @@ def _answer(question: Question, p: float, settings: Settings, p_holm: float, num
         "fused": pair.fused.name,
         "rest": pair.rest.name,
         "rest_modalities": list(pair.rest.reads),
-        "metric": "f1_samples" if pair.fused.sets else "accuracy",
+        "metric": pair.fused.row_metric,
         **pair.found,
         "p": p,
         "p_holm": p_holm,
@@ -268,12 +268,3 @@ def _answer(question: Question, p: float, settings: Settings, p_holm: float, num
         "source": "trained" if question.pairs[0].fused.trained else "baseline",
         "differs": {k: [t.get(k) for t in training] for k in training[0] if training[0][k] != training[1].get(k)},
     }
-
-
-def row_scores(labels: Sequence[Any], pred: Sequence[Any]) -> np.ndarray:
-    """(N,) score of each row: right or wrong; of sets of classes their F1, 1 where both are empty."""
-    return np.array([_f1(a, b) if isinstance(a, tuple) else float(a == b) for a, b in zip(labels, pred, strict=True)])
-
-
-def _f1(label: tuple[str, ...], pred: tuple[str, ...]) -> float:
-    return 2 * len({*label} & {*pred}) / (len(label) + len(pred)) if label or pred else 1.0

@@ -17,9 +17,8 @@ import pandas as pd
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
-from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, row_scores, settle
-from mmkt_ray.evaluation.intervals import METRICS, agreeing, holm, paired_difference, paired_p, verdict
-from mmkt_ray.evaluation.metrics import is_right
+from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, settle
+from mmkt_ray.evaluation.intervals import agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.evaluation.recommend import (
     Rows,
     best_of,
@@ -31,6 +30,8 @@ from mmkt_ray.evaluation.recommend import (
     smallest_of_best,
 )
 from mmkt_ray.evaluation.rows import Outcomes, read_outcomes, read_predictions
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tasks import task_kind
 
 DIFFERENT_SAMPLES = "different samples"
 NO_SINGLE = "no single modality trained"
@@ -135,27 +136,30 @@ class Evaluated:
         inputs = self.card.get("config", {}).get("tasks", {}).get(task, {}).get("inputs")
         return tuple(m for m in self.record["modalities"] if inputs is None or m in inputs)
 
+    def kind_of(self, task: str) -> TaskKind:
+        """A task's kind."""
+        return task_kind(self.tasks[task]["kind"])
+
     def predictions(self, task: str) -> pd.DataFrame:
         """Columns label and pred of `read_predictions`."""
-        return read_predictions(self.predictions_uri, task, self._own_name())
+        return read_predictions(self.predictions_uri, task, self.kind_of(task), self._own_name())
 
     def outcomes(self, task: str) -> Outcomes:
         """The same as codes."""
         if task not in self._outcomes:
             self._outcomes.clear()
-            self._outcomes[task] = read_outcomes(self.predictions_uri, task, self._own_name())
+            self._outcomes[task] = read_outcomes(self.predictions_uri, task, self.kind_of(task), self._own_name())
         return self._outcomes[task]
 
     def scored(self, task: str, held_out: float, vocabulary: dict[Any, int]) -> Scored:
         """Its labelled rows; vocabulary: label -> code, of all models of the task."""
         found = self.outcomes(task)
         codes = np.array([vocabulary.setdefault(v, len(vocabulary)) for v in found.values], np.int32)
-        kinds, which = np.unique(np.stack([found.label, found.pred]), axis=1, return_inverse=True)
-        by_kind = row_scores(*([found.values[i] for i in kind] for kind in kinds))
+        pairs, which = np.unique(np.stack([found.label, found.pred]), axis=1, return_inverse=True)
+        by_pair = np.array([found.kind.score_pair(found.values[y], found.values[p]) for y, p in pairs.T], float)
         training = self.card.get("config", {}).get("training")
-        sets = bool(len(found.values)) and isinstance(found.values[0], tuple)
-        about = {"training": training, "sets": sets}
-        scores = by_kind[which.reshape(-1)]
+        about = {"training": training, "row_metric": found.kind.row_metric}
+        scores = by_pair[which.reshape(-1)]
         trained = self.kind == "trained"
         return Scored(self.name, trained, self.reads(task), held_out, found.ids, codes[found.label], scores, **about)
 
@@ -163,7 +167,7 @@ class Evaluated:
         """Which held-out rows it has right, where it left their predictions."""
         if task not in self._held_out:
             uri = storage.join(self.predictions_uri.rpartition("/")[0], HELD_OUT)
-            found = read_outcomes(uri, task) if storage.exists(uri) else None
+            found = read_outcomes(uri, task, self.kind_of(task)) if storage.exists(uri) else None
             self._held_out[task] = (found.ids, found.label == found.pred) if found else None
         return self._held_out[task]
 
@@ -245,7 +249,7 @@ def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
     record, on = models[0].record, selected_on(task, models)
     settings = Settings(record["confidence"], record["bootstrap_samples"], chosen_on_test=on == "test")
     return {
-        "kind": models[0].tasks[task].get("kind", "multiclass"),
+        "kind": models[0].tasks[task]["kind"],
         "num_classes": len(models[0].tasks[task]["class_names"]),
         "selected_on": on,
         "best": name_of(best_of(models, scores)),
@@ -268,13 +272,14 @@ def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -
         **{k: record.get(k) for k in ("num_rows", "num_unseen", "unseen", "balanced_accuracy")},
         **record["intervals"],
     }
-    row["val_accuracy"] = record["val"]["accuracy"] if record.get("val") else None
+    main = model.kind_of(task).main
+    row["val_accuracy"] = record["val"][main] if record.get("val") else None
     if single is model:
         return {**row, "versus": None, "verdict": REFERENCE}
     versus = _paired(task, model, single) if single else None
     if versus is None:
         return {**row, "versus": None, "verdict": DIFFERENT_SAMPLES if trained else NO_SINGLE}
-    return {**row, "versus": versus, "verdict": verdict(versus["accuracy"])}
+    return {**row, "versus": versus, "verdict": verdict(versus[main])}
 
 
 def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | None:
@@ -284,12 +289,13 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
     if not len(rows):
         return None
     names = sorted({*model.tasks[task]["class_names"], *other.tasks[task]["class_names"]})
-    labels, pred = ours.codes(rows, names)
-    pred_other = theirs.codes(other_rows, names)[1]
+    labels, pred = ours.encoded(rows, names)
+    pred_other = theirs.encoded(other_rows, names)[1]
+    kind = labels.kind
     options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
-    right, other_right = (is_right(labels, p).astype(float) for p in (pred, pred_other))
+    right, other_right = (kind.main_by_row(labels, p) for p in (pred, pred_other))
     shared = {"ours": float(right.mean()), "theirs": float(other_right.mean())}
-    found = {m: paired_difference(labels, pred, pred_other, m, num_classes=len(names), **options) for m in METRICS}
+    found = {m: paired_difference(labels, pred, pred_other, m, width=kind.width(names), **options) for m in kind.reported}
     p = paired_p(right - other_right)
     return {"model": other.name, "num_rows": len(rows), "shared_accuracy": shared, **found, "p": p}
 
@@ -299,15 +305,15 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | N
 
 def _judge_rows(tasks: dict[str, Any], confidence: float) -> None:
     """Correct the P of the rows' differences, and with it their verdicts."""
-    families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # the chosen fused models, all other rows
+    families: dict[bool, list[tuple[dict[str, Any], str]]] = {True: [], False: []}  # the chosen fused models, all other rows
     for found in tasks.values():
         for row in found["rows"]:
             if row["versus"]:
-                families[row["model"] == found["best_fused"]].append(row)
+                families[row["model"] == found["best_fused"]].append((row, task_kind(found["kind"]).main))
     for rows in families.values():
-        for row, p in zip(rows, holm([r["versus"]["p"] for r in rows]), strict=True):
+        for (row, main), p in zip(rows, holm([r["versus"]["p"] for r, _ in rows]), strict=True):
             row["versus"]["p_holm"] = p
-            row["verdict"] = verdict(agreeing(row["versus"]["accuracy"], p, confidence))
+            row["verdict"] = verdict(agreeing(row["versus"][main], p, confidence))
 
 
 def _answer(results: dict[str, Any]) -> None:
@@ -372,11 +378,10 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
             f"Some test labels are of classes that the train split does not have{_unseen(results['tasks'])}; they count as "
             "wrong, or are left out of a multilabel row."
         )
-    multilabel = [t for t, found in results["tasks"].items() if found["kind"] == "multilabel"]
-    if multilabel:
-        notes.append(
-            f"Accuracy of {', '.join(multilabel)} is subset accuracy: a sample is right if all of its classes are."
-        )
+    by_note: dict[str, list[str]] = {}
+    for task, found in results["tasks"].items():
+        by_note.setdefault(task_kind(found["kind"]).notes, []).append(task)
+    notes += [note.format(tasks=", ".join(tasks)) for note, tasks in by_note.items() if note]
     if any(r["versus"] and r["versus"]["num_rows"] < r["num_rows"] for r in rows):
         notes.append("Where two models can read different samples, their difference is over those that both can read.")
     return notes

@@ -23,11 +23,11 @@ from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.disagreement import disagreements
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import percentiles, resampled_scores
-from mmkt_ray.evaluation.metrics import predicted
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.ranking import none_if_nan
 from mmkt_ray.evaluation.rows import load_rows, readable, subsets
-from mmkt_ray.features.store import Store, labelled
+from mmkt_ray.features.store import Store
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.ranking import none_if_nan
 from mmkt_ray.models import fused_part
 
 MAX_MODALITIES = 8  # 2^8 passes over the test rows
@@ -84,26 +84,27 @@ def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[st
     inputs = {t: config.task_inputs(t) for t in config.model_tasks if len(config.task_inputs(t)) > 1}
     if not inputs:
         return {}
-    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"])
+    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"], model.spec.kinds)
     train, part = data.table.take(data.table.rows("train")), data.take(data.readable(split)).table
     given = {}
     for subset in subsets(config.model_modalities)[1:]:
         proba = predict_table(model, part, drop={*config.model_modalities} - {*subset})
-        given[subset] = {t: predicted(p, part.kinds.get(t, "multiclass")) for t, p in proba.items()}
+        given[subset] = {t: part.kinds[t].predict(p) for t, p in proba.items()}
     found = {}
     for task, modalities in inputs.items():
-        prior = majority(train.labels[task], len(part.class_names[task]))
-        rows = np.flatnonzero(labelled(part.labels[task]) & readable(part, modalities))
-        predictions = [np.broadcast_to(prior, part.labels[task].shape)]
+        labels = part.labels[task]
+        prior = labels.kind.constant(train.labels[task], part.width(task))
+        rows = np.flatnonzero(labels.labelled & readable(part, modalities))
+        predictions = [np.broadcast_to(prior, labels.values.shape)]
         for subset in subsets(modalities)[1:]:
-            blind = ~readable(part, subset)
-            predictions.append(np.where(blind[:, None] if prior.ndim else blind, prior, given[subset][task]))
+            predictions.append(given[subset][task].copy())
+            predictions[-1][~readable(part, subset)] = prior
         if len(rows):
             scores = contributions(
-                part.labels[task][rows],
+                labels[rows],
                 [pred[rows] for pred in predictions],
                 modalities,
-                len(part.class_names[task]),
+                part.width(task),
                 num_resamples=config.evaluation.bootstrap_samples,
                 confidence=config.evaluation.confidence,
                 seed=config.seed,
@@ -126,10 +127,10 @@ def shapley_weights(num: int) -> np.ndarray:
 
 
 def contributions(
-    labels: np.ndarray,
+    labels: Labels,
     predictions: Sequence[np.ndarray],
     modalities: Sequence[str],
-    num_classes: int,
+    width: int,
     *,
     num_resamples: int = 1000,
     confidence: float = 0.95,
@@ -138,8 +139,8 @@ def contributions(
     """Shapley values of the modalities with intervals.
 
     Args:
-        labels: (N,) class codes, UNSEEN ones always wrong, or (N, C) 0/1; all rows are labelled.
-        predictions: one for each of `subsets(modalities)`, shaped like the labels.
+        labels: of N rows, all labelled.
+        predictions: one for each of `subsets(modalities)`, shaped like the labels' values.
 
     Returns:
         `accuracy` and `macro_f1`: {full, empty (scores), values {modality: interval}, subsets {"image+text": score}}.
@@ -147,7 +148,7 @@ def contributions(
     """
     weights = shapley_weights(len(modalities))
     found = {}
-    for metric, drawn in resampled_scores(labels, predictions, num_classes, num_resamples, seed).items():
+    for metric, drawn in resampled_scores(labels, predictions, width, num_resamples, seed).items():
         shares = [percentiles(values, confidence, len(labels), least=-1.0) for values in weights @ drawn]
         scores = [none_if_nan(v) for v in drawn[:, 0]]
         found[metric] = {
@@ -157,12 +158,3 @@ def contributions(
             "subsets": {"+".join(s): v for s, v in zip(subsets(modalities), scores, strict=True) if s},
         }
     return found
-
-
-def majority(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """What is predicted of a row about which nothing is known: the most frequent class (), or each class that more than
-    half of the labelled rows have (C,)."""
-    known = labels[labelled(labels)]
-    if labels.ndim == 2:
-        return (known.mean(axis=0) > 0.5).astype(labels.dtype) if len(known) else np.zeros(num_classes, labels.dtype)
-    return np.array(np.bincount(known[known >= 0], minlength=num_classes).argmax())

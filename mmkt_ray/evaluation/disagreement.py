@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from mmkt_ray import storage
 from mmkt_ray.evaluation.intervals import Interval
 from mmkt_ray.evaluation.rows import read_predictions
+from mmkt_ray.kinds.tasks import task_kind
 
 NUM_EXAMPLES = 8
 
@@ -32,12 +33,14 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     if not rows:
         return None
     frames = {m: f.loc[rows] for m, f in frames.items()}
-    labels = next(iter(frames.values()))["label"].tolist()
+    labels, kind = next(iter(frames.values()))["label"].tolist(), task_kind(results["tasks"][task]["kind"])
     right = {m: _same(f["pred"], labels) for m, f in frames.items()}
     differ = np.array([len(set(preds)) > 1 for preds in zip(*(f["pred"] for f in frames.values()), strict=True)])
     share = binomtest(int(differ.sum()), len(rows)).proportion_ci(results["confidence"], method="wilson")
     fused_name = results["tasks"][task]["best_fused"]
-    fused = predictions_of(run_uri, results, fused_name, task).reindex(rows)["pred"] if fused_name else pd.Series()
+    fused = predictions_of(run_uri, results, fused_name, task)["pred"] if fused_name else pd.Series()
+    told_by_fused = fused.map(kind.tell).to_dict()
+    fused = fused.reindex(rows)
     return {
         "models": chosen,
         "num_rows": len(rows),
@@ -50,12 +53,12 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
         "examples": [
             {
                 "sample_id": rows[i],
-                "label": show(labels[i]),
+                "label": kind.tell(labels[i]),
                 "predictions": {
-                    m: {"pred": show(f["pred"].iloc[i]), "proba": float(f["proba"].iloc[i].max())}
+                    m: {"pred": kind.tell(f["pred"].iloc[i]), "proba": float(f["proba"].iloc[i].max())}
                     for m, f in frames.items()
                 },
-                "fused": show(fused.iloc[i]) if fused_name else None,
+                "fused": told_by_fused.get(rows[i]),
             }
             for i in _farthest_apart(frames, differ)
         ],
@@ -65,9 +68,10 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
 def _single_models(results: dict[str, Any], task: str) -> dict[str, str]:
     """modality -> the model that reads it alone: trained before baselines, then the best on held-out rows."""
     chosen: dict[str, Any] = {}
+    main = task_kind(results["tasks"][task]["kind"]).main
     for row in results["tasks"][task]["rows"]:
         if len(row["reads"]) == 1:
-            held_out = row["val_accuracy"] if row["val_accuracy"] is not None else row["accuracy"]["value"]
+            held_out = row["val_accuracy"] if row["val_accuracy"] is not None else row[main]["value"]
             key = results["models"][row["model"]]["kind"] == "trained", held_out, row["model"]
             chosen[row["reads"][0]] = max(chosen.get(row["reads"][0], key), key, key=lambda k: k[:2])
     return {modality: key[2] for modality, key in sorted(chosen.items())}
@@ -78,7 +82,7 @@ def predictions_of(run_uri: str, results: dict[str, Any], name: str, task: str) 
     about = results["models"][name]
     uri = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
     model = about["name"] if about["kind"] == "baseline" else None
-    return read_predictions(uri, task, model, ("label", "pred", "proba"))
+    return read_predictions(uri, task, task_kind(results["tasks"][task]["kind"]), model, ("label", "pred", "proba"))
 
 
 def _farthest_apart(frames: dict[str, pd.DataFrame], differ: np.ndarray) -> list[int]:
@@ -93,10 +97,3 @@ def _same(pred: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
 
 def _share(mask: np.ndarray) -> float | None:
     return float(mask.mean()) if len(mask) else None
-
-
-def show(value: Any) -> str | None:
-    """A class, or a set of classes, as text; None for no prediction."""
-    if isinstance(value, tuple):
-        return ", ".join(value) or "none"
-    return value if isinstance(value, str) else None

@@ -18,17 +18,17 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.calibration import chosen, fit_temperatures, probability_scores
+from mmkt_ray.evaluation.calibration import fit_temperatures
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.heldout import load_heldout, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits, predict_table, probabilities
 from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals
-from mmkt_ray.evaluation.metrics import is_right, predicted, task_metrics
 from mmkt_ray.evaluation.missing import missing_curves
 from mmkt_ray.evaluation.model_folder import load_model, save_temperatures
 from mmkt_ray.evaluation.rows import (
     Rows,
+    chosen,
     has_prediction,
     load_rows,
     prediction_parts,
@@ -39,7 +39,9 @@ from mmkt_ray.evaluation.rows import (
     write_parts,
 )
 from mmkt_ray.evaluation.tables import comparison_table, missing_table
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.models import Predictor
 
 __all__ = [
@@ -74,12 +76,12 @@ def evaluate_model(
     Returns what metrics.json holds:
 
         name, split, store, fingerprint (of store and model), modalities, num_params, training_s, confidence, num_rows, seconds
-        tasks: {task: {metrics of `task_metrics`,
+        tasks: {task: {metrics of `TaskKind.scores`,
                        intervals: {accuracy, macro_f1: {value, low, high} (None: undefined)},
                        calibration: {temperature, num_val_rows, note, before, after: {log_loss, calibration_error,
                                      reliability}}, if asked for
                        subsets: {"image+text": {modalities, num_modalities, num_rows, accuracy, macro_f1 (intervals),
-                                                metrics: those of `task_metrics` from these modalities alone,
+                                                metrics: those of `TaskKind.scores` from these modalities alone,
                                                 all: {accuracy, macro_f1} of all modalities on the same rows}},
                        patterns: {"image+text": {num_rows, accuracy}} by the modalities a row has,
                        val: {num_rows, accuracy, macro_f1, on: val | cv} of held-out rows, or None}}
@@ -90,7 +92,7 @@ def evaluate_model(
     model, card = load_model(model_uri)
     config = parse_config(card["config"])
     settings = ScoreSettings(evaluation or config.evaluation, config.seed)
-    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"])
+    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"], model.spec.kinds)
     held = _held_out(model_uri, model, card, store, data) if split != "val" else None
     calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
     model.temperatures = {t: record["temperature"] for t, record in calibration.items()}
@@ -198,10 +200,10 @@ class ScoreSettings:
     evaluation: EvaluationConfig
     seed: int
 
-    def intervals(self, labels: np.ndarray, pred: np.ndarray, num_classes: int) -> dict[str, Interval | None]:
-        """Of accuracy and macro-F1; empty without labelled rows."""
+    def intervals(self, labels: Labels, pred: np.ndarray, width: int) -> dict[str, Interval | None]:
+        """Of what the kind reports; empty without labelled rows."""
         num, confidence = self.evaluation.bootstrap_samples, self.evaluation.confidence
-        return bootstrap_intervals(labels, pred, num_classes, num_resamples=num, confidence=confidence, seed=self.seed)
+        return bootstrap_intervals(labels, pred, width, num_resamples=num, confidence=confidence, seed=self.seed)
 
 
 def identity_of(store: Store, split: str, evaluation: EvaluationConfig, part: Rows) -> dict[str, Any]:
@@ -225,13 +227,13 @@ def scores_of_task(part: Rows, task: str, proba: np.ndarray, settings: ScoreSett
     """Metrics and intervals of one task over the rows that are labelled and have a prediction."""
     table, rows = part.table, has_prediction(proba)
     labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
-    kind = table.kinds.get(task, "multiclass")
+    kind = labels.kind
     return {
-        **task_metrics(kind, labels, proba, names),
+        **kind.scores(labels, proba, names),
         "num_unseen": int(part.unseen[task][rows].sum()),
         "unseen": unseen_classes(part, task, rows),
         "class_names": names,
-        "intervals": settings.intervals(labels, predicted(proba, kind), len(names)),
+        "intervals": settings.intervals(labels, kind.predict(proba), table.width(task)),
     }
 
 
@@ -239,29 +241,30 @@ def _subset_scores(
     table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: ScoreSettings
 ) -> dict[str, Any]:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
-    rows = has_prediction(proba) & labelled(table.labels[task])
+    rows = has_prediction(proba) & table.labels[task].labelled
     labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
-    kind = table.kinds.get(task, "multiclass")
+    kind = labels.kind
     return {
         "modalities": list(subset),
         "num_modalities": len(subset),
         "num_rows": len(labels),
-        **settings.intervals(labels, predicted(proba, kind), len(names)),
-        "metrics": task_metrics(kind, labels, proba, names),
+        **settings.intervals(labels, kind.predict(proba), table.width(task)),
+        "metrics": kind.scores(labels, proba, names),
         "all": point_scores(table, task, rows, proba_all),
     }
 
 
 def point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
-    kind = table.kinds.get(task, "multiclass")
-    metrics = task_metrics(kind, table.labels[task][rows], chosen(proba, rows), table.class_names[task])
-    return {name: metrics.get(name) for name in ("num_rows", "accuracy", "macro_f1")}
+    labels = table.labels[task][rows]
+    metrics = labels.kind.scores(labels, chosen(proba, rows), table.class_names[task])
+    return {name: metrics.get(name) for name in ("num_rows", *labels.kind.reported)}
 
 
 def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
     """Labelled and readable rows by the modalities they have, with the accuracy on each kind."""
-    rows = labelled(table.labels[task]) & has_prediction(proba)
-    right = is_right(table.labels[task], predicted(proba, table.kinds.get(task, "multiclass")))
+    labels = table.labels[task]
+    rows = labels.labelled & has_prediction(proba)
+    right = labels.kind.is_right(labels, labels.kind.predict(proba))
     found = {}
     for name, here in presence_patterns(table).items():
         scored = rows & here

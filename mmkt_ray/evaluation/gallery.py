@@ -15,6 +15,7 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.rows import read_parts
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.plan import ReadingPlan
@@ -41,7 +42,7 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     if card is None or not storage.exists(uri):
         raise DataError(f"no predictions on '{split}' in '{model_uri}': run `mmkt evaluate` first")
     config = parse_config(card["config"])
-    tasks = {t: _choose(_candidates(uri, t), card["class_names"][t]) for t in config.model_tasks}
+    tasks = {t: _choose(_candidates(uri, t, config.tasks[t].kind), card["class_names"][t]) for t in config.model_tasks}
     chosen = [s for groups in tasks.values() for group in groups.values() for s in group]
     gallery: dict[str, Any] = {"split": split, "tasks": tasks}
     try:
@@ -63,7 +64,8 @@ class _Judged:
     labels: np.ndarray  # (N,) str
     pred: np.ndarray  # (N,) str
     top: np.ndarray  # (N, 2) the largest two probabilities, (N, 1) of a single class
-    second: np.ndarray  # (N,) class of the second one; -1: none
+    second: np.ndarray  # (N,) class of the second one
+    has_second: np.ndarray  # (N,) bool: there is one
 
     def take(self, rows: np.ndarray) -> _Judged:
         return _Judged(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -78,11 +80,11 @@ class _Judged:
         return groups | {"tie": closest[~np.isin(closest, taken)][:NUM_PER_GROUP]}
 
 
-def _candidates(uri: str, task: str) -> _Judged:
+def _candidates(uri: str, task: str, kind: TaskKind) -> _Judged:
     """Rows of a file of predictions, in its order, among which are those of all groups; one batch of it is in memory."""
     best: _Judged | None = None
     for rows in read_parts(uri, ["sample_id", *(f"{task}_{c}" for c in ("label", "pred", "proba"))]):
-        judged = _judge(rows, task)
+        judged = _judge(rows, task, kind)
         if best is not None:
             pairs = [(getattr(best, f.name), getattr(judged, f.name)) for f in fields(judged)]
             judged = _Judged(*map(np.concatenate, pairs))
@@ -91,32 +93,25 @@ def _candidates(uri: str, task: str) -> _Judged:
     return best
 
 
-def _judge(table: pa.Table, task: str) -> _Judged:
-    """The rows of a batch of predictions. Of a multilabel task the two answers about the class that the model is least sure of
-    are compared."""
+def _judge(table: pa.Table, task: str, kind: TaskKind) -> _Judged:
+    """The rows of a batch of predictions."""
     told = [table.column(f"{task}_{c}") for c in ("label", "pred")]
     table = table.filter(pc.and_(told[0].is_valid(), told[1].is_valid()))
     flat = table.column(f"{task}_proba").combine_chunks()
     proba = flat.flatten().to_numpy().reshape(len(table), flat.type.list_size)
-    if pa.types.is_list(told[0].type):
-        second = np.abs(proba - 0.5).argmin(axis=1)
-        unsure = proba[np.arange(len(proba)), second]
-        top = np.stack([np.maximum(unsure, 1 - unsure), np.minimum(unsure, 1 - unsure)], axis=1)
-    else:
-        order = np.argsort(-proba, axis=1, kind="stable")[:, :2]
-        top = np.take_along_axis(proba, order, axis=1)
-        second = order[:, 1] if proba.shape[1] > 1 else np.full(len(proba), -1)
+    top, second, has_second = kind.two_best(proba)
     names = ("sample_id", f"{task}_label", f"{task}_pred")
-    ids, labels, pred = (np.array([_told(v) for v in table.column(n).to_pylist()], dtype=object) for n in names)
-    return _Judged(ids, labels, pred, top, second)
+    ids, labels, pred = (table.column(n).to_pylist() for n in names)
+    told_labels, told_pred = (np.array([kind.tell(v) for v in cells], dtype=object) for cells in (labels, pred))
+    return _Judged(np.array(ids, dtype=object), told_labels, told_pred, top, second, has_second)
 
 
 def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The groups of one task, each of at most NUM_PER_GROUP samples."""
 
     def describe(row: int) -> dict[str, Any]:
-        second = judged.second[row]
-        runner_up = {"second": class_names[second], "second_proba": float(judged.top[row, -1])} if second >= 0 else {}
+        second, proba = class_names[judged.second[row]], float(judged.top[row, -1])
+        runner_up = {"second": second, "second_proba": proba} if judged.has_second[row] else {}
         return {
             "sample_id": judged.ids[row],
             "label": judged.labels[row],
@@ -128,18 +123,13 @@ def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str,
     return {name: [describe(int(r)) for r in rows] for name, rows in judged.groups().items()}
 
 
-def _told(value: str | list[str]) -> str:
-    """A class name, or a list of them in words."""
-    return value if isinstance(value, str) else ", ".join(sorted(value)) or "none"
-
-
 def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:
     """sample_id -> {modality the model reads: thumbnail, excerpt or None}; a combined sample `a|b` has both's."""
     parts = {i: [i, *i.split("|")] for i in sample_ids}
     table = find_samples(ReadingPlan.of(config), sorted({p for ps in parts.values() for p in ps}))
     found = {row["sample_id"]: row for row in table.to_pylist()}
     values = {}
-    limits = Limits(config.samples.max_image_pixels, config.samples.decode_timeout_s)
+    limits = Limits.of(config.samples)
     for sample_id, sources in parts.items():
         rows = [found[s] for s in sources if s in found]
         raw = {m: next((r[m] for r in rows if r.get(m) is not None), None) for m in config.model_modalities}

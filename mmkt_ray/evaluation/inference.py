@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import Features, Predictor, PredictorSpec, SparseBatch, to_proba
+from mmkt_ray.models import Features, Predictor, PredictorSpec, SparseBatch
 
 
 def model_inputs(
@@ -63,7 +62,7 @@ def probabilities(
     """Logits, task -> (N, C), as probabilities; at the model's temperatures where no others are given."""
     by_task = model.temperatures if temperatures is None else temperatures
     return {
-        t: to_proba(torch.from_numpy(values) / by_task.get(t, 1.0), model.spec.kinds[t]).numpy()
+        t: model.spec.kinds[t].outputs(torch.from_numpy(values) / by_task.get(t, 1.0)).numpy()
         for t, values in logits.items()
     }
 
@@ -87,9 +86,10 @@ def predict_logits(
 
 
 def score_rows(model: Predictor, table: FeatureTable, task: str, rows: np.ndarray) -> np.ndarray:
-    """The score in [0, 1] of the chosen rows, (R,); see `row_scores`. rows: mask (N,) of labelled ones."""
+    """The score of the chosen rows, (R,); see `TaskKind.row_scores`. rows: mask (N,) of labelled ones."""
     part = table.take(np.flatnonzero(rows))
-    return row_scores(part.labels[task], predicted(predict_table(model, part)[task], model.spec.kinds[task]))
+    kind = model.spec.kinds[task]
+    return kind.row_scores(part.labels[task], kind.predict(predict_table(model, part)[task]))
 
 
 def check_features(spec: PredictorSpec, table: FeatureTable) -> None:

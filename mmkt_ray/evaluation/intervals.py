@@ -7,13 +7,12 @@ one multinomial draw over these combinations ("cells"): the same distribution as
 grow with N. Scores of several predictions are drawn jointly: what makes a row hard for all of them cancels out of their
 differences. Models of several seeds: seeds.py.
 
-Labels and predictions are (N,) class indices, or (N, C) of 0 and 1 for a multilabel task, whose accuracy is subset
-accuracy: a row counts if every class of it is right.
+What the metrics are, and when a row is right, is the business of the labels' kind.
 
 Sources: Clopper & Pearson 1934, https://doi.org/10.1093/biomet/26.4.404; Tango 1998,
 https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8%3C891::AID-SIM780%3E3.0.CO;2-B; McNemar 1947,
 https://doi.org/10.1007/BF02295996; Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 10 (bias), 13, 15.
-Axes: N samples, C classes, K distinct cells, P predictions of the same rows, R resamples.
+Axes: N samples, K distinct cells, P predictions of the same rows, R resamples.
 
 Limits: the rows must be independent draws. Rows that share a text or an image (label-made pairs) are not, and their
 intervals are too narrow. Macro-F1 over classes of a row or two is biased: its intervals tell of new test sets of as many
@@ -23,21 +22,17 @@ rows, and less often of endless ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from math import sqrt
 from typing import TypedDict
 
 import numpy as np
-import scipy.sparse as sp
 from scipy.optimize import brentq
 from scipy.special import bdtr, ndtri
 from scipy.stats import binomtest, ttest_1samp
 
-from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts
-from mmkt_ray.features.store import labelled
+from mmkt_ray.kinds.labels import Labels
 
-METRICS = ("accuracy", "macro_f1")
 _MAX_COUNTS = 2_000_000  # drawn at once: 16 MB
 _NUM_FLIPS = 9999  # of a test by random signs: the least P is one in 10,000
 _MAX_SIZES = 2000  # distinct sizes of gains that are flipped; above, there are enough rows for a t test
@@ -52,38 +47,38 @@ class Interval(TypedDict):
 
 
 def bootstrap_intervals(
-    labels: np.ndarray,
+    labels: Labels,
     pred: np.ndarray,
-    num_classes: int,
+    width: int,
     *,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval | None]:
-    """Accuracy and macro-F1 with intervals.
+    """The metrics that the task's kind reports, with intervals.
 
     Args:
-        labels, pred: see above; labels may be MISSING (left out) or UNSEEN (always wrong).
-        num_classes: C.
+        labels, pred: see above; rows without a label are left out.
+        width: K.
         num_resamples: R, at least some hundred for stable ends.
         confidence: share of repetitions of the whole study whose interval covers the true score.
 
     Returns:
-        {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled. Macro-F1 is None where no row
-        has or gets any class.
+        {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled. None stands for an undefined one.
 
     Neither has zero width, also where all rows are right: 20 right of 20 gives [0.83, 1], not [1, 1].
     """
-    rows = labelled(labels)
+    kind, rows = labels.kind, labels.labelled
     if not rows.any():
         return {}
     labels, pred = labels[rows], pred[rows]
-    right = int(is_right(as_codes(labels, num_classes), pred).sum())
-    drawn = resampled_scores(labels, [pred], num_classes, num_resamples, seed)["macro_f1"][0]
-    return {
-        "accuracy": share_interval(right, len(labels), confidence),
-        "macro_f1": percentiles(drawn, confidence, len(labels)),
-    }
+    found: dict[str, Interval | None] = {}
+    for metric, drawn in resampled_scores(labels, [pred], width, num_resamples, seed).items():
+        if metric == kind.share:
+            found[metric] = share_interval(int(kind.is_right(labels, pred).sum()), len(labels), confidence)
+        else:
+            found[metric] = percentiles(drawn[0], confidence, len(labels))
+    return found
 
 
 def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval:
@@ -93,12 +88,12 @@ def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval
 
 
 def paired_difference(
-    labels: np.ndarray,
+    labels: Labels,
     pred_a: np.ndarray,
     pred_b: np.ndarray,
     metric: str = "accuracy",
     *,
-    num_classes: int,
+    width: int,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -106,20 +101,20 @@ def paired_difference(
     """Score of `pred_a` minus score of `pred_b` on the same rows; None where it is undefined.
 
     Both predictions of a row stay together, so the interval is narrower than two separate ones suggest. Some rows are
-    labelled; `metric` is one of METRICS. Accuracy: `share_difference`; macro-F1: resampled jointly.
+    labelled; `metric` is one that the kind reports. A share of right rows: `share_difference`; others: resampled jointly.
 
     Raises: ValueError for another metric, or if no row is labelled.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, got '{metric}'")
-    rows = labelled(labels)
+    kind, rows = labels.kind, labels.labelled
+    if metric not in kind.reported:
+        raise ValueError(f"metric must be one of {kind.reported}, got '{metric}'")
     if not rows.any():
         raise ValueError("no labelled row to compare on")
     labels, preds = labels[rows], [pred_a[rows], pred_b[rows]]
-    if metric == "accuracy":
-        ours, theirs = (is_right(as_codes(labels, num_classes), p) for p in preds)
+    if metric == kind.share:
+        ours, theirs = (kind.is_right(labels, p) for p in preds)
         return share_difference(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(labels), confidence)
-    a, b = resampled_scores(labels, preds, num_classes, num_resamples, seed)[metric]
+    a, b = resampled_scores(labels, preds, width, num_resamples, seed)[metric]
     return percentiles(a - b, confidence, len(labels), least=-1.0)
 
 
@@ -185,15 +180,14 @@ def agreeing(difference: Interval, p: float, confidence: float) -> Interval:
 
 
 def resampled_scores(
-    labels: np.ndarray, preds: Sequence[np.ndarray], num_classes: int, num_resamples: int, seed: int
+    labels: Labels, preds: Sequence[np.ndarray], width: int, num_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
     """Metric -> (P, 1 + R): the score of each prediction on the labelled rows given, then on the resamples, which are the
     same for all; NaN where undefined."""
-    (label, *guesses), counts = _cells(labels, preds, num_classes)
-    outcomes = [Outcome.of(label, guess, num_classes) for guess in guesses]
+    outcomes, counts = labels.kind.outcomes(labels, preds, width)
     blocks = chain([counts[None]], draw_counts(counts, num_resamples, np.random.default_rng(seed)))
     drawn = [[outcome.scores(block) for outcome in outcomes] for block in blocks]
-    return {m: np.concatenate([[s[m] for s in scores] for scores in drawn], axis=1) for m in METRICS}
+    return {m: np.concatenate([[s[m] for s in scores] for scores in drawn], axis=1) for m in labels.kind.reported}
 
 
 def percentiles(
@@ -229,50 +223,9 @@ def verdict(difference: Interval, neither: str = "no difference shown") -> str:
     return "worse" if difference["high"] < 0 else neither
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What predictions come to in each of K cells (or rows), so that the scores of many resamples are a few products of
-    matrices. W = C, and one more for UNSEEN where a row has one class."""
-
-    hit: np.ndarray  # (K,) the row is right
-    right: sp.csr_matrix  # (K, W) true positives of each class
-    support: sp.csr_matrix  # (K, W) labels
-    predicted: sp.csr_matrix  # (K, W) predictions
-
-    @classmethod
-    def of(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> Outcome:
-        """label, pred: (K,) codes up to `num_classes` (see `as_codes`), or (K, C) of 0 and 1. A negative prediction, of a
-        class that is not among the C, is wrong."""
-        support, predicted = (_members(values, num_classes) for values in (label, pred))
-        return cls(is_right(label, pred), support.multiply(predicted).tocsr(), support, predicted)
-
-    def scores(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Metric -> (R,) of how often each cell is drawn, (R, K)."""
-        totals = [counts @ part for part in (self.right, self.support, self.predicted)]
-        return {"accuracy": counts @ self.hit / counts.sum(axis=1), "macro_f1": macro_f1_from_counts(*totals)}
-
-
 def draw_counts(counts: np.ndarray, num_resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Counts (K,) of the rows -> blocks (r, K) of counts in resamples of as many rows, `num_resamples` in all."""
     total = int(counts.sum())
     block = max(1, _MAX_COUNTS // len(counts))
     for start in range(0, num_resamples, block):
         yield rng.multinomial(total, counts / total, size=min(block, num_resamples - start))
-
-
-def _members(values: np.ndarray, num_classes: int) -> sp.csr_matrix:
-    """(K, C) as they are, of codes (K, C + 1): 1 where the row has the class; nothing in the row of a negative code."""
-    if values.ndim == 2:
-        return sp.csr_matrix(values.astype(float))
-    rows = np.flatnonzero(values >= 0)
-    return sp.csr_matrix((np.ones(len(rows)), (rows, values[rows])), shape=(len(values), num_classes + 1))
-
-
-def _cells(labels: np.ndarray, preds: Sequence[np.ndarray], num_classes: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The distinct combinations of label and predictions, each (K,) or (K, C), and how often each occurs (K,)."""
-    columns = [as_codes(labels, num_classes), *preds]
-    width = 1 if labels.ndim == 1 else labels.shape[1]
-    flat = np.concatenate([c.reshape(len(c), width).astype(np.int32) for c in columns], axis=1)
-    cells, counts = np.unique(flat, axis=0, return_counts=True)
-    parts = np.split(cells, len(columns), axis=1)
-    return [p[:, 0] if labels.ndim == 1 else p for p in parts], counts

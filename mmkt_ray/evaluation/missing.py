@@ -26,11 +26,11 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, holm, paired_p, percentiles, resampled_scores
-from mmkt_ray.evaluation.metrics import as_codes, is_right, predicted, task_metrics
+from mmkt_ray.evaluation.intervals import holm, paired_p, percentiles, resampled_scores
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
-from mmkt_ray.features.store import FeatureTable, Store, encode_labels, label_type, labelled
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import Predictor
 
 ANY = "any"
@@ -68,7 +68,7 @@ def missing_curves(
     modalities = config.model_modalities
     if len(modalities) < 2:
         raise ConfigError(f"'{model_uri}' reads {modalities[0]} only: without it there is nothing left to predict from")
-    data = load_rows(store, modalities, config.model_tasks, card["class_names"])
+    data = load_rows(store, modalities, config.model_tasks, card["class_names"], model.spec.kinds)
     part = data.take(data.readable(split))
     options = evaluation or config.evaluation
     run = read_optional(storage.join(run_uri, "run.json")) or {}
@@ -113,7 +113,8 @@ def curves_of(
                 result[name].setdefault(hidden, {})[task] = scores
     _correct(result["difference"])
     hint = "" if config.model.experts else "; model.experts: true leaves such rows to it"
-    return result | {"answers": _tell(result, hint)}
+    mains = {task: first.table.kinds[task].main for task, first in models[0].items()}
+    return result | {"answers": _tell(result, mains, hint)}
 
 
 def _correct(differences: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ class Single:
     """The best single-modality model of one modality: its predictions for the rows, and which rows have one."""
 
     name: str
-    score: float  # accuracy on val
+    score: float  # main metric on val
     pred: np.ndarray  # (N,) codes or (N, C)
     known: np.ndarray  # (N,) bool
     folder: str = ""  # of a trained model, in the run
@@ -143,25 +144,24 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
     found = {}
     for modality in modalities:
         able = [m for m in models if m.record["modalities"] == [modality] and m.tasks.get(task, {}).get("num_rows")]
-        best = max(able, key=lambda m: _val_accuracy(m, task), default=None)
+        best = max(able, key=lambda m: _val_score(m, task), default=None)
         if best is not None:
             pred = best.predictions(task)["pred"].reindex(part.table.sample_id)
             known = pred.notna().to_numpy()
-            names, kind = part.table.class_names[task], part.table.kinds.get(task, "multiclass")
-            codes = _encode(pred, known, names, kind)
+            codes = _encode(pred, known, part.table.class_names[task], part.table.kinds[task])
             folder = best.folder if best.kind == "trained" else ""
-            found[modality] = Single(best.name, _val_accuracy(best, task), codes, known, folder)
+            found[modality] = Single(best.name, _val_score(best, task), codes, known, folder)
     return dict(sorted(found.items(), key=lambda item: item[1].score))
 
 
-def _encode(pred: pd.Series, known: np.ndarray, names: Sequence[str], kind: str) -> np.ndarray:
+def _encode(pred: pd.Series, known: np.ndarray, names: Sequence[str], kind: TaskKind) -> np.ndarray:
     told = [v if k else None for v, k in zip(pred.tolist(), known, strict=True)]
-    return encode_labels(pa.chunked_array([pa.array(told, label_type(kind))]), names)
+    return kind.encode_predictions(pa.chunked_array([pa.array(told, kind.arrow_type)]), names)
 
 
-def _val_accuracy(model: Evaluated, task: str) -> float:
+def _val_score(model: Evaluated, task: str) -> float:
     scores = model.tasks[task].get("val") or model.tasks[task]
-    return float(scores["accuracy"])
+    return float(scores[model.kind_of(task).main])
 
 
 # --- one task -------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Answers:
     def able(self, hidden: str) -> np.ndarray:
         """The labelled rows that have the modality and another one, or for ANY two of those that the task reads."""
         num_there = np.sum([self.table.present[m] for m in self.inputs], axis=0)
-        able = labelled(self.table.labels[self.task]) & (num_there > 1)
+        able = self.table.labels[self.task].labelled & (num_there > 1)
         return np.flatnonzero(able if hidden == ANY else able & self.table.present[hidden])
 
     def compared(self) -> bool:
@@ -228,14 +228,14 @@ class Answers:
         for m, single in self.singles.items():  # the best one last, so that it has the last word
             there = single.known[rows] & (gone != list(self.inputs).index(m))
             other[there] = single.pred[rows[there]]
-        labels, num_classes = self.table.labels[self.task][rows], len(self.table.class_names[self.task])
+        labels = self.table.labels[self.task][rows]
         preds = [pred, other] if self.compared() else [pred]
-        scores = resampled_scores(labels, preds, num_classes, draw.num_resamples, draw.seed)
+        scores = resampled_scores(labels, preds, self.table.width(self.task), draw.num_resamples, draw.seed)
         found = {"curves": {m: s[0] for m, s in scores.items()}}
         if self.compared():
             found["reference"] = {m: s[1] for m, s in scores.items()}
             found["difference"] = {m: s[0] - s[1] for m, s in scores.items()}
-            ours, theirs = (is_right(as_codes(labels, num_classes), p).astype(float) for p in (pred, other))
+            ours, theirs = (labels.kind.main_by_row(labels, p) for p in (pred, other))
             found["gain"] = {"rows": ours - theirs}
         return found
 
@@ -251,10 +251,10 @@ def ask(
     without = {m: predict_table(model, table, drop=[m]) for m in config.model_modalities}
     found = {}
     for task in config.model_tasks:
-        kind = table.kinds.get(task, "multiclass")
-        alone = {m: predicted(proba[task], kind) for m, proba in without.items()}
+        kind = table.kinds[task]
+        alone = {m: kind.predict(proba[task]) for m, proba in without.items()}
         inputs = config.task_inputs(task)
-        found[task] = Answers(table, task, inputs, predicted(whole[task], kind), alone, singles[task])
+        found[task] = Answers(table, task, inputs, kind.predict(whole[task]), alone, singles[task])
     return found
 
 
@@ -263,16 +263,17 @@ def _curves(models: Sequence[Answers], hidden: str, rates: Sequence[float], draw
     rows = models[0].able(hidden)
     if len(rows) == 0:
         return {}
+    metrics = models[0].table.kinds[models[0].task].reported
     asked = [models[s % len(models)] for s in range(draw.num_seeds)]
     orders = [answers.hiding_order(hidden, rows, [draw.seed, s]) for s, answers in enumerate(asked)]
     names = ["curves"] + (["reference", "difference"] if models[0].compared() else [])
-    found: dict[str, dict[str, Any]] = {n: {"num_rows": len(rows)} | {m: [] for m in METRICS} for n in names}
+    found: dict[str, dict[str, Any]] = {n: {"num_rows": len(rows)} | {m: [] for m in metrics} for n in names}
     for rate in rates:
         num_hidden = round(rate * len(rows))
         scores = [a.scores(rows, order, num_hidden, draw) for a, order in zip(asked, orders, strict=True)]
         for name in names:
             least = -1.0 if name == "difference" else 0.0
-            for metric in METRICS:
+            for metric in metrics:
                 found[name][metric].append(draw.interval([s[name][metric] for s in scores], len(rows), least))
         if "difference" in names:
             p = paired_p(np.mean([s["gain"]["rows"] for s in scores], axis=0))
@@ -290,26 +291,25 @@ def _patterns(table: FeatureTable, proba: dict[str, np.ndarray]) -> dict[str, An
     found: dict[str, Any] = {}
     for pattern, here in presence_patterns(table).items():
         for task, values in proba.items():
-            rows = here & has_prediction(values) & labelled(table.labels[task])
+            rows = here & has_prediction(values) & table.labels[task].labelled
             if rows.any():
-                kind = table.kinds.get(task, "multiclass")
-                scores = task_metrics(kind, table.labels[task][rows], values[rows], table.class_names[task])
+                scores = table.kinds[task].scores(table.labels[task][rows], values[rows], table.class_names[task])
                 numbers = {k: v for k, v in scores.items() if v is None or isinstance(v, int | float)}
                 found.setdefault(pattern, {})[task] = {k: v for k, v in numbers.items() if k != "confusion"}
     return found
 
 
-def _tell(result: dict[str, Any], hint: str) -> list[dict[str, Any]]:
-    """For each hidden modality and task the rate at which the model stands worst against the reference, in words. hint: what
-    to do about it."""
+def _tell(result: dict[str, Any], mains: Mapping[str, str], hint: str) -> list[dict[str, Any]]:
+    """For each hidden modality and task the rate at which the model stands worst against the reference, in words. mains:
+    task -> its main metric; hint: what to do about it."""
     told = []
     for hidden, by_task in result["difference"].items():
         for task, scores in by_task.items():
-            rate, worst = min(zip(result["rates"], scores["accuracy"], strict=True), key=lambda pair: pair[1][0])
+            rate, worst = min(zip(result["rates"], scores[mains[task]], strict=True), key=lambda pair: pair[1][0])
             lost = "any modality" if hidden == ANY else hidden
             beside = f"the best single-modality model of what is there ({task})"
             text = f"With {lost} missing the model is never shown to be worse than {beside}"
-            every = zip(result["rates"], scores["accuracy"], scores["p_holm"], strict=True)
+            every = zip(result["rates"], scores[mains[task]], scores["p_holm"], strict=True)
             shown = [(r, d) for r, d, p in every if d[2] < 0 and p < 1 - result["confidence"]]
             if shown:
                 rate, worst = min(shown, key=lambda pair: pair[1][0])

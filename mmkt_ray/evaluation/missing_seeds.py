@@ -15,11 +15,10 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.inference import predict_table, score_rows
-from mmkt_ray.evaluation.metrics import predicted
 from mmkt_ray.evaluation.missing import Answers, Single, ask, curves_of
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.models import Predictor
 
 
@@ -64,8 +63,8 @@ def _answers(name: str, config: Config, single: Mapping[str, Config], store: Sto
 
 def _judge(name: str, model: Predictor, table: FeatureTable, test: FeatureTable, task: str, modality: str) -> Single:
     """A single-modality model as part of the reference; its score is on val, on test where there is no val row."""
-    known = labelled(table.labels[task]) & table.present[modality]
+    known = table.labels[task].labelled & table.present[modality]
     val = known & (table.split == "val")
     score = score_rows(model, table, task, val if val.any() else known & (table.split == "test"))
-    pred = predicted(predict_table(model, test)[task], model.spec.kinds[task])
+    pred = model.spec.kinds[task].predict(predict_table(model, test)[task])
     return Single(name, float(score.mean()), pred, test.present[modality])

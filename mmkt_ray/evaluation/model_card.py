@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mmkt_ray.config import SCHEMES, FusionConfig
 from mmkt_ray.errors import DataError
+from mmkt_ray.kinds.tasks import task_kind
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, Field(ge=1)]
@@ -31,7 +32,7 @@ class _Spec(_Strict):
 
     modalities: dict[str, _Input] = Field(min_length=1)
     tasks: dict[str, Size] = Field(min_length=1)
-    kinds: dict[str, Literal["multiclass", "binary", "multilabel"]]
+    kinds: dict[str, Annotated[Any, BeforeValidator(task_kind)]]
     inputs: dict[str, Annotated[list[str], Field(min_length=1)]]
     fusion: FusionConfig
     schemes: list[Literal[SCHEMES]] = Field(max_length=16)  # type: ignore[valid-type]

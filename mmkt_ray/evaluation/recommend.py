@@ -116,7 +116,7 @@ def selected_on(task: str, models: list[Evaluated]) -> str:
 
 
 def _selected_by(task: str, models: list[Evaluated]) -> dict[str, dict[str, Any]]:
-    """Model -> the record of the rows by which it is chosen: num_rows, accuracy."""
+    """Model -> the record of the rows by which it is chosen: num_rows, and the main metric."""
     on = selected_on(task, models)
     if on == "test":
         return {m.name: m.tasks[task] for m in models}
@@ -125,11 +125,11 @@ def _selected_by(task: str, models: list[Evaluated]) -> dict[str, dict[str, Any]
 
 
 def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
-    """Model -> the score by which models are chosen: accuracy on held-out rows (or test), where a labelled sample that the
+    """Model -> the score by which models are chosen: the main metric on held-out rows (or test), where a labelled sample that the
     model can't read but another one of the same store can counts as wrong. Without that, the model that only sees the easy
     samples would win."""
     found, most = _selected_by(task, models), _most_rows(task, models)
-    return {m.name: found[m.name]["accuracy"] * found[m.name]["num_rows"] / most[m.name] for m in models}
+    return {m.name: found[m.name][m.kind_of(task).main] * found[m.name]["num_rows"] / most[m.name] for m in models}
 
 
 def _most_rows(task: str, models: list[Evaluated]) -> dict[str, int]:

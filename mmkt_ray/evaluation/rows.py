@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.metrics import predicted
-from mmkt_ray.features.spellings import spelled_as
-from mmkt_ray.features.store import FeatureTable, Store, label_type
-from mmkt_ray.features.table import Growing, encode_labels, has_unseen
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.table import LABEL_PARTS, Growing
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.spelling import spelled_as
 
 MAX_UNSEEN = 20  # classes that train lacks and that are named
 ROW_GROUP = 10_000  # rows of a file of predictions that are in memory at a time, or those of one part of the store
@@ -53,8 +54,8 @@ def unseen_classes(data: Rows, task: str, rows: np.ndarray) -> dict[str, int]:
     wanted = data.index[rows & data.unseen[task]]
     if not len(wanted):
         return {}
-    labels = pa.concat_tables(list(data.store.read([task]))).column(0).take(pa.array(wanted)).to_pylist()
-    found = Counter(name for label in labels for name in (label if isinstance(label, list) else [label]))
+    labels = pa.concat_tables(list(data.store.read([task]))).column(0).take(pa.array(wanted))
+    found = Counter(data.table.kinds[task].members(labels)[1].to_pylist())
     known = set(data.table.class_names[task])
     spelled = zip(found, spelled_as(list(found), sorted(known)), strict=True)
     return dict(Counter({name: found[name] for name, own in spelled if own not in known}).most_common(MAX_UNSEEN))
@@ -83,17 +84,26 @@ def presence_patterns(table: FeatureTable) -> dict[str, np.ndarray]:
 
 
 def load_rows(
-    store: Store, modalities: Sequence[str], tasks: Sequence[str], class_names: Mapping[str, list[str]] | None = None
+    store: Store,
+    modalities: Sequence[str],
+    tasks: Sequence[str],
+    class_names: Mapping[str, list[str]] | None = None,
+    kinds: Mapping[str, TaskKind] | None = None,
 ) -> Rows:
-    """All rows of a store. `class_names` are those of a model, which may come from another store; None: the store's."""
+    """All rows of a store. `class_names` and `kinds` are those of a model, which may come from another store; None: the
+    store's."""
     table = store.table(modalities, tasks)
     names = {t: list((class_names or table.class_names)[t]) for t in tasks}
-    labels, unseen = ({t: Growing() for t in tasks} for _ in range(2))
-    for part in store.read(list(tasks)) if tasks else ():
+    known = dict(kinds or table.kinds)
+    grown, unseen = {(t, part): Growing() for t in tasks for part in LABEL_PARTS}, {t: Growing() for t in tasks}
+    for piece in store.read(list(tasks)) if tasks else ():
         for t in tasks:
-            labels[t].add(encode_labels(part.column(t), names[t]))
-            unseen[t].add(has_unseen(part.column(t), names[t]))
-    table = replace(table, labels={t: y.array() for t, y in labels.items()}, class_names=names)
+            encoded = known[t].encode(piece.column(t), names[t])
+            for part in LABEL_PARTS:
+                grown[t, part].add(getattr(encoded, part))
+            unseen[t].add(known[t].outside(piece.column(t), names[t]))
+    labels = {t: Labels(known[t], *(grown[t, part].array() for part in LABEL_PARTS)) for t in tasks}
+    table = replace(table, labels=labels, class_names=names)
     return Rows(table, {t: u.array() for t, u in unseen.items()}, store, np.arange(len(table.split)))
 
 
@@ -109,21 +119,25 @@ def without_unreadable(
     return found
 
 
+def chosen(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows (N,) bool of values (N, ..): the values themselves where that is all of them."""
+    return values if rows.all() else values[rows]
+
+
 def has_prediction(proba: np.ndarray) -> np.ndarray:
     """(N,) bool: the rows of probabilities (N, C) that are numbers."""
     return np.asarray(np.isfinite(proba).all(axis=1))
 
 
-def prediction_columns(task: str, proba: np.ndarray, names: Sequence[str], kind: str) -> dict[str, pa.Array]:
-    """Columns <task>_pred, string or list of strings, and <task>_proba, fixed-size list of C float32; null where NaN."""
-    values = proba.astype(np.float32)
+def prediction_columns(task: str, outputs: np.ndarray, names: Sequence[str], kind: TaskKind) -> dict[str, pa.Array]:
+    """Columns <task>_pred, as labels of the kind, and <task>_proba, fixed-size list of K float32; null where NaN."""
+    values = outputs.astype(np.float32)
     known = has_prediction(values)
-    best, classes = predicted(values, kind), np.array(names, dtype=object)
-    told = [classes[row == 1].tolist() for row in best] if kind == "multilabel" else classes[best]
+    told = kind.decode(kind.predict(values), names)
     flat = pa.array(values.ravel())
     return {
-        f"{task}_pred": pa.array([v if k else None for v, k in zip(told, known, strict=True)], label_type(kind)),
-        f"{task}_proba": pa.FixedSizeListArray.from_arrays(flat, len(names), mask=pa.array(~known)),
+        f"{task}_pred": pa.array([v if k else None for v, k in zip(told, known, strict=True)], kind.arrow_type),
+        f"{task}_proba": pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(~known)),
     }
 
 
@@ -144,9 +158,9 @@ def prediction_parts(
         part, start = part.take(pa.array(rows.index[here] - start)), start + len(part)
         columns = {n: part.column(n) for n in ("sample_id", "split")} | {"missing": missing[here]}
         for task in tasks:
-            names, kind = table.class_names[task], table.kinds.get(task, "multiclass")
-            values = proba[task][here] if task in proba else np.full((len(part), len(names)), np.nan)
-            columns[f"{task}_label"] = part.column(task).cast(label_type(kind))
+            names, kind = table.class_names[task], table.kinds[task]
+            values = proba[task][here] if task in proba else np.full((len(part), kind.width(names)), np.nan)
+            columns[f"{task}_label"] = part.column(task).cast(kind.arrow_type)
             columns |= prediction_columns(task, values, names, kind)
         yield pa.table(columns | ({"model": pa.array([model] * len(part), pa.string())} if model else {}))
 
@@ -184,16 +198,16 @@ def read_parts(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def read_predictions(
-    uri: str, task: str, model: str | None = None, columns: Sequence[str] = ("label", "pred")
+    uri: str, task: str, kind: TaskKind, model: str | None = None, columns: Sequence[str] = ("label", "pred")
 ) -> pd.DataFrame:
-    """The labelled and predicted rows of such a file by sample_id: label and pred (a class, or a sorted tuple of classes) and
-    proba (C,), as `columns` has them. model: whose rows, of a file of several models."""
+    """The labelled and predicted rows of such a file by sample_id: label and pred (see `TaskKind.value`) and proba (K,), as
+    `columns` has them. model: whose rows, of a file of several models."""
     names = {f"{task}_{c}": c for c in columns}
     filters = [("model", "==", model)] if model else None
     table = storage.read_table(uri, ["sample_id", *names], filters)
     frame = table.to_pandas().rename(columns=names).set_index("sample_id").dropna()
     for column in ("label", "pred"):
-        frame[column] = [v if isinstance(v, str) else tuple(sorted(v)) for v in frame[column]]
+        frame[column] = [kind.value(v) for v in frame[column]]
     return frame
 
 
@@ -204,13 +218,14 @@ class Outcomes:
     ids: np.ndarray  # (N,) uint64 hashes of the sample ids
     label: np.ndarray  # (N,) int32 into `values`
     pred: np.ndarray  # (N,) int32 into `values`
-    values: list[Any]  # the distinct labels and predictions: a class, or a sorted tuple of classes
+    values: list[Any]  # the distinct labels and predictions, see `TaskKind.value`
+    kind: TaskKind
 
-    def codes(self, rows: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and predictions of some rows as `encode_labels` has them."""
-        kind = "binary" if isinstance(self.values[0], str) else "multilabel"
-        known = encode_labels(pa.chunked_array([pa.array(self.values, label_type(kind))]), names)
-        return known[self.label[rows]], known[self.pred[rows]]
+    def encoded(self, rows: np.ndarray, names: Sequence[str]) -> tuple[Labels, np.ndarray]:
+        """Labels and predictions of some rows."""
+        cells = pa.chunked_array([pa.array(self.values, self.kind.arrow_type)])
+        labels, predictions = self.kind.encode(cells, names), self.kind.encode_predictions(cells, names)
+        return labels[self.label[rows]], predictions[self.pred[rows]]
 
     def same_labels(self, other: Outcomes) -> tuple[np.ndarray, np.ndarray]:
         """Rows of both files that are of one sample and have the same label."""
@@ -224,7 +239,7 @@ class Outcomes:
         return ours[same], theirs[same]
 
 
-def read_outcomes(uri: str, task: str, model: str | None = None) -> Outcomes:
+def read_outcomes(uri: str, task: str, kind: TaskKind, model: str | None = None) -> Outcomes:
     """What `read_predictions` reads, a batch at a time. Two ids may have the same hash by chance: one pair in 10^19."""
     names = ["sample_id", f"{task}_label", f"{task}_pred", *(["model"] if model else [])]
     index: dict[Any, int] = {}
@@ -234,9 +249,9 @@ def read_outcomes(uri: str, task: str, model: str | None = None) -> Outcomes:
         rows = rows.filter(pc.and_(rows.column(names[1]).is_valid(), rows.column(names[2]).is_valid()))
         ids.add(pd.util.hash_array(rows.column("sample_id").to_numpy(), categorize=False))
         for grown, name in ((label, names[1]), (pred, names[2])):
-            told = (v if isinstance(v, str) else tuple(sorted(v)) for v in rows.column(name).to_pylist())
+            told = map(kind.value, rows.column(name).to_pylist())
             grown.add(np.fromiter((index.setdefault(v, len(index)) for v in told), np.int32, len(rows)))
-    return Outcomes(ids.array(), label.array(), pred.array(), list(index))
+    return Outcomes(ids.array(), label.array(), pred.array(), list(index), kind)
 
 
 def missing_column(table: FeatureTable, modalities: Sequence[str]) -> pa.Array:

@@ -22,7 +22,8 @@ from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.evaluation.transferability import Moments, h_score, leep, linear_cka, logme
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.kinds.tasks import task_kind
 
 MAX_WIDTH = 4096  # D x D matrices up to here take seconds
 BLOCK_ROWS = 4096
@@ -93,14 +94,13 @@ def _score_store(store: Store, found: dict[str, Any], results: dict[str, Any] | 
                 found["skipped"].append({**place, "reason": f"no train row labelled for {tasks[0]} has it all"})
                 continue
             for task in tasks:
-                kind = store.manifest["tasks"][task]["kind"]
                 row = {
                     **place,
                     "encoders": {m: about[m]["encoder"]["name"] for m in subset},
                     "num_rows": moments.num_rows,
                     "dim": width,
                     "logme": logme(moments, columns[task]),
-                    "h_score": h_score(moments, columns[task], kind == "multilabel"),
+                    "h_score": h_score(moments, columns[task], store.kind(task).exclusive),
                     "trained": _trained_result(task, subset, name, results, variants),
                 }
                 found["tasks"].setdefault(task, {"sets": []})["sets"].append(row)
@@ -125,7 +125,7 @@ def _survey(store: Store) -> tuple[list[tuple[str, ...]], dict[str, float]]:
     for table in store.tables(modalities, tasks):
         train = table.take(table.rows("train"))
         for t in tasks:
-            masks[t].append(labelled(train.labels[t]))
+            masks[t].append(train.labels[t].labelled)
         for m in modalities:
             features = train.features[m]
             values = features if isinstance(features, np.ndarray) else features.data
@@ -141,14 +141,14 @@ def _collect(
     store: Store, subset: Sequence[str], tasks: Sequence[str], scale: Mapping[str, float]
 ) -> tuple[Moments | None, dict[str, slice]]:
     """Moments of the train rows that have the whole subset and a label for each of the tasks, and each task's columns."""
-    sizes = [len(store.manifest["tasks"][t]["classes"]) for t in tasks]
+    sizes = [store.kind(t).width(store.manifest["tasks"][t]["classes"]) for t in tasks]
     ends = np.cumsum(sizes, dtype=int).tolist()
     columns = {t: slice(end - size, end) for t, end, size in zip(tasks, ends, sizes, strict=True)}
     moments: Moments | None = None
     for table in store.tables(subset, tasks):
         wanted = (table.split == "train") & np.all([table.present[m] for m in subset], axis=0)
         for t in tasks:
-            wanted &= labelled(table.labels[t])
+            wanted &= table.labels[t].labelled
         rows = np.flatnonzero(wanted)
         for start in range(0, len(rows), BLOCK_ROWS):
             block = table.take(rows[start : start + BLOCK_ROWS])
@@ -166,8 +166,7 @@ def _targets(table: FeatureTable, tasks: Sequence[str]) -> np.ndarray:
     """(N, K) 0/1: the classes of all tasks side by side."""
     columns = [np.zeros((len(table.sample_id), 0))]
     for t in tasks:
-        labels = table.labels[t]
-        columns.append(labels if labels.ndim == 2 else labels[:, None] == np.arange(len(table.class_names[t])))
+        columns.append(table.kinds[t].indicators(table.labels[t], table.width(t)))
     return np.hstack(columns)
 
 
@@ -188,7 +187,8 @@ def _trained_result(
     if not candidates:
         return None
     row = max(candidates, key=lambda c: c[:2])[2]
-    return {"model": row["model"], "accuracy": row["accuracy"]["value"]}
+    main = task_kind(results["tasks"][task]["kind"]).main if results else ""
+    return {"model": row["model"], "accuracy": row[main]["value"]}
 
 
 def _rank_correlation(sets: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any] | None:

@@ -18,20 +18,14 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals, percentiles
-from mmkt_ray.evaluation.metrics import predicted, task_metrics
 from mmkt_ray.evaluation.model_folder import read_card
-from mmkt_ray.evaluation.objective import RANKING
 from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.evaluation.seeds import metric_seed_scores
 from mmkt_ray.evaluation.tables import metric_name, told
-from mmkt_ray.features.store import labelled
-from mmkt_ray.features.table import encode_labels, has_unseen
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.tasks import task_kind
 
-MORE = {  # metrics with an interval beside accuracy and macro-F1
-    "multiclass": ("balanced_accuracy", "auroc", "log_loss"),
-    "binary": ("balanced_accuracy", "precision", "recall", "f1", "average_precision", "auroc", "log_loss"),
-    "multilabel": ("micro_f1", "samples_f1", "macro_average_precision", "auroc", "log_loss"),
-}
 MAX_RANKED = 1_000_000  # probabilities: of more, resamples of how they rank take minutes, and have no interval
 MAX_CLASSES = 20  # in the terminal; metrics.json has all
 
@@ -40,7 +34,7 @@ def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: 
     """Predict labelled shards and score the predictions; reading: what `predict` takes. Writes the files above.
 
     Returns: model, inputs, predictions (its path), num_rows, confidence, bootstrap_samples, and tasks: {task: {metrics of
-    `task_metrics`, num_unseen (labels that the model does not know), num_unreadable (labelled rows without a modality that
+    `TaskKind.scores`, num_unseen (labels that the model does not know), num_unreadable (labelled rows without a modality that
     the task reads), class_names, intervals: {metric: {value, low, high} or None}, patterns: {"image+text": {num_rows,
     intervals, metrics}} by the modalities that a row has}}, for the tasks that some row has a label of.
     Raises: ConfigError, DataError as `predict`; DataError if no row has a label.
@@ -72,22 +66,22 @@ def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: 
     return result
 
 
-def score_task(rows: pa.Table, task: str, kind: str, names: list[str], config: Config) -> dict[str, Any]:
+def score_task(rows: pa.Table, task: str, kind: TaskKind, names: list[str], config: Config) -> dict[str, Any]:
     """One task's scores over rows of predictions.parquet; see `score_files`."""
-    labels = encode_labels(rows[f"{task}_label"], names)
-    has_label, answered = labelled(labels), rows[f"{task}_proba"].is_valid().to_numpy()
+    labels = kind.encode(rows[f"{task}_label"], names)
+    has_label, answered = labels.labelled, rows[f"{task}_proba"].is_valid().to_numpy()
     known = has_label & answered
     kept = rows.filter(pa.array(known))
-    proba = np.stack(kept[f"{task}_proba"].to_numpy()) if len(kept) else np.empty((0, len(names)), np.float32)
+    proba = np.stack(kept[f"{task}_proba"].to_numpy()) if len(kept) else np.empty((0, kind.width(names)), np.float32)
     patterns = np.array([pattern_of(missing, config.model_modalities) for missing in kept["missing"].to_pylist()])
     labels = labels[known]
     by_pattern = {}
     for name in sorted(set(patterns), key=lambda n: (-n.count("+"), n)):
         here = patterns == name
-        by_pattern[name] = _scores(kind, labels[here], proba[here], names, config)
+        by_pattern[name] = _scores(labels[here], proba[here], names, config)
     return {
-        **_scores(kind, labels, proba, names, config),
-        "num_unseen": int(has_unseen(rows[f"{task}_label"], names)[known].sum()),
+        **_scores(labels, proba, names, config),
+        "num_unseen": int(kind.outside(rows[f"{task}_label"], names)[known].sum()),
         "num_unreadable": int((has_label & ~answered).sum()),
         "class_names": names,
         "patterns": by_pattern,
@@ -99,21 +93,21 @@ def pattern_of(missing: Sequence[str], modalities: Sequence[str]) -> str:
     return "+".join(m for m in modalities if m not in missing)
 
 
-def _scores(kind: str, labels: np.ndarray, proba: np.ndarray, names: list[str], config: Config) -> dict[str, Any]:
+def _scores(labels: Labels, proba: np.ndarray, names: list[str], config: Config) -> dict[str, Any]:
     """Metrics, and intervals of the main ones."""
-    how = (config.evaluation.bootstrap_samples, config.seed)
+    kind, how = labels.kind, (config.evaluation.bootstrap_samples, config.seed)
     confidence = config.evaluation.confidence
     found: dict[str, Interval | None] = dict(
         bootstrap_intervals(
-            labels, predicted(proba, kind), len(names), num_resamples=how[0], confidence=confidence, seed=how[1]
+            labels, kind.predict(proba), kind.width(names), num_resamples=how[0], confidence=confidence, seed=how[1]
         )
     )
-    for metric in MORE[kind] if len(labels) else ():
-        if metric not in RANKING or proba.size <= MAX_RANKED:
-            found[metric] = percentiles(metric_seed_scores(metric, kind, labels, [proba[None]], *how)[0], confidence)
+    for metric in kind.further if len(labels) else ():
+        if metric not in kind.ranked or proba.size <= MAX_RANKED:
+            found[metric] = percentiles(metric_seed_scores(metric, labels, [proba[None]], *how)[0], confidence)
     if loss := found.get("log_loss"):
         found["log_loss"] = {"value": -loss["value"], "low": -loss["high"], "high": -loss["low"]}
-    return {**task_metrics(kind, labels, proba, names), "intervals": found}
+    return {**kind.scores(labels, proba, names), "intervals": found}
 
 
 def scores_text(result: dict[str, Any]) -> str:
@@ -121,7 +115,7 @@ def scores_text(result: dict[str, Any]) -> str:
     percent = f"{100 * result['confidence']:g} %"
     lines = [f"{result['num_rows']} rows; brackets are {percent} intervals"]
     for task, found in result["tasks"].items():
-        lines.append(f"{task} ({found['kind']}): {found['num_rows']} labelled rows{_left_out(found)}")
+        lines.append(f"{task} ({task_kind(found['kind']).name}): {found['num_rows']} labelled rows{_left_out(found)}")
         lines += [f"  {metric_name(m)} {told_plain(m, interval)}" for m, interval in found["intervals"].items()]
         classes = list(found.get("per_class", {}).items())
         if classes:

@@ -4,8 +4,7 @@ A resample draws the rows anew, jointly for all models, and for each model its s
 cancels out of a difference, and how much a score hangs on the seed is part of its interval.
 
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 13 and 16.
-Axes: S seeds, N rows, C classes, P models, R resamples. Labels are (N,) codes or (N, C) of 0 and 1; predictions have S in
-front.
+Axes: S seeds, N rows, K outputs, P models, R resamples. Predictions have S in front.
 """
 
 from __future__ import annotations
@@ -14,88 +13,51 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmkt_ray.evaluation.intervals import METRICS, Interval, Outcome, draw_counts, percentiles
-from mmkt_ray.evaluation.metrics import as_codes, predicted
-from mmkt_ray.evaluation.objective import metric_scores
-
-MULTILABEL_METRICS = ("micro_f1", "samples_f1", "macro_average_precision")  # what is told of such a task beside METRICS
+from mmkt_ray.evaluation.intervals import Interval, draw_counts, percentiles
+from mmkt_ray.kinds.labels import Labels
 
 
 def seed_scores(
-    labels: np.ndarray, predictions: Sequence[np.ndarray], num_classes: int, num_resamples: int, seed: int
+    labels: Labels, predictions: Sequence[np.ndarray], width: int, num_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Metric -> (P, 1 + R): the mean over seeds on the rows as they are, then in the resamples. All rows are labelled."""
-    codes = as_codes(labels, num_classes)
+    """Metric that the kind reports -> (P, 1 + R): the mean over seeds on the rows as they are, then in the resamples. All rows
+    are labelled."""
+    metrics = labels.kind.reported
 
     def scorer(pred: np.ndarray) -> _Scorer:
-        outcomes = [Outcome.of(codes, p, num_classes) for p in pred]
+        outcomes, _ = labels.kind.outcomes(labels, list(pred), width, by_row=True)
 
         def scores(counts: np.ndarray) -> np.ndarray:
             by_seed = [outcome.scores(counts) for outcome in outcomes]
-            return np.array([[s[m] for s in by_seed] for m in METRICS])
+            return np.array([[s[m] for s in by_seed] for m in metrics])
 
         return scores
 
     drawn = _resample([scorer(pred) for pred in predictions], len(labels), num_resamples, seed)
-    return dict(zip(METRICS, drawn.swapaxes(0, 1), strict=True))
+    return dict(zip(metrics, drawn.swapaxes(0, 1), strict=True))
 
 
-def multilabel_seed_scores(
-    labels: np.ndarray, probabilities: Sequence[np.ndarray], num_resamples: int, seed: int
+def further_seed_scores(
+    labels: Labels, outputs: Sequence[np.ndarray], num_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The same for MULTILABEL_METRICS: labels (N, C), probabilities (S, N, C) of each model. As `multilabel_metrics` has them:
-    averages are over samples and classes for which the score is defined."""
+    """The same for the kind's `seed_metrics`, of which there are some. outputs: (S, N, K) of each model."""
 
-    def scorer(proba: np.ndarray) -> _Scorer:
-        parts = [(Outcome.of(labels, predicted(p, "multilabel"), labels.shape[1]), p) for p in proba]
+    def scorer(own: np.ndarray) -> _Scorer:
+        return lambda counts: labels.kind.seed_scores(labels, own, counts)
 
-        def scores(counts: np.ndarray) -> np.ndarray:
-            by_seed = [(*_pooled_f1(outcome, counts), _average_precision(labels, p, counts)) for outcome, p in parts]
-            return np.array(by_seed).swapaxes(0, 1)
-
-        return scores
-
-    drawn = _resample([scorer(proba) for proba in probabilities], len(labels), num_resamples, seed)
-    return dict(zip(MULTILABEL_METRICS, drawn.swapaxes(0, 1), strict=True))
+    drawn = _resample([scorer(own) for own in outputs], len(labels), num_resamples, seed)
+    return dict(zip(labels.kind.seed_metrics, drawn.swapaxes(0, 1), strict=True))
 
 
 def metric_seed_scores(
-    metric: str, kind: str, labels: np.ndarray, probabilities: Sequence[np.ndarray], num_resamples: int, seed: int
+    metric: str, labels: Labels, outputs: Sequence[np.ndarray], num_resamples: int, seed: int
 ) -> np.ndarray:
-    """The same for any metric of the task's kind, see `metric_scores`: (P, 1 + R). probabilities: (S, N, C) of each model."""
+    """The same for any metric of the task's kind: (P, 1 + R). outputs: (S, N, K) of each model."""
 
-    def scorer(proba: np.ndarray) -> _Scorer:
-        return lambda counts: np.stack([metric_scores(metric, kind, labels, p, counts) for p in proba])[None]
+    def scorer(own: np.ndarray) -> _Scorer:
+        return lambda counts: np.stack([labels.kind.metric_scores(metric, labels, o, counts) for o in own])[None]
 
-    return _resample([scorer(proba) for proba in probabilities], len(labels), num_resamples, seed)[:, 0]
-
-
-def _pooled_f1(outcome: Outcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """F1 over all decisions, and the mean of the samples' F1; each (r,) for counts (r, N)."""
-    right, involved = (
-        np.asarray(part.sum(axis=1), float).ravel() for part in (outcome.right, outcome.support + outcome.predicted)
-    )
-    by_row = np.divide(2 * right, involved, out=np.zeros(len(right)), where=involved > 0)
-    with np.errstate(invalid="ignore"):  # no class anywhere: undefined
-        return 2 * (counts @ right) / (counts @ involved), counts @ by_row / (counts @ (involved > 0))
-
-
-def _average_precision(labels: np.ndarray, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The mean over classes of the average precision, (r,): the sum over thresholds of precision times the gain in recall."""
-    found = np.full((labels.shape[1], len(counts)), np.nan)
-    for c, (label, score) in enumerate(zip(labels.T, proba.T, strict=True)):
-        order = np.argsort(-score, kind="stable")
-        thresholds = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
-        drawn = counts[:, order]
-        hits, tried = ((drawn * part).cumsum(axis=1)[:, thresholds] for part in (label[order] == 1, 1))
-        gained = np.diff(hits, axis=1, prepend=0)
-        total = hits[:, -1]
-        precision = (gained * hits / np.maximum(tried, 1)).sum(axis=1)
-        found[c] = np.divide(precision, total, out=found[c], where=total > 0)
-    defined = ~np.isnan(found)
-    return np.divide(
-        np.nansum(found, axis=0), defined.sum(axis=0), where=defined.any(axis=0), out=np.full(len(counts), np.nan)
-    )
+    return _resample([scorer(own) for own in outputs], len(labels), num_resamples, seed)[:, 0]
 
 
 def mean_interval(scores: np.ndarray, num_resamples: int, confidence: float, seed: int) -> Interval:

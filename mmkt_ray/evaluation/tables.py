@@ -8,6 +8,7 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.kinds.tasks import task_kind
 
 _WIDTH = 100
 
@@ -56,11 +57,13 @@ def comparison_table(results: dict[str, Any]) -> str:
         single = found["best_single"]
         lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
         percent = f"{100 * results['confidence']:g} %"
-        cells = [["model", f"accuracy [{percent}]", f"macro-F1 [{percent}]", "accuracy vs best single"]]
+        metrics = task_kind(found["kind"]).reported[:2]
+        names = [metric_name(metric) for metric in metrics]
+        cells = [["model", *(f"{name} [{percent}]" for name in names), f"{names[0]} vs best single"]]
         titles = {}  # line of the table -> what stands above it
-        for rows in same_samples(found["rows"]):
+        for rows in same_samples(found["rows"], metrics[0]):
             titles[len(cells)] = f" on {rows[0]['num_rows']:,} samples:"
-            cells += [[r["model"], told(r["accuracy"]), told(r["macro_f1"]), _difference(r)] for r in rows]
+            cells += [[r["model"], *(told(r[m]) for m in metrics), _difference(r, metrics[0])] for r in rows]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
         for number, row in enumerate(cells):
@@ -71,11 +74,11 @@ def comparison_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *results["notes"]]).rstrip()
 
 
-def same_samples(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A task's rows by the samples that they were scored on, the most samples first, and in each group the best accuracy
-    first: scores on different samples have no order."""
+def same_samples(rows: Sequence[dict[str, Any]], main: str) -> list[list[dict[str, Any]]]:
+    """A task's rows by the samples that they were scored on, the most samples first, and in each group the best by the main
+    metric first: scores on different samples have no order."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda r: -r["accuracy"]["value"]):
+    for row in sorted(rows, key=lambda r: -r[main]["value"]):
         groups.setdefault(row["rows_id"], []).append(row)
     return sorted(groups.values(), key=lambda group: (-group[0]["num_rows"], -len(group)))
 
@@ -102,10 +105,10 @@ def predict_command(folder: str) -> str:
     return f"mmkt predict {shlex.quote(folder)} NEW_SHARDS --out FOLDER"
 
 
-def _difference(row: dict[str, Any]) -> str:
+def _difference(row: dict[str, Any], main: str) -> str:
     if not row["versus"]:
         return row["verdict"]
-    return f"{told(row['versus']['accuracy'], '+.1f')} {row['verdict']}"
+    return f"{told(row['versus'][main], '+.1f')} {row['verdict']}"
 
 
 def missing_table(result: dict[str, Any]) -> str:

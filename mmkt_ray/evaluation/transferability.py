@@ -108,11 +108,11 @@ def logme(moments: Moments, columns: slice) -> float:
     return float(((evidence - beta * residual - alpha * weight) / (2 * num)).mean())
 
 
-def h_score(moments: Moments, columns: slice, multilabel: bool = False) -> float:
+def h_score(moments: Moments, columns: slice, exclusive: bool = True) -> float:
     """Variance between classes measured by the features' shrunk covariance, tr(S^-1 B) (1 - a); higher is better.
 
-    The shrinkage a is that of Ledoit & Wolf (as scikit-learn computes it). Multilabel: the mean over the classes of each one
-    against the rest.
+    The shrinkage a is that of Ledoit & Wolf (as scikit-learn computes it). Of classes that do not exclude each other: the
+    mean over the classes of each one against the rest.
     """
     covariance = moments.covariance()
     shrinkage = ledoit_wolf_shrinkage(moments)
@@ -120,7 +120,7 @@ def h_score(moments: Moments, columns: slice, multilabel: bool = False) -> float
     shrunk = (1 - shrinkage) * covariance
     shrunk.flat[:: dim + 1] += shrinkage * np.trace(covariance) / dim + np.finfo(float).eps
     share, means = moments.class_means(columns)
-    if multilabel:  # of a class and the rest: B = p m m' + (1 - p) (p / (1 - p))^2 m m'
+    if not exclusive:  # of a class and the rest: B = p m m' + (1 - p) (p / (1 - p))^2 m m'
         share, means = share[share < 1], means[:, share < 1]
         share = share / (1 - share) / max(len(share), 1)
     between = (means * scipy.linalg.solve(shrunk, means, assume_a="pos")).sum(axis=0)

@@ -54,7 +54,7 @@ def decode_column(column: pa.ChunkedArray, kind: ModalityKind, prepare: Any, sam
         for i in present:
             decoded.values[i], decoded.hashes[i] = data[i], kind.digest(data[i])
         return decoded
-    limits = Limits(samples.max_image_pixels, samples.decode_timeout_s)
+    limits = Limits.of(samples)
     for i, outcome in zip(present, decode_samples([data[i] for i in present], kind, limits), strict=True):
         if isinstance(outcome, Broken):
             decoded.broken[i], decoded.changes[i] = outcome.reason, [UNREADABLE]

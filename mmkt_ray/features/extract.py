@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, TaskConfig, fingerprint
+from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder, load_reducer, read_card
@@ -29,13 +29,21 @@ from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
 from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
 from mmkt_ray.features.leakage import find_leaking
-from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts, tell_reasons
+from mmkt_ray.features.publish import (
+    check_budget,
+    is_spent,
+    num_rejected,
+    publish,
+    published,
+    tell_counts,
+    tell_reasons,
+)
 from mmkt_ray.features.siblings import take_over_store
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
-from mmkt_ray.samples.schema import DAMAGE, Shard
+from mmkt_ray.samples.schema import DAMAGE, MODALITY, Shard
 
 log = logging.getLogger(__name__)
 
@@ -214,15 +222,10 @@ def reading_layout(config: Config) -> dict[str, Any]:
         "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
         "columns": {
             "modalities": {m: c.kind.model_dump(mode="json") for m, c in sorted(config.modalities.items())},
-            "tasks": [name_with_separator(t, c) for t, c in sorted(config.tasks.items())],
+            "tasks": [c.kind.reading(t, c.separator) for t, c in sorted(config.tasks.items())],
         },
         "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
     } | ({} if config.extract.feature_dtype == "float32" else {"dtype": config.extract.feature_dtype})
-
-
-def name_with_separator(task: str, config: TaskConfig) -> str:
-    """A task's name, and for lists of classes what they are split at."""
-    return f"{task} split at {config.separator}" if config.kind == "multilabel" else task
 
 
 def stored_chunks(uri: str) -> tuple[dict[str, set[int]], set[str]]:
@@ -259,6 +262,26 @@ def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str
     return reuse
 
 
+class ShardSizes:
+    """Rows of the largest shard of which all parts have come."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+        self._parts: Counter[str] = Counter()  # of a unit, so far
+        self._rows: Counter[str] = Counter()
+        self._ends: dict[str, int] = {}  # unit -> number of its parts
+
+    def add(self, part: str, num_rows: int) -> None:
+        """A part, by its name, with the rows that it stands for."""
+        unit, index, *end = part.removesuffix(".parquet").split("-")
+        self._parts[unit] += 1
+        self._rows[unit] += num_rows
+        if end:
+            self._ends[unit] = int(index) + 1
+        if self._parts[unit] == self._ends.get(unit):
+            self.largest = max(self.largest, self._rows.pop(unit))
+
+
 class RunStats:
     """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
 
@@ -269,6 +292,7 @@ class RunStats:
         self.lost: Counter[str] = Counter()  # stage -> rows
         self.seconds: Counter[str] = Counter()
         self.checksums: dict[str, str] = {}  # by part
+        self.sizes = ShardSizes()
         self.wall_s = self.startup_s = 0.0
 
     def follow(self, parts: ray.data.Dataset) -> None:
@@ -286,11 +310,20 @@ class RunStats:
             if time.perf_counter() - told > PROGRESS_EVERY_S:
                 told = time.perf_counter()
                 log.info("%s, %.0f rows/s", tell_counts(self.num_rows, self.lost), self.num_rows / self.wall_s)
-            # a damaged shard is judged at the end: of the first ten shards it is a tenth, of all perhaps a thousandth
-            lost = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
-            if self.samples is not None and self.num_rows + num_rejected(lost) >= BUDGET_GRACE_ROWS:
-                check_budget(self.uri, self.samples, self.num_rows, lost, self.names)
+            self.sizes.add(part["name"], part["num_rows"] + num_rejected(Counter(json.loads(part["lost"]))))
+            if self.samples is not None:
+                self._check_budget(self.samples)
         log.info("%s in %.1f s", tell_counts(self.num_rows, self.lost), self.wall_s)
+
+    def _check_budget(self, samples: SamplesConfig) -> None:
+        """Rows are judged by those that were read so far, damaged shards by all rows, at twice as many a shard as in the largest:
+        one of the first ten shards is a tenth of them, and perhaps a thousandth of all. Raises: DataError."""
+        rows = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
+        if self.num_rows + num_rejected(rows) >= BUDGET_GRACE_ROWS:
+            check_budget(self.uri, samples, self.num_rows, rows, self.names)
+        lost, likely = num_rejected(self.lost), len(self.names) * self.sizes.largest
+        if self.lost[DAMAGE] and likely and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely)):
+            check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names)
 
     def summary(self) -> dict[str, Any]:
         """For the manifest; empty when nothing was run."""

@@ -91,7 +91,8 @@ def fit_encoder(
 
         pretrain(encoder, Pretraining(section, plan, config.samples, config.seed, uri), feeding, left_out)
     else:
-        groups = [partial(encoder_statistics, section, plan, modality, s, left_out.get(s.unit, ())) for s in feeding]
+        samples = config.samples
+        groups = [partial(encoder_statistics, section, plan, samples, s, left_out.get(s.unit, ())) for s in feeding]
         total = merge_in_tree(groups, encoder.merge)
         if total is None:
             raise DataError(f"no sample of the train split has {modality}{why_none(plan, modality, feeding)}")

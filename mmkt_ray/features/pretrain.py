@@ -31,9 +31,9 @@ from mmkt_ray.encoders.base import Training
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.encode import decode_column
-from mmkt_ray.features.publish import shorten, sort_classes, tell_reasons
+from mmkt_ray.features.publish import shorten, tell_reasons
 from mmkt_ray.features.spellings import respelled
-from mmkt_ray.features.table import encode_labels
+from mmkt_ray.kinds.spelling import index_in, sort_classes
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard, train_rows
@@ -136,7 +136,7 @@ def _map_values(
     pieces: str, shape: tuple[int, ...], class_names: list[str], folder: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """All pieces as one memory-mapped array of prepared values (N, *shape) uint8 in `folder`, and labels (N,) int64."""
-    found = [encode_labels(t.column("label"), class_names) for t in _read_pieces(pieces, ["label"])]
+    found = [index_in(t.column("label"), class_names) for t in _read_pieces(pieces, ["label"])]
     labels = np.concatenate([np.empty(0, np.int64), *found])
     images = np.lib.format.open_memmap(
         os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), *shape)

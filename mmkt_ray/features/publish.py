@@ -21,6 +21,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit, leaking_rows, read_contents
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tables import NULLED
 from mmkt_ray.samples.schema import (
     DAMAGE,
@@ -66,6 +67,12 @@ def tell_counts(num_rows: int, lost: Counter[str]) -> str:
     return f"{told}, {lost[MODALITY]:,} kept without an unreadable modality" if lost[MODALITY] else told
 
 
+def is_spent(samples: SamplesConfig, num_hit: int, total: int) -> bool:
+    """Whether more rows than allowed are rejected or lost a modality; a few are put up with, as long as most are whole."""
+    few = samples.min_reject_budget if 2 * num_hit <= total else 0
+    return num_hit > max(samples.max_reject_frac * total, few)
+
+
 def check_budget(
     uri: str, samples: SamplesConfig, num_rows: int, lost: Counter[str], names: dict[str, str]
 ) -> None:
@@ -75,8 +82,7 @@ def check_budget(
     """
     num_lost, num_kept = num_rejected(lost), lost[MODALITY]
     num_hit, total = num_lost + num_kept, num_rows + num_lost
-    few = samples.min_reject_budget if 2 * num_hit <= total else 0
-    if num_hit <= max(samples.max_reject_frac * total, few):
+    if not is_spent(samples, num_hit, total):
         return
     rejects = storage.join(uri, "rejects")
     found = [f.base_name for f in storage.list_files(rejects, "*.parquet")]
@@ -131,12 +137,15 @@ def publish(
     is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
     if config.samples.drop_leakage and is_whole:
         known |= drop_leakage(uri, parts, sorted(modalities))
-    counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
-    if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"])):
+    kinds = {t: section.kind for t, section in sorted(config.tasks.items())}
+    counts = count_rows(uri, parts, sorted(modalities), kinds)
+    if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"], kinds)):
         known |= respelled
-        counts = count_rows(uri, parts, sorted(modalities), sorted(config.tasks))
+        counts = count_rows(uri, parts, sorted(modalities), kinds)
     cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
-    check_binary(config, counts)
+    classes = {t: kind.class_names(counts["by_task"][t].get("train", {})) for t, kind in kinds.items()}
+    for t, kind in kinds.items():
+        kind.check_classes(t, classes[t])
     names = {shard.unit: shard.name for shard in shards}
     own = collect_rejects(uri, parts, names)
     if source is not None:
@@ -149,7 +158,6 @@ def publish(
         check_budget(uri, config.samples, counts["rows"], lost, names)
     if not counts["rows"]:
         raise DataError("no sample is left: the sources hold no readable row" + tell_reasons(reasons))
-    classes = {t: sort_classes(counts["by_task"][t].get("train", {})) for t in sorted(config.tasks)}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "parts": parts,
@@ -160,7 +168,7 @@ def publish(
         "combine": config.samples.combine.model_dump(mode="json") if extra else {"name": "union"},
         "synthetic_pairs": False,
         "modalities": modalities,
-        "tasks": {t: {"kind": config.tasks[t].kind, "classes": classes[t]} for t in sorted(config.tasks)},
+        "tasks": {t: {"kind": kind.as_json(), "classes": classes[t]} for t, kind in kinds.items()},
         "counts": counts | {"rejects": lost.total() - num_kept, "unreadable_modalities": num_kept},
         "reject_reasons": {told.reason: told.num_rows for told in reasons[:50]},
         "unmapped": unmapped if source is None else source.manifest.get("unmapped", {}),
@@ -280,7 +288,7 @@ def read_rejects(uri: str) -> pa.Table:
     return table
 
 
-def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[str]) -> dict[str, Any]:
+def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping[str, TaskKind]) -> dict[str, Any]:
     """Rows per split, per task and class, and per missing modality; one part in memory at a time."""
     by_split: Counter[str] = Counter()
     by_task: dict[str, dict[str, Counter[str]]] = {t: {} for t in tasks}
@@ -289,8 +297,9 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[st
         table = _read(uri, name, ["split", *tasks, *map(column_of, modalities)])
         split = table.column("split")
         by_split.update(split.to_pylist())
-        for task in tasks:
-            labels = _labels(split, table.column(task)).group_by(["split", "label"])
+        for task, kind in tasks.items():
+            rows, names = kind.members(table.column(task))
+            labels = pa.table({"split": split.take(rows), "label": names}).group_by(["split", "label"])
             for pair in labels.aggregate([([], "count_all")]).to_pylist():
                 if pair["label"] is not None:
                     by_task[task].setdefault(pair["split"], Counter())[pair["label"]] += pair["count_all"]
@@ -302,25 +311,6 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: list[st
         "by_task": {t: {s: dict(sorted(c.items())) for s, c in sorted(v.items())} for t, v in by_task.items()},
         "missing": {m: dict(sorted(c.items())) for m, c in missing.items()},
     }
-
-
-def _labels(split: pa.ChunkedArray, labels: pa.ChunkedArray) -> pa.Table:
-    """Columns split and label: a row for each label, of a multilabel task for each class of each row."""
-    if pa.types.is_list(labels.type):
-        labels = labels.combine_chunks()
-        split, labels = split.take(pc.list_parent_indices(labels)), pc.list_flatten(labels)
-    return pa.table({"split": split, "label": labels})
-
-
-def check_binary(config: Config, counts: dict[str, Any]) -> None:
-    """Raises: DataError if a binary task has more than two classes in the train split."""
-    for task, section in sorted(config.tasks.items()):
-        classes = sort_classes(counts["by_task"][task].get("train", {}))
-        if section.kind == "binary" and len(classes) > 2:
-            raise DataError(
-                f"task '{task}' is binary, but the train split has {len(classes)} classes: {', '.join(classes[:20])}; "
-                f"set tasks.{task}.kind: multiclass, or map another column"
-            )
 
 
 def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
@@ -339,11 +329,6 @@ def nulled(cleaned: Mapping[str, int]) -> dict[str, int]:
 def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
     """What was changed in labels, as `cleaned` counts it."""
     return {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
-
-
-def sort_classes(counts: dict[str, int]) -> list[str]:
-    """Class names in order: by value if all are whole numbers, else by name."""
-    return sorted(counts, key=int if all(c.isdecimal() for c in counts) else None)
 
 
 class Told(NamedTuple):

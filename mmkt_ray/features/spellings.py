@@ -6,13 +6,12 @@ What counts as one class is `canonical` (kinds/cells.py). A spelling that meets 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmkt_ray import storage
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import canonical
 
 log = logging.getLogger(__name__)
@@ -27,16 +26,16 @@ def respelled(names: Iterable[str]) -> dict[str, str]:
     return {old: new for old, new in found.items() if old != new} if len({*found.values()}) < len(found) else {}
 
 
-def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names as they are spelled in `known`, where they are there in any spelling."""
-    exact, same = set(known), {canonical(name): name for name in reversed(known)}
-    return [name if name in exact else same.get(canonical(name), name) for name in names]
-
-
-def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, str]:
+def merge_spellings(
+    uri: str,
+    parts: list[str],
+    by_task: Mapping[str, Mapping[str, Mapping[str, int]]],
+    kinds: Mapping[str, TaskKind],
+) -> dict[str, str]:
     """Give classes with several spellings one, in the affected parts, and note it in `cleaned`.
 
-    by_task: task -> split -> class -> rows, as in a manifest's counts. Returns the checksums of the affected parts.
+    by_task: task -> split -> class -> rows, as in a manifest's counts; kinds: of the tasks. Returns the checksums of the
+    affected parts.
     """
     names = {task: respelled({c for counts in splits.values() for c in counts}) for task, splits in by_task.items()}
     names = {task: changes for task, changes in names.items() if changes}
@@ -48,33 +47,23 @@ def merge_spellings(uri: str, parts: list[str], by_task: Mapping[str, Mapping[st
     for part in parts:
         path = storage.join(uri, "data", part)
         table = storage.read_table(path, [*names, "cleaned"])
-        if any(_uses(table.column(task), changes) for task, changes in names.items()):
-            rewritten[part] = storage.write_table(path, _rewritten(storage.read_table(path), names))
+        if any(_uses(kinds[task], table.column(task), changes) for task, changes in names.items()):
+            rewritten[part] = storage.write_table(path, _rewritten(storage.read_table(path), names, kinds))
     return rewritten
 
 
-def _uses(column: pa.ChunkedArray, changes: Mapping[str, str]) -> bool:
-    names = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-    return not changes.keys().isdisjoint(names.unique().to_pylist())
+def _uses(kind: TaskKind, column: pa.ChunkedArray, changes: Mapping[str, str]) -> bool:
+    return not changes.keys().isdisjoint(kind.members(column)[1].unique().to_pylist())
 
 
-def _classes(value: Any) -> set[str]:
-    return set() if value is None else set(value) if isinstance(value, list) else {value}
-
-
-def _rewritten(table: pa.Table, names: Mapping[str, Mapping[str, str]]) -> pa.Table:
+def _rewritten(table: pa.Table, names: Mapping[str, Mapping[str, str]], kinds: Mapping[str, TaskKind]) -> pa.Table:
     notes: list[list[str]] = [list(cell or []) for cell in table.column("cleaned").to_pylist()]
     for task, changes in names.items():
-        before = table.column(task).to_pylist()
-        after = [_respell(value, changes) for value in before]
-        for note, value in zip(notes, before, strict=True):
-            note += [f"{task}: '{old}' read as '{changes[old]}'" for old in sorted(changes.keys() & _classes(value))]
+        column = table.column(task)
+        for row, name in zip(*(part.to_pylist() for part in kinds[task].members(column)), strict=True):
+            if name in changes:
+                notes[row].append(f"{task}: '{name}' read as '{changes[name]}'")
+        after = [kinds[task].rename(cell, changes) for cell in column.to_pylist()]
         table = table.set_column(table.column_names.index(task), task, pa.array(after, table.schema.field(task).type))
     cells = pa.array([note or None for note in notes], pa.list_(pa.string()))
     return table.set_column(table.column_names.index("cleaned"), "cleaned", cells)
-
-
-def _respell(value: Any, changes: Mapping[str, str]) -> Any:
-    if isinstance(value, list):
-        return sorted({changes.get(name, name) for name in value})
-    return changes.get(value, value)

@@ -9,8 +9,10 @@ import pyarrow.compute as pc
 import ray
 
 from mmkt_ray import storage
+from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import EncoderSection
 from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.features.encode import decode_column
 from mmkt_ray.features.store import column_of, from_arrow
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
@@ -18,20 +20,25 @@ from mmkt_ray.samples.schema import Shard, train_rows
 
 
 def encoder_statistics(
-    section: EncoderSection, plan: ReadingPlan, modality: str, shard: Shard, leaking: Sequence[str]
+    section: EncoderSection, plan: ReadingPlan, samples: SamplesConfig, shard: Shard, leaking: Sequence[str]
 ) -> Any:
     """An encoder's statistics of one shard's train rows, those with an id in `leaking` left out; None if it has none.
 
+    plan: of the encoder's modality alone. Broken values are left out too: extraction will reject them.
     Holds one chunk and the merged statistics.
     """
     encoder: Any = build_encoder(section)
+    ((modality, kind),) = plan.modalities.items()
     total = None
     for chunk in read_chunks(plan, shard):
         train = train_rows(chunk.table, leaking).column(modality).drop_null()
-        if len(train):
-            values = plan.modalities[modality].values(train)
-            if plan.modalities[modality].pooled:
-                values = [item for several in values for item in several]
+        values = kind.values(train) if not kind.decoder else []
+        if kind.decoder:
+            decoded = decode_column(train, kind, getattr(encoder, "prepare", None), samples)
+            values = [value for value in decoded.values if value is not None]
+        if kind.pooled:
+            values = [item for several in values for item in several]
+        if values:
             part = encoder.partial(values)
             total = part if total is None else encoder.merge([total, part])
     return total

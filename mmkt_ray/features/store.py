@@ -24,9 +24,11 @@ from mmkt_ray import storage
 from mmkt_ray.config import SPLITS, Config
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.features.table import MISSING, UNSEEN, FeatureTable, Ids, concat_tables, encode_labels, labelled
+from mmkt_ray.features.table import FeatureTable, Ids, concat_tables
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tasks import task_kind
 
-__all__ = ["MISSING", "UNSEEN", "FeatureTable", "Store", "concat_tables", "encode_labels", "labelled", "open_store"]
+__all__ = ["FeatureTable", "Store", "concat_tables", "open_store"]
 
 SCHEMA_VERSION = 2  # 2: checksums
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
@@ -47,17 +49,12 @@ def feature_type(dim: int, sparse: bool, dtype: str = "float32") -> pa.DataType:
     return SPARSE if sparse else pa.list_(pa.from_numpy_dtype(dtype), dim)
 
 
-def label_type(kind: str) -> pa.DataType:
-    """Arrow type of a task's column: one class name, or a list of them."""
-    return pa.list_(pa.string()) if kind == "multilabel" else pa.string()
-
-
 def part_schema(config: Config, widths: dict[str, tuple[int, bool]]) -> pa.Schema:
     """The schema of every part of a store, whatever is null in it. widths: modality -> (D, sparse)."""
     columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
     columns += [(column_of(m), feature_type(*w, config.extract.feature_dtype)) for m, w in sorted(widths.items())]
     columns += [(hash_of(m), pa.uint64()) for m in sorted(widths)]
-    columns += [(task, label_type(config.tasks[task].kind)) for task in sorted(config.tasks)]
+    columns += [(task, config.tasks[task].kind.arrow_type) for task in sorted(config.tasks)]
     return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
 
 
@@ -111,6 +108,10 @@ class Store:
         """Feature width of a modality."""
         return int(self.manifest["modalities"][modality]["dim"])
 
+    def kind(self, task: str) -> TaskKind:
+        """Kind of a task."""
+        return task_kind(self.manifest["tasks"][task]["kind"])
+
     def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The parts one after another, with some or all columns. Raises: DataError for a part that is damaged or gone.
 
@@ -156,9 +157,8 @@ class Store:
             split=np.array(SPLITS, dtype=object)[pc.index_in(rows.column("split"), pa.array(SPLITS)).to_numpy()],
             features={m: f for m, (f, _) in loaded.items()},
             present={m: p for m, (_, p) in loaded.items()},
-            labels={t: encode_labels(rows.column(t), class_names[t]) for t in tasks},
+            labels={t: self.kind(t).encode(rows.column(t), class_names[t]) for t in tasks},
             class_names=class_names,
-            kinds={t: self.manifest["tasks"][t]["kind"] for t in tasks},
         )
 
 

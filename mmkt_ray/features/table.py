@@ -8,9 +8,9 @@ Axes: N samples, D features of one modality, C classes of one task.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -21,11 +21,12 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.spellings import spelled_as
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.labels import Labels
 
-MISSING, UNSEEN = -1, -2  # label codes: no label; a class that the train split does not have
 MAPPED_BYTES = 4_000_000  # of one array, above which it is mapped
 TAKE_ROWS = 8192  # copied at a time
+LABEL_PARTS = ("values", "labelled", "known")  # arrays of `Labels`
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,17 @@ class FeatureTable:
     split: np.ndarray  # (N,) str
     features: dict[str, Features]  # modality -> (N, D) float32, zero rows where absent
     present: dict[str, np.ndarray]  # modality -> (N,) bool
-    labels: dict[str, np.ndarray]  # task -> (N,) int64 index into class_names, or MISSING / UNSEEN; multilabel: below
+    labels: dict[str, Labels]  # task -> of N rows; they know their kind
     class_names: dict[str, list[str]]  # task -> sorted classes of the train split
-    kinds: dict[str, str] = field(default_factory=dict)  # task -> multiclass (also where not named), binary, multilabel
-    # labels of a multilabel task are (N, C) int8, 1 where the sample has the class; rows of MISSING without a label
+
+    @property
+    def kinds(self) -> dict[str, TaskKind]:
+        """task -> kind."""
+        return {task: labels.kind for task, labels in self.labels.items()}
+
+    def width(self, task: str) -> int:
+        """How many numbers a model gives for a row of a task: K."""
+        return self.labels[task].kind.width(self.class_names[task])
 
     def rows(self, split: str) -> np.ndarray:
         """Indices of the samples of one split."""
@@ -109,7 +117,6 @@ class FeatureTable:
             {m: p[rows] for m, p in self.present.items()},
             {t: y[rows] for t, y in self.labels.items()},
             self.class_names,
-            self.kinds,
         )
 
 
@@ -179,7 +186,7 @@ def concat_tables(tables: Iterable[FeatureTable]) -> FeatureTable:
         split=whole["", "split"],
         features=features,
         present={m: whole["present", m] for m in last.present},
-        labels={t: whole["labels", t] for t in last.labels},
+        labels={t: Labels(y.kind, *(whole[part, t] for part in LABEL_PARTS)) for t, y in last.labels.items()},
     )
 
 
@@ -199,7 +206,7 @@ def _arrays(table: FeatureTable) -> Iterator[tuple[tuple[str, str], np.ndarray]]
         yield ("", "sample_id"), table.sample_id
     yield ("", "split"), table.split
     yield from ((("present", m), p) for m, p in table.present.items())
-    yield from ((("labels", t), y) for t, y in table.labels.items())
+    yield from (((part, t), getattr(y, part)) for t, y in table.labels.items() for part in LABEL_PARTS)
     for m, features in table.features.items():
         if isinstance(features, np.ndarray):
             yield ("dense", m), features
@@ -207,44 +214,3 @@ def _arrays(table: FeatureTable) -> Iterator[tuple[tuple[str, str], np.ndarray]]
             yield ("data", m), features.data
             yield ("indices", m), features.indices
             yield ("counts", m), np.diff(features.indptr)
-
-
-def encode_labels(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
-    """Class names (N,) -> codes (N,) int64; null becomes MISSING, a class that is not in `class_names` UNSEEN.
-
-    Lists of class names (N,) -> (N, C) int8: 1 at a list's classes, unseen ones left out; a row of MISSING for null.
-    """
-    null = column.is_null().to_numpy()
-    if not pa.types.is_list(column.type):
-        return np.where(null, MISSING, _index_in(column, class_names))
-    codes = np.zeros((len(column), len(class_names)), dtype=np.int8)
-    rows, found = pc.list_parent_indices(column).to_numpy(), _index_in(pc.list_flatten(column), class_names)
-    codes[rows[found >= 0], found[found >= 0]] = 1
-    codes[null] = MISSING
-    return codes
-
-
-def _index_in(names: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
-    """(N,) int64 codes of class names in any spelling, UNSEEN for those that are not in `class_names`."""
-    known, names = pa.array(class_names, pa.string()), names.cast(pa.string())
-    found = pc.index_in(names, known)
-    if found.null_count > names.null_count:  # a class of another store may be there in another spelling
-        distinct = names.unique()
-        spelled = pa.array(spelled_as(distinct.drop_null().to_pylist(), class_names), pa.string())
-        found = pc.index_in(spelled.take(pc.index_in(names, distinct.drop_null())), known)
-    return np.asarray(pc.fill_null(found, UNSEEN).to_numpy(), dtype=np.int64)
-
-
-def has_unseen(column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
-    """(N,) bool: the class, or one of a list of classes, is not in `class_names`."""
-    if not pa.types.is_list(column.type):
-        return encode_labels(column, class_names) == UNSEEN
-    outside = _index_in(pc.list_flatten(column), class_names) == UNSEEN
-    found = np.zeros(len(column), dtype=bool)
-    found[pc.list_parent_indices(column).to_numpy()[outside]] = True
-    return found
-
-
-def labelled(labels: np.ndarray) -> np.ndarray:
-    """(N,) bool: which rows of a task's labels, of any kind, have one. A class unknown to the train split counts."""
-    return (labels if labels.ndim == 1 else labels.min(axis=1, initial=0)) != MISSING

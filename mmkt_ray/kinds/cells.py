@@ -23,6 +23,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mmkt_ray.kinds.base import TaskKind
+
 if TYPE_CHECKING:
     from mmkt_ray.kinds.modalities import ModalityKind
 
@@ -43,8 +45,10 @@ def _as_bytes(char: str) -> bytes:
         return char.encode("utf-8", "surrogatepass")
 
 
-def convert_cell(column: str, kind: ModalityKind | str, value: Any, encoding: str, separator: str = "") -> Any:
-    """A raw cell as the sample schema holds it. kind: of a modality; or `label`, `labels`, `key`, `split`.
+def convert_cell(
+    column: str, kind: ModalityKind | TaskKind | str, value: Any, encoding: str, separator: str = ""
+) -> Any:
+    """A raw cell as the sample schema holds it. kind: of a modality or a task; or `key`, `split`.
 
     Raises: ValueError that says what was got; also if the cell is one, which says why it could not be read.
     """
@@ -53,6 +57,8 @@ def convert_cell(column: str, kind: ModalityKind | str, value: Any, encoding: st
     if isinstance(value, ValueError):
         raise ValueError(f"{column}: {value}")
     try:
+        if isinstance(kind, TaskKind):
+            return kind.from_cell(decode_text(value, encoding) if isinstance(value, bytes) else value, separator)
         if not isinstance(kind, str):
             if isinstance(value, dict) and (wrong := [f"{k}: {v}" for k, v in value.items() if isinstance(v, ValueError)]):
                 raise ValueError("; ".join(wrong))
@@ -62,10 +68,6 @@ def convert_cell(column: str, kind: ModalityKind | str, value: Any, encoding: st
             return found
         if isinstance(value, bytes):
             value = decode_text(value, encoding)
-        if kind == "labels":
-            names = label_names(value, separator)
-            "".join(names or ()).encode()
-            return names
         text = TEXT_OF[kind](value)
         if text is not None:
             text.encode()
@@ -186,7 +188,6 @@ def key_text(value: Any) -> str | None:
 
 
 TEXT_OF: dict[str, Callable[[Any], str | None]] = {  # by kind of column
-    "label": class_name,
     "key": key_text,
     "split": label_text,
 }

@@ -58,20 +58,6 @@ def normalise_texts(column: pa.LargeStringArray) -> tuple[pa.LargeStringArray, d
     return pa.array(texts, column.type), changed
 
 
-def compose_labels(column: pa.Array) -> tuple[pa.Array, list[int]]:
-    """Class names (N,), or lists of them, in Unicode's composed form (NFC), as texts are; and the rows that were changed."""
-    names = pc.unique(pc.list_flatten(column) if pa.types.is_list(column.type) else column).to_pylist()
-    composed = {name: normal for name in names if name and (normal := unicodedata.normalize("NFC", name)) != name}
-    if not composed:
-        return column, []
-    before = column.to_pylist()
-    after = [
-        sorted({str(composed.get(name, name)) for name in value}) if isinstance(value, list) else composed.get(value, value)
-        for value in before
-    ]
-    return pa.array(after, column.type), [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-
-
 def _rows_to_look_at(column: pa.LargeStringArray) -> np.ndarray:
     """Rows with a byte that is a control character's or not ASCII."""
     _, offset_buffer, data_buffer = column.buffers()

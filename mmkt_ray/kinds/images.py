@@ -53,10 +53,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-Decoded = tuple[np.ndarray, list[str]]  # pixels, what was changed
+Told = tuple[np.ndarray, list[str]]  # pixels, what was changed
 
 
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Decoded | None:
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
     """Fast path for RGB and grey JPEG; None leaves the image or its fault to Pillow."""
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -118,7 +118,7 @@ def _exif_block(data: bytes) -> bytes:
     return b""
 
 
-def _decode_any(data: bytes, max_pixels: int) -> Decoded:
+def _decode_any(data: bytes, max_pixels: int) -> Told:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a job over millions of images must not fill its log with notes on metadata
         try:
@@ -151,7 +151,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
         return image, []
 
 
-def _to_rgb(image: Image.Image, changes: list[str]) -> Decoded:
+def _to_rgb(image: Image.Image, changes: list[str]) -> Told:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return np.repeat(_to_8_bit(image)[:, :, None], 3, axis=2), [*changes, "scaled to 8 bit"]
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):

@@ -1,7 +1,7 @@
 """The fused, parameter-sharing model over features: torch only, no Ray, no files."""
 
 from mmkt_ray.models.experts import ExpertModel, ExpertSpec
-from mmkt_ray.models.multimodal import MultimodalModel, to_proba
+from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.predictor import Predictor, PredictorSpec, build_model, fused_part
 from mmkt_ray.models.sparse import SparseBatch
 from mmkt_ray.models.spec import InputSpec, ModelSpec, build_spec
@@ -20,5 +20,4 @@ __all__ = [
     "build_model",
     "build_spec",
     "fused_part",
-    "to_proba",
 ]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkt_ray.models.multimodal import MultimodalModel, to_proba
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.spec import InputSpec, ModelSpec
 from mmkt_ray.models.towers import Features
 
@@ -35,7 +36,7 @@ class EnsembleSpec:
         return self.members[0].tasks
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def kinds(self) -> dict[str, TaskKind]:
         """task -> kind, the same for all members."""
         return self.members[0].kinds
 
@@ -72,9 +73,9 @@ class EnsembleModel(nn.Module):
             reads = torch.stack([_readable(s.inputs[t], present) for s in self.spec.members])  # (E, B)
             reads = reads | ~reads.any(dim=0)  # a row that nobody can read has the prediction that all make of nothing
             weight = reads * reads.new_tensor(self.spec.picks, dtype=torch.float32)[:, None]
-            proba = torch.stack([to_proba(each[t], kind) for each in logits])  # (E, B, C)
+            proba = torch.stack([kind.outputs(each[t]) for each in logits])  # (E, B, C)
             mean = (proba * (weight / weight.sum(dim=0))[:, :, None]).sum(dim=0)
-            found[t] = mean.logit(eps=1e-7) if kind == "multilabel" else mean.clamp(min=1e-12).log()
+            found[t] = kind.logits(mean)
         return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.spec import InputSpec, ModelSpec
@@ -43,7 +44,7 @@ class ExpertSpec:
         return self.fused.tasks
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def kinds(self) -> dict[str, TaskKind]:
         """task -> kind."""
         return self.fused.kinds
 

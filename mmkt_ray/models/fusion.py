@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models.fuses import FUSES, Masks, Parts, masked_softmax, stack_masks
 from mmkt_ray.models.layers import masked
 from mmkt_ray.models.sharing import module_name
@@ -42,9 +42,9 @@ class DecisionHead(nn.Module):
     Zeros, that is even odds, where nothing is present.
     """
 
-    def __init__(self, widths: dict[str, Width], num_classes: int, kind: str, combine: str) -> None:
+    def __init__(self, widths: dict[str, Width], num_classes: int, kind: TaskKind, combine: str) -> None:
         super().__init__()
-        self.modalities, self.multilabel, self.combine = sorted(widths), kind == "multilabel", combine
+        self.modalities, self.kind, self.combine = sorted(widths), kind, combine
         self.classifiers = nn.ModuleDict({module_name(m): make_linear(widths[m], num_classes) for m in self.modalities})
         self.weights = nn.Parameter(torch.zeros(len(widths))) if combine == "learned" else None  # (M,) even at first
 
@@ -52,24 +52,13 @@ class DecisionHead(nn.Module):
         mask = stack_masks(self.modalities, parts, present)  # (B, M)
         decided = zip(self.modalities, mask.unbind(dim=-1), strict=True)
         z = torch.stack([masked(self.classifiers[module_name(m)](parts[m]), there) for m, there in decided], dim=-2)
-        decisions = z if self.multilabel else F.log_softmax(z, dim=-1)
         if self.combine == "average":
-            if self.multilabel:
-                return log_mean(F.logsigmoid(z), mask) - log_mean(F.logsigmoid(-z), mask)
-            return log_mean(decisions, mask)
+            return self.kind.mean_decision(z, mask)
         if self.weights is None:
             weights = mask.to(z.dtype)
         else:
             weights = masked_softmax(self.weights[..., None, :], mask)
-        return (weights[..., None] * decisions).sum(dim=-2)
-
-
-def log_mean(log_p: Tensor, mask: Tensor) -> Tensor:
-    """log of the mean of p over the masked modalities: (B, M, C), (B, M) -> (B, C); zeros where there is none."""
-    lowest = torch.finfo(log_p.dtype).min
-    total = torch.where(mask[..., None], log_p, lowest).logsumexp(dim=-2)
-    count = mask.sum(dim=-1, keepdim=True)
-    return torch.where(count > 0, total - count.clamp(min=1).log(), 0.0)
+        return (weights[..., None] * self.kind.decisions(z)).sum(dim=-2)
 
 
 class Fusion(nn.Module):
@@ -85,7 +74,7 @@ class Fusion(nn.Module):
         """inputs: modality -> (B, D_m); present: modality -> (B,) bool. Returns what the head reads, and its masks."""
         return inputs, present
 
-    def build_head(self, num_classes: int, kind: str) -> nn.Module:
+    def build_head(self, num_classes: int, kind: TaskKind) -> nn.Module:
         """A head for one task on what this fusion hands on: (parts, masks) -> logits (B, C)."""
         return LinearHead(self.widths, num_classes)
 
@@ -100,7 +89,7 @@ class Concat(Fusion):
 class Decision(Fusion):
     """Task-level (late) fusion: every modality decides for itself, the head combines the decisions."""
 
-    def build_head(self, num_classes: int, kind: str) -> nn.Module:
+    def build_head(self, num_classes: int, kind: TaskKind) -> nn.Module:
         return DecisionHead(self.widths, num_classes, kind, self.options["combine"])
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkt_ray.models.fusion import FUSIONS
@@ -156,8 +155,3 @@ class MultimodalModel(nn.Module):
 def count(module: nn.Module) -> int:
     """Trained numbers of a module."""
     return sum(p.numel() for p in module.parameters())
-
-
-def to_proba(logits: Tensor, kind: str) -> Tensor:
-    """Class probabilities (B, C) of a task of this kind: of multilabel tasks each class by itself, else they sum to one."""
-    return logits.sigmoid() if kind == "multilabel" else F.softmax(logits, dim=-1)

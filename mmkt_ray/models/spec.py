@@ -8,6 +8,8 @@ from typing import Any
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.models.sharing import own_widths
 
 
@@ -26,7 +28,7 @@ class ModelSpec:
 
     modalities: dict[str, InputSpec]
     tasks: dict[str, int]  # task -> C
-    kinds: dict[str, str]  # task -> multiclass, binary or multilabel
+    kinds: dict[str, TaskKind]
     inputs: dict[str, tuple[str, ...]]  # task -> the modalities that it reads
     fusion: dict[str, Any]  # the config's fusion section
     schemes: tuple[str, ...]  # one per tower level, bottom to top
@@ -44,14 +46,16 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         inputs = {t: list(modalities) for t, modalities in self.inputs.items()}
-        return {**asdict(self), "schemes": list(self.schemes), "inputs": inputs}
+        kinds = {t: kind.as_json() for t, kind in self.kinds.items()}
+        return {**asdict(self), "kinds": kinds, "schemes": list(self.schemes), "inputs": inputs}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelSpec:
         """The spec that `to_dict` was called on. Raises: TypeError, KeyError if `raw` is none."""
         modalities = {m: InputSpec(**i) for m, i in raw["modalities"].items()}
         inputs = {t: tuple(names) for t, names in raw["inputs"].items()}
-        return cls(**{**raw, "modalities": modalities, "inputs": inputs, "schemes": tuple(raw["schemes"])})
+        plain = {"modalities": modalities, "inputs": inputs, "schemes": tuple(raw["schemes"])}
+        return cls(**{**raw, **plain, "kinds": {t: task_kind(kind) for t, kind in raw["kinds"].items()}})
 
 
 def build_spec(

@@ -100,7 +100,7 @@ def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) 
         if section.name in known.FIT_S:
             core_s = samples * rates.stages["read"] + rows * known.FIT_S[section.name]
             yield Step(f"fit {name}", core_s, core_s / machines.all_cpus, "all CPUs")
-        elif isinstance(encoder, Trained):
+        elif isinstance(encoder, Trained) and section.task is not None:
             core_s = samples * (rates.stages["read"] + rates.stages["decode"])
             yield Step(f"decode {name} to train on", core_s, core_s / machines.all_cpus, "all CPUs")
             asked: Any = section
@@ -204,7 +204,7 @@ def find_limits(config: Config, rates: Rates, machines: Machines, candidates: fl
         )
     for name, modality in sorted(config.modalities.items()):
         encoder = build_encoder(modality.encoder)
-        if isinstance(encoder, Trained):
+        if isinstance(encoder, Trained) and modality.encoder.task is not None:
             value_bytes = math.prod(encoder.prepared_shape)
             yield Limit(
                 known.DISK_BYTES / (value_bytes * rates.train_frac),

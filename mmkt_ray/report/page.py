@@ -19,6 +19,7 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
 from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
 
@@ -98,6 +99,7 @@ def _environment() -> jinja2.Environment:
         "points": points,
         "count": words.count,
         "seconds": words.seconds,
+        "metric_of": lambda metric, kind: task_kind(kind).called.get(metric, metric.replace("_", " ")),
     }
     return environment
 
@@ -129,7 +131,7 @@ def _task_section(
     return {
         "name": task,
         "found": found,
-        "groups": same_samples(found["rows"]),
+        "groups": same_samples(found["rows"], task_kind(found["kind"]).main),
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
         "record": record,
@@ -149,7 +151,8 @@ def _task_figures(
     task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
-    groups, shown, single = same_samples(found["rows"]), found["best_trained"] or found["best"], found["best_single"]
+    shown, single = found["best_trained"] or found["best"], found["best_single"]
+    groups = same_samples(found["rows"], task_kind(found["kind"]).main)
     rows = groups[0]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [

@@ -91,7 +91,7 @@ def open_arrays(reading: Reading) -> Iterator[dict[str, ArrayFile]]:
         files, opened = FileReader(reading), {}
         for column, name in reading.arrays.items():
             try:
-                fs, path = files.locate(name)
+                fs, path = files.find(name, max_bytes=None)
             except ValueError as error:
                 where = f"samples.sources[{reading.shard.source}].columns.{column}"
                 raise DataError(f"{where}: {error}; '{reading.shard.name}' needs it beside it") from None

@@ -20,8 +20,8 @@ from mmkt_ray import storage
 from mmkt_ray.config import SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.arrow import bytes_of_cell
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import convert_cell, escape_id
-from mmkt_ray.kinds.content import compose_labels
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
@@ -82,13 +82,12 @@ class Reading:
         return sample_schema(self.plan)
 
     @cached_property
-    def kinds(self) -> dict[str, ModalityKind | str]:
-        """Each column that the source fills -> its modality's kind; label, labels (multilabel), key (sample_id, key) or split."""
-        kinds: dict[str, ModalityKind | str]
-        kinds = {t: "labels" for t, task in self.plan.tasks.items() if task.kind == "multilabel"}
-        kinds |= {"sample_id": "key", "key": "key", "split": "split"}
+    def kinds(self) -> dict[str, ModalityKind | TaskKind | str]:
+        """Each column that the source fills -> its modality's or its task's kind, or key (sample_id, key) or split."""
+        kinds: dict[str, ModalityKind | TaskKind | str] = {"sample_id": "key", "key": "key", "split": "split"}
+        kinds |= {t: task.kind for t, task in self.plan.tasks.items()}
         kinds |= self.plan.modalities
-        return {c: kinds.get(c, "label") for c in self.source.columns}
+        return {c: kinds[c] for c in self.source.columns}
 
     def narrowed(self, known: Collection[str]) -> Reading:
         """This reading without the modalities and tasks whose column is not among the shard's, where `absent: null` says so.
@@ -150,6 +149,10 @@ class Reading:
     def only(self, column: str) -> Reading:
         """This reading of one column alone."""
         return Reading(self.plan.with_columns(self.shard.source, [column]), self.shard)
+
+    def as_text(self, column: str) -> Reading:
+        """This reading of one column alone, called `split`, whose cells are text also where they are paths of files."""
+        return Reading(self.plan.with_source(self.shard.source, columns={"split": self.source.columns[column]}), self.shard)
 
     def separator(self, column: str) -> str:
         """What separates the classes of a multilabel column where they stand in one string."""
@@ -276,7 +279,7 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
         except ValueError as error:
             errors[i] = str(error)
     for name in sorted(set(reading.plan.tasks) & set(block.columns)):
-        columns[name], composed = compose_labels(columns[name])
+        columns[name], composed = reading.plan.tasks[name].kind.normalise(columns[name])
         for i in composed:
             cleaned.setdefault(i, []).append(f"{name}: Unicode form")
     columns |= {"sample_id": pa.array(block.ids, pa.string()), "split": pa.array(splits, pa.string())}

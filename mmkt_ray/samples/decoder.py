@@ -35,7 +35,8 @@ import numpy as np
 from mmkt_ray.errors import ResourceError
 
 if TYPE_CHECKING:
-    from mmkt_ray.kinds.modalities import ModalityKind  # not in the child
+    from mmkt_ray.config.samples import SamplesConfig  # a child imports neither
+    from mmkt_ray.kinds.modalities import ModalityKind
 
 GROUP_BYTES, GROUP_SAMPLES = 4 << 20, 1024  # of a request, at most; a larger sample goes alone
 PIPE_BYTES = 1 << 20  # a photo's pixels at once
@@ -63,6 +64,11 @@ class Limits(NamedTuple):
 
     max_pixels: int
     timeout_s: float
+
+    @classmethod
+    def of(cls, samples: SamplesConfig) -> Limits:
+        """As the config has them."""
+        return cls(samples.max_image_pixels, samples.decode_timeout_s)
 
     @property
     def memory_bytes(self) -> int:

@@ -80,7 +80,7 @@ def _convert(reading: Reading, files: FileReader, place: str, raw: Raw, beside: 
     """beside: cells by our column, of arrays beside the shard."""
     cells = reading.gather(raw.get) | beside
     for column, kind in reading.kinds.items():
-        if not isinstance(kind, str) and kind.is_file:
+        if isinstance(kind, ModalityKind) and kind.is_file:
             cells[column] = _read_files(files, kind, cells[column])
     return reading.convert(place, cells)
 
@@ -96,8 +96,13 @@ def _read_files(files: FileReader, kind: ModalityKind, cell: Any) -> Any:
     return next((item for item in found if isinstance(item, ValueError)), found or None)
 
 
+def is_missing(cell: Any) -> bool:
+    """Whether a row names no file: no file is called as pandas writes "missing"."""
+    return cell is None or is_nan(cell) or (isinstance(cell, str) and cell in ("", "nan"))
+
+
 def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
-    if cell is None or cell in ("", "nan") or is_nan(cell):  # no file is called as pandas writes "missing"
+    if is_missing(cell):
         return None
     if isinstance(cell, ValueError):
         return cell

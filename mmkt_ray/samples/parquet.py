@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.kinds.arrow import Converted, check_value, is_list, is_string, values_of
-from mmkt_ray.kinds.cells import TEXT_OF, escape_id, is_nan, label_names, label_text
+from mmkt_ray.kinds.arrow import Converted, is_list
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.cells import TEXT_OF, escape_id, label_text
+from mmkt_ray.kinds.label_columns import label_column
 from mmkt_ray.kinds.modalities import Source
 from mmkt_ray.samples.arrays import ArrayFile, open_arrays
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
@@ -249,14 +251,12 @@ def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Sch
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
     names = _class_names(schema, path) if isinstance(path, str) else None
+    if isinstance(kind, TaskKind):
+        return kind.from_arrow(raw, names, reading.separator(column))
     if not isinstance(kind, str):
-        as_text = partial(_label_column, class_names=names, text_of=label_text)
+        as_text = partial(label_column, class_names=names, text_of=label_text)
         return kind.from_arrow(raw, Source(reading.source.encoding, FileReader(reading).read, as_text))
-    if kind == "labels":
-        return _labels_column(raw, names, reading.separator(column))
-    if is_list(raw.type) and kind == "label":
-        raise TypeError("it holds lists where one value is expected; set the task's kind to multilabel")
-    converted, errors = _label_column(raw, names, TEXT_OF[kind])
+    converted, errors = label_column(raw, names, TEXT_OF[kind])
     return converted.cast(reading.schema.field(column).type), errors
 
 
@@ -265,64 +265,6 @@ def _is_empty(raw: pa.Array) -> bool:
     return raw.is_null(nan_is_null=True).true_count == len(raw)
 
 
-def _label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable[[Any], str | None]) -> Converted:
-    """Each distinct value becomes a string once, by `text_of`. class_names: of a ClassLabel."""
-    if is_list(raw.type):
-        raise TypeError("it holds lists where one value is expected")
-    # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
-    encoded = (raw.cast(pa.large_binary()) if is_string(raw.type) else raw).dictionary_encode()
-    named: list[str | None] = []
-    wrong: dict[int, str] = {}
-    for code, value in enumerate(_plain_values(encoded.dictionary)):
-        try:
-            check_value(value)
-            named.append(text_of(value if class_names is None else _class_name(value, class_names)))
-        except ValueError as error:
-            named.append(None)
-            wrong[code] = str(error)
-    errors = {i: wrong[c] for i, c in enumerate(encoded.indices.to_pylist()) if c in wrong} if wrong else {}
-    return pa.array(named, pa.string()).take(encoded.indices), errors
-
-
-def _plain_values(column: pa.Array) -> list[Any]:
-    """The values as Python's; narrow floats with the digits that they have: 0.1, not 0.10000000149."""
-    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
-        return [None if value is None else float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
-    return values_of(column)
-
-
-def _labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
-    """Sorted lists of class names. class_names: of a list of ClassLabel, whose integers they replace."""
-    kind = raw.type
-    if is_list(kind):
-        raw = raw.cast(pa.large_list(pa.large_binary())) if is_string(kind.value_type) else raw
-    elif is_string(kind):
-        raw = raw.cast(pa.large_binary())  # unchecked, as in _label_column
-    values: list[list[str] | None] = []
-    errors: dict[int, str] = {}
-    for i, value in enumerate(values_of(raw)):
-        try:
-            check_value(value)
-            if class_names is not None and isinstance(value, list):
-                value = [_class_name(code, class_names) for code in value]
-            elif class_names is not None:
-                value = _class_name(value, class_names)
-            values.append(label_names(value, separator))
-        except ValueError as error:
-            values.append(None)
-            errors[i] = str(error)
-    return pa.array(values, pa.list_(pa.string())), errors
-
-
-def _class_name(value: Any, class_names: list[str]) -> str | None:
-    """The name of a ClassLabel's number, also of one that pandas made float; any below zero means no label."""
-    if value is None or is_nan(value) or (isinstance(value, int | float) and value < 0):
-        return None
-    if not isinstance(value, int | float):
-        return label_text(value)  # a name already
-    if not value < len(class_names) or value != int(value):
-        raise ValueError(f"label {value} has no name: the file's schema names {len(class_names)} classes")
-    return class_names[int(value)]
 
 
 def _class_names(schema: pa.Schema, path: str) -> list[str] | None:

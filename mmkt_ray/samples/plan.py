@@ -43,11 +43,12 @@ class ReadingPlan:
             named=tuple(map(_named, samples.sources)),
         )
 
-    def only_source(self, number: int, limit: int) -> ReadingPlan:
+    def only_source(self, number: int, limit: int | None = None) -> ReadingPlan:
         """One source alone, at most `limit` rows of each of its shards."""
         source = self.sources[number]
-        look = source.model_copy(update={"limit": min(source.limit or limit, limit)})
-        return replace(self, sources=(look,), named=(self.named[number],))
+        if limit is not None:
+            source = source.model_copy(update={"limit": min(source.limit or limit, limit)})
+        return replace(self, sources=(source,), named=(self.named[number],))
 
     def only(self, modality: str, task: str | None = None) -> ReadingPlan:
         """The same rows, read for one modality and one task at most: no other column is touched."""
@@ -75,7 +76,7 @@ class ReadingPlan:
         return vars(self) | {
             "sources": [source.model_dump(mode="json") for source in self.sources],
             "modalities": kinds,
-            "tasks": {t: task.model_dump(mode="json") for t, task in self.tasks.items()},
+            "tasks": {t: [type(task.kind).__module__, task.model_dump(mode="json")] for t, task in self.tasks.items()},
             "split": self.split.model_dump(mode="json"),
         }
 
@@ -85,7 +86,7 @@ class ReadingPlan:
         parts: dict[str, Any] = {
             "sources": tuple(SourceConfig(**source) for source in told["sources"]),
             "modalities": {m: _class_of(name).model_validate(named(kind)) for m, (name, kind) in told["modalities"].items()},
-            "tasks": {t: TaskConfig(**task) for t, task in told["tasks"].items()},
+            "tasks": {t: _imported(module)(**task) for t, (module, task) in told["tasks"].items()},
             "split": SplitConfig(**told["split"]),
             "named": tuple(map(tuple, told["named"])),
         }
@@ -97,6 +98,12 @@ def _named(source: SourceConfig) -> tuple[str, ...]:
     found = {theirs for theirs in source.columns.values() if isinstance(theirs, str)}
     found |= {name for column in source.columns for name in source.theirs(column) if "*" not in name}
     return tuple(sorted(found))
+
+
+def _imported(module: str) -> type[TaskConfig]:
+    """The section of a task, once the module of the task's kind has made its entry."""
+    importlib.import_module(module)
+    return TaskConfig
 
 
 def _name_of(kind: ModalityKind) -> str:

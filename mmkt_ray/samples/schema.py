@@ -60,10 +60,9 @@ def sample_schema(plan: ReadingPlan) -> pa.Schema:
 
     `cleaned` lists what was normalised in the row, `text: control characters`; null where nothing was.
     """
-    label = {"multilabel": pa.list_(pa.string())}
     columns = [("sample_id", pa.string()), ("split", pa.string()), ("key", pa.string())]
     columns += [(name, kind.arrow_type) for name, kind in sorted(plan.modalities.items())]
-    columns += [(name, label.get(t.kind, pa.string())) for name, t in sorted(plan.tasks.items())]
+    columns += [(name, task.kind.arrow_type) for name, task in sorted(plan.tasks.items())]
     return pa.schema([*columns, ("cleaned", pa.list_(pa.string()))])
 
 

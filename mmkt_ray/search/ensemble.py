@@ -18,8 +18,7 @@ import torch
 from mmkt_ray import cluster
 from mmkt_ray.config import SearchConfig
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.metrics import as_codes, is_right, macro_f1_from_counts, predicted
-from mmkt_ray.features.store import FeatureTable, labelled
+from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.leaderboard import overrides_of
@@ -94,18 +93,10 @@ def quick_scores(table: FeatureTable, proba: Proba, metric: str | None = None) -
     if metric:
         found[metric] = proba_scores(metric, table, np.arange(len(table.split)), proba)
     for t, values in proba.items():
-        rows = labelled(table.labels[t])
-        if not rows.any():
-            continue
-        pred = predicted(values[rows], table.kinds.get(t, "multiclass"))
-        codes = as_codes(table.labels[t][rows], values.shape[1])
-        right, support, given = codes * pred, codes, pred
-        if codes.ndim == 1:
-            each = (codes[codes == pred], codes, pred)
-            right, support, given = (np.bincount(x, minlength=values.shape[1] + 1)[None] for x in each)
-        totals = [x.sum(axis=0, keepdims=True) for x in (right, support, given)]
-        found["accuracy"][t] = float(is_right(codes, pred).mean())
-        found["macro_f1"][t] = float(macro_f1_from_counts(*totals)[0])
+        labels = table.labels[t][table.labels[t].labelled]
+        if len(labels):
+            for name, score in labels.kind.quick_scores(labels, values[table.labels[t].labelled]).items():
+                found.setdefault(name, {})[t] = score
     return found
 
 

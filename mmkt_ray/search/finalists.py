@@ -20,16 +20,16 @@ import ray
 import torch
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config import METRICS_BY_KIND, Config, parse_config
+from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.intervals import Interval, agreeing, paired_p, percentiles, verdict
-from mmkt_ray.evaluation.metrics import is_right, predicted
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.evaluation.seeds import metric_seed_scores, seed_scores
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Predictor
 from mmkt_ray.models.ensemble import EnsembleModel
 from mmkt_ray.search.space import Overrides, Space
@@ -159,7 +159,7 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
     for task in config.model_tasks:
         if any(task not in model.by_task for model in models):
             continue
-        rows = labelled(test.labels[task])
+        rows = test.labels[task].labelled.copy()
         for model in models:
             rows &= readable(test, model.config.task_inputs(task))
         if not rows.any():
@@ -171,8 +171,8 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
                 found[task][metric] = percentiles(values[0], confidence, num_rows)
                 continue
             interval = percentiles(values[0] - values[1], confidence, num_rows, least=-1.0)
-            kind = test.kinds.get(task, "multiclass")
-            preds = [np.stack([predicted(p, kind) for p in m.by_task[task][:, rows]]) for m in models]
+            kind = test.kinds[task]
+            preds = [np.stack([kind.predict(p) for p in m.by_task[task][:, rows]]) for m in models]
             found[task][metric] = _judged(interval, metric, test.labels[task][rows], preds, confidence)
     return found
 
@@ -181,26 +181,26 @@ def _drawn(
     config: Config, test: FeatureTable, task: str, rows: np.ndarray, models: Sequence[_Predictions]
 ) -> dict[str, np.ndarray]:
     """Metric -> (models, 1 + R), see `seed_scores`."""
-    labels, kind = test.labels[task][rows], test.kinds.get(task, "multiclass")
+    labels, kind = test.labels[task][rows], test.kinds[task]
     proba = [model.by_task[task][:, rows] for model in models]
-    pred = [np.stack([predicted(p, kind) for p in each]) for each in proba]
+    pred = [np.stack([kind.predict(p) for p in each]) for each in proba]
     how = (config.evaluation.bootstrap_samples, config.seed)
     drawn = seed_scores(labels, pred, proba[0].shape[-1], *how)
     extra = models[0].extra
-    if extra in METRICS_BY_KIND[kind]:
-        drawn[extra] = metric_seed_scores(extra, kind, labels, proba, *how)
+    if extra in kind.metrics:
+        drawn[extra] = metric_seed_scores(extra, labels, proba, *how)
     return drawn
 
 
 def _judged(
-    interval: Interval | None, metric: str, labels: np.ndarray, preds: Sequence[np.ndarray], confidence: float
+    interval: Interval | None, metric: str, labels: Labels, preds: Sequence[np.ndarray], confidence: float
 ) -> dict[str, Any] | None:
     """The interval of a difference with its verdict, which needs a test by rows too. preds: of two models, (S, N, ..)."""
     if interval is None:
         return None
-    ours, theirs = (np.mean([is_right(labels, p) for p in pred], axis=0) for pred in preds)
+    ours, theirs = (np.mean([labels.kind.main_by_row(labels, p) for p in pred], axis=0) for pred in preds)
     p = paired_p(ours - theirs)
-    if metric != "accuracy":  # the least P that exchanging the models in random rows could give
+    if metric != labels.kind.main:  # the least P that exchanging the models in random rows could give
         differ = (preds[0][:1] != preds[1][:1]) if len(preds[0]) != len(preds[1]) else preds[0] != preds[1]
         p = 2.0 ** (1 - int(differ.any(axis=0).reshape(len(labels), -1).any(axis=1).sum()))
     interval = agreeing(interval, min(p, 1.0), confidence)

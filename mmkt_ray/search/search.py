@@ -24,7 +24,7 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.evaluation.tables import metric_name, told_metric, told_score
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.locks import locked
 from mmkt_ray.search.ensemble import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
@@ -145,7 +145,7 @@ def check_features(space: Space, table: FeatureTable) -> None:
             raise ConfigError(f"{label_of(overrides)}: {error}" if overrides else str(error)) from None
     objective = space.config.training.objective
     tasks = [objective.task] if objective.task is not None else space.config.model_tasks
-    if not any((labelled(table.labels[t]) & (table.split == "val")).any() for t in tasks):
+    if not any((table.labels[t].labelled & (table.split == "val")).any() for t in tasks):
         raise DataError(
             f"a search chooses by the val rows' labels of {', '.join(tasks)}, and there are none: check the sources' splits, "
             "or set search.objective.task to another task"

@@ -13,7 +13,7 @@ import torch
 from mmkt_ray.config import Config, SearchConfig
 from mmkt_ray.errors import UserError
 from mmkt_ray.evaluation.objective import Score, constant_scores
-from mmkt_ray.features.store import FeatureTable, labelled
+from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.halving import Halving, rungs_of
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import Overrides, Space
@@ -52,11 +52,9 @@ def search_score(space: Space, table: FeatureTable) -> Score:
 def constant_by_task(space: Space, table: FeatureTable) -> dict[str, float]:
     """Task -> what the constant prediction gets by the objective's metric, where val defines it."""
     metric, tasks = space.config.training.objective.metric, space.config.model_tasks
-    rows = {s: {t: (table.split == s) & labelled(table.labels[t]) for t in tasks} for s in ("train", "val")}
+    rows = {s: {t: (table.split == s) & table.labels[t].labelled for t in tasks} for s in ("train", "val")}
     train, val = ({t: table.labels[t][found] for t, found in by_task.items()} for by_task in rows.values())
-    kinds = {t: table.kinds.get(t, "multiclass") for t in tasks}
-    num_classes = {t: len(table.class_names[t]) for t in tasks}
-    return constant_scores(metric, kinds, train, val, num_classes)
+    return constant_scores(metric, train, val, {t: table.width(t) for t in tasks})
 
 
 def stacks_per_trial(search: SearchConfig, num_architectures: int) -> int:

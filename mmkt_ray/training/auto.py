@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.calibration import fit_temperature, usable
+from mmkt_ray.evaluation.calibration import fit_temperature
 from mmkt_ray.evaluation.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.evaluation.inference import model_inputs
 from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import MultimodalModel
-from mmkt_ray.training.batches import Batch, World, has_target, narrow
+from mmkt_ray.training.batches import Batch, World, narrow
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import Fitting, build_objective, seed_of, spec_of, training_rows
 from mmkt_ray.training.optimizer import rate
@@ -194,7 +194,7 @@ def row_losses(
     total, count = np.zeros(len(held)), np.zeros(len(held))
     for t, values in logits.items():
         labels = table.labels[t]
-        rows = np.flatnonzero(held & usable(labels) & readable(table, config.task_inputs(t)))
+        rows = np.flatnonzero(held & labels.known & readable(table, config.task_inputs(t)))
         if not len(rows):
             continue
         if not np.isfinite(values[rows]).all():
@@ -202,30 +202,12 @@ def row_losses(
             count[rows] += 1
             continue
         temperature = fit_temperature(values[rows], labels[rows])
-        losses = each_loss(values[rows] / temperature, labels[rows])
-        frequencies = log_frequencies(labels[rows], values.shape[1])
-        prior = each_loss(np.broadcast_to(frequencies, values[rows].shape), labels[rows]).mean()
+        losses = labels.kind.each_loss(values[rows] / temperature, labels[rows])
+        frequencies = labels.kind.log_frequencies(labels[rows], values.shape[1])
+        prior = labels.kind.each_loss(np.broadcast_to(frequencies, values[rows].shape), labels[rows]).mean()
         total[rows] += losses / max(prior, 1e-9)
         count[rows] += 1
     return total[count > 0] / count[count > 0]
-
-
-def each_loss(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Log loss (N,) of each row: cross-entropy, or of a multilabel task the mean over classes. See `Objective`."""
-    z = torch.from_numpy(np.ascontiguousarray(logits, dtype=np.float64))
-    y = torch.from_numpy(labels)
-    if labels.ndim == 2:
-        return torch.nn.functional.binary_cross_entropy_with_logits(z, y.double(), reduction="none").mean(dim=1).numpy()
-    return torch.nn.functional.cross_entropy(z, y.long(), reduction="none").numpy()
-
-
-def log_frequencies(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C,) log frequency of each class, of a multilabel task its log odds; a class counts half a row more than it has."""
-    if labels.ndim == 2:
-        share = (labels.sum(axis=0) + 0.5) / (len(labels) + 1)
-        return np.log(share / (1 - share))
-    counts = np.bincount(labels, minlength=num_classes) + 0.5
-    return np.log(counts / counts.sum())
 
 
 def drawn(table: FeatureTable, folds: Folds, most: int) -> FeatureTable:
@@ -377,11 +359,7 @@ class FoldStack(Population):
 
     def _totals(self, objective: StackedObjective, batch: Batch, seen: Tensor) -> dict[str, Tensor]:
         """What each member's sum is divided by, task -> (P,); see `Objective.total_weights`."""
-        totals = {}
-        for t, y in batch.labels.items():
-            weights = objective.weights[t][y.clamp(min=0)] if y.ndim == 1 else 1.0
-            totals[t] = (torch.where(has_target(y), weights, 0.0) * seen).sum(dim=1)
-        return totals
+        return {t: (weights * seen).sum(dim=1) for t, weights in objective.row_weights(batch.labels).items()}
 
     @torch.no_grad()
     def predict(self, member: int, rows: np.ndarray, given: Sequence[str]) -> dict[str, np.ndarray]:

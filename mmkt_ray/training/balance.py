@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mmkt_ray.evaluation.inference import model_inputs
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import Features, MultimodalModel, to_proba
-from mmkt_ray.training.batches import Batch, World, has_target
+from mmkt_ray.models import Features, MultimodalModel
+from mmkt_ray.training.batches import Batch, World
 from mmkt_ray.training.learner import Learner, Logits, UnimodalHeads, own_parameters
 from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.task_weighting import TaskWeighting
@@ -74,8 +74,8 @@ class OgmGe(Learner):
         for i, t in enumerate(sorted(spec.tasks)):
             for j, m in enumerate(alone):
                 if m in spec.inputs[t]:
-                    there = several & batch.present[m] & has_target(batch.labels[t])
-                    right = right_probability(alone[m][t], batch.labels[t], spec.kinds[t])
+                    there = several & batch.present[m] & batch.labels[t].known
+                    right = spec.kinds[t].right_probability(alone[m][t], batch.labels[t])
                     sums[0, i, j], sums[1, i, j] = torch.where(there, right, 0.0).sum(), there.sum()
         if self.world.size > 1:
             dist.all_reduce(sums)
@@ -93,14 +93,6 @@ class OgmGe(Learner):
 def coefficient(ratio: Tensor, alpha: float) -> Tensor:
     """OGM's factor of the gradient: 1 up to a ratio of 1, then down towards 0."""
     return 1 - torch.tanh(alpha * (ratio - 1).clamp(min=0))
-
-
-def right_probability(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """(B,) probability given to the label; of a multilabel task the mean over classes of that of the right answer."""
-    proba = to_proba(logits, kind)
-    if kind == "multilabel":
-        return torch.where(labels == 1, proba, 1 - proba).mean(dim=1)
-    return proba.gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
 
 def discrepancy_ratios(sums: Tensor, counts: Tensor) -> Tensor:
@@ -171,8 +163,8 @@ class GradientBlending(UnimodalHeads):
         mine = rows[self.world.rank :: self.world.size]
         for start in range(0, len(mine), batch_size):
             features, present = model_inputs(table, mine[start : start + batch_size], table.features, self.world.device)
-            labels = {t: torch.from_numpy(y[mine[start : start + batch_size]]) for t, y in table.labels.items()}
-            labels = {t: y.to(self.world.device) for t, y in labels.items()}
+            here = mine[start : start + batch_size]
+            labels = {t: y[here].tensors(self.world.device) for t, y in table.labels.items()}
             batch = Batch(features, present, labels, present, labels)
             logits, alone, seen = self(features, present)
             heads = [(logits, batch), *((alone[m], batch.restrict(m, seen[m])) for m in self.modalities)]

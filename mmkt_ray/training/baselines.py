@@ -14,11 +14,9 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.evaluation.calibration import usable
 from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, identity_of, part_of, scores_of_task
 from mmkt_ray.evaluation.heldout import make_folds, pattern_name, save_heldout
 from mmkt_ray.evaluation.inference import predict_table
@@ -32,7 +30,7 @@ from mmkt_ray.evaluation.rows import (
     write_parts,
 )
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.models import to_proba
+from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.training.linear import LinearFit, fit_linear
 from mmkt_ray.training.loop import can_learn
 
@@ -55,12 +53,12 @@ def fit_baselines(config: Config, table: FeatureTable) -> tuple[dict[str, Majori
     tasks: dict[tuple[str, ...], list[str]] = {}  # modalities -> tasks
     for t in sorted(table.labels):
         labels = table.labels[t]
-        rows = np.flatnonzero((table.split == "train") & usable(labels))
+        rows = np.flatnonzero((table.split == "train") & labels.known)
         if not len(rows):
             continue
         read = config.tasks[t].inputs or sorted(table.features)
         there = [m for m in sorted(read) if table.present[m][rows].any()]
-        majorities[t] = Majority.fit(labels[rows], len(table.class_names[t]), there)
+        majorities[t] = Majority.fit(labels[rows], table.width(t), there)
         for modalities in dict.fromkeys([*((m,) for m in there), *([tuple(there)] if there else [])]):
             if can_learn(logreg_config(config, modalities, [t]), table):
                 tasks.setdefault(modalities, []).append(t)
@@ -80,21 +78,20 @@ def logreg_config(config: Config, modalities: Sequence[str], tasks: Sequence[str
 
 @dataclass(frozen=True)
 class Majority:
-    """Predicts the train split's class frequencies, of a multilabel task each by itself, whatever the sample."""
+    """Predicts what fits the train split best whatever the sample is: of classes their frequencies."""
 
     modalities: tuple[str, ...]  # those a sample must have one of, so that it is scored on the rows of the others
-    frequency: np.ndarray  # (C,) float32
+    outputs: np.ndarray  # (K,) float32
     num_rows: int  # that it was fitted on
 
     @classmethod
-    def fit(cls, labels: np.ndarray, num_classes: int, modalities: Sequence[str]) -> Majority:
-        """Count the labels, (N,) >= 0 or (N, C) of 0 and 1."""
-        counts = np.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(axis=0)
-        return cls(tuple(modalities), (counts / len(labels)).astype(np.float32), len(labels))
+    def fit(cls, labels: Labels, width: int, modalities: Sequence[str]) -> Majority:
+        """Learn from labels that are all known."""
+        return cls(tuple(modalities), labels.kind.baseline(labels, width), len(labels))
 
     def predict(self, table: FeatureTable) -> np.ndarray:
         """Probabilities (N, C) float32; NaN for rows without any of the modalities."""
-        proba = np.tile(self.frequency, (len(table.sample_id), 1))
+        proba = np.tile(self.outputs, (len(table.sample_id), 1))
         proba[~readable(table, self.modalities)] = np.nan
         return proba
 
@@ -125,7 +122,7 @@ class Logreg:
         part = table.take(self.fit.heldout.rows)
         logits = self.fit.heldout.logits[pattern_name(self.modalities)]
         kinds = self.fit.model.spec.kinds
-        return part, self._known({t: to_proba(torch.from_numpy(z), kinds[t]).numpy() for t, z in logits.items()}, part)
+        return part, self._known({t: kinds[t].outputs_of(z) for t, z in logits.items()}, part)
 
     def _known(self, proba: Mapping[str, np.ndarray], table: FeatureTable) -> dict[str, np.ndarray]:
         return without_unreadable(proba, table, {t: self.config.task_inputs(t) for t in proba})

@@ -18,7 +18,8 @@ from torch import Tensor
 from mmkt_ray.encoders.base import Features as TableFeatures
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.inference import model_inputs
-from mmkt_ray.features.store import MISSING, FeatureTable, labelled
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Features
 
 STATISTICS_ROWS = 8192  # in memory at a time
@@ -36,7 +37,7 @@ class World:
 class Mixed(NamedTuple):
     """What each row of a batch was mixed with."""
 
-    labels: dict[str, Tensor]  # task -> (B,) or (B, C), the partners'
+    labels: dict[str, Labels]  # task -> of B rows, the partners'
     share: Tensor  # (B,) how much of the row is its partner, 0 to 1
 
 
@@ -46,9 +47,9 @@ class Batch:
 
     features: dict[str, Features]  # modality -> (B, D)
     present: dict[str, Tensor]  # modality -> (B,) bool
-    labels: dict[str, Tensor]  # task -> (B,) int64 or (B, C) int8, below 0 where there is none
+    labels: dict[str, Labels]  # task -> of B rows, as tensors
     step_present: dict[str, Tensor]  # modality -> (R * B,) bool, of all ranks
-    step_labels: dict[str, Tensor]  # task -> (R * B, ..), of all ranks
+    step_labels: dict[str, Labels]  # task -> of R * B rows, of all ranks
     mixed: Mixed | None = None
     # what teachers say: task -> (B, C), NaN where they say nothing; and task -> () rows of the step, of all ranks, with one
     targets: dict[str, Tensor] = field(default_factory=dict)
@@ -64,13 +65,8 @@ class Batch:
         return replace(self, labels=labels, step_labels=step_labels, mixed=mixed, targets={}, num_targets={})
 
 
-def has_target(labels: Tensor) -> Tensor:
-    """(B,) bool: which rows of a task's labels, (B,) or (B, C), can be learnt from."""
-    return (labels if labels.ndim == 1 else labels.amin(dim=1)) >= 0
-
-
-def _hide(labels: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
-    return {t: torch.where(kept if y.ndim == 1 else kept[:, None], y, MISSING) for t, y in labels.items()}
+def _hide(labels: dict[str, Labels], kept: Tensor) -> dict[str, Labels]:
+    return {t: y.keep(kept) for t, y in labels.items()}
 
 
 def narrow(table: FeatureTable, modalities: Sequence[str], tasks: Sequence[str]) -> FeatureTable:
@@ -85,14 +81,13 @@ def narrow(table: FeatureTable, modalities: Sequence[str], tasks: Sequence[str])
         present={m: table.present[m] for m in modalities},
         labels={t: table.labels[t] for t in tasks},
         class_names={t: table.class_names[t] for t in tasks},
-        kinds={t: table.kinds.get(t, "multiclass") for t in tasks},
     )
 
 
 def usable_rows(table: FeatureTable, split: str) -> np.ndarray:
     """Indices of the split's rows that have some modality and some label; the others have nothing to teach or to test."""
     readable = np.any([present for present in table.present.values()], axis=0)
-    with_label = np.any([labelled(labels) for labels in table.labels.values()], axis=0)
+    with_label = np.any([labels.labelled for labels in table.labels.values()], axis=0)
     return np.flatnonzero((table.split == split) & readable & with_label)
 
 
@@ -185,13 +180,9 @@ class EpochBatches:
 def read_batch(table: FeatureTable, rows: np.ndarray, step_rows: np.ndarray, device: torch.device) -> Batch:
     """A batch of `rows` within a step of `step_rows`."""
     features, present = model_inputs(table, rows, table.features, device)
-    labels = _read(table.labels, rows, device)
+    labels = {t: y[rows].tensors(device) for t, y in table.labels.items()}
     if len(rows) == len(step_rows):  # one rank
         return Batch(features, present, labels, present, labels)
-    return Batch(
-        features, present, labels, _read(table.present, step_rows, device), _read(table.labels, step_rows, device)
-    )
-
-
-def _read(columns: dict[str, np.ndarray], rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(values[rows]).to(device, non_blocking=True) for name, values in columns.items()}
+    step_present = {m: torch.from_numpy(p[step_rows]).to(device, non_blocking=True) for m, p in table.present.items()}
+    step_labels = {t: y[step_rows].tensors(device) for t, y in table.labels.items()}
+    return Batch(features, present, labels, step_present, step_labels)

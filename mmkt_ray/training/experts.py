@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.evaluation.calibration import fit_temperature, usable
+from mmkt_ray.evaluation.calibration import fit_temperature
 from mmkt_ray.evaluation.heldout import HeldOut, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits
-from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.evaluation.rows import readable, subsets
-from mmkt_ray.features.store import FeatureTable, labelled
-from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, to_proba
-from mmkt_ray.training.auto import each_loss, given_subsets
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
+from mmkt_ray.training.auto import given_subsets
 from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty
@@ -212,7 +210,7 @@ def choose_routes(fused: Judged, experts: Mapping[str, Judged], table: FeatureTa
             able = {FUSED: fused} | {name: experts[name] for name, own in reads.items() if own <= {*part} and own < {*inputs}}
             given = {name: part if name == FUSED else tuple(reads[name]) for name in able}
             scores = {name: row_scores_of(able[name], table, t, given[name]) for name in able}
-            has = labelled(table.labels[t]) & np.logical_and.reduce([table.present[m] for m in part])
+            has = table.labels[t].labelled & np.logical_and.reduce([table.present[m] for m in part])
             default = pattern if pattern in able else FUSED
             better = {}
             for name in able.keys() - {default}:
@@ -228,7 +226,7 @@ def choose_routes(fused: Judged, experts: Mapping[str, Judged], table: FeatureTa
 def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
     """Whether a model is shown to be better than another on the same rows.
 
-    ours, theirs: (2, R) each row's score in [0, 1], see `row_scores`, and its log loss. Shown is it by the scores, in a
+    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. Shown is it by the scores, in a
     one-sided exact McNemar test of right and wrong (else a paired t test), or by the losses, in a one-sided paired t test, if
     the scores are not lower.
     """
@@ -246,7 +244,7 @@ def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
 
 
 def row_scores_of(judged: Judged, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
-    """(2, N) score in [0, 1] of each held-out row, see `row_scores`, and its log loss at the temperature that suits all of
+    """(2, N) score of each held-out row, see `TaskKind.row_scores`, and its log loss at the temperature that suits all of
     them best, 0 for a class that train lacks; NaN for all other rows. given: what the model may see."""
     found = np.full((2, len(table.split)), np.nan)
     known = judged.heldout.logits.get(pattern_name(given), {})
@@ -255,12 +253,12 @@ def row_scores_of(judged: Judged, table: FeatureTable, task: str, given: Sequenc
     able = readable(table, [m for m in given if m in judged.model.spec.inputs[task]] or list(given))[judged.heldout.rows]
     rows, logits = judged.heldout.rows[able], known[task][able]
     labels, kind = table.labels[task][rows], judged.model.spec.kinds[task]
-    found[0, rows] = row_scores(labels, predicted(to_proba(torch.from_numpy(logits), kind).numpy(), kind))
+    found[0, rows] = kind.row_scores(labels, kind.predict(kind.outputs_of(logits)))
     found[1, rows] = 0.0
-    known_class = usable(labels)
+    known_class = labels.known
     if known_class.any():
         scaled = logits[known_class] / fit_temperature(logits[known_class], labels[known_class])
-        found[1, rows[known_class]] = each_loss(scaled, labels[known_class])
+        found[1, rows[known_class]] = kind.each_loss(scaled, labels[known_class])
     return found
 
 

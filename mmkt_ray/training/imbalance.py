@@ -10,7 +10,7 @@ class after mixup, Zhang et al. 2018 (https://arxiv.org/abs/1710.09412).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,8 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import MISSING, FeatureTable
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.kinds.labels import concat_labels
 
 GROWTH = 5  # a class becomes at most so many times as large, and never larger than the largest one
 NUM_NEIGHBOURS = 5
@@ -48,38 +49,23 @@ def leave_out(table: FeatureTable, sample_ids: np.ndarray) -> FeatureTable:
 
 
 def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float], seed: int) -> FeatureTable:
-    """The table with a share of each task's labels of `rows`, the same of each class but at least one; the rest is MISSING.
+    """The table with a share of each task's labels of `rows`, the same of each class but at least one; the rest goes.
 
-    With the same seed a smaller share is a part of a larger one. A row of a multilabel task counts as one of its rarest
-    class; on top of the share, the first row of each class is kept.
+    With the same seed a smaller share is a part of a larger one. What the classes are, `TaskKind.strata` says; on top
+    of the share, the first row of each class is kept.
     """
     labels = {}
-    for task, values in table.labels.items():
+    for task, given in table.labels.items():
         own = np.random.default_rng([seed, zlib.crc32(task.encode())])  # not the other tasks' business
-        order = own.permutation(len(values))[rows].argsort()
+        order = own.permutation(len(given))[rows].argsort()
         shuffled = rows[order]
-        kept = np.zeros(len(values), dtype=bool)
-        for stratum in strata(values[shuffled]):
+        kept = np.ones(len(given), dtype=bool)
+        kept[rows] = False
+        for stratum in given.kind.strata(given[shuffled]):
             kept[shuffled[stratum[: max(1, round(fracs[task] * len(stratum)))]]] = True
-        if values.ndim == 2:
-            positive = values[shuffled] == 1
-            kept[shuffled[positive.argmax(axis=0)[positive.any(axis=0)]]] = True
-        dropped = np.setdiff1d(rows, np.flatnonzero(kept))
-        labels[task] = values.copy()
-        labels[task][dropped] = MISSING
+        kept[shuffled[given.kind.one_of_each(given[shuffled])]] = True
+        labels[task] = given.keep(kept)
     return replace(table, labels=labels)
-
-
-def strata(labels: np.ndarray) -> Iterator[np.ndarray]:
-    """Positions of the labelled rows of each class; of a multilabel task by each row's rarest class, and of no class."""
-    codes = labels
-    if labels.ndim == 2:
-        positive = labels == 1
-        support = np.where(positive, positive.sum(axis=0), np.iinfo(np.int64).max)
-        codes = np.where(positive.any(axis=1), support.argmin(axis=1), labels.shape[1])
-        codes = np.where(labels.min(axis=1, initial=0) == MISSING, MISSING, codes)
-    for code in np.unique(codes[codes >= 0]):
-        yield np.flatnonzero(codes == code)
 
 
 # --- drawn more often ------------------------------------------------------------------------------------------------
@@ -88,22 +74,13 @@ def strata(labels: np.ndarray) -> Iterator[np.ndarray]:
 def balanced_chances(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     """How often each row is to be drawn, relative to the others: (len(rows),).
 
-    The mean over its labelled tasks of 1 / rows of its class; in a multilabel task the mean over its classes, no class at
-    all counting as one. With one task every class so comes up equally often; with several that is a compromise.
+    The mean over its labelled tasks, see `TaskKind.draw_weights`. With one task every class so comes up equally often; with
+    several that is a compromise.
     """
     total, num_tasks = np.zeros(len(rows)), np.zeros(len(rows))
-    for values in table.labels.values():
-        labels = values[rows]
-        if labels.ndim == 1:
-            has_label = labels >= 0
-            counts = np.bincount(labels[has_label], minlength=1)
-            weights = 1 / np.maximum(counts[labels.clip(min=0)], 1)
-        else:
-            has_label = labels.min(axis=1, initial=0) >= 0
-            classes = np.column_stack([labels == 1, has_label & ~(labels == 1).any(axis=1)])
-            weights = (classes / np.maximum(classes.sum(axis=0), 1)).sum(axis=1) / np.maximum(classes.sum(axis=1), 1)
-        total += np.where(has_label, weights, 0.0)
-        num_tasks += has_label
+    for labels in table.labels.values():
+        total += labels.kind.draw_weights(labels[rows])
+        num_tasks += labels.known[rows]
     return total / np.maximum(num_tasks, 1)
 
 
@@ -117,14 +94,15 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
     pattern by the same share. `smote` places a row on the segment between a row and one of its nearest neighbours of the
     same class and pattern, over the modalities side by side, each scaled to a mean square of 1; `mixup` between any two of
     them. Where a class has a single row of a pattern, that row is repeated. A synthetic row has the label of that task only.
-    Sparse features stay sparse. Multilabel tasks get none: a combination of two label sets is none.
+    Sparse features stay sparse. Only tasks of classes that exclude each other get any: a mean of two label sets is none.
 
-    Raises: ConfigError if all tasks are multilabel.
+    Raises: ConfigError if no task has classes that exclude each other.
     """
-    tasks = [t for t, y in table.labels.items() if y.ndim == 1]
+    tasks = [t for t, y in table.labels.items() if y.kind.exclusive]
     if not tasks:
+        others = " or ".join(sorted({y.kind.name for y in table.labels.values()}))
         raise ConfigError(
-            f"training.generate: {method} makes rows of one class, and all tasks are multilabel: use training.resample or "
+            f"training.generate: {method} makes rows of one class, and all tasks are {others}: use training.resample or "
             "training.class_weights"
         )
     rng = np.random.default_rng(seed)
@@ -132,11 +110,11 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
     pieces = [table]
     for task in tasks:
         labels = table.labels[task]
-        counts = np.bincount(labels[rows][labels[rows] >= 0], minlength=1)
+        counts = labels.kind.count(labels[rows], table.width(task))
         extra = missing_rows(counts)
         for modalities, members in patterns:
             for code in np.flatnonzero(extra).tolist():
-                group = members[labels[members] == code]
+                group = members[labels.known[members] & (labels.values[members] == code)]
                 num_rows = round(extra[code] * len(group) / counts[code])
                 if num_rows:
                     made = make_rows(table, group, modalities, num_rows, method, rng)
@@ -223,8 +201,8 @@ def synthetic_table(table: FeatureTable, made: dict[str, Features], task: str, c
     for m, x in table.features.items():
         empty = sp.csr_matrix if sp.issparse(x) else np.zeros
         features[m] = made[m] if m in made else empty((num_rows, x.shape[1]), dtype=np.float32)
-    labels = {t: np.full((num_rows, *y.shape[1:]), MISSING, dtype=y.dtype) for t, y in table.labels.items()}
-    labels[task][:] = code
+    labels = {t: y.kind.unlabelled(num_rows, y) for t, y in table.labels.items()}
+    labels[task] = table.kinds[task].filled(num_rows, code, table.labels[task])
     return replace(
         table,
         sample_id=np.array([f"synthetic-{start + i}" for i in range(num_rows)], dtype=object),
@@ -248,5 +226,5 @@ def concat_tables(tables: list[FeatureTable]) -> FeatureTable:
         split=np.concatenate([t.split for t in tables]),
         features=features,
         present={m: np.concatenate([t.present[m] for t in tables]) for m in first.present},
-        labels={name: np.concatenate([t.labels[name] for t in tables]) for name in first.labels},
+        labels={name: concat_labels(t.labels[name] for t in tables) for name in first.labels},
     )

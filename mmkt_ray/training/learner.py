@@ -15,7 +15,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import Features, MultimodalModel
 from mmkt_ray.models.sharing import module_name
-from mmkt_ray.training.batches import Batch, World, has_target
+from mmkt_ray.training.batches import Batch, World
 from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.task_weighting import TaskWeighting
 
@@ -50,7 +50,7 @@ class Learner(nn.Module):
 
     def weigh(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """The tasks' losses as one ()."""
-        labelled = {t: has_target(y).any() for t, y in batch.step_labels.items()}
+        labelled = {t: y.known.any() for t, y in batch.step_labels.items()}
         return self.weighting(losses, labelled, self.model)
 
     def begin_epoch(self, seed: int) -> None:

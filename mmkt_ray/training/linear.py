@@ -24,20 +24,20 @@ from torch import Tensor
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.base import Features
-from mmkt_ray.evaluation.calibration import usable
 from mmkt_ray.evaluation.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits
 from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.features.table import TAKE_ROWS, Growing
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.linear_target import LinearTarget
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.missing import mean_squared_norm
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.logistic import Block, Problem, make_block, minimise
 from mmkt_ray.training.loop import FitResult, build_model, training_rows
-from mmkt_ray.training.objective import balanced_weights, count_classes
-from mmkt_ray.training.validation import summarise, tally_batch
+from mmkt_ray.training.validation import summarise
 
 STRONGEST = 0.1  # penalty, times the rows that are learnt from
 FACTOR = 3.0  # from one penalty to the next
@@ -110,20 +110,27 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     found = fit_linear(config, table)
     labels = {t: table.labels[t][found.heldout.rows] for t in config.model_tasks}
     logits = found.heldout.logits[pattern_name(config.model_modalities)]
-    val = summarise({t: tally_batch(torch.from_numpy(logits[t]), torch.from_numpy(labels[t])).numpy() for t in labels})
-    scores = {"on": found.heldout.on, **val} if val["accuracy"] else None
+    tensors = {t: y.tensors() for t, y in labels.items()}
+    tallies = {t: y.kind.tally(torch.from_numpy(logits[t]), y).numpy() for t, y in tensors.items()}
+    val = summarise(tallies, table.kinds)
+    scores = {"on": found.heldout.on, **val} if np.isfinite(val["score"]) else None
     record = {"epoch": 1, "train_loss": found.loss, "val": scores, "seconds": found.seconds}
     parts = found.model.num_parameters_by_part()
     result = FitResult(found.model, [record], 1, scores, parts, found.seconds)
     return result, found.heldout, {"l2": found.l2, "path": found.path, "on": found.heldout.on}
 
 
-def solve(features: Features, labels: np.ndarray, num_classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
-    """Logistic regression on features (N, D) as they are: weights (D, C) and bias (C,). labels: usable ones."""
-    target = _Target.of(labels, num_classes, False)
-    problem = Problem([make_block(features)], target.labels, np.ones((len(labels), 1), bool), target.class_weights)
+def solve(features: Features, labels: Labels, num_classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logistic regression on features (N, D) as they are: weights (D, C) and bias (C,). labels: all known."""
+    target: LinearTarget = labels.kind.linear_target(labels, num_classes, False)
+    problem = problem_of([make_block(features)], target, np.ones((len(labels), 1), bool))
     (weights,), bias = problem.original(minimise(problem, l2), 0)
     return target.expanded(weights, bias, num_classes)
+
+
+def problem_of(blocks: Sequence[Block], target: LinearTarget, used: np.ndarray) -> Problem:
+    """What is to be solved for a task. used: (N, F) bool, the rows that each fit learns from."""
+    return Problem(blocks, target.labels, used, target.class_weights, target.one_of)
 
 
 # --- one task --------------------------------------------------------------------------------------------------------
@@ -137,58 +144,6 @@ class _Solved:
     path: list[dict[str, Any]]
     loss: float
     num_rows: int
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A task's labels as the solver wants them."""
-
-    labels: np.ndarray  # (N,) codes, or (N, K) of 0 and 1
-    classes: np.ndarray  # the task's classes that K stands for; two classes are one column
-    class_weights: np.ndarray  # (K,)
-    weight: float  # of all rows, beside the class weights
-    kind: str  # several | two | sets
-
-    @classmethod
-    def of(cls, labels: np.ndarray, num_classes: int, balanced: bool) -> _Target:
-        """labels: usable ones, (N,) or (N, C)."""
-        weights = balanced_weights(count_classes(labels, num_classes)) if balanced else np.ones(num_classes)
-        if labels.ndim == 2:
-            return cls(labels, np.arange(num_classes), weights, 1.0, "sets")
-        classes, codes = np.unique(labels, return_inverse=True)
-        weights = weights[classes]
-        if len(classes) == 2:
-            return cls(codes[:, None].astype(np.int8), classes, weights[1:] / weights[0], float(weights[0]), "two")
-        return cls(codes, classes, weights, 1.0, "several")
-
-    def row_weights(self) -> np.ndarray:
-        """(N,) or (N, K) what each loss counts."""
-        if self.labels.ndim == 1:
-            return self.class_weights[self.labels]
-        return self.weight * np.where(self.labels == 1, self.class_weights, 1.0)
-
-    def score(self, logits: np.ndarray) -> tuple[float, float]:
-        """Mean log loss and accuracy of logits (N, K)."""
-        z, y, weights = torch.from_numpy(logits).double(), torch.from_numpy(self.labels), self.row_weights()
-        if self.labels.ndim == 1:
-            losses = torch.nn.functional.cross_entropy(z, y, reduction="none").numpy()
-            return float(np.average(losses, weights=weights)), float((z.argmax(dim=1) == y).double().mean())
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(z, y.double(), reduction="none").numpy()
-        right = ((z >= 0) == (y == 1)).all(dim=1)
-        return float((losses * weights).sum() / weights.sum()), float(right.double().mean())
-
-    def expanded(self, weights: np.ndarray, bias: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """(D, K), (K,) as (D, C), (C,): a class without rows has no weights and is as likely as half a row."""
-        if self.kind == "sets":
-            return weights, bias
-        if self.kind == "two":
-            weights, bias = np.hstack([-weights, weights]) / 2, np.array([-bias[0], bias[0]]) / 2
-        whole = np.zeros((len(weights), num_classes), np.float32)
-        whole[:, self.classes] = weights
-        unknown = np.logaddexp.reduce(bias) + np.log(0.5 / (len(self.labels) + 0.5))
-        biases = np.full(num_classes, unknown, np.float32)
-        biases[self.classes] = bias
-        return whole, biases
 
 
 class _Solver:
@@ -211,15 +166,15 @@ class _Solver:
     def solve(self, task: str, inputs: tuple[str, ...]) -> _Solved:
         """Choose the penalty on held-out rows, then learn from all."""
         labels = self.table.labels[task][self.rows]
-        known = usable(labels) & readable(self.table, inputs)[self.rows]
+        known = labels.known & readable(self.table, inputs)[self.rows]
         blocks = [self.blocks[m] if known.all() else self.blocks[m].take(np.flatnonzero(known)) for m in inputs]
-        num_classes = len(self.table.class_names[task])
-        target = _Target.of(labels[known], num_classes, self.config.training.class_weights == "balanced")
+        num_classes, balanced = self.table.width(task), self.config.training.class_weights == "balanced"
+        target: LinearTarget = labels.kind.linear_target(labels[known], num_classes, balanced)
         fold = self.fold[known]
         l2, path, start = self._choose(blocks, target, fold)
-        parts = Problem(blocks, target.labels, fold[:, None] != np.arange(self.num_held), target.class_weights)
+        parts = problem_of(blocks, target, fold[:, None] != np.arange(self.num_held))
         by_fold = minimise(parts, l2 / target.weight, _spread(start, parts), PATH_TOLERANCE)
-        whole = Problem(blocks, target.labels, np.ones((len(fold), 1), bool), target.class_weights)
+        whole = problem_of(blocks, target, np.ones((len(fold), 1), bool))
         best = minimise(whole, l2 / target.weight, _spread(by_fold, whole))
         losses = whole.evaluate(best)[0] / whole.total
 
@@ -232,11 +187,11 @@ class _Solver:
         return _Solved(unscaled(whole, best, 0), held_out, l2, path, float(losses.mean()), len(fold))
 
     def _choose(
-        self, blocks: Sequence[Block], target: _Target, fold: np.ndarray
+        self, blocks: Sequence[Block], target: LinearTarget, fold: np.ndarray
     ) -> tuple[float, list[dict[str, Any]], Tensor]:
         """The penalty, the path to it, and the weights of the models there that it was judged by."""
         given, num_parts = self.config.training.l2, min(JUDGED_PARTS, self.num_held)
-        problem = Problem(blocks, target.labels, fold[:, None] != np.arange(num_parts), target.class_weights)
+        problem = problem_of(blocks, target, fold[:, None] != np.arange(num_parts))
         held = (fold >= 0) & (fold < num_parts)
         if given is not None or not held.any():
             return DEFAULT_L2 if given is None else given, [], problem.initial()
@@ -301,7 +256,7 @@ def _hold_out(
     held = np.isin(folds.fold, range(folds.num_held)) & readable(table, modalities)
     rows = np.flatnonzero(held)
     sets = subsets(modalities, range(1, num + 1) if num <= MAX_MODALITIES else (1, num))
-    shapes = {t: (len(rows), len(table.class_names[t])) for t in weights}
+    shapes = {t: (len(rows), table.width(t)) for t in weights}
     logits = {pattern_name(s): {t: np.zeros(shape, np.float32) for t, shape in shapes.items()} for s in sets}
     for part in range(folds.num_held):
         for t, by_fold in weights.items():

@@ -108,18 +108,15 @@ class Problem:
     """
 
     def __init__(
-        self, blocks: Sequence[Block], labels: np.ndarray, used: np.ndarray, class_weights: np.ndarray | None = None
+        self, blocks: Sequence[Block], labels: np.ndarray, used: np.ndarray, class_weights: np.ndarray, one_of: bool
     ) -> None:
-        """labels: (N,) codes 0 .. K - 1, or (N, K) of 0 and 1; used: (N, F) bool, the rows that each fit learns from.
-        class_weights: (K,) what a row of the class counts, of (N, K) labels what a 1 counts against a 0."""
-        self.blocks, self.softmax = blocks, labels.ndim == 1
+        """labels: (N,) codes 0 .. K - 1 if a row is `one_of` the classes, else (N, K) of 0 and 1; used: (N, F) bool, the rows
+        that each fit learns from; class_weights: (K,) what a row of the class counts, or a 1 against a 0."""
+        self.blocks, self.softmax = blocks, one_of
         self.num_rows, self.num_fits = used.shape
-        self.num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max(initial=0)) + 1
-        if class_weights is not None and self.softmax:
-            self.num_classes = len(class_weights)
+        self.num_classes = len(class_weights)
         self.labels, self.used = torch.from_numpy(labels), torch.from_numpy(used)
-        ones = np.ones(self.num_classes) if class_weights is None else class_weights
-        self.class_weights = torch.from_numpy(ones).float()
+        self.class_weights = torch.from_numpy(class_weights).float()
         self.num_columns = self.num_fits * self.num_classes
         self.energy = torch.cat([*(b.energy for b in blocks), torch.tensor([float(self.num_rows)])])[:, None]
         self.sizes = [len(b.energy) for b in blocks]

@@ -29,7 +29,7 @@ from mmkt_ray.training.balance import LEARNERS
 from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
 from mmkt_ray.training.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
-from mmkt_ray.training.objective import Objective, check_task, count_classes
+from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.task_weighting import TASK_WEIGHTINGS
 from mmkt_ray.training.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
@@ -113,7 +113,8 @@ def training_rows(
         table = keep_labels(table, rows, config.label_fracs(), config.seed)
         rows = np.intersect1d(rows, usable_rows(table, "train"))
     for t, labels in sorted(table.labels.items()):
-        check_task(t, count_classes(labels[rows], len(table.class_names[t])), table.class_names[t])
+        counts = labels.kind.count(labels[rows], table.width(t))
+        labels.kind.check_learnable(t, counts, table.class_names[t])
     if targets:
         taught = np.any([~np.isnan(values).any(axis=1) for values in targets.values()], axis=0)
         readable = np.any(list(table.present.values()), axis=0) & (table.split == "train")
@@ -301,7 +302,8 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
 def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world: World) -> Objective:
     """The losses of the tasks, with the class frequencies of `rows`."""
     return Objective(
-        {t: count_classes(labels[rows], len(table.class_names[t])) for t, labels in table.labels.items()},
+        {t: labels.kind.count(labels[rows], table.width(t)) for t, labels in table.labels.items()},
+        table.kinds,
         class_weights=config.training.class_weights,
         label_smoothing=config.training.label_smoothing,
         logit_adjustment=config.training.logit_adjustment,

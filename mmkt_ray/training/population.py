@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,14 +24,15 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import model_inputs
 from mmkt_ray.evaluation.objective import Score
-from mmkt_ray.features.store import MISSING, FeatureTable
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Features, MultimodalModel
-from mmkt_ray.training.batches import World, has_target
+from mmkt_ray.training.batches import World
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import Fitting, build_objective, is_better, seed_of, spec_of
 from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.optimizer import rate
-from mmkt_ray.training.validation import summarise, tally_batch, task_scores
+from mmkt_ray.training.validation import summarise, task_scores
 
 MEMBER_KEYS = frozenset(
     {
@@ -166,12 +166,12 @@ class Population:
             for t, found in self._forward(model, stack, *inputs).items():
                 if metric:
                     kept.setdefault(t, []).append(found)
-                labels = torch.from_numpy(table.labels[t][chosen]).to(device)
-                for tally, values in zip(tallies, tally_batch(found, labels).cpu().numpy(), strict=True):
+                labels = table.labels[t][chosen].tensors(device)
+                for tally, values in zip(tallies, labels.kind.tally(found, labels).cpu().numpy(), strict=True):
                     tally[t] = tally.get(t, 0) + values
         logits = {t: torch.cat(parts, dim=1) for t, parts in kept.items()}  # (P, N, C)
         for i, tally in enumerate(tallies):
-            val = summarise(tally)
+            val = summarise(tally, model.spec.kinds)
             if metric and np.isfinite(val["loss"]):
                 val[metric] = task_scores(metric, table, rows, {t: values[i] for t, values in logits.items()})
             if not np.isfinite(val["loss"]):
@@ -250,20 +250,9 @@ class StackedObjective(Objective):
         changed.smoothing = smoothing
         return changed
 
-    def _row_losses(self, task: str, logits: Tensor, labels: Tensor) -> Tensor:
+    def _row_losses(self, task: str, logits: Tensor, labels: Labels) -> Tensor:
         """See Objective: (P, B)."""
-        logits, weights = logits + self.shifts[task], self.weights[task]
-        if labels.ndim == 2:
-            smoothing = self.smoothing[:, None, None]
-            target = (labels.clamp(min=0) * (1 - smoothing) + smoothing / 2).expand_as(logits)
-            each = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="none")
-            return torch.where(has_target(labels), each.mean(dim=-1), 0.0)
-        log_p, codes = logits.log_softmax(dim=-1), labels.clamp(min=MISSING).repeat(len(logits))
-        sharp = F.nll_loss(log_p.flatten(0, 1), codes, weights, ignore_index=MISSING, reduction="none").view(
-            len(logits), -1
-        )
-        flat = torch.where(labels >= 0, log_p @ (-weights / len(weights)), 0.0)
-        return sharp + self.smoothing[:, None] * (flat - sharp)
+        return labels.kind.stacked_losses(logits + self.shifts[task], labels, self.weights[task], self.smoothing)
 
 
 def _column(config: Config, members: Sequence[Mapping[str, Any]], key: str) -> Tensor:

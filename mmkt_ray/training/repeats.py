@@ -17,13 +17,13 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import METRICS, agreeing, paired_p, percentiles
-from mmkt_ray.evaluation.metrics import is_right, predicted
+from mmkt_ray.evaluation.intervals import agreeing, paired_p, percentiles
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
-from mmkt_ray.evaluation.seeds import MULTILABEL_METRICS, multilabel_seed_scores, seed_scores
-from mmkt_ray.evaluation.tables import told
-from mmkt_ray.features.store import FeatureTable, Store, labelled
+from mmkt_ray.evaluation.seeds import further_seed_scores, seed_scores
+from mmkt_ray.evaluation.tables import metric_name, told
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Predictor
 from mmkt_ray.training.experts import single_configs
 from mmkt_ray.training.trainer import train
@@ -31,9 +31,6 @@ from mmkt_ray.training.trainer import train
 log = logging.getLogger(__name__)
 
 WORDS = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "micro_f1": "micro-F1",
     "samples_f1": "F1 by sample",
     "macro_average_precision": "average precision",
 }
@@ -43,11 +40,11 @@ WORDS = {
 class Judged:
     """One variant's predictions of one task's labelled test rows."""
 
-    labels: np.ndarray  # (N,) codes, or (N, C) of 0 and 1
+    labels: Labels  # of N rows
     able: np.ndarray  # (N,) rows that it can read: those that have one of its modalities
-    num_classes: int
-    pred: list[np.ndarray] = field(default_factory=list)  # by seed, as labels; of rows that it can read
-    proba: list[np.ndarray] = field(default_factory=list)  # the same of a multilabel task as probabilities, (N, C)
+    width: int  # K
+    pred: list[np.ndarray] = field(default_factory=list)  # by seed, as label values; of rows that it can read
+    proba: list[np.ndarray] = field(default_factory=list)  # the same as outputs (N, K), where the kind has `seed_metrics`
     val: list[float] = field(default_factory=list)  # by seed: accuracy on held-out rows; on test, where none tells
 
 
@@ -61,7 +58,7 @@ def repeat(
     best on val. A variant that can read no test row of a task is left out there.
 
     Returns: seeds, against, about (see provenance.py), `tasks`: task -> {num_rows (None: no row that all can read, each has
-    its own), reference, models: {variant: {accuracy, macro_f1 and MULTILABEL_METRICS of a multilabel task (intervals over
+    its own), reference, models: {variant: {the kind's `reported` and `seed_metrics` (intervals over
     seeds and rows; None: undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the
     reference; None for itself and where there is no common row)}}}.
     Raises: ConfigError if there is no variant `against`, and for less than one seed.
@@ -84,7 +81,7 @@ def repeat(
             stores[name].copy_encoders(variant.model_modalities, run_uri, uri)
             model, card = load_model(uri)
             for task in variant.model_tasks:
-                held_out = ((card["training"]["val"] or {}).get("accuracy") or {}).get(task)
+                held_out = ((card["training"]["val"] or {}).get(model.spec.kinds[task].main) or {}).get(task)
                 _judge(model, table, task, variant, found.setdefault(task, {}), name, held_out)
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
@@ -123,21 +120,21 @@ def _judge(
 ) -> None:
     """Add one seed's predictions to a variant's, if there is a test row that it can read. held_out: its accuracy on held-out
     rows."""
-    rows = {s: np.flatnonzero((table.split == s) & labelled(table.labels[task])) for s in ("test", "val")}
+    rows = {s: np.flatnonzero((table.split == s) & table.labels[task].labelled) for s in ("test", "val")}
     able = {s: readable(table, config.task_inputs(task))[r] for s, r in rows.items()}
     if not able["test"].any():
         return
     right = {}
     for split in [s for s in rows if able[s].any()]:
         part = table.take(rows[split][able[split]])
-        proba = predict_table(model, part)[task]
-        pred = predicted(proba, model.spec.kinds[task])
-        right[split] = float(is_right(part.labels[task], pred).mean())
+        proba, kind = predict_table(model, part)[task], model.spec.kinds[task]
+        pred = kind.predict(proba)
+        right[split] = float(kind.main_by_row(part.labels[task], pred).mean())
         if split == "test":
             labels = table.labels[task][rows[split]]
-            judged = by_name.setdefault(name, Judged(labels, able[split], len(table.class_names[task])))
+            judged = by_name.setdefault(name, Judged(labels, able[split], table.width(task)))
             judged.pred.append(pred)
-            judged.proba += [proba] if labels.ndim == 2 else []
+            judged.proba += [proba] if kind.seed_metrics else []
     judged.val.append(right.get("val", right["test"]) if held_out is None else held_out)
 
 
@@ -145,7 +142,7 @@ def compare_seeds(config: Config, by_name: Mapping[str, Judged], candidates: lis
     """One task's models over seeds; see `repeat`. candidates: variants of which the best on val is the reference."""
     every = list(by_name.values())
     common: np.ndarray | None = None
-    if all(np.array_equal(judged.labels, every[0].labels) for judged in every):  # else they are of different stores
+    if all(judged.labels.same_as(every[0].labels) for judged in every):  # else they are of different stores
         common = np.logical_and.reduce([judged.able for judged in every])
         common = common if common.any() else None
     reference = max((n for n in candidates if n in by_name), key=lambda n: np.mean(by_name[n].val), default=None)
@@ -170,22 +167,23 @@ def _compare(
     labels, num_rows = first.labels[rows], int(rows.sum())
     preds = {n: np.stack([p[rows[judged.able]] for p in judged.pred]) for n, judged in by_name.items()}
     evaluation = config.evaluation
-    drawn = seed_scores(labels, list(preds.values()), first.num_classes, evaluation.bootstrap_samples, config.seed)
-    if labels.ndim == 2:
+    drawn = seed_scores(labels, list(preds.values()), first.width, evaluation.bootstrap_samples, config.seed)
+    kind = labels.kind
+    if kind.seed_metrics:
         probas = [np.stack([p[rows[judged.able]] for p in judged.proba]) for judged in by_name.values()]
-        drawn |= multilabel_seed_scores(labels, probas, evaluation.bootstrap_samples, config.seed)
+        drawn |= further_seed_scores(labels, probas, evaluation.bootstrap_samples, config.seed)
     by_model = {n: {m: drawn[m][i] for m in drawn} for i, n in enumerate(preds)}
     found: dict[str, dict[str, Any]] = {}
     for name, scores in by_model.items():
         found[name] = {m: percentiles(scores[m], evaluation.confidence, num_rows) for m in drawn}
-        found[name]["by_seed"] = [float(is_right(labels, pred).mean()) for pred in preds[name]]
+        found[name]["by_seed"] = [float(kind.main_by_row(labels, pred).mean()) for pred in preds[name]]
         found[name]["versus"] = None
         if reference is not None and name != reference:
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
             versus = {m: percentiles(g, evaluation.confidence, num_rows, least=-1.0) for m, g in gains.items()}
-            ours, theirs = (np.mean([is_right(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
-            if versus["accuracy"] is not None:
-                versus["accuracy"] = agreeing(versus["accuracy"], paired_p(ours - theirs), evaluation.confidence)
+            ours, theirs = (np.mean([kind.main_by_row(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
+            if (difference := versus[kind.main]) is not None:
+                versus[kind.main] = agreeing(difference, paired_p(ours - theirs), evaluation.confidence)
             found[name]["versus"] = versus
     return found
 
@@ -195,13 +193,13 @@ def seeds_table(result: Mapping[str, Any]) -> str:
     lines = []
     for task, found in result["tasks"].items():
         rows = f"{found['num_rows']} test rows, " if found["num_rows"] else ""
-        metrics = [m for m in (*METRICS, *MULTILABEL_METRICS) if m in next(iter(found["models"].values()))]
-        names = ", ".join(WORDS[m] for m in metrics)
+        metrics = [m for m in next(iter(found["models"].values())) if m not in ("by_seed", "versus", "val")]
+        names = ", ".join(WORDS.get(m, metric_name(m)) for m in metrics)
         lines.append(f"{task}: {names}; {rows}{len(result['seeds'])} seeds")
         width = max(map(len, found["models"]))
         for name, model in found["models"].items():
             by_seed = " ".join(f"{100 * s:.1f}" for s in model["by_seed"])
-            line = f"  {name:{width}}  {told(model['accuracy'])}  ({by_seed})  "
+            line = f"  {name:{width}}  {told(model[metrics[0]])}  ({by_seed})  "
             line += "  ".join(told(model[m]) for m in metrics[1:])
             if model["versus"]:
                 gains = ", ".join(told(model["versus"][m], "+.1f") for m in metrics)

@@ -15,28 +15,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
-from cleanlab.filter import find_label_issues
-from cleanlab.multilabel_classification.filter import find_label_issues as find_multilabel_issues
-from cleanlab.multilabel_classification.rank import get_label_quality_scores as multilabel_quality
-from cleanlab.rank import get_label_quality_scores
-from scipy.special import expit, logit, softmax, xlogy
+from scipy.special import xlogy
 from sklearn.decomposition import TruncatedSVD
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, seed_32
 from mmkt_ray.encoders.base import Features
-from mmkt_ray.evaluation.calibration import fit_temperature, log_loss, usable
+from mmkt_ray.evaluation.calibration import fit_temperature
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.models import to_proba
-from mmkt_ray.training.baselines import Majority
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.probabilities import log_loss
 from mmkt_ray.training.batches import feature_statistics
 from mmkt_ray.training.linear import solve
 
@@ -100,13 +94,12 @@ class Opinions:
 
     table: FeatureTable  # the R judged rows
     task: str
-    kind: str
     proba: dict[str, np.ndarray]  # modality -> (R, C), NaN where the row lacks it
     bits: dict[str, float]  # modality -> bits that it tells about the label, beyond the class frequencies
 
     @property
-    def labels(self) -> np.ndarray:
-        """(R,) codes, or (R, C) of 0 and 1."""
+    def labels(self) -> Labels:
+        """Of R rows, all known."""
         return self.table.labels[self.task]
 
     def telling(self) -> dict[str, np.ndarray]:
@@ -118,14 +111,14 @@ class Opinions:
 
         NaN where no such modality is there.
         """
-        num_classes = len(self.table.class_names[self.task])
-        prior = Majority.fit(self.labels, num_classes, ()).frequency.astype(np.float64).clip(SMALLEST, 1 - SMALLEST)
-        scale, back = (logit, expit) if self.labels.ndim == 2 else (np.log, partial(softmax, axis=1))
+        kind, num_classes = self.labels.kind, self.table.width(self.task)
+        prior = kind.baseline(self.labels, num_classes).astype(np.float64).clip(SMALLEST, 1 - SMALLEST)
+        scale = kind.evidence
         evidence = np.full((len(self.labels), num_classes), np.nan)
         for proba in self.telling().values():
             said = scale(proba.clip(SMALLEST, 1 - SMALLEST)) - scale(prior)
             evidence = np.where(np.isnan(said), evidence, np.nan_to_num(evidence) + said)
-        together = back(scale(prior) + evidence)
+        together = kind.from_evidence(scale(prior) + evidence)
         known = ~np.isnan(together[:, 0])
         if known.any() and len(self.telling()) > 1:  # one alone is calibrated as it is
             together[known] = calibrate(self.labels[known], together[known])  # modalities are not quite independent
@@ -134,9 +127,9 @@ class Opinions:
 
 def ask_modalities(table: FeatureTable, task: str, config: Config) -> Opinions | None:
     """Every modality's out-of-fold predictions; None where too few rows are labelled. table: train rows, dense features."""
-    kind = config.tasks[task].kind
-    rows = _judged_rows(table.labels[task])
-    if len(rows) < 2 * NUM_FOLDS or len(np.unique(table.labels[task][rows], axis=0)) < 2:
+    labels = table.labels[task]
+    rows = labels.kind.judged_rows(labels, NUM_FOLDS)
+    if len(rows) < 2 * NUM_FOLDS or num_distinct(labels[rows]) < 2:
         log.info("task '%s' has too few labelled train rows to look for suspects", task)
         return None
     table = table.take(rows)
@@ -145,32 +138,27 @@ def ask_modalities(table: FeatureTable, task: str, config: Config) -> Opinions |
         predicted = _out_of_fold(table, task, modality, config.seed)
         if predicted is not None:
             proba[modality] = predicted
-    return Opinions(table, task, kind, proba, {m: _information(table.labels[task], p) for m, p in proba.items()})
+    return Opinions(table, task, proba, {m: _information(table.labels[task], p) for m, p in proba.items()})
 
 
-def _judged_rows(labels: np.ndarray) -> np.ndarray:
-    """Labelled rows; of classes with a row for every fold at least, as nothing can be learnt of others."""
-    rows = np.flatnonzero(usable(labels))
-    if labels.ndim == 2:
-        return rows
-    counts = np.bincount(labels[rows])
-    return rows[counts[labels[rows]] >= NUM_FOLDS]
+def num_distinct(labels: Labels) -> int:
+    """How many different labels there are; all are known."""
+    return len(np.unique(labels.values, axis=0))
 
 
 def _out_of_fold(table: FeatureTable, task: str, modality: str, seed: int) -> np.ndarray | None:
     """(N, C) probabilities, NaN where the modality is absent; None if too few rows have it."""
     here = np.flatnonzero(table.present[modality])
     labels = table.labels[task][here]
-    if len(here) < 2 * NUM_FOLDS or len(np.unique(labels, axis=0)) < 2:
+    if len(here) < 2 * NUM_FOLDS or num_distinct(labels) < 2:
         return None
-    strata = labels if labels.ndim == 1 else np.zeros(len(labels))
-    rare = labels.ndim == 2 or np.bincount(labels)[labels].min() < NUM_FOLDS  # among the rows that have the modality
-    splitter = (KFold if rare else StratifiedKFold)(NUM_FOLDS, shuffle=True, random_state=seed_32(seed))
-    proba = np.full((len(table.sample_id), len(table.class_names[task])), np.nan)
+    strata, frequent = labels.kind.fold_strata(labels, NUM_FOLDS)  # among the rows that have the modality
+    splitter = (StratifiedKFold if frequent else KFold)(NUM_FOLDS, shuffle=True, random_state=seed_32(seed))
+    proba = np.full((len(table.sample_id), table.width(task)), np.nan)
     for known, judged in splitter.split(strata, strata):
         if len(known) > MAX_FIT_ROWS:
             known = train_test_split(
-                known, train_size=MAX_FIT_ROWS, stratify=None if rare else strata[known], random_state=seed_32(seed)
+                known, train_size=MAX_FIT_ROWS, stratify=strata[known] if frequent else None, random_state=seed_32(seed)
             )[0]
         proba[here[judged]] = _judge(table, task, modality, here[known], here[judged])
     proba[here] = calibrate(labels, proba[here])
@@ -182,23 +170,21 @@ def _judge(table: FeatureTable, task: str, modality: str, known: np.ndarray, jud
     x, labels = table.features[modality][known], table.labels[task][known]
     mean, std = (values.numpy() for values in feature_statistics(x, np.ones(len(x), bool)))
     std = np.where(std > 0, std, 1)
-    weights, bias = solve((x - mean) / std, labels, len(table.class_names[task]), L2)
+    weights, bias = solve((x - mean) / std, labels, table.width(task), L2)
     logits = ((table.features[modality][judged] - mean) / std) @ weights + bias
-    return to_proba(torch.from_numpy(logits), "multilabel" if labels.ndim == 2 else "multiclass").numpy()
+    return labels.kind.outputs_of(logits)
 
 
-def calibrate(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
+def calibrate(labels: Labels, proba: np.ndarray) -> np.ndarray:
     """Probabilities at the temperature that suits the labels best: models of few rows and many features are too sure."""
-    proba = proba.clip(SMALLEST, 1 - SMALLEST)
-    if labels.ndim == 2:
-        return expit(logit(proba) / fit_temperature(logit(proba), labels))
-    return softmax(np.log(proba) / fit_temperature(np.log(proba), labels), axis=1)
+    evidence = labels.kind.evidence(proba.clip(SMALLEST, 1 - SMALLEST))
+    return labels.kind.from_evidence(evidence / fit_temperature(evidence, labels))
 
 
-def _information(labels: np.ndarray, proba: np.ndarray) -> float:
+def _information(labels: Labels, proba: np.ndarray) -> float:
     """How many bits a modality tells about the label: how far its log loss is below that of the class frequencies; >= 0."""
     here = ~np.isnan(proba[:, 0])
-    frequency = Majority.fit(labels[here], proba.shape[1], ()).frequency
+    frequency = labels.kind.baseline(labels[here], proba.shape[1])
     prior = log_loss(labels[here], np.tile(frequency, (int(here.sum()), 1)))
     return max(0.0, float((prior - log_loss(labels[here], proba[here])) / np.log(2)))
 
@@ -211,50 +197,34 @@ def _suspects(opinions: Opinions, config: Config) -> Iterator[pd.DataFrame]:
     combined = opinions.combined()
     judged = ~np.isnan(combined[:, 0])
     wrong = np.zeros(len(combined), dtype=bool)
-    wrong[judged] = label_issues(opinions.labels[judged], combined[judged])
-    score = np.zeros(len(combined))
-    score[judged] = 1 - label_quality(opinions.labels[judged], combined[judged])
+    known, score = opinions.labels[judged], np.zeros(len(combined))
+    if num_distinct(known) > 1:
+        wrong[judged] = known.kind.label_issues(known, combined[judged])
+    score[judged] = 1 - label_quality(known, combined[judged])
     wrong &= score >= MIN_DOUBT
     separator = config.tasks[opinions.task].separator
-    yield _frame(opinions, "label", wrong, score, _names(opinions, combined, separator), separator)
+    yield _frame(opinions, "label", wrong, score, _predicted_names(opinions, combined, separator), separator)
     spread = divergence(opinions)
-    said = {m: _names(opinions, p, separator) for m, p in opinions.proba.items()}
+    said = {m: _predicted_names(opinions, p, separator) for m, p in opinions.proba.items()}
     sayings = ["; ".join(f"{m}: {n[i]}" for m, n in said.items() if n[i] is not None) for i in range(len(spread))]
     yield _frame(opinions, "modalities", spread >= MIN_DIVERGENCE, spread, np.array(sayings, dtype=object), separator)
 
 
-def label_issues(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
-    """(R,) bool: labels that confident learning holds for wrong, given out-of-sample probabilities (R, C); of no rows, or of one
-    class alone, none."""
-    if len(np.unique(labels, axis=0)) < 2:
-        return np.zeros(len(labels), dtype=bool)
-    if labels.ndim == 2:
-        given = [np.flatnonzero(row).tolist() for row in labels]
-        return np.asarray(find_multilabel_issues(given, proba, filter_by="both", n_jobs=1), dtype=bool)
-    classes, labels = np.unique(labels, return_inverse=True)
-    return np.asarray(find_label_issues(labels, proba[:, classes], filter_by="both", n_jobs=1), dtype=bool)
-
-
-def label_quality(labels: np.ndarray, proba: np.ndarray) -> np.ndarray:
-    """(R,) 0..1: the probability of the given label; of a multilabel task cleanlab's mean over the classes, worst first."""
-    if not len(labels):
-        return np.zeros(0)
-    if labels.ndim == 2:
-        return multilabel_quality([np.flatnonzero(row).tolist() for row in labels], proba)
-    return get_label_quality_scores(labels, proba)
+def label_quality(labels: Labels, proba: np.ndarray) -> np.ndarray:
+    """(R,) 0..1, see `TaskKind.label_quality`; also of no rows."""
+    return labels.kind.label_quality(labels, proba) if len(labels) else np.zeros(0)
 
 
 def divergence(opinions: Opinions) -> np.ndarray:
     """(R,) Jensen-Shannon divergence between the present modalities that tell something, over its largest value.
 
-    0 where they agree or there is one only, 1 where each is sure of another class. Of a multilabel task: of the class where
-    it is largest.
+    0 where they agree or there is one only, 1 where each is sure of another class. Of several decisions in a row:
+    of the one where it is largest.
     """
     telling = list(opinions.telling().values())
     if len(telling) < 2:
         return np.zeros(len(opinions.labels))
-    proba = np.stack(telling)  # (M, R, C)
-    proba = np.stack([proba, 1 - proba], axis=-1) if opinions.labels.ndim == 2 else proba[:, :, None, :]  # (M, R, ., .)
+    proba = opinions.labels.kind.distributions(np.stack(telling))  # (M, R, decisions, answers)
     here = ~np.isnan(proba[:, :, :1, :1])
     proba, num_here = np.where(here, proba, 0), here.sum(axis=0)[..., 0]
     mean = proba.sum(axis=0) / np.maximum(num_here, 1)[..., None]
@@ -263,24 +233,25 @@ def divergence(opinions: Opinions) -> np.ndarray:
     return (np.where(num_here > 1, spread, 0) / np.log(np.maximum(num_here, 2))).max(axis=-1).clip(0, 1)
 
 
-def _names(opinions: Opinions, proba: np.ndarray, separator: str) -> np.ndarray:
-    """(R,) names of the predicted classes; None where nothing is predicted."""
-    names = np.array(opinions.table.class_names[opinions.task], dtype=object)
-    known = ~np.isnan(proba[:, 0])
-    if opinions.labels.ndim == 2:
-        found = np.array([separator.join(names[row > 0.5]) for row in proba], dtype=object)
-    else:
-        found = names[np.nan_to_num(proba).argmax(axis=1)]
-    found[~known] = None
-    return found
+def _names(opinions: Opinions, predictions: np.ndarray, known: np.ndarray, separator: str) -> np.ndarray:
+    """(R,) predictions in words; None in rows that are not known (R,) bool."""
+    kind = opinions.labels.kind
+    cells = kind.decode(predictions, opinions.table.class_names[opinions.task])
+    return np.array([kind.tell(cell, separator) if k else None for cell, k in zip(cells, known, strict=True)], dtype=object)
+
+
+def _predicted_names(opinions: Opinions, proba: np.ndarray, separator: str) -> np.ndarray:
+    """The same of probabilities (R, C), NaN where nothing is predicted."""
+    predictions = opinions.labels.kind.predict(np.nan_to_num(proba))
+    return _names(opinions, predictions, ~np.isnan(proba[:, 0]), separator)
 
 
 def _frame(
     opinions: Opinions, kind: str, chosen: np.ndarray, score: np.ndarray, predicted: np.ndarray, separator: str
 ) -> pd.DataFrame:
     """The chosen rows as the result has them."""
-    labels, num_classes = opinions.labels, len(opinions.table.class_names[opinions.task])
-    given = _names(opinions, labels if labels.ndim == 2 else np.eye(num_classes)[labels], separator)
+    labels = opinions.labels
+    given = _names(opinions, labels.values, labels.known, separator)
     confidence = {}
     for modality, proba in opinions.proba.items():
         known = ~np.isnan(proba[:, 0])

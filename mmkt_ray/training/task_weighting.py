@@ -7,7 +7,6 @@ With several ranks the losses are this rank's parts of the step's losses, which 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import World
 
@@ -22,8 +22,8 @@ from mmkt_ray.training.batches import World
 class TaskWeighting(nn.Module):
     """Base, and `sum`: every task counts alike."""
 
-    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, str], world: World) -> None:
-        """num_classes: task -> C; kinds: task -> multiclass, binary or multilabel."""
+    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
+        """num_classes: task -> K; kinds: of the tasks."""
         super().__init__()
         self.tasks, self.world = sorted(num_classes), world
 
@@ -43,7 +43,7 @@ class Uncertainty(TaskWeighting):
     in the step leaves its s alone. Source: Kendall et al. 2018 (https://arxiv.org/abs/1705.07115), for classification.
     """
 
-    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, str], world: World) -> None:
+    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
         super().__init__(num_classes, kinds, world)
         self.log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
 
@@ -70,13 +70,13 @@ class GradNorm(TaskWeighting):
     ALPHA, RATE, SMALLEST = 1.5, 0.025, 0.01
     weights: Tensor
 
-    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, str], world: World) -> None:
+    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
         super().__init__(num_classes, kinds, world)
         if len(self.tasks) < 2:
             raise ConfigError(
                 "training.task_weighting: gradnorm balances several tasks, and the model has one: use sum"
             )
-        chance = [math.log(2 if kinds[t] == "multilabel" else max(2, num_classes[t])) for t in self.tasks]
+        chance = [kinds[t].chance_loss(num_classes[t]) for t in self.tasks]
         self.register_buffer("chance_losses", torch.tensor(chance), persistent=False)
         self.register_buffer("weights", torch.ones(len(self.tasks)))
         self.shared: list[nn.Parameter] = []  # found in the first step

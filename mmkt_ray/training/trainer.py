@@ -48,7 +48,6 @@ from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import FitResult, fit
 from mmkt_ray.training.transfer import load_knowledge, source_uris
 from mmkt_ray.training.validation import summarise as summarise_tallies
-from mmkt_ray.training.validation import tally_batch
 
 log = logging.getLogger(__name__)
 
@@ -331,9 +330,9 @@ def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> dic
     tallies = {}
     for t, values in logits.items():
         able = readable(table, config.task_inputs(t))[heldout.rows]
-        labels = torch.from_numpy(table.labels[t][heldout.rows[able]])
-        tallies[t] = tally_batch(torch.from_numpy(values[able]), labels).numpy()
-    return {"on": heldout.on, **summarise_tallies(tallies)}
+        labels = table.labels[t][heldout.rows[able]].tensors()
+        tallies[t] = labels.kind.tally(torch.from_numpy(values[able]), labels).numpy()
+    return {"on": heldout.on, **summarise_tallies(tallies, table.kinds)}
 
 
 def progress_log() -> Callable[[dict[str, Any]], None]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkt_ray import storage
@@ -23,6 +22,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel, Predictor, fused_part
 
 
@@ -154,7 +154,7 @@ def distillation_targets(
         return {}
     rows = table.rows("train")
     known = teacher_targets(knowledge.teachers, table.take(rows), tasks, temperature)
-    targets = {t: np.full((len(table.split), y.shape[1]), np.nan, dtype=np.float32) for t, y in known.items()}
+    targets = {t: np.full((len(table.split), own.shape[1]), np.nan, dtype=np.float32) for t, own in known.items()}
     for t, values in known.items():
         targets[t][rows] = values
     return targets
@@ -173,8 +173,7 @@ def teacher_targets(
         opinions = [_aligned(proba[task], t.class_names[task], table, task) for t, proba in found if task in proba]
         if not opinions:
             raise ConfigError(f"training.transfer.teachers: none of them knows the task '{task}'")
-        multilabel = table.kinds.get(task) == "multilabel"
-        soft = np.stack([soften(p, temperature, multilabel) for p in opinions])
+        soft = np.stack([table.kinds[task].soften(p, temperature) for p in opinions])
         seen = np.stack([readable_by(t, table) for t, proba in found if task in proba])  # (teachers, N)
         count = seen.sum(axis=0)[:, None]
         total = np.where(seen[:, :, None], soft, 0.0).sum(axis=0)
@@ -187,13 +186,6 @@ def readable_by(teacher: Source, table: FeatureTable) -> np.ndarray:
     return np.logical_or.reduce([table.present[m] for m in teacher.model.spec.modalities])
 
 
-def soften(proba: np.ndarray, temperature: float, multilabel: bool) -> np.ndarray:
-    """Probabilities (N, C) of logits / T from those of the logits."""
-    powers = np.clip(proba, 1e-12, 1.0) ** (1 / temperature)
-    others = np.clip(1 - proba, 1e-12, 1.0) ** (1 / temperature) if multilabel else 0.0
-    return powers / (powers + others if multilabel else powers.sum(axis=1, keepdims=True))
-
-
 def _aligned(proba: np.ndarray, class_names: list[str], table: FeatureTable, task: str) -> np.ndarray:
     """The teacher's columns in the order of the table's classes; 0 for classes that it does not know."""
     own = table.class_names[task]
@@ -204,17 +196,12 @@ def _aligned(proba: np.ndarray, class_names: list[str], table: FeatureTable, tas
     return np.stack([np.zeros(len(proba)) if c is None else proba[:, c] for c in columns], axis=1)
 
 
-def distillation_loss(logits: Tensor, target: Tensor, temperature: float, multilabel: bool) -> tuple[Tensor, Tensor]:
+def distillation_loss(logits: Tensor, target: Tensor, temperature: float, kind: TaskKind) -> tuple[Tensor, Tensor]:
     """Summed T^2 KL(teacher || student) over the rows that have a target, and their number. logits, target: (B, C).
 
-    T^2 keeps the gradient's size whatever T is, as in the source. Multilabel: the sum of the classes' binary divergences.
+    T^2 keeps the gradient's size whatever T is, as in the source.
     """
     known = ~target.isnan().any(dim=1)
     target = torch.where(known[:, None], target, 1.0 / target.shape[1])
-    scaled = logits / temperature
-    if multilabel:
-        entropy = F.binary_cross_entropy(target, target, reduction="none")
-        rows = (F.binary_cross_entropy_with_logits(scaled, target, reduction="none") - entropy).mean(dim=1)
-    else:
-        rows = F.kl_div(scaled.log_softmax(dim=1), target, reduction="none").sum(dim=1)
+    rows = kind.distillation(logits, target, temperature)
     return temperature**2 * torch.where(known, rows, 0.0).sum(), known.sum()

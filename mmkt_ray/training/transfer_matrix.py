@@ -32,7 +32,7 @@ from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import score_rows
 from mmkt_ray.evaluation.intervals import agreeing, holm, paired_p
 from mmkt_ray.evaluation.seeds import mean_interval
-from mmkt_ray.features.store import FeatureTable, Store, labelled, open_store
+from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.training.auto import usual_settings, with_settings
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train, training_fingerprint
@@ -110,7 +110,7 @@ def list_nodes(config: Config, store: Store) -> list[Node]:
 def node_rows(table: FeatureTable, node: Node, split: str) -> np.ndarray:
     """(N,) bool: the labelled rows of a split that have all of the node's modalities."""
     there = [table.present[m] for m in node.modalities]
-    return np.logical_and.reduce([table.split == split, labelled(table.labels[node.task]), *there])
+    return np.logical_and.reduce([table.split == split, table.labels[node.task].labelled, *there])
 
 
 def _chosen(nodes: list[Node], names: tuple[str, ...] | None) -> list[Node]:

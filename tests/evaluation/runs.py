@@ -24,11 +24,11 @@ from mmkt_ray.features.store import (
     SCHEMA_VERSION,
     Store,
     column_of,
-    label_type,
     open_store,
     to_arrow,
     write_manifest,
 )
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.training.baselines import evaluate_baselines
 from mmkt_ray.training.loop import fit
 
@@ -103,7 +103,7 @@ def write_store(
 ) -> Store:
     """A published feature store of these samples."""
     columns = {c: pa.array(samples[c], pa.string()) for c in ("sample_id", "split")}
-    columns |= {t: pa.array(samples[t], label_type(kind)) for t, kind in tasks.items()}
+    columns |= {t: pa.array(samples[t], task_kind(kind).arrow_type) for t, kind in tasks.items()}
     for m in ("image", "text"):
         features, present = samples[m]
         columns[column_of(m)] = to_arrow(features[present], present)
@@ -178,7 +178,7 @@ def write_shards(folder: Path, samples: Mapping[str, Any]) -> None:
             else None
             for i in rows
         ],
-        **{t: pa.array(samples[t], label_type(kind)) for t, kind in {**TASKS, **KINDS}.items()},
+        **{t: pa.array(samples[t], task_kind(kind).arrow_type) for t, kind in {**TASKS, **KINDS}.items()},
     }
     (folder / "data").mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), folder / "data" / "0.parquet")
@@ -195,7 +195,7 @@ def write_run(folder: Path, config: Config, samples: Mapping[str, Any], **store_
     """Store, models, evaluation, baselines, comparison, gallery, run.json: all but the report. Returns the folder."""
     run_uri = str(folder / "runs" / config.name)
     write_shards(folder, samples)
-    tasks = {t: task.kind for t, task in config.tasks.items()}
+    tasks = {t: task.kind.as_json() for t, task in config.tasks.items()}
     store = write_store(f"{run_uri}/features/union", samples, tasks=tasks, **store_options)
     variants = config.expand_variants()
     for name, variant in variants.items():

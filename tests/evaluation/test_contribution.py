@@ -9,15 +9,17 @@ import pytest
 from sklearn.metrics import f1_score
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.answers import paired_test, row_scores
+from mmkt_ray.evaluation.answers import paired_test
 from mmkt_ray.evaluation.compare import compare
-from mmkt_ray.evaluation.contribution import contributions, insights, majority, shapley_weights
+from mmkt_ray.evaluation.contribution import contributions, insights, shapley_weights
 from mmkt_ray.evaluation.intervals import holm
 from mmkt_ray.evaluation.model_folder import write_card
 from mmkt_ray.evaluation.rows import subsets
 from mmkt_ray.evaluation.sentences import answer_sentence
-from mmkt_ray.features.store import MISSING, UNSEEN, open_store
+from mmkt_ray.features.store import open_store
+from mmkt_ray.kinds.tasks import Multilabel
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
+from tests.labels import MISSING, UNSEEN, labels_of
 
 RNG = np.random.default_rng(0)
 
@@ -54,7 +56,7 @@ def test_the_scores_are_scikit_learns_and_the_shares_add_up(multilabel):
     labels, predictions, num_classes = draw_predictions(3, multilabel)
     if not multilabel:
         labels[:9] = UNSEEN
-    found = contributions(labels, predictions, names, num_classes, num_resamples=100)
+    found = contributions(labels_of(labels), predictions, names, num_classes, num_resamples=100)
     codes = labels if multilabel else np.where(labels == UNSEEN, num_classes, labels)
     right = [(p == codes).all(axis=1) if multilabel else p == codes for p in predictions]
     slow = {
@@ -75,10 +77,10 @@ def test_equal_modalities_share_equally_and_one_without_effect_has_nothing():
     """Catches a share that depends on the order of the modalities, or noise given to a modality that changes nothing."""
     labels, (nothing, one, *_), num_classes = draw_predictions(2)
     both = labels.copy()
-    found = contributions(labels, [nothing, one, one, both], ("a", "b"), num_classes, num_resamples=100)
+    found = contributions(labels_of(labels), [nothing, one, one, both], ("a", "b"), num_classes, num_resamples=100)
     for metric in ("accuracy", "macro_f1"):
         assert found[metric]["values"]["a"] == pytest.approx(found[metric]["values"]["b"])
-    found = contributions(labels, [nothing, one, nothing, one], ("a", "b"), num_classes, num_resamples=100)
+    found = contributions(labels_of(labels), [nothing, one, nothing, one], ("a", "b"), num_classes, num_resamples=100)
     room = 1 - 0.025 ** (1 / 200)  # what 200 rows without effect leave open
     assert list(found["accuracy"]["values"]["b"].values()) == pytest.approx([0, -room, room], abs=1e-12)
 
@@ -90,7 +92,7 @@ def test_the_interval_covers_the_true_share_about_as_often_as_it_says():
         hard = rng.random(150)
         right = [hard < level for level in (0.2, 0.5, 0.6, 0.9)]  # the share of the first modality is 0.3
         predictions = [np.where(r, 0, 1) for r in right]
-        found = contributions(np.zeros(150, int), predictions, ("a", "b"), 2, num_resamples=200, seed=seed)
+        found = contributions(labels_of(np.zeros(150, int)), predictions, ("a", "b"), 2, num_resamples=200, seed=seed)
         interval = found["accuracy"]["values"]["a"]
         hits += interval["low"] <= 0.3 <= interval["high"]
         widths.append(interval["high"] - interval["low"])
@@ -100,9 +102,10 @@ def test_the_interval_covers_the_true_share_about_as_often_as_it_says():
 
 def test_knowing_nothing_is_the_most_frequent_class():
     """Catches missing or unseen labels counted, and sets of classes that take only the most frequent one."""
-    assert majority(np.array([MISSING, MISSING, MISSING, 2, 2, 1, UNSEEN]), 3) == 2
-    sets = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [MISSING] * 3], dtype=np.int8)
-    assert majority(sets, 3).tolist() == [1, 1, 0]
+    labels = labels_of(np.array([MISSING, MISSING, MISSING, 2, 2, 1, UNSEEN]))
+    assert labels.kind.constant(labels, 3) == 2
+    sets = labels_of(np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [MISSING] * 3], dtype=np.int8))
+    assert sets.kind.constant(sets, 3).tolist() == [1, 1, 0]
 
 
 def test_subsets_are_numbered_by_their_bits():
@@ -136,7 +139,7 @@ def test_the_paired_test_is_mcnemars_for_right_or_wrong():
 
 def test_sets_of_classes_are_scored_by_their_f1():
     """Catches sets compared as wholes only, and a division by zero where both are empty."""
-    found = row_scores([("a", "b"), (), ("a",)], [("a", "c", "d"), (), ("b",)])
+    found = np.array([Multilabel().score_pair(*pair) for pair in ((("a", "b"), ("a", "c", "d")), ((), ()), (("a",), ("b",)))])
     assert found.tolist() == pytest.approx([0.4, 1.0, 0.0])
     compared = paired_test(found, np.array([0.2, 0.9, 0.1]), 0.95, 200)
     assert compared["value"] == pytest.approx((0.2 + 0.1 - 0.1) / 3)

@@ -27,7 +27,7 @@ from mmkt_ray.evaluation.model_folder import load_model, write_card
 from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features import table as table_module
-from mmkt_ray.features.store import MISSING, open_store
+from mmkt_ray.features.store import open_store
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.samples.decoder import Limits
 from mmkt_ray.training.baselines import evaluate_baselines
@@ -41,6 +41,7 @@ from tests.evaluation.runs import (
     write_shards,
     write_store,
 )
+from tests.labels import codes_of
 
 ALL_THINGS = (*THINGS, "unicorn")  # the last one is in test only
 
@@ -160,10 +161,10 @@ def test_each_subset_has_all_metrics_of_its_own(finished, task, subset):
     model, card = load_model(folder)
     data = load_rows(open_store(str(finished / "features" / "union")), ["image", "text"], [task], card["class_names"])
     there = np.any([data.table.present[m] for m in subset], axis=0)
-    table = data.table.take(np.flatnonzero((data.table.split == "test") & (data.table.labels[task] != MISSING) & there))
+    table = data.table.take(np.flatnonzero((data.table.split == "test") & (data.table.labels[task].labelled) & there))
     nothing = np.zeros(len(table.sample_id), bool)
     alone = replace(table, present={m: p if m in subset else nothing for m, p in table.present.items()})
-    labels, names = table.labels[task], table.class_names[task]
+    labels, names = codes_of(table.labels[task]), table.class_names[task]
     pred, pred_all = (predict_table(model, t)[task].argmax(axis=1) for t in (alone, table))
     assert found["num_rows"] == len(labels)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, pred))
@@ -287,7 +288,7 @@ def test_a_baseline_is_shipped_as_a_model_that_says_the_same(finished):
     proba = predict_table(model, table.take(np.flatnonzero(np.isin(table.sample_id.astype(str), rows.index))))["thing"]
     np.testing.assert_allclose(proba, np.stack(rows["thing_proba"]), atol=1e-6)
     heldout = load_heldout(str(finished / folder))
-    y, z = table.labels["thing"][heldout.rows], heldout.logits["image+text"]["thing"]
+    y, z = codes_of(table.labels["thing"])[heldout.rows], heldout.logits["image+text"]["thing"]
     record = storage.read_json(str(finished / "baselines" / "union" / "metrics.json"))
     val = record["models"]["logreg:image+text"]["tasks"]["thing"]["val"]
     assert (val["num_rows"], val["on"]) == ((y >= 0).sum(), "cv")

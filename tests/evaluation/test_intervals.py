@@ -8,8 +8,6 @@ from scipy.stats import beta, multinomial, permutation_test
 from sklearn.metrics import accuracy_score, f1_score
 
 from mmkt_ray.evaluation.intervals import (
-    METRICS,
-    Outcome,
     bootstrap_intervals,
     exact_p,
     paired_difference,
@@ -19,20 +17,23 @@ from mmkt_ray.evaluation.intervals import (
     share_interval,
     verdict,
 )
-from mmkt_ray.evaluation.metrics import classification_metrics
-from mmkt_ray.features.store import MISSING, UNSEEN
+from mmkt_ray.kinds.class_metrics import classification_metrics
+from mmkt_ray.kinds.outcomes import Outcome
+from tests.labels import MISSING, UNSEEN, labels_of
+
+METRICS = ("accuracy", "macro_f1")
 
 
 def test_95_percent_intervals_cover_the_truth_about_95_percent_of_the_time():
     """Catches wrong percentiles (90 % for 95 %) and resamples of the wrong size: coverage leaves 90 to 99 %."""
     joint = np.array([[0.30, 0.06, 0.04], [0.05, 0.22, 0.03], [0.05, 0.05, 0.20]])  # P(label, prediction)
-    truth = Outcome.of(*np.divmod(np.arange(9), 3), 3).scores(joint.reshape(1, 9))
+    truth = Outcome.of_codes(*np.divmod(np.arange(9), 3), 3).scores(joint.reshape(1, 9))
     rng = np.random.default_rng(0)
     covered = dict.fromkeys(METRICS, 0)
     num_studies = 300
     for study in range(num_studies):
         labels, pred = np.divmod(rng.choice(9, size=250, p=joint.ravel()), 3)
-        found = bootstrap_intervals(labels, pred, 3, num_resamples=300, seed=study)
+        found = bootstrap_intervals(labels_of(labels), pred, 3, num_resamples=300, seed=study)
         for m in METRICS:
             covered[m] += found[m]["low"] <= truth[m][0] <= found[m]["high"]
     for m in METRICS:
@@ -45,8 +46,8 @@ def test_resampled_counts_are_a_bootstrap_of_rows():
     labels = rng.integers(0, 4, 300)
     pred = np.where(rng.random(300) < 0.7, labels, rng.integers(0, 4, 300))
     rows = rng.integers(0, 300, (2000, 300))
-    drawn = [classification_metrics(labels[r], np.eye(4)[pred[r]], list("abcd"))["macro_f1"] for r in rows[:200]]
-    found = bootstrap_intervals(labels, pred, 4, num_resamples=2000)
+    drawn = [classification_metrics(labels_of(labels[r]), np.eye(4)[pred[r]], list("abcd"))["macro_f1"] for r in rows[:200]]
+    found = bootstrap_intervals(labels_of(labels), pred, 4, num_resamples=2000)
     spread = (found["macro_f1"]["high"] - found["macro_f1"]["low"]) / (2 * 1.96)
     assert 0.85 < spread / np.std(drawn) < 1.3  # it reaches over the bias of the resamples too
     right = (labels == pred)[rows].mean(axis=1)
@@ -60,19 +61,19 @@ def test_the_value_is_the_metric_and_the_seed_decides_the_ends():
     rng = np.random.default_rng(2)
     labels = np.concatenate([rng.integers(0, 3, 100), [MISSING] * 20, [UNSEEN] * 10])
     pred = rng.integers(0, 3, 130)
-    found = bootstrap_intervals(labels, pred, 3)
-    exact = classification_metrics(labels, np.eye(3)[pred], list("abc"))
+    found = bootstrap_intervals(labels_of(labels), pred, 3)
+    exact = classification_metrics(labels_of(labels), np.eye(3)[pred], list("abc"))
     assert {m: found[m]["value"] for m in METRICS} == pytest.approx({m: exact[m] for m in METRICS})
-    assert found == bootstrap_intervals(labels, pred, 3)
-    assert found != bootstrap_intervals(labels, pred, 3, seed=1)
+    assert found == bootstrap_intervals(labels_of(labels), pred, 3)
+    assert found != bootstrap_intervals(labels_of(labels), pred, 3, seed=1)
 
 
 def test_a_perfect_score_on_few_rows_is_no_certainty():
     """Catches [100 %, 100 %] for 20 right of 20; Clopper and Pearson's bound is 0.025 ** (1 / 20) = 83.2 %."""
     labels = np.arange(20) % 2
-    found = bootstrap_intervals(labels, labels, 2)
+    found = bootstrap_intervals(labels_of(labels), labels, 2)
     assert found["accuracy"] == pytest.approx({"value": 1.0, "low": 0.8316, "high": 1.0}, abs=1e-4)
-    none = bootstrap_intervals(labels, 1 - labels, 2)
+    none = bootstrap_intervals(labels_of(labels), 1 - labels, 2)
     assert none["accuracy"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.1684}, abs=1e-4)
 
 
@@ -84,7 +85,7 @@ def test_the_interval_of_a_share_is_clopper_and_pearsons(right, rows):
     high = beta.ppf(0.975, right + 1, rows - right) if right < rows else 1.0
     assert [found[k] for k in ("value", "low", "high")] == pytest.approx([right / rows, low, high])
     labels = np.zeros(rows, int)
-    assert bootstrap_intervals(labels, (np.arange(rows) >= right).astype(int), 2)["accuracy"] == found
+    assert bootstrap_intervals(labels_of(labels), (np.arange(rows) >= right).astype(int), 2)["accuracy"] == found
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 20])
@@ -107,13 +108,13 @@ def test_four_rows_to_none_are_no_verdict():
     """Catches "better" from 4 : 0 discordant pairs, which happens to equal models one time in eight."""
     labels, few, none = np.zeros(60, int), np.zeros(60, int), np.zeros(60, int)
     none[:4] = 1
-    found = paired_difference(labels, few, none, num_classes=2)
+    found = paired_difference(labels_of(labels), few, none, width=2)
     assert exact_p(4, 0) == pytest.approx(2 * 0.5**4)
     assert found["value"] == pytest.approx(4 / 60)
     assert found["low"] == 0
     assert verdict(found) == "no difference shown"
     none[:6] = 1  # 2 / 64
-    assert verdict(paired_difference(labels, few, none, num_classes=2)) == "better"
+    assert verdict(paired_difference(labels_of(labels), few, none, width=2)) == "better"
 
 
 def test_random_signs_are_scipys_permutation_test():
@@ -139,7 +140,7 @@ def test_macro_f1_of_a_thousand_classes_of_few_rows_lies_in_its_interval():
             if num_sets > 1:
                 labels = rng.integers(0, num_classes, num_rows)
             pred = np.where(rng.random(num_rows) < 0.7, labels, rng.integers(0, num_classes, num_rows))
-            found.append(bootstrap_intervals(labels, pred, num_classes, num_resamples=100, seed=seed)["macro_f1"])
+            found.append(bootstrap_intervals(labels_of(labels), pred, num_classes, num_resamples=100, seed=seed)["macro_f1"])
             values.append(f1_score(labels, pred, average="macro"))
         assert all(i["low"] < v < i["high"] for i, v in zip(found, values, strict=True))
         assert np.mean([i["low"] <= np.mean(values) <= i["high"] for i in found]) >= 0.9
@@ -156,9 +157,9 @@ def test_scores_without_spread_still_have_an_interval():
 
 def test_no_labelled_row_gives_no_interval():
     """Catches a division by zero, or a made-up interval, where nothing is known."""
-    assert bootstrap_intervals(np.array([MISSING]), np.array([0]), 2) == {}
+    assert bootstrap_intervals(labels_of(np.array([MISSING])), np.array([0]), 2) == {}
     with pytest.raises(ValueError, match="no labelled row"):
-        paired_difference(np.array([MISSING]), np.array([0]), np.array([1]), num_classes=2)
+        paired_difference(labels_of(np.array([MISSING])), np.array([0]), np.array([1]), width=2)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -168,12 +169,12 @@ def test_a_real_difference_is_shown_though_the_separate_intervals_overlap(metric
     labels = rng.integers(0, 3, 400)
     worse = np.where(rng.random(400) < 0.70, labels, (labels + 1) % 3)
     better = np.where(rng.random(400) < 0.12, labels, worse)  # the same mistakes, some of them mended
-    apart = [bootstrap_intervals(labels, p, 3)[metric] for p in (worse, better)]
+    apart = [bootstrap_intervals(labels_of(labels), p, 3)[metric] for p in (worse, better)]
     assert apart[1]["low"] < apart[0]["high"]
-    difference = paired_difference(labels, better, worse, metric, num_classes=3)
+    difference = paired_difference(labels_of(labels), better, worse, metric, width=3)
     assert difference["low"] > 0
     assert verdict(difference) == "better"
-    assert verdict(paired_difference(labels, worse, better, metric, num_classes=3)) == "worse"
+    assert verdict(paired_difference(labels_of(labels), worse, better, metric, width=3)) == "worse"
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -184,7 +185,7 @@ def test_equally_good_models_are_rarely_told_apart(metric):
     for study in range(100):
         labels = rng.integers(0, 3, 300)
         a, b = (np.where(rng.random(300) < 0.7, labels, rng.integers(0, 3, 300)) for _ in range(2))
-        shown = verdict(paired_difference(labels, a, b, metric, num_classes=3, num_resamples=300, seed=study))
+        shown = verdict(paired_difference(labels_of(labels), a, b, metric, width=3, num_resamples=300, seed=study))
         false_alarms += shown != "no difference shown"
     assert false_alarms <= 11
 
@@ -195,15 +196,15 @@ def test_the_difference_is_that_of_the_scores_unseen_labels_included():
     labels, a, b = (rng.integers(0, 4, 200) for _ in range(3))
     labels[:20], labels[20:40] = UNSEEN, MISSING
     for metric in METRICS:
-        scores = [classification_metrics(labels, np.eye(4)[p], list("abcd"))[metric] for p in (a, b)]
-        assert paired_difference(labels, a, b, metric, num_classes=4)["value"] == pytest.approx(scores[0] - scores[1])
+        scores = [classification_metrics(labels_of(labels), np.eye(4)[p], list("abcd"))[metric] for p in (a, b)]
+        assert paired_difference(labels_of(labels), a, b, metric, width=4)["value"] == pytest.approx(scores[0] - scores[1])
     with pytest.raises(ValueError, match="metric must be one of"):
-        paired_difference(labels, a, b, "f2", num_classes=4)
+        paired_difference(labels_of(labels), a, b, "f2", width=4)
 
 
 def test_a_prediction_of_a_class_that_the_labels_do_not_know_is_wrong():
     """Catches its code, a negative number, taken for an index: it would count as a prediction of one of the last classes."""
-    found = bootstrap_intervals(np.array([0, 0, 1, 2, UNSEEN]), np.array([0, UNSEEN, 1, 2, UNSEEN]), 3)
+    found = bootstrap_intervals(labels_of(np.array([0, 0, 1, 2, UNSEEN])), np.array([0, UNSEEN, 1, 2, UNSEEN]), 3)
     assert found["accuracy"]["value"] == pytest.approx(3 / 5)
     assert found["macro_f1"]["value"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)
 
@@ -214,7 +215,7 @@ def test_a_thousand_resamples_of_ten_thousand_rows_are_quick():
     labels = rng.integers(0, 20, 10_000)
     pred = np.where(rng.random(10_000) < 0.8, labels, rng.integers(0, 20, 10_000))
     started = time.process_time()
-    bootstrap_intervals(labels, pred, 20, num_resamples=1000)
+    bootstrap_intervals(labels_of(labels), pred, 20, num_resamples=1000)
     assert time.process_time() - started < 3.0
 
 
@@ -230,7 +231,7 @@ def draw_multilabel(num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, n
 def test_multilabel_intervals_are_a_bootstrap_of_rows():
     """Catches decisions resampled one by one: a row's classes go together, and the interval would be too narrow."""
     labels, pred, _ = draw_multilabel(200, seed=0)
-    found = bootstrap_intervals(labels, pred, 3, num_resamples=2000)
+    found = bootstrap_intervals(labels_of(labels), pred, 3, num_resamples=2000)
     assert found["accuracy"]["value"] == pytest.approx(accuracy_score(labels, pred))
     assert found["macro_f1"]["value"] == pytest.approx(f1_score(labels, pred, average="macro"))
     rows = np.random.default_rng(1).integers(0, 200, (400, 200))
@@ -245,9 +246,9 @@ def test_multilabel_intervals_are_a_bootstrap_of_rows():
 def test_a_multilabel_difference_is_that_of_the_scores_and_rows_without_a_label_are_left_out(metric):
     """Catches rows of MISSING scored as wrong, and two models' predictions mixed up in the cells."""
     labels, better, worse = draw_multilabel(300, seed=2)
-    scores = [bootstrap_intervals(labels[:250], p[:250], 3)[metric]["value"] for p in (better, worse)]
+    scores = [bootstrap_intervals(labels_of(labels[:250]), p[:250], 3)[metric]["value"] for p in (better, worse)]
     labels[250:] = MISSING
-    found = paired_difference(labels, better, worse, metric, num_classes=3)
+    found = paired_difference(labels_of(labels), better, worse, metric, width=3)
     assert found["value"] == pytest.approx(scores[0] - scores[1])
     assert verdict(found) == "better"
 
@@ -255,14 +256,14 @@ def test_a_multilabel_difference_is_that_of_the_scores_and_rows_without_a_label_
 def test_an_undefined_macro_f1_has_no_interval():
     """Catches a macro-F1 of 0 (or NaN in the JSON) where no row has a class and none is predicted."""
     nothing = np.zeros((20, 3), np.int8)
-    found = bootstrap_intervals(nothing, nothing, 3)
+    found = bootstrap_intervals(labels_of(nothing), nothing, 3)
     assert found["macro_f1"] is None
     assert found["accuracy"]["value"] == 1
-    assert paired_difference(nothing, nothing, nothing, "macro_f1", num_classes=3) is None
+    assert paired_difference(labels_of(nothing), nothing, nothing, "macro_f1", width=3) is None
 
 
 def test_many_classes_do_not_overflow_the_labels():
     """Catches int8 labels that a class number above 127 does not fit into."""
     labels = np.zeros((10, 200), np.int8)
     labels[:, 150] = 1
-    assert bootstrap_intervals(labels, labels, 200)["macro_f1"]["value"] == 1
+    assert bootstrap_intervals(labels_of(labels), labels, 200)["macro_f1"]["value"] == 1

@@ -15,7 +15,7 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.missing import missing_curves
 from mmkt_ray.evaluation.model_folder import load_model, write_card
 from mmkt_ray.evaluation.tables import missing_table
-from mmkt_ray.features.store import MISSING, Store, open_store
+from mmkt_ray.features.store import Store, open_store
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
 RATES = (0.0, 0.25, 0.5, 1.0)
@@ -41,7 +41,7 @@ def result(run, store) -> dict:
 def complete_rows(store: Store, task: str):
     """The labelled test rows with both modalities: what can lose one."""
     table = store.table()
-    both = table.present["image"] & table.present["text"] & (table.labels[task] != MISSING)
+    both = table.present["image"] & table.present["text"] & table.labels[task].labelled
     return table.take(np.flatnonzero(both & (table.split == "test")))
 
 
@@ -52,7 +52,7 @@ def test_the_ends_of_a_curve_are_the_model_with_and_without(run, store, result, 
     rows = complete_rows(store, task)
     model, _ = load_model(str(run / "models" / "concat"))
     ends = [
-        (predict_table(model, rows, drop=d)[task].argmax(axis=1) == rows.labels[task]).mean() for d in ([], [hidden])
+        (predict_table(model, rows, drop=d)[task].argmax(axis=1) == rows.labels[task].values).mean() for d in ([], [hidden])
     ]
     curve = result["curves"][hidden][task]
     assert curve["num_rows"] == len(rows.sample_id)

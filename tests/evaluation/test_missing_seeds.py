@@ -6,12 +6,13 @@ from sklearn.metrics import average_precision_score
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.metrics import task_metrics
 from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.seeds import MULTILABEL_METRICS, multilabel_seed_scores
+from mmkt_ray.evaluation.seeds import further_seed_scores
+from mmkt_ray.kinds.tasks import Multilabel
 from mmkt_ray.training.repeats import repeat, seeds_table
 from tests.evaluation.runs import KINDS, SINGLES, draw_samples, make_config, write_store
+from tests.labels import labels_of
 
 SEEDS = [0, 1]
 
@@ -39,7 +40,7 @@ def test_the_ends_are_the_means_of_the_models_of_all_seeds(repeated):
     def accuracy(variant, drop):
         models = [load_model(storage.join(uri, "seeds", str(seed), variant))[0] for seed in SEEDS]
         return np.mean(
-            [(predict_table(m, rows, drop=drop)["warm"].argmax(1) == rows.labels["warm"]).mean() for m in models]
+            [(predict_table(m, rows, drop=drop)["warm"].argmax(1) == rows.labels["warm"].values).mean() for m in models]
         )
 
     curve, reference, difference = (
@@ -57,21 +58,21 @@ def test_repeats_of_a_multilabel_task_tell_its_own_scores(repeated):
     _, stores, uri, result = repeated
     found = result["tasks"]["tags"]
     table = stores["concat"].table()
-    both = table.present["image"] & table.present["text"] & (table.labels["tags"].min(axis=1) >= 0)
+    both = table.present["image"] & table.present["text"] & table.labels["tags"].known
     rows = table.take(np.flatnonzero(both & (table.split == "test")))
     by_seed = []
     for seed in SEEDS:
         model, _ = load_model(storage.join(uri, "seeds", str(seed), "concat"))
         proba = predict_table(model, rows)["tags"]
-        by_seed.append(task_metrics("multilabel", rows.labels["tags"], proba, rows.class_names["tags"]))
+        by_seed.append(Multilabel().scores(rows.labels["tags"], proba, rows.class_names["tags"]))
     concat = found["models"]["concat"]
-    for metric in MULTILABEL_METRICS:
+    for metric in Multilabel.seed_metrics:
         assert concat[metric]["value"] == pytest.approx(np.mean([scores[metric] for scores in by_seed]))
         assert concat[metric]["low"] <= concat[metric]["value"] <= concat[metric]["high"]
         gain = concat[metric]["value"] - found["models"][found["reference"]][metric]["value"]
         assert concat["versus"][metric]["value"] == pytest.approx(gain)
     assert "average precision" in seeds_table(result)
-    assert not set(MULTILABEL_METRICS) & set(result["tasks"]["warm"]["models"]["concat"])
+    assert not set(Multilabel.seed_metrics) & set(result["tasks"]["warm"]["models"]["concat"])
 
 
 def test_average_precision_counts_ties_together_and_leaves_out_classes_without_a_sample():
@@ -79,6 +80,6 @@ def test_average_precision_counts_ties_together_and_leaves_out_classes_without_a
     rng = np.random.default_rng(0)
     labels = (rng.random((80, 4)) < [0.5, 0.3, 0.1, 0.0]).astype(np.int8)
     proba = (rng.integers(0, 5, (1, 80, 4)) / 4 * 0.5 + 0.3 * labels).astype(np.float32)
-    drawn = multilabel_seed_scores(labels, [proba], 5, seed=0)["macro_average_precision"]
+    drawn = further_seed_scores(labels_of(labels), [proba], 5, seed=0)["macro_average_precision"]
     expected = np.mean([average_precision_score(labels[:, c], proba[0, :, c]) for c in range(3)])
     assert drawn[0, 0] == pytest.approx(expected)

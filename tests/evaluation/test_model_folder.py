@@ -16,6 +16,7 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card, save_model, write_card
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import MultimodalModel, build_spec
+from tests.labels import labels_of
 
 MANIFEST = {
     "modalities": {
@@ -65,7 +66,7 @@ def table():
         split=np.full(N, "test", dtype=object),
         features={"image": rng.normal(size=(N, 8)).astype(np.float32), "text": text},
         present=present,
-        labels={"topic": rng.integers(0, 3, N)},
+        labels={"topic": labels_of(rng.integers(0, 3, N))},
         class_names={"topic": ["x", "y", "z"]},
     )
 

@@ -14,8 +14,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmkt_ray.evaluation.metrics import task_metrics
-from mmkt_ray.features.store import MISSING
+from mmkt_ray.kinds.tasks import Multilabel
+from tests.labels import MISSING, labels_of
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -34,7 +34,7 @@ def test_scores_are_scikit_learns(seed):
     """Catches another threshold, an average over rows told as one over classes, or a tie taken for the other side."""
     labels, proba = draw(seed)
     pred, occurring = (proba >= 0.5).astype(int), [0, 1, 2]
-    found = task_metrics("multilabel", labels, proba, NAMES)
+    found = Multilabel().scores(labels_of(labels), proba, NAMES)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, pred))
     assert found["hamming_loss"] == pytest.approx(hamming_loss(labels, pred))
     assert found["micro_f1"] == pytest.approx(f1_score(labels, pred, average="micro"))
@@ -57,16 +57,16 @@ def test_scores_are_scikit_learns(seed):
 def test_a_class_that_is_nowhere_is_undefined_not_zero():
     """Catches a class without rows that pulls the macro average down by a quarter."""
     labels, proba = draw(0)
-    found = task_metrics("multilabel", labels, proba, NAMES)
+    found = Multilabel().scores(labels_of(labels), proba, NAMES)
     undefined = dict.fromkeys(("precision", "recall", "f1", "average_precision", "auroc"))
     assert found["per_class"]["d"] == undefined | {"support": 0}
-    without = task_metrics("multilabel", labels[:, :3], proba[:, :3], NAMES[:3])
+    without = Multilabel().scores(labels_of(labels[:, :3]), proba[:, :3], NAMES[:3])
     assert found["macro_f1"] == pytest.approx(without["macro_f1"])
 
 
 def test_nothing_to_find_and_nothing_found():
     """Catches a crash, or scores of 0, on rows that all have no class."""
-    found = task_metrics("multilabel", np.zeros((5, 4), np.int8), np.full((5, 4), 0.1), NAMES)
+    found = Multilabel().scores(labels_of(np.zeros((5, 4), np.int8)), np.full((5, 4), 0.1), NAMES)
     assert (found["accuracy"], found["hamming_loss"]) == (1, 0)
     names = ("macro_f1", "micro_f1", "samples_f1", "auroc", "macro_average_precision", "micro_average_precision")
     assert [found[n] for n in names] == [None] * 6
@@ -75,7 +75,7 @@ def test_nothing_to_find_and_nothing_found():
 def test_one_class_is_a_class_of_its_own():
     """Catches a single column that scikit-learn takes for a binary task, whose scores are of two classes."""
     labels, proba = draw(1)
-    found = task_metrics("multilabel", labels[:, :1], proba[:, :1], NAMES[:1])
+    found = Multilabel().scores(labels_of(labels[:, :1]), proba[:, :1], NAMES[:1])
     expected = f1_score(labels[:, 0], proba[:, 0] >= 0.5)
     assert found["per_class"]["a"]["f1"] == found["macro_f1"] == pytest.approx(expected)
 
@@ -84,6 +84,6 @@ def test_rows_without_a_label_are_left_out():
     """Catches rows of MISSING counted as rows without any class."""
     labels, proba = draw(2)
     more = np.concatenate([labels, np.full((30, 4), MISSING, np.int8)])
-    found = task_metrics("multilabel", more, np.concatenate([proba, np.ones((30, 4))]), NAMES)
-    assert found == task_metrics("multilabel", labels, proba, NAMES)
-    assert task_metrics("multilabel", more[-3:], np.ones((3, 4)), NAMES) == {"kind": "multilabel", "num_rows": 0}
+    found = Multilabel().scores(labels_of(more), np.concatenate([proba, np.ones((30, 4))]), NAMES)
+    assert found == Multilabel().scores(labels_of(labels), proba, NAMES)
+    assert Multilabel().scores(labels_of(more[-3:]), np.ones((3, 4)), NAMES) == {"kind": "multilabel", "num_rows": 0}

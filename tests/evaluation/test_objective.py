@@ -5,13 +5,18 @@ import pytest
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.preprocessing import label_binarize
 
-from mmkt_ray.config import METRICS_BY_KIND, ObjectiveConfig
-from mmkt_ray.evaluation.metrics import task_metrics
-from mmkt_ray.evaluation.objective import Score, constant_scores, metric_scores
-from mmkt_ray.features.store import UNSEEN
+from mmkt_ray.config import ObjectiveConfig
+from mmkt_ray.evaluation.objective import Score, constant_scores
+from mmkt_ray.kinds.tasks import TASK_KINDS
+from tests.labels import UNSEEN, labels_of
 
-CASES = [(kind, metric) for kind, metrics in METRICS_BY_KIND.items() for metric in metrics]
+CASES = [(name, metric) for name, kind in TASK_KINDS.items() for metric in kind.metrics]
 NAMES = {"multiclass": ["a", "b", "c", "d"], "binary": ["no", "yes"], "multilabel": ["a", "b", "c"]}
+
+
+def metric_scores(metric, kind, labels, proba, counts=None):
+    counts = np.ones((1, len(labels))) if counts is None else counts
+    return TASK_KINDS[kind]().metric_scores(metric, labels_of(labels, kind), proba, counts)
 
 
 def draw(kind, num_rows=200):
@@ -26,16 +31,16 @@ def draw(kind, num_rows=200):
     return labels, proba.astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", METRICS_BY_KIND)
+@pytest.mark.parametrize("kind", TASK_KINDS)
 def test_a_metric_is_the_one_that_evaluation_tells(kind):
     """Catches candidates chosen by another number than metrics.json has under the name."""
     labels, proba = draw(kind)
-    told = task_metrics(kind, labels, proba, NAMES[kind])
+    told = TASK_KINDS[kind]().scores(labels_of(labels, kind), proba, NAMES[kind])
     if kind != "multilabel":
         truth = np.eye(len(NAMES[kind]))[labels]
         told["macro_average_precision"] = average_precision_score(truth, proba, average="macro")
     told["log_loss"] *= -1
-    found = {m: float(metric_scores(m, kind, labels, proba)[0]) for m in METRICS_BY_KIND[kind]}
+    found = {m: float(metric_scores(m, kind, labels, proba)[0]) for m in TASK_KINDS[kind].metrics}
     assert found == pytest.approx({m: told[m] for m in found}, abs=1e-6)
 
 
@@ -90,9 +95,9 @@ def test_leaving_out_a_hard_task_never_helps():
 
 def test_the_floor_is_what_the_class_shares_get():
     """Catches a floor from the val labels, which no model has seen, or one that is no prediction."""
-    train, val = np.array([0, 0, 1, -2]), np.array([1, 1, 0, 2, -2])
-    floor = {m: constant_scores(m, {"t": "multiclass"}, {"t": train}, {"t": val}, {"t": 3}) for m in ("accuracy", "auroc")}
+    train, val = labels_of(np.array([0, 0, 1, UNSEEN])), labels_of(np.array([1, 1, 0, 2, UNSEEN]))
+    floor = {m: constant_scores(m, {"t": train}, {"t": val}, {"t": 3}) for m in ("accuracy", "auroc")}
     assert floor == {"accuracy": {"t": pytest.approx(1 / 5)}, "auroc": {"t": pytest.approx(0.5)}}
-    tags = np.array([[1, 0], [1, 1]], np.int8)
-    found = constant_scores("micro_f1", {"t": "multilabel"}, {"t": tags}, {"t": tags[:1]}, {"t": 2})
+    tags = labels_of(np.array([[1, 0], [1, 1]], np.int8))
+    found = constant_scores("micro_f1", {"t": tags}, {"t": tags[:1]}, {"t": 2})
     assert found == {"t": pytest.approx(2 / 3)}  # both classes are predicted: their shares are 1 and one half

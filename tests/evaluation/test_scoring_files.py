@@ -8,6 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 from mmkt_ray.cli import main
 from mmkt_ray.evaluation.rows import prediction_columns
 from mmkt_ray.evaluation.scoring_files import score_task, scores_text
+from mmkt_ray.kinds.tasks import task_kind
 from tests.evaluation.runs import KINDS, make_config
 
 NAMES = {"thing": ["bird", "boat", "car"], "warm": ["no", "yes"], "tags": ["animal", "flies"]}
@@ -34,14 +35,14 @@ def rows_of(task):
         label[7] = "unicorn"
     missing = [["text"] if i % 2 else [] for i in range(NUM_ROWS)]
     columns = {"missing": pa.array(missing, pa.list_(pa.string())), f"{task}_label": pa.array(label)}
-    table = pa.table(columns | prediction_columns(task, proba, names, KINDS[task]))
+    table = pa.table(columns | prediction_columns(task, proba, names, task_kind(KINDS[task])))
     return table, label, proba
 
 
 def test_the_scores_of_a_file_are_scikit_learns(config):
     """Catches labels beside another row's prediction, an unknown class that is left out, and a missing label that counts."""
     table, label, proba = rows_of("thing")
-    found = score_task(table, "thing", "multiclass", NAMES["thing"], config)
+    found = score_task(table, "thing", task_kind("multiclass"), NAMES["thing"], config)
     kept = [i for i in range(NUM_ROWS) if i not in (3, 5)]
     truth, pred = np.array(label, object)[kept].astype(str), np.array(NAMES["thing"])[proba[kept].argmax(axis=1)]
     assert (found["num_rows"], found["num_unseen"], found["num_unreadable"]) == (88, 1, 1)
@@ -67,7 +68,7 @@ def test_a_file_of_any_kind_of_task_is_told(config, task):
     table, _, _ = rows_of(task)
     none = table.filter(pa.array([i == 5 for i in range(NUM_ROWS)]))
     for rows, num in ((table, 88), (none, 0)):
-        found = score_task(rows, task, KINDS[task], NAMES[task], config)
+        found = score_task(rows, task, task_kind(KINDS[task]), NAMES[task], config)
         text = scores_text({"num_rows": len(rows), "confidence": 0.95, "tasks": {task: found}})
         assert f"{task} ({KINDS[task]}): {num} labelled rows" in text
         assert ("accuracy " in text) == (num > 0)

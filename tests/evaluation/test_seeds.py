@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from mmkt_ray.evaluation.intervals import percentiles, verdict
 from mmkt_ray.evaluation.seeds import mean_interval, seed_scores
-from mmkt_ray.features.store import UNSEEN
+from tests.labels import UNSEEN, labels_of
 
 RNG = np.random.default_rng(0)
 
@@ -22,7 +22,7 @@ def test_the_value_is_the_mean_of_scikit_learns_scores_over_the_seeds():
     labels = RNG.integers(0, 4, 200)
     labels[:5] = UNSEEN
     pred = noisy(labels.clip(0), 4, 0.6)
-    drawn = seed_scores(labels, [pred], 4, 50, seed=0)
+    drawn = seed_scores(labels_of(labels), [pred], 4, 50, seed=0)
     assert drawn["accuracy"].shape == (1, 51)
     codes = np.where(labels < 0, 4, labels)
     assert drawn["accuracy"][0, 0] == pytest.approx(np.mean([accuracy_score(codes, p) for p in pred]))
@@ -33,7 +33,7 @@ def test_multilabel_scores_are_scikit_learns():
     """Catches a multilabel task scored as if a row had one class."""
     labels = (RNG.random((150, 5)) < 0.3).astype(np.int8)
     pred = np.where(RNG.random((2, 150, 5)) < 0.8, labels, 1 - labels).astype(np.int8)
-    drawn = seed_scores(labels, [pred], 5, 10, seed=0)
+    drawn = seed_scores(labels_of(labels), [pred], 5, 10, seed=0)
     expected = np.mean([f1_score(labels, p, average="macro", zero_division=0) for p in pred])
     assert drawn["macro_f1"][0, 0] == pytest.approx(expected)
     assert drawn["accuracy"][0, 0] == pytest.approx(np.mean([accuracy_score(labels, p) for p in pred]))
@@ -43,7 +43,7 @@ def test_a_model_against_itself_has_no_difference_on_rows_and_one_only_by_its_se
     """Catches rows that are drawn separately for the two models."""
     labels = RNG.integers(0, 3, 300)
     pred = noisy(labels, 3, 0.5, num_seeds=1)
-    drawn = seed_scores(labels, [pred, pred], 3, 100, seed=0)
+    drawn = seed_scores(labels_of(labels), [pred, pred], 3, 100, seed=0)
     assert np.abs(drawn["accuracy"][0] - drawn["accuracy"][1]).max() == 0
     assert np.abs(drawn["macro_f1"][0] - drawn["macro_f1"][1]).max() == 0
 
@@ -54,7 +54,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     for trial in range(100):
         labels = RNG.integers(0, 3, 150)
         a, b = noisy(labels, 3, 0.7), noisy(labels, 3, 0.55)
-        values = seed_scores(labels, [a, b], 3, 200, seed=trial)["accuracy"]
+        values = seed_scores(labels_of(labels), [a, b], 3, 200, seed=trial)["accuracy"]
         interval = percentiles(values[0] - values[1], 0.9)
         covered += interval["low"] <= 0.15 * 2 / 3 <= interval["high"]
     assert 80 <= covered <= 99
@@ -67,7 +67,7 @@ def test_seeds_that_disagree_widen_the_interval():
     lucky = np.stack([np.zeros(400, int), np.resize([0, 1], 400), np.resize([0, 0, 0, 1], 400)])
     width = {}
     for name, pred in (("steady", steady), ("lucky", lucky)):
-        interval = percentiles(seed_scores(labels, [pred], 2, 300, seed=0)["accuracy"][0], 0.95)
+        interval = percentiles(seed_scores(labels_of(labels), [pred], 2, 300, seed=0)["accuracy"][0], 0.95)
         assert interval["value"] == pytest.approx(0.75)
         width[name] = interval["high"] - interval["low"]
     assert width["lucky"] > 2 * width["steady"]
@@ -88,7 +88,7 @@ def test_the_mean_of_right_and_wrong_is_the_accuracy_with_the_same_interval():
     """Catches two mechanisms that draw rows or seeds in different ways."""
     labels = RNG.integers(0, 3, 250)
     pred = noisy(labels, 3, 0.6)
-    interval = percentiles(seed_scores(labels, [pred], 3, 300, seed=5)["accuracy"][0], 0.95)
+    interval = percentiles(seed_scores(labels_of(labels), [pred], 3, 300, seed=5)["accuracy"][0], 0.95)
     assert mean_interval((pred == labels).astype(float), 300, 0.95, seed=5) == pytest.approx(interval)
 
 

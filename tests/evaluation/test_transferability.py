@@ -62,7 +62,7 @@ def test_h_score_of_sets_of_classes_is_the_mean_of_one_against_the_rest():
     x, labels = draw()
     targets = np.stack([labels == 0, labels < 2, np.arange(len(labels)) % 3 == 0], axis=1)
     each = [h_score(moments_of(x, column.astype(int), 2), slice(None)) for column in targets.T]
-    assert h_score(Moments.partial(x, targets), slice(None), multilabel=True) == pytest.approx(np.mean(each))
+    assert h_score(Moments.partial(x, targets), slice(None), exclusive=False) == pytest.approx(np.mean(each))
 
 
 def test_linear_cka_is_the_formula_over_kernels():
@@ -122,13 +122,13 @@ def test_a_store_is_scored_before_anything_is_trained(store, tmp_path):
     for task in ("colour", "thing"):
         rows = {tuple(s["modalities"]): s for s in found["tasks"][task]["sets"]}
         assert list(rows) == [("image",), ("text",), ("image", "text")]
-        wanted = (table.split == "train") & (table.labels[task] >= 0) & table.present["image"] & table.present["text"]
+        wanted = (table.split == "train") & table.labels[task].known & table.present["image"] & table.present["text"]
         assert rows["image", "text"]["num_rows"] == wanted.sum()
         assert rows["image",]["trained"] is None
     colour = {tuple(s["modalities"]): s for s in found["tasks"]["colour"]["sets"]}
     assert all(colour["image",][s] > colour["text",][s] for s in scores.SCORES)  # the text knows nothing of it
-    rows = (table.split == "train") & (table.labels["thing"] >= 0) & table.present["image"]
-    image, labels = table.features["image"][rows], table.labels["thing"][rows]
+    rows = (table.split == "train") & table.labels["thing"].known & table.present["image"]
+    image, labels = table.features["image"][rows], table.labels["thing"].values[rows]
     score = next(s["h_score"] for s in found["tasks"]["thing"]["sets"] if s["modalities"] == ["image"])
     assert score == pytest.approx(h_score(moments_of(image, labels), slice(None)), rel=1e-4)
     assert [c["num_rows"] for c in found["cka"]] == [

@@ -15,13 +15,14 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, PairCombine
 from mmkt_ray.features.combine import check_mapping, pair
 from mmkt_ray.features.fit import what_is_read
-from mmkt_ray.features.pretrain import _decode_shard
+from mmkt_ray.features.pretrain import Pretraining, _decode_shard
 from mmkt_ray.features.spellings import respelled
-from mmkt_ray.features.table import encode_labels, has_unseen
+from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from tests.features.test_audit import Sample, publish_parts
 from tests.features.test_combine import index_of
+from tests.labels import codes_of
 from tests.shapes import write_shard
 
 MakeConfig = Callable[..., Config]
@@ -79,11 +80,11 @@ def test_lists_of_classes_and_a_second_publishing(tmp_path: Path, make_config: M
 def test_a_model_of_another_spelling_is_scored() -> None:
     """Catches classes of a model counted as unseen, as the store that it is evaluated on spells them otherwise."""
     labels = pa.chunked_array([["1", "2", None], ["3", "True"]])
-    assert encode_labels(labels, ["1.0", "2", "true"]).tolist() == [0, 1, -1, -2, 2]
+    assert codes_of(Multiclass().encode(labels, ["1.0", "2", "true"])).tolist() == [0, 1, -1, -2, 2]
     lists = pa.chunked_array([[["1", "3"], ["2"], None]])
-    assert encode_labels(lists, ["1.0", "2"]).tolist() == [[1, 0], [0, 1], [-1, -1]]
-    assert has_unseen(lists, ["1.0", "2"]).tolist() == [True, False, False]
-    assert encode_labels(pa.chunked_array([["1", "1.0"]]), ["1", "1.0"]).tolist() == [0, 1]  # exact ones first
+    assert codes_of(Multilabel().encode(lists, ["1.0", "2"])).tolist() == [[1, 0], [0, 1], [-1, -1]]
+    assert Multilabel().outside(lists, ["1.0", "2"]).tolist() == [True, False, False]
+    assert Multiclass().encode(pa.chunked_array([["1", "1.0"]]), ["1", "1.0"]).values.tolist() == [0, 1]  # exact ones first
 
 
 def test_pairs_meet_in_any_spelling() -> None:
@@ -116,13 +117,15 @@ def test_reasons_of_what_a_fit_lacks(shapes: Path, make_config: MakeConfig) -> N
     config = make_config(
         samples__sources__0__path="shapes/0.parquet", samples__sources__0__split="train", modalities__image__encoder=encoder
     )
+    plan = ReadingPlan.of(config).only("image", "colour")
+    job = Pretraining(config.modalities["image"].encoder, plan, config.samples, config.seed, str(shapes / "encoder"))
     for _ in range(2):
-        reasons = _decode_shard(config, "image", shard, str(shapes / "pieces"), ())
-        assert sum(reasons.values()) == 5
-        assert "not a readable JPEG" in next(iter(reasons))
-    with_it, without, rejects = what_is_read(config, "image", shard)
+        reasons = _decode_shard(job, shard, ())
+        assert sorted(reasons.values()) == [1, 5]
+        assert "not a readable JPEG" in max(reasons, key=lambda reason: reasons[reason])
+    with_it, without, rejects = what_is_read(ReadingPlan.of(config), "image", shard)
     assert (sum(with_it.values()), sum(without.values()), rejects) == (5, 1, {})
     bad = config.with_overrides({"samples.sources.0.columns.split": "colour", "samples.sources.0.split": None})
-    with_it, without, rejects = what_is_read(bad, "image", shard)
+    with_it, without, rejects = what_is_read(ReadingPlan.of(bad), "image", shard)
     assert (with_it, without, sum(rejects.values())) == ({}, {}, 6)
     assert "unknown split" in next(iter(rejects))

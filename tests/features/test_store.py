@@ -10,21 +10,20 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.publish import published, sort_classes
+from mmkt_ray.features.publish import published
 from mmkt_ray.features.store import (
     _COMPARED,
-    MISSING,
     SCHEMA_VERSION,
-    UNSEEN,
     Store,
     column_of,
-    encode_labels,
     from_arrow,
-    labelled,
     open_store,
     to_arrow,
     write_manifest,
 )
+from mmkt_ray.kinds.spelling import sort_classes
+from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from tests.labels import MISSING, UNSEEN, codes_of
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -58,8 +57,8 @@ def test_all_null_column() -> None:
 
 def test_labels_missing_and_unseen() -> None:
     """A class seen only in test taken for class 0, or for a missing label."""
-    codes = encode_labels(pa.chunked_array([["b", None], ["z", "a"]]), ["a", "b"])
-    assert codes.tolist() == [1, MISSING, UNSEEN, 0]
+    labels = Multiclass().encode(pa.chunked_array([["b", None], ["z", "a"]]), ["a", "b"])
+    assert codes_of(labels).tolist() == [1, MISSING, UNSEEN, 0]
 
 
 def test_whole_numbers_sort_by_value() -> None:
@@ -84,10 +83,9 @@ def test_float16_features_survive_the_store(tmp_path):
 def test_lists_of_classes_become_indicator_rows():
     """Catches a class of the test split only that shifts the columns, and "no class" taken for "no label"."""
     column = pa.chunked_array([pa.array([["b", "a"], None, [], ["new", "c"]], pa.list_(pa.string()))])
-    codes = encode_labels(column, ["a", "b", "c"])
-    assert codes.tolist() == [[1, 1, 0], [MISSING] * 3, [0, 0, 0], [0, 0, 1]]
-    assert labelled(codes).tolist() == [True, False, True, True]
-    assert labelled(np.array([2, MISSING, UNSEEN])).tolist() == [True, False, True]
+    labels = Multilabel().encode(column, ["a", "b", "c"])
+    assert codes_of(labels).tolist() == [[1, 1, 0], [MISSING] * 3, [0, 0, 0], [0, 0, 1]]
+    assert labels.labelled.tolist() == [True, False, True, True]
 
 
 def write_store(uri: str) -> Store:

@@ -155,7 +155,7 @@ def test_encoders_are_fitted_on_all_captions(tmp_path: Path) -> None:
     config = config_of(tmp_path, "t.parquet", "text", "mean")
     plan = ReadingPlan.of(config)
     encoder: Any = build_encoder(config.modalities["x"].encoder)
-    statistics = encoder_statistics(config.modalities["x"].encoder, plan, "x", list_shards(plan)[0], ())
+    statistics = encoder_statistics(config.modalities["x"].encoder, plan, config.samples, list_shards(plan)[0], ())
     assert statistics.num_texts == 4
     encoder.finish(statistics)
     column, _ = encode_column(encoder, plan.modalities["x"].values(read(config)[0]["x"]), "float32", "mean")

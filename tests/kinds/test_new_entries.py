@@ -13,6 +13,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, describe_fields, parse_config
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.run import run
@@ -60,7 +61,8 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> 
     folder = tmp_path / "data" / "shapes"
     for start in (0, 60, 120):
         write_pulses(folder, start, 60)
-    config = toy(make_config, training__epochs=30, training__lr=0.02, evaluation__bootstrap_samples=100)
+    less = {"evaluation__bootstrap_samples": 100, "evaluation__studies": ["insight"]}
+    config = toy(make_config, training__epochs=30, training__lr=0.02, **less)
     told = run(config)
     assert "report: " in told
     results = storage.read_json(f"{tmp_path}/runs/shapes/report/results.json")
@@ -77,8 +79,8 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> 
     model_uri, out_uri = f"{tmp_path}/runs/shapes/models/model", str(tmp_path / "out")
     predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "new")], out_uri, trust_code=True))
     assert (predictions["colour_pred"] == predictions["colour_label"]).mean() > 0.9
-    inputs = storage.read_json(f"{tmp_path}/runs/shapes/models/model/gallery.json")["tasks"]["colour"]["right"][0]["inputs"]
-    assert inputs["pulse"]["text"].startswith("[")
+    shown = write_gallery(model_uri)["tasks"]["colour"]["right"][0]["inputs"]
+    assert shown["pulse"]["text"].startswith("[")
 
 
 def test_the_config_is_checked_against_the_entries(make_config: MakeConfig) -> None:

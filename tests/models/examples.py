@@ -5,6 +5,7 @@ import scipy.sparse as sp
 import torch
 
 from mmkt_ray.config import FUSIONS, FusionConfig
+from mmkt_ray.kinds.tasks import Binary, Multilabel
 from mmkt_ray.models import InputSpec, ModelSpec, SparseBatch
 
 B = 9
@@ -26,7 +27,7 @@ def make_spec(schemes=("task",), fusion="concat", dims=None, sparse=("text",), i
     fields = {
         "modalities": {m: InputSpec(d, m in sparse, min(6, d)) for m, d in dims.items()},
         "tasks": {"a": 2, "b": 3},
-        "kinds": {"a": "binary", "b": "multilabel"},
+        "kinds": {"a": Binary(), "b": Multilabel()},
         "inputs": {t: tuple(sorted((inputs or {}).get(t, dims))) for t in "ab"},
         "fusion": FUSIONS_TO_TRY[fusion].model_dump(mode="json"),
         "schemes": tuple(schemes),

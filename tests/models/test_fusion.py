@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from mmkt_ray.config import FUSES, FusionConfig
 from mmkt_ray.config import FUSIONS as NAMES
-from mmkt_ray.models import fuses, to_proba
+from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.models import fuses
 from mmkt_ray.models.fusion import FUSIONS, DecisionHead, LinearHead
 from mmkt_ray.models.towers import Width
 from tests.models.examples import FUSIONS_TO_TRY, sparse_batch
@@ -161,7 +162,7 @@ def test_what_an_absent_modality_holds_has_no_influence(options, kind, sparse):
     """Catches 0 * NaN instead of a mask, a softmax over nothing, a fusion that can't read sparse signals."""
     torch.manual_seed(0)
     fusion = build(options, {m: Width(w.dim, m in sparse) for m, w in WIDTHS.items()}).eval()
-    head = fusion.build_head(C, kind)
+    head = fusion.build_head(C, task_kind(kind))
     parts, present = inputs()
     wild = {m: torch.where(present[m][:, None], x, -77.0 if m in sparse else torch.nan) for m, x in parts.items()}
     results = []
@@ -177,11 +178,11 @@ def test_every_modality_that_is_there_counts(options):
     """Catches a modality that a fusion leaves out, or one masked by another's presence."""
     torch.manual_seed(0)
     fusion = build(options).eval()
-    head = fusion.build_head(C, "multiclass")
+    head = fusion.build_head(C, task_kind("multiclass"))
     parts, present = inputs()
-    before = to_proba(head(*fusion(parts, present)), "multiclass")
+    before = task_kind("multiclass").outputs(head(*fusion(parts, present)))
     for m in parts:
-        after = to_proba(head(*fusion(parts | {m: parts[m] + 1}, present)), "multiclass")
+        after = task_kind("multiclass").outputs(head(*fusion(parts | {m: parts[m] + 1}, present)))
         assert torch.equal((before != after).any(dim=1), present[m])
 
 
@@ -198,7 +199,7 @@ def test_a_linear_head_is_a_linear_layer_on_the_concatenation():
 def combined_by_hand(head, row, kind):
     """Probabilities (C,) of one row, from those of its modalities."""
     names = sorted(WIDTHS)
-    p = {m: to_proba(linear(head.classifiers[f"[{m}]"], x), kind) for m, x in row.items()}
+    p = {m: task_kind(kind).outputs(linear(head.classifiers[f"[{m}]"], x)) for m, x in row.items()}
     if head.combine == "average":
         return sum(p.values()) / len(p)
     if head.combine == "product":
@@ -217,9 +218,9 @@ def combined_by_hand(head, row, kind):
 def test_decisions_are_combined_by_the_formula(combine, kind):
     """Catches weights that do not sum to one over the present, a product that is not renormalised, a mean of logits."""
     torch.manual_seed(0)
-    head = randomized(DecisionHead(WIDTHS, C, kind, combine))
+    head = randomized(DecisionHead(WIDTHS, C, task_kind(kind), combine))
     parts, present = inputs()
-    got = to_proba(head(parts, present), kind)
+    got = task_kind(kind).outputs(head(parts, present))
     for b, row in enumerate(rows_of(parts, present)):
         even = torch.full((C,), 0.5 if kind == "multilabel" else 1 / C)
         torch.testing.assert_close(got[b], combined_by_hand(head, row, kind) if row else even, atol=1e-5, rtol=1e-4)
@@ -229,7 +230,7 @@ def test_decisions_are_combined_by_the_formula(combine, kind):
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 def test_decision_without_any_modality_is_undecided_and_trains(combine, kind):
     """Catches NaN logits or gradients from a softmax over nothing."""
-    head = DecisionHead(WIDTHS, C, kind, combine)
+    head = DecisionHead(WIDTHS, C, task_kind(kind), combine)
     parts, _ = inputs()
     logits = head(parts, {m: torch.zeros(B, dtype=torch.bool) for m in parts})
     F.cross_entropy(logits, torch.zeros(B, dtype=torch.long)).backward()
@@ -241,7 +242,7 @@ def test_decision_without_any_modality_is_undecided_and_trains(combine, kind):
 def test_probabilities_of_each_kind(kind, total):
     """Catches classes of a multilabel task that compete, or those of a multiclass one that do not."""
     logits = torch.randn(B, C)
-    p = to_proba(logits, kind)
+    p = task_kind(kind).outputs(logits)
     if total is None:
         torch.testing.assert_close(p, 1 / (1 + torch.exp(-logits)))
     else:

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.func import functional_call
 
 from mmkt_ray.config import MISSING_STRATEGIES, SCHEMES
+from mmkt_ray.kinds.tasks import Binary, Multiclass
 from mmkt_ray.models import ModelSpec, MultimodalModel
 from mmkt_ray.models.sparse import SparseLinear, append_column
 from mmkt_ray.models.towers import Tower
@@ -171,7 +172,7 @@ def test_without_levels_concat_is_logistic_regression():
     x = {"image": rng.normal(size=(300, 4)).astype(np.float32), "text": rng.normal(size=(300, 7)).astype(np.float32)}
     together = np.hstack([x["image"], x["text"]])
     y = (together @ rng.normal(size=(11, 3)) + rng.gumbel(size=(300, 3))).argmax(1)
-    model = MultimodalModel(make_spec((), sparse=(), kinds={"a": "binary", "b": "multiclass"}))
+    model = MultimodalModel(make_spec((), sparse=(), kinds={"a": Binary(), "b": Multiclass()}))
     features = {m: torch.from_numpy(v) for m, v in x.items()}
     present = {m: torch.ones(300, dtype=torch.bool) for m in x}
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")

@@ -14,6 +14,7 @@ from mmkt_ray.search.ensemble import build_ensemble, quick_scores, select_ensemb
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import Job, Trial
+from tests.labels import codes_of
 
 CANDIDATES = [
     {"model.modalities": ["image"], "model.fusion.name": "concat", "training.lr": 0.01, "model.dropout": 0.1},
@@ -63,7 +64,7 @@ def test_quick_scores_are_scikit_learns(store):
     table = store.table()
     rng = np.random.default_rng(0)
     proba = {"topic": rng.random((len(table.sample_id), 3))}
-    expected = f1_score(table.labels["topic"], proba["topic"].argmax(axis=1), average="macro")
+    expected = f1_score(codes_of(table.labels["topic"]), proba["topic"].argmax(axis=1), average="macro")
     assert quick_scores(table, proba)["macro_f1"]["topic"] == pytest.approx(expected)
 
 

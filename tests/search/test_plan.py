@@ -11,6 +11,7 @@ from mmkt_ray.search.search import check_features, check_search, notes_of, searc
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import Job, Trial, search_score
 from mmkt_ray.search.tuner import Proposals, architecture_of, build_sampler, plan
+from tests.labels import codes_of
 
 LR = {"training.lr": {"loguniform": [1e-3, 1e-1]}}
 
@@ -124,7 +125,8 @@ def test_an_objective_that_cannot_be_had_is_refused(make_config, store):
     with pytest.raises(ConfigError, match=r"chosen by 'topic', which \[\['mood'\]\] leaves out"):
         check_search(make_config(**{"search.space": space, "search.objective": {"task": "topic"}}))
     table = store.table()
-    one = table.take(np.flatnonzero((table.split != "val") | ((table.labels["mood"] == 0) & (table.labels["topic"] == 0))))
+    mood, topic = (codes_of(table.labels[t]) for t in ("mood", "topic"))
+    one = table.take(np.flatnonzero((table.split != "val") | ((mood == 0) & (topic == 0))))
     with pytest.raises(DataError, match="chooses by auroc on val, which is undefined for mood, topic"):
         check_features(build_space(make_config(**{"search.objective": {"metric": "auroc"}})), one)
 
@@ -134,8 +136,8 @@ def test_a_task_that_a_candidate_lacks_counts_as_the_constant_prediction(make_co
     space = build_space(make_config(**{"search.space": {**LR, "model.tasks": {"choice": [["topic"], None]}}}))
     score, table = search_score(space, store.table()), store.table()
     assert score.floors.keys() == {"mood", "topic"}
-    val = {t: y[table.split == "val"] for t, y in table.labels.items()}
-    majority = np.bincount(table.labels["mood"][table.split == "train"]).argmax()
+    val = {t: codes_of(y)[table.split == "val"] for t, y in table.labels.items()}
+    majority = np.bincount(codes_of(table.labels["mood"])[table.split == "train"]).argmax()
     hits = (val["mood"] == majority).mean()
     assert score.floors["mood"] == pytest.approx((2 * hits / (1 + hits)) / 2)  # F1 of the one class, 0 of the other
     assert score({"macro_f1": {"topic": 0.9}}) == pytest.approx((0.9 + score.floors["mood"]) / 2)

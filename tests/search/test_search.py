@@ -17,9 +17,9 @@ from mmkt_ray.config import SearchConfig
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.features.store import MISSING
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
+from tests.labels import codes_of
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_winner_is_chosen_on_val_and_told_on_test(found, store):
     for uri in winner["folders"]:
         model, _ = load_model(uri)
         rows = np.logical_or.reduce([test.present[m] for m in inputs])
-        accuracies.append((predict_table(model, test)["topic"].argmax(axis=1) == test.labels["topic"])[rows].mean())
+        accuracies.append((predict_table(model, test)["topic"].argmax(axis=1) == codes_of(test.labels["topic"]))[rows].mean())
     told = winner["test"]["topic"]["accuracy"]
     assert told["value"] == pytest.approx(np.mean(accuracies))
     assert told["low"] <= told["value"] <= told["high"]
@@ -138,15 +138,22 @@ def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, 
     config = make_config(**{"search.max_candidates": 1_000_000})
     space = check_search(config)
     board = Leaderboard(str(tmp_path), space, search_digest(space, config.search, store))
+    over, limit = threading.Event(), time.monotonic() + 120
 
     def interrupt():
-        while board.progress()[0] == 0:
-            time.sleep(0.2)
+        while board.progress()[0] == 0 and time.monotonic() < limit:
+            if over.wait(0.2):  # it has ended by itself: a signal now would end pytest
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest was started to ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        explore(space, config.search, board, store.table())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            explore(space, config.search, board, store.table())
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, handler)
     assert len(board.read()) == sum(len(part) for part in board.parts()) > 0
     assert all(overrides_of(row) for _, row in board.read().iterrows())
 
@@ -166,7 +173,7 @@ def test_an_impossible_search_is_refused_before_any_work(make_config, store, tmp
 def test_a_val_split_without_labels_to_choose_by_is_refused(make_config, store):
     """Catches a search that tells after all its time that no candidate has a score, as if they had diverged."""
     table = store.table()
-    hidden = np.where(table.split == "val", MISSING, table.labels["mood"])
+    hidden = table.labels["mood"].keep(table.split != "val")
     table = replace(table, labels={**table.labels, "mood": hidden})
     for task in ("topic", None):
         config = make_config(**{"search.objective.task": task})

@@ -8,7 +8,8 @@ import pytest
 import scipy.sparse as sp
 
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.features.store import MISSING, UNSEEN, FeatureTable
+from mmkt_ray.features.store import FeatureTable
+from tests.labels import MISSING, UNSEEN, coded
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def table() -> FeatureTable:
             "text": sp.csr_matrix(features["text"], dtype=np.float32),
         },
         present=present,
-        labels={"topic": topic, "mood": mood},
+        labels=coded({"topic": topic, "mood": mood}),
         class_names={"topic": ["x", "y", "z"], "mood": ["bad", "good"]},
     )
 

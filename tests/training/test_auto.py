@@ -13,12 +13,14 @@ from mmkt_ray.evaluation.heldout import HeldOut, as_train, load_heldout, make_fo
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.kinds.tasks import Multiclass
 from mmkt_ray.training import auto, trainer
 from mmkt_ray.training.auto import FoldStack, choose, choose_candidate, hold_out, settings_of, with_settings
-from mmkt_ray.training.batches import World, has_target
+from mmkt_ray.training.batches import World
 from mmkt_ray.training.loop import Fitting, fit, seed_of
 from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.trainer import train
+from tests.labels import coded, codes_of, labels_of
 from tests.training.test_trainer import write_store
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -93,8 +95,9 @@ def test_a_held_out_row_teaches_its_own_prediction_nothing(make_auto, table):
     first = hold_out(config, table)
     assert first is not None
     part = make_folds(table, config.seed).held(0)
-    labels = {t: np.where(part & (y >= 0), np.roll(y, 7).clip(min=0) % 2, y) for t, y in table.labels.items()}
-    assert any((labels[t] != y).any() for t, y in table.labels.items())
+    codes = {t: codes_of(y) for t, y in table.labels.items()}
+    labels = coded({t: np.where(part & (y >= 0), np.roll(y, 7).clip(min=0) % 2, y) for t, y in codes.items()})
+    assert not any(labels[t].same_as(y) for t, y in table.labels.items())
     other = hold_out(config, dataclasses.replace(table, labels=labels))
     assert other is not None
     for given, by_task in first.logits.items():
@@ -140,7 +143,7 @@ def alone(config, table, fold, part):
                 break
             batch = run.batches.read(rows)
             seen = torch.from_numpy(fold[rows] != part).float()
-            totals = {t: (has_target(y) * seen).sum() for t, y in batch.labels.items()}
+            totals = {t: (y.known * seen).sum() for t, y in batch.labels.items()}
             logits = run.model.train()(batch.features, batch.present)
             losses = objective.losses(logits, batch.labels, totals, seen)
             for group in optimizer.param_groups:
@@ -177,8 +180,8 @@ def test_a_candidate_that_learns_nothing_is_not_chosen(make_auto, table, monkeyp
 
 def test_held_out_rows_may_lack_a_class():
     """A class of few rows that no held-out row has ended the run."""
-    assert auto.log_frequencies(np.array([0, 1, 1]), 4).shape == (4,)
-    assert np.exp(auto.log_frequencies(np.array([0, 1, 1]), 4)).sum() == pytest.approx(1)
+    assert Multiclass().log_frequencies(labels_of(np.array([0, 1, 1])), 4).shape == (4,)
+    assert np.exp(Multiclass().log_frequencies(labels_of(np.array([0, 1, 1])), 4)).sum() == pytest.approx(1)
 
 
 def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, table, tmp_path, monkeypatch):

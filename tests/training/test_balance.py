@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.balance import (
     LEARNERS,
@@ -17,14 +18,14 @@ from mmkt_ray.training.balance import (
     coefficient,
     discrepancy_ratios,
     pareto,
-    right_probability,
 )
 from mmkt_ray.training.batches import World, read_batch, usable_rows
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.learner import Learner, own_parameters
 from mmkt_ray.training.loop import Fitting, fit, spec_of
-from mmkt_ray.training.objective import Objective, count_classes
+from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.task_weighting import TaskWeighting
+from tests.labels import labels_of
 from tests.training.test_loop import Killed, assert_equal_runs, stop_after
 
 STRATEGIES = [name for name in LEARNERS if name]
@@ -33,8 +34,8 @@ STRATEGIES = [name for name in LEARNERS if name]
 def make_learner(cls, config, table):
     torch.manual_seed(0)
     spec = spec_of(config, table)
-    counts = {t: count_classes(y, len(table.class_names[t])) for t, y in table.labels.items()}
-    learner = cls(MultimodalModel(spec), Objective(counts), TaskWeighting(spec.tasks, spec.kinds, World()), World())
+    counts = {t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}
+    learner = cls(MultimodalModel(spec), Objective(counts, table.kinds), TaskWeighting(spec.tasks, spec.kinds, World()), World())
     return learner.train()
 
 
@@ -59,7 +60,7 @@ def test_the_ratio_is_the_papers_for_two_modalities_and_one_task():
     logits = {m: torch.randn(6, 3, generator=torch.Generator().manual_seed(s)) for s, m in enumerate("av")}
     labels = torch.tensor([0, 1, 2, 2, 1, 0])
     s_a, s_v = (sum(logits[m][i].softmax(0)[labels[i]] for i in range(6)) for m in "av")
-    sums = torch.stack([right_probability(logits[m], labels, "multiclass").sum() for m in "av"])[None]
+    sums = torch.stack([Multiclass().right_probability(logits[m], labels_of(labels)).sum() for m in "av"])[None]
     ratios = discrepancy_ratios(sums, torch.full((1, 2), 6.0))
     torch.testing.assert_close(ratios, torch.stack([s_a / s_v, s_v / s_a]))
 
@@ -77,7 +78,7 @@ def test_multilabel_scores_count_right_absences():
     """Catches a modality that says yes to everything taken for the better one."""
     logits = torch.tensor([[2.0, -2.0], [2.0, 2.0]])
     p = 1 / (1 + math.exp(-2))
-    found = right_probability(logits, torch.tensor([[1, 0], [1, 0]], dtype=torch.int8), "multilabel")
+    found = Multilabel().right_probability(logits, labels_of(torch.tensor([[1, 0], [1, 0]], dtype=torch.int8)))
     torch.testing.assert_close(found, torch.tensor([p, 0.5]))
 
 
@@ -114,12 +115,12 @@ def test_scores_are_of_rows_with_several_modalities_only(make_config, table):
     sums, counts = learner._scores(alone, batch)
     both = batch.present["image"] & batch.present["text"]
     for i, t in enumerate(("mood", "topic")):
-        kept = both & (batch.labels[t] >= 0)
+        kept = both & batch.labels[t].known
         assert (counts[i] == kept.sum()).all()
         for j, m in enumerate(("image", "text")):
             only = {n: there & (n == m) for n, there in batch.present.items()}
             proba = learner.model(batch.features, only)[t].softmax(dim=1)
-            expected = proba[kept].gather(1, batch.labels[t][kept][:, None]).sum()
+            expected = proba[kept].gather(1, batch.labels[t].values[kept][:, None]).sum()
             torch.testing.assert_close(sums[i, j], expected.detach())
 
 

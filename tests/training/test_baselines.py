@@ -9,8 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mmkt_ray.config import parse_config
-from mmkt_ray.features.store import MISSING, UNSEEN, FeatureTable
+from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.training.baselines import fit_baselines
+from tests.labels import MISSING, UNSEEN, coded, codes_of
 
 CONFIG = parse_config(
     {
@@ -47,7 +48,7 @@ def table() -> FeatureTable:
     }
     split = np.array(["train", "train", "train", "test"], dtype=object)[np.arange(400) // 2 % 4]
     ids = np.array([f"s{i}" for i in range(400)], dtype=object)
-    return FeatureTable(ids, split, features, present, {"t": labels}, {"t": ["a", "b", "c"]})
+    return FeatureTable(ids, split, features, present, coded({"t": labels}), {"t": ["a", "b", "c"]})
 
 
 def test_every_baseline_has_its_standard_name(table):
@@ -64,7 +65,7 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
     assert fitted.fit.num_rows == {"t": rows.sum()}
     width = train.features["image"].shape[1]  # the mean squared length of a standardised row
     model = LogisticRegression(C=1 / fitted.fit.l2["t"], tol=1e-8, max_iter=1000).fit(
-        scaler.transform(train.features["image"][rows].astype(float)) / np.sqrt(width), train.labels["t"][rows]
+        scaler.transform(train.features["image"][rows].astype(float)) / np.sqrt(width), codes_of(train.labels["t"])[rows]
     )
     test = table.take(table.rows("test"))
     here = test.present["image"]
@@ -78,7 +79,7 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
 def test_labels_of_the_test_split_do_not_matter(table):
     """Catches a leak: with other test labels the predictions must be the same bits."""
     other = replace(
-        table, labels={"t": np.where(table.split == "test", (table.labels["t"] + 1) % 3, table.labels["t"])}
+        table, labels=coded({"t": (codes_of(table.labels["t"]) + (table.split == "test")) % 3})
     )
     test, again = table.take(table.rows("test")), baselines(other)
     for name, predict in baselines(table).items():
@@ -92,7 +93,7 @@ def test_the_concatenation_reads_every_row_and_beats_each_modality(table):
     for name, predict in baselines(table).items():
         proba = predict(test)
         known = np.isfinite(proba).all(axis=1)
-        score[name] = (proba[known].argmax(axis=1) == test.labels["t"][known]).mean()
+        score[name] = (proba[known].argmax(axis=1) == codes_of(test.labels["t"])[known]).mean()
         assert proba[known].sum(axis=1) == pytest.approx(1, abs=1e-5)
     assert np.isfinite(proba).all()
     assert score["logreg:image+text"] > max(score["logreg:image"], score["logreg:text"]) > score["majority"]
@@ -102,25 +103,26 @@ def test_majority_predicts_the_train_frequencies(table):
     """Catches frequencies counted over all splits, or over rows without a label."""
     labels = np.where(table.split == "test", 2, np.where(np.arange(400) % 4 == 0, 1, 0))
     labels[(np.arange(400) % 8 == 1) & (table.split == "train")] = MISSING
-    proba = baselines(replace(table, labels={"t": labels}))["majority"](table)
+    proba = baselines(replace(table, labels=coded({"t": labels})))["majority"](table)
     known = labels[(table.split == "train") & (labels >= 0)]
     assert proba[0] == pytest.approx(np.bincount(known, minlength=3) / len(known))
 
 
 def test_a_task_that_only_one_modality_labels_has_no_concatenation(table):
     """Catches a "fused" baseline on unpaired corpora that is one modality under another name."""
-    labels = np.where(table.present["image"] & ~table.present["text"], table.labels["t"], MISSING)
-    assert list(baselines(replace(table, labels={"t": labels}))) == ["majority", "logreg:image"]
+    labels = np.where(table.present["image"] & ~table.present["text"], codes_of(table.labels["t"]), MISSING)
+    assert list(baselines(replace(table, labels=coded({"t": labels})))) == ["majority", "logreg:image"]
 
 
 def test_few_classes_in_train_still_give_all_columns(table):
     """Catches columns of the classes that occur taken for those of the task: every later class would slip."""
-    only = replace(table, labels={"t": np.where(table.labels["t"] == 1, MISSING, table.labels["t"])})
+    only = replace(table, labels=coded({"t": np.where(codes_of(table.labels["t"]) == 1, MISSING, codes_of(table.labels["t"]))}))
     test = table.take(table.rows("test"))
     proba = baselines(only)["logreg:image+text"](test)
     assert (proba[:, 1] < 0.01).all()
-    assert (proba.argmax(axis=1) == table.labels["t"][table.split == "test"])[test.labels["t"] != 1].mean() > 0.8
-    one = replace(table, labels={"t": np.where(table.labels["t"] == 2, 2, MISSING)})
+    truth = codes_of(test.labels["t"])
+    assert (proba.argmax(axis=1) == truth)[truth != 1].mean() > 0.8
+    one = replace(table, labels=coded({"t": np.where(codes_of(table.labels["t"]) == 2, 2, MISSING)}))
     assert list(baselines(one)) == ["majority"]  # nothing to learn
-    nothing = replace(table, labels={"t": np.where(table.split == "train", MISSING, UNSEEN)})
+    nothing = replace(table, labels=coded({"t": np.where(table.split == "train", MISSING, UNSEEN)}))
     assert baselines(nothing) == {}

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import MISSING
 from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
 
 
@@ -57,14 +56,14 @@ def test_a_batch_holds_the_rows_features_presence_and_labels(table):
             for m, t in (("image", "topic"), ("text", "mood")):
                 assert np.array_equal(batch.present[m], table.present[m][mine])
                 assert np.array_equal(batch.step_present[m], table.present[m][step.ravel()])
-                assert np.array_equal(batch.labels[t], table.labels[t][mine])
-                assert np.array_equal(batch.step_labels[t], table.labels[t][step.ravel()])
+                assert batch.labels[t].same_as(table.labels[t][mine])
+                assert batch.step_labels[t].same_as(table.labels[t][step.ravel()])
 
 
 def test_rows_without_a_modality_or_without_a_label_are_left_out(table):
     """Rows that teach the bias only, as those of another corpus would in a model of one modality."""
     one = narrow(table, ["image"], ["topic"])
-    expected = (table.split == "val") & table.present["image"] & (table.labels["topic"] != MISSING)
+    expected = (table.split == "val") & table.present["image"] & table.labels["topic"].labelled
     assert np.array_equal(usable_rows(one, "val"), np.flatnonzero(expected))
 
 

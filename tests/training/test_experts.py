@@ -15,7 +15,8 @@ from mmkt_ray.evaluation.calibration import fit_temperature
 from mmkt_ray.evaluation.contribution import shapley_values
 from mmkt_ray.evaluation.inference import predict_logits, predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card, write_card
-from mmkt_ray.features.store import MISSING, FeatureTable, labelled, open_store
+from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
 from mmkt_ray.training import experts as experts_module
 from mmkt_ray.training import trainer
@@ -30,6 +31,7 @@ from mmkt_ray.training.experts import (
 )
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train, training_fingerprint
+from tests.labels import MISSING, coded, codes_of, labels_of
 from tests.models.examples import make_spec
 from tests.training.test_trainer import write_store
 
@@ -48,7 +50,7 @@ def trio():
     torch.manual_seed(17)
     rng, num_rows = np.random.default_rng(1), 400
     inputs = {"a": ("audio", "image", "text"), "b": ("audio", "image")}
-    fused = make_spec(dims=DIMS, sparse=(), inputs=inputs, kinds={"a": "multiclass", "b": "multilabel"})
+    fused = make_spec(dims=DIMS, sparse=(), inputs=inputs, kinds={"a": Multiclass(), "b": Multilabel()})
     alone = {}
     for m, tasks in {"audio": "ab", "image": "ab", "text": "a"}.items():
         own = {"modalities": {m: InputSpec(DIMS[m], False, 4)}, "inputs": dict.fromkeys(tasks, (m,))}
@@ -61,16 +63,16 @@ def trio():
         split=np.resize(["train", "val"], num_rows).astype(object),
         features={m: rng.normal(size=(num_rows, d)).astype(np.float32) for m, d in DIMS.items()},
         present={m: rng.random(num_rows) < 0.6 for m in DIMS},
-        labels={"a": rng.integers(-1, 2, num_rows), "b": b},
+        labels=coded({"a": rng.integers(-1, 2, num_rows), "b": b}),
         class_names={"a": ["x", "y"], "b": ["u", "v", "w"]},
-        kinds=dict(fused.kinds),
     )
     # labels that experts know: text's for three rows of four of task a, image's for those of b
     proba = {m: predict_table(model, table) for m, model in alone.items()}
     says = rng.random(num_rows) < 0.75
-    known = np.where(says & table.present["text"], proba["text"]["a"].argmax(axis=1), table.labels["a"])
-    sets = np.where((says & table.present["image"])[:, None], proba["image"]["b"] >= 0.5, table.labels["b"]).astype(np.int8)
-    table = replace(table, labels={"a": known, "b": sets})
+    a, b = (codes_of(table.labels[t]) for t in "ab")
+    known = np.where(says & table.present["text"], proba["text"]["a"].argmax(axis=1), a)
+    sets = np.where((says & table.present["image"])[:, None], proba["image"]["b"] >= 0.5, b).astype(np.int8)
+    table = replace(table, labels=coded({"a": known, "b": sets}))
     whole = judged(MultimodalModel(fused).eval(), None, table)
     return whole, {m: judged(model, None, table) for m, model in alone.items()}, table
 
@@ -84,7 +86,7 @@ def f1(labels, proba):
 def scores_on_val(model, table, task, part, rows):
     """By hand: the scores of these rows when they have nothing but `part`."""
     only = {m: there & (m in part) for m, there in table.present.items()}
-    proba, labels = predict_table(model, replace(table, present=only))[task], table.labels[task]
+    proba, labels = predict_table(model, replace(table, present=only))[task], codes_of(table.labels[task])
     if labels.ndim == 2:
         return np.array([f1(labels[i], proba[i]) for i in rows])
     return np.array([float(proba[i].argmax() == labels[i]) for i in rows])
@@ -94,8 +96,8 @@ def losses_on_val(model, table, task, part, rows):
     """By hand: the log losses of these rows when they have nothing but `part`, at the best temperature."""
     only = {m: there & (m in part) for m, there in table.present.items()}
     logits = predict_logits(model, replace(table, present=only))[task][rows]
-    labels = table.labels[task][rows]
-    logits = torch.from_numpy(logits / fit_temperature(logits, labels))
+    labels = codes_of(table.labels[task])[rows]
+    logits = torch.from_numpy(logits / fit_temperature(logits, labels_of(labels)))
     if labels.ndim == 2:
         return torch.nn.functional.binary_cross_entropy_with_logits(
             logits, torch.from_numpy(labels).to(logits.dtype), reduction="none"
@@ -112,7 +114,7 @@ def test_each_pattern_goes_to_who_is_clearly_better_on_val(trio):
     for task, inputs in {"a": ("audio", "image", "text"), "b": ("audio", "image")}.items():
         for mask in list(product([False, True], repeat=len(inputs)))[1:]:
             part = [m for m, there in zip(inputs, mask, strict=True) if there]
-            rows = np.flatnonzero((table.split == "val") & labelled(table.labels[task]))
+            rows = np.flatnonzero((table.split == "val") & table.labels[task].labelled)
             rows = [i for i in rows if all(table.present[m][i] for m in part)]
             able = {m: experts[m].model for m in part if task in experts[m].model.spec.tasks} | {"fused": fused.model}
             scores = {m: scores_on_val(model, table, task, part if m == "fused" else [m], rows) for m, model in able.items()}
@@ -192,7 +194,7 @@ def test_a_task_that_one_modality_cannot_teach_has_no_expert_of_it(make_config, 
         "text": ("topic",),
     }
     assert expert_configs(make_config(**{"model.modalities": ["text"]}), table) == {}
-    mood = np.where(table.present["image"], MISSING, table.labels["mood"])
+    mood = table.labels["mood"].keep(~table.present["image"])
     unpaired = replace(table, labels={**table.labels, "mood": mood})
     changes = {
         "training.task_weighting": "gradnorm",

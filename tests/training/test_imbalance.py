@@ -9,9 +9,10 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import MISSING, FeatureTable, labelled
+from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.training.batches import usable_rows
 from mmkt_ray.training.imbalance import GROWTH, add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
+from tests.labels import MISSING, coded, codes_of
 
 CLASSES = {"shape": ["big", "mid", "small", "tiny"], "tags": ["a", "b", "c"]}
 
@@ -33,9 +34,8 @@ def skewed_table(num_rows=260):
         np.full(num_rows, "train", dtype=object),
         {"image": image.astype(np.float32), "text": sp.csr_matrix(text, dtype=np.float32)},
         present,
-        {"shape": shape, "tags": tags},
+        coded({"shape": shape, "tags": tags}),
         CLASSES,
-        {"shape": "multiclass", "tags": "multilabel"},
     )
 
 
@@ -50,18 +50,18 @@ def test_labels_kept_are_nested_and_every_class_keeps_its_share():
     kept = {f: keep_labels(table, rows, dict.fromkeys(table.labels, f), seed=3).labels for f in (0.01, 0.1, 0.5, 1.0)}
     for small, large in ((0.01, 0.1), (0.1, 0.5), (0.5, 1.0)):
         for t in CLASSES:
-            assert (labelled(kept[large][t]) | ~labelled(kept[small][t])).all()
+            assert (kept[large][t].labelled | ~kept[small][t].labelled).all()
     for t, values in kept[0.1].items():
-        mask = labelled(values)
-        assert np.array_equal(values[mask], table.labels[t][mask])
-        assert np.array_equal(values[:10], table.labels[t][:10])
-    before = np.bincount(table.labels["shape"][rows])
-    after = np.bincount(kept[0.1]["shape"][rows][kept[0.1]["shape"][rows] >= 0])
+        mask = values.labelled
+        assert values[mask].same_as(table.labels[t][mask])
+        assert values[:10].same_as(table.labels[t][:10])
+    before = np.bincount(table.labels["shape"].values[rows])
+    after = np.bincount(kept[0.1]["shape"].values[rows][kept[0.1]["shape"].known[rows]])
     assert after.tolist() == [max(1, round(0.1 * n)) for n in before]
-    everyone = (table.labels["tags"][rows] == 1).any(axis=0)
-    assert ((kept[0.01]["tags"][rows] == 1).any(axis=0) == everyone).all()
-    assert labelled(kept[0.1]["tags"][rows]).mean() < 0.1
-    assert np.array_equal(kept[1.0]["tags"], table.labels["tags"])
+    everyone = (codes_of(table.labels["tags"])[rows] == 1).any(axis=0)
+    assert ((codes_of(kept[0.01]["tags"])[rows] == 1).any(axis=0) == everyone).all()
+    assert kept[0.1]["tags"].labelled[rows].mean() < 0.1
+    assert kept[1.0]["tags"].same_as(table.labels["tags"])
 
 
 def test_which_labels_are_kept_depends_on_the_seed_and_not_on_the_other_tasks():
@@ -69,8 +69,8 @@ def test_which_labels_are_kept_depends_on_the_seed_and_not_on_the_other_tasks():
     table, rows = skewed_table(), np.arange(260)
     alone = dataclasses.replace(table, labels={"shape": table.labels["shape"]})
     both = keep_labels(table, rows, dict.fromkeys(table.labels, 0.2), seed=0).labels["shape"]
-    assert np.array_equal(keep_labels(alone, rows, dict.fromkeys(alone.labels, 0.2), seed=0).labels["shape"], both)
-    assert not np.array_equal(keep_labels(table, rows, dict.fromkeys(table.labels, 0.2), seed=1).labels["shape"], both)
+    assert both.same_as(keep_labels(alone, rows, dict.fromkeys(alone.labels, 0.2), seed=0).labels["shape"])
+    assert not both.same_as(keep_labels(table, rows, dict.fromkeys(table.labels, 0.2), seed=1).labels["shape"])
 
 
 def test_named_train_rows_are_left_out(tmp_path):
@@ -94,7 +94,7 @@ def test_chances_are_those_of_a_plain_loop_and_even_out_one_task():
     """Catches an unlabelled task that lowers a row's chance, and classes that still come up by their size."""
     table, rows = skewed_table(), np.arange(20, 260)
     expected = []
-    shape, tags = table.labels["shape"][rows], table.labels["tags"][rows]
+    shape, tags = (codes_of(table.labels[t])[rows] for t in ("shape", "tags"))
     for s, row in zip(shape, tags, strict=True):
         parts = [1 / (shape == s).sum()]
         if row[0] != MISSING:
@@ -105,7 +105,7 @@ def test_chances_are_those_of_a_plain_loop_and_even_out_one_task():
     np.testing.assert_allclose(balanced_chances(table, rows), expected)
     alone = dataclasses.replace(table, labels={"shape": table.labels["shape"]})
     chances = balanced_chances(alone, np.arange(260))
-    np.testing.assert_allclose(np.bincount(table.labels["shape"], chances), 1.0)
+    np.testing.assert_allclose(np.bincount(table.labels["shape"].values, chances), 1.0)
 
 
 @pytest.mark.parametrize("method", ["smote", "mixup"])
@@ -118,12 +118,12 @@ def test_synthetic_rows_lie_between_two_rows_of_their_class_and_pattern(method):
     assert np.array_equal(train, np.arange(len(grown.split)))
     assert sp.issparse(grown.features["text"])
     assert (grown.features["image"].dtype, grown.features["text"].dtype) == (np.float32, np.float32)
-    assert (grown.labels["tags"][new] == MISSING).all()
+    assert not grown.labels["tags"].labelled[new].any()
     assert len(set(grown.sample_id)) == len(grown.sample_id)
     both = np.hstack([dense(grown.features[m]) for m in ("image", "text")])
     pattern = np.stack([grown.present[m] for m in ("image", "text")], axis=1)
     for row in new:
-        same = (table.labels["shape"] == grown.labels["shape"][row]) & (pattern[:260] == pattern[row]).all(axis=1)
+        same = (table.labels["shape"].values == grown.labels["shape"].values[row]) & (pattern[:260] == pattern[row]).all(axis=1)
         assert distance_to_segments(both[row], both[:260][same]) < 1e-4
     assert len(np.unique(both[new], axis=0)) > 0.9 * (len(new) - GROWTH)  # the class of one row is repeated
 
@@ -141,12 +141,12 @@ def test_classes_grow_to_the_largest_or_to_their_limit():
     """Catches a class of a few rows blown up to thousands, a class that shrinks, patterns that change their share."""
     table = skewed_table()
     grown, _ = add_synthetic(table, np.arange(260), "smote", seed=0)
-    counts = np.bincount(grown.labels["shape"][grown.labels["shape"] >= 0])
+    counts = np.bincount(grown.labels["shape"].values[grown.labels["shape"].known])
     expected = np.minimum(200, GROWTH * np.array([200, 45, 14, 1]))
     assert np.abs(counts - expected).max() <= 2, "rounded in each of the three patterns"
     for m in ("image", "text"):
-        before = table.present[m][table.labels["shape"] == 1].mean()
-        assert grown.present[m][grown.labels["shape"] == 1].mean() == pytest.approx(before, abs=0.02)
+        before = table.present[m][codes_of(table.labels["shape"]) == 1].mean()
+        assert grown.present[m][codes_of(grown.labels["shape"]) == 1].mean() == pytest.approx(before, abs=0.02)
 
 
 def test_synthetic_rows_repeat_with_the_seed_and_come_from_the_given_rows_only():

@@ -12,9 +12,10 @@ from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.heldout import make_folds
 from mmkt_ray.evaluation.inference import predict_logits, predict_table
-from mmkt_ray.features.store import MISSING, UNSEEN, FeatureTable
+from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.training.linear import fit_linear, is_linear, linear_result
 from mmkt_ray.training.logistic import Problem, make_block, minimise
+from tests.labels import MISSING, UNSEEN, coded, codes_of
 
 KINDS = {"three": "multiclass", "two": "binary", "tags": "multilabel"}
 SPARSE = {"image": False, "text": True, "wide": False}
@@ -53,7 +54,7 @@ def table():
     labels["three"][7::31], labels["three"][9::31], labels["tags"][::23] = MISSING, UNSEEN, MISSING
     split = np.resize(["train", "train", "val", "train", "test"], num).astype(object)
     names = {"three": ["a", "b", "c"], "two": ["no", "yes"], "tags": ["p", "q", "r", "s"]}
-    return FeatureTable(np.array([f"s{i}" for i in range(num)]), split, features, present, labels, names, KINDS)
+    return FeatureTable(np.array([f"s{i}" for i in range(num)]), split, features, present, coded(labels, KINDS), names)
 
 
 def scaled(table, modality, rows):
@@ -93,7 +94,7 @@ def test_weights_are_scikit_learns_at_the_same_penalty(table, modalities, class_
     rows = learnt(table) & np.any([table.present[m] for m in modalities], axis=0)
     x = np.hstack([scaled(table, m, rows) for m in modalities])
     for t in tasks:
-        y = table.labels[t]
+        y = codes_of(table.labels[t])
         known = rows & ((y if y.ndim == 1 else y[:, 0]) >= 0)
         expected = scikit_learn(x, y, known, l2, class_weights)
         np.testing.assert_allclose(found[t][known], expected[known], atol=1e-3)
@@ -104,7 +105,7 @@ def test_the_penalty_is_the_one_a_loop_over_scikit_learn_chooses(table):
     """Catches a choice by train loss, by rows that the model has seen, or of the last penalty of the path."""
     config = config_of(("image", "text"), ("three",), training__l2=None)
     found = fit_linear(config, table)
-    folds, y = make_folds(table, config.seed), table.labels["three"]
+    folds, y = make_folds(table, config.seed), codes_of(table.labels["three"])
     rows = learnt(table) & (table.present["image"] | table.present["text"])
     x, known = np.hstack([scaled(table, m, rows) for m in ("image", "text")]), rows & (y >= 0)
     losses = []
@@ -130,7 +131,7 @@ def test_held_out_logits_are_of_models_that_have_not_seen_the_row(table):
     assert (np.diff(heldout.rows) > 0).all()
     rows = learnt(table) & (table.present["image"] | table.present["text"])
     assert set(heldout.rows) == set(np.flatnonzero(rows & np.isin(folds.fold, range(folds.num_held))))
-    x, y = np.hstack([scaled(table, m, rows) for m in ("image", "text")]), table.labels["three"]
+    x, y = np.hstack([scaled(table, m, rows) for m in ("image", "text")]), codes_of(table.labels["three"])
     own = folds.held(1)[heldout.rows]
     expected = scikit_learn(x, y, rows & (y >= 0) & ~folds.held(1), 0.5)[heldout.rows][own]
     z = np.exp(heldout.logits["image+text"]["three"][own])
@@ -146,13 +147,14 @@ def test_held_out_logits_are_of_models_that_have_not_seen_the_row(table):
 
 def test_absent_and_constant_classes_get_finite_unlikely_logits(table):
     """Catches a bias that runs off to infinity: a class that a fold lacks, a class that no row or every row has."""
-    first = np.flatnonzero(make_folds(table, 0).held(0) & (table.labels["three"] == 2))
-    three = np.where(table.labels["three"] == 2, 0, table.labels["three"])
+    three, tags = (codes_of(table.labels[t]) for t in ("three", "tags"))
+    first = np.flatnonzero(make_folds(table, 0).held(0) & (three == 2))
+    three = np.where(three == 2, 0, three)
     three[first] = 2  # only there
-    tags = np.where(table.labels["tags"] < 0, table.labels["tags"], table.labels["tags"] * [1, 1, 0, 1])
+    tags = np.where(tags < 0, tags, tags * [1, 1, 0, 1])
     tags[tags[:, 0] >= 0, 3] = 1
-    labels = {"three": three, "two": table.labels["two"], "tags": tags.astype(np.int8)}
-    found = fit_linear(config_of(training__l2=None), replace(table, labels=labels))
+    labels = {"three": three, "two": codes_of(table.labels["two"]), "tags": tags.astype(np.int8)}
+    found = fit_linear(config_of(training__l2=None), replace(table, labels=coded(labels)))
     proba = predict_table(found.model, table)
     assert (proba["tags"][:, 2] < 0.01).all()
     assert (proba["tags"][:, 3] > 0.99).all()
@@ -161,24 +163,25 @@ def test_absent_and_constant_classes_get_finite_unlikely_logits(table):
     own = make_folds(table, 0).held(0)[found.heldout.rows]
     z = found.heldout.logits["image+text+wide"]["three"][own]
     assert (z.argmax(axis=1) != 2).all()
-    without = replace(table, labels={**labels, "three": np.where(three == 2, MISSING, three)})
+    without = replace(table, labels=coded({**labels, "three": np.where(three == 2, MISSING, three)}))
     assert (predict_table(fit_linear(config_of(tasks=["three"]), without).model, table)["three"][:, 2] < 0.05).all()
 
 
 def test_labels_of_test_rows_do_not_matter_and_one_class_is_refused(table):
     """Catches a leak from test, and a task with nothing to learn that is fitted all the same."""
     test = table.split == "test"
-    other = {t: np.where(test if y.ndim == 1 else test[:, None], 0, y) for t, y in table.labels.items()}
-    a, b = (fit_linear(config_of(), t).model.state_dict() for t in (table, replace(table, labels=other)))
+    codes = {t: codes_of(y) for t, y in table.labels.items()}
+    other = {t: np.where(test if y.ndim == 1 else test[:, None], 0, y) for t, y in codes.items()}
+    a, b = (fit_linear(config_of(), t).model.state_dict() for t in (table, replace(table, labels=coded(other, KINDS))))
     assert all(np.array_equal(a[k], b[k]) for k in a)
     with pytest.raises(DataError, match="are of class 'a'"):
-        fit_linear(config_of(tasks=["three"]), replace(table, labels=table.labels | {"three": np.zeros(300, np.int64)}))
+        fit_linear(config_of(tasks=["three"]), replace(table, labels=table.labels | coded({"three": np.zeros(300, np.int64)})))
 
 
 def test_the_result_reads_like_any_fit(table):
     """Catches val scores of rows that were learnt from: there they would be much better."""
     result, heldout, extra = linear_result(config_of(training__l2=None), table)
-    y, z = table.labels["three"][heldout.rows], heldout.logits["image+text+wide"]["three"]
+    y, z = codes_of(table.labels["three"])[heldout.rows], heldout.logits["image+text+wide"]["three"]
     scored = y != MISSING
     assert result.val["accuracy"]["three"] == pytest.approx((z.argmax(axis=1) == y)[scored].mean())
     assert result.best_epoch == 1
@@ -213,11 +216,12 @@ def test_fits_side_by_side_are_each_fit_alone():
     tags = (x[:, :3] + rng.normal(size=(200, 3)) > 1).astype(np.int8)
     used = rng.random((200, 3)) < 0.7
     blocks = [make_block(x)]
-    for labels in (tags, tags.sum(axis=1).astype(np.int64)):
-        every = Problem(blocks, labels, used)
+    several = tags.sum(axis=1).astype(np.int64)
+    for labels, *how in ((tags, np.ones(3), False), (several, np.ones(several.max() + 1), True)):
+        every = Problem(blocks, labels, used, *how)
         together = minimise(every, 0.3)
         for k in range(3):
-            alone = Problem(blocks, labels, used[:, [k]])
+            alone = Problem(blocks, labels, used[:, [k]], *how)
             ours, theirs = every.original(together, k), alone.original(minimise(alone, 0.3), 0)
             np.testing.assert_allclose(ours[0][0], theirs[0][0], atol=2e-3)
             np.testing.assert_allclose(ours[1], theirs[1], atol=2e-3)

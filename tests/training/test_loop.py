@@ -15,14 +15,13 @@ from sklearn.metrics import accuracy_score, f1_score
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.features.store import MISSING, UNSEEN
 from mmkt_ray.training.batches import World, narrow
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.loop import Fitting, fit
-from mmkt_ray.training.objective import count_classes
 from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.transfer import Knowledge, Source
 from mmkt_ray.training.validation import validate
+from tests.labels import MISSING, UNSEEN, codes_of, labels_of
 
 
 def weights(result):
@@ -98,10 +97,10 @@ def test_validation_scores_are_scikit_learns(make_config, table):
     val = table.take(table.rows("val"))
     readable = val.present["image"] | val.present["text"]
     scores = validate(result.model, table, readable_val_rows(table), World(), batch_size=7)
-    assert (val.labels["mood"] == UNSEEN).any()
+    assert (codes_of(val.labels["mood"]) == UNSEEN).any()
     for t, proba in predict_table(result.model, val).items():
-        kept = readable & (val.labels[t] != MISSING)
-        truth, pred = val.labels[t][kept], proba[kept].argmax(1)
+        kept = readable & val.labels[t].labelled
+        truth, pred = codes_of(val.labels[t])[kept], proba[kept].argmax(1)
         assert scores["accuracy"][t] == pytest.approx(accuracy_score(truth, pred))
         assert scores["macro_f1"][t] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
     assert scores["score"] == pytest.approx(np.mean(list(scores["macro_f1"].values())))
@@ -155,7 +154,8 @@ def test_the_model_reads_only_what_the_config_names(make_config, table):
 
 def test_a_task_of_one_class_is_refused(make_config, table):
     """An hour of training towards an accuracy of 1."""
-    labels = {**table.labels, "mood": np.where(table.labels["mood"] >= 0, 0, MISSING)}
+    mood = table.labels["mood"]
+    labels = {**table.labels, "mood": labels_of(np.where(mood.known, 0, MISSING))}
     with pytest.raises(DataError, match="'mood'"):
         fit(make_config(), dataclasses.replace(table, labels=labels))
 
@@ -244,12 +244,10 @@ def tagged(table):
     """The table with `mood` as a multilabel task: three tags, told by the text."""
     tags = (table.features["text"][:, :3].toarray() > 0).astype(np.int8)
     tags[::7] = MISSING
-    kinds = {"topic": "multiclass", "mood": "multilabel"}
     return dataclasses.replace(
         table,
-        labels={**table.labels, "mood": tags},
+        labels={**table.labels, "mood": labels_of(tags)},
         class_names={**table.class_names, "mood": ["a", "b", "c"]},
-        kinds=kinds,
     )
 
 
@@ -258,8 +256,8 @@ def test_a_multilabel_task_is_learned_and_scored_as_scikit_learn_does(make_confi
     options = {"tasks.mood.kind": "multilabel", "training.epochs": 25, "training.lr": 0.03}
     result = fit(make_config(**options), tagged)
     val = tagged.take(tagged.rows("val"))
-    kept = (val.present["image"] | val.present["text"]) & (val.labels["mood"][:, 0] != MISSING)
-    truth, proba = val.labels["mood"][kept], predict_table(result.model, val)["mood"][kept]
+    kept = (val.present["image"] | val.present["text"]) & val.labels["mood"].labelled
+    truth, proba = val.labels["mood"].values[kept], predict_table(result.model, val)["mood"][kept]
     pred = proba >= 0.5
     assert result.val["accuracy"]["mood"] == pytest.approx(accuracy_score(truth, pred))
     assert result.val["macro_f1"]["mood"] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
@@ -270,8 +268,9 @@ def test_a_multilabel_task_is_learned_and_scored_as_scikit_learn_does(make_confi
 
 def test_a_binary_task_is_two_classes(make_config, table):
     """Catches a binary task that is trained otherwise than one of two classes."""
-    kinds = {"topic": "multiclass", "mood": "binary"}
-    result = fit(make_config(**{"tasks.mood.kind": "binary"}), dataclasses.replace(table, kinds=kinds))
+    mood = labels_of(codes_of(table.labels["mood"]), "binary")
+    binary = dataclasses.replace(table, labels={**table.labels, "mood": mood})
+    result = fit(make_config(**{"tasks.mood.kind": "binary"}), binary)
     assert_equal_runs(result, fit(make_config(), table))
 
 
@@ -292,9 +291,9 @@ def test_fewer_labels_are_fewer_rows_and_not_fewer_val_rows(make_config, table):
     assert len(run.train_rows) < 0.25 * len(whole.train_rows)
     assert np.array_equal(run.val_rows, whole.val_rows)
     for t in table.labels:
-        assert np.array_equal(run.table.labels[t][run.val_rows], table.labels[t][run.val_rows])
+        assert run.table.labels[t][run.val_rows].same_as(table.labels[t][run.val_rows])
         before, after = (
-            count_classes(r.table.labels[t][r.train_rows], len(table.class_names[t])) for r in (whole, run)
+            table.kinds[t].count(r.table.labels[t][r.train_rows], table.width(t)) for r in (whole, run)
         )
         assert np.abs(after - 0.1 * before).max() <= 0.5
 
@@ -313,13 +312,11 @@ def test_excluded_rows_change_nothing_any_more(make_config, table, tmp_path):
 @pytest.mark.parametrize("method", ["smote", "mixup"])
 def test_synthetic_rows_are_trained_on_and_do_not_shift_the_statistics(make_config, table, method):
     """Catches rows made up and never read, a rare class that stays rare, statistics of made up rows."""
-    labels = {
-        **table.labels,
-        "topic": np.where((table.labels["topic"] == 2) & (np.arange(420) % 2 > 0), 0, table.labels["topic"]),
-    }
+    topic = codes_of(table.labels["topic"])
+    labels = {**table.labels, "topic": labels_of(np.where((topic == 2) & (np.arange(420) % 2 > 0), 0, topic))}
     rare = dataclasses.replace(table, labels=labels)
     run, plain = (Fitting(make_config(**{"training.generate": m}), rare, World()) for m in (method, None))
-    counts = count_classes(run.table.labels["topic"][run.train_rows], 3)
+    counts = table.kinds["topic"].count(run.table.labels["topic"][run.train_rows], 3)
     assert np.ptp(counts) <= 4, "rounded in each presence pattern"
     assert set(run.batches.order(1).ravel()) == set(run.train_rows)
     assert all(torch.equal(run.stds[m], plain.stds[m]) for m in run.stds)
@@ -329,10 +326,10 @@ def test_synthetic_rows_are_trained_on_and_do_not_shift_the_statistics(make_conf
 def test_the_imbalance_methods_help_the_rare_class(make_config, table):
     """Catches an option that is accepted and not used: the recall of a rare class must rise with each of them."""
     noisy = table.features["image"] + 2.0 * np.random.default_rng(0).normal(size=table.features["image"].shape)
-    topic = table.labels["topic"].copy()
+    topic = codes_of(table.labels["topic"])
     topic[(topic == 2) & (table.split == "train") & (np.arange(420) % 6 > 0)] = MISSING
     rare = dataclasses.replace(
-        table, features={**table.features, "image": noisy.astype(np.float32)}, labels={**table.labels, "topic": topic}
+        table, features={**table.features, "image": noisy.astype(np.float32)}, labels={**table.labels, "topic": labels_of(topic)}
     )
     kept = np.flatnonzero((rare.split != "train") & (topic == 2) & rare.present["image"])
 
@@ -384,9 +381,9 @@ def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config,
 def test_a_student_learns_what_only_its_teacher_was_told(make_config, table):
     """Catches targets of other rows, and teachers that are loaded and not listened to."""
     teacher = Source(fit(make_config(**{"training.epochs": 12}), table).model, dict(table.class_names))
-    lies = np.where(table.labels["topic"] >= 0, (table.labels["topic"] + 1) % 3, MISSING)
-    topic = np.where(table.split == "train", lies, table.labels["topic"])
-    lied_to = dataclasses.replace(table, labels={**table.labels, "topic": topic})
+    true = codes_of(table.labels["topic"])
+    topic = np.where(table.split == "train", np.where(true >= 0, (true + 1) % 3, MISSING), true)
+    lied_to = dataclasses.replace(table, labels={**table.labels, "topic": labels_of(topic)})
     options = {"model.modalities": ["image"], "model.tasks": ["topic"], "training.epochs": 12}
     alone = fit(make_config(**options), lied_to)
     options |= {"training.transfer.teachers": ["x"], "training.transfer.distill_weight": 1.0}

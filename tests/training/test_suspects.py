@@ -12,9 +12,10 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.features.store import MISSING, FeatureTable
+from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.training import suspects
 from mmkt_ray.training.suspects import Opinions, ask_modalities, divergence, find_suspects
+from tests.labels import MISSING, codes_of, labels_of
 
 CLASSES = ["bird", "boat", "car", "cat"]
 
@@ -57,7 +58,7 @@ def make_table(
     ids = np.array([f"s{i}" for i in range(len(labels))], dtype=object)
     split = np.array(["train"] * len(labels), dtype=object)
     present = {m: np.ones(len(labels), dtype=bool) for m in features}
-    return FeatureTable(ids, split, features, present, {"thing": labels}, {"thing": CLASSES}, {"thing": kind})
+    return FeatureTable(ids, split, features, present, {"thing": labels_of(labels, kind)}, {"thing": CLASSES})
 
 
 def rows_of(frame: pd.DataFrame, kind: str) -> np.ndarray:
@@ -86,7 +87,7 @@ def test_planted_wrong_labels_come_first(tmp_path, planted):
     assert len(found) < 60
     assert frame.score.is_monotonic_decreasing
     first = frame.iloc[0]
-    assert (first.label, first.predicted) == (CLASSES[table.labels["thing"][int(first.sample_id[1:])]], first.predicted)
+    assert (first.label, first.predicted) == (CLASSES[table.labels["thing"].values[int(first.sample_id[1:])]], first.predicted)
     assert first.image_confidence < 0.2
     assert storage.read_json(str(tmp_path / "audit.json"))["suspects"] == result
     assert result["num_suspects"]["thing"]["label"] == len(found)
@@ -141,10 +142,11 @@ def test_only_labelled_train_rows_of_common_classes_are_judged(tmp_path, planted
     """Catches suspects in the test split, and the single sample of a class held for wrong as no fold has learnt it."""
     table, wrong = planted
     table.split[wrong[:18]] = "test"
-    labels = table.labels["thing"]
+    labels = codes_of(table.labels["thing"])
     labels[wrong[18:22]] = MISSING
     labels[labels == 3] = 2
     labels[wrong[22:25]] = 3  # three rows: fewer than folds
+    table.labels["thing"] = labels_of(labels)
     result = find_suspects(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
     found = pd.read_parquet(tmp_path / "suspects.parquet").sample_id
     assert not set(found) & {f"s{i}" for i in wrong[:25]}
@@ -204,7 +206,7 @@ def test_divergence_equals_the_formula(planted):
     table = planted[0].take(np.arange(3))
     image = np.array([[0.7, 0.1, 0.1, 0.1], [1, 0, 0, 0], [np.nan] * 4])
     text = np.array([[0.1, 0.6, 0.2, 0.1], [0, 1, 0, 0], [0.25] * 4])
-    opinions = Opinions(table, "thing", "multiclass", {"image": image, "text": text}, {"image": 1.0, "text": 1.0})
+    opinions = Opinions(table, "thing", {"image": image, "text": text}, {"image": 1.0, "text": 1.0})
     expected = [jensenshannon(image[0], text[0], base=2) ** 2, 1.0, 0.0]
     assert divergence(opinions) == pytest.approx(expected)
 

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.tasks import Binary, Multiclass
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import World, read_batch, usable_rows
 from mmkt_ray.training.loop import fit, spec_of
-from mmkt_ray.training.objective import Objective, count_classes
+from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.task_weighting import GradNorm, TaskWeighting, Uncertainty, move_weights, shared_parameters
 
-TASKS, KINDS = {"mood": 2, "topic": 3}, {"mood": "binary", "topic": "multiclass"}
+TASKS, KINDS = {"mood": 2, "topic": 3}, {"mood": Binary(), "topic": Multiclass()}
 LOSSES = {"mood": torch.tensor(0.7), "topic": torch.tensor(2.0)}
 BOTH = {"mood": torch.tensor(True), "topic": torch.tensor(True)}
 
@@ -89,7 +90,7 @@ def losses_of(config, table):
     model = MultimodalModel(spec_of(config, table))
     rows = usable_rows(table, "train")[:50]
     batch = read_batch(table, rows, rows, torch.device("cpu"))
-    objective = Objective({t: count_classes(y, len(table.class_names[t])) for t, y in table.labels.items()})
+    objective = Objective({t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}, table.kinds)
     return model, objective.of_batch(model(batch.features, batch.present), batch)
 
 

@@ -17,13 +17,14 @@ from mmkt_ray.training.batches import World, usable_rows
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.validation import validate
+from tests.labels import codes_of
 
 
 def write_store(uri, table, mood=None):
     """A store of the table's rows in two parts; `mood`: one label for all rows."""
     features = {column_of(m): to_arrow(f[table.present[m]], table.present[m]) for m, f in table.features.items()}
     names = {
-        t: np.array([*classes, None, None], dtype=object)[y]
+        t: np.array([*classes, None, None], dtype=object)[codes_of(y)]
         for t, y in table.labels.items()
         for classes in [table.class_names[t]]
     }

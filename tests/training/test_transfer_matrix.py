@@ -8,7 +8,7 @@ import torch
 
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import MISSING, open_store
+from mmkt_ray.features.store import open_store
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.transfer_matrix import (
@@ -98,7 +98,7 @@ def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
     assert found["reference"] == "image"
     table = store.table()
     both = table.present["image"] & table.present["text"]  # text alone is trained beside the variants
-    both = both & (table.labels["topic"] != -1) & (table.split == "test")
+    both = both & table.labels["topic"].labelled & (table.split == "test")
     assert found["num_rows"] == both.sum()
     assert "against image" in seeds_table(result)
     model, reference = found["models"]["both"], found["models"]["image"]
@@ -126,8 +126,8 @@ def test_repeats_against_a_variant(make_config, store, tmp_path):
 
 def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_config, table, tmp_path):
     """Catches a model of two modalities that is scored on no row, or on none but paired ones, where there are no pairs."""
-    present = {"image": table.labels["topic"] != MISSING, "text": table.labels["topic"] == MISSING}
-    mood = np.where(present["text"], table.labels["mood"], MISSING)
+    present = {"image": table.labels["topic"].labelled, "text": ~table.labels["topic"].labelled}
+    mood = table.labels["mood"].keep(present["text"])
     unpaired = replace(table, present=present, labels=table.labels | {"mood": mood})
     store = open_store(write_store(str(tmp_path / "unpaired"), unpaired))
     pairs = {"image": "topic", "text": "mood"}
@@ -138,7 +138,7 @@ def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_conf
     for single, task in pairs.items():
         assert set(tasks[task]["models"]) == {single, "both"}
         assert tasks[task]["reference"] == single
-        assert tasks[task]["num_rows"] == ((unpaired.split == "test") & (unpaired.labels[task] != MISSING)).sum()
+        assert tasks[task]["num_rows"] == ((unpaired.split == "test") & unpaired.labels[task].labelled).sum()
 
 
 def test_every_seed_is_another_model_where_the_config_sets_one(make_config, table, store, tmp_path):

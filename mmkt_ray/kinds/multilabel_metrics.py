@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from mmkt_ray.evaluation.calibration import probability_scores, usable
-from mmkt_ray.evaluation.ranking import auroc, mean_defined, none_if_nan
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.outcomes import Outcome
+from mmkt_ray.kinds.probabilities import probability_scores
+from mmkt_ray.kinds.ranking import auroc, mean_defined, none_if_nan
 
 NAMES = ("precision", "recall", "f1")
 
 
-def multilabel_metrics(labels: np.ndarray, proba: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+def multilabel_metrics(given: Labels, proba: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """All scores of one multilabel task over its labelled rows, ready for JSON; only `num_rows` where there is none.
 
     Args:
-        labels: (N, C) of 0 and 1; a row of MISSING is left out.
+        given: N labels.
         proba: (N, C), each class by itself.
 
     Returns:
@@ -35,8 +37,8 @@ def multilabel_metrics(labels: np.ndarray, proba: np.ndarray, class_names: Seque
         recall, f1, average_precision, auroc, support}}. What is undefined is None, e.g. the recall of a class that no row
         has. `balanced_accuracy` and `confusion` are None, `most_confused` is empty: they have no meaning here.
     """
-    rows = usable(labels)
-    labels, proba = labels[rows], proba[rows]
+    given, proba = given[given.known], proba[given.known]
+    labels = given.values
     if len(labels) == 0:
         return {"num_rows": 0}
     pred = (proba >= 0.5).astype(np.int8)
@@ -51,7 +53,7 @@ def multilabel_metrics(labels: np.ndarray, proba: np.ndarray, class_names: Seque
         "macro_average_precision": mean_defined([c["average_precision"] for c in per_class.values()]),
         "micro_average_precision": float(average_precision_score(labels.ravel(), proba.ravel())) if defined else None,
         "auroc": mean_defined([c["auroc"] for c in per_class.values()]),
-        **probability_scores(labels, proba),
+        **probability_scores(given, proba),
         "per_class": per_class,
         "confusion": None,
         "most_confused": [],
@@ -91,3 +93,34 @@ def _per_class(
 def _wide(indicators: np.ndarray) -> np.ndarray:
     """(N, C) with one more, empty class: scikit-learn takes a single column for a binary task."""
     return np.pad(indicators, ((0, 0), (0, 1)))
+
+
+# --- of many resamples at once -----------------------------------------------------------------------------------------
+
+
+def pooled_f1(outcome: Outcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F1 over all decisions, and the mean of the samples' F1; each (r,) for counts (r, N)."""
+    right, involved = (
+        np.asarray(part.sum(axis=1), float).ravel() for part in (outcome.right, outcome.support + outcome.predicted)
+    )
+    by_row = np.divide(2 * right, involved, out=np.zeros(len(right)), where=involved > 0)
+    with np.errstate(invalid="ignore"):  # no class anywhere: undefined
+        return 2 * (counts @ right) / (counts @ involved), counts @ by_row / (counts @ (involved > 0))
+
+
+def resampled_average_precision(labels: np.ndarray, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean over classes of the average precision, (r,): the sum over thresholds of precision times the gain in recall."""
+    found = np.full((labels.shape[1], len(counts)), np.nan)
+    for c, (label, score) in enumerate(zip(labels.T, proba.T, strict=True)):
+        order = np.argsort(-score, kind="stable")
+        thresholds = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
+        drawn = counts[:, order]
+        hits, tried = ((drawn * part).cumsum(axis=1)[:, thresholds] for part in (label[order] == 1, 1))
+        gained = np.diff(hits, axis=1, prepend=0)
+        total = hits[:, -1]
+        precision = (gained * hits / np.maximum(tried, 1)).sum(axis=1)
+        found[c] = np.divide(precision, total, out=found[c], where=total > 0)
+    defined = ~np.isnan(found)
+    return np.divide(
+        np.nansum(found, axis=0), defined.sum(axis=0), where=defined.any(axis=0), out=np.full(len(counts), np.nan)
+    )

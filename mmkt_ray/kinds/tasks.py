@@ -1,0 +1,31 @@
+"""The kinds of task that there are: a new one is a class, see base.py, and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmkt_ray.errors import ConfigError, unknown_name
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
+
+TASK_KINDS: dict[str, type[TaskKind]] = {
+    "multiclass": Multiclass,
+    "binary": Binary,
+    "multilabel": Multilabel,
+}
+
+
+def task_kind(given: Any) -> TaskKind:
+    """The kind of a name, or of what `as_json` gave; a kind as it is. Raises: ConfigError if there is none."""
+    if isinstance(given, TaskKind):
+        return given
+    options = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in TASK_KINDS:
+        raise unknown_name("kind of task", str(name), TASK_KINDS)
+    try:
+        return TASK_KINDS[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"kind of task '{name}': {error}") from None
