@@ -7,9 +7,10 @@ import pytest
 import scipy.sparse as sp
 from sklearn import feature_selection
 
+from mmkt_ray.config import parse_config
 from mmkt_ray.encoders.build import build_reducer, load_reducer, save_fitted
 from mmkt_ray.encoders.select import SCORES, SelectReducer
-from mmkt_ray.errors import DataError
+from mmkt_ray.errors import ConfigError, DataError
 
 Chunks = list[tuple[Any, np.ndarray]]
 
@@ -91,3 +92,29 @@ def test_what_cannot_be_selected_is_told() -> None:
     features[3, 3] = np.nan
     with pytest.raises(DataError, match="NaN or infinite"):
         select("anova", 3, cut(features, labels, 10))
+
+
+def test_the_task_must_be_one_of_classes() -> None:
+    """Catches a selection for a task that is misspelt or has several classes a row; sparse features to be predicted."""
+    source = {"reader": "parquet", "path": "a", "columns": {"text": "t", "label": "l", "tags": "m"}}
+    reduce = {"name": "select", "by": "chi2", "task": "label", "dim": 2}
+    raw: dict[str, Any] = {
+        "name": "t",
+        "samples": {"sources": [source]},
+        "modalities": {"text": {"kind": "text", "encoder": "tfidf", "reduce": reduce}},
+        "tasks": {"label": {}, "tags": {"kind": "multilabel"}},
+    }
+    config = parse_config(raw)
+    with pytest.raises(ConfigError, match=r"reduce\.task: unknown task 'lable': did you mean 'label'"):
+        config.with_overrides({"modalities.text.reduce.task": "lable"})
+    with pytest.raises(ConfigError, match="'tags' must be a multiclass or binary task"):
+        config.with_overrides({"modalities.text.reduce.task": "tags"})
+    table = {"kind": "table", "encoder": {"name": "table", "sparse": True}}
+    columns = {**source["columns"], "table": ["x"]}  # type: ignore[dict-item]
+    both = {"samples.sources.0.columns": columns, "modalities.table": table, "model.missing": "generate"}
+    with pytest.raises(ConfigError, match=r"cannot predict sparse features: add modalities\.table\.reduce"):
+        config.with_overrides(both)
+    dense = {"modalities.table.encoder.sparse": False}
+    with pytest.raises(ConfigError, match=r"cannot predict sparse features: add modalities\.text\.reduce"):
+        config.with_overrides(both | dense)
+    config.with_overrides(both | dense | {"modalities.text.reduce": {"name": "svd", "dim": 2}})

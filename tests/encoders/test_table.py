@@ -201,3 +201,13 @@ def test_a_damaged_state_is_refused(tmp_path: Any) -> None:
     name = next(iter(tensors))
     with pytest.raises(ValueError, match="do not ascend"):
         encoder.load_state({name: tensors[name][::-1].copy()}, rest)
+
+
+def test_too_many_texts_for_categories(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a column of free text that takes all memory, or that leaves the features in silence."""
+    monkeypatch.setattr("mmkt_ray.kinds.tables.MAX_TEXTS", 30)
+    rows = [{"told": f"text {i}", "size": str(i % 7)} for i in range(40)]
+    assert set(columns(fitted(rows, (20,)), rows)) == {"size"}
+    assert "column 'told' has more than 30 different texts, too many for categories: it is left out" in caplog.text
+    with pytest.raises(DataError, match="too many for categories: make it a modality of kind text, or leave it out"):
+        fitted(rows, (20,), types={"told": "category"})
