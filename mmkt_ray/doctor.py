@@ -121,7 +121,12 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
         return Finding(what, text, ok=False), 0
     rows = count_rows(shards, first, samples, source.limit)
     gaps = tell_gaps(samples, list(source.columns))
-    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}"), rows
+    try:
+        looks = [(m, kind.look(samples[m])) for m, kind in sorted(alone.modalities.items()) if m in source.columns]
+    except UserError as error:
+        return Finding(what, f"in the first rows of '{first.name}': {error}", ok=False), rows
+    told = "".join(f"; {m}: {look}" for m, look in looks if look)
+    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{told}"), rows
 
 
 def look_at_columns(config: Config, number: int, found: Finding, total: int) -> Finding:

@@ -98,6 +98,11 @@ class TfidfEncoder(ListedEncoder):
         options = section.model_dump(mode="json", include=names)
         return {"options": options, "terms": self.terms, "idf": self._idf.tolist()}
 
+    @property
+    def feature_names(self) -> list[str]:
+        """The same as `terms`: what each feature is of."""
+        return self.terms
+
     def partial(self, values: Sequence[str]) -> TermStatistics:
         """Term statistics of one chunk of texts."""
         columns = self._count_words(values) if self._words_only else self._count_ngrams(values)

@@ -75,6 +75,7 @@ def predict(
     config = prediction_config(trained, inputs, like, reader, columns or {}, sorted(card["class_names"]))
     folders = usable_encoders(model_uri, model, card, config, own, trust_code)
     config = settle_columns(config, columns or {})
+    tell_lacking(config)
     out_uri = storage.absolute(out_uri)
     with locked(out_uri):
         path = _predict(config, model, card, folders, out_uri, columns or {})
@@ -272,6 +273,19 @@ def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
             columns = {k: v for k, v in source.columns.items() if k != "sample_id"}
             sources[number] = source.model_copy(update={"columns": columns})
     return config.model_copy(update={"samples": config.samples.model_copy(update={"sources": tuple(sources)})})
+
+
+def tell_lacking(config: Config) -> None:
+    """A warning for columns of a modality that is made of several, where new shards lack some: they count as null."""
+    plan = ReadingPlan.of(config)
+    lacking: dict[str, str] = {}
+    for shard in list_shards(plan):
+        known, source = known_columns(plan, shard), plan.sources[shard.source]
+        for column in source.columns.keys() & plan.modalities.keys() if known else ():
+            names = [n for n in source.theirs(column) if not isinstance(source.columns[column], str) and "*" not in n]
+            lacking |= {name: shard.name for name in names if name not in (known or ()) and name not in lacking}
+    for name, where in sorted(lacking.items()):
+        log.warning("'%s' has no column '%s': it counts as null there", where, name)
 
 
 def check_found(plan: ReadingPlan, shards: list[Shard], column: str) -> None:

@@ -126,6 +126,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
             "fingerprint": c["fingerprint"],
             "folders": [encoders[m].rsplit("/", 1)[-1]],
         }
+        | c["rest"].get("found", {})  # what the fit found out of the values
         for m, c in cards.items()
     }
     return publish(
@@ -207,11 +208,11 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         folders = [*modalities[m]["folders"], reducers[m].rsplit("/", 1)[-1]]
         modalities[m] |= {
             "dim": card["dim"],
-            "sparse": False,
+            "sparse": card["sparse"],
             "reduce": card["config"],
             "fingerprint": both,
             "folders": folders,
-        }
+        } | card["rest"].get("found", {})
     return publish(uri, config, units, modalities, stats.summary(), source=encoded, checksums=stats.checksums)
 
 

@@ -22,6 +22,7 @@ from mmkt_ray.features.audit import audit, leaking_rows, read_contents
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
 from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tables import NULLED
 from mmkt_ray.samples.schema import (
     DAMAGE,
     LEAKAGE,
@@ -180,7 +181,8 @@ def publish(
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
-    storage.write_json(storage.join(uri, "audit.json"), audited | {"spellings": spellings(config, cleaned)})
+    audited |= {"spellings": spellings(config, cleaned), "nulled": nulled(cleaned)}
+    storage.write_json(storage.join(uri, "audit.json"), audited)
     write_manifest(uri, manifest)
     log.info("published %s: %s", uri, tell_counts(counts["rows"], lost))
     if unmapped:
@@ -317,6 +319,11 @@ def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
     for name in parts:
         total.update(pc.list_flatten(_read(uri, name, ["cleaned"]).column(0)).to_pylist())
     return dict(sorted(total.items()))
+
+
+def nulled(cleaned: Mapping[str, int]) -> dict[str, int]:
+    """Cells of tables that could not be read as their column's type, by column, as `cleaned` counts them."""
+    return {change: n for change, n in cleaned.items() if change.endswith(NULLED)}
 
 
 def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:

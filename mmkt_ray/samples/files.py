@@ -39,7 +39,7 @@ class FileReader:
         with _told(cell), fs.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
-    def find(self, cell: str) -> tuple[pafs.FileSystem, str]:
+    def find(self, cell: str, max_bytes: int | None = MAX_FILE_BYTES) -> tuple[pafs.FileSystem, str]:
         """Where the file is. Raises: ValueError if it is missing, too large, no file or outside."""
         folder = posixpath.normpath(posixpath.dirname(cell))
         outside = "://" in cell or posixpath.isabs(cell) or folder.split("/")[0] == ".."
@@ -53,7 +53,7 @@ class FileReader:
             info = fs.get_file_info(path)
             if info.type == pafs.FileType.NotFound:
                 raise ValueError(f"no file '{cell}' in '{self.base}'")
-            _check_readable(info)
+            _check_readable(info, max_bytes)
         return fs, path
 
     def _told_outside(self, cell: str) -> ValueError:
@@ -87,10 +87,10 @@ def _told(cell: str) -> Iterator[None]:
         raise ValueError(f"cannot read '{cell:.200}': {os.strerror(error.errno)}") from None
 
 
-def _check_readable(info: pafs.FileInfo) -> None:
-    """Raises: ValueError for a folder, a device or a file of more than MAX_FILE_BYTES."""
+def _check_readable(info: pafs.FileInfo, max_bytes: int | None) -> None:
+    """Raises: ValueError for a folder, a device or a file of more than `max_bytes`."""
     if info.type != pafs.FileType.File:
         raise ValueError(f"'{info.base_name}' is no regular file")
-    if info.size is not None and info.size > MAX_FILE_BYTES:
-        limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
+    if max_bytes is not None and info.size is not None and info.size > max_bytes:
+        limit = f"more than the {max_bytes:,} of one sample at most"
         raise ValueError(f"'{info.base_name}' has {info.size:,} bytes, {limit}")

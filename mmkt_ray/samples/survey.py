@@ -36,7 +36,7 @@ def survey_source(plan: ReadingPlan, shards: Sequence[Shard], seconds: float) ->
     if source.reader in ("parquet", "manifest") and "split" in source.columns and source.split is None:
         cheap.append("split")
     if source.reader == "manifest":
-        cheap += [m for m, kind in plan.modalities.items() if m in source.columns and kind.is_file]
+        cheap += [m for m, kind in plan.modalities.items() if m in source.columns and kind.is_file and not kind.takes_several]
     return [_survey(plan, column, shards, time.monotonic() + seconds) for column in cheap]
 
 

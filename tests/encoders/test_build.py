@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 from mmkt_ray.encoders import build
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, save_fitted
+from mmkt_ray.encoders.catalog import REDUCERS
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.encoders.image import CnnImageEncoder
-from mmkt_ray.encoders.reduce import REDUCERS
 from mmkt_ray.encoders.text import TfidfEncoder
 from mmkt_ray.errors import DataError
 

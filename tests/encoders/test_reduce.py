@@ -17,7 +17,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mmkt_ray.encoders.base import Mergeable
 from mmkt_ray.encoders.build import build_reducer
-from mmkt_ray.encoders.reduce import EXACT_WIDTH, REDUCERS
+from mmkt_ray.encoders.catalog import REDUCERS
+from mmkt_ray.encoders.reduce import EXACT_WIDTH
 from mmkt_ray.errors import DataError
 
 

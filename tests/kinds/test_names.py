@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkt_ray.encoders.catalog import ENCODERS
-from mmkt_ray.encoders.reduce import REDUCERS
+from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 
 ROOT = Path(__file__).parents[2]
