@@ -17,6 +17,7 @@ from mmkt_ray.config import load_config
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.init.columns import KINDS, Look, classify, classify_all, classify_target
 from mmkt_ray.init.writing import init
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.shapes import png
 
@@ -55,8 +56,8 @@ def read(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
     def read(data: Path, targets: list[str], **options: Any) -> list[dict[str, Any]]:
         init(str(data), targets, str(tmp_path / "run.yaml"), force=True, **options)
-        config = load_config(tmp_path / "run.yaml")
-        chunks = [chunk for shard in list_shards(config) for chunk in read_chunks(config, shard)]
+        plan = ReadingPlan.of(load_config(tmp_path / "run.yaml"))
+        chunks = [chunk for shard in list_shards(plan) for chunk in read_chunks(plan, shard)]
         assert [reject for chunk in chunks for reject in chunk.rejects] == []
         return [row for chunk in chunks for row in chunk.table.to_pylist()]
 

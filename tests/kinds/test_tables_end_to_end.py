@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from mmkt_ray.run import run
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.prediction import predict
+from mmkt_ray.steps import run
 
 MakeConfig = Callable[..., Config]
 
