@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
 from mmkt_ray.encoders.catalog import ENCODERS
@@ -29,6 +29,12 @@ class ModalityConfig(Section):
     hidden_dim: int | None = Field(
         None, ge=1, description="tower width under sharing: separate; null: from the features' width"
     )
+
+    @field_validator("encoder")
+    @classmethod
+    def _of_this_kind(cls, encoder: EncoderSection, info: ValidationInfo) -> EncoderSection:
+        """The encoder knows what it reads."""
+        return encoder.for_kind(info.data["kind"].name) if "kind" in info.data else encoder
 
 
 class TaskConfig(Section):

@@ -83,11 +83,11 @@ class Config(Section):
             task, encoder = modality.encoder.task, ENCODERS.get(modality.encoder.name)
             if task is not None and task not in self.tasks:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
+                    f"modalities.{name}.encoder is trained on an unknown task '{task}': {nearest(task, self.tasks)}"
                 )
             if task is not None and self.tasks[task].kind == "multilabel":
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: '{task}' is multilabel; name a multiclass or binary task"
+                    f"modalities.{name}.encoder is trained on a task: '{task}' is multilabel; name a multiclass or binary task"
                 )
             if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(

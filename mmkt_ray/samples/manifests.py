@@ -17,6 +17,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import values_of
 from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
+from mmkt_ray.samples.addresses import Fetcher, find_addresses
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches
@@ -40,8 +41,24 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
         reading = reading.settled(manifest_columns(reading))
     rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
+    if reading.source.allow_http:
+        yield from _with_addresses(reading, files, rows)
+        return
     for row in rows:
         yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+
+
+def _with_addresses(reading: Reading, files: FileReader, rows: Iterator[Placed]) -> Iterator[Row | Reject]:
+    """The rows in their order; the addresses of a few are fetched at once."""
+    source = reading.source
+    ours = [column for column, kind in reading.kinds.items() if not isinstance(kind, str) and kind.is_file]
+    theirs = [name for column in ours for name in source.theirs(column)]
+    with Fetcher(source) as fetcher:
+        while group := list(islice(rows, source.http.concurrency)):
+            cells = [row[1].get(name) for row in group if not isinstance(row, Reject) for name in theirs]
+            files.fetched = fetcher.fetch(find_addresses(cells))
+            for row in group:
+                yield row if isinstance(row, Reject) else _convert(reading, files, *row)
 
 
 def manifest_columns(reading: Reading) -> set[str]:
