@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -25,7 +26,7 @@ COLUMNS = {"sample_id": "id", "image": "image", "label": "label"}
 class Handler(BaseHTTPRequestHandler):
     """Answers by path; counts what was asked, and how many at once."""
 
-    asked: Counter[str] = Counter()
+    asked: ClassVar[Counter[str]] = Counter()
     at_once, most_at_once, lock = 0, 0, threading.Lock()
 
     def do_GET(self) -> None:
@@ -164,16 +165,12 @@ def test_a_name_that_changes_its_number_is_refused(monkeypatch: pytest.MonkeyPat
     assert len(answers) == 1
 
 
-@pytest.mark.parametrize(
-    ("number", "public"),
-    [("8.8.8.8", True), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("127.8.8.8", False)]
-    + [("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("fe80::1%eth0", False)]
-    + [("::1", False), ("fd00::1", False), ("2606:4700::1111", True), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False)]
-    + [("64:ff9b::808:808", True), ("2002:0a00:0001::", False)],
-)
-def test_which_numbers_are_public(number: str, public: bool):
+def test_which_numbers_are_public():
     """Catches an IPv4 address of the local network that is written as IPv6."""
-    assert is_public(number) is public
+    public = ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"]
+    inside = ["10.1.2.3", "172.16.0.1", "192.168.1.1", "127.8.8.8", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"]
+    inside += ["fe80::1%eth0", "::1", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:0a00:0001::"]
+    assert [number for number in public + inside if is_public(number)] == public
 
 
 def test_secrets_in_an_address_are_not_told():
