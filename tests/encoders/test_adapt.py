@@ -166,8 +166,15 @@ def test_the_head_begins_as_the_linear_model_of_the_frozen_features(folder: Path
     np.testing.assert_allclose(found, reference, atol=5e-3)
 
 
-@pytest.mark.parametrize(("make", "network", "kind"), [(image_folder, "ViT", "image"), (image_folder, "CLIP", "text"),
-                                                       (image_folder, "Siglip", "image"), (sound_folder, "Wav2Vec2", "audio")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "network", "kind"),
+    [
+        (image_folder, "ViT", "image"),
+        (image_folder, "CLIP", "text"),
+        (image_folder, "Siglip", "image"),
+        (sound_folder, "Wav2Vec2", "audio"),
+    ],
+)
 def test_every_kind_of_network_can_be_adapted(make: Any, network: str, kind: str, tmp_path: Path):
     """Catches a tower through which no gradient goes, and a prepared value of another shape or type than is said."""
     folder = make(tmp_path / "network", network)
