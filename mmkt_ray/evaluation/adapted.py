@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
 from mmkt_ray.config.training import CHOSEN
-from mmkt_ray.evaluation.intervals import agreeing, holm
+from mmkt_ray.evaluation.intervals import Interval, agreeing, holm
 from mmkt_ray.evaluation.tables import points
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[dict[str, Any]
             yield {"modality": name, "how": adapt["how"], "trained_on": adapt["task"], "seconds": seconds}
 
 
-def _sentence(row: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
-    value, low, high = (accuracy[key] for key in ("value", "low", "high"))
+def _sentence(row: Mapping[str, Any], accuracy: Interval) -> str:
+    value, low, high = accuracy["value"], accuracy["low"], accuracy["high"]
     seconds = [e["seconds"] for e in row["encoders"] if e["seconds"] is not None]
     took = f", {sum(seconds):.0f} s of training" if seconds else ""
     what = " and ".join(f"{e['modality']} ({e['how']} on {e['trained_on']})" for e in row["encoders"])

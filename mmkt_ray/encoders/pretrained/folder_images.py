@@ -93,7 +93,8 @@ class HuggingFaceImageEncoder(PretrainedImageEncoder):
 def run_processor(folder: Path, image: np.ndarray) -> np.ndarray:
     """An image (H, W, 3) uint8 as the folder's processor resizes and crops it: (3, S, S') uint8. Raises: DataError."""
     processor = folders.open_processor(folder, "AutoImageProcessor")
-    pixels = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np", input_data_format="channels_last")
+    raw = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
+    pixels = processor(images=np.array(image), return_tensors="np", **raw)
     array = np.asarray(pixels["pixel_values"][0])
     if array.ndim != 3 or len(array) != 3:
         raise DataError(f"the processor in '{folder}' gives arrays of shape {array.shape}, not (3, height, width)")
