@@ -106,7 +106,9 @@ def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) 
             core_s = samples * (rates.stages["read"] + rates.stages["decode"])
             yield Step(f"decode {name} to train on", core_s, core_s / machines.all_cpus, "all CPUs")
             asked: Any = section
-            core_s = rows * asked.epochs * known.PRETRAIN_S
+            adapts = getattr(section, "adapt", None) is not None
+            each = known.FORTH_AND_BACK * rates.stages[f"encode {name}"] if adapts else known.PRETRAIN_S
+            core_s = rows * asked.epochs * each
             workers = min(asked.num_workers, machines.nodes)
             yield Step(f"train {name} encoder", core_s, core_s / (workers * machines.cpus), f"{workers} worker(s)")
 

@@ -22,6 +22,7 @@ READ_S, DECODE_S, WRITE_S, REDUCE_S = 18e-6, 22e-6, 10e-6, 22e-6
 ENCODE_S = {"cnn": 748e-6, "tfidf": 29e-6, "pixels": 620e-6, "efficientnet-lite0": 23e-3, "minilm": 12.6e-3}
 FIT_S = {"tfidf": 73e-6, "svd": 1.2e-3, "pca": 6e-6, "standardize": 6e-6}  # all passes together
 PRETRAIN_S = 2.15e-3  # per image and epoch: cnn and logmel_cnn
+FORTH_AND_BACK = 3  # an epoch of adapting an encoder, in times of encoding
 TRAIN_S = 77e-6  # per row and epoch, of one worker with two cores: hierarchical fusion of two reduced modalities
 WORKER_CPUS = 2  # of that worker
 CANDIDATE_S = 14e-6  # per train row and epoch of a search's candidate, start-up included
