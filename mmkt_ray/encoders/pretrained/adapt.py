@@ -6,6 +6,7 @@ Axes: B values, N values of a set, D features.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -47,6 +48,13 @@ class Adapt(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled, of AdamW")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target that is spread over all classes")
     patience: int = Field(2, ge=1, description="stop after so many epochs without a lower loss on val; the best one is kept")
+    folds: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="more than 1: so many networks, each trained without one part of train. A train value gets the features of "
+        "the one that did not learn it, any other the mean of all: so that a model can trust the features of its train rows",
+    )
     num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
 
 
@@ -65,7 +73,7 @@ class AdaptableSection(EncoderSection):
     @property
     def epochs(self) -> int:
         """Passes over the train split at most."""
-        return self.adapt.epochs if self.adapt else 0
+        return self.adapt.epochs * self.adapt.folds if self.adapt else 0
 
     @property
     def num_workers(self) -> int:
@@ -79,6 +87,8 @@ class Adaptable(FixedWeights):
     dim: int
     held_out_rows: ClassVar[bool] = True  # training takes rows of val too, to know when to stop
     changes: dict[str, np.ndarray]
+    sets: Sequence[dict[str, Tensor]] = ()  # of several folds: the weights that differ between them
+    learnt: np.ndarray | None = None  # of several folds: hashes of the values that they were trained on, sorted
 
     @property
     @abstractmethod
@@ -89,12 +99,42 @@ class Adaptable(FixedWeights):
     def forward_features(self, batch: Tensor) -> Tensor:
         """Prepared values (B, ..) on the device -> features (B, D), through which gradients go."""
 
+    @abstractmethod
+    def encode_as_is(self, values: Sequence[Any]) -> np.ndarray:
+        """As `encode`, by the weights that the network has now."""
+
+    def contents(self, values: Sequence[Any]) -> list[bytes]:
+        """What values are told apart by, whether prepared or as `encode` takes them."""
+        return [np.ascontiguousarray(value).tobytes() for value in values]
+
+    def encode(self, values: Sequence[Any]) -> np.ndarray:
+        """Values (B,), prepared where their kind has a decoder -> (B, D) float32."""
+        self.load()
+        if not self.sets:
+            return self.encode_as_is(values)
+        assert self.learnt is not None
+        hashes = adapting.hashes_of(self.contents(values))
+        seen, fold = np.isin(hashes, self.learnt), adapting.fold_of(hashes, len(self.sets))
+        features = np.zeros((len(values), self.dim), dtype=np.float32)
+        for number, weights in enumerate(self.sets):
+            rows = np.flatnonzero(~seen | (fold == number))
+            if len(rows):
+                self._take(weights)
+                share = np.where(seen[rows], 1, 1 / len(self.sets)).astype(np.float32)
+                features[rows] += share[:, None] * self.encode_as_is([values[row] for row in rows])
+        return features
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+
     def train(
         self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: Training
     ) -> dict[str, np.ndarray]:
         """See `base.Trained`. Returns the tensors that differ from the pretrained ones."""
         self.device = training.device
-        self.load()
         return adapting.adapt(self, values, labels, len(class_names), training)
 
     def rest_of_state(self, class_names: list[str]) -> dict[str, Any]:
@@ -114,8 +154,13 @@ class Adaptable(FixedWeights):
         if self.config.adapt is None:
             return
         self.changes, self.class_names = tensors, [str(name) for name in rest["class_names"]]
-        weights = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in adapting.changed_weights(tensors, weights, self.config.adapt).items():
-                check_array(name, value.numpy(), "float32", tuple(weights[name].shape))
-                weights[name].copy_(value)
+        own = dict(self.model.named_parameters())
+        sets = []
+        for changes in adapting.by_fold(tensors, self.config.adapt.folds):
+            sets.append(adapting.changed_weights(changes, own, self.config.adapt))
+            for name, value in sets[-1].items():
+                check_array(name, value.numpy(), "float32", tuple(own[name].shape))
+        if len(sets) == 1:
+            self._take(sets[0])
+        else:
+            self.sets, self.learnt = sets, check_array(adapting.LEARNT, tensors[adapting.LEARNT], "uint64", (None,))

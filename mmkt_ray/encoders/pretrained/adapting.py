@@ -10,9 +10,9 @@ in a few lines, as the package for it brings two more and renames the layers, an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -37,6 +38,7 @@ HEAD_ROWS = 20_000  # at most, that the head is fitted on first
 HEAD_DECAY = 1e-3
 MAX_NORM = 1.0  # of the gradient
 FORWARD_ROWS = 64  # of a pass without gradients
+LEARNT = "learnt"  # tensor of the state: hashes of the train values, where there are several folds
 
 
 # --- which weights change --------------------
@@ -124,6 +126,30 @@ def changed_weights(
     return changed
 
 
+# --- folds --------------------
+
+
+def hashes_of(contents: Sequence[bytes]) -> np.ndarray:
+    """(N,) uint64."""
+    return np.array([xxhash.xxh64_intdigest(content) for content in contents], dtype=np.uint64)
+
+
+def fold_of(hashes: np.ndarray, num_folds: int) -> np.ndarray:
+    """The fold (N,) that leaves a value out: equal ones are in one fold, and stay there when others are added."""
+    return (hashes % np.uint64(num_folds)).astype(np.int64)
+
+
+def by_fold(tensors: Mapping[str, np.ndarray], num_folds: int) -> list[dict[str, np.ndarray]]:
+    """The changes of each fold. Raises: ValueError if there are none of one."""
+    if num_folds == 1:
+        return [dict(tensors)]
+    starts = [f"fold{number}/" for number in range(num_folds)]
+    found = [{k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)} for start in starts]
+    if any(not changes or changes.keys() != found[0].keys() for changes in found):
+        raise ValueError(f"the state does not hold the changes of {num_folds} folds")
+    return found
+
+
 # --- training --------------------
 
 
@@ -191,6 +217,8 @@ class _Run:
     """A network in training: its optimiser, its place among the workers, what was best so far."""
 
     def __init__(self, encoder: Any, num_classes: int, data: _Data, training: Training) -> None:
+        encoder.model = None  # as it was pretrained, also after another fold
+        encoder.load()
         self.section, self.precision, self.data, self.training = encoder.config.adapt, encoder.config.precision, data, training
         if len(data.train) < training.world_size:
             raise DataError(f"{len(data.train)} labelled rows to adapt the encoder on, for {training.world_size} workers")
@@ -346,12 +374,37 @@ def adapt(
 
     With several workers torch.distributed is initialised and each rank makes this call. Resumes from `training.checkpoint`.
     """
+    whole, num_folds = _Data.of(values, labels, training.held_out), encoder.config.adapt.folds
+    if num_folds == 1:
+        return kept(_fit(encoder, num_classes, whole, training, {}, 0))
+    hashes = hashes_of(encoder.contents(values))
+    fold = fold_of(hashes[whole.train], num_folds)
+    done: dict[str, Tensor] = {}
+    if training.checkpoint is not None:
+        done = {k.removeprefix("done."): v for k, v in training.checkpoint.items() if k.startswith("done.")}
+    for number in range(num_folds):
+        if not any(name.startswith(f"fold{number}/") for name in done):
+            data = replace(whole, train=whole.train[fold != number])
+            best = _fit(encoder, num_classes, data, training, done, number)
+            done |= {f"fold{number}/{name}": value for name, value in best.items()}
+    return kept(done) | {LEARNT: np.unique(hashes[whole.train])}
+
+
+def _fit(
+    encoder: Any, num_classes: int, data: _Data, training: Training, done: dict[str, Tensor], fold: int
+) -> dict[str, Tensor]:
+    """Train one network; returns what changed in its best epoch. done: what earlier folds have come to."""
+    state = training.checkpoint if training.checkpoint is not None and int(training.checkpoint["fold"]) == fold else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        run = _Run(encoder, num_classes, _Data.of(values, labels, training.held_out), training)
-    if training.checkpoint is not None:
-        run.load_state(training.checkpoint)
+        run = _Run(encoder, num_classes, data, replace(training, checkpoint=state))
+    if state is not None:
+        run.load_state(state)
     while not run.done:
         metrics = run.train_epoch()
-        training.on_epoch(run.epoch, metrics, partial(_Run.state, run))
-    return kept(run.best)
+        training.on_epoch(fold * run.section.epochs + run.epoch, metrics, partial(_checkpoint, run, done, fold))
+    return run.best
+
+
+def _checkpoint(run: _Run, done: dict[str, Tensor], fold: int) -> dict[str, Any]:
+    return {**{f"done.{name}": value for name, value in done.items()}, **run.state(), "fold": fold}

@@ -58,9 +58,8 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
             encode_batch_size = min(encode_batch_size, max(1, CPU_PIXELS // self.side**2))
         super().to(device, encode_batch_size)
 
-    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    def encode_as_is(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared images (B, 3, S, S) -> (B, D) float32."""
-        self.load()
         return self._apply(self.forward_features, values)
 
     def forward_features(self, batch: Tensor) -> Tensor:

@@ -90,10 +90,9 @@ class SoundNetwork(Adaptable, ListedEncoder):
         if self.model is not None:
             self.model.to(device)
 
-    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    def encode_as_is(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared clips (B, T) -> (B, D) float32. A batch has one fixed shape, so that a clip's features do not depend on
         its neighbours."""
-        self.load()
         clips = [value[: int(np.isfinite(value).sum())] for value in values]
         found = np.empty((len(clips), self.dim), dtype=np.float32)
         for rows, size in self._batches([len(clip) for clip in clips]):

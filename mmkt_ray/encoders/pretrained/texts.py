@@ -137,10 +137,12 @@ class TextNetwork(Adaptable, ListedEncoder):
         ids, mask = batch[:, :longest].long(), mask[:, :longest]
         return self.pooled(ids.masked_fill(mask == 0, self.pad_token), mask)
 
-    def encode(self, values: Sequence[str]) -> np.ndarray:
+    def contents(self, values: Sequence[Any]) -> list[bytes]:
+        return [(self.prepare(value) if isinstance(value, str) else value).tobytes() for value in values]
+
+    def encode_as_is(self, values: Sequence[str]) -> np.ndarray:
         """Texts (B,) -> (B, D) float32. A text's batch has the shape that its own number of tokens says, so that its
         features do not depend on its neighbours."""
-        self.load()
         tokens = self.tokens(values)
         lengths = np.array([self._padded_length(len(ids)) for ids in tokens])
         found = np.empty((len(tokens), self.dim), dtype=np.float32)
