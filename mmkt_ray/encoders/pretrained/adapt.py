@@ -121,7 +121,7 @@ class Adaptable(FixedWeights):
             if len(rows):
                 self._take(weights)
                 share = np.where(seen[rows], 1, 1 / len(self.sets)).astype(np.float32)
-                features[rows] += share[:, None] * self.encode_as_is([values[row] for row in rows])
+                features[rows] += share[:, None] * self.encode_as_is([values[row] for row in rows.tolist()])
         return features
 
     def _take(self, weights: Mapping[str, Tensor]) -> None:
