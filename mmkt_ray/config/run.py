@@ -85,11 +85,11 @@ class Config(Section):
             task, encoder = modality.encoder.task, ENCODERS.get(modality.encoder.name)
             if task is not None and task not in self.tasks:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
+                    f"modalities.{name}.encoder is trained on an unknown task '{task}': {nearest(task, self.tasks)}"
                 )
             if task is not None and not self.tasks[task].kind.exclusive:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: '{task}' is {self.tasks[task].kind.name}; "
+                    f"modalities.{name}.encoder is trained on a task: '{task}' is {self.tasks[task].kind.name}; "
                     "name a multiclass or binary task"
                 )
             if task is not None and modality.kind.pooled:

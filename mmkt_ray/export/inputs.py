@@ -136,7 +136,7 @@ class TokenInputs(GraphInputs):
 
     @property
     def inputs(self) -> list[GraphInput]:
-        most, shape = self.encoder.config.max_tokens, (ROWS, f"{self.modality}_tokens")
+        most, shape = self.encoder.max_tokens, (ROWS, f"{self.modality}_tokens")
         ids = f"token ids of the encoder's tokenizer.json, texts cut to {most} tokens and padded to the longest"
         return [
             GraphInput(self.name("ids"), "int64", shape, ids),
@@ -144,8 +144,8 @@ class TokenInputs(GraphInputs):
         ]
 
     def arrays(self, values: Sequence[Any]) -> Arrays:
-        tokens = self.encoder.tokenize(["" if value is None else value for value in values])
-        ids = np.full((len(tokens), max(2, *map(len, tokens))), self.encoder.padding_id, np.int64)
+        tokens = self.encoder.tokens(["" if value is None else value for value in values])
+        ids = np.full((len(tokens), max(2, *map(len, tokens))), self.encoder.pad_token, np.int64)
         mask = np.zeros_like(ids)
         for row, own in enumerate(tokens):
             ids[row, : len(own)], mask[row, : max(1, len(own))] = own, 1

@@ -19,6 +19,7 @@ from mmkt_ray.kinds.arrow import values_of
 from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
 from mmkt_ray.kinds.lists import items_in
 from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.samples.addresses import Fetcher, find_addresses
 from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
@@ -41,9 +42,10 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
     if reading.has_patterns:
         reading = reading.settled(manifest_columns(reading))
     files = FileReader(reading)
+    rows = _fetched(reading, files, raw_rows(reading)) if reading.source.allow_http else raw_rows(reading)
     with open_arrays(reading.narrowed(manifest_columns(reading)) if reading.arrays else reading) as arrays:
         number = -1
-        for number, row in enumerate(raw_rows(reading)):
+        for number, row in enumerate(rows):
             if isinstance(row, Reject):
                 is_damaged = row.stage == DAMAGE
                 yield row
@@ -59,6 +61,18 @@ def raw_rows(reading: Reading) -> Iterator[Placed]:
     """The rows of a table as they are: each with its place, by the source's column names. Raises: as `read_manifest`."""
     suffix = reading.shard.name.lower().rpartition(".")[2]
     return {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
+
+
+def _fetched(reading: Reading, files: FileReader, rows: Iterator[Placed]) -> Iterator[Placed]:
+    """The rows in their order; the addresses in the next few are fetched at once, for `files` to give."""
+    source = reading.source
+    ours = [column for column, kind in reading.kinds.items() if isinstance(kind, ModalityKind) and kind.is_file]
+    theirs = [name for column in ours for name in source.theirs(column)]
+    with Fetcher(source) as fetcher:
+        while group := list(islice(rows, source.http.concurrency)):
+            cells = [row[1].get(name) for row in group if not isinstance(row, Reject) for name in theirs]
+            files.fetched = fetcher.fetch(find_addresses(cells))
+            yield from group
 
 
 def manifest_columns(reading: Reading) -> set[str]:
