@@ -126,7 +126,7 @@ class ModalityKind(Choice):
     def look(self, column: pa.ChunkedArray) -> str:
         """What the first rows (N,) of a source show, for `mmkt doctor`; "" for nothing that needs saying.
 
-        Raises: DataError for what would stop a run.
+        Raises: DataError for what would stop a run if all rows were so.
         """
         return ""
 
@@ -456,6 +456,11 @@ class Vector(ModalityKind):
         from mmkt_ray.kinds.content import hash_array
 
         return hash_array(value)
+
+    def look(self, column: pa.ChunkedArray) -> str:
+        """The vectors' length."""
+        lengths = sorted({len(value) for value in self.values(column.drop_null())})
+        return f"{' or '.join(map(str, lengths))} numbers each" if lengths else ""
 
     def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
         shown = ", ".join(f"{number:.4g}" for number in cell[:8])

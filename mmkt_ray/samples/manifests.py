@@ -89,10 +89,7 @@ def _read_files(files: FileReader, kind: ModalityKind, cell: Any) -> Any:
     """What the file that a cell names holds, or of several files, where the kind takes several."""
     if not kind.takes_several or isinstance(cell, ValueError) or cell is None or is_nan(cell):
         return _read_file(files, cell)
-    try:
-        found = [_read_file(files, item) for item in items_in(cell)]
-    except ValueError as error:
-        return error
+    found = [_read_file(files, item) for item in items_in(cell)]
     return next((item for item in found if isinstance(item, ValueError)), found or None)
 
 

@@ -116,6 +116,7 @@ def test_doctor_tells_types(tmp_path: Path) -> None:
     ):
         finding, _ = look_at_source(config_of(tmp_path, "manifest", "t.csv", columns, {"name": "table", "types": types}), 0)
         assert not finding.ok
+        assert not finding.stops  # 64 rows are not all
         assert told in finding.text
     _, reasons = read(config_of(tmp_path, "manifest", "t.csv", columns | {"x": "price"}))
     assert "write the source's column as a list, [price]" in reasons["r1"]
@@ -205,6 +206,15 @@ def test_what_is_no_vector(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('id,v1,v2,label\na,1,2,u\nb,1,"2,5",u\n')
     _, told = read(config_of(tmp_path, "manifest", "t.csv", columns | {"x": ["v1", "v2"]}, "vector"))
     assert told == {"b": "x: column 'v2' must be a number, got '2,5'"}
+
+
+def test_doctor_tells_lengths(tmp_path: Path) -> None:
+    """Catches vectors of two models that are found in the middle of a run."""
+    for vectors, told in (([[1.0, 2.0]] * 3, "x: 2 numbers each"), ([[1.0], [1.0, 2.0]], "x: 1 or 2 numbers each")):
+        write(tmp_path / "t.parquet", [{"id": f"r{i}", "v": v} for i, v in enumerate(vectors)])
+        columns = {"sample_id": "id", "x": "v", "label": "label"}
+        finding, _ = look_at_source(config_of(tmp_path, "parquet", "t.parquet", columns, "vector"), 0)
+        assert finding.text.endswith(told)
 
 
 def test_another_length_is_a_reject() -> None:
