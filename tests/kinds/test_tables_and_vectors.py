@@ -94,6 +94,17 @@ def test_typed_cells_are_spelt_alike(tmp_path: Path, file: str, reader: str) -> 
     assert reasons == {"d": "no modality is present"}
 
 
+def test_nested_json(tmp_path: Path) -> None:
+    """Catches a field of an object that a manifest of JSON lines cannot name, as other layouts can."""
+    rows = [{"id": "a", "more": {"size": 3, "of": {"wool": 0.5}}, "label": "u"}, {"id": "b", "more": None, "label": "v"}]
+    write(tmp_path / "t.jsonl", [*rows, {"id": "c", "more": {"size": 4}, "more.size": 5}])
+    columns = {"sample_id": "id", "x": ["more.size", "more.of.wool"], "label": "label"}
+    values, _ = read(config_of(tmp_path, "manifest", "t.jsonl", columns))
+    assert values == [{"more.size": "3", "more.of.wool": "0.5"}, {"more.size": "5"}]
+    with pytest.raises(DataError, match=r"has no column 'more\.sise'; did you mean 'more\.size'"):
+        read(config_of(tmp_path, "manifest", "t.jsonl", columns | {"x": ["more.size", "more.sise"]}))
+
+
 def test_csv_cells_are_spelt_as_typed_ones(tmp_path: Path) -> None:
     """Catches pandas' 1.0 and True, blanks and NaN that become categories."""
     (tmp_path / "t.csv").write_text("id,price,new,size,label\na,1.0,True, 7 in ,u\nb,,NaN,\"12,5\",v\nc, 2.50 ,False, ,v\n")
