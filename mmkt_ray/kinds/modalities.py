@@ -58,6 +58,10 @@ class ModalityKind(Choice):
 
     # --- reading --------------------
 
+    def columns_in(self, words: str) -> str | tuple[str, ...]:
+        """The source's columns as a command line names them, as a config does."""
+        return words
+
     @property
     def arrow_type(self) -> pa.DataType:
         """Type of the column in a chunk of samples."""
@@ -372,6 +376,9 @@ class Table(ModalityKind):
     takes_several: ClassVar[bool] = True
     stored_bytes: ClassVar[float] = 1.0
 
+    def columns_in(self, words: str) -> str | tuple[str, ...]:
+        return tuple(words.split(","))
+
     @property
     def arrow_type(self) -> pa.DataType:
         from mmkt_ray.kinds.tables import row_type
@@ -430,6 +437,9 @@ class Vector(ModalityKind):
     holds: ClassVar[str] = "a list of numbers, such as an embedding made elsewhere; or as many columns; or a row of a .npy file"
     takes_several: ClassVar[bool] = True
     takes_arrays: ClassVar[bool] = True
+
+    def columns_in(self, words: str) -> str | tuple[str, ...]:
+        return tuple(words.split(",")) if "," in words or "*" in words else words
 
     @property
     def arrow_type(self) -> pa.DataType:

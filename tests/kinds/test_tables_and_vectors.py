@@ -17,6 +17,7 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.doctor import look_at_source
 from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.evaluation.prediction import prediction_config
 from mmkt_ray.features.encode import encode_column
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
@@ -145,6 +146,17 @@ def test_columns_that_a_shard_lacks(tmp_path: Path) -> None:
     write(tmp_path / "b.parquet", [{"id": "b", "size": 3}])
     values, _ = read(config_of(tmp_path, "parquet", "*.parquet", columns, absent="null"))
     assert values == [{"size": "3"}]
+
+
+def test_columns_of_a_command_line(tmp_path: Path) -> None:
+    """Catches a table that predict can be told no columns of, as --column names one."""
+    columns = {"sample_id": "id", "x": ["price", "size"], "label": "label"}
+    config = config_of(tmp_path, "manifest", "t.csv", columns)
+    new = prediction_config(config, ["new.csv"], 0, None, {"x": "cost,size", "sample_id": "id"})
+    assert new.samples.sources[0].columns == {"x": ("cost", "size"), "sample_id": "id"}
+    vector = config_of(tmp_path, "manifest", "t.csv", columns | {"x": "v"}, "vector")
+    for words, wanted in (("v", "v"), ("v*", ("v*",)), ("{shard}.npy", "{shard}.npy")):
+        assert prediction_config(vector, ["new.csv"], 0, None, {"x": words}).samples.sources[0].columns == {"x": wanted}
 
 
 # --- vectors --------------------
