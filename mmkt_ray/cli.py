@@ -234,7 +234,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help="column mapping, if it differs from training; repeatable",
+        help="column mapping, if it differs from training; repeatable; of tables and vectors several with commas between",
     )
     command.add_argument(
         "--trust-code",

@@ -124,7 +124,7 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
     try:
         looks = [(m, kind.look(samples[m])) for m, kind in sorted(alone.modalities.items()) if m in source.columns]
     except UserError as error:
-        return Finding(what, f"in the first rows of '{first.name}': {error}", ok=False), rows
+        return Finding(what, f"in the first rows of '{first.name}': {error}", ok=False, stops=False), rows
     told = "".join(f"; {m}: {look}" for m, look in looks if look)
     return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{told}"), rows
 

@@ -82,7 +82,7 @@ class Encoder(Protocol):
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Fitted state: tensors and JSON-able rest. Empty for a stateless encoder."""
+        """Fitted state: tensors and JSON-able rest, whose `found` the manifest tells. Empty for a stateless encoder."""
         ...
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:

@@ -74,6 +74,12 @@ def read_card(uri: str) -> dict[str, Any]:
     return card
 
 
+def found_in(card: dict[str, Any]) -> dict[str, Any]:
+    """What a fit found out of the values, for people: `columns` of a table, `selected` features."""
+    found = card["rest"].get("found")
+    return found if isinstance(found, dict) else {}
+
+
 def load_fitted(fitted: Any, uri: str) -> Any:
     """Give a freshly built encoder or reducer its fitted state.
 

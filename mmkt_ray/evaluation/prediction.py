@@ -18,6 +18,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, CustomEncoder, PairCombine, Section, UnionCombine, fingerprint, parse_config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.config.training import ExtractConfig
+from mmkt_ray.encoders.build import found_in
 from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.inference import predict_table
@@ -27,6 +28,7 @@ from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
+from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
@@ -75,7 +77,7 @@ def predict(
     config = prediction_config(trained, inputs, like, reader, columns or {}, sorted(card["class_names"]))
     folders = usable_encoders(model_uri, model, card, config, own, trust_code)
     config = settle_columns(config, columns or {})
-    tell_lacking(config)
+    tell_lacking(config, folders)
     out_uri = storage.absolute(out_uri)
     with locked(out_uri):
         path = _predict(config, model, card, folders, out_uri, columns or {})
@@ -224,7 +226,9 @@ def prediction_config(
         known = sources[like]
         left_out = {"split", "key", *(t for t in config.tasks if t not in tasks)}
         mapping: Mapping[str, str | tuple[str, ...]]
-        mapping = columns or {k: v for k, v in known.columns.items() if k not in left_out}
+        kinds = {m: modality.kind for m, modality in config.modalities.items()}
+        named = {c: kinds[c].columns_in(theirs) if c in kinds else theirs for c, theirs in columns.items()}
+        mapping = named or {k: v for k, v in known.columns.items() if k not in left_out}
         changes = {"reader": reader or known.reader, "columns": dict(mapping), "split": "test", "limit": None}
         sources = tuple(known.model_copy(update=changes | {"path": storage.absolute(path)}) for path in inputs)
     modalities = {m: config.modalities[m] for m in config.model_modalities}
@@ -275,17 +279,21 @@ def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
     return config.model_copy(update={"samples": config.samples.model_copy(update={"sources": tuple(sources)})})
 
 
-def tell_lacking(config: Config) -> None:
-    """A warning for columns of a modality that is made of several, where new shards lack some: they count as null."""
+def tell_lacking(config: Config, folders: Mapping[str, list[str]]) -> None:
+    """A warning for each column that a fitted encoder knows and a new shard lacks, as far as that shows before reading."""
     plan = ReadingPlan.of(config)
-    lacking: dict[str, str] = {}
-    for shard in list_shards(plan):
-        known, source = known_columns(plan, shard), plan.sources[shard.source]
-        for column in source.columns.keys() & plan.modalities.keys() if known else ():
-            names = [n for n in source.theirs(column) if not isinstance(source.columns[column], str) and "*" not in n]
-            lacking |= {name: shard.name for name in names if name not in (known or ()) and name not in lacking}
-    for name, where in sorted(lacking.items()):
-        log.warning("'%s' has no column '%s': it counts as null there", where, name)
+    lacking: dict[tuple[str, str], str] = {}
+    for modality, (encoder, *_) in sorted(folders.items()):
+        fitted = found_in(read_encoder_card(encoder)).get("columns", {})
+        for shard in list_shards(plan) if fitted else ():
+            known = known_columns(plan, shard)
+            if known and modality in plan.sources[shard.source].columns:
+                read = {name for name in Reading(plan, shard).only(modality).settled(known).paths if name in known}
+                for column in fitted:
+                    if column not in read and not any(column.startswith(f"{name}.") for name in read):
+                        lacking.setdefault((modality, column), shard.name)
+    for (modality, column), where in lacking.items():
+        log.warning("'%s' has no column '%s' of '%s': it counts as null there", where, column, modality)
 
 
 def check_found(plan: ReadingPlan, shards: list[Shard], column: str) -> None:

@@ -23,7 +23,7 @@ from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
-from mmkt_ray.encoders.build import build_encoder, load_reducer, read_card
+from mmkt_ray.encoders.build import build_encoder, found_in, load_reducer, read_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
@@ -126,7 +126,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
             "fingerprint": c["fingerprint"],
             "folders": [encoders[m].rsplit("/", 1)[-1]],
         }
-        | c["rest"].get("found", {})  # what the fit found out of the values
+        | found_in(c)
         for m, c in cards.items()
     }
     return publish(
@@ -212,7 +212,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
             "reduce": card["config"],
             "fingerprint": both,
             "folders": folders,
-        } | card["rest"].get("found", {})
+        } | found_in(card)
     return publish(uri, config, units, modalities, stats.summary(), source=encoded, checksums=stats.checksums)
 
 

@@ -22,7 +22,10 @@ JOINED = "\n"  # what stands between texts that are joined
 def items_in(cell: Any) -> list[Any]:
     """The items of a cell that are there: of a list, of one written as text, of several columns, or the cell alone."""
     if isinstance(cell, str):
-        found = read_list(cell.strip()) if cell.strip().startswith("[") else None
+        try:
+            found = read_list(cell.strip()) if cell.strip().startswith("[") else None
+        except ValueError:  # a remark in brackets
+            found = None
         cell = [cell] if found is None else found
     elif isinstance(cell, dict):
         cell = list(cell.values())

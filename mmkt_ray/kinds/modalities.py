@@ -59,6 +59,10 @@ class ModalityKind(Choice):
 
     # --- reading --------------------
 
+    def columns_in(self, words: str) -> str | tuple[str, ...]:
+        """The source's columns as a command line names them, as a config does."""
+        return words
+
     @property
     def arrow_type(self) -> pa.DataType:
         """Type of the column in a chunk of samples."""
@@ -135,7 +139,7 @@ class ModalityKind(Choice):
     def look(self, column: pa.ChunkedArray) -> str:
         """What the first rows (N,) of a source show, for `mmkt doctor`; "" for nothing that needs saying.
 
-        Raises: DataError for what would stop a run.
+        Raises: DataError for what would stop a run if all rows were so.
         """
         return ""
 
@@ -406,6 +410,9 @@ class Table(ModalityKind):
     takes_several: ClassVar[bool] = True
     stored_bytes: ClassVar[float] = 1.0
 
+    def columns_in(self, words: str) -> str | tuple[str, ...]:
+        return tuple(words.split(","))
+
     @property
     def arrow_type(self) -> pa.DataType:
         from mmkt_ray.kinds.tables import row_type
@@ -465,6 +472,9 @@ class Vector(ModalityKind):
     takes_several: ClassVar[bool] = True
     takes_arrays: ClassVar[bool] = True
 
+    def columns_in(self, words: str) -> str | tuple[str, ...]:
+        return tuple(words.split(",")) if "," in words or "*" in words else words
+
     @property
     def arrow_type(self) -> pa.DataType:
         import pyarrow as pa
@@ -490,6 +500,11 @@ class Vector(ModalityKind):
         from mmkt_ray.kinds.content import hash_array
 
         return hash_array(value)
+
+    def look(self, column: pa.ChunkedArray) -> str:
+        """The vectors' length."""
+        lengths = sorted({len(value) for value in self.values(column.drop_null())})
+        return f"{' or '.join(map(str, lengths))} numbers each" if lengths else ""
 
     def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
         shown = ", ".join(f"{number:.4g}" for number in cell[:8])

@@ -26,6 +26,8 @@ from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches
 from mmkt_ray.samples.schema import DAMAGE, Reject
 
+_MAX_DEPTH = 8  # of mappings in one another whose names are told
+_NOWHERE = object()
 _LOOK_ROWS = 64  # whose columns stand for those of a whole file of JSON lines
 _BOM, _LINE = "\ufeff", "\n"
 Raw = dict[str, Any]
@@ -87,7 +89,25 @@ def manifest_columns(reading: Reading) -> set[str]:
             rows = [_parse_row(line.removeprefix(_BOM), []) for line in islice(lines, _LOOK_ROWS) if line.strip()]
         except (csv.Error, UnicodeError):  # told by the reader
             return set()
-    return {name for row in rows if isinstance(row, dict) for name in row}
+    return {name for row in rows if isinstance(row, dict) for name in _names(row)}
+
+
+def _names(row: Raw, prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """The columns of a row, and those nested in them by dotted path."""
+    for name, cell in row.items():
+        yield f"{prefix}{name}"
+        if isinstance(cell, dict) and depth < _MAX_DEPTH:
+            yield from _names(cell, f"{prefix}{name}.", depth + 1)
+
+
+def _add_nested(row: Raw, paths: list[str]) -> None:
+    """Give a row the cells at these dotted paths as columns of its own; a name with dots wins."""
+    for path in paths:
+        cell: Any = row
+        for part in path.split("."):
+            cell = cell.get(part, _NOWHERE) if isinstance(cell, dict) else _NOWHERE
+        if cell is not _NOWHERE:
+            row.setdefault(path, cell)
 
 
 def _header(table: Iterator[list[str]]) -> list[str]:
@@ -107,10 +127,7 @@ def _read_files(files: FileReader, kind: ModalityKind, cell: Any) -> Any:
     """What the file that a cell names holds, or of several files, where the kind takes several."""
     if not kind.takes_several or isinstance(cell, ValueError) or cell is None or is_nan(cell):
         return _read_file(files, cell)
-    try:
-        found = [_read_file(files, item) for item in items_in(cell)]
-    except ValueError as error:
-        return error
+    found = [_read_file(files, item) for item in items_in(cell)]
     return next((item for item in found if isinstance(item, ValueError)), found or None)
 
 
@@ -258,6 +275,7 @@ def _not_closed(reading: Reading, lines: _Lines, first: int) -> DataError:
 def _json_rows(reading: Reading) -> Iterator[Placed]:
     seen: set[str] = set()
     wanted = reading.paths
+    nested = [name for name in wanted if "." in name]
     num_rows = 0
     with _open_lines(reading, newline=_LINE) as lines:
         try:
@@ -280,6 +298,7 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
                 if isinstance(row, ValueError):
                     yield reading.reject(place, str(row))
                 else:
+                    _add_nested(row, nested)
                     seen |= row.keys()
                     yield place, row
         except UnicodeError as error:  # as in _csv_rows

@@ -76,6 +76,13 @@ def test_captions(tmp_path: Path, file: str, pool: str, wanted: list[Any]) -> No
     assert len(reasons) == 2
 
 
+def test_a_remark_in_brackets_is_no_list(tmp_path: Path) -> None:
+    """Catches a caption that is refused because it looks like a list."""
+    write(tmp_path, "t.jsonl", ["[sic, a cat]", '["a", "b"]', "[Music]"])
+    table, _ = read(config_of(tmp_path, "t.jsonl", "text", "mean"))
+    assert table["x"].to_pylist() == [["[sic, a cat]"], ["a", "b"], ["[Music]"]]
+
+
 def test_lists_without_a_word_are_refused(tmp_path: Path) -> None:
     """Catches lists that are taken as something else in silence."""
     told = "must be one text, got several: say what becomes of them, kind: {name: text, pool: first}"

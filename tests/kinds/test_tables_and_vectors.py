@@ -17,6 +17,7 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.doctor import look_at_source
 from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.evaluation.prediction import prediction_config
 from mmkt_ray.features.encode import encode_column
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
@@ -94,6 +95,17 @@ def test_typed_cells_are_spelt_alike(tmp_path: Path, file: str, reader: str) -> 
     assert reasons == {"d": "no modality is present"}
 
 
+def test_nested_json(tmp_path: Path) -> None:
+    """Catches a field of an object that a manifest of JSON lines cannot name, as other layouts can."""
+    rows = [{"id": "a", "more": {"size": 3, "of": {"wool": 0.5}}, "label": "u"}, {"id": "b", "more": None, "label": "v"}]
+    write(tmp_path / "t.jsonl", [*rows, {"id": "c", "more": {"size": 4}, "more.size": 5}])
+    columns = {"sample_id": "id", "x": ["more.size", "more.of.wool"], "label": "label"}
+    values, _ = read(config_of(tmp_path, "manifest", "t.jsonl", columns))
+    assert values == [{"more.size": "3", "more.of.wool": "0.5"}, {"more.size": "5"}]
+    with pytest.raises(DataError, match=r"has no column 'more\.sise'; did you mean 'more\.size'"):
+        read(config_of(tmp_path, "manifest", "t.jsonl", columns | {"x": ["more.size", "more.sise"]}))
+
+
 def test_csv_cells_are_spelt_as_typed_ones(tmp_path: Path) -> None:
     """Catches pandas' 1.0 and True, blanks and NaN that become categories."""
     (tmp_path / "t.csv").write_text("id,price,new,size,label\na,1.0,True, 7 in ,u\nb,,NaN,\"12,5\",v\nc, 2.50 ,False, ,v\n")
@@ -116,6 +128,7 @@ def test_doctor_tells_types(tmp_path: Path) -> None:
     ):
         finding, _ = look_at_source(config_of(tmp_path, "manifest", "t.csv", columns, {"name": "table", "types": types}), 0)
         assert not finding.ok
+        assert not finding.stops  # 64 rows are not all
         assert told in finding.text
     _, reasons = read(config_of(tmp_path, "manifest", "t.csv", columns | {"x": "price"}))
     assert "write the source's column as a list, [price]" in reasons["r1"]
@@ -133,6 +146,17 @@ def test_columns_that_a_shard_lacks(tmp_path: Path) -> None:
     write(tmp_path / "b.parquet", [{"id": "b", "size": 3}])
     values, _ = read(config_of(tmp_path, "parquet", "*.parquet", columns, absent="null"))
     assert values == [{"size": "3"}]
+
+
+def test_columns_of_a_command_line(tmp_path: Path) -> None:
+    """Catches a table that predict can be told no columns of, as --column names one."""
+    columns = {"sample_id": "id", "x": ["price", "size"], "label": "label"}
+    config = config_of(tmp_path, "manifest", "t.csv", columns)
+    new = prediction_config(config, ["new.csv"], 0, None, {"x": "cost,size", "sample_id": "id"})
+    assert new.samples.sources[0].columns == {"x": ("cost", "size"), "sample_id": "id"}
+    vector = config_of(tmp_path, "manifest", "t.csv", columns | {"x": "v"}, "vector")
+    for words, wanted in (("v", "v"), ("v*", ("v*",)), ("{shard}.npy", "{shard}.npy")):
+        assert prediction_config(vector, ["new.csv"], 0, None, {"x": words}).samples.sources[0].columns == {"x": wanted}
 
 
 # --- vectors --------------------
@@ -205,6 +229,15 @@ def test_what_is_no_vector(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('id,v1,v2,label\na,1,2,u\nb,1,"2,5",u\n')
     _, told = read(config_of(tmp_path, "manifest", "t.csv", columns | {"x": ["v1", "v2"]}, "vector"))
     assert told == {"b": "x: column 'v2' must be a number, got '2,5'"}
+
+
+def test_doctor_tells_lengths(tmp_path: Path) -> None:
+    """Catches vectors of two models that are found in the middle of a run."""
+    for vectors, told in (([[1.0, 2.0]] * 3, "x: 2 numbers each"), ([[1.0], [1.0, 2.0]], "x: 1 or 2 numbers each")):
+        write(tmp_path / "t.parquet", [{"id": f"r{i}", "v": v} for i, v in enumerate(vectors)])
+        columns = {"sample_id": "id", "x": "v", "label": "label"}
+        finding, _ = look_at_source(config_of(tmp_path, "parquet", "t.parquet", columns, "vector"), 0)
+        assert finding.text.endswith(told)
 
 
 def test_another_length_is_a_reject() -> None:
