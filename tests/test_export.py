@@ -11,13 +11,13 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from mmkt_ray.encoders.reduce import REDUCERS
+from mmkt_ray.encoders.catalog import REDUCERS
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.export import export as exporting
 from mmkt_ray.export.check import CheckRows, GivenFeatures, graph_arrays, hide_some, largest_difference
 from mmkt_ray.export.export import TOLERANCE, as_tensors, trace, write_onnx
 from mmkt_ray.export.graph import ExportGraph
-from mmkt_ray.export.inputs import FeatureInputs, LinearReduction, SparseInputs
+from mmkt_ray.export.inputs import FeatureInputs, SparseInputs, reduction, to_dense
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, SparseBatch
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from tests.models.examples import make_spec
@@ -171,15 +171,20 @@ def test_an_ensemble_is_traced_and_told_by_its_own_names():
 def test_reducers_in_the_graph_equal_the_library(name, sparse):
     rng = np.random.default_rng(0)
     x = (rng.normal(3, 2, size=(60, 9)) * (rng.random((60, 9)) < 0.6)).astype(np.float32)
-    reducer = REDUCERS[name](REDUCERS[name].Section(**({} if name == "standardize" else {"dim": 4})))
+    options = {"standardize": {}, "select": {"dim": 4, "by": "anova", "task": "t"}}.get(name, {"dim": 4})
+    reducer = REDUCERS[name](REDUCERS[name].Section(**options))
     given = sp.csr_matrix(x) if sparse else x
+    labels = [["ab"[i % 2] for i in range(len(x))]] if name == "select" else []
     while not reducer.fitted:
-        reducer.finish(reducer.merge([reducer.partial(given)]))
+        reducer.finish(reducer.merge([reducer.partial(given, *labels)]))
     matrix = sp.coo_matrix(x)
     rows, columns = (torch.from_numpy(v.astype(np.int64)) for v in (matrix.row, matrix.col))
     batch = SparseBatch(columns, torch.zeros(61, dtype=torch.int64), torch.from_numpy(matrix.data), rows)
-    found = LinearReduction(reducer)(batch if sparse else torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(found, reducer.encode(given), rtol=1e-4, atol=1e-4)
+    found = reduction(reducer)(batch if sparse else torch.from_numpy(x))
+    expected = reducer.encode(given)
+    expected = expected.toarray() if sp.issparse(expected) else expected
+    found = to_dense(found, 4) if isinstance(found, SparseBatch) else found
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_rows_of_a_sparse_batch_may_come_in_any_order():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, load_reducer
-from mmkt_ray.export.inputs import INPUTS, ROWS, GraphInput, GraphInputs, LinearReduction, graph_inputs
+from mmkt_ray.export.inputs import INPUTS, ROWS, GraphInput, GraphInputs, graph_inputs, reduction
 from mmkt_ray.models import Predictor, SparseBatch
 
 
@@ -32,7 +32,7 @@ class ExportGraph(nn.Module):
         self.modalities = sorted(model.spec.modalities)
         self.parts = nn.ModuleList(inputs[m] for m in self.modalities)
         self.reducers = nn.ModuleList(
-            LinearReduction(reducers[m]) if m in reducers else nn.Identity() for m in self.modalities
+            reduction(reducers[m]) if m in reducers else nn.Identity() for m in self.modalities
         )
         self.tasks = sorted(model.spec.tasks)
 

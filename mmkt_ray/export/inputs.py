@@ -265,6 +265,34 @@ class LinearReduction(nn.Module):
         return x if self.scale is None else x / self.scale
 
 
+class Selection(nn.Module):
+    """A fitted `select` reducer: (B, D) -> (B, K) some columns, sparse where they were."""
+
+    columns: Tensor
+    place: Tensor
+
+    def __init__(self, reducer: Any) -> None:
+        super().__init__()
+        tensors, rest = reducer.state()
+        columns = torch.from_numpy(tensors["columns"])
+        place = torch.full((rest["width"],), -1, dtype=torch.int64)
+        place[columns] = torch.arange(len(columns))
+        self.register_buffer("columns", columns)
+        self.register_buffer("place", place)
+
+    def forward(self, x: Features) -> Features:
+        if not isinstance(x, SparseBatch):
+            return x[:, self.columns]
+        place = self.place[x.indices]
+        # what is not chosen stays as a zero: how many values there are must not depend on them
+        return SparseBatch(place.clamp(min=0), x.offsets, x.values * (place >= 0), x.rows)
+
+
+def reduction(reducer: Any) -> nn.Module:
+    """A fitted reducer in a graph."""
+    return Selection(reducer) if "columns" in reducer.state()[0] else LinearReduction(reducer)
+
+
 def to_dense(x: SparseBatch, width: int) -> Tensor:
     """(B, D) with zeros where X holds nothing."""
     assert x.rows is not None, "of an exported graph"
