@@ -13,6 +13,8 @@ from mmkt_ray.evaluation.seeds import MULTILABEL_METRICS, multilabel_seed_scores
 from mmkt_ray.training.repeats import repeat, seeds_table
 from tests.evaluation.runs import KINDS, SINGLES, draw_samples, make_config, write_store
 
+pytestmark = pytest.mark.slow
+
 SEEDS = [0, 1]
 
 
