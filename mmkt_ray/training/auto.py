@@ -1,9 +1,10 @@
 """`training: auto`: settings chosen by data, on held-out rows, from a small fixed set that is trained as one stack.
 
-The set is CANDIDATES; its first one was level with the best on four of five development sets (see docs/methods.md). All
-candidates train at once (see population.py), each once for each part of the rows that is held out, on the other rows alone.
-One is taken instead of the first if its held-out log loss is lower by more than one standard error. What the chosen settings
-then say of every held-out row, also with modalities hidden, is kept: models are compared, calibrated and routed by it.
+The set is CANDIDATES (see docs/methods.md for how it was found). They train at once (see population.py), each once for each
+part of the rows that is held out, on the other rows alone. Another than the first is taken if its held-out log loss is lower
+by more than one standard error. What the chosen settings then say of every held-out row, also with modalities hidden, is
+kept: models are compared, calibrated and routed by it.
+Where rows are few the model itself, which learns from all of them, is one more member of the stack that holds rows out.
 
 Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch, C classes of one task.
 
@@ -14,7 +15,8 @@ Breiman et al. 1984, 3.4.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,27 +34,24 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Batch, World, has_target, narrow
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import Fitting, build_objective, seed_of, spec_of, training_rows
+from mmkt_ray.training.loop import FitResult, Fitting, build_objective, diverged, seed_of, spec_of, training_rows
 from mmkt_ray.training.optimizer import rate
 from mmkt_ray.training.population import MEMBER_KEYS, Population, StackedObjective, _column
 
 BASE: dict[str, float] = {
     "training.lr": 6e-3,
     "training.weight_decay": 0.02,
-    "training.label_smoothing": 0.1,
+    "training.label_smoothing": 0.02,
     "training.steps": 1.0,  # times `base_steps`
-    "model.dropout": 0.5,
+    "model.dropout": 0.35,
     "model.feature_dropout": 0.3,
-    "model.modality_dropout": 0.2,
+    "model.modality_dropout": 0.1,
 }
-CANDIDATES: tuple[dict[str, float], ...] = (
-    {},
-    {"training.steps": 3.0, "model.feature_dropout": 0.5},
-    {"training.steps": 3.0, "training.label_smoothing": 0.02, "model.dropout": 0.2, "model.modality_dropout": 0.1},
-)
+CANDIDATES: tuple[dict[str, float], ...] = ({}, {"training.steps": 2.0, "model.dropout": 0.2})
 MIN_STEPS, MIN_EPOCHS = 150, 5  # of the first candidate
 SCREENING_PARTS = 2  # parts that all candidates are judged on; the chosen one then holds out every part
-SCREENING_ROWS = 10_000  # train rows that candidates learn from at most
+FEW_ROWS = 10_000  # train rows that candidates learn from at most; up to so many a model is trained in a stack as well
+WHOLE = -2  # the part of a member that leaves no row out
 BATCH_SIZES = ((10_000, 128), (50_000, 256), (math.inf, 512))  # up to so many train rows
 STACK_BYTES = 1.5e9  # weights, gradients and averages of the members that train at once
 MAX_HIDDEN = 4  # of more modalities not every subset is asked for, see `given_subsets`
@@ -102,9 +101,19 @@ def plain(config: Config) -> Config:
 
 
 def screening_config(config: Config) -> Config:
-    """Whose settings are chosen: the model by itself, whatever its seed and its number of workers."""
+    """Whose settings are chosen: the model by itself, whatever its seed and its number of workers, with the plainest way of
+    fusing and sharing, so that all models of the same modalities and tasks have one choice."""
     alone = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
-    return plain(config).with_overrides({**alone, "training.auto": list(config.training.auto)})
+    plainest = {"model.fusion": "concat", "model.sharing": "task"} if config.model.num_levels else {}
+    return plain(config).with_overrides({**alone, **plainest, "training.auto": list(config.training.auto)})
+
+
+def is_screened(config: Config) -> bool:
+    """Whether models of this config are those that are trained to choose its settings."""
+    asked = screening_config(config)
+    own = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
+    alone = config.with_overrides({**own, "training.auto": list(config.training.auto)})
+    return config.training_seed == config.seed and (alone.model, alone.training) == (asked.model, asked.training)
 
 
 def batch_size(config: Config, num_rows: int) -> int:
@@ -141,8 +150,11 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def choose(config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")) -> Choice:  # noqa: B008
-    """Choose the settings that `training.auto` leaves open.
+def choose(
+    config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")  # noqa: B008
+) -> tuple[Choice, HeldOut | None]:
+    """Choose the settings that `training.auto` leaves open; with it, what models of the chosen ones say of the rows that it
+    was judged on, where they learnt from all others.
 
     Raises: DataError as `fit`.
     """
@@ -151,22 +163,23 @@ def choose(config: Config, table: FeatureTable, device: torch.device = torch.dev
     folds = make_folds(table, config.seed)
     whole = as_train(table)
     num_rows = len(training_rows(config, whole, {})[1])
-    candidates = unique([settings_of(config, c, num_rows) for c in CANDIDATES])
     parts = range(min(SCREENING_PARTS, folds.num_held))
-    if len(candidates) == 1 or not any(folds.held(p).any() for p in parts):
-        return Choice(candidates[0], [], folds.on, 0)
-    whole = drawn(whole, folds, SCREENING_ROWS)
-    stack_rows = len(training_rows(config, whole, {})[1])
-    tried = unique([settings_of(config, c, stack_rows) for c in CANDIDATES])
-    found = heldout_logits(config, whole, folds, tried, parts, device, subsets_too=False)
-    losses = np.stack([row_losses(config, table, folds, parts, logits[pattern_name(list(table.features))]) for logits in found])
+    tried = unique([settings_of(config, c, num_rows) for c in CANDIDATES])
+    if len(tried) == 1 or not any(folds.held(p).any() for p in parts):
+        return Choice(tried[0], [], folds.on, 0), None
+    few = drawn(whole, folds, FEW_ROWS)
+    stack_rows = len(training_rows(config, few, {})[1])
+    stacked = unique([settings_of(config, c, stack_rows) for c in CANDIDATES])
+    found = heldout_logits(config, few, folds, stacked, parts, device)
+    every = pattern_name(list(table.features))
+    losses = np.stack([row_losses(config, table, folds, parts, logits[every]) for logits in found])
     best = choose_candidate(losses)
-    means = losses.mean(axis=1)
     records = [
         {"settings": s, "loss": float(mean), "chosen": i == best}
-        for i, (s, mean) in enumerate(zip(candidates, means, strict=True))
+        for i, (s, mean) in enumerate(zip(tried, losses.mean(axis=1), strict=True))
     ]
-    return Choice(candidates[best], records, folds.on, losses.shape[1])
+    heldout = None if few is not whole else _held_out(table, folds, parts, found[best])
+    return Choice(tried[best], records, folds.on, losses.shape[1]), heldout
 
 
 def unique(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -242,21 +255,67 @@ def drawn(table: FeatureTable, folds: Folds, most: int) -> FeatureTable:
 
 
 def hold_out(
-    config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")  # noqa: B008
+    config: Config,
+    table: FeatureTable,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+    known: HeldOut | None = None,
 ) -> HeldOut | None:
     """What models of this config, nothing left to choose, say of rows that they have not learnt from.
 
-    None where no row of train or val can be held out.
+    known: what is there already, of whole parts. None where no row of train or val can be held out.
     """
+    return _fit_parts(config, table, device, known, whole=False)[0]
+
+
+def fit_and_hold_out(
+    config: Config,
+    table: FeatureTable,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+    known: HeldOut | None = None,
+) -> tuple[FitResult, HeldOut | None]:
+    """`fit` on train and val, and `hold_out`, in one stack. Raises: as `fit`."""
+    heldout, result = _fit_parts(config, table, device, known, whole=True)
+    assert result is not None
+    return result, heldout
+
+
+def _fit_parts(
+    config: Config, table: FeatureTable, device: torch.device, known: HeldOut | None, whole: bool
+) -> tuple[HeldOut | None, FitResult | None]:
+    """Train a model for each part that is not known; whole: and one of all rows."""
     table = narrow(table, config.model_modalities, config.model_tasks)
-    folds = make_folds(table, config.seed)
-    held = np.isin(folds.fold, range(folds.num_held)) & readable(table, list(table.present))
-    rows = np.flatnonzero(held)
+    folds, learnt = make_folds(table, config.seed), as_train(table)
+    every = [p for p in range(folds.num_held) if folds.held(p).any()]
+    parts = every if known is None else [p for p in every if not (folds.fold[known.rows] == p).any()]
+    own = {key: value_of(config, key) for key in (*MEMBER_KEYS, "training.steps")}
+    logits = _no_logits(learnt, given_subsets(list(table.features)))
+    result = None
+    for (_, part), (stack, j) in trained(config, learnt, folds, [(own, p) for p in (*parts, *[WHOLE] * whole)], device):
+        if part == WHOLE:
+            result = stack.result(j)
+        else:
+            stack.predict_part(j, logits)
+    if not every:
+        return None, result
+    if known is not None:
+        for given, by_task in known.logits.items():
+            for t, values in by_task.items():
+                logits[given][t][known.rows] = values
+    return _held_out(table, folds, every, logits), result
+
+
+def _held_out(table: FeatureTable, folds: Folds, parts: Sequence[int], logits: Mapping[str, Any]) -> HeldOut | None:
+    """The rows of these parts that can be read, out of logits of all rows."""
+    rows = np.flatnonzero(np.isin(folds.fold, list(parts)) & readable(table, list(table.present)))
     if not len(rows):
         return None
-    own = {key: value_of(config, key) for key in (*MEMBER_KEYS, "training.steps")}
-    found = heldout_logits(config, as_train(table), folds, [own], range(folds.num_held), device)[0]
-    return HeldOut(folds.on, rows, {given: {t: z[rows] for t, z in by.items()} for given, by in found.items()})
+    return HeldOut(folds.on, rows, {given: {t: z[rows] for t, z in by.items()} for given, by in logits.items()})
+
+
+def _no_logits(table: FeatureTable, given: Sequence[tuple[str, ...]]) -> dict[str, dict[str, np.ndarray]]:
+    """Modalities given -> task -> zeros (N, C)."""
+    num_rows, names = len(table.split), table.class_names
+    return {pattern_name(g): {t: np.zeros((num_rows, len(c)), np.float32) for t, c in names.items()} for g in given}
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -279,30 +338,39 @@ def heldout_logits(
     candidates: Sequence[Mapping[str, Any]],
     parts: Sequence[int],
     device: torch.device,
-    subsets_too: bool = True,
 ) -> list[dict[str, dict[str, np.ndarray]]]:
     """For each candidate: modalities given -> task -> logits (N, C), rows outside the parts zero.
 
-    table: its train split is what is learnt from, less each member's part. Members train in stacks of STACK_BYTES.
+    table: its train split is what is learnt from, less each member's part.
     """
-    given = given_subsets(list(table.features)) if subsets_too else [tuple(sorted(table.features))]
-    num_rows = len(table.split)
-    found: list[dict[str, dict[str, np.ndarray]]] = [
-        {pattern_name(g): {t: np.zeros((num_rows, len(c)), np.float32) for t, c in table.class_names.items()} for g in given}
-        for _ in candidates
-    ]
+    found = [_no_logits(table, given_subsets(list(table.features))) for _ in candidates]
     members = [(i, part) for i in range(len(candidates)) for part in parts if folds.held(part).any()]
-    size = max(1, int(STACK_BYTES // (20 * sum(p.numel() for p in MultimodalModel(spec_of(config, table)).parameters()))))
+    for (i, _), (stack, j) in trained(config, table, folds, members, device, candidates):
+        stack.predict_part(j, found[i])
+    return found
+
+
+def trained(
+    config: Config,
+    table: FeatureTable,
+    folds: Folds,
+    members: Sequence[tuple[Any, int]],
+    device: torch.device,
+    candidates: Sequence[Mapping[str, Any]] | None = None,
+) -> Iterator[tuple[tuple[Any, int], tuple[FoldStack, int]]]:
+    """Train members in stacks of STACK_BYTES; each with its stack and its place there.
+
+    members: settings, or the number of a candidate's, and the part that is left out.
+    """
+    num_weights = sum(p.numel() for p in MultimodalModel(spec_of(config, table)).parameters())
+    size = max(1, int(STACK_BYTES // (20 * num_weights)))
     for start in range(0, len(members), size):
         chunk = members[start : start + size]
-        stack = FoldStack(config, table, folds, [candidates[i] for i, _ in chunk], [p for _, p in chunk], device)
-        stack.train_all()
-        for j, (i, part) in enumerate(chunk):
-            rows = np.flatnonzero(folds.held(part))
-            for g in given:
-                for t, values in stack.predict(j, rows, g).items():
-                    found[i][pattern_name(g)][t][rows] = values
-    return found
+        settings = [own if candidates is None else candidates[own] for own, _ in chunk]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            stack = FoldStack(config, table, folds, settings, [p for _, p in chunk], device)
+            stack.train_all()
+        yield from ((member, (stack, j)) for j, member in enumerate(chunk))
 
 
 class FoldStack(Population):
@@ -324,56 +392,61 @@ class FoldStack(Population):
         self.values = {key: _column(config, settings, key).to(device) for key in MEMBER_KEYS}
         self.run = Fitting(config, table, World(device=device))
         run = self.run
-        epochs = config.training.epochs * run.batches.num_steps
-        self.steps = [int(s.get("training.steps") or epochs) for s in settings]
+        usual = config.training.steps or config.training.epochs * run.batches.num_steps
+        steps = [s.get("training.steps") or usual for s in settings]
+        self.epochs = [max(1, math.ceil(num / run.batches.num_steps)) for num in steps]  # whole ones, as `fit`
+        self.losses: list[list[float]] = [[] for _ in settings]  # of each member's epochs
+        self.seconds: list[float] = []  # of each epoch, all members together
         self.stacked_objective = StackedObjective.of(build_objective(config, run.table, run.train_rows, run.world))
         self.fold, self.parts = torch.from_numpy(folds.fold).to(device), torch.tensor(list(parts), device=device)
-        start = torch.cat([p.detach().flatten() for _, p in self._layout()])
+        self._read_layout()
+        start = torch.cat([p.detach().flatten() for _, p in self.layout])
         self.weights = start.expand(len(parts), -1).clone()  # (P, N)
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
 
     def train_all(self) -> None:
-        """Every member to its last step; members that are done drop out of the stack."""
-        order = np.argsort([-s for s in self.steps], kind="stable")  # the longest first, so that the stack ends early
-        done = torch.empty_like(self.weights)
-        alive, step, epoch = list(order), 0, 0
+        """Every member to its last epoch; members that are done drop out of the stack."""
+        num_steps, done = self.run.batches.num_steps, torch.empty_like(self.weights)
+        alive = list(range(len(self.epochs)))
         live = self._of(alive)
-        while alive:
-            epoch += 1
+        for epoch in range(1, max(self.epochs) + 1):
+            started = time.perf_counter()
             torch.manual_seed(seed_of(self.config.training_seed, epoch, 0))
-            for rows in self.run.batches.order(epoch)[:, 0]:
-                ended = [i for i in alive if self.steps[i] <= step]
-                if ended:
-                    done[ended] = live.weights[[alive.index(i) for i in ended]]
-                    keep = [j for j, i in enumerate(alive) if i not in ended]
-                    alive = [alive[j] for j in keep]
-                    if not alive:
-                        break
-                    live = live._of(keep)
-                live._step(rows, step)
-                step += 1
+            total = torch.zeros(len(alive), device=self.weights.device)
+            for step, rows in enumerate(self.run.batches.order(epoch)[:, 0], start=(epoch - 1) * num_steps):
+                total += live._step(rows, step)
+            for i, loss in zip(alive, total.tolist(), strict=True):
+                self.losses[i].append(loss / num_steps)
+            self.seconds.append(time.perf_counter() - started)
+            ended = [j for j, i in enumerate(alive) if self.epochs[i] == epoch]
+            if ended:
+                done[[alive[j] for j in ended]] = live.weights[ended]
+                keep = [j for j in range(len(alive)) if j not in ended]
+                alive, live = [alive[j] for j in keep], live._of(keep)
         self.weights = done
 
     def _of(self, members: Sequence[int]) -> FoldStack:
         """Some of the members, in this order."""
         part = object.__new__(FoldStack)
-        index = torch.tensor([int(i) for i in members], device=self.weights.device)
+        index = torch.tensor(list(members), dtype=torch.long, device=self.weights.device)
         flat = {name: getattr(self, name)[index] for name in ("weights", "mean", "square", "parts")}
         values = {key: v[index] for key, v in self.values.items()}
-        part.__dict__ |= self.__dict__ | flat | {"values": values, "steps": [self.steps[i] for i in members]}
+        part.__dict__ |= self.__dict__ | flat | {"values": values, "epochs": [self.epochs[i] for i in members]}
         return part
 
-    def _step(self, rows: np.ndarray, step: int) -> None:
-        """One step on these rows, of each member less its part."""
+    def _step(self, rows: np.ndarray, step: int) -> Tensor:
+        """One step on these rows, of each member less its part; the members' losses (P,)."""
         model, batch = self.run.model.train(), self.run.batches.read(rows)
         stack = {name: p.requires_grad_() for name, p in self._views(self.weights).items()}
         seen = (self.fold[torch.from_numpy(rows).to(self.fold.device)] != self.parts[:, None]).float()  # (P, B)
         objective = self.stacked_objective.with_smoothing(self.values["training.label_smoothing"])
         logits = self._forward(model, stack, batch.features, batch.present)
         losses = objective.losses(logits, batch.labels, self._totals(objective, batch, seen), seen)
-        total = torch.stack(list(losses.values())).sum()
-        schedule = torch.tensor([rate(step, num) for num in self.steps], device=self.weights.device)
-        self._update(torch.autograd.grad(total, list(stack.values())), step, schedule)
+        total = torch.stack(list(losses.values())).sum(dim=0)
+        num_steps = self.run.batches.num_steps
+        schedule = torch.tensor([rate(step, num * num_steps) for num in self.epochs], device=self.weights.device)
+        self._update(torch.autograd.grad(total.sum(), list(stack.values())), step, schedule)
+        return total.detach()
 
     def _totals(self, objective: StackedObjective, batch: Batch, seen: Tensor) -> dict[str, Tensor]:
         """What each member's sum is divided by, task -> (P,); see `Objective.total_weights`."""
@@ -397,3 +470,24 @@ class FoldStack(Population):
             for t, z in logits.items():
                 found.setdefault(t, []).append(z.cpu().numpy())
         return {t: np.concatenate(z) for t, z in found.items()}
+
+    def predict_part(self, member: int, logits: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Write what a member says of the rows that it left out; logits: modalities given -> task -> (N, C)."""
+        rows = np.flatnonzero((self.fold == self.parts[member]).cpu().numpy())
+        for given, by_task in logits.items():
+            for t, values in self.predict(member, rows, given.split("+")).items():
+                by_task[t][rows] = values
+
+    def result(self, member: int) -> FitResult:
+        """One member by itself, as `fit` leaves it. Raises: ConfigError if its loss was no number."""
+        losses = self.losses[member]
+        if not np.isfinite(losses).all():
+            raise diverged(self.config.training.lr, losses[-1], len(losses))
+        model = MultimodalModel(spec_of(self.config, self.run.table)).to(self.weights.device)
+        model.load_state_dict({**self.run.model.state_dict(), **{n: p[member] for n, p in self._views(self.weights).items()}})
+        history = [
+            {"epoch": i, "train_loss": loss, "val": None, "seconds": s}
+            for i, (loss, s) in enumerate(zip(losses, self.seconds, strict=False), start=1)
+        ]
+        sizes = model.num_parameters_by_part()
+        return FitResult(model.eval(), history, len(history), None, sizes, sum(self.seconds))

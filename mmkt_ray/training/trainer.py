@@ -26,10 +26,13 @@ from mmkt_ray.models import ExpertModel
 from mmkt_ray.training.auto import (
     BASE,
     CANDIDATES,
+    FEW_ROWS,
     Choice,
     choose,
+    fit_and_hold_out,
     hold_out,
     is_plain,
+    is_screened,
     screening_config,
     with_settings,
 )
@@ -92,9 +95,9 @@ def train(
     if has_experts(config):
         return {**_train_with_experts(config, store, model_uri, folder, run), "status": "trained"}
     scratch = storage.join(model_uri, ".train")
-    choice = settle(config, store, run) if config.training.auto and not is_linear(config) else None
-    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder)
-    if job.holds_out:
+    choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
+    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
+    if job.holds_out and not job.in_stack(store):
         _ask(run, hold_out_on_worker, job, 1)
     outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
@@ -112,6 +115,7 @@ class Job:
     scratch: str  # folder of what a killed run goes on from
     fingerprint: str
     folder: str  # of the models that knowledge comes from
+    settings: str = ""  # folder of what is known from choosing
 
     @property
     def settled(self) -> Config:
@@ -123,6 +127,16 @@ class Job:
         """Whether the model is judged by others of its settings that leave rows out, and itself learns from all rows."""
         return self.choice is not None and is_plain(self.config)
 
+    def in_stack(self, store: Store) -> bool:
+        """Whether the model trains in one stack with those that judge it: it is done before a checkpoint would pay."""
+        counts = store.manifest["counts"]["by_split"]
+        few = counts.get("train", 0) + counts.get("val", 0) <= FEW_ROWS
+        return self.holds_out and few and self.config.training.num_workers == 1
+
+    def known(self) -> HeldOut | None:
+        """Held-out predictions of models of this config that are there from choosing its settings."""
+        return load_heldout(self.settings) if self.settings and is_screened(self.config) else None
+
 
 def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
     """Have the workers do it. Raises: the user's error, which they return as a value."""
@@ -132,9 +146,12 @@ def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
     return outcome
 
 
-def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> Choice:
-    """The settings that `training.auto` leaves open; chosen once for a model, whatever its seed, and kept in the store's
-    folder `settings/`."""
+def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[Choice, str]:
+    """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
+
+    They are chosen once for the models of the same modalities and tasks, whatever their seeds, and kept in the store's folder
+    `settings/`.
+    """
     asked = screening_config(config)
     about = {
         "store": store.manifest["fingerprint"],
@@ -146,16 +163,20 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> C
         "seed": asked.seed,
         "set": [dict(candidate) for candidate in (BASE, *CANDIDATES)],
     }
-    uri = storage.join(store.uri, "settings", f"{fingerprint(about)}.json")
-    if storage.exists(uri):
-        return Choice(**storage.read_json(uri))
+    folder = storage.join(store.uri, "settings", fingerprint(about))
+    if storage.exists(f"{folder}.json"):
+        return Choice(**storage.read_json(f"{folder}.json")), folder
     job = Job(config, None, store.uri, "", "", "", "")
-    choice: Choice = _ask(run, choose_on_worker, job, 1)
-    storage.write_json(uri, choice.to_dict())
-    return choice
+    choice, heldout = _ask(run, choose_on_worker, job, 1)
+    if heldout is not None:
+        save_heldout(folder, heldout)
+    storage.write_json(f"{folder}.json", choice.to_dict())
+    return choice, folder
 
 
-def choose_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Choice | UserError:
+def choose_on_worker(
+    job: Job, rank: int, world_size: int, device: torch.device
+) -> tuple[Choice, HeldOut | None] | UserError:
     """One worker's part of `settle`."""
     try:
         return choose(job.config, _table(job.config, job.store_uri), device)
@@ -168,7 +189,7 @@ def hold_out_on_worker(job: Job, rank: int, world_size: int, device: torch.devic
     if storage.exists(storage.join(job.scratch, HELDOUT_FILE)):
         return None
     try:
-        found = hold_out(job.settled, _table(job.config, job.store_uri), device)
+        found = hold_out(job.settled, _table(job.config, job.store_uri), device, job.known())
     except UserError as error:
         return error
     if found is not None:
@@ -305,6 +326,8 @@ def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) 
         about: dict[str, Any] = {}
         if is_linear(config):
             result, heldout, about["linear"] = linear_result(config, table)
+        elif job.in_stack(store):
+            result, heldout = fit_and_hold_out(config, table, device, job.known())
         else:
             whole = as_train(table) if heldout else table
             result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)

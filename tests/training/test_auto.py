@@ -1,6 +1,7 @@
 """`training: auto`: settings from a stack of candidates that each leave rows out, judged on these rows."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +110,9 @@ def test_a_held_out_row_teaches_its_own_prediction_nothing(make_auto, table):
 
 def test_a_member_is_what_it_would_be_alone(make_auto, table):
     """Against a plain loop with torch's own AdamW. Catches members that see their part, each other's masks, rates or number
-    of steps, and sparse features that a stack reads otherwise."""
+    of epochs, and sparse features that a stack reads otherwise."""
     settings = [
-        {"training.lr": 0.01, "training.steps": 9, "model.dropout": 0.3},
+        {"training.lr": 0.01, "training.steps": 6, "model.dropout": 0.3},
         {"training.lr": 0.003, "training.steps": 17, "model.dropout": 0.0},
     ]
     config = with_settings(make_auto(), {"training.batch_size_per_worker": 64})
@@ -130,25 +131,22 @@ def test_a_member_is_what_it_would_be_alone(make_auto, table):
 def alone(config, table, fold, part):
     """A model trained by hand on all rows but a part."""
     run = Fitting(config, table, World())
-    optimizer, steps = build_optimizer(run.model, config.training.lr, config.training.weight_decay), config.training.steps
-    objective, step, epoch = run.learner.objective, 0, 0
-    while step < steps:
-        epoch += 1
+    optimizer, objective = build_optimizer(run.model, config.training.lr, config.training.weight_decay), run.learner.objective
+    num_steps = run.batches.num_steps
+    num_epochs = math.ceil(config.training.steps / num_steps)
+    for epoch in range(1, num_epochs + 1):
         torch.manual_seed(seed_of(config.training_seed, epoch, 0))
-        for rows in run.batches.order(epoch)[:, 0]:
-            if step == steps:
-                break
+        for step, rows in enumerate(run.batches.order(epoch)[:, 0], start=(epoch - 1) * num_steps):
             batch = run.batches.read(rows)
             seen = torch.from_numpy(fold[rows] != part).float()
             totals = {t: (has_target(y) * seen).sum() for t, y in batch.labels.items()}
             logits = run.model.train()(batch.features, batch.present)
             losses = objective.losses(logits, batch.labels, totals, seen)
             for group in optimizer.param_groups:
-                group["lr"] = config.training.lr * rate(step, steps)
+                group["lr"] = config.training.lr * rate(step, num_epochs * num_steps)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
-            step += 1
     return run.model.eval()
 
 
@@ -169,10 +167,17 @@ def test_the_first_candidate_stays_unless_another_is_clearly_better():
 def test_a_candidate_that_learns_nothing_is_not_chosen(make_auto, table, monkeypatch):
     """Catches candidates that are judged by another's predictions."""
     monkeypatch.setattr(auto, "CANDIDATES", ({"training.lr": 1e-7}, {"training.lr": 0.02}, {"training.lr": 1e-6}))
-    choice = choose(make_auto(**{"training.auto": ["training.lr"], "training.steps": 30}), table)
+    config = make_auto(**{"training.auto": ["training.lr"], "training.steps": 30})
+    choice, heldout = choose(config, table)
     assert choice.settings == {"training.lr": 0.02}
     assert [record["chosen"] for record in choice.candidates] == [False, True, False]
     assert (choice.on, choice.num_rows > 100) == ("cv", True)
+    every = hold_out(with_settings(config, choice.settings), table)
+    known = np.isin(every.rows, heldout.rows)
+    assert known.sum() == len(heldout.rows)
+    for given, by_task in heldout.logits.items():
+        for t, logits in by_task.items():
+            np.testing.assert_allclose(logits, every.logits[given][t][known], atol=1e-3)
 
 
 def test_held_out_rows_may_lack_a_class():
@@ -200,5 +205,27 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
     every = open_store(store).table()
     expected = fit(with_settings(config, summary["auto"]["settings"]), as_train(every)).model
     for t, proba in predict_table(load_model(uri)[0], every).items():
-        np.testing.assert_array_equal(proba, predict_table(expected, every)[t])
+        np.testing.assert_allclose(proba, predict_table(expected, every)[t], atol=1e-3)
+    assert [r["epoch"] for r in summary["history"]] == list(range(1, summary["best_epoch"] + 1))
     assert train(config, store, uri)["status"] == "up to date"
+
+
+def test_what_is_known_of_held_out_parts_is_not_trained_again(make_auto, table, monkeypatch):
+    """Catches members of the choice that are thrown away, taken for a model of another seed, or put into the wrong rows."""
+    config = make_auto(**{"training.steps": 20})
+    choice, known = choose(config, table)
+    assert auto.is_screened(config)
+    assert auto.is_screened(config.with_overrides({"model.experts": True}))
+    assert not auto.is_screened(config.with_overrides({"training.seed": 5}))
+    assert not auto.is_screened(config.with_overrides({"model.fusion": "gated"}))
+    settled = with_settings(config, choice.settings)
+    stacks, real = [], FoldStack.train_all
+    monkeypatch.setattr(FoldStack, "train_all", lambda self: stacks.append(self.parts.tolist()) or real(self))
+    result, found = auto.fit_and_hold_out(settled, table, CPU, known)
+    assert stacks == [[2, 3, 4, auto.WHOLE]]
+    expected = hold_out(settled, table)
+    assert found.rows.tolist() == expected.rows.tolist()
+    for given, by_task in expected.logits.items():
+        for t, logits in by_task.items():
+            np.testing.assert_allclose(found.logits[given][t], logits, atol=1e-3)
+    assert result.num_parameters == fit(settled, as_train(table)).num_parameters
