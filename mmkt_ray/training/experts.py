@@ -25,7 +25,8 @@ from mmkt_ray.evaluation.metrics import predicted, row_scores
 from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable, labelled
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, to_proba
-from mmkt_ray.training.auto import each_loss, given_subsets
+from mmkt_ray.training.auto import each_loss
+from mmkt_ray.training.fold_stack import given_subsets
 from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty

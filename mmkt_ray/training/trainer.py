@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,7 @@ from mmkt_ray.training.auto import (
     FEW_ROWS,
     Choice,
     choose,
-    fit_and_hold_out,
-    hold_out,
+    for_depth,
     is_plain,
     is_screened,
     screening_config,
@@ -46,6 +45,7 @@ from mmkt_ray.training.experts import (
     model_identity,
     single_configs,
 )
+from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import FitResult, fit
@@ -165,13 +165,13 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
     }
     folder = storage.join(store.uri, "settings", fingerprint(about))
     if storage.exists(f"{folder}.json"):
-        return Choice(**storage.read_json(f"{folder}.json")), folder
-    job = Job(config, None, store.uri, "", "", "", "")
-    choice, heldout = _ask(run, choose_on_worker, job, 1)
-    if heldout is not None:
-        save_heldout(folder, heldout)
-    storage.write_json(f"{folder}.json", choice.to_dict())
-    return choice, folder
+        choice = Choice(**storage.read_json(f"{folder}.json"))
+    else:
+        choice, heldout = _ask(run, choose_on_worker, Job(config, None, store.uri, "", "", "", ""), 1)
+        if heldout is not None:
+            save_heldout(folder, heldout)
+        storage.write_json(f"{folder}.json", choice.to_dict())
+    return replace(choice, settings=for_depth(config, choice.settings)), folder
 
 
 def choose_on_worker(

@@ -15,8 +15,9 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.features.store import FeatureTable, open_store
 from mmkt_ray.training import auto, trainer
-from mmkt_ray.training.auto import FoldStack, choose, choose_candidate, hold_out, settings_of, with_settings
+from mmkt_ray.training.auto import choose, choose_candidate, settings_of, with_settings
 from mmkt_ray.training.batches import World, has_target
+from mmkt_ray.training.fold_stack import WHOLE, FoldStack, fit_and_hold_out, hold_out
 from mmkt_ray.training.loop import Fitting, fit, seed_of
 from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.trainer import train
@@ -221,8 +222,8 @@ def test_what_is_known_of_held_out_parts_is_not_trained_again(make_auto, table, 
     settled = with_settings(config, choice.settings)
     stacks, real = [], FoldStack.train_all
     monkeypatch.setattr(FoldStack, "train_all", lambda self: stacks.append(self.parts.tolist()) or real(self))
-    result, found = auto.fit_and_hold_out(settled, table, CPU, known)
-    assert stacks == [[2, 3, 4, auto.WHOLE]]
+    result, found = fit_and_hold_out(settled, table, CPU, known)
+    assert stacks == [[2, 3, 4, WHOLE]]
     expected = hold_out(settled, table)
     assert found.rows.tolist() == expected.rows.tolist()
     for given, by_task in expected.logits.items():
