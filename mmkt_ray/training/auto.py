@@ -42,7 +42,7 @@ BASE: dict[str, float] = {
     "model.modality_dropout": 0.1,
 }
 CANDIDATES: tuple[dict[str, float], ...] = ({}, {"training.steps": 2.0, "model.dropout": 0.2})
-FLAT_FUSIONS = ("concat", "decision")  # without hidden layers
+LIKE_CONCAT = ("concat", "decision", "sum", "gated", "hierarchical")  # fusions that are trained by the settings of `concat`
 DEEP_DROPOUT = 0.2
 MIN_STEPS, MIN_EPOCHS = 150, 5  # of the first candidate
 SCREENING_PARTS = 2  # parts that all candidates are judged on; the chosen one then holds out every part
@@ -94,11 +94,14 @@ def plain(config: Config) -> Config:
 
 
 def screening_config(config: Config) -> Config:
-    """Whose settings are chosen: the model by itself, whatever its seed and its number of workers, with the plainest way of
-    fusing and sharing, so that all models of the same modalities and tasks have one choice."""
-    alone = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
-    plainest = {"model.fusion": "concat", "model.sharing": "task"} if config.model.num_levels else {}
-    return plain(config).with_overrides({**alone, **plainest, "training.auto": list(config.training.auto)})
+    """Whose settings are chosen: the model by itself, whatever its seed and its number of workers, and sharing and fusing in the
+    plainest way, so that models of the same modalities and tasks have one choice."""
+    alone: dict[str, Any] = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
+    if config.model.num_levels:
+        alone["model.sharing"] = "task"
+        if config.model.fusion.name in LIKE_CONCAT:
+            alone["model.fusion"] = "concat"
+    return plain(config).with_overrides({**alone, "training.auto": list(config.training.auto)})
 
 
 def is_screened(config: Config) -> bool:
@@ -129,9 +132,10 @@ def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -
 
 
 def for_depth(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen for `screening_config`, for the config's own model: one that fuses in hidden layers has twice the steps,
-    and drops out no more than DEEP_DROPOUT in each of its layers."""
-    if config.model.fusion.name in FLAT_FUSIONS or not config.model.num_levels or len(config.model_modalities) == 1:
+    """What was chosen for `screening_config`, for the config's own model: fusion in several layers has twice the steps, and
+    drops out no more than DEEP_DROPOUT in each of them."""
+    fusion = config.model.fusion
+    if fusion.name != "hierarchical" or fusion.depth < 2 or not config.model.num_levels:
         return settings
     changed = dict(settings)
     if "training.steps" in settings:

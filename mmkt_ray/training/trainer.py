@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmkt_ray import cluster, storage
@@ -97,7 +98,7 @@ def train(
     scratch = storage.join(model_uri, ".train")
     choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
     job = Job(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
-    if job.holds_out and not job.in_stack(store):
+    if job.holds_out and config.training.num_workers > 1:
         _ask(run, hold_out_on_worker, job, 1)
     outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
@@ -127,11 +128,10 @@ class Job:
         """Whether the model is judged by others of its settings that leave rows out, and itself learns from all rows."""
         return self.choice is not None and is_plain(self.config)
 
-    def in_stack(self, store: Store) -> bool:
+    def in_stack(self, table: FeatureTable) -> bool:
         """Whether the model trains in one stack with those that judge it: it is done before a checkpoint would pay."""
-        counts = store.manifest["counts"]["by_split"]
-        few = counts.get("train", 0) + counts.get("val", 0) <= FEW_ROWS
-        return self.holds_out and few and self.config.training.num_workers == 1
+        few = np.isin(table.split, ("train", "val")).sum() <= FEW_ROWS
+        return self.holds_out and bool(few) and self.config.training.num_workers == 1
 
     def known(self) -> HeldOut | None:
         """Held-out predictions of models of this config that are there from choosing its settings."""
@@ -321,13 +321,18 @@ def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) 
     try:
         knowledge = load_knowledge(config.training.transfer, job.folder)
         table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
+        in_stack = job.in_stack(table)
+        if job.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(job, 0, 1, device)):
+            return error
         heldout = load_heldout(job.scratch) if job.holds_out else None
         world = World(rank, world_size, device)
         about: dict[str, Any] = {}
         if is_linear(config):
             result, heldout, about["linear"] = linear_result(config, table)
-        elif job.in_stack(store):
+        elif in_stack:
             result, heldout = fit_and_hold_out(config, table, device, job.known())
+            if report:
+                report({**result.history[-1], "num_epochs": len(result.history)})
         else:
             whole = as_train(table) if heldout else table
             result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)

@@ -15,7 +15,7 @@ from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.features.store import FeatureTable, open_store
 from mmkt_ray.training import auto, trainer
-from mmkt_ray.training.auto import choose, choose_candidate, settings_of, with_settings
+from mmkt_ray.training.auto import choose, choose_candidate, for_depth, screening_config, settings_of, with_settings
 from mmkt_ray.training.batches import World, has_target
 from mmkt_ray.training.fold_stack import WHOLE, FoldStack, fit_and_hold_out, hold_out
 from mmkt_ray.training.loop import Fitting, fit, seed_of
@@ -57,6 +57,21 @@ def test_a_single_modality_hides_none_and_small_data_has_enough_steps(make_auto)
     config = make_auto(**{"training.auto": ["training.steps", "model.modality_dropout"], "model.modalities": ["text"]})
     assert settings_of(config, {}, 467) == {"training.steps": auto.MIN_STEPS, "model.modality_dropout": 0.0}
     assert settings_of(config, {"training.steps": 3.0}, 467)["training.steps"] == 3 * auto.MIN_STEPS
+
+
+def test_models_of_the_same_inputs_have_one_choice(make_auto):
+    """Catches a choice made again for each way of sharing, one of another fusion's that does not learn like it, and a deep
+    fusion that ends before it has learnt."""
+    every = {"training.auto": ["training.steps", "model.dropout"]}
+    asked = screening_config(make_auto(**every))
+    deep = make_auto(**every, **{"model.fusion": {"name": "hierarchical", "depth": 2}})
+    assert screening_config(make_auto(**every, **{"model.sharing": "separate"})) == asked
+    assert screening_config(deep) == asked
+    assert screening_config(make_auto(**every, **{"model.fusion": "attention"})) != asked
+    settings = {"training.steps": 150, "model.dropout": 0.35}
+    assert for_depth(make_auto(**every), settings) == settings
+    assert for_depth(deep, settings) == {"training.steps": 300, "model.dropout": 0.2}
+    assert for_depth(deep, {}) == {}  # what the user gave stays
 
 
 # --- held-out rows ---------------------------------------------------------------------------------------------------
