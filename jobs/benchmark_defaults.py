@@ -4,7 +4,8 @@
 
 Of each config the model without its variants is trained from several seeds, and one of each modality alone; the logistic
 regression reads all modalities, its penalty chosen on held-out rows. The best single modality is the one with the highest
-held-out accuracy. Intervals are over seeds and test rows, of paired differences. Prints a Markdown table, row by row.
+held-out accuracy. Intervals are over seeds and test rows, of paired differences; the calibration error on test rows is the fused
+model's, at the temperature of its held-out rows, the mean over seeds. Prints a Markdown table, row by row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
+from mmkt_ray.evaluation.calibration import fit_temperatures, probability_scores
+from mmkt_ray.evaluation.heldout import load_heldout, pattern_name
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.rows import load_rows, readable
@@ -34,8 +37,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     args = parser.parse_args()
-    print("| set | task | test rows | fused, default | best single modality | difference | logistic regression | difference |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| set | task | test rows | fused, default | best single modality | difference | logistic regression | difference | "
+        "calibration error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for path in args.configs:
         config = load_config(path, dict(parse_override(text) for text in args.overrides))
         for row in measure(config.model_copy(update={"variants": {}}), args.seeds):
@@ -62,6 +68,7 @@ def measure(config: Config, num_seeds: int) -> Iterator[str]:
             gain = mean_interval(fused - other, 1000, 0.95, seed=0)
             ends = [f"{100 * gain[key]:+.1f}" for key in ("value", "low", "high")]
             cells += [f"{name} {100 * other.mean():.1f}".strip(), f"{ends[0]} [{ends[1]}, {ends[2]}]"]
+        cells.append(f"{100 * np.mean([calibration_of(by_name['fused'], data.table, test, t) for by_name in uris]):.1f}")
         yield f"| {config.name} | {t} | {len(test.split)} | " + " | ".join(cells) + " |"
 
 
@@ -81,6 +88,16 @@ def scores_of(uri: str, test: FeatureTable, task: str) -> np.ndarray:
         return np.zeros(0)
     kind = test.kinds[task]
     return kind.row_scores(test.labels[task], kind.predict(predict_table(model, test)[task]))
+
+
+def calibration_of(uri: str, table: FeatureTable, test: FeatureTable, task: str) -> float:
+    """The calibration error of the test rows' probabilities, 0..1; table: all rows of the store."""
+    model: Any = load_model(uri)[0]
+    if (found := load_heldout(uri)) is not None:
+        logits = found.logits[pattern_name(list(model.spec.modalities))]
+        fitted = fit_temperatures(logits, {t: table.labels[t][found.rows] for t in logits})
+        model.temperatures = {t: fitted[t]["temperature"] for t in fitted}
+    return float(probability_scores(test.labels[task], predict_table(model, test)[task])["calibration_error"])
 
 
 def held_out(uri: str, task: str) -> float:

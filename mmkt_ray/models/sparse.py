@@ -42,13 +42,16 @@ class SparseLinear(nn.Module):
 
 def sparse_matmul(x: SparseBatch, weight: Tensor) -> Tensor:
     """X W: (B, D) times (D, H) or (P, D, H). Differentiable in W."""
-    if weight.ndim == 3:
-        values = x.values if x.values.ndim == 2 else x.values.expand(len(weight), -1)
-        return torch.stack([sparse_matmul(x._replace(values=v), w) for v, w in zip(values, weight.unbind(), strict=True)])
     if x.rows is not None:
+        if weight.ndim == 3:
+            values = x.values if x.values.ndim == 2 else x.values.expand(len(weight), -1)
+            return torch.stack(
+                [sparse_matmul(x._replace(values=v), w) for v, w in zip(values, weight.unbind(), strict=True)]
+            )
         empty = weight.new_zeros(x.offsets.shape[0] - 1, weight.shape[1])
         return empty.index_add(0, x.rows, x.values[:, None] * weight[x.indices])
-    product: Tensor = _SparseMatmul.apply(x.indices, x.offsets, x.values, weight)
+    function = _SparseMatmul if weight.ndim == 2 else _SparseMatmuls
+    product: Tensor = function.apply(x.indices, x.offsets, x.values, weight)
     return product
 
 
@@ -90,10 +93,7 @@ class _SparseMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(indices: Tensor, offsets: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-        """out[b] = sum over i in offsets[b]..offsets[b + 1] of values[i] * weight[indices[i]]."""
-        return F.embedding_bag(
-            indices, weight, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-        )
+        return _row_sums(indices, offsets, values, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -105,11 +105,46 @@ class _SparseMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
         """grad: (B, H). The gradient of the weights (D, H) is X^T grad, X the batch: so the batch is sorted by column."""
         indices, offsets, values = ctx.saved_tensors
-        order = torch.argsort(indices, stable=True)
-        numbers = torch.arange(len(offsets) - 1, device=grad.device)
-        rows = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))  # (Z,) row of each value
-        columns, counts = torch.unique_consecutive(indices[order], return_counts=True)
+        order, rows, columns, column_offsets = _by_column(indices, offsets)
         weight_grad = grad.new_zeros(ctx.num_columns, grad.shape[1])
-        column_offsets = F.pad(counts.cumsum(0), (1, 0))
-        weight_grad[columns] = _SparseMatmul.apply(rows[order], column_offsets, values[order], grad)
+        weight_grad[columns] = _SparseMatmul.apply(rows, column_offsets, values[order], grad)
         return None, None, None, weight_grad
+
+
+class _SparseMatmuls(torch.autograd.Function):
+    """The same of a stack: the batch is sorted once for all members, and results are written where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, offsets: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        """values: (Z,) or (P, Z); weight: (P, D, H). Returns (P, B, H)."""
+        ctx.save_for_backward(indices, offsets, values)
+        ctx.num_columns = weight.shape[1]
+        product = weight.new_empty(len(weight), len(offsets) - 1, weight.shape[2])
+        for own, table, out in zip(values.expand(len(weight), -1), weight, product, strict=True):
+            out.copy_(_row_sums(indices, offsets, own, table))
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        """grad: (P, B, H)."""
+        indices, offsets, values = ctx.saved_tensors
+        order, rows, columns, column_offsets = _by_column(indices, offsets)
+        weight_grad = grad.new_zeros(len(grad), ctx.num_columns, grad.shape[2])
+        for own, table, out in zip(values[..., order].expand(len(grad), -1), grad, weight_grad, strict=True):
+            out.index_copy_(0, columns, _row_sums(rows, column_offsets, own, table.contiguous()))
+        return None, None, None, weight_grad
+
+
+def _row_sums(indices: Tensor, offsets: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """out[b] = sum over i in offsets[b]..offsets[b + 1] of values[i] * table[indices[i]]."""
+    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def _by_column(indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch sorted by column: the order of its values (Z,), the row of each (Z,), the columns that it has (K,), and where
+    each begins (K + 1,)."""
+    order = torch.argsort(indices, stable=True)
+    numbers = torch.arange(len(offsets) - 1, device=indices.device)
+    rows = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))
+    columns, counts = torch.unique_consecutive(indices[order], return_counts=True)
+    return order, rows[order], columns, F.pad(counts.cumsum(0), (1, 0))

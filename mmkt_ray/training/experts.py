@@ -23,7 +23,7 @@ from mmkt_ray.evaluation.inference import predict_logits
 from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
-from mmkt_ray.training.auto import given_subsets
+from mmkt_ray.training.fold_stack import given_subsets
 from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty

@@ -195,9 +195,7 @@ class Fitting:
         started_s, epoch = time.perf_counter(), len(self.history) + 1
         train_loss = self._train_epoch(epoch)
         if not math.isfinite(train_loss):
-            raise ConfigError(
-                f"the training loss is {train_loss} in epoch {epoch}: lower training.lr (now {self.training.lr:g})"
-            )
+            raise diverged(self.training.lr, train_loss, epoch)
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
         rows, extra = self.val_rows, self.score.extra
         val = validate(self.model, self.table, rows, self.world, metric=extra) if len(rows) else None
@@ -312,6 +310,11 @@ def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world
         temperature=config.training.transfer.temperature,
         device=world.device,
     )
+
+
+def diverged(lr: float, loss: float, epoch: int) -> ConfigError:
+    """The error of a loss that is no number."""
+    return ConfigError(f"the training loss is {loss} in epoch {epoch}: lower training.lr (now {lr:g})")
 
 
 def seed_of(*parts: int) -> int:

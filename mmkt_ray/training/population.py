@@ -75,7 +75,8 @@ class Population:
         run = self.run
         self.stacked_objective = StackedObjective.of(build_objective(config, run.table, run.train_rows, run.world))
         size = len(members)
-        start = torch.cat([p.detach().flatten() for _, p in self._layout()])
+        self._read_layout()
+        start = torch.cat([p.detach().flatten() for _, p in self.layout])
         self.weights = start.expand(size, -1).clone()  # (P, N)
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.best = self.weights.clone()
@@ -103,15 +104,17 @@ class Population:
             total = torch.stack(list(losses.values())).sum()
             self._update(torch.autograd.grad(total, list(stack.values())), step, rate(step, num_epochs * batches.num_steps))
 
-    def _layout(self) -> list[tuple[str, nn.Parameter]]:
-        """The model's parameters in the order of the columns of `weights`: matrices, which decay, come first."""
-        return sorted(self.run.model.named_parameters(), key=lambda item: item[1].ndim < 2)
+    def _read_layout(self) -> None:
+        """Look once at what every step needs to know of the model: walking through its modules is slow."""
+        model = self.run.model
+        # the parameters in the order of the columns of `weights`: matrices, which decay, come first
+        self.layout: list[tuple[str, nn.Parameter]] = sorted(model.named_parameters(), key=lambda item: item[1].ndim < 2)
+        self.rate_keys = {n: key for n, _ in model.named_buffers() if (key := _rate_key(n))}  # buffer -> of MEMBER_KEYS
 
     def _views(self, flat: Tensor) -> Stack:
         """(P, N) as parameter name -> (P, ..)."""
-        named = self._layout()
-        columns = flat.detach().split([p.numel() for _, p in named], dim=1)
-        return {name: part.view(-1, *p.shape) for (name, p), part in zip(named, columns, strict=True)}
+        columns = flat.detach().split([p.numel() for _, p in self.layout], dim=1)
+        return {name: part.view(-1, *p.shape) for (name, p), part in zip(self.layout, columns, strict=True)}
 
     def _forward(
         self,
@@ -121,35 +124,36 @@ class Population:
         present: dict[str, Tensor],
     ) -> Logits:
         """Each member's logits, task -> (P, B, C)."""
-        found: Logits = functional_call(model, {**stack, **self._rates(model)}, (features, present))
+        tensors = {**stack, **self._rates()}
+        found: Logits = functional_call(model, tensors, (features, present), tie_weights=False)  # a model ties none
         return found
 
-    def _rates(self, model: MultimodalModel) -> Stack:
+    def _rates(self) -> Stack:
         """The members' own dropout rates, under the names of the model's buffers: (P,), or () where all are equal."""
-        keys = {"modality_dropout": "model.modality_dropout"}
-        names = [name for name, _ in model.named_buffers() if name.endswith(".rate") or name in keys]
-        feature = {n for n in names if n.startswith("inputs.")}
-        rates = {
-            n: self.values[keys.get(n, "model.feature_dropout" if n in feature else "model.dropout")] for n in names
-        }
-        return {name: v[0] if bool((v == v[0]).all()) else v for name, v in rates.items()}
+        rates = {key: self.values[key] for key in set(self.rate_keys.values())}
+        rates = {key: v[0] if bool((v == v[0]).all()) else v for key, v in rates.items()}
+        return {name: rates[key] for name, key in self.rate_keys.items()}
 
     @torch.no_grad()
     def _update(self, gradients: Sequence[Tensor], step: int, schedule: float | Tensor) -> None:
         """One step of AdamW with each member's own rate and decay; decays what `build_optimizer` decays.
 
-        gradients: (P, ..) of each parameter in the order of `_layout`; schedule: factor of the rates, or one for each (P,).
+        gradients: (P, ..) of each parameter in the order of `layout`; schedule: factor of the rates, or one for each (P,).
         """
         rates = (self.values["training.lr"] * schedule).tolist()
         decays = self.values["training.weight_decay"].tolist()
-        num_matrices = sum(p.ndim >= 2 for _, p in self._layout())
+        num_matrices = sum(p.ndim >= 2 for _, p in self.layout)
         count = torch.tensor(float(step + 1), device=self.weights.device)
-        columns = [[*self._views(flat).values()] for flat in (self.weights, self.mean, self.square)]
-        for i, (lr, weight_decay) in enumerate(zip(rates, decays, strict=True)):
-            p, mean, square, grad = ([part[i] for part in parts] for parts in (*columns, gradients))
+        flat = (self._views(self.weights).values(), gradients, self._views(self.mean).values(), self._views(self.square).values())
+        columns = [[part.unbind() for part in parts] for parts in flat]  # each: by parameter, then by member
+        alike = dict[tuple[float, float], list[int]]()  # members of one rate and decay go together
+        for i, settings in enumerate(zip(rates, decays, strict=True)):
+            alike.setdefault(settings, []).append(i)
+        for (lr, weight_decay), members in alike.items():
             for part, decay in ((slice(num_matrices), weight_decay), (slice(num_matrices, None), 0.0)):
+                p, grad, mean, square = ([by_member[i] for by_member in c[part] for i in members] for c in columns)
                 torch._fused_adamw_(
-                    p[part], grad[part], mean[part], square[part], [], [count] * len(p[part]),
+                    p, grad, mean, square, [], [count] * len(p),
                     lr=lr, weight_decay=decay, beta1=BETA1, beta2=BETA2, eps=EPS, amsgrad=False, maximize=False,
                 )  # fmt: skip
 
@@ -253,6 +257,15 @@ class StackedObjective(Objective):
     def _row_losses(self, task: str, logits: Tensor, labels: Labels) -> Tensor:
         """See Objective: (P, B)."""
         return labels.kind.stacked_losses(logits + self.shifts[task], labels, self.weights[task], self.smoothing)
+
+
+def _rate_key(buffer: str) -> str | None:
+    """Which of MEMBER_KEYS a model's buffer is the rate of; None: of none."""
+    if buffer == "modality_dropout":
+        return "model.modality_dropout"
+    if not buffer.endswith(".rate"):
+        return None
+    return "model.feature_dropout" if buffer.startswith("inputs.") else "model.dropout"
 
 
 def _column(config: Config, members: Sequence[Mapping[str, Any]], key: str) -> Tensor:

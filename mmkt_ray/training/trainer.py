@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmkt_ray import cluster, storage
@@ -26,10 +27,12 @@ from mmkt_ray.models import ExpertModel
 from mmkt_ray.training.auto import (
     BASE,
     CANDIDATES,
+    FEW_ROWS,
     Choice,
     choose,
-    hold_out,
+    for_depth,
     is_plain,
+    is_screened,
     screening_config,
     with_settings,
 )
@@ -43,6 +46,7 @@ from mmkt_ray.training.experts import (
     model_identity,
     single_configs,
 )
+from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import FitResult, fit
@@ -91,9 +95,9 @@ def train(
     if has_experts(config):
         return {**_train_with_experts(config, store, model_uri, folder, run), "status": "trained"}
     scratch = storage.join(model_uri, ".train")
-    choice = settle(config, store, run) if config.training.auto and not is_linear(config) else None
-    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder)
-    if job.holds_out:
+    choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
+    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
+    if job.holds_out and config.training.num_workers > 1:
         _ask(run, hold_out_on_worker, job, 1)
     outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
@@ -111,6 +115,7 @@ class Job:
     scratch: str  # folder of what a killed run goes on from
     fingerprint: str
     folder: str  # of the models that knowledge comes from
+    settings: str = ""  # folder of what is known from choosing
 
     @property
     def settled(self) -> Config:
@@ -122,6 +127,15 @@ class Job:
         """Whether the model is judged by others of its settings that leave rows out, and itself learns from all rows."""
         return self.choice is not None and is_plain(self.config)
 
+    def in_stack(self, table: FeatureTable) -> bool:
+        """Whether the model trains in one stack with those that judge it: it is done before a checkpoint would pay."""
+        few = np.isin(table.split, ("train", "val")).sum() <= FEW_ROWS
+        return self.holds_out and bool(few) and self.config.training.num_workers == 1
+
+    def known(self) -> HeldOut | None:
+        """Held-out predictions of models of this config that are there from choosing its settings."""
+        return load_heldout(self.settings) if self.settings and is_screened(self.config) else None
+
 
 def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
     """Have the workers do it. Raises: the user's error, which they return as a value."""
@@ -131,9 +145,12 @@ def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
     return outcome
 
 
-def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> Choice:
-    """The settings that `training.auto` leaves open; chosen once for a model, whatever its seed, and kept in the store's
-    folder `settings/`."""
+def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[Choice, str]:
+    """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
+
+    They are chosen once for the models of the same modalities and tasks, whatever their seeds, and kept in the store's folder
+    `settings/`.
+    """
     asked = screening_config(config)
     about = {
         "store": store.manifest["fingerprint"],
@@ -145,16 +162,20 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> C
         "seed": asked.seed,
         "set": [dict(candidate) for candidate in (BASE, *CANDIDATES)],
     }
-    uri = storage.join(store.uri, "settings", f"{fingerprint(about)}.json")
-    if storage.exists(uri):
-        return Choice(**storage.read_json(uri))
-    job = Job(config, None, store.uri, "", "", "", "")
-    choice: Choice = _ask(run, choose_on_worker, job, 1)
-    storage.write_json(uri, choice.to_dict())
-    return choice
+    folder = storage.join(store.uri, "settings", fingerprint(about))
+    if storage.exists(f"{folder}.json"):
+        choice = Choice(**storage.read_json(f"{folder}.json"))
+    else:
+        choice, heldout = _ask(run, choose_on_worker, Job(config, None, store.uri, "", "", "", ""), 1)
+        if heldout is not None:
+            save_heldout(folder, heldout)
+        storage.write_json(f"{folder}.json", choice.to_dict())
+    return replace(choice, settings=for_depth(config, choice.settings)), folder
 
 
-def choose_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Choice | UserError:
+def choose_on_worker(
+    job: Job, rank: int, world_size: int, device: torch.device
+) -> tuple[Choice, HeldOut | None] | UserError:
     """One worker's part of `settle`."""
     try:
         return choose(job.config, _table(job.config, job.store_uri), device)
@@ -167,7 +188,7 @@ def hold_out_on_worker(job: Job, rank: int, world_size: int, device: torch.devic
     if storage.exists(storage.join(job.scratch, HELDOUT_FILE)):
         return None
     try:
-        found = hold_out(job.settled, _table(job.config, job.store_uri), device)
+        found = hold_out(job.settled, _table(job.config, job.store_uri), device, job.known())
     except UserError as error:
         return error
     if found is not None:
@@ -299,11 +320,18 @@ def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) 
     try:
         knowledge = load_knowledge(config.training.transfer, job.folder)
         table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
+        in_stack = job.in_stack(table)
+        if job.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(job, 0, 1, device)):
+            return error
         heldout = load_heldout(job.scratch) if job.holds_out else None
         world = World(rank, world_size, device)
         about: dict[str, Any] = {}
         if is_linear(config):
             result, heldout, about["linear"] = linear_result(config, table)
+        elif in_stack:
+            result, heldout = fit_and_hold_out(config, table, device, job.known())
+            if report:
+                report({**result.history[-1], "num_epochs": len(result.history)})
         else:
             whole = as_train(table) if heldout else table
             result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)

@@ -1,6 +1,7 @@
 """`training: auto`: settings from a stack of candidates that each leave rows out, judged on these rows."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.features.store import FeatureTable, open_store
 from mmkt_ray.kinds.tasks import Multiclass
 from mmkt_ray.training import auto, trainer
-from mmkt_ray.training.auto import FoldStack, choose, choose_candidate, hold_out, settings_of, with_settings
+from mmkt_ray.training.auto import choose, choose_candidate, for_depth, screening_config, settings_of, with_settings
 from mmkt_ray.training.batches import World
+from mmkt_ray.training.fold_stack import WHOLE, FoldStack, fit_and_hold_out, hold_out
 from mmkt_ray.training.loop import Fitting, fit, seed_of
 from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.trainer import train
@@ -57,6 +59,21 @@ def test_a_single_modality_hides_none_and_small_data_has_enough_steps(make_auto)
     config = make_auto(**{"training.auto": ["training.steps", "model.modality_dropout"], "model.modalities": ["text"]})
     assert settings_of(config, {}, 467) == {"training.steps": auto.MIN_STEPS, "model.modality_dropout": 0.0}
     assert settings_of(config, {"training.steps": 3.0}, 467)["training.steps"] == 3 * auto.MIN_STEPS
+
+
+def test_models_of_the_same_inputs_have_one_choice(make_auto):
+    """Catches a choice made again for each way of sharing, one of another fusion's that does not learn like it, and a deep
+    fusion that ends before it has learnt."""
+    every = {"training.auto": ["training.steps", "model.dropout"]}
+    asked = screening_config(make_auto(**every))
+    deep = make_auto(**every, **{"model.fusion": {"name": "hierarchical", "depth": 2}})
+    assert screening_config(make_auto(**every, **{"model.sharing": "separate"})) == asked
+    assert screening_config(deep) == asked
+    assert screening_config(make_auto(**every, **{"model.fusion": "attention"})) != asked
+    settings = {"training.steps": 150, "model.dropout": 0.35}
+    assert for_depth(make_auto(**every), settings) == settings
+    assert for_depth(deep, settings) == {"training.steps": 300, "model.dropout": 0.2}
+    assert for_depth(deep, {}) == {}  # what the user gave stays
 
 
 # --- held-out rows ---------------------------------------------------------------------------------------------------
@@ -112,9 +129,9 @@ def test_a_held_out_row_teaches_its_own_prediction_nothing(make_auto, table):
 
 def test_a_member_is_what_it_would_be_alone(make_auto, table):
     """Against a plain loop with torch's own AdamW. Catches members that see their part, each other's masks, rates or number
-    of steps, and sparse features that a stack reads otherwise."""
+    of epochs, and sparse features that a stack reads otherwise."""
     settings = [
-        {"training.lr": 0.01, "training.steps": 9, "model.dropout": 0.3},
+        {"training.lr": 0.01, "training.steps": 6, "model.dropout": 0.3},
         {"training.lr": 0.003, "training.steps": 17, "model.dropout": 0.0},
     ]
     config = with_settings(make_auto(), {"training.batch_size_per_worker": 64})
@@ -133,25 +150,22 @@ def test_a_member_is_what_it_would_be_alone(make_auto, table):
 def alone(config, table, fold, part):
     """A model trained by hand on all rows but a part."""
     run = Fitting(config, table, World())
-    optimizer, steps = build_optimizer(run.model, config.training.lr, config.training.weight_decay), config.training.steps
-    objective, step, epoch = run.learner.objective, 0, 0
-    while step < steps:
-        epoch += 1
+    optimizer, objective = build_optimizer(run.model, config.training.lr, config.training.weight_decay), run.learner.objective
+    num_steps = run.batches.num_steps
+    num_epochs = math.ceil(config.training.steps / num_steps)
+    for epoch in range(1, num_epochs + 1):
         torch.manual_seed(seed_of(config.training_seed, epoch, 0))
-        for rows in run.batches.order(epoch)[:, 0]:
-            if step == steps:
-                break
+        for step, rows in enumerate(run.batches.order(epoch)[:, 0], start=(epoch - 1) * num_steps):
             batch = run.batches.read(rows)
             seen = torch.from_numpy(fold[rows] != part).float()
             totals = {t: (y.known * seen).sum() for t, y in batch.labels.items()}
             logits = run.model.train()(batch.features, batch.present)
             losses = objective.losses(logits, batch.labels, totals, seen)
             for group in optimizer.param_groups:
-                group["lr"] = config.training.lr * rate(step, steps)
+                group["lr"] = config.training.lr * rate(step, num_epochs * num_steps)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
-            step += 1
     return run.model.eval()
 
 
@@ -172,10 +186,17 @@ def test_the_first_candidate_stays_unless_another_is_clearly_better():
 def test_a_candidate_that_learns_nothing_is_not_chosen(make_auto, table, monkeypatch):
     """Catches candidates that are judged by another's predictions."""
     monkeypatch.setattr(auto, "CANDIDATES", ({"training.lr": 1e-7}, {"training.lr": 0.02}, {"training.lr": 1e-6}))
-    choice = choose(make_auto(**{"training.auto": ["training.lr"], "training.steps": 30}), table)
+    config = make_auto(**{"training.auto": ["training.lr"], "training.steps": 30})
+    choice, heldout = choose(config, table)
     assert choice.settings == {"training.lr": 0.02}
     assert [record["chosen"] for record in choice.candidates] == [False, True, False]
     assert (choice.on, choice.num_rows > 100) == ("cv", True)
+    every = hold_out(with_settings(config, choice.settings), table)
+    known = np.isin(every.rows, heldout.rows)
+    assert known.sum() == len(heldout.rows)
+    for given, by_task in heldout.logits.items():
+        for t, logits in by_task.items():
+            np.testing.assert_allclose(logits, every.logits[given][t][known], atol=1e-3)
 
 
 def test_held_out_rows_may_lack_a_class():
@@ -203,5 +224,27 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
     every = open_store(store).table()
     expected = fit(with_settings(config, summary["auto"]["settings"]), as_train(every)).model
     for t, proba in predict_table(load_model(uri)[0], every).items():
-        np.testing.assert_array_equal(proba, predict_table(expected, every)[t])
+        np.testing.assert_allclose(proba, predict_table(expected, every)[t], atol=1e-3)
+    assert [r["epoch"] for r in summary["history"]] == list(range(1, summary["best_epoch"] + 1))
     assert train(config, store, uri)["status"] == "up to date"
+
+
+def test_what_is_known_of_held_out_parts_is_not_trained_again(make_auto, table, monkeypatch):
+    """Catches members of the choice that are thrown away, taken for a model of another seed, or put into the wrong rows."""
+    config = make_auto(**{"training.steps": 20})
+    choice, known = choose(config, table)
+    assert auto.is_screened(config)
+    assert auto.is_screened(config.with_overrides({"model.experts": True}))
+    assert not auto.is_screened(config.with_overrides({"training.seed": 5}))
+    assert not auto.is_screened(config.with_overrides({"model.fusion": "gated"}))
+    settled = with_settings(config, choice.settings)
+    stacks, real = [], FoldStack.train_all
+    monkeypatch.setattr(FoldStack, "train_all", lambda self: stacks.append(self.parts.tolist()) or real(self))
+    result, found = fit_and_hold_out(settled, table, CPU, known)
+    assert stacks == [[2, 3, 4, WHOLE]]
+    expected = hold_out(settled, table)
+    assert found.rows.tolist() == expected.rows.tolist()
+    for given, by_task in expected.logits.items():
+        for t, logits in by_task.items():
+            np.testing.assert_allclose(found.logits[given][t], logits, atol=1e-3)
+    assert result.num_parameters == fit(settled, as_train(table)).num_parameters
