@@ -58,7 +58,7 @@ def write_output(path: str, config: Config, classes: Classes, output: Output) ->
     out = path.removesuffix(".parquet") + (".parquet" if output.format == "parquet" else f".{output.format}")
     fs, place = storage.resolve(path)
     names = pq.read_schema(place, filesystem=fs).names
-    parts = (shaped(part, classes, output) for part in read_parts(path, names))
+    parts: Iterator[pa.Table] = (shaped(part, classes, output) for part in read_parts(path, names))
     if output.join:
         parts = joined(parts, config)
     if output.format == "parquet":
