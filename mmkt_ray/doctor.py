@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import __version__, cluster, storage
 from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.doctor_files import look_at_files
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
@@ -53,10 +54,16 @@ class Finding:
 
 def examine(config: Config, run_uri: str) -> list[Finding]:
     """All findings; a Ray is started or asked only where the rest leaves hope."""
-    findings = quick_findings(config, run_uri)
+    findings = quick_findings(config, run_uri) + file_findings(config)
     if all(finding.ok for finding in findings):
         return findings + list(cluster_findings(config, run_uri))
     return [*findings, Finding("cluster", "not asked: mend the rest first", ok=False)]
+
+
+def file_findings(config: Config) -> list[Finding]:
+    """A sample of the files that tables name: not ok if a larger share is missing than a run puts up with."""
+    most = config.samples.max_reject_frac
+    return [Finding(what, text, ok=share <= most, stops=share > FAULTY_FRAC) for what, text, share in look_at_files(config)]
 
 
 def check_before_work(config: Config, run_uri: str, trains: bool) -> None:

@@ -18,7 +18,7 @@ BASE = {"config", "cluster", "storage", "locks", "errors", "interrupts", "creden
 FLOORS = [
     {"cli", "__main__", "completion"},
     {"api", "init"},
-    {"steps", "submit", "upload", "doctor", "plan", "done", "quick"},
+    {"steps", "submit", "upload", "doctor", "doctor_files", "plan", "done", "quick"},
     {"report"},
     {"search"},
     {"training"},
