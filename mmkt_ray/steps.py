@@ -124,7 +124,7 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
     """A model folder for each variant, with the encoders that its features came from, and one of each modality alone."""
     uri = run_folder(config)
     variants = config.expand_variants()
-    with _record(config, "train") as card, progress.stage("models", len(variants), "models") as shown:
+    with _record(config, "train") as card, progress.stage("models", len(variants), "models") as it:
         for name, variant in variants.items():
             model_uri = storage.join(uri, "models", name)
             summary = train(variant, stores[name].uri, model_uri)
@@ -134,7 +134,7 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
             else:
                 log.info("model %s: best epoch %s, %.1f s", name, epoch, seconds)
             _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
-            shown.advance()
+            it.advance()
         card["singles"] = {}
         for store in {s.uri: s for s in stores.values()}.values():
             own = {name: variant for name, variant in variants.items() if stores[name].uri == store.uri}
@@ -157,18 +157,18 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
     uri = run_folder(config)
     variants, singles = config.expand_variants(), _read_card(uri).get("singles", {})
     total = len(variants) + len(singles) + config.evaluation.baselines
-    with _record(config, "evaluate"), progress.stage("scores", total, "models") as shown:
+    with _record(config, "evaluate"), progress.stage("scores", total, "models") as it:
         for name, variant in variants.items():
             _evaluate(uri, f"models/{name}", stores[name], variant.evaluation, name)
-            shown.advance()
+            it.advance()
         by_place = {_in_features(store): store for store in stores.values()}
         for name, place in singles.items():
             _evaluate(uri, place["model"], by_place[place["store"]], config.evaluation, name)
-            shown.advance()
+            it.advance()
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
                 _baselines(config, store)
-            shown.advance()
+            it.advance()
         _write_run_json(config, stores)
         results = _compare(uri)
         track(config, results)
@@ -222,22 +222,22 @@ def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]
     uri, wanted, main = run_folder(config), config.evaluation.studies, results["main"]
     with _record(config, "study"):
         evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
-        with progress.stage("studies", len(wanted), "studies") as shown:
+        with progress.stage("studies", len(wanted), "studies") as it:
             if "insight" in wanted:
                 once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
-                shown.advance()
+                it.advance()
             if "scores" in wanted:
                 once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
-                shown.advance()
+                it.advance()
             if "suspects" in wanted:
                 _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
-                shown.advance()
+                it.advance()
             for name in fused_to_study(results) if "missing" in wanted else ():
                 about = results["models"][name]
                 store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
                 _missing(config, evaluated, about["folder"], store)
             if "missing" in wanted:
-                shown.advance()
+                it.advance()
 
 
 def _suspects(config: Config, store: Store, uri: str) -> None:

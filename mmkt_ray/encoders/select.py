@@ -162,7 +162,7 @@ def chi2(total: ClassSums) -> np.ndarray:
     """As scikit-learn's `chi2`: sums of (observed - expected)^2 / expected over classes."""
     observed = total.sums
     of_class = total.num_rows / total.num_rows.sum()
-    squared = observed.power(2) if sp.issparse(observed) else observed**2
+    squared = observed.copy().power(2) if sp.issparse(observed) else observed**2
     all_sums = np.asarray(observed.sum(axis=0)).ravel()
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((squared.T @ (1 / of_class)) / all_sums - all_sums)

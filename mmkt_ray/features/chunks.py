@@ -55,7 +55,7 @@ def make_row(unit: str, index: int, last: bool, table: pa.Table, rejects: pa.Tab
 
 def read_shard(batch: Row, plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:
     """Stage 1: stream one shard into chunks, leaving out those that are stored already."""
-    shard = Shard(**{name: batch[name][0] for name in ("source", "uri", "name", "identity")})
+    shard = Shard(int(batch["source"][0]), *(str(batch[name][0]) for name in ("uri", "name", "identity")))
     start = time.perf_counter()
     for chunk in read_chunks(plan, shard):
         if chunk.index not in done.get(shard.unit, ()):

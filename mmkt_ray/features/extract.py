@@ -328,7 +328,7 @@ class RunStats:
             check_budget(self.uri, samples, self.num_rows, rows, self.names)
         lost, likely = num_rejected(self.lost), len(self.names) * self.sizes.largest
         if self.lost[DAMAGE] and likely and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely)):
-            check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names)
+            check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names, estimated=True)
 
     def summary(self) -> dict[str, Any]:
         """For the manifest; empty when nothing was run."""

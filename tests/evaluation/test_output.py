@@ -14,6 +14,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.output import CLASSES, Output, classes_metadata, write_output
 from mmkt_ray.evaluation.prediction import prediction_config
 from mmkt_ray.evaluation.rows import prediction_columns, write_parts
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.evaluation.runs import make_config
 
@@ -37,7 +38,7 @@ def predictions(path: Path, ids: list[str]) -> str:
     proba = {"colour": [[0.2, 0.5, 0.3], [np.nan] * 3, [0.1, 0.2, 0.7]], "tags": [[0.9, 0.8], [0.1, 0.2], [0.3, 0.6]]}
     columns: dict[str, Any] = {"sample_id": pa.array(ids), "missing": [["image"], ["image", "text"], []]}
     for task, kind in (("colour", "multiclass"), ("tags", "multilabel")):
-        columns |= prediction_columns(task, np.array(proba[task]), CLASS_NAMES[task], kind)
+        columns |= prediction_columns(task, np.array(proba[task]), CLASS_NAMES[task], task_kind(kind))
     table = pa.table(columns)
     write_parts(str(path), [table.slice(0, 2), table.slice(2)], classes_metadata(CLASS_NAMES))
     return str(path)

@@ -119,9 +119,9 @@ def test_a_damaged_shard_stops_a_job_as_soon_as_it_must(tmp_path: Path, num_shar
     stats = RunStats(str(tmp_path), samples, {f"u{i}": f"{i}.parquet" for i in range(num_shards)})
     if taken < num_shards:
         with pytest.raises(DataError, match=r"in damaged shards.*the shard is damaged"):
-            stats.follow(parts)  # type: ignore[arg-type]
+            stats.follow(parts, lambda name: None)  # type: ignore[arg-type]
     else:
-        stats.follow(parts)  # type: ignore[arg-type]
+        stats.follow(parts, lambda name: None)  # type: ignore[arg-type]
     assert parts.taken == taken
 
 

@@ -86,7 +86,7 @@ class Adaptable(FixedWeights):
 
     dim: int
     held_out_rows: ClassVar[bool] = True  # training takes rows of val too, to know when to stop
-    changes: dict[str, np.ndarray]
+    weight_changes: dict[str, np.ndarray]
     sets: Sequence[dict[str, Tensor]] = ()  # of several folds: the weights that differ between them
     learnt: np.ndarray | None = None  # of several folds: hashes of the values that they were trained on, sorted
 
@@ -145,7 +145,7 @@ class Adaptable(FixedWeights):
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if self.config.adapt is None:
             return super().state()
-        return self.changes, self.rest_of_state(self.class_names)
+        return self.weight_changes, self.rest_of_state(self.class_names)
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Raises: DataError for other weights; ValueError for changes that do not fit them."""
@@ -153,7 +153,7 @@ class Adaptable(FixedWeights):
         super().load_state({}, rest)
         if self.config.adapt is None:
             return
-        self.changes, self.class_names = tensors, [str(name) for name in rest["class_names"]]
+        self.weight_changes, self.class_names = tensors, [str(name) for name in rest["class_names"]]
         own = dict(self.model.named_parameters())
         sets = []
         for changes in adapting.by_fold(tensors, self.config.adapt.folds):
