@@ -78,7 +78,8 @@ def check_budget(
 ) -> None:
     """Raises: DataError when more than the allowed share of rows is rejected or lost a modality, and more than a few.
 
-    num_rows: in the store, of a job that is not at its end an estimate. lost: stage -> rows. names: unit -> shard name, for the message.
+    num_rows: in the store; estimated: by a job that is not at its end. lost: stage -> rows. names: unit -> shard name, for
+    the message.
     """
     num_lost, num_kept = num_rejected(lost), lost[MODALITY]
     num_hit, total = num_lost + num_kept, num_rows + num_lost
@@ -97,8 +98,9 @@ def check_budget(
     )
     if reasons and reasons[0].reason.startswith(DUPLICATE):  # a higher budget would drop them
         advice = "give each row an id of its own, or join rows of one id (samples.combine: join)"
+    of = f"of about {total:,}" if estimated else f"of {total:,}"
     raise DataError(
-        f"{num_lost:,} of {'about ' if estimated else ''}{total:,} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
+        f"{num_lost:,} {of} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
         f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's "
         f"reason: {advice}, and give the same command again"
     )

@@ -14,7 +14,7 @@ import pytest
 
 from mmkt_ray.cli import main
 from mmkt_ray.config import load_config
-from mmkt_ray.doctor import file_findings
+from mmkt_ray.doctor import look_at_columns, look_at_source
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.init.columns import KINDS, Look, classify, classify_all, classify_target
 from mmkt_ray.init.writing import init
@@ -219,18 +219,18 @@ def test_nothing_to_run_on_is_told(shop: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.yaml").exists()
 
 
-def test_doctor_samples_the_paths_of_the_whole_table(shop: Path, tmp_path: Path) -> None:
+def test_doctor_looks_at_the_paths_of_the_whole_table(shop: Path, tmp_path: Path) -> None:
     """Catches photos that are missing in the second half of a table, beyond the rows that are read first."""
     init(str(shop), ["category"], str(tmp_path / "run.yaml"))
     config = load_config(tmp_path / "run.yaml")
-    assert [str(finding) for finding in file_findings(config)] == [
-        "ok       files of source 0 (shop.csv): 30 of 30 sampled files are there"
-    ]
-    for i in range(20, 30):
+    found = look_at_columns(config, 0, *look_at_source(config, 0))
+    assert found.ok
+    assert "of all 30 rows looked at" in found.text
+    for i in range(15, 30):  # more than samples.min_reject_budget
         (tmp_path / "img" / f"{i}.png").unlink()
-    (found,) = file_findings(config)
-    assert (found.ok, found.stops) == (False, False)
-    assert "20 of 30 sampled files are there; the first that is not: no file 'img/20.png'" in found.text
+    found = look_at_columns(config, 0, *look_at_source(config, 0))
+    assert not found.ok
+    assert "15 will be rejected or lack a modality" in found.text
 
 
 def test_files_in_another_encoding(tmp_path: Path, read: Callable[..., list[dict[str, Any]]]) -> None:
