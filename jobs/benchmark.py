@@ -56,9 +56,9 @@ from mmkt_ray.encoders.cnn import SmallCNN, autocast
 from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
-from mmkt_ray.run import extract_step, hardware, read_commit, run_folder
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.steps import extract_step, hardware, read_commit, run_folder
 
 Result = dict[str, float]
 

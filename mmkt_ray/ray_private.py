@@ -6,6 +6,8 @@ when another file reaches for one. Nothing is imported before it is used: a comm
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import logging
 import os
 import signal
@@ -31,16 +33,23 @@ WORKER_TITLE = "ray::"  # how the title of a worker or an agent begins
 
 
 def quieten() -> None:
-    """Only errors from loggers that have no other switch."""
+    """Only errors from loggers that have no other switch, and no escape code on the terminal as the process ends.
+
+    Reason: Ray's colorama registers that code for the end, whether or not it has written anything in colour.
+    """
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    import ray  # noqa: F401  (it ships colorama, and puts it on the path)
+
+    colours: Any = importlib.import_module("colorama.initialise")
+    colours.atexit_done = True  # for what loads it later
+    atexit.unregister(colours.reset_all)
 
 
 def init_local(folder: str, **settings: Any) -> None:
     """`ray.init` for a Ray of our own, with its session in `folder`.
 
-    Reason: `_temp_dir` is a private argument; RAY_TMPDIR, the public way, would also move the files of everything else
-    that this process starts. The documentation names it too: "Configuring Logging", section "Specify the log directory".
+    Reason: `_temp_dir` is a private argument; RAY_TMPDIR, the public way, goes on to every other Ray that is started from here.
     """
     import ray
 

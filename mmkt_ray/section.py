@@ -74,6 +74,13 @@ class OneOf:
         )
 
 
+def without_later(section: Section, dumped: dict[str, Any], later: frozenset[str]) -> dict[str, Any]:
+    """A section as dumped, without those of the options `later` that have their default: fingerprints of what was made before
+    there were such options stay."""
+    fields = type(section).model_fields
+    return {key: v for key, v in dumped.items() if key not in later or getattr(section, key) != fields[key].default}
+
+
 def _at(name: str, error: dict[str, Any]) -> InitErrorDetails:
     details = {"type": error["type"], "loc": (name, *error["loc"]), "input": error["input"], "ctx": error.get("ctx", {})}
     return InitErrorDetails(**details)  # type: ignore[typeddict-item]

@@ -24,7 +24,7 @@ from mmkt_ray.config.reading import load_config
 from mmkt_ray.config.training import TransferConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.encoders.build import read_card as read_encoder_card
-from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder
+from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.weights import read_weights
 from mmkt_ray.errors import UserError
 from mmkt_ray.evaluation.model_folder import load_model
@@ -274,6 +274,7 @@ def test_pickle_as_a_model_to_learn_from(tmp_path, disguised, what, name):
         load_knowledge(TransferConfig(**given), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_pickles_in_a_hugging_face_folder(tmp_path, disguised):
     """Catches a text encoder that takes pytorch_model.bin, or a pickled tokenizer or config, where there are no safetensors, and
     safetensors that are none."""
@@ -289,7 +290,7 @@ def test_pickles_in_a_hugging_face_folder(tmp_path, disguised):
     ):
         (tmp_path / name).write_bytes(disguised)
     (tmp_path / "config.json").write_text(json.dumps(card))
-    encoder = build_encoder(HuggingFaceTextEncoder.Section(folder=str(tmp_path), max_tokens=16))
+    encoder = build_encoder(HuggingFaceEncoder.Section(folder=str(tmp_path), max_tokens=16))
     with pytest.raises(UserError, match=r"no \.safetensors file"):
         encoder.load()
     (tmp_path / "model.safetensors").write_bytes(disguised)

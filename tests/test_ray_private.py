@@ -3,7 +3,10 @@
 import inspect
 import logging
 import os
+import pty
 import signal
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +29,16 @@ def test_loggers_and_texts_are_those_of_this_ray() -> None:
     assert ray_private.STARTED_TOO_SLOWLY in inspect.getsource(node)
     ray_private.quieten()
     assert {logging.getLogger(name).level for name in ray_private.TALKATIVE} == {logging.ERROR}
+
+
+def test_no_escape_code_ends_a_command() -> None:
+    """Catches a code on the last line of a terminal, also where Ray's own colours are loaded only after it was asked for none."""
+    code = "from mmkt_ray import ray_private; ray_private.quieten(); import ray.autoscaler._private.cli_logger; print('done')"
+    receiver, sender = pty.openpty()
+    with open(receiver, "rb") as terminal:
+        subprocess.run([sys.executable, "-c", code], stdout=sender, stderr=sender, check=True, timeout=120)
+        os.close(sender)
+        assert terminal.read1().strip() == b"done"
 
 
 def test_patches_are_where_ray_looks_and_are_taken_back() -> None:

@@ -12,6 +12,7 @@ from mmkt_ray.config.model import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
 from mmkt_ray.config.samples import PairCombine, SamplesConfig, SourceConfig
 from mmkt_ray.config.search import SearchConfig
+from mmkt_ray.config.tracking import TrackingConfig
 from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError, nearest
@@ -37,6 +38,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and intervals")
     transfer: TransferMatrixConfig = Field(TransferMatrixConfig(), description="what `mmkt transfer` compares")
     search: SearchConfig | None = Field(None, description="what `mmkt search` tries; null: its defaults")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where results are also written")
     variants: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="models to compare: name -> dotted overrides of this config; none: one model, 'model'",
@@ -83,11 +85,11 @@ class Config(Section):
             task, encoder = modality.encoder.task, ENCODERS.get(modality.encoder.name)
             if task is not None and task not in self.tasks:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: unknown task '{task}': {nearest(task, self.tasks)}"
+                    f"modalities.{name}.encoder is trained on an unknown task '{task}': {nearest(task, self.tasks)}"
                 )
             if task is not None and not self.tasks[task].kind.exclusive:
                 raise ConfigError(
-                    f"modalities.{name}.encoder.pretrain: '{task}' is {self.tasks[task].kind.name}; "
+                    f"modalities.{name}.encoder is trained on a task: '{task}' is {self.tasks[task].kind.name}; "
                     "name a multiclass or binary task"
                 )
             if task is not None and modality.kind.pooled:

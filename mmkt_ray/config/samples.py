@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serializer, model_validator
 
-from mmkt_ray.section import Section, name_in, named
+from mmkt_ray.section import Section, name_in, named, without_later
+
+
+class HttpConfig(Section):
+    """How addresses are fetched."""
+
+    concurrency: int = Field(16, ge=1, le=256, description="addresses that a reading task fetches at once")
+    timeout_s: float = Field(20.0, gt=0, le=3600, description="of one try, from the connection to the last byte; seconds")
+    num_retries: int = Field(3, ge=0, le=10, description="after a time-out, a broken connection, 408, 429 or 5xx; with backoff")
+    max_bytes: int = Field(20_000_000, ge=1, description="a longer answer is not read to its end")
+    max_redirects: int = Field(5, ge=0, le=20, description="each is checked like the address itself")
 
 
 class SourceConfig(Section):
@@ -31,6 +42,23 @@ class SourceConfig(Section):
     allow_outside: bool = Field(
         False, description="manifest cells may be absolute paths or leave the manifest's folder"
     )
+    allow_http: bool = Field(
+        False, description="manifest cells of images and sounds may be http(s) addresses; each failure is a reject"
+    )
+    allow_private_addresses: bool = Field(
+        False, description="such an address may lead to this machine or its local network: 127.0.0.1, 10.*, 169.254.*, .."
+    )
+    http: HttpConfig = Field(HttpConfig(), description="limits of fetching")
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return without_later(self, handler(self), frozenset({"allow_http", "allow_private_addresses", "http"}))
+
+    @model_validator(mode="after")
+    def _addresses_are_in_manifests(self) -> SourceConfig:
+        if self.allow_http and self.reader != "manifest":
+            raise ValueError("allow_http goes with reader: manifest, which reads CSV, JSONL and Parquet with names of files")
+        return self
 
     def theirs(self, column: str) -> tuple[str, ...]:
         """The source's columns that fill one of ours."""

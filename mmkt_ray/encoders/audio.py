@@ -70,15 +70,20 @@ class LogMelCnnAudioEncoder(TrainedCnn):
 
 def fit_length(clip: Clip, sample_rate: int, num_samples: int) -> np.ndarray:
     """The middle of a clip at another sample rate, or all of it with silence on both sides: (num_samples,) float32."""
+    samples = cut_middle(clip, sample_rate, num_samples)
+    before = (num_samples - len(samples)) // 2
+    return np.pad(samples, (before, num_samples - len(samples) - before))
+
+
+def cut_middle(clip: Clip, sample_rate: int, num_samples: int) -> np.ndarray:
+    """The middle of a clip at another sample rate: (at most num_samples,) float32."""
     samples = clip.samples
     longest = num_samples * clip.sample_rate // sample_rate + 1  # cut before resampling: a long file costs no more
     start = max(0, len(samples) - longest) // 2
     samples = samples[start : start + longest]
     if clip.sample_rate != sample_rate:
         samples = signal.resample_poly(samples, sample_rate, clip.sample_rate).astype(np.float32)
-    samples = samples[:num_samples]
-    before = (num_samples - len(samples)) // 2
-    return np.pad(samples, (before, num_samples - len(samples) - before))
+    return samples[:num_samples]
 
 
 def log_mel(samples: np.ndarray, sample_rate: int, side: int) -> np.ndarray:

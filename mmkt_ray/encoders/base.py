@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_serializer
 
 from mmkt_ray.lazy import lazy
-from mmkt_ray.section import Choice
+from mmkt_ray.section import Choice, without_later
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,13 @@ Fit = Literal["none", "statistics", "training"]
 
 class EncoderSection(Choice):
     """Base of the config section of an encoder; the `name` of each is its entry in ENCODERS."""
+
+    # options that were added after features were made without them: see `without_later`
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return without_later(self, handler(self), self.later)
 
     @property
     def task(self) -> str | None:
@@ -92,10 +99,18 @@ class ListedEncoder:
     Section: ClassVar[type[EncoderSection]]
     kinds: ClassVar[tuple[str, ...]]  # of the modalities that it reads
     sparse: ClassVar[bool] = False  # encode returns CSR matrices
+    # of a Trained one: type of a prepared value; whether rows of val are given too, to decide when to stop
+    prepared_dtype: ClassVar[str] = "uint8"
+    held_out_rows: ClassVar[bool] = False
     version: int = 1  # raised by whoever changes what encode returns
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    def of(cls, config: Any) -> Any:
+        """The unfitted encoder of a config section."""
+        return cls(config)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return {}, {}
@@ -114,15 +129,22 @@ class Training:
     world_size: int
     checkpoint: dict[str, Any] | None  # what the last epoch's `state_fn` gave; None at the start
     on_epoch: Callable[[int, dict[str, float], Any], None]  # epoch, metrics, state_fn
+    held_out: np.ndarray | None = None  # (N,) bool: values of val, for encoders with `held_out_rows`
 
 
 @runtime_checkable
 class Trained(Protocol):
-    """What Ray Train trains on the labels of `Section.task`; the section has `epochs` and `num_workers`."""
+    """An encoder that Ray Train trains on the labels of `Section.task`; its section has `epochs` and `num_workers`.
+
+    With `held_out_rows` the values of val are among those it is trained with, negative where train lacks their class.
+    """
+
+    prepared_dtype: ClassVar[str]
+    held_out_rows: ClassVar[bool]
 
     @property
     def prepared_shape(self) -> tuple[int, ...]:
-        """Of a prepared value, which is uint8."""
+        """Of a prepared value."""
         ...
 
     def prepare(self, value: Any) -> np.ndarray:
@@ -142,7 +164,7 @@ class Trained(Protocol):
 
 def fit_of(encoder: Any) -> Fit:
     """How an encoder is fitted: not at all, from statistics of the train split that merge, or by training on a task."""
-    if isinstance(encoder, ListedEncoder) and encoder.config.task is not None:
+    if getattr(getattr(encoder, "config", None), "task", None) is not None:
         return "training"
     return "statistics" if isinstance(encoder, Mergeable) else "none"
 

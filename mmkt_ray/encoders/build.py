@@ -26,8 +26,7 @@ _OF_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, Runti
 def build_encoder(config: EncoderSection) -> Encoder:
     """An unfitted encoder. Raises: ConfigError if a user's class can't be imported or refuses its options."""
     if not isinstance(config, CustomEncoder):
-        encoder: Encoder = cast(Any, ENCODERS[config.name](config))
-        return encoder
+        return cast(Encoder, ENCODERS[config.name].of(config))
     try:
         return _load(config.name)(**config.options)
     except (ImportError, AttributeError, TypeError) as error:

@@ -6,8 +6,10 @@ from mmkt_ray.encoders.audio import LogMelCnnAudioEncoder
 from mmkt_ray.encoders.base import ListedEncoder
 from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
+from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
-from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
+from mmkt_ray.encoders.pretrained.texts import MinilmTextEncoder
+from mmkt_ray.encoders.pretrained.timm_images import TimmImageEncoder
 from mmkt_ray.encoders.reduce import PcaReducer, Reducer, Standardizer, SvdReducer
 from mmkt_ray.encoders.select import SelectReducer
 from mmkt_ray.encoders.table import TableEncoder
@@ -20,8 +22,9 @@ ENCODERS: dict[str, type[ListedEncoder]] = {
     "logmel_cnn": LogMelCnnAudioEncoder,
     "torchvision": TorchvisionImageEncoder,
     "efficientnet-lite0": EfficientNetLite0ImageEncoder,
+    "timm": TimmImageEncoder,
     "minilm": MinilmTextEncoder,
-    "huggingface": HuggingFaceTextEncoder,
+    "huggingface": HuggingFaceEncoder,
     "table": TableEncoder,
     "identity": IdentityEncoder,
 }

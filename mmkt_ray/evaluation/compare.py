@@ -17,6 +17,7 @@ import pandas as pd
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
+from mmkt_ray.evaluation.adapted import adaptations
 from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, settle
 from mmkt_ray.evaluation.intervals import agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.evaluation.recommend import (
@@ -53,6 +54,7 @@ def compare(run_uri: str) -> dict[str, Any]:
                                 balanced_accuracy, val_accuracy,
                                versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
                                         (paired differences), p, p_holm} or None, verdict}]}}
+        adapted: whether adapting encoders paid, see `adapted.adaptations`
         recommended: {model, folder, tasks, why [sentences], considered [..] (see `choose`), per_task {task: model}} or None
 
     A verdict is that of the interval and of an exact test, corrected for all of its kind (Holm): the chosen fused models are
@@ -76,6 +78,7 @@ def compare(run_uri: str) -> dict[str, Any]:
     results["tasks"] = {t: _compare_task(t, scored) for t, scored in scored_on.items()}
     _judge_rows(results["tasks"], results["confidence"])
     _answer(results)
+    results["adapted"] = adaptations(run_uri, [m for m in models if m.kind == "trained"], tasks, _paired)
     results["recommended"] = recommend(run_uri, scored_on, results["tasks"])
     results |= {"main": _main_model(models, results), "notes": _notes(results, run)}
     storage.write_json(storage.join(run_uri, "report", "results.json"), results)
@@ -355,8 +358,8 @@ def _unseen(tasks: dict[str, Any]) -> str:
 
 
 def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    """What a reader must know to read the numbers right."""
-    notes = []
+    """What a reader must know to read the numbers right; first whether adapting encoders paid."""
+    notes = [found["sentence"] for found in results["adapted"]]
     if any(t["selected_on"] == "test" for t in results["tasks"].values()):
         notes.append(
             "There are no held-out rows but test, so the best models were chosen there: their scores are a little too good."

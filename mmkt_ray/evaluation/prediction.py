@@ -23,9 +23,8 @@ from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.output import Output, classes_metadata, write_output
 from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable, write_parts
-from mmkt_ray.features.combine import combine
-from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
@@ -56,6 +55,7 @@ def predict(
     max_reject_frac: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     trust_code: bool = False,
+    output: Output | None = None,
 ) -> str:
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
@@ -66,9 +66,11 @@ def predict(
     for is absent in all of their rows, unless `columns` names it; one that is absent in more than half of the rows is a
     warning. New shards need neither split nor labels nor ids.
     overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
-    module:Class, and read the files that it names elsewhere.
+    module:Class, and read the files that it names elsewhere. output: another form of the predictions, written beside the file
+    and returned in its place.
     Raises: ConfigError, DataError.
     """
+    model_uri = shipped(model_uri)
     model, card = load_model(model_uri)
     own = dict(overrides or {}) | ({} if max_reject_frac is None else {"samples.max_reject_frac": max_reject_frac})
     trained = restrict(parse_config(card["config"]), own)
@@ -78,7 +80,9 @@ def predict(
     tell_lacking(config, folders)
     out_uri = storage.absolute(out_uri)
     with locked(out_uri):
-        return _predict(config, model, card, folders, out_uri, columns or {})
+        path = _predict(config, model, card, folders, out_uri, columns or {})
+        classes = card["class_names"]
+        return path if output is None or output.is_plain else write_output(path, config, classes, output)
 
 
 def _predict(
@@ -89,6 +93,9 @@ def _predict(
     out_uri: str,
     named: Mapping[str, str],
 ) -> str:
+    from mmkt_ray.features.combine import combine  # Ray loads here: who predicts without it checks a card as above
+    from mmkt_ray.features.extract import encode, reduce
+
     storage.make_dir(out_uri)
     store = encode(config, out_uri, list_shards(ReadingPlan.of(config)), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
@@ -103,6 +110,17 @@ def _predict(
     told = "%d predicted, %d of them without an unreadable modality; %d rejected%s"
     log.info(told, counts["rows"], counts["unreadable_modalities"], counts["rejects"], absent)
     return path
+
+
+def shipped(uri: str) -> str:
+    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none."""
+    results = storage.join(uri, "report", "results.json")
+    if storage.exists(storage.join(uri, "config.json")) or not storage.exists(results):
+        return uri
+    chosen = storage.read_json(results)["recommended"]
+    if chosen is None:
+        raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
+    return storage.join(uri, chosen["folder"])
 
 
 def restrict(config: Config, own: Mapping[str, Any]) -> Config:
@@ -322,4 +340,4 @@ def write_predictions(path: str, model: Predictor, store: Store, class_names: Ma
                 columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task])
             yield pa.table(columns)
 
-    write_parts(path, parts())
+    write_parts(path, parts(), classes_metadata(class_names))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
@@ -204,16 +204,11 @@ def assigned_device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-class EncodeChunk:
-    """Stage 3: decode, then features of every modality. Runs in an actor that loads the encoders once."""
+class SampleEncoder:
+    """Decodes samples and makes features of every modality, with encoders that it loads once. Knows no Ray."""
 
-    def __init__(self, plan: EncodePlan) -> None:
-        import torch
-
-        cluster.keep_freed_memory()
-        torch.set_num_threads(plan.num_threads)
+    def __init__(self, plan: EncodePlan, device: torch.device) -> None:
         self.plan = plan
-        device = assigned_device(plan.use_gpu)
         self.encoders: dict[str, Any] = {}
         for name, uri in sorted(plan.encoders.items()):
             encoder = load_fitted(build_encoder(plan.config.modalities[name].encoder), uri)
@@ -224,11 +219,13 @@ class EncodeChunk:
             plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()}
         )
 
-    def __call__(self, batch: Row) -> Row:
-        samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
-        seconds: dict[str, float] = json.loads(batch["seconds"][0])
-        unit, index, last = str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0])
-        stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
+    def encode_samples(
+        self, samples: pa.Table, unit: str, stored: dict[str, pa.Table | None], seconds: dict[str, float]
+    ) -> tuple[pa.Table, pa.Table]:
+        """Samples -> a part of a store, and the rejects: rows that lost a modality, or the last one that they had.
+
+        stored: modality -> its columns for these samples, where another store has them. seconds: by stage, added to.
+        """
         samples, values, broken = self._decode(samples, stored, seconds)
         keep, told = settle_broken(samples, broken, list(self.encoders), unit)
         samples, mask = samples.filter(pa.array(keep)), pa.array(keep)
@@ -247,7 +244,7 @@ class EncodeChunk:
         lost = {m: np.isin(np.flatnonzero(keep), np.array(list(rows), np.int64)) for m, rows in broken.items()}
         samples, more = settle_refused(samples, columns, refused, lost, unit)
         part = pa.table({name: samples.column(name) for name in self.schema.names}, schema=self.schema)
-        return make_row(unit, index, last, part, pa.concat_tables([rejects, told, more]), seconds)
+        return part, pa.concat_tables([told, more])
 
     def _encode(
         self, name: str, values: list[Any], seconds: dict[str, float]
@@ -289,6 +286,27 @@ class EncodeChunk:
                 samples = note_content(samples, name, decoded.hashes, decoded.changes)
         seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
         return samples, values, broken
+
+
+class EncodeChunk(SampleEncoder):
+    """Stage 3: decode, then features of every modality. Runs in an actor that loads the encoders once."""
+
+    def __init__(self, plan: EncodePlan) -> None:
+        import torch
+
+        from mmkt_ray import cluster
+
+        cluster.keep_freed_memory()
+        torch.set_num_threads(plan.num_threads)
+        super().__init__(plan, assigned_device(plan.use_gpu))
+
+    def __call__(self, batch: Row) -> Row:
+        samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
+        seconds: dict[str, float] = json.loads(batch["seconds"][0])
+        unit, index, last = str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0])
+        stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
+        part, told = self.encode_samples(samples, unit, stored, seconds)
+        return make_row(unit, index, last, part, pa.concat_tables([rejects, told]), seconds)
 
 
 def encode_column(
@@ -437,7 +455,14 @@ def reduce_part(
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()
     name = str(batch["name"][0])
-    part = storage.read_table(storage.join(source_uri, "data", name))
+    part = reduce_features(storage.read_table(storage.join(source_uri, "data", name)), reducers, dims, dtype)
+    unit, index, *end = name.removesuffix(".parquet").split("-")
+    seconds = {"reduce": time.perf_counter() - start}
+    return make_row(unit, int(index), bool(end), part, reject_table([]), seconds)
+
+
+def reduce_features(part: pa.Table, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32") -> pa.Table:
+    """A part with reducers (by modality) applied. dims: widths of the features before, by modality."""
     for modality, reducer in reducers.items():
         position = part.column_names.index(column_of(modality))
         features, present = from_arrow(part.column(position), dims[modality])
@@ -446,6 +471,4 @@ def reduce_part(
         else:
             reduced = pa.nulls(len(part), feature_type(reducer.dim, getattr(reducer, "sparse", False), dtype))
         part = part.set_column(position, column_of(modality), reduced)
-    unit, index, *end = name.removesuffix(".parquet").split("-")
-    seconds = {"reduce": time.perf_counter() - start}
-    return make_row(unit, int(index), bool(end), part, reject_table([]), seconds)
+    return part

@@ -12,13 +12,14 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pyarrow.parquet as pq
 import ray.data
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
@@ -167,7 +168,9 @@ def run_encode(
             num_gpus=num_gpus,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
         )
-        stats.follow(features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS))
+        parts = features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS)
+        with progress.stage("encode", len(todo), "shards") as shown:
+            stats.follow(parts, lambda name: shown.advance(name.endswith("-end.parquet")))
 
 
 def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str]) -> Store:
@@ -197,7 +200,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         with cluster.one_row_blocks():
             names = ray.data.from_items([{"name": name} for name in todo], override_num_blocks=min(len(todo), 64))
             parts = names.map_batches(work, batch_size=1).map_batches(partial(write_part, store_uri=uri), batch_size=1)
-            stats.follow(parts)
+            with progress.stage("reduce", len(todo), "parts") as shown:
+                stats.follow(parts, lambda _: shown.advance())
     modalities = {m: dict(entry) for m, entry in encoded.manifest["modalities"].items()}
     for m, card in cards.items():
         both = fingerprint([modalities[m]["fingerprint"], card["fingerprint"]])
@@ -295,13 +299,14 @@ class RunStats:
         self.sizes = ShardSizes()
         self.wall_s = self.startup_s = 0.0
 
-    def follow(self, parts: ray.data.Dataset) -> None:
-        """Run the pipeline to its end. Raises: DataError when the reject budget is spent."""
+    def follow(self, parts: ray.data.Dataset, told_of: Callable[[str], None]) -> None:
+        """Run the pipeline to its end; each part's name is told. Raises: DataError when the reject budget is spent."""
         start = told = time.perf_counter()
         for part in parts.iter_rows():
             self.num_rows += part["num_rows"]
             self.lost.update(json.loads(part["lost"]))
             self.checksums[part["name"]] = part["checksum"]
+            told_of(part["name"])
             seconds = json.loads(part["seconds"])
             self.seconds.update(seconds)
             self.wall_s = time.perf_counter() - start

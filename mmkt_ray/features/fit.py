@@ -7,6 +7,7 @@ The tree is fixed so that the same shards give the same sums, bit for bit, whate
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -85,6 +86,7 @@ def fit_encoder(
     ):
         return uri
     cluster.connect()
+    start = time.perf_counter()
     log.info("fitting the %s encoder '%s' on the train split of %d shards", modality, section.name, len(feeding))
     if trained:
         from mmkt_ray.features.pretrain import Pretraining, pretrain  # with torch, which counting needs not
@@ -97,7 +99,8 @@ def fit_encoder(
         if total is None:
             raise DataError(f"no sample of the train split has {modality}{why_none(plan, modality, feeding)}")
         encoder.finish(total)
-    _save(encoder, section, uri, units)
+    adapted = getattr(section, "adapt", None) is not None
+    _save(encoder, section, uri, units, **({"trained_s": round(time.perf_counter() - start, 1)} if adapted else {}))
     return uri
 
 
@@ -239,6 +242,6 @@ def merge_in_tree(statistics: Sequence[Callable[[], Any]], merge: Callable[[list
     return ray.get(next(s for left in levels for s in left))
 
 
-def _save(fitted: Any, section: Section, uri: str, units: list[str]) -> None:
-    card = save_fitted(fitted, section, uri, {"units": units})
+def _save(fitted: Any, section: Section, uri: str, units: list[str], **about: Any) -> None:
+    card = save_fitted(fitted, section, uri, {"units": units} | about)
     log.info("fitted: %s (%d features)", uri, card["dim"])

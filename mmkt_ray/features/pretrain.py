@@ -87,7 +87,8 @@ def pretrain(encoder: Any, job: Pretraining, shards: list[Shard], leaking: Mappi
 
 
 def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dict[str, int]:
-    """Write the shard's labelled train values, prepared, as parts of (pixels, label); extraction will reject broken ones.
+    """Write the shard's labelled train values, prepared, as parts of (pixels, label, held_out); extraction will reject broken
+    ones. Held out: values of val, for encoders that ask for them.
 
     Returns why values are not among them -> how many.
     """
@@ -98,8 +99,10 @@ def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dic
         return dict(json.loads(storage.read_bytes(done) or b"{}"))
     for chunk in read_chunks(job.plan, shard):
         reasons.update(reject.reason for reject in chunk.rejects)
-        train = train_rows(chunk.table, leaking)
-        rows = train.filter(pc.and_(train.column(modality).is_valid(), train.column(task).is_valid()))
+        used = train_rows(chunk.table, leaking)
+        if encoder.held_out_rows:
+            used = pa.concat_tables([used, chunk.table.filter(pc.equal(chunk.table.column("split"), "val"))])
+        rows = used.filter(pc.and_(used.column(modality).is_valid(), used.column(task).is_valid()))
         kind = job.plan.modalities[modality]
         decoded = decode_column(rows.column(modality), kind, encoder.prepare, job.samples)
         reasons.update(map(shorten, decoded.broken.values()))
@@ -110,17 +113,23 @@ def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dic
             pixels = pa.array([value.tobytes() for value in found.values()], pa.binary())
             storage.write_table(
                 storage.join(pieces, f"{shard.unit}-{chunk.index:06d}.parquet"),
-                pa.table({"pixels": pixels, "label": rows.column(task).take(good)}),
+                pa.table(
+                    {
+                        "pixels": pixels,
+                        "label": rows.column(task).take(good),
+                        "held_out": pc.equal(rows.column("split"), "val").take(pa.array(good)),
+                    }
+                ),
             )
     storage.write_bytes(done, json.dumps(reasons).encode())
     return dict(reasons)
 
 
 def _count_classes(pieces: str) -> dict[str, int]:
-    """Rows of each class, each class in one spelling."""
+    """Train rows of each class, each class in one spelling."""
     counts: Counter[str] = Counter()
-    for table in _read_pieces(pieces, ["label"]):
-        counts.update(table.column("label").to_pylist())
+    for table in _read_pieces(pieces, ["label", "held_out"]):
+        counts.update(table.filter(pc.invert(table.column("held_out"))).column("label").to_pylist())
     new, merged = respelled(counts), Counter[str]()
     for name, number in counts.items():
         merged[new.get(name, name)] += number
@@ -133,21 +142,24 @@ def _read_pieces(pieces: str, columns: list[str]) -> Any:
 
 
 def _map_values(
-    pieces: str, shape: tuple[int, ...], class_names: list[str], folder: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """All pieces as one memory-mapped array of prepared values (N, *shape) uint8 in `folder`, and labels (N,) int64."""
-    found = [index_in(t.column("label"), class_names) for t in _read_pieces(pieces, ["label"])]
-    labels = np.concatenate([np.empty(0, np.int64), *found])
+    pieces: str, encoder: Any, class_names: list[str], folder: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pieces as one memory-mapped array of prepared values (N, ..) in `folder`; labels (N,) int64; which are held out."""
+    labels, held_out = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    for table in _read_pieces(pieces, ["label", "held_out"]):
+        labels.append(index_in(table.column("label"), class_names))
+        held_out.append(table.column("held_out").to_numpy())
+    dtype, shape = np.dtype(encoder.prepared_dtype), encoder.prepared_shape
     images = np.lib.format.open_memmap(
-        os.path.join(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=(len(labels), *shape)
+        os.path.join(folder, "images.npy"), mode="w+", dtype=dtype, shape=(sum(map(len, labels)), *shape)
     )
     start = 0
     for table in _read_pieces(pieces, ["pixels"]):
         for chunk in table.column("pixels").chunks:
-            block = np.frombuffer(b"".join(chunk.to_pylist()), dtype=np.uint8).reshape(-1, *shape)
+            block = np.frombuffer(b"".join(chunk.to_pylist()), dtype=dtype).reshape(-1, *shape)
             images[start : start + len(block)] = block
             start += len(block)
-    return images, labels
+    return images, np.concatenate(labels), np.concatenate(held_out)
 
 
 def _train(told: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
@@ -167,19 +179,20 @@ def _train(told: dict[str, Any], rank: int, world_size: int, device: torch.devic
             storage.write_bytes(checkpoint, save_tensors(tensors))
             seconds = time.perf_counter() - epoch_start
             log.info(
-                "%s epoch %d/%d: loss %.3f, train accuracy %.3f, %.1f s",
+                "%s epoch %d/%d: loss %.3f, train accuracy %.3f%s, %.1f s",
                 section.name,
                 epoch,
                 section.epochs,
                 metrics["loss"],
                 metrics["accuracy"],
+                f", val accuracy {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else "",
                 seconds,
             )
         epoch_start = time.perf_counter()
 
     try:
-        values, labels = _map_values(job.pieces, encoder.prepared_shape, class_names, folder)
-        training = Training(job.seed, device, rank, world_size, checkpoint=state, on_epoch=keep)
+        values, labels, held_out = _map_values(job.pieces, encoder, class_names, folder)
+        training = Training(job.seed, device, rank, world_size, checkpoint=state, on_epoch=keep, held_out=held_out)
         weights: dict[str, np.ndarray] = encoder.train(values, labels, class_names, training)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

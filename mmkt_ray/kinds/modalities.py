@@ -8,7 +8,7 @@ Nothing heavy is imported here before it is used: the config comes from these cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_serializer
@@ -43,6 +43,7 @@ class ModalityKind(Choice):
     holds: ClassVar[str]  # for the config's help
     # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
     takes_several: ClassVar[bool] = False
+    is_text: ClassVar[bool] = False  # a value is what somebody may type
     takes_arrays: ClassVar[bool] = False  # may be filled from the rows of an array beside the shard, `vectors.npy`
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
     decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
@@ -127,6 +128,14 @@ class ModalityKind(Choice):
 
     # --- for people --------------------
 
+    def from_object(self, value: Any) -> Any:
+        """A Python object that stands in a DataFrame, as a raw cell; of files all but paths. Raises: ValueError."""
+        return value.item() if type(value).__module__ == "numpy" and not getattr(value, "shape", ()) else value
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        """A random value, for checks; None: of this kind there is none. words: for kinds that are made of them."""
+        return None
+
     def look(self, column: pa.ChunkedArray) -> str:
         """What the first rows (N,) of a source show, for `mmkt doctor`; "" for nothing that needs saying.
 
@@ -210,6 +219,7 @@ class _File(_Listed):
 
     is_file: ClassVar[bool] = True
     stored_bytes: ClassVar[float] = 1.8
+    objects: ClassVar[str] = "a path or bytes"  # what may stand in a DataFrame
     pool: Literal["mean", "max", "first"] | None = Field(None, description=POOL)
 
     @property
@@ -222,6 +232,11 @@ class _File(_Listed):
         if not isinstance(cell, bytes):
             raise ValueError(f"{self.name} must be encoded bytes, got {type(cell).__name__}")
         return cell
+
+    def from_object(self, value: Any) -> bytes:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        raise ValueError(f"must be {self.objects}, got {type(value).__name__} {value!r:.60}")
 
     def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
         """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
@@ -254,6 +269,16 @@ class Image(_File):
     name: Literal["image"] = "image"
     holds: ClassVar[str] = "the bytes of an image file"
     decoder: ClassVar[str] = "mmkt_ray.kinds.images:decode_file"
+    objects: ClassVar[str] = "a path, bytes, a PIL image or an array"
+
+    def from_object(self, value: Any) -> bytes:
+        """Also PIL images, and arrays of pixels."""
+        from mmkt_ray.kinds.images import file_of
+
+        return file_of(value) or super().from_object(value)
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        return rng.integers(0, 256, (int(rng.integers(20, 90)), 64, 3), "uint8")
 
     def digest(self, value: np.ndarray) -> int:
         """Of the pixels and their shape."""
@@ -275,6 +300,11 @@ class Audio(_File):
     name: Literal["audio"] = "audio"
     holds: ClassVar[str] = "the bytes of a sound file"
     decoder: ClassVar[str] = "mmkt_ray.kinds.sounds:decode_file"
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        from mmkt_ray.kinds.sounds import Clip
+
+        return Clip(rng.normal(0, 0.1, 16_000).astype("float32").clip(-1, 1), 16_000)
 
     def from_decoder(self, array: np.ndarray, number: int) -> Any:
         from mmkt_ray.kinds.sounds import Clip
@@ -302,7 +332,11 @@ class Text(_Listed):
 
     name: Literal["text"] = "text"
     holds: ClassVar[str] = "a string"
+    is_text: ClassVar[bool] = True
     pool: Literal["mean", "max", "first", "join"] | None = Field(None, description=f"{POOL}; join: one text, a line for each")
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        return " ".join(words[i] for i in rng.integers(0, len(words), 12))
 
     @property
     def item_type(self) -> pa.DataType:

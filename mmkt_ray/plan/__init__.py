@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mmkt_ray import cluster
 from mmkt_ray.config import Config, SearchConfig
-from mmkt_ray.encoders.base import Trained
+from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.plan import rates as known
@@ -100,11 +102,13 @@ def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) 
         if section.name in known.FIT_S:
             core_s = samples * rates.stages["read"] + rows * known.FIT_S[section.name]
             yield Step(f"fit {name}", core_s, core_s / machines.all_cpus, "all CPUs")
-        elif isinstance(encoder, Trained) and section.task is not None:
+        elif fit_of(encoder) == "training":
             core_s = samples * (rates.stages["read"] + rates.stages["decode"])
             yield Step(f"decode {name} to train on", core_s, core_s / machines.all_cpus, "all CPUs")
             asked: Any = section
-            core_s = rows * asked.epochs * known.PRETRAIN_S
+            adapts = getattr(section, "adapt", None) is not None
+            each = known.FORTH_AND_BACK * rates.stages[f"encode {name}"] if adapts else known.PRETRAIN_S
+            core_s = rows * asked.epochs * each
             workers = min(asked.num_workers, machines.nodes)
             yield Step(f"train {name} encoder", core_s, core_s / (workers * machines.cpus), f"{workers} worker(s)")
 
@@ -203,9 +207,9 @@ def find_limits(config: Config, rates: Rates, machines: Machines, candidates: fl
             "a hash join in Ray tasks",
         )
     for name, modality in sorted(config.modalities.items()):
-        encoder = build_encoder(modality.encoder)
-        if isinstance(encoder, Trained) and modality.encoder.task is not None:
-            value_bytes = math.prod(encoder.prepared_shape)
+        encoder: Any = build_encoder(modality.encoder)
+        if fit_of(encoder) == "training":
+            value_bytes = math.prod(encoder.prepared_shape) * np.dtype(encoder.prepared_dtype).itemsize
             yield Limit(
                 known.DISK_BYTES / (value_bytes * rates.train_frac),
                 f"each worker that trains the {name} encoder writes all its inputs to its disk: {value_bytes:,} bytes each, 1 TB",

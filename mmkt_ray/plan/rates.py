@@ -24,6 +24,7 @@ ENCODE_S |= {"table": 15e-6, "identity": 5e-6}  # of ten columns; of 384 numbers
 FIT_S = {"tfidf": 73e-6, "table": 10e-6, "identity": 2e-6}  # all passes together
 FIT_S |= {"svd": 1.2e-3, "pca": 6e-6, "select": 6e-6, "standardize": 6e-6}
 PRETRAIN_S = 2.15e-3  # per image and epoch: cnn and logmel_cnn
+FORTH_AND_BACK = 3  # an epoch of adapting an encoder, in times of encoding
 TRAIN_S = 77e-6  # per row and epoch, of one worker with two cores: hierarchical fusion of two reduced modalities
 WORKER_CPUS = 2  # of that worker
 CANDIDATE_S = 14e-6  # per train row and epoch of a search's candidate, start-up included

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pyarrow.fs as pafs
 
 from mmkt_ray import storage
+from mmkt_ray.samples.addresses import is_address
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, Reading
 
 # what the name itself is to blame for; any other error of the storage may pass, and stops the job
@@ -24,10 +25,13 @@ class FileReader:
     def __init__(self, reading: Reading, base: str | None = None) -> None:
         self.base = base or reading.shard.uri.rpartition("/")[0] or "/"
         self.allow_outside = reading.source.allow_outside
+        self.fetched: dict[str, bytes | ValueError] = {}  # address -> what was there, of the rows at hand
         self._real_folders: dict[str, str] = {}  # folder -> where its links lead
 
     def read_cell(self, cell: str) -> bytes | ValueError:
         """The file's bytes, or why it cannot be read."""
+        if cell in self.fetched:
+            return self.fetched[cell]
         try:
             return self.read(cell)
         except ValueError as error:
@@ -35,6 +39,8 @@ class FileReader:
 
     def read(self, cell: str) -> bytes:
         """The file's bytes. Raises: ValueError as `find` does."""
+        if is_address(cell):
+            raise ValueError(f"'{cell:.200}' is an address: to fetch such cells set allow_http: true for the source")
         fs, path = self.find(cell)
         with _told(cell), fs.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())

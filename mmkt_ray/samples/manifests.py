@@ -19,6 +19,7 @@ from mmkt_ray.kinds.arrow import values_of
 from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
 from mmkt_ray.kinds.lists import items_in
 from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.samples.addresses import Fetcher, find_addresses
 from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
@@ -40,11 +41,10 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
 
     Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
     """
-    suffix = reading.shard.name.lower().rpartition(".")[2]
     if reading.has_patterns:
         reading = reading.settled(manifest_columns(reading))
-    rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
+    rows = _fetched(reading, files, raw_rows(reading)) if reading.source.allow_http else raw_rows(reading)
     with open_arrays(reading.narrowed(manifest_columns(reading)) if reading.arrays else reading) as arrays:
         number = -1
         for number, row in enumerate(rows):
@@ -57,6 +57,24 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
             yield _convert(reading, files, *row, {column: array.row(number) for column, array in arrays.items()})
         for array in arrays.values() if reading.source.limit is None else ():
             array.check_length(number + 1)
+
+
+def raw_rows(reading: Reading) -> Iterator[Placed]:
+    """The rows of a table as they are: each with its place, by the source's column names. Raises: as `read_manifest`."""
+    suffix = reading.shard.name.lower().rpartition(".")[2]
+    return {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
+
+
+def _fetched(reading: Reading, files: FileReader, rows: Iterator[Placed]) -> Iterator[Placed]:
+    """The rows in their order; the addresses in the next few are fetched at once, for `files` to give."""
+    source = reading.source
+    ours = [column for column, kind in reading.kinds.items() if isinstance(kind, ModalityKind) and kind.is_file]
+    theirs = [name for column in ours for name in source.theirs(column)]
+    with Fetcher(source) as fetcher:
+        while group := list(islice(rows, source.http.concurrency)):
+            cells = [row[1].get(name) for row in group if not isinstance(row, Reject) for name in theirs]
+            files.fetched = fetcher.fetch(find_addresses(cells))
+            yield from group
 
 
 def manifest_columns(reading: Reading) -> set[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mmkt_ray.samples.addresses import is_address
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.manifests import is_missing
@@ -52,6 +53,8 @@ def _survey(plan: ReadingPlan, column: str, shards: Sequence[Shard], until: floa
             if time.monotonic() > until:
                 return Survey(column, num_rows, False, reasons)
             num_rows += 1
+            if column != "split" and cell and reading.source.allow_http and is_address(cell):
+                continue  # is fetched when it is read
             if why := _unknown_split(cell) if column == "split" else _no_file(files, cell):
                 reasons.append(why if column == "split" else f"{column}: {why}")
     return Survey(column, num_rows, True, reasons)

@@ -30,7 +30,7 @@ from mmkt_ray.doctor import (
     refuse,
 )
 from mmkt_ray.errors import DataError, ResourceError
-from mmkt_ray.run import run_folder
+from mmkt_ray.steps import run_folder
 from tests.heads import RAY, head, running, wait_until
 from tests.shapes import png, write_shard
 

@@ -14,6 +14,8 @@ import pytest
 
 from mmkt_ray.cluster import run_on_workers
 
+pytestmark = pytest.mark.ray
+
 SECRET = "planted-key-of-an-object-store"
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # A driver as `mmkt` starts it, with a worker; it tells every TCP port that it or a process of its Ray listens on.

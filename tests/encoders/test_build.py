@@ -36,6 +36,7 @@ def forge(folder: Path, **tensors: np.ndarray) -> None:
     (folder / "encoder.json").write_text(json.dumps(card | {"fingerprint": build._fingerprint(card, state)}))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found(tmp_path):
     """A term or a weight that is read as another one: other features, in silence."""
     section = tfidf(tmp_path)

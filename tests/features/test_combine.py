@@ -163,6 +163,7 @@ def test_ids_that_occur_twice_are_no_matter_of_budget(tmp_path: Path, make_confi
     assert "raise the budget" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_join_end_to_end_gathers_the_right_features(shapes: Path, make_config: Callable[..., Config]) -> None:
     """Features of one sample under the id of another; the two halves of a sample in different splits."""
     write_shard(shapes / "data" / "captions" / "0.parquet", 60, 80)

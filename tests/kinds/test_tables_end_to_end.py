@@ -12,7 +12,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.prediction import predict
-from mmkt_ray.run import run
+from mmkt_ray.steps import run
 
 MakeConfig = Callable[..., Config]
 

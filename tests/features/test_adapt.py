@@ -1,0 +1,48 @@
+"""Adapting an encoder from shards to features: over workers, cached, and scored against the frozen one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmkt_ray.config import Config
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.features.extract import extract
+from mmkt_ray.features.fit import fit_encoder
+from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.readers import list_shards
+from tests.encoders.tiny_networks import image_folder
+
+pytest.importorskip("transformers", reason="the extra `pretrained` is not installed")
+
+
+def encoder(folder: Path, **adapt: Any) -> dict[str, Any]:
+    options = {"task": "colour", "how": "full", "lr": 1e-3, "epochs": 2, "batch_size": 16, **adapt}
+    return {"name": "huggingface", "folder": str(folder), "adapt": options}
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_two_workers_adapt_one_network(shapes: Path, make_config: Callable[..., Config]) -> None:
+    """Catches gradients of one worker alone, rows of val or test that are trained on, and a fit that is done twice."""
+    folder = image_folder(shapes / "vit", "ViT")
+    one = make_config(modalities__image__encoder=encoder(folder), samples__split={"val_frac": 0.2, "test_frac": 0.2})
+    two = one.with_overrides({"modalities.image.encoder.adapt.num_workers": 2})
+    frozen = one.with_overrides({"modalities.image.encoder.adapt": None})
+    features = [extract(c, str(shapes / name)).table(["image"]).features["image"] for c, name in ((one, "a"), (two, "b"))]
+    plain = extract(frozen, str(shapes / "c")).table(["image"]).features["image"]
+    np.testing.assert_allclose(features[0], features[1], atol=2e-3)
+    assert np.abs(features[0] - plain).mean() > 1e-2
+    (fit,) = (shapes / "a" / "encoders").glob("image-*")
+    assert sorted(p.name for p in fit.iterdir()) == ["encoder.json", "state.safetensors"]
+    before = (fit / "state.safetensors").stat().st_mtime_ns
+    shards = list_shards(ReadingPlan.of(one))
+    assert fit_encoder(one, str(shapes / "a"), "image", shards, {}) == str(fit)
+    assert (fit / "state.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_task_that_is_not_there_is_refused(shapes: Path, make_config: Callable[..., Config]) -> None:
+    """Catches a run that decodes all images and then finds no label to train on."""
+    with pytest.raises(ConfigError, match="trained on an unknown task 'color': did you mean 'colour'"):
+        make_config(modalities__image__encoder=encoder(shapes, task="color"))
