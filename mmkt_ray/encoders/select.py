@@ -6,7 +6,7 @@ Axes: B rows of a chunk, N labelled rows of the train split, D features in, K fe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -121,7 +121,8 @@ class SelectReducer(Reducer):
             spread = np.sqrt(np.maximum(total.squares / total.num_rows.sum() - mean**2, 0))
             self._edges = mean + spread * special.ndtri(np.arange(1, NUM_BINS) / NUM_BINS)[:, None]
             return
-        scores = np.nan_to_num(SCORES[self.by](total), nan=-1.0, posinf=np.finfo(np.float64).max)
+        own = replace(total, sums=total.sums.copy())  # scipy sorts in place, and what comes from Ray's object store is read-only
+        scores = np.nan_to_num(SCORES[self.by](own), nan=-1.0, posinf=np.finfo(np.float64).max)
         best = np.argsort(-scores, kind="stable")[: self.dim]
         self._tensors = {"columns": np.sort(best).astype(np.int64), "scores": scores[np.sort(best)]}
         self._rest = {"width": width, "sparse": self.sparse}

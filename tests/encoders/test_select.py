@@ -30,9 +30,18 @@ def select(by: str, dim: int, chunks: Chunks) -> Any:
     section: Any = SelectReducer.Section
     reducer = build_reducer(section(by=by, task="t", dim=dim))
     while not reducer.fitted:
-        parts = [reducer.partial(features, labels.tolist()) for features, labels in chunks]
-        reducer.finish(reducer.merge([reducer.merge(parts[:2]), *parts[2:]]))
+        parts = [read_only(reducer.partial(features, labels.tolist())) for features, labels in chunks]
+        reducer.finish(read_only(reducer.merge([read_only(reducer.merge(parts[:2])), *parts[2:]])))
     return reducer
+
+
+def read_only(sums: Any) -> Any:
+    """As what comes from Ray's object store."""
+    arrays = [sums.num_rows, sums.squares]
+    arrays += [sums.sums.data, sums.sums.indices, sums.sums.indptr] if sp.issparse(sums.sums) else [sums.sums]
+    for array in arrays:
+        array.flags.writeable = False
+    return sums
 
 
 def cut(features: Any, labels: np.ndarray, *at: int) -> Chunks:
