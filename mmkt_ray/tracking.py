@@ -18,7 +18,8 @@ from mmkt_ray.done import once, run_folder
 from mmkt_ray.errors import ConfigError
 
 MAX_VALUE = 250  # characters of a setting: MLflow's limit was this
-PACKAGES = {"mlflow": "mlflow", "tensorboard": "tensorboardX", "wandb": "wandb"}  # tracker -> module
+MODULES = {"mlflow": "mlflow", "tensorboard": "tensorboardX", "wandb": "wandb"}  # by tracker
+INSTALLED_BY = {"mlflow": "mlflow-skinny", "tensorboard": "mmkt-ray", "wandb": "wandb"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,10 @@ def check_tracking(config: Config) -> None:
     """Raises: ConfigError if a package is missing or a place is no local folder, before anything is trained."""
     for tracker, place in _wanted(config).items():
         try:
-            importlib.import_module(PACKAGES[tracker])
+            importlib.import_module(MODULES[tracker])
         except ImportError as error:
-            extra = "mmkt-ray" if tracker == "tensorboard" else f"mmkt-ray[{tracker}]"
             raise ConfigError(
-                f"tracking.{tracker} needs {PACKAGES[tracker]} ({error}): pip install '{extra}', or leave the key out"
+                f"tracking.{tracker} needs {MODULES[tracker]} ({error}): pip install {INSTALLED_BY[tracker]}, or leave the key out"
             ) from None
         if "://" in place:
             raise ConfigError(f"tracking.{tracker} writes to a local folder, '{place}' is none: copy the files from there")
