@@ -40,7 +40,8 @@ def check_tracking(config: Config) -> None:
             importlib.import_module(MODULES[tracker])
         except ImportError as error:
             raise ConfigError(
-                f"tracking.{tracker} needs {MODULES[tracker]} ({error}): pip install {INSTALLED_BY[tracker]}, or leave the key out"
+                f"tracking.{tracker} needs {MODULES[tracker]} ({error}): pip install {INSTALLED_BY[tracker]}, "
+                "or leave the key out"
             ) from None
         if "://" in place:
             raise ConfigError(f"tracking.{tracker} writes to a local folder, '{place}' is none: copy the files from there")

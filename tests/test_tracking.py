@@ -69,7 +69,7 @@ def test_a_result_is_written_once_and_a_new_one_again(tmp_path, monkeypatch):
 
 def test_what_is_not_installed_is_named_before_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ConfigError, match=r"tracking\.mlflow needs mlflow .*mmkt-ray\[mlflow\]"):
+    with pytest.raises(ConfigError, match=r"tracking\.mlflow needs mlflow .*pip install mlflow-skinny"):
         tracking.check_tracking(config_with(tmp_path, mlflow=str(tmp_path)))
 
 
