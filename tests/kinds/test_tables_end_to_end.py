@@ -11,6 +11,7 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
+from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.steps import run
 
@@ -69,7 +70,7 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig, cap
     assert "Columns of table" in page
     assert "number (found)" in page
     assert "Selected features of text, the best first, by chi2 for colour" in page
-    gallery = storage.read_json(str(run_folder / "models" / "model" / "gallery.json"))
+    gallery = write_gallery(str(run_folder / "models" / "model"))
     assert gallery["tasks"]["colour"]["right"][0]["inputs"]["table"]["text"].startswith("price: ")
     (tmp_path / "new").mkdir()
     goods(300, 30).drop(columns="price").to_csv(tmp_path / "new" / "a.csv", index=False)
