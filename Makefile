@@ -8,7 +8,11 @@ ARGS   ?=
 export UV_SYSTEM_CERTS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fuzz test-cluster lint types lock clean
+.PHONY: help env demo quick test test-fuzz test-cluster lint types lock clean
+
+PYTEST = $(BIN)/python -m pytest
+# A file at a time on each core: much of a test on Ray is waiting. Files keep together, because their tests share runs.
+SIDE_BY_SIDE = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,14 +23,17 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt fetch openmoji --out data/openmoji
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
+quick: env  ## while you type: the tests that need no Ray and are not slow
+	$(PYTEST) --numprocesses auto -m "not ray and not slow and not cluster" $(ARGS)
+
 test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not cluster" $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not cluster" $(ARGS)
 
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
-	MMKT_FUZZ=20000 $(BIN)/python -m pytest tests/samples/test_fuzz.py $(ARGS)
+	MMKT_FUZZ=20000 $(PYTEST) tests/samples/test_fuzz.py $(ARGS)
 
-test-cluster: env  ## runs through faults, on object stores, on several nodes; 20 min. On hosts: root, openssh-server, rsync, iproute2
-	$(BIN)/python -m pytest -m cluster $(ARGS)
+test-cluster: env  ## runs through faults, on object stores, on several nodes. On hosts: root, openssh-server, rsync, iproute2
+	$(PYTEST) $(SIDE_BY_SIDE) -m cluster $(ARGS)
 
 lint: env  ## ruff over all Python files
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@
                                                              the emoji: how many the suspects name; --rounds plantings
     python jobs/benchmark.py chaos --rounds 21               processes killed, disks filled, nodes lost at random moments: what
                                                              the same command leaves afterwards
+    python jobs/benchmark.py together --rounds 20            the same command twice at one folder: who is refused, what is left
     python jobs/benchmark.py memory --rows 1000000           peak memory of every process against samples and shards; --train: of
                                                              training, evaluation and prediction too
     python jobs/benchmark.py plan --rows 40000               an extraction on two and on three nodes: what `mmkt plan` says of it,
@@ -45,6 +46,7 @@ from benchmark_memory import draw_memory, measure_memory
 from benchmark_plan import measure_plan
 from benchmark_search import draw_curves, search_contenders  # beside this file
 from benchmark_suspects import measure_suspects
+from benchmark_together import measure_together
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray import cluster
@@ -54,16 +56,16 @@ from mmkt_ray.encoders.cnn import SmallCNN, autocast
 from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
-from mmkt_ray.run import extract_step, hardware, read_commit, run_folder
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.steps import extract_step, hardware, read_commit, run_folder
 
 Result = dict[str, float]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["extract", "text", "cnn", "search", "suspects", "chaos", "memory", "plan"])
+    parser.add_argument("what", choices=["extract", "text", "cnn", "search", "suspects", "chaos", "together", "memory", "plan"])
     parser.add_argument("--data", default="data", help="folder with cifar10/ and 20news-bydate.tar.gz")
     parser.add_argument(
         "--rounds", type=int, default=5, help="counted rounds, after one that is not; suspects: plantings"
@@ -90,7 +92,7 @@ def main() -> int:
     parser.add_argument("--case", default=None, help="memory: only cases whose name this expression matches")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
     args = parser.parse_args()
-    if args.what not in ("cnn", "chaos", "memory", "plan"):  # these need none, or their runs bring their own
+    if args.what not in ("cnn", "chaos", "together", "memory", "plan"):  # these need none, or their runs bring their own
         cluster.connect()
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
         if args.what == "search":
@@ -102,6 +104,8 @@ def main() -> int:
             report = measure_suspects(args.config, args.rounds, Path(folder))
         elif args.what == "chaos":
             report = measure_chaos(args.rounds, args.faults)
+        elif args.what == "together":
+            report = measure_together(args.rounds)
         elif args.what == "memory":
             report = measure_memory(Path(folder), args.rows, args.train, args.case)
         elif args.what == "plan":

@@ -42,17 +42,17 @@ TIMES = {"seconds", "training_s", "finished_at"}
 # --- the run --------------------
 
 
-def write_data(folder: Path) -> None:
+def write_data(folder: Path, rows_per_shard: int = ROWS_PER_SHARD) -> None:
     """Shards of noisy squares of one colour, with a caption and a colour that is not always the caption's."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for shard in range(NUM_SHARDS):
-        said = rng.choice(list(COLOURS), ROWS_PER_SHARD)
-        true = np.where(rng.random(ROWS_PER_SHARD) < 0.8, said, rng.choice(list(COLOURS), ROWS_PER_SHARD))
+        said = rng.choice(list(COLOURS), rows_per_shard)
+        true = np.where(rng.random(rows_per_shard) < 0.8, said, rng.choice(list(COLOURS), rows_per_shard))
         columns = {
-            "id": [f"{shard}-{row}" for row in range(ROWS_PER_SHARD)],
+            "id": [f"{shard}-{row}" for row in range(rows_per_shard)],
             "image": pa.array([png(COLOURS[c], rng) for c in true], pa.binary()),
-            "caption": [f"a {c} square w{n}" for c, n in zip(said, rng.integers(0, 200, ROWS_PER_SHARD), strict=True)],
+            "caption": [f"a {c} square w{n}" for c, n in zip(said, rng.integers(0, 200, rows_per_shard), strict=True)],
             "colour": true.tolist(),
         }
         pq.write_table(pa.table(columns), folder / f"{shard}.parquet")

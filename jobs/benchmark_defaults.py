@@ -22,7 +22,7 @@ from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.rows import load_rows, readable
 from mmkt_ray.evaluation.seeds import mean_interval
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.run import extract_step, run_folder
+from mmkt_ray.steps import extract_step, run_folder
 from mmkt_ray.training.baselines import baseline_name, fit_baselines
 from mmkt_ray.training.trainer import train, train_singles
 

@@ -29,7 +29,7 @@ from PIL import Image
 from mmkt_ray.config import Config, load_config
 from mmkt_ray.plan import Machines, extract_steps
 from mmkt_ray.plan.rates import Rates, defaults, rates_of
-from mmkt_ray.run import run_folder
+from mmkt_ray.steps import run_folder
 
 NODES = (2, 3)
 NUM_SHARDS, NUM_IMAGES = 8, 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -12,12 +13,16 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mmkt_ray import __version__
+from mmkt_ray import __version__, progress
+from mmkt_ray.commands import NAMES as OUTWARD
+from mmkt_ray.commands import add_commands, run_command
+from mmkt_ray.completion import SHELLS, commands, script
 from mmkt_ray.config import Config, describe_fields, load_config, parse_override
 from mmkt_ray.credentials import refuse_credentials
-from mmkt_ray.errors import ConfigError, ResourceError, UserError
+from mmkt_ray.errors import ConfigError, ResourceError, UserError, nearest
 from mmkt_ray.interrupts import interruptible
 from mmkt_ray.submit import COMMANDS as SUBMITTED
 from mmkt_ray.submit import submit_command
@@ -32,6 +37,7 @@ Multimodal knowledge transfer as batch processing on Ray: what does each modalit
 A run goes from raw shards to a report:  extract -> train -> evaluate -> report  (`mmkt run` does all four).
 Every step is resumable: give the same command again and it does only what is missing.
 """
+CLOSED = 141  # exit status, as of a shell: 128 + SIGPIPE
 DATA_SETS = ("openmoji", "openmoji-keywords", "cifar10", "20news")
 EXAMPLES = """\
 examples:
@@ -68,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
         number = "?" if name == "evaluate" else None  # --model may take its place
         command.add_argument("config", nargs=number, metavar="CONFIG", help="YAML file; see jobs/configs/")
         _add_set(command)
+        if name == "run":
+            command.add_argument(
+                "--quick", action="store_true", help="a first answer in about 20 s: some of the rows, few steps, no studies"
+            )
+            command.add_argument("--json", action="store_true", help="the results as JSON, as report/results.json has them")
         if name == "repeat":
             command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
             command.add_argument(
@@ -88,14 +99,41 @@ def build_parser() -> argparse.ArgumentParser:
             )
             _add_scored_files(command)
     _add_predict(commands)
+    add_commands(commands)
     _add_cluster(commands)
+    _add_init(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument("names", nargs="+", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
     command.add_argument("--out", required=True, help="folder to write to")
+    text = "a script with which your shell completes commands and options"
+    command = commands.add_parser("completion", help=text, description=text)
+    command.add_argument("shell", choices=SHELLS, help=", ".join(SHELLS))
     command = commands.add_parser("config", help="every key of a config with its default and meaning, or check a file")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="check this file and print it with all defaults")
     _add_set(command)
+    for own in commands.choices.values():
+        _add_output(own)
     return parser
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    """How much is told; results go to standard output, all else to standard error."""
+    group = command.add_argument_group("output").add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="nothing but the results, warnings and errors")
+    group.add_argument("--verbose", action="store_true", help="more than usual")
+    group.add_argument("--debug", action="store_true", help="all there is, and tracebacks")
+
+
+def _add_init(commands: argparse._SubParsersAction) -> None:
+    text = "look at your data and write a config for it: what each column was taken for, and why"
+    command = commands.add_parser("init", help=text, description=text)
+    command.add_argument("data", metavar="DATA", help="CSV, JSONL or Parquet file, folder (of them, or one per class), .tar")
+    command.add_argument(
+        "--target", action="append", default=[], metavar="COLUMN", help="what to predict; repeatable; of class folders their name"
+    )
+    command.add_argument("--out", default="run.yaml", metavar="FILE", help="config to write (default run.yaml)")
+    command.add_argument("--classes", action="store_true", help="a target of numbers, or of many values, is a set of classes")
+    command.add_argument("--force", action="store_true", help="replace the file if it is there")
 
 
 def at_least_one(text: str) -> int:
@@ -152,6 +190,13 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way"
     )
+    formats = ["parquet", "csv", "jsonl"]
+    command.add_argument("--format", choices=formats, default="parquet", help="of the predictions (default parquet)")
+    command.add_argument("--join", action="store_true", help="the input's columns before the predictions")
+    command.add_argument(
+        "--top-k", type=at_least_one, metavar="N", help="the N most probable classes of each task, with their probabilities"
+    )
+    command.add_argument("--wide", action="store_true", help="a column of probabilities for each class")
     _add_reading(command)
     _add_set(command)
 
@@ -200,7 +245,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 something that the user can mend, 130 after Ctrl-C,
-    143 after SIGTERM, 1 where the fault is ours."""
+    143 after SIGTERM, 141 where whoever read the output has closed it, 1 where the fault is ours."""
     with plain_output():
         return _main(sys.argv[1:] if argv is None else list(argv))
 
@@ -211,18 +256,27 @@ def _main(words: list[str]) -> int:
     except UserError as error:
         print(f"mmkt: {error}", file=sys.stderr)
         return 2
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    if wrong := _unknown_command(parser, words):
+        print(f"mmkt: {wrong}", file=sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("mmkt_ray").setLevel(logging.INFO)
+    level = logging.WARNING if args.quiet else logging.DEBUG if args.verbose or args.debug else logging.INFO
+    logging.getLogger("mmkt_ray").setLevel(level)
     with interruptible() as interrupt:
         status = 0
         try:
-            status = _run(args)
+            with nullcontext() if args.quiet else progress.shown():
+                status = _run(args)
         except KeyboardInterrupt:
             interrupt.signum = interrupt.signum or signal.SIGINT
+        except BrokenPipeError:  # whoever read it, such as `head`, has enough
+            _close_output()
+            status = CLOSED
         except Exception as error:  # Ray wraps what a worker raised
             if interrupt.signum is None:  # else it broke off because of that
-                status = _tell_error(error)
+                status = _tell_error(error, args.debug)
         if interrupt.signum is not None:
             interrupt.end()
         return status
@@ -231,12 +285,29 @@ def _main(words: list[str]) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.command in ("submit", "doctor"):
         return _tell_status(args)
-    print(_dispatch(args))
+    print(_dispatch(args), flush=True)
     return 0
 
 
-def _tell_error(error: Exception) -> int:
+def _unknown_command(parser: argparse.ArgumentParser, words: list[str]) -> str:
+    """What is wrong with the command, with the one that was meant; empty if it is known."""
+    known = commands(parser)
+    if not words or words[0].startswith("-") or words[0] in known:
+        return ""
+    return f"no command '{words[0]}': {nearest(words[0], known)}"
+
+
+def _close_output() -> None:
+    """Have nothing more written to a pipe that is closed, by Python at the end neither."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    os.close(nothing)
+
+
+def _tell_error(error: Exception, with_traceback: bool = False) -> int:
     """A sentence for what the user can mend, and for what is ours to mend; the exit status."""
+    if with_traceback:
+        traceback.print_exception(error)
     mendable = find_user_error(error)
     print(f"mmkt: {mendable or tell_unexpected(error)}", file=sys.stderr)
     return 2 if mendable else 1
@@ -280,7 +351,7 @@ def _tell_status(args: argparse.Namespace) -> int:
     if args.command == "submit":
         return submit_command(args)
     from mmkt_ray.doctor import examine
-    from mmkt_ray.run import run_folder
+    from mmkt_ray.steps import run_folder
 
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
     findings = examine(config, run_folder(config))
@@ -289,20 +360,32 @@ def _tell_status(args: argparse.Namespace) -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> str:
+    if args.command in OUTWARD:
+        return run_command(args)
     if args.command == "fetch":
         from mmkt_ray.samples.fetch import fetch
 
         return "\n".join(fetch(name, args.out) for name in args.names)
     if args.command == "config" and args.config is None:
         return _config_help()
+    if args.command == "completion":
+        return script(build_parser(), args.shell)
+    if args.command == "init":
+        from mmkt_ray.init.writing import init
+
+        return init(args.data, args.target, args.out, as_classes=args.classes, force=args.force)
     if args.command == "predict":
         return _predict(args)
     if args.command == "evaluate" and (args.model or args.data or args.config is None):
         return _score_files(args)
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
+    if args.command == "run" and args.quick:
+        from mmkt_ray.quick import quick
+
+        config = quick(config)
     if args.command == "plan":
         from mmkt_ray.plan import plan_command
-        from mmkt_ray.run import run_folder
+        from mmkt_ray.steps import run_folder
 
         return plan_command(args, config, run_folder(config))
     if args.command == "config":
@@ -313,21 +396,26 @@ def _dispatch(args: argparse.Namespace) -> str:
 
 
 def _step(args: argparse.Namespace, config: Config) -> str:
-    from mmkt_ray import done
+    from mmkt_ray import done, storage
     from mmkt_ray.locks import locked
 
     if args.command == "report":
-        from mmkt_ray import run as steps
+        from mmkt_ray import steps
 
         return f"report: {steps.report_step(config)}"
     with locked(done.run_folder(config)):  # for all steps of the command
         if args.command == "run" and (told := done.told_before(config)) is not None:
-            return f"{done.NOTHING}\n\n{told}"
-        return _locked_step(args, config)
+            text = f"{done.NOTHING}\n\n{told}"
+        else:
+            text = _locked_step(args, config)
+        if args.command == "run" and args.json:
+            found = storage.read_json(storage.join(done.run_folder(config), "report", "results.json"))
+            return json.dumps(found, indent=2, ensure_ascii=False)
+        return text
 
 
 def _locked_step(args: argparse.Namespace, config: Config) -> str:
-    from mmkt_ray import run as steps  # torch and ray load here, so that what does not need them is quick
+    from mmkt_ray import steps  # torch and ray load here, so that what does not need them is quick
 
     command = args.command
     if command == "run":
@@ -356,7 +444,7 @@ def _locked_step(args: argparse.Namespace, config: Config) -> str:
 
 
 def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
-    from mmkt_ray import run as steps
+    from mmkt_ray import steps
     from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
 
     seeds = [config.training_seed + i for i in range(num_seeds)]
@@ -365,7 +453,7 @@ def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int
 
 
 def _search(config: Config) -> str:
-    from mmkt_ray import run as steps
+    from mmkt_ray import steps
     from mmkt_ray.search.search import check_search, result_table, search
 
     check_search(config)
@@ -380,9 +468,11 @@ def _search(config: Config) -> str:
 
 
 def _predict(args: argparse.Namespace) -> str:
+    from mmkt_ray.evaluation.output import Output
     from mmkt_ray.evaluation.prediction import predict
 
-    return f"predictions: {predict(args.model, args.inputs, args.out, **_reading(args))}"
+    output = Output(args.format, args.join, args.top_k, args.wide)
+    return f"predictions: {predict(args.model, args.inputs, args.out, output=output, **_reading(args))}"
 
 
 def _score_files(args: argparse.Namespace) -> str:

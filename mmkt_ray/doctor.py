@@ -1,6 +1,6 @@
 """What would stop a run, found before anything is paid for: `mmkt doctor`, and the start of every extraction.
 
-`quick_findings` needs no Ray and less than a second beside its imports; `cluster_findings` asks every node of the cluster.
+`quick_findings` needs no Ray and a few seconds at most; `cluster_findings` asks every node of the cluster.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
-from mmkt_ray.features.publish import shorten
+from mmkt_ray.features.publish import is_spent, shorten
 from mmkt_ray.plan.rates import size, stored_bytes
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
+from mmkt_ray.samples.survey import survey_source
 
 LOOK_ROWS = 64  # read of the first shard of each source
+LOOK_S = 3.0  # at each column whose cells can be judged without reading what they stand for: all of them, if they are not more
 LOOK_SHARDS = 3  # of a source whose first shards are empty or damaged
 ENOUGH_FAULTS, FAULTY_FRAC = 10, 0.5  # of the rows that were looked at: with more of them a run would only fail later
 NODE_TIMEOUT_S = 120.0  # for the nodes' answers: their processes start, and import torch
@@ -88,10 +90,14 @@ def attempt(what: str, check: Callable[[], str]) -> Finding:
 def quick_findings(config: Config, run_uri: str) -> list[Finding]:
     """Sources, encoders and storage, as seen from here."""
     sources = [look_at_source(config, number) for number in range(len(config.samples.sources))]
-    findings = [finding for finding, _ in sources]
+    total = sum(rows for _, rows in sources)
+    findings = [
+        look_at_columns(config, number, finding, total) if finding.ok else finding
+        for number, (finding, _) in enumerate(sources)
+    ]
     findings += [attempt(f"encoder {name}", check) for name, check in encoder_checks(config)]
     known = all(finding.ok for finding in findings)
-    needed = sum(rows for _, rows in sources) * stored_bytes(config) if known else 0.0
+    needed = total * stored_bytes(config) if known else 0.0
     return [*findings, attempt("run folder", partial(check_storage, run_uri, needed))]
 
 
@@ -115,7 +121,31 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
         return Finding(what, text, ok=False), 0
     rows = count_rows(shards, first, samples, source.limit)
     gaps = tell_gaps(samples, list(source.columns))
-    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}"), rows
+    try:
+        looks = [(m, kind.look(samples[m])) for m, kind in sorted(alone.modalities.items()) if m in source.columns]
+    except UserError as error:
+        return Finding(what, f"in the first rows of '{first.name}': {error}", ok=False), rows
+    told = "".join(f"; {m}: {look}" for m, look in looks if look)
+    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{told}"), rows
+
+
+def look_at_columns(config: Config, number: int, found: Finding, total: int) -> Finding:
+    """What was found in a source's first rows, with what its split names and paths say of all rows, or of as many as LOOK_S
+    allows. total: rows of the config, about."""
+    alone = ReadingPlan.of(config).only_source(number)
+    try:
+        surveys = survey_source(alone, list_shards(alone), LOOK_S)
+    except UserError as error:
+        return Finding(found.what, str(error).replace("sources[0]", f"sources[{number}]"), ok=False)
+    text = found.text
+    for survey in surveys:
+        what = "split names" if survey.column == "split" else f"files of {survey.column}"
+        rows = f"{'all' if survey.whole else 'the first'} {survey.num_rows:,} rows"
+        lost = f": {len(survey.reasons):,} will be rejected or lack a modality: {tell_faults(survey.reasons)}"
+        text += f"; {what} of {rows} looked at{lost if survey.reasons else ''}"
+        if is_spent(config.samples, len(survey.reasons), max(total, survey.num_rows)):
+            return Finding(found.what, text, ok=False)
+    return Finding(found.what, text)
 
 
 def first_samples(plan: ReadingPlan, shards: list[Shard]) -> tuple[Shard, pa.Table, list[str]]:

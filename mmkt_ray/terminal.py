@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -22,8 +23,10 @@ class PlainStream:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.last_write = time.monotonic()
 
     def write(self, text: str) -> int:
+        self.last_write = time.monotonic()
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         self.stream.write(plain(text).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)

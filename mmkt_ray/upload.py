@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import os
 import re
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.ray_private import quieten, walk
 
 MAX_BYTES = 100_000_000  # code and configs; data travels by storage
 NUM_NAMED = 5  # of what is too large
@@ -52,9 +52,7 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
 
     Raises: ConfigError if they are too large.
     """
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)  # it tells of every ignore file
+    quieten()
     root = folder.resolve()
     sizes: dict[str, int] = {}
     kept_back: list[str] = []
@@ -69,8 +67,7 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
         if path.is_file():
             sizes[str(path.relative_to(root))] = path.stat().st_size
 
-    ignored = _get_excludes(root, list(excludes))
-    _dir_travel(root, [lambda path: bool(path != root and ignored(path)), stays], take, include_gitignore=True)
+    walk(root, excludes, stays, take)
     check_size(sizes)
     return Upload(root, sizes, tuple(sorted(kept_back)))
 

@@ -14,6 +14,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",  # a token file of the user's must not decide how the tests' clusters talk
     RAY_DATA_USE_DATASOURCE_V2="0",  # the second Parquet reader starts 32 actors for each read
     RAY_DEDUP_LOGS="0",  # repeated worker messages stay whole in a failed test's output
+    RAY_worker_niceness="0",  # Ray's own 15 gives workers no turn while the tests beside them compute
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",  # workers use this interpreter, also under `uv run`
     OMP_NUM_THREADS="1",  # several workers share few cores
 )
@@ -30,17 +31,25 @@ from tests.shapes import shapes_config, write_shards  # noqa: E402
 DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that takes a Ray is marked `ray`."""
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One Ray on this machine alone, with 4 logical CPUs: with fewer a pipeline may wait for itself."""
     import ray
     from ray.data import DataContext
 
-    from mmkt_ray.cluster import loopback_alone
+    from mmkt_ray.ray_private import init_local, loopback_alone, without_dashboard
 
     temp_dir = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: socket paths end at 107 characters
-    with loopback_alone():
-        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 1024**2, _temp_dir=temp_dir)
+    with loopback_alone(), without_dashboard():
+        init_local(temp_dir, num_cpus=4, include_dashboard=False, object_store_memory=300 * 1024**2)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 60  # a pipeline that waits for itself fails instead of hanging

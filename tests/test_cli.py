@@ -16,9 +16,9 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.evaluation.model_folder import SCHEMA_VERSION, write_card
 from mmkt_ray.features.store import Store
-from mmkt_ray.run import check_test
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.steps import check_test
 from mmkt_ray.terminal import plain
 from tests.heads import free_port
 
@@ -147,3 +147,48 @@ def test_no_test_split_is_told_before_training() -> None:
     check_test({"a": stores["whole"]})
     with pytest.raises(DataError, match=r"no sample is in the test split.*test_frac"):
         check_test(stores)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["rnu", "x.yaml"], "no command 'rnu': did you mean 'run'?"),
+        (["config", "{folder}"], "is no readable YAML file"),
+        (["run", "{folder}"], "is no readable YAML file"),
+        (["predict", "{folder}", "--out", "x"], "is no finished model folder"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+    """Catches a traceback, or a list of 15 commands, for a slip."""
+    assert main([word.format(folder=tmp_path) for word in words]) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a flag that does nothing."""
+    assert main(["config", str(tmp_path), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """Catches a traceback, or `Exception ignored`, where the reader of the output has enough: mmkt config | head -1."""
+    command = f"{sys.executable} -m mmkt_ray config | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout == "141\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a script that a shell refuses, or that lacks a command or its options."""
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "predict" in script
+    assert "trust-code" in script
+    if shell == "bash":
+        asked = f"{script}\nCOMP_WORDS=(mmkt predict --tru); COMP_CWORD=2; _mmkt; echo \"${{COMPREPLY[@]}}\""
+        done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == ("--trust-code\n", "")

@@ -7,17 +7,23 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
-BASE = {"section", "lazy", "cluster", "storage", "locks", "errors", "interrupts", "credentials", "terminal"}
+BASE = {
+    *("section", "lazy", "cluster", "ray_private", "storage", "locks", "errors", "interrupts", "credentials", "terminal"),
+    "progress",
+}
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
-    {"cli", "__main__"},
-    {"run", "submit", "upload", "doctor", "plan", "done"},
+    {"cli", "commands", "__main__", "completion"},
+    {"serve"},
+    {"api", "init"},
+    {"steps", "submit", "upload", "doctor", "plan", "done", "quick", "export", "tracking"},
     {"report"},
     {"search"},
     {"training"},
@@ -35,16 +41,23 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODELS_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
 UNPICKLERS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
 TOP_LEVEL = {
-    *(".ci", ".gitignore", ".rayignore", "LICENSE", "Makefile", "README.md", "cluster.yaml", "docs", "jobs"),
-    *(PACKAGE, "pyproject.toml", "requirements.lock", "tests"),
+    *(".ci", ".dockerignore", ".gitignore", ".pre-commit-config.yaml", ".rayignore", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("Dockerfile", "LICENSE", "Makefile", "README.md", "cluster.yaml", "docs", "jobs", PACKAGE, "pyproject.toml"),
+    *("requirements.lock", "tests"),
 }
 
 Rule = Callable[[str, Path], Iterator[str]]
 
 
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """Of a file, parsed once for all rules."""
+    return list(ast.walk(ast.parse(source)))
+
+
 def imports(source: str, path: Path) -> Iterator[tuple[int, str]]:
     """(line, full dotted name) of every import, also of those in functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -55,7 +68,7 @@ def imports(source: str, path: Path) -> Iterator[tuple[int, str]]:
 
 def calls(source: str) -> Iterator[tuple[int, str, dict[str, ast.expr]]]:
     """(line, dotted name as written, keyword arguments) of every call."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Call):
             keywords = {word.arg: word.value for word in node.keywords if word.arg}
             yield node.lineno, ast.unparse(node.func), keywords
@@ -82,7 +95,7 @@ def upward_imports(source: str, path: Path) -> Iterator[str]:
         return
     for line, name in imports(source, path):
         part = package_part(name)
-        if part is None or (room_of(path) == "__init__" and part == "__init__"):
+        if part is None or (room_of(path) == "__init__" and part in ("__init__", "api")):  # its names, for type checkers
             continue
         if part not in FLOOR_OF:
             yield f"{path}:{line}: `{name}` has no floor"
@@ -95,6 +108,21 @@ def ray_imports(source: str, path: Path) -> Iterator[str]:
         for line, name in imports(source, path):
             if name.split(".")[0] == "ray":
                 yield f"{path}:{line}: `{room_of(path)}` knows no Ray"
+
+
+def private_ray(source: str, path: Path) -> Iterator[str]:
+    """Names that begin with an underscore, and packages called internal, are Ray's own business."""
+    if path.name == "ray_private.py":
+        return
+    for line, name in imports(source, path):
+        parts = name.split(".")
+        if parts[0] == "ray" and any(part.startswith("_") for part in parts):
+            yield f"{path}:{line}: `{name}` is private to Ray: mmkt_ray/ray_private.py is the place for it"
+    for node in nodes(source):
+        if isinstance(node, ast.Attribute) and node.attr == "core_worker":
+            yield f"{path}:{node.lineno}: `core_worker` is private to Ray: mmkt_ray/ray_private.py is the place for it"
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("ray._"):
+            yield f"{path}:{node.lineno}: `{ast.unparse(node)}` is private to Ray"
 
 
 def foreign_imports_of_models(source: str, path: Path) -> Iterator[str]:
@@ -132,7 +160,7 @@ def faults(rule: Rule, *folders: str) -> list[str]:
     return [fault for path in files for fault in rule(path.read_text(), path.relative_to(ROOT))]
 
 
-@pytest.mark.parametrize("rule", [upward_imports, ray_imports, foreign_imports_of_models])
+@pytest.mark.parametrize("rule", [upward_imports, ray_imports, private_ray, foreign_imports_of_models])
 def test_the_package_keeps_the_rule(rule):
     assert not faults(rule, PACKAGE)
 
@@ -155,6 +183,11 @@ def test_nothing_unpickles_or_evaluates():
         (upward_imports, "cli.py", "import mmkt_ray.helpers"),
         (ray_imports, "models/towers.py", "import ray.train"),
         (ray_imports, "report/page.py", "def f():\n    from ray import data"),
+        (private_ray, "cluster/local.py", "from ray._private import utils"),
+        (private_ray, "cluster/__init__.py", "from ray.train.torch.config import _TorchBackend"),
+        (private_ray, "features/fit.py", "import ray.data._internal.util"),
+        (private_ray, "features/fit.py", "import ray\nray._private.worker.shutdown()"),
+        (private_ray, "samples/isolated.py", "ray.get_runtime_context().worker.core_worker"),
         (foreign_imports_of_models, "models/towers.py", "import pandas as pd"),
         (foreign_imports_of_models, "models/towers.py", "from mmkt_ray.features.store import open_store"),
         (foreign_imports_of_models, "models/towers.py", "from mmkt_ray import storage"),
@@ -178,6 +211,8 @@ def test_a_planted_fault_is_found(rule, file, source):
         (upward_imports, "training/loop.py", "from . import objective\nfrom ..models.towers import Tower"),
         (upward_imports, "storage.py", "from mmkt_ray.errors import ConfigError"),
         (upward_imports, "__init__.py", "from importlib.metadata import version"),
+        (private_ray, "ray_private.py", "from ray._private import utils"),
+        (private_ray, "cluster/__init__.py", "import ray\nfrom ray.train.backend import Backend"),
         (foreign_imports_of_models, "models/towers.py", "import math\nfrom torch import nn\nfrom . import x"),
         (unsafe_loading, "storage.py", "torch.load(path, weights_only=True)\nmodel.eval()"),
     ],

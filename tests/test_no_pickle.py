@@ -274,6 +274,7 @@ def test_pickle_as_a_model_to_learn_from(tmp_path, disguised, what, name):
         load_knowledge(TransferConfig(**given), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_pickles_in_a_hugging_face_folder(tmp_path, disguised):
     """Catches a text encoder that takes pytorch_model.bin, or a pickled tokenizer or config, where there are no safetensors, and
     safetensors that are none."""

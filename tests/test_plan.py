@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmkt_ray import run as steps
+from mmkt_ray import steps
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config, load_config
 from mmkt_ray.errors import ConfigError

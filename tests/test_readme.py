@@ -1,4 +1,4 @@
-"""What README.md tells the reader to type exists: make targets, `mmkt` commands with their options, files."""
+"""What README.md and CONTRIBUTING.md tell the reader to type exists: make targets, `mmkt` commands with their options, files."""
 
 import re
 import shlex
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SHELL_BLOCK = re.compile(r"^[ \t]*```(console|bash|sh|shell)[ \t]*\n(.*?)^[ \t]*```", re.M | re.S)
 PROJECT_FILE = re.compile(r"(?<![\w./-])(?:jobs|tests|docs|mmkt_ray)/[\w./-]*\w")
-MMKT = (["mmkt"], ["python", "-m", "mmkt_ray.cli"])
+MMKT = (["mmkt"], ["python", "-m", "mmkt_ray.cli"], ["python", "-m", "mmkt_ray"])
 
 
 def shell_commands(markdown: str) -> list[list[str]]:
@@ -61,10 +62,11 @@ def commands(readme) -> list[list[str]]:
     return shell_commands(readme)
 
 
-def test_every_make_target_exists(commands):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    used = set(make_targets_used(commands))
-    assert used, "README.md shows no `make` command in a ```console or ```bash block"
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_target_exists(name):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = set(make_targets_used(shell_commands((ROOT / name).read_text())))
+    assert used, f"{name} shows no `make` command in a ```console or ```bash block"
     assert used <= targets
 
 
@@ -83,10 +85,22 @@ def test_every_mmkt_command_is_understood(commands, capsys):
     assert not refused
 
 
-def test_every_project_file_named_exists(readme):
-    named = set(PROJECT_FILE.findall(readme))
-    assert any(name.startswith("jobs/") for name in named), "README.md names no file under jobs/"
+@pytest.mark.parametrize(("name", "folder"), [("README.md", "jobs/"), ("CONTRIBUTING.md", "tests/")])
+def test_every_project_file_named_exists(name, folder):
+    named = set(PROJECT_FILE.findall((ROOT / name).read_text()))
+    assert any(name.startswith(folder) for name in named), f"{name} names no file under {folder}"
     assert not sorted(name for name in named if not (ROOT / name).exists())
+
+
+def test_hooks_are_the_tools_of_the_environment():
+    """Catches a hook that is fetched at a commit, or whose tool the environment lacks."""
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    required = (ROOT / "pyproject.toml").read_text()
+    assert repo["repo"] == "local"
+    for hook in repo["hooks"]:
+        tool = hook["entry"].split()[0].removeprefix(".venv/bin/")
+        assert hook["language"] == "system"
+        assert f'"{tool}>=' in required
 
 
 def test_commands_are_read_as_a_shell_would():

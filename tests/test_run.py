@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmkt_ray import run as steps
-from mmkt_ray import storage
+from mmkt_ray import steps, storage
 from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError

@@ -23,11 +23,15 @@ WITH_SECRETS = [
     f"s3://AKIAEXAMPLE:{SECRET}/K7MDENG/bPx@bucket/x",
     f"s3://AKIAEXAMPLE:12/{SECRET}@bucket/x",
     f"gs://{SECRET}@bucket/x",
+    f"gs://{SECRET}@bucket",
     f"http://user:{SECRET}@host:9000/x",
     f"s3://bucket/x?secret_key={SECRET}",
     f"https://host/x?a&X-Amz-Signature={SECRET}",
 ]
-WITHOUT = ["s3://bucket/a@b/x", "hdfs://host:8020/user/a@b", "s3://bucket/part-?.parquet", "a:b@c", "gs://b/t=1/x.parquet"]
+WITHOUT = [
+    *("s3://bucket/a@b/x", "s3://a/b@c", "gs://a/b@c/d:e@f", "hdfs://host:8020/user/a@b"),
+    *("s3://bucket/part-?.parquet", "a:b@c", "gs://b/t=1/x.parquet"),
+]
 
 
 @pytest.mark.parametrize("uri", WITH_SECRETS)

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
-from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, keep_signals, loopback_alone, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, start_local
 from mmkt_ray.errors import ResourceError
+from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
 if TYPE_CHECKING:
     import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
 
-__all__ = ["OBJECT_STORE_BYTES", "loopback_alone"]
+__all__ = ["OBJECT_STORE_BYTES"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,11 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5
 HTTP2_SETTINGS = b"\x04"  # the type of the frame that the other side begins with
 NO_PROGRESS_TIMEOUT_S = 300
 MAX_FAILURES = 2  # deaths of training workers after which all are started again
+ON_ONE_MACHINE = {  # Ray Train there: nobody takes a node away or gathers its metrics, and workers are asked at once
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
 MAX_INIT_DEATHS = 2  # encoder actors in a row that may die while they load, each replaced by another
 
 
@@ -65,7 +70,7 @@ def connect() -> Resources:
 def _attach(address: str) -> None:
     check_answers(address)
     try:
-        with keep_signals():
+        with keep_signals(), without_noise():
             ray.init(logging_level=logging.WARNING)
     except ConnectionError as error:
         raise no_cluster(address, str(error)) from None
@@ -160,12 +165,15 @@ def _run_train(
 ) -> Any:
     import torch
     from ray.exceptions import RayActorError
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
-    from ray.train.torch import TorchTrainer, get_device
+    from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
+    from ray.train.torch import get_device
 
     from mmkt_ray.cluster.process_group import NodeAddressConfig
 
     resources = connect()
+    if not os.environ.get("RAY_ADDRESS"):
+        for name, value in ON_ONE_MACHINE.items():
+            os.environ.setdefault(name, value)
     use_gpu = resources.num_gpus >= num_workers
     if num_workers + 1 > resources.num_cpus:
         raise ResourceError(
@@ -173,21 +181,17 @@ def _run_train(
             f"the cluster has {resources.num_cpus:g}: set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
         )
 
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ctrl-C ends the command, as everywhere; Ray Train's handler swallows it, and the third ends with status 0."""
-
     def on_worker(payload: dict[str, Any]) -> Any:
         keep_freed_memory()
         context = get_context()
         torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
         return loop(payload["job"], context.get_world_rank(), context.get_world_size(), get_device())
 
-    before = set(placement_group_table())
+    trainer_of, before = trainer_class(), set(placement_group_table())
     with tempfile.TemporaryDirectory(prefix="mmkt-train-") as scratch:
         for attempt in range(MAX_FAILURES + 1):
             name = f"fit-{uuid.uuid4().hex[:12]}"  # Ray Train resumes by name; ours resume from their own checkpoints
-            trainer = Trainer(
+            trainer = trainer_of(
                 on_worker,
                 train_loop_config={"job": job},
                 torch_config=NodeAddressConfig(),
@@ -196,6 +200,7 @@ def _run_train(
                     name=name,
                     storage_path=scratch_uri or scratch,
                     failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                    logging_config=LoggingConfig(log_level="WARNING"),
                 ),
             )
             try:
@@ -212,9 +217,7 @@ def release_groups(before: set[str]) -> None:
     """Give back this job's placement groups that came since `before`: Ray Train leaves them, with the workers, if it fails
     while it starts them."""
     own = ray.get_runtime_context().get_job_id()
-    for group_id in set(placement_group_table()) - before:
-        if group_id.endswith(own):  # other jobs' groups are not ours
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
+    remove_groups([g for g in set(placement_group_table()) - before if g.endswith(own)])  # other jobs' groups are not ours
 
 
 def keep_freed_memory() -> None:

@@ -6,28 +6,36 @@ import atexit
 import fcntl
 import logging
 import os
+import secrets
 import shutil
-import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil  # it comes with Ray
-import ray
-from ray._common.utils import get_default_system_temp_dir
-from ray._private import ray_constants
-from ray._private import utils as ray_utils
-from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+import psutil  # comes with Ray, which the package has imported
 
 from mmkt_ray.errors import ResourceError
+from mmkt_ray.ray_private import (
+    SERVERS,
+    STARTED_TOO_SLOWLY,
+    WORKER_TITLE,
+    init_local,
+    keep_signals,
+    loopback_alone,
+    quieten,
+    shut_down,
+    without_dashboard,
+    without_noise,
+)
 
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
 OBJECT_STORE_BYTES = 1_000_000_000
 PREFIX = "mmkt-ray-"  # short: paths of sockets below it end at 107 characters
-SERVERS = {"raylet", "gcs_server"}
 LOCK = "in-use"  # locked as long as the folder's owner lives, also on a /tmp that containers share
+TOKEN_BYTES = 32  # of the token by which Ray's processes know each other
 END_TIMEOUT_S = 10.0  # for Ray to end by itself before it is killed, and for what was killed to be gone
 
 _own: dict[int, str] = {}  # process that started a Ray (a fork of it has not) -> the Ray's folder
@@ -38,8 +46,10 @@ def start_local() -> None:
 
     Raises: ResourceError if there is no place for it, or if this machine is too busy.
     """
-    for name in ("ray", "ray.data", "ray._private.authentication.authentication_token_setup"):
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15: beside another busy program its workers stand still
+    for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    quieten()
     try:
         keep_token_private()
         folder = private_folder()
@@ -48,14 +58,13 @@ def start_local() -> None:
             f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
             "~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
         ) from None
-    with loopback_alone(), keep_signals(), told_if_slow():
-        ray.init(
-            address="local",  # never join a Ray that happens to run here
+    with loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow():
+        init_local(
+            f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            _temp_dir=f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
         )
 
 
@@ -65,7 +74,7 @@ def told_if_slow() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Ray has no class of its own for it
-        if "timed out during startup" not in str(error):
+        if STARTED_TOO_SLOWLY not in str(error):
             raise
         raise ResourceError(
             "Ray did not start within 30 s: this machine is too busy with other processes; give the same command again when "
@@ -75,7 +84,7 @@ def told_if_slow() -> Iterator[None]:
 
 def private_folder() -> str:
     """A new folder for this user alone, removed at exit with the Ray in it; those that a killed command left are removed now."""
-    parent = get_default_system_temp_dir()
+    parent = session_parent()
     remove_left(parent)
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)  # mode 0700
     lock = os.open(f"{folder}/{LOCK}", os.O_CREAT | os.O_RDWR, 0o600)  # closed by the kernel with this process
@@ -83,6 +92,11 @@ def private_folder() -> str:
     _own[os.getpid()] = folder
     atexit.register(stop_local)
     return folder
+
+
+def session_parent() -> str:
+    """Where Ray itself would put its sessions. Short elsewhere than on Linux, as paths of sockets must be."""
+    return os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
 
 
 def remove_left(parent: str) -> None:
@@ -102,16 +116,14 @@ def remove_left(parent: str) -> None:
 def stop_local() -> None:
     """End our Ray, and remove its folder."""
     if folder := _own.get(os.getpid()):
-        # asked now: workers lose their parent with the raylet, and one that is ending says no more whose it is
-        started = [process for process in psutil.Process().children(recursive=True) if is_of(process, folder)]
+        started = family(folder)  # asked now: a worker that is ending says no more whose it is
         overdue = threading.Timer(END_TIMEOUT_S, kill, (started,))  # what hangs goes on when its peer is gone
         overdue.daemon = True
         overdue.start()
         with suppress(Exception):  # a Ray that has broken down; what is left of it ends below
-            ray.shutdown()
+            shut_down(lambda: end_processes(folder, started))
         overdue.cancel()
-        psutil.wait_procs(started, timeout=1)
-        kill(started)
+        end_processes(folder, started)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -119,30 +131,52 @@ def kill_local() -> None:
     """The same at once, whatever state they are in. The process must end right after it: Ray's C++ code aborts one whose
     servers are gone, so these are held until all else is done."""
     if folder := _own.get(os.getpid()):
-        ours = [process for process in psutil.Process().children(recursive=True) if is_of(process, folder)]
-        servers = [process for process in ours if process.name() in SERVERS]
-        for end in [p.suspend for p in servers] + [p.kill for p in reversed(ours) if p not in servers]:
-            with suppress(psutil.NoSuchProcess):
-                end()
-        psutil.wait_procs([process for process in ours if process not in servers], timeout=1)
+        servers, others = hold_servers(folder)
+        kill(others, timeout_s=1)
         shutil.rmtree(folder, ignore_errors=True)
-        for process in servers:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(servers, timeout_s=0)
 
 
-def kill(started: Sequence[psutil.Process]) -> None:
-    """SIGKILL to those of them that still run, the ones started last first; waits for their end."""
-    for process in reversed(started):
+def end_processes(folder: str, started: Sequence[psutil.Process] = ()) -> None:
+    """SIGKILL to the processes of the Ray in that folder and to those that were `started` by it, all at once."""
+    servers, others = hold_servers(folder)
+    kill([*{*servers, *others, *started}])
+
+
+def hold_servers(folder: str) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """Ray's servers, suspended so that they start nothing more, and the other processes of the Ray in that folder."""
+    for process in filter(is_server, family(folder)):
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    ours = family(folder)
+    servers = [process for process in ours if is_server(process)]
+    return servers, [process for process in ours if process not in servers]
+
+
+def family(folder: str) -> list[psutil.Process]:
+    """The processes below this one that belong to the Ray in that folder."""
+    return [process for process in psutil.Process().children(recursive=True) if is_of(process, folder)]
+
+
+def kill(processes: Sequence[psutil.Process], timeout_s: float = END_TIMEOUT_S) -> None:
+    """SIGKILL to those of them that still run; waits for their end."""
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(started, timeout=END_TIMEOUT_S)
+    psutil.wait_procs(processes, timeout=timeout_s)
 
 
 def is_of(process: psutil.Process, folder: str) -> bool:
     """Whether a process belongs to the Ray in that folder."""
     with suppress(psutil.Error):
-        return any(folder in word or word.startswith("ray::") for word in process.cmdline())
+        return any(folder in word or word.startswith(WORKER_TITLE) for word in process.cmdline())
+    return False
+
+
+def is_server(process: psutil.Process) -> bool:
+    """Whether it is one of those that Ray's other processes need."""
+    with suppress(psutil.Error):
+        return process.name() in SERVERS
     return False
 
 
@@ -154,35 +188,6 @@ def keep_token_private() -> None:
         return
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError), open(token, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-        file.write(generate_new_authentication_token())
+        file.write(secrets.token_hex(TOKEN_BYTES))
     if token.stat().st_uid == os.getuid():
         token.chmod(0o600)
-
-
-@contextmanager
-def keep_signals() -> Iterator[None]:
-    """A Ray that starts or is joined meanwhile leaves a handler of SIGTERM that is ours as it is."""
-    ours = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGTERM))
-    set_handler = ray_utils.set_sigterm_handler
-    if ours:
-        ray_utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        ray_utils.set_sigterm_handler = set_handler
-        if ours:  # Ray's C++ code has put one before it, which prints a trace
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-
-
-@contextmanager
-def loopback_alone() -> Iterator[None]:
-    """A Ray that starts meanwhile listens on 127.0.0.1 alone.
-
-    Its processes do so if that is their node's address; on Linux Ray replaces it by one that other machines reach.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before

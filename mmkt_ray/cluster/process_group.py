@@ -10,14 +10,18 @@ import ipaddress
 import os
 import socket
 import struct
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError
+from ray.train import get_context
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
+LEAVE_TIMEOUT_S = 30.0  # for workers to leave the group; their processes end after it in any case
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 held: list[dist.TCPStore] = []  # served by this process for as long as it lives
 
@@ -26,22 +30,45 @@ class NodeAddressConfig(TorchConfig):
     """For `TorchTrainer(torch_config=...)`."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         """Who sets the group up."""
         return NodeAddressBackend
 
 
-class NodeAddressBackend(_TorchBackend):
-    """Ray's, but for where the workers meet."""
+class NodeAddressBackend(Backend):
+    """What Ray's own for torch does, but for where the workers meet."""
+
+    share_cuda_visible_devices = True  # workers of a node see each other's GPUs, which NCCL needs
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """NCCL for workers with GPUs, gloo for others."""
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         host, port = worker_group.execute_single(0, serve_store)
-        worker_group.execute(_set_torch_distributed_env_vars)  # LOCAL_RANK and others, which NCCL picks a GPU by
+        worker_group.execute(set_variables)
         size = len(worker_group)
         place = (backend, host, port, size, backend_config.timeout_s)
         ray.get([worker_group.execute_single_async(rank, join_group, rank, *place) for rank in range(size)])
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """A worker that hangs or has died leaves by its end."""
+        with suppress(GetTimeoutError):
+            ray.get(worker_group.execute_async(leave_group), timeout=LEAVE_TIMEOUT_S)
+
+
+def set_variables() -> None:
+    """What `torchrun` sets: NCCL picks a GPU by LOCAL_RANK."""
+    context = get_context()
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    os.environ["NODE_RANK"] = str(context.get_node_rank())
+    os.environ["RANK"] = str(context.get_world_rank())
+    os.environ["WORLD_SIZE"] = str(context.get_world_size())
+
+
+def leave_group() -> None:
+    """The end of what `join_group` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def serve_store() -> tuple[str, int]:

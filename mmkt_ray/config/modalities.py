@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
-from mmkt_ray.encoders.catalog import ENCODERS
-from mmkt_ray.encoders.reduce import REDUCERS, ReduceSection
+from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
+from mmkt_ray.encoders.reduce import ReduceSection
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
 from mmkt_ray.kinds.tasks import Multiclass, task_kind
@@ -31,6 +31,11 @@ class ModalityConfig(Section):
     hidden_dim: int | None = Field(
         None, ge=1, description="tower width under sharing: separate; null: from the features' width"
     )
+
+    @model_validator(mode="after")
+    def _encoder_knows_the_kind(self) -> ModalityConfig:
+        object.__setattr__(self, "encoder", self.encoder.of_kind(self.kind))  # frozen, and not given to anyone yet
+        return self
 
 
 class TaskConfig(Section):

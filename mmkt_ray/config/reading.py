@@ -12,9 +12,23 @@ from pydantic import BaseModel
 from mmkt_ray.config.parsing import read_yaml, sections_of, set_dotted
 from mmkt_ray.config.run import Config, parse_config
 from mmkt_ray.credentials import refuse_credentials
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.section import Section, fingerprint
+
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "jobs" / "configs")  # the project's own configs: of a wheel, of a checkout
+
+
+def shipped(path: str | Path) -> Path:
+    """The path itself; where nothing lies there, the project's own config that `openmoji`, `openmoji.yaml` or
+    `jobs/configs/openmoji.yaml` names."""
+    asked = Path(path)
+    if not asked.exists() and str(asked.parent) in (".", "jobs/configs"):
+        for folder in SHIPPED:
+            if (file := folder / f"{asked.name.removesuffix('.yaml')}.yaml").is_file():
+                return file
+    return asked
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -23,9 +37,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises: ConfigError if the file is missing, is not YAML, or says something unknown or impossible.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = shipped(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"no config at '{path}'; the ones that come with the project are in jobs/configs/") from None
+        known = sorted(file.stem for folder in SHIPPED for file in folder.glob("*.yaml"))
+        raise ConfigError(f"no config at '{path}'; those that come with the project: {nearest(Path(path).stem, known)}") from None
     except (OSError, ValueError) as error:  # a folder, no permission; bytes that are no text
         raise ConfigError(f"'{path}' is no readable YAML file: {error}") from None
     raw = read_yaml(text, f"'{path}'")

@@ -12,6 +12,7 @@ from mmkt_ray.config.model import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
 from mmkt_ray.config.samples import PairCombine, SamplesConfig, SourceConfig
 from mmkt_ray.config.search import SearchConfig
+from mmkt_ray.config.tracking import TrackingConfig
 from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError, nearest
@@ -38,6 +39,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and intervals")
     transfer: TransferMatrixConfig = Field(TransferMatrixConfig(), description="what `mmkt transfer` compares")
     search: SearchConfig | None = Field(None, description="what `mmkt search` tries; null: its defaults")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where results are also written")
     variants: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="models to compare: name -> dotted overrides of this config; none: one model, 'model'",
@@ -91,6 +93,15 @@ class Config(Section):
                     f"modalities.{name}.encoder.pretrain: '{task}' is {self.tasks[task].kind.name}; "
                     "name a multiclass or binary task"
                 )
+            if task is not None and modality.kind.pooled:
+                raise ConfigError(
+                    f"modalities.{name}: '{modality.encoder.name}' is trained on single values: set kind.pool to first"
+                )
+            labels_of = modality.reduce.labels_of if modality.reduce is not None else None
+            if labels_of is not None and labels_of not in self.tasks:
+                raise ConfigError(f"modalities.{name}.reduce.task: unknown task '{labels_of}': {nearest(labels_of, self.tasks)}")
+            if labels_of is not None and not self.tasks[labels_of].kind.exclusive:
+                raise ConfigError(f"modalities.{name}.reduce.task: '{labels_of}' must be a multiclass or binary task")
             if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(
                     f"modalities.{name}: encoder '{modality.encoder.name}' reads {' or '.join(encoder.kinds)}, the modality's "
@@ -106,7 +117,9 @@ class Config(Section):
         if self.model.missing == "generate" and len(self.model_modalities) > 1:
             for name in self.model_modalities:
                 encoder = ENCODERS.get(self.modalities[name].encoder.name)
-                if encoder is not None and encoder.sparse and self.modalities[name].reduce is None:
+                modality = self.modalities[name]
+                sparse = encoder is not None and getattr(modality.encoder, "sparse", encoder.sparse)
+                if sparse and (modality.reduce is None or modality.reduce.keeps_sparse):
                     raise ConfigError(
                         f"model.missing: generate cannot predict sparse features: add modalities.{name}.reduce, "
                         "e.g. {name: svd, dim: 256}"
@@ -142,6 +155,12 @@ class Config(Section):
             takes_several = column in self.modalities and self.modalities[column].kind.takes_several
             if not isinstance(theirs, str) and not takes_several:
                 raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
+            takes_arrays = column in self.modalities and self.modalities[column].kind.takes_arrays
+            if column in source.arrays("") and not (takes_arrays and source.reader in ("parquet", "manifest")):
+                raise ConfigError(
+                    f"source '{source.path}' fills '{column}' from '{theirs}': an array fills vectors alone, beside shards of "
+                    "the readers parquet and manifest"
+                )
             if source.reader not in ("parquet", "manifest") and not isinstance(theirs, str) and "*" in "".join(theirs):
                 raise ConfigError(
                     f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader '{source.reader}' "

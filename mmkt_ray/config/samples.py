@@ -16,7 +16,8 @@ class SourceConfig(Section):
     path: str = Field(description="file, folder, glob (**: folders at any depth) or URI; relative paths are under data_root")
     columns: dict[str, str | tuple[str, ...]] = Field(
         description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field; for "
-        "a kind of modality that is made of several a list of them, in which * stands for any part of a name"
+        "a kind of modality that is made of several a list of them, in which * stands for any part of a name; for vectors also a "
+        "file beside the shard with a row for each of its rows, vectors.npy or {shard}.npy"
     )
     split: Literal["train", "val", "test"] | None = Field(
         None, description="split of all rows here; null: from a split column, the folder's name, or a hash of the id"
@@ -35,6 +36,12 @@ class SourceConfig(Section):
         """The source's columns that fill one of ours."""
         theirs = self.columns[column]
         return (theirs,) if isinstance(theirs, str) else theirs
+
+    def arrays(self, shard: str) -> dict[str, str]:
+        """Our columns that files of NumPy beside a shard fill -> the name of each. shard: the name of its own file."""
+        stem = shard.rpartition(".")[0]
+        named = {c: theirs for c, theirs in self.columns.items() if isinstance(theirs, str) and theirs.endswith(".npy")}
+        return {c: name.replace("{shard}", stem) for c, name in named.items()}
 
 
 class SplitConfig(Section):

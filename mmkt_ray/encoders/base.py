@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import scipy.sparse as sp
     import torch
+
+    from mmkt_ray.kinds.modalities import ModalityKind
 else:
     np = lazy("numpy")
 
@@ -32,6 +34,10 @@ class EncoderSection(Choice):
     def task(self) -> str | None:
         """The task that it is trained on; such an encoder is `Trained`."""
         return None
+
+    def of_kind(self, kind: ModalityKind) -> EncoderSection:
+        """The section of a modality of this kind: with what the kind says of the values. Raises: ConfigError."""
+        return self
 
     @property
     def files(self) -> dict[str, str]:
@@ -50,8 +56,10 @@ class CustomEncoder(EncoderSection):
 class Encoder(Protocol):
     """Raw values -> features. Built as `Class(config_section)`; a user's class as `Class(**options)`.
 
-    Two optional methods: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it
-    travels (encode then gets what prepare returned); `to(device, encode_batch_size)` for encoders that can use a GPU.
+    Optional: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it travels (encode
+    then gets what prepare returned); `to(device, encode_batch_size)` for encoders that can use a GPU; `refused(values)`: row ->
+    why a value cannot be encoded, which encode then does not get; `changes(values)`: by value what of it encode does not read,
+    for the audit; `feature_names`: what each feature is of, once fitted.
     """
 
     version: int  # raised by whoever changes what encode returns

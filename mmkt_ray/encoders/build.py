@@ -14,8 +14,8 @@ from safetensors.numpy import save as save_tensors
 
 from mmkt_ray import storage
 from mmkt_ray.encoders.base import CustomEncoder, Encoder, EncoderSection
-from mmkt_ray.encoders.catalog import ENCODERS
-from mmkt_ray.encoders.reduce import REDUCERS, ReduceSection
+from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
+from mmkt_ray.encoders.reduce import ReduceSection
 from mmkt_ray.errors import ConfigError, DataError, UserError
 from mmkt_ray.section import OneOf, Section, fingerprint
 

@@ -1,12 +1,16 @@
-"""All encoders that come with the project, by the name that a config gives. A new one is its class and an entry here."""
+"""All encoders and reducers of the project, by the name that a config gives. A new one is its class and an entry here."""
 
 from __future__ import annotations
 
 from mmkt_ray.encoders.audio import LogMelCnnAudioEncoder
 from mmkt_ray.encoders.base import ListedEncoder
+from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
 from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
 from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
+from mmkt_ray.encoders.reduce import PcaReducer, Reducer, Standardizer, SvdReducer
+from mmkt_ray.encoders.select import SelectReducer
+from mmkt_ray.encoders.table import TableEncoder
 from mmkt_ray.encoders.text import TfidfEncoder
 
 ENCODERS: dict[str, type[ListedEncoder]] = {
@@ -18,4 +22,13 @@ ENCODERS: dict[str, type[ListedEncoder]] = {
     "efficientnet-lite0": EfficientNetLite0ImageEncoder,
     "minilm": MinilmTextEncoder,
     "huggingface": HuggingFaceTextEncoder,
+    "table": TableEncoder,
+    "identity": IdentityEncoder,
+}
+
+REDUCERS: dict[str, type[Reducer]] = {
+    "pca": PcaReducer,
+    "svd": SvdReducer,
+    "standardize": Standardizer,
+    "select": SelectReducer,
 }

@@ -99,9 +99,13 @@ class PixelsImageEncoder(ListedEncoder):
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared images (B, 3, S, S) -> (B, D) float32."""
-        x = torch.from_numpy(np.stack(values)).float() / 255
+        return self.features(torch.from_numpy(np.stack(values))).numpy()
+
+    def features(self, images: Tensor) -> Tensor:
+        """The same of uint8 images (B, 3, S, S), in tensors, whatever B is."""
+        x = images.float() / 255
         thumb = F.adaptive_avg_pool2d(x, self.THUMB).flatten(1)
-        return torch.cat([thumb, self._colour_histogram(x), self._hog(x)], dim=1).numpy()
+        return torch.cat([thumb, self._colour_histogram(x), self._hog(x)], dim=1)
 
     def _colour_histogram(self, x: Tensor) -> Tensor:
         levels = (x * self.COLOURS).long().clamp_max(self.COLOURS - 1)
@@ -115,6 +119,6 @@ class PixelsImageEncoder(ListedEncoder):
         dy = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
         strength, angle = torch.hypot(dx, dy), torch.atan2(dy, dx) % torch.pi
         which = (angle / torch.pi * self.ORIENTATIONS).long().clamp_max(self.ORIENTATIONS - 1)
-        votes = torch.zeros(len(x), self.ORIENTATIONS, *x.shape[2:]).scatter_(1, which, strength)
+        votes = torch.zeros(x.shape[0], self.ORIENTATIONS, *x.shape[2:]).scatter_(1, which, strength)
         cells = F.adaptive_avg_pool2d(votes, self.CELLS)
         return (cells / (cells.norm(dim=1, keepdim=True) + 0.05)).flatten(1)

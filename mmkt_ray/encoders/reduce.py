@@ -59,9 +59,15 @@ class ReduceSection(Choice):
     """Base of the config section of a reducer: a linear reduction of one modality's features, fitted on the train split."""
 
     dim: int | None = Field(None, ge=1, description="features kept")
+    keeps_sparse: ClassVar[bool] = False  # what it makes of sparse features is sparse
+
+    @property
+    def labels_of(self) -> str | None:
+        """The task whose labels `partial` takes beside features."""
+        return None
 
 
-class _Reducer:
+class Reducer:
     """What reducers have in common: fitted arrays, their way to disk and back, checks."""
 
     Section: ClassVar[type[ReduceSection]]
@@ -146,7 +152,7 @@ def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.
     return values[::-1], vectors[:, ::-1], rank
 
 
-class _CentringReducer(_Reducer, ABC):
+class _CentringReducer(Reducer, ABC):
     """What fits on moments."""
 
     @abstractmethod
@@ -259,7 +265,7 @@ class Standardizer(_CentringReducer):
         return (self._centred(features) / self._tensors["scale"]).astype(np.float32)
 
 
-class SvdReducer(_Reducer):
+class SvdReducer(Reducer):
     """Projection of uncentred features, sparse ones too, onto their K leading right singular vectors.
 
     Narrow features: one pass that sums X'X, then its eigenvectors. Wide ones: randomised block Lanczos on X'X, one
@@ -358,10 +364,3 @@ class SvdReducer(_Reducer):
         """Random signs (D, L), the same in every process."""
         shape = (width, self.dim + self.OVERSAMPLING)
         return np.random.default_rng(self.SEED).integers(0, 2, shape, np.int8).astype(np.float32) * 2 - 1
-
-
-REDUCERS: dict[str, type[_Reducer]] = {
-    "pca": PcaReducer,
-    "svd": SvdReducer,
-    "standardize": Standardizer,
-}

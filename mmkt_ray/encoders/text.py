@@ -91,6 +91,18 @@ class TfidfEncoder(ListedEncoder):
         """The vocabulary in column order."""
         return self._fitted_terms().to_pylist()
 
+    def vocabulary(self) -> dict[str, Any]:
+        """Options of a `TfidfVectorizer` of scikit-learn that gives the same, terms in column order, their idf."""
+        section = self._section
+        names = {"lowercase", "ngram_range", "stop_words", "sublinear_tf", "norm"}
+        options = section.model_dump(mode="json", include=names)
+        return {"options": options, "terms": self.terms, "idf": self._idf.tolist()}
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The same as `terms`: what each feature is of."""
+        return self.terms
+
     def partial(self, values: Sequence[str]) -> TermStatistics:
         """Term statistics of one chunk of texts."""
         columns = self._count_words(values) if self._words_only else self._count_ngrams(values)

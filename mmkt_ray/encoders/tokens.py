@@ -57,7 +57,8 @@ class TermIndex:
 @cache
 def _word_characters() -> np.ndarray:
     """For each code point whether it is a word character, by asking Python's `re`: (0x110000,) bool."""
-    characters = "".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF)
+    codes = np.arange(sys.maxunicode + 1, dtype="<u4")
+    characters = codes[(codes < 0xD800) | (codes > 0xDFFF)].tobytes().decode("utf-32-le")  # without surrogates
     is_word = np.zeros(sys.maxunicode + 1, dtype=np.bool_)
     is_word[np.frombuffer("".join(re.findall(r"\w+", characters)).encode("utf-32-le"), np.uint32)] = True
     return is_word

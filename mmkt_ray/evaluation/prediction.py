@@ -23,9 +23,8 @@ from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.evaluation.conformal import margins_of
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.evaluation.output import Output, classes_metadata, write_output
 from mmkt_ray.evaluation.rows import missing_column, prediction_columns, without_unreadable, write_parts
-from mmkt_ray.features.combine import combine
-from mmkt_ray.features.extract import encode, reduce
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
@@ -55,6 +54,7 @@ def predict(
     max_reject_frac: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     trust_code: bool = False,
+    output: Output | None = None,
 ) -> str:
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
@@ -65,18 +65,23 @@ def predict(
     A modality that new shards have no column for is absent in all of their rows, unless `columns` names it; one that is absent in more than half of the rows is a
     warning. New shards need neither split nor labels nor ids.
     overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
-    module:Class, and read the files that it names elsewhere.
+    module:Class, and read the files that it names elsewhere. output: another form of the predictions, written beside the file
+    and returned in its place.
     Raises: ConfigError, DataError.
     """
+    model_uri = shipped(model_uri)
     model, card = load_model(model_uri)
     own = dict(overrides or {}) | ({} if max_reject_frac is None else {"samples.max_reject_frac": max_reject_frac})
     trained = restrict(parse_config(card["config"]), own)
     config = prediction_config(trained, inputs, like, reader, columns or {}, sorted(card["class_names"]))
     folders = usable_encoders(model_uri, model, card, config, own, trust_code)
     config = settle_columns(config, columns or {})
+    tell_lacking(config)
     out_uri = storage.absolute(out_uri)
     with locked(out_uri):
-        return _predict(config, model, card, folders, out_uri, columns or {})
+        path = _predict(config, model, card, folders, out_uri, columns or {})
+        classes = card["class_names"]
+        return path if output is None or output.is_plain else write_output(path, config, classes, output)
 
 
 def _predict(
@@ -87,6 +92,9 @@ def _predict(
     out_uri: str,
     named: Mapping[str, str],
 ) -> str:
+    from mmkt_ray.features.combine import combine  # Ray loads here: who predicts without it checks a card as above
+    from mmkt_ray.features.extract import encode, reduce
+
     storage.make_dir(out_uri)
     store = encode(config, out_uri, list_shards(ReadingPlan.of(config)), {m: f[0] for m, f in folders.items()})
     store = reduce(config, out_uri, store, {m: f[1] for m, f in folders.items() if len(f) > 1})
@@ -101,6 +109,17 @@ def _predict(
     told = "%d predicted, %d of them without an unreadable modality; %d rejected%s"
     log.info(told, counts["rows"], counts["unreadable_modalities"], counts["rejects"], absent)
     return path
+
+
+def shipped(uri: str) -> str:
+    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none."""
+    results = storage.join(uri, "report", "results.json")
+    if storage.exists(storage.join(uri, "config.json")) or not storage.exists(results):
+        return uri
+    chosen = storage.read_json(results)["recommended"]
+    if chosen is None:
+        raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
+    return storage.join(uri, chosen["folder"])
 
 
 def restrict(config: Config, own: Mapping[str, Any]) -> Config:
@@ -257,6 +276,19 @@ def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
     return config.model_copy(update={"samples": config.samples.model_copy(update={"sources": tuple(sources)})})
 
 
+def tell_lacking(config: Config) -> None:
+    """A warning for columns of a modality that is made of several, where new shards lack some: they count as null."""
+    plan = ReadingPlan.of(config)
+    lacking: dict[str, str] = {}
+    for shard in list_shards(plan):
+        known, source = known_columns(plan, shard), plan.sources[shard.source]
+        for column in source.columns.keys() & plan.modalities.keys() if known else ():
+            names = [n for n in source.theirs(column) if not isinstance(source.columns[column], str) and "*" not in n]
+            lacking |= {name: shard.name for name in names if name not in (known or ()) and name not in lacking}
+    for name, where in sorted(lacking.items()):
+        log.warning("'%s' has no column '%s': it counts as null there", where, name)
+
+
 def check_found(plan: ReadingPlan, shards: list[Shard], column: str) -> None:
     """Raises: DataError if no shard has what the user named as one of our columns."""
     mapped = [s for s in shards if column in plan.sources[s.source].columns]
@@ -302,4 +334,4 @@ def write_predictions(path: str, model: Predictor, store: Store, class_names: Ma
                 columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task], margin)
             yield pa.table(columns)
 
-    write_parts(path, parts())
+    write_parts(path, parts(), classes_metadata(class_names))

@@ -99,7 +99,8 @@ def recommendation_text(results: dict[str, Any], run_uri: str) -> str:
     lines = [f"Ship {chosen['model']}.", *chosen["why"]]
     if (others := {t: m for t, m in chosen["per_task"].items() if m != chosen["model"]}) and len(chosen["tasks"]) > 1:
         lines.append(f"For one task alone: {', '.join(f'{m} for {t}' for t, m in others.items())}.")
-    return "\n".join([*lines, f"model: {folder}", f"use it: {predict_command(folder)}"])
+    python = f"in Python: mmkt_ray.load({folder!r}).predict(df)"
+    return "\n".join([*lines, f"model: {folder}", f"use it: {predict_command(folder)}", python])
 
 
 def path_of(chosen: dict[str, Any], run_uri: str) -> str:

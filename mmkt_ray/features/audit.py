@@ -8,6 +8,7 @@ of texts as normalised, case and white space aside. What is found is written to 
     samples: duplicates of whole samples: the same modalities present, each with the same content
     conflicts: {task: {num_groups, num_rows, examples}} of whole samples with the same content and different labels
     spellings: {"<task>: '1.0' read as '1'": rows, ..} where spellings of one class met, or a label's Unicode form was changed
+    nulled: {"<modality>: '<column>' is no number, read as null": rows, ..} cells of tables that are not of their column's type
 
 where duplicates are {num_groups, num_rows (in groups), by_splits: {"test+train": groups}, num_leaking (train rows whose
 content is in val or test too), examples: [{splits, samples: [{sample_id, split, labels}]}]}, leaking ones first.

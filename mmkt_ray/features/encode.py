@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import Row, make_row, part_name, unpack
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
+from mmkt_ray.kinds.content import hash_json
+from mmkt_ray.kinds.lists import pool_features
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
@@ -43,7 +45,9 @@ class Decoded(NamedTuple):
 
 def decode_column(column: pa.ChunkedArray, kind: ModalityKind, prepare: Any, samples: SamplesConfig) -> Decoded:
     """The values of a column: decoded and prepared where the kind has a decoder, else as they are."""
-    size, data = len(column), column.to_pylist()
+    if kind.pooled:
+        return _regrouped(column, decode_column(_items(column), kind.model_copy(update={"pool": None}), prepare, samples))
+    size, data = len(column), column.to_pylist() if kind.decoder else kind.values(column)
     decoded = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)])
     present = [i for i, value in enumerate(data) if value is not None]
     if not kind.decoder:
@@ -58,6 +62,28 @@ def decode_column(column: pa.ChunkedArray, kind: ModalityKind, prepare: Any, sam
         value, decoded.changes[i] = outcome
         decoded.hashes[i] = kind.digest(value)
         decoded.values[i] = value if prepare is None else prepare(value)
+    return decoded
+
+
+def _items(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The items of a column of lists, one after another."""
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+
+
+def _regrouped(column: pa.ChunkedArray, items: Decoded) -> Decoded:
+    """What was decoded of a column's items, by row: a list of values. A row with a broken item is broken."""
+    size, counts = len(column), pc.fill_null(pc.list_value_length(column), 0).to_pylist()
+    decoded, start = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)]), 0
+    for i, num in enumerate(counts):
+        own = range(start, start + num)
+        start += num
+        decoded.changes[i] = list(dict.fromkeys(change for k in own for change in items.changes[k]))
+        wrong = [f"item {k - own.start + 1} of {num}: {items.broken[k]}" for k in own if k in items.broken]
+        if wrong:
+            decoded.broken[i] = "; ".join(wrong)
+        elif num:
+            decoded.values[i] = [items.values[k] for k in own]
+            decoded.hashes[i] = hash_json([items.hashes[k] for k in own])
     return decoded
 
 
@@ -96,8 +122,8 @@ def decode_chunk(batch: Row, config: Config) -> Row:
             continue
         decoded = decode_column(samples.column(name), modality.kind, prepare, config.samples)
         values, broken[name] = decoded.values, decoded.broken
-        look = next(([value.shape, value.dtype.name] for value in values if value is not None), [(), "uint8"])
-        column = pa.array([None if value is None else value.tobytes() for value in values], pa.large_binary())
+        look = next((_look_of(value) for value in values if value is not None), [(), "uint8"])
+        column = pa.array([None if value is None else _bytes_of(value) for value in values], pa.large_binary())
         field = pa.field(name, pa.large_binary(), metadata={PREPARED: json.dumps(look)})
         samples = samples.set_column(samples.column_names.index(name), field, column)
         samples = note_content(samples, name, decoded.hashes, decoded.changes)
@@ -105,6 +131,23 @@ def decode_chunk(batch: Row, config: Config) -> Row:
     samples, rejects = samples.filter(pa.array(keep)), pa.concat_tables([rejects, told])
     seconds = json.loads(batch["seconds"][0]) | {"decode": time.perf_counter() - start}
     return make_row(str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0]), samples, rejects, seconds)
+
+
+def _look_of(value: Any) -> list[Any]:
+    """Shape and type of a prepared value; of several of one of them."""
+    one = value[0] if isinstance(value, list) else value
+    return [one.shape, one.dtype.name]
+
+
+def _bytes_of(value: Any) -> bytes:
+    """Of a prepared value, or of several of one shape."""
+    return b"".join(item.tobytes() for item in value) if isinstance(value, list) else bytes(value.tobytes())
+
+
+def _from_bytes(data: bytes, shape: Sequence[int], dtype: str, several: bool) -> Any:
+    """What `_bytes_of` was taken of."""
+    flat = np.frombuffer(data, dtype)
+    return list(flat.reshape(-1, *shape)) if several else flat.reshape(shape)
 
 
 def settle_broken(
@@ -161,16 +204,11 @@ def assigned_device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-class EncodeChunk:
-    """Stage 3: decode, then features of every modality. Runs in an actor that loads the encoders once."""
+class SampleEncoder:
+    """Decodes samples and makes features of every modality, with encoders that it loads once. Knows no Ray."""
 
-    def __init__(self, plan: EncodePlan) -> None:
-        import torch
-
-        cluster.keep_freed_memory()
-        torch.set_num_threads(plan.num_threads)
+    def __init__(self, plan: EncodePlan, device: torch.device) -> None:
         self.plan = plan
-        device = assigned_device(plan.use_gpu)
         self.encoders: dict[str, Any] = {}
         for name, uri in sorted(plan.encoders.items()):
             encoder = load_fitted(build_encoder(plan.config.modalities[name].encoder), uri)
@@ -181,11 +219,13 @@ class EncodeChunk:
             plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()}
         )
 
-    def __call__(self, batch: Row) -> Row:
-        samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
-        seconds: dict[str, float] = json.loads(batch["seconds"][0])
-        unit, index, last = str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0])
-        stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
+    def encode_samples(
+        self, samples: pa.Table, unit: str, stored: dict[str, pa.Table | None], seconds: dict[str, float]
+    ) -> tuple[pa.Table, pa.Table]:
+        """Samples -> a part of a store, and the rejects: rows that lost a modality, or the last one that they had.
+
+        stored: modality -> its columns for these samples, where another store has them. seconds: by stage, added to.
+        """
         samples, values, broken = self._decode(samples, stored, seconds)
         keep, told = settle_broken(samples, broken, list(self.encoders), unit)
         samples, mask = samples.filter(pa.array(keep)), pa.array(keep)
@@ -196,6 +236,7 @@ class EncodeChunk:
             if part is None:
                 chosen = [value for value, wanted in zip(values[name], keep, strict=True) if wanted]
                 columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
+                samples = note_changes(samples, name, changes_in(self.encoders[name], chosen))
             else:
                 part = part.filter(mask)
                 columns[column_of(name)] = part.column(column_of(name)).combine_chunks()
@@ -203,14 +244,15 @@ class EncodeChunk:
         lost = {m: np.isin(np.flatnonzero(keep), np.array(list(rows), np.int64)) for m, rows in broken.items()}
         samples, more = settle_refused(samples, columns, refused, lost, unit)
         part = pa.table({name: samples.column(name) for name in self.schema.names}, schema=self.schema)
-        return make_row(unit, index, last, part, pa.concat_tables([rejects, told, more]), seconds)
+        return part, pa.concat_tables([told, more])
 
     def _encode(
         self, name: str, values: list[Any], seconds: dict[str, float]
     ) -> tuple[pa.Array, dict[int, str]]:
         """Features of a modality's values, and row -> why there are none though there is a value."""
         start = time.perf_counter()
-        found = encode_column(self.encoders[name], values, self.plan.config.extract.feature_dtype)
+        pooled = self.plan.config.modalities[name].kind.pooled
+        found = encode_column(self.encoders[name], values, self.plan.config.extract.feature_dtype, pooled)
         seconds[f"encode {name}"] = time.perf_counter() - start
         return found
 
@@ -223,20 +265,22 @@ class EncodeChunk:
         values: dict[str, list[Any]] = {}
         broken: dict[str, dict[int, str]] = {}
         for name, encoder in self.encoders.items():
-            kind = self.plan.config.modalities[name].kind
             if (part := stored.get(name)) is not None:
                 if hash_of(name) not in samples.column_names:  # not decoded by the stage before
-                    changes = changes_of(part, name) if kind.decoder else []  # else known from reading
-                    changes = [[c for c in cell if c != NOT_ENCODED] for cell in changes]
-                    known = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
-                    broken[name] = dict.fromkeys(known, "unreadable, as found when the modality was encoded")
+                    known = [{NOT_ENCODED, *cell} for cell in changes_of(samples, name)]  # from reading
+                    changes = [[c for c in cell if c not in k] for cell, k in zip(changes_of(part, name), known, strict=True)]
+                    lost = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
+                    broken[name] = dict.fromkeys(lost, "unreadable, as found when the modality was encoded")
                     samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
                 continue
             field, column = samples.schema.field(name), samples.column(name)
             if field.metadata and PREPARED in field.metadata:  # decoded by the stage before
                 shape, dtype = json.loads(field.metadata[PREPARED])
-                values[name] = [None if v is None else np.frombuffer(v, dtype).reshape(shape) for v in column.to_pylist()]
+                several = bool(self.plan.config.modalities[name].kind.pooled)
+                cells = column.to_pylist()
+                values[name] = [None if v is None else _from_bytes(v, shape, dtype, several) for v in cells]
             else:
+                kind = self.plan.config.modalities[name].kind
                 decoded = decode_column(column, kind, getattr(encoder, "prepare", None), self.plan.config.samples)
                 values[name], broken[name] = decoded.values, decoded.broken
                 samples = note_content(samples, name, decoded.hashes, decoded.changes)
@@ -244,16 +288,41 @@ class EncodeChunk:
         return samples, values, broken
 
 
-def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> tuple[pa.Array, dict[int, str]]:
+class EncodeChunk(SampleEncoder):
+    """Stage 3: decode, then features of every modality. Runs in an actor that loads the encoders once."""
+
+    def __init__(self, plan: EncodePlan) -> None:
+        import torch
+
+        from mmkt_ray import cluster
+
+        cluster.keep_freed_memory()
+        torch.set_num_threads(plan.num_threads)
+        super().__init__(plan, assigned_device(plan.use_gpu))
+
+    def __call__(self, batch: Row) -> Row:
+        samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
+        seconds: dict[str, float] = json.loads(batch["seconds"][0])
+        unit, index, last = str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0])
+        stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
+        part, told = self.encode_samples(samples, unit, stored, seconds)
+        return make_row(unit, index, last, part, pa.concat_tables([rejects, told]), seconds)
+
+
+def encode_column(
+    encoder: Any, values: list[Any], dtype: str = "float32", pooled: str | None = None
+) -> tuple[pa.Array, dict[int, str]]:
     """Values (N, None where absent) -> feature column of N rows, and row -> what is wrong with the features it got.
 
     Null where a value is absent or its features are refused: they are of another width, or not finite as `dtype`.
+    pooled: mean or max, of the features of values that are lists of several.
     """
-    rows = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
+    wrong = _refused(encoder, values)
+    rows = np.array([i for i, value in enumerate(values) if value is not None and i not in wrong], dtype=np.int64)
     kind = feature_type(encoder.dim, getattr(encoder, "sparse", False), dtype)
     if not len(rows):
-        return pa.nulls(len(values), kind), {}
-    features, refused = checked_features(encoder, [values[i] for i in rows], dtype)
+        return pa.nulls(len(values), kind), wrong
+    features, refused = _features_of_rows(encoder, [values[i] for i in rows], dtype, pooled)
     good = np.array([i not in refused for i in range(len(rows))])
     present = np.zeros(len(values), dtype=bool)
     present[rows[good]] = True
@@ -261,7 +330,33 @@ def encode_column(encoder: Any, values: list[Any], dtype: str = "float32") -> tu
         column = pa.nulls(len(values), kind)
     else:
         column = to_arrow(features if good.all() else features[np.flatnonzero(good)], present, dtype)
-    return column, {int(rows[i]): why for i, why in refused.items()}
+    return column, wrong | {int(rows[i]): why for i, why in refused.items()}
+
+
+def _refused(encoder: Any, values: list[Any]) -> dict[int, str]:
+    """Row -> why the encoder takes no such value."""
+    if not hasattr(encoder, "refused"):
+        return {}
+    rows = [i for i, value in enumerate(values) if value is not None]
+    return {rows[i]: why for i, why in encoder.refused([values[i] for i in rows]).items()}
+
+
+def changes_in(encoder: Any, values: list[Any]) -> list[list[str]]:
+    """What of each value (N, None where absent) the encoder does not read; empty for an encoder that reads all."""
+    if not hasattr(encoder, "changes"):
+        return []
+    told = iter(encoder.changes([value for value in values if value is not None]))
+    return [[] if value is None else next(told) for value in values]
+
+
+def _features_of_rows(encoder: Any, values: list[Any], dtype: str, pooled: str | None) -> tuple[Any, dict[int, str]]:
+    """As `checked_features`; pooled where values are lists, of which one without features costs the row."""
+    if pooled is None:
+        return checked_features(encoder, values, dtype)
+    counts = np.array([len(several) for several in values])
+    features, wrong = checked_features(encoder, [item for several in values for item in several], dtype)
+    row = np.repeat(np.arange(len(values)), counts)
+    return pool_features(features, counts, pooled), {int(row[i]): why for i, why in wrong.items()}
 
 
 def checked_features(encoder: Any, values: list[Any], dtype: str) -> tuple[Any, dict[int, str]]:
@@ -360,15 +455,20 @@ def reduce_part(
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()
     name = str(batch["name"][0])
-    part = storage.read_table(storage.join(source_uri, "data", name))
+    part = reduce_features(storage.read_table(storage.join(source_uri, "data", name)), reducers, dims, dtype)
+    unit, index, *end = name.removesuffix(".parquet").split("-")
+    seconds = {"reduce": time.perf_counter() - start}
+    return make_row(unit, int(index), bool(end), part, reject_table([]), seconds)
+
+
+def reduce_features(part: pa.Table, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32") -> pa.Table:
+    """A part with reducers (by modality) applied. dims: widths of the features before, by modality."""
     for modality, reducer in reducers.items():
         position = part.column_names.index(column_of(modality))
         features, present = from_arrow(part.column(position), dims[modality])
         if present.any():
             reduced = to_arrow(reducer.encode(features[present]), present, dtype)
         else:
-            reduced = pa.nulls(len(part), feature_type(reducer.dim, False, dtype))
+            reduced = pa.nulls(len(part), feature_type(reducer.dim, getattr(reducer, "sparse", False), dtype))
         part = part.set_column(position, column_of(modality), reduced)
-    unit, index, *end = name.removesuffix(".parquet").split("-")
-    seconds = {"reduce": time.perf_counter() - start}
-    return make_row(unit, int(index), bool(end), part, reject_table([]), seconds)
+    return part

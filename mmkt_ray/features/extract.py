@@ -12,13 +12,14 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pyarrow.parquet as pq
 import ray.data
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
@@ -29,13 +30,21 @@ from mmkt_ray.features.combine import combine
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
 from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
 from mmkt_ray.features.leakage import find_leaking
-from mmkt_ray.features.publish import check_budget, num_rejected, publish, published, tell_counts, tell_reasons
+from mmkt_ray.features.publish import (
+    check_budget,
+    is_spent,
+    num_rejected,
+    publish,
+    published,
+    tell_counts,
+    tell_reasons,
+)
 from mmkt_ray.features.siblings import take_over_store
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
-from mmkt_ray.samples.schema import DAMAGE, Shard
+from mmkt_ray.samples.schema import DAMAGE, MODALITY, Shard
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +126,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
             "fingerprint": c["fingerprint"],
             "folders": [encoders[m].rsplit("/", 1)[-1]],
         }
+        | c["rest"].get("found", {})  # what the fit found out of the values
         for m, c in cards.items()
     }
     return publish(
@@ -158,7 +168,9 @@ def run_encode(
             num_gpus=num_gpus,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
         )
-        stats.follow(features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS))
+        parts = features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS)
+        with progress.stage("encode", len(todo), "shards") as shown:
+            stats.follow(parts, lambda name: shown.advance(name.endswith("-end.parquet")))
 
 
 def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str]) -> Store:
@@ -188,18 +200,19 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         with cluster.one_row_blocks():
             names = ray.data.from_items([{"name": name} for name in todo], override_num_blocks=min(len(todo), 64))
             parts = names.map_batches(work, batch_size=1).map_batches(partial(write_part, store_uri=uri), batch_size=1)
-            stats.follow(parts)
+            with progress.stage("reduce", len(todo), "parts") as shown:
+                stats.follow(parts, lambda _: shown.advance())
     modalities = {m: dict(entry) for m, entry in encoded.manifest["modalities"].items()}
     for m, card in cards.items():
         both = fingerprint([modalities[m]["fingerprint"], card["fingerprint"]])
         folders = [*modalities[m]["folders"], reducers[m].rsplit("/", 1)[-1]]
         modalities[m] |= {
             "dim": card["dim"],
-            "sparse": False,
+            "sparse": card["sparse"],
             "reduce": card["config"],
             "fingerprint": both,
             "folders": folders,
-        }
+        } | card["rest"].get("found", {})
     return publish(uri, config, units, modalities, stats.summary(), source=encoded, checksums=stats.checksums)
 
 
@@ -253,6 +266,26 @@ def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str
     return reuse
 
 
+class ShardSizes:
+    """Rows of the largest shard of which all parts have come."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+        self._parts: Counter[str] = Counter()  # of a unit, so far
+        self._rows: Counter[str] = Counter()
+        self._ends: dict[str, int] = {}  # unit -> number of its parts
+
+    def add(self, part: str, num_rows: int) -> None:
+        """A part, by its name, with the rows that it stands for."""
+        unit, index, *end = part.removesuffix(".parquet").split("-")
+        self._parts[unit] += 1
+        self._rows[unit] += num_rows
+        if end:
+            self._ends[unit] = int(index) + 1
+        if self._parts[unit] == self._ends.get(unit):
+            self.largest = max(self.largest, self._rows.pop(unit))
+
+
 class RunStats:
     """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
 
@@ -263,15 +296,17 @@ class RunStats:
         self.lost: Counter[str] = Counter()  # stage -> rows
         self.seconds: Counter[str] = Counter()
         self.checksums: dict[str, str] = {}  # by part
+        self.sizes = ShardSizes()
         self.wall_s = self.startup_s = 0.0
 
-    def follow(self, parts: ray.data.Dataset) -> None:
-        """Run the pipeline to its end. Raises: DataError when the reject budget is spent."""
+    def follow(self, parts: ray.data.Dataset, told_of: Callable[[str], None]) -> None:
+        """Run the pipeline to its end; each part's name is told. Raises: DataError when the reject budget is spent."""
         start = told = time.perf_counter()
         for part in parts.iter_rows():
             self.num_rows += part["num_rows"]
             self.lost.update(json.loads(part["lost"]))
             self.checksums[part["name"]] = part["checksum"]
+            told_of(part["name"])
             seconds = json.loads(part["seconds"])
             self.seconds.update(seconds)
             self.wall_s = time.perf_counter() - start
@@ -280,11 +315,20 @@ class RunStats:
             if time.perf_counter() - told > PROGRESS_EVERY_S:
                 told = time.perf_counter()
                 log.info("%s, %.0f rows/s", tell_counts(self.num_rows, self.lost), self.num_rows / self.wall_s)
-            # a damaged shard is judged at the end: of the first ten shards it is a tenth, of all perhaps a thousandth
-            lost = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
-            if self.samples is not None and self.num_rows + num_rejected(lost) >= BUDGET_GRACE_ROWS:
-                check_budget(self.uri, self.samples, self.num_rows, lost, self.names)
+            self.sizes.add(part["name"], part["num_rows"] + num_rejected(Counter(json.loads(part["lost"]))))
+            if self.samples is not None:
+                self._check_budget(self.samples)
         log.info("%s in %.1f s", tell_counts(self.num_rows, self.lost), self.wall_s)
+
+    def _check_budget(self, samples: SamplesConfig) -> None:
+        """Rows are judged by those that were read so far, damaged shards by all rows, at twice as many a shard as in the largest:
+        one of the first ten shards is a tenth of them, and perhaps a thousandth of all. Raises: DataError."""
+        rows = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
+        if self.num_rows + num_rejected(rows) >= BUDGET_GRACE_ROWS:
+            check_budget(self.uri, samples, self.num_rows, rows, self.names)
+        lost, likely = num_rejected(self.lost), len(self.names) * self.sizes.largest
+        if self.lost[DAMAGE] and likely and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely)):
+            check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names)
 
     def summary(self) -> dict[str, Any]:
         """For the manifest; empty when nothing was run."""

@@ -186,12 +186,18 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
     while not reducer.fitted:  # svd of wide features takes several passes
         current = ray.put(reducer)
         groups = [
-            partial(reducer_statistics, current, part, modality, encoded.dim(modality)) for part in encoded.parts()
+            partial(reducer_statistics, current, part, modality, encoded.dim(modality), section.labels_of)
+            for part in encoded.parts()
         ]
         total = merge_in_tree(groups, build_reducer(section).merge)  # an unfitted one's: it travels with every task
         if total is None:
-            raise DataError(f"no sample of the train split has {modality}: nothing to fit {section.name} on")
+            labelled = f" and a label of {section.labels_of}" if section.labels_of else ""
+            raise DataError(f"no sample of the train split has {modality}{labelled}: nothing to fit {section.name} on")
         reducer.finish(total)
+    if hasattr(reducer, "name_features"):
+        folder = storage.join(run_uri, "encoders", encoded.manifest["modalities"][modality]["folders"][0])
+        encoder = load_fitted(build_encoder(config.modalities[modality].encoder), folder)
+        reducer.name_features(getattr(encoder, "feature_names", []))
     _save(reducer, section, uri, units)
     return uri
 

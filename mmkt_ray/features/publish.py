@@ -22,6 +22,7 @@ from mmkt_ray.features.audit import audit, leaking_rows, read_contents
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
 from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tables import NULLED
 from mmkt_ray.samples.schema import (
     DAMAGE,
     LEAKAGE,
@@ -66,6 +67,12 @@ def tell_counts(num_rows: int, lost: Counter[str]) -> str:
     return f"{told}, {lost[MODALITY]:,} kept without an unreadable modality" if lost[MODALITY] else told
 
 
+def is_spent(samples: SamplesConfig, num_hit: int, total: int) -> bool:
+    """Whether more rows than allowed are rejected or lost a modality; a few are put up with, as long as most are whole."""
+    few = samples.min_reject_budget if 2 * num_hit <= total else 0
+    return num_hit > max(samples.max_reject_frac * total, few)
+
+
 def check_budget(
     uri: str, samples: SamplesConfig, num_rows: int, lost: Counter[str], names: dict[str, str]
 ) -> None:
@@ -75,8 +82,7 @@ def check_budget(
     """
     num_lost, num_kept = num_rejected(lost), lost[MODALITY]
     num_hit, total = num_lost + num_kept, num_rows + num_lost
-    few = samples.min_reject_budget if 2 * num_hit <= total else 0
-    if num_hit <= max(samples.max_reject_frac * total, few):
+    if not is_spent(samples, num_hit, total):
         return
     rejects = storage.join(uri, "rejects")
     found = [f.base_name for f in storage.list_files(rejects, "*.parquet")]
@@ -178,7 +184,8 @@ def publish(
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
-    storage.write_json(storage.join(uri, "audit.json"), audited | {"spellings": spellings(config, cleaned)})
+    audited |= {"spellings": spellings(config, cleaned), "nulled": nulled(cleaned)}
+    storage.write_json(storage.join(uri, "audit.json"), audited)
     write_manifest(uri, manifest)
     log.info("published %s: %s", uri, tell_counts(counts["rows"], lost))
     if unmapped:
@@ -322,6 +329,11 @@ def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
     for name in parts:
         total.update(pc.list_flatten(_read(uri, name, ["cleaned"]).column(0)).to_pylist())
     return dict(sorted(total.items()))
+
+
+def nulled(cleaned: Mapping[str, int]) -> dict[str, int]:
+    """Cells of tables that could not be read as their column's type, by column, as `cleaned` counts them."""
+    return {change: n for change, n in cleaned.items() if change.endswith(NULLED)}
 
 
 def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:

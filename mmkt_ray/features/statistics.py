@@ -32,18 +32,25 @@ def encoder_statistics(
     total = None
     for chunk in read_chunks(plan, shard):
         train = train_rows(chunk.table, leaking).column(modality).drop_null()
-        values = train.to_pylist()
+        values = kind.values(train) if not kind.decoder else []
         if kind.decoder:
             decoded = decode_column(train, kind, getattr(encoder, "prepare", None), samples)
             values = [value for value in decoded.values if value is not None]
+        if kind.pooled:
+            values = [item for several in values for item in several]
         if values:
             part = encoder.partial(values)
             total = part if total is None else encoder.merge([total, part])
     return total
 
 
-def reducer_statistics(reducer: ray.ObjectRef, part: str, modality: str, dim: int) -> Any:
-    """Statistics of one part's train rows; None if it has none."""
-    table = storage.read_table(part, ["split", column_of(modality)])
-    column = table.filter(pc.equal(table.column("split"), "train")).column(column_of(modality)).drop_null()
-    return ray.get(reducer).partial(from_arrow(column, dim)[0]) if len(column) else None
+def reducer_statistics(reducer: ray.ObjectRef, part: str, modality: str, dim: int, task: str | None) -> Any:
+    """Statistics of one part's train rows, of those with a label where they need the labels of a task; None if it has none."""
+    columns = [column_of(modality), *([task] if task is not None else [])]
+    table = storage.read_table(part, ["split", *columns])
+    rows = table.filter(pc.equal(table.column("split"), "train")).select(columns).drop_null()
+    if not len(rows):
+        return None
+    features = from_arrow(rows.column(0), dim)[0]
+    labels = [] if task is None else [rows.column(1).to_pylist()]
+    return ray.get(reducer).partial(features, *labels)

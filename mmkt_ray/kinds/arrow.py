@@ -58,6 +58,11 @@ def bytes_of_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_struct(kind):
         inner = [bytes_of_values(pc.struct_field(column, i)) for i in range(kind.num_fields)]
         return sum(inner, np.zeros(len(column), np.int64))
+    if is_list(kind) and (is_binary(kind.value_type) or is_string(kind.value_type)):
+        column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        ends = np.append(0, np.cumsum(bytes_of_values(column.flatten()) + 8))
+        last = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64))
+        return np.diff(ends[np.append(0, last)])
     if is_list(kind):
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
         return lengths * _width(kind.value_type)
@@ -79,5 +84,7 @@ def bytes_of_cell(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(bytes_of_cell, value.values()))
     if isinstance(value, list | tuple):
-        return 8 * len(value)
+        return 8 * len(value) + sum(len(item) for item in value if isinstance(item, bytes | str))
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
     return 0 if value is None else 8

@@ -6,6 +6,7 @@ import base64
 import io
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -181,3 +182,37 @@ def thumbnail(pixels: np.ndarray, side: int) -> str:
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
+
+
+# --- images in memory ------------------------------------------------------------------------------------------------
+
+
+def file_of(value: Any) -> bytes | None:
+    """A PIL image, or an array of pixels, as the bytes of a file; None for anything else. Raises: ValueError."""
+    if isinstance(value, Image.Image):
+        return _encoded(value)
+    return _encoded(_as_image(value)) if isinstance(value, np.ndarray) else None
+
+
+def _as_image(pixels: np.ndarray) -> Image.Image:
+    """Pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, or grey ones of uint16, as an image. Raises: ValueError."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    is_grey = pixels.ndim == 2
+    if not pixels.size or not (is_grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ValueError(f"an array must be (height, width), (height, width, 3) or (height, width, 4), got {pixels.shape}")
+    if pixels.dtype != np.uint8 and not (is_grey and pixels.dtype == np.uint16):
+        raise ValueError(f"an array must hold uint8 from 0 to 255, got {pixels.dtype}: scale it, (x * 255).astype('uint8')")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """An image as the bytes of a file without loss, as it is turned and coloured."""
+    buffer = io.BytesIO()
+    if image.mode in ("RGB", "L") and not image.getexif() and "transparency" not in image.info:
+        image.save(buffer, "PPM")  # a header and the pixels: nothing is packed
+    elif image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image.save(buffer, "PNG", compress_level=1, exif=image.getexif())
+    else:
+        image.save(buffer, "TIFF", exif=image.getexif())
+    return buffer.getvalue()

@@ -8,10 +8,10 @@ Nothing heavy is imported here before it is used: the config comes from these cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import model_serializer
+from pydantic import Field, model_serializer
 
 from mmkt_ray.section import Choice
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 THUMBNAIL_SIDE = 96  # pixels
 EXCERPT_CHARS = 300
+POOL = "cells are lists, or several columns: mean or max of the features, or the first alone; null: one in each cell"
 
 
 class Source(NamedTuple):
@@ -42,6 +43,8 @@ class ModalityKind(Choice):
     holds: ClassVar[str]  # for the config's help
     # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
     takes_several: ClassVar[bool] = False
+    is_text: ClassVar[bool] = False  # a value is what somebody may type
+    takes_arrays: ClassVar[bool] = False  # may be filled from the rows of an array beside the shard, `vectors.npy`
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
     decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
     # of one encoded float32 feature in a store, for estimates: what bf16 networks give, and zeros, compress
@@ -49,8 +52,10 @@ class ModalityKind(Choice):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
-        """A kind without options as its bare name."""
-        return handler(self) if len(type(self).model_fields) > 1 else self.name
+        """A kind whose options are as by default as its bare name."""
+        told = handler(self)
+        plain = all(getattr(self, n) == f.get_default(call_default_factory=True) for n, f in type(self).model_fields.items())
+        return self.name if plain else told
 
     # --- reading --------------------
 
@@ -98,6 +103,15 @@ class ModalityKind(Choice):
 
     # --- values --------------------
 
+    @property
+    def pooled(self) -> str | None:
+        """How features are pooled where a value is a list of several: mean or max; None where it is a single one."""
+        return None
+
+    def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
+        """The values of a column (N,), where the kind has no decoder; None where null."""
+        return list(column.to_pylist())
+
     def from_decoder(self, array: np.ndarray, number: int) -> Any:
         """A value, of the array and the number that the decoder sent."""
         return array
@@ -109,6 +123,21 @@ class ModalityKind(Choice):
         return hash_json(value)
 
     # --- for people --------------------
+
+    def from_object(self, value: Any) -> Any:
+        """A Python object that stands in a DataFrame, as a raw cell; of files all but paths. Raises: ValueError."""
+        return value.item() if type(value).__module__ == "numpy" and not getattr(value, "shape", ()) else value
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        """A random value, for checks; None: of this kind there is none. words: for kinds that are made of them."""
+        return None
+
+    def look(self, column: pa.ChunkedArray) -> str:
+        """What the first rows (N,) of a source show, for `mmkt doctor`; "" for nothing that needs saying.
+
+        Raises: DataError for what would stop a run.
+        """
+        return ""
 
     def check(self) -> None:
         """Raises: ConfigError if this machine lacks what the kind needs."""
@@ -124,24 +153,88 @@ def excerpt(text: str) -> str:
     return text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"
 
 
-class _File(ModalityKind):
-    """A kind whose cells are encoded files."""
+class _Listed(ModalityKind):
+    """A kind whose cells may be lists of several, where its option `pool` says what becomes of them."""
 
-    is_file: ClassVar[bool] = True
-    stored_bytes: ClassVar[float] = 1.8
+    pool: str | None = None
+
+    @property
+    def takes_several(self) -> bool:  # type: ignore[override]  # by option
+        return self.pool is not None
+
+    @property
+    def pooled(self) -> str | None:
+        return self.pool if self.pool in ("mean", "max") else None
 
     @property
     def arrow_type(self) -> pa.DataType:
         import pyarrow as pa
 
+        return pa.list_(self.item_type) if self.pooled else self.item_type
+
+    @property
+    def item_type(self) -> pa.DataType:
+        """Type of one of several."""
+        raise NotImplementedError
+
+    def item_from_cell(self, cell: Any, encoding: str) -> Any:
+        """As `from_cell`, of one."""
+        raise NotImplementedError
+
+    def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        """As `from_arrow`, of one in each row."""
+        raise NotImplementedError
+
+    def from_cell(self, cell: Any, encoding: str) -> Any:
+        from mmkt_ray.kinds.lists import items_in, one_of
+
+        if self.pool is None:
+            if isinstance(cell, list | tuple):
+                raise ValueError(self._told_several())
+            return self.item_from_cell(cell, encoding)
+        items = [self.item_from_cell(item, encoding) for item in items_in(cell)]
+        return one_of([item for item in items if item is not None], self.pool)
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        from mmkt_ray.kinds.arrow import is_list
+        from mmkt_ray.kinds.lists import lists_from_arrow
+
+        if self.pool is None:
+            if is_list(raw.type):
+                raise TypeError(self._told_several())
+            return self.items_from_arrow(raw, source)
+        column, errors = lists_from_arrow(raw, self.pool, lambda items: self.items_from_arrow(items, source))
+        return column.cast(self.arrow_type), errors
+
+    def _told_several(self) -> str:
+        return f"must be one {self.name}, got several: say what becomes of them, kind: {{name: {self.name}, pool: first}}"
+
+
+class _File(_Listed):
+    """A kind whose cells are encoded files."""
+
+    is_file: ClassVar[bool] = True
+    stored_bytes: ClassVar[float] = 1.8
+    objects: ClassVar[str] = "a path or bytes"  # what may stand in a DataFrame
+    pool: Literal["mean", "max", "first"] | None = Field(None, description=POOL)
+
+    @property
+    def item_type(self) -> pa.DataType:
+        import pyarrow as pa
+
         return pa.large_binary()
 
-    def from_cell(self, cell: Any, encoding: str) -> bytes:
+    def item_from_cell(self, cell: Any, encoding: str) -> bytes:
         if not isinstance(cell, bytes):
             raise ValueError(f"{self.name} must be encoded bytes, got {type(cell).__name__}")
         return cell
 
-    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+    def from_object(self, value: Any) -> bytes:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        raise ValueError(f"must be {self.objects}, got {type(value).__name__} {value!r:.60}")
+
+    def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
         """Bytes as they are; of the Hugging Face struct the bytes, or else the file that its path names."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -172,6 +265,16 @@ class Image(_File):
     name: Literal["image"] = "image"
     holds: ClassVar[str] = "the bytes of an image file"
     decoder: ClassVar[str] = "mmkt_ray.kinds.images:decode_file"
+    objects: ClassVar[str] = "a path, bytes, a PIL image or an array"
+
+    def from_object(self, value: Any) -> bytes:
+        """Also PIL images, and arrays of pixels."""
+        from mmkt_ray.kinds.images import file_of
+
+        return file_of(value) or super().from_object(value)
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        return rng.integers(0, 256, (int(rng.integers(20, 90)), 64, 3), "uint8")
 
     def digest(self, value: np.ndarray) -> int:
         """Of the pixels and their shape."""
@@ -179,11 +282,11 @@ class Image(_File):
 
         return hash_array(value)
 
-    def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """A thumbnail of at most THUMBNAIL_SIDE pixels a side; png is None if the image can't be decoded."""
         from mmkt_ray.kinds.images import thumbnail
 
-        pixels = decode(cell)
+        pixels = decode(cell[0] if isinstance(cell, list) else cell)
         return {"kind": "image", "png": None if pixels is None else thumbnail(pixels, THUMBNAIL_SIDE)}
 
 
@@ -193,6 +296,11 @@ class Audio(_File):
     name: Literal["audio"] = "audio"
     holds: ClassVar[str] = "the bytes of a sound file"
     decoder: ClassVar[str] = "mmkt_ray.kinds.sounds:decode_file"
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        from mmkt_ray.kinds.sounds import Clip
+
+        return Clip(rng.normal(0, 0.1, 16_000).astype("float32").clip(-1, 1), 16_000)
 
     def from_decoder(self, array: np.ndarray, number: int) -> Any:
         from mmkt_ray.kinds.sounds import Clip
@@ -210,30 +318,36 @@ class Audio(_File):
 
         import_soundfile()
 
-    def show(self, cell: bytes, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"kind": "text", "text": f"audio, {len(cell):,} bytes"}
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        sizes = [f"audio, {len(sound):,} bytes" for sound in (cell if isinstance(cell, list) else [cell])]
+        return {"kind": "text", "text": "; ".join(sizes)}
 
 
-class Text(ModalityKind):
+class Text(_Listed):
     """A string, in Unicode's composed form without control characters."""
 
     name: Literal["text"] = "text"
     holds: ClassVar[str] = "a string"
+    is_text: ClassVar[bool] = True
+    pool: Literal["mean", "max", "first", "join"] | None = Field(None, description=f"{POOL}; join: one text, a line for each")
+
+    def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
+        return " ".join(words[i] for i in rng.integers(0, len(words), 12))
 
     @property
-    def arrow_type(self) -> pa.DataType:
+    def item_type(self) -> pa.DataType:
         import pyarrow as pa
 
         return pa.large_string()
 
-    def from_cell(self, cell: Any, encoding: str) -> str | None:
+    def item_from_cell(self, cell: Any, encoding: str) -> str | None:
         """Also of numbers, spelt as labels are."""
         from mmkt_ray.kinds.cells import decode_text, label_text
 
         text = decode_text(cell, encoding) if isinstance(cell, bytes) else cell
         return text if isinstance(text, str) else label_text(text)
 
-    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+    def items_from_arrow(self, raw: pa.Array, source: Source) -> Converted:
         """Decoded and checked text: Arrow does not check the strings that it reads from a file."""
         import pyarrow as pa
 
@@ -261,9 +375,13 @@ class Text(ModalityKind):
 
     def normalise(self, column: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
         from mmkt_ray.kinds.content import blank_to_null, normalise_texts
+        from mmkt_ray.kinds.lists import map_items
 
-        texts, changed = normalise_texts(column)
-        return blank_to_null(texts), changed
+        def normalised(texts: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
+            texts, changed = normalise_texts(texts)
+            return blank_to_null(texts), changed
+
+        return map_items(column, normalised) if self.pooled else normalised(column)
 
     def digest(self, value: str) -> int:
         """The same for texts that differ in case and white space only."""
@@ -271,5 +389,117 @@ class Text(ModalityKind):
 
         return hash_text(value)
 
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        return {"kind": "text", "text": excerpt(" / ".join(cell) if isinstance(cell, list) else cell)}
 
-MODALITY_KINDS: dict[str, type[ModalityKind]] = {"image": Image, "text": Text, "audio": Audio}
+
+class Table(ModalityKind):
+    """A row of several columns; its value is {column: text} of the cells that are there, in the spelling of `kinds.tables`."""
+
+    name: Literal["table"] = "table"
+    types: dict[str, Literal["number", "category", "boolean", "date"]] = Field(
+        default_factory=dict,
+        description="column -> what its cells are; of others it is found in the train rows: what nine of ten cells can be read "
+        "as, else category",
+    )
+    holds: ClassVar[str] = "a row of cells, each a number, a category, a boolean or a date, or null"
+    takes_several: ClassVar[bool] = True
+    stored_bytes: ClassVar[float] = 1.0
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        from mmkt_ray.kinds.tables import row_type
+
+        return row_type()
+
+    def from_cell(self, cell: Any, encoding: str) -> dict[str, str] | None:
+        from mmkt_ray.kinds.tables import row_texts
+
+        if not isinstance(cell, dict):
+            raise ValueError(f"must be several columns, got {cell!r:.40}: write the source's column as a list, [price]")
+        return row_texts(cell, encoding) or None
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        import pyarrow as pa
+
+        from mmkt_ray.kinds.tables import rows_from_arrow
+
+        if not pa.types.is_struct(raw.type):
+            raise TypeError("it is a single column: write the source's column as a list, [price]")
+        return rows_from_arrow(raw, source.as_text)
+
+    def num_bytes(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        from mmkt_ray.kinds.tables import bytes_of_rows
+
+        return bytes_of_rows(column)
+
+    def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
+        return list(column.to_pylist(maps_as_pydicts="strict"))
+
+    def look(self, column: pa.ChunkedArray) -> str:
+        """The types that columns have in these rows."""
+        from mmkt_ray.kinds.tables import check_stated, column_statistics
+
+        rows = self.values(column.drop_null())
+        found = column_statistics(rows, self.types, {})
+        check_stated(self.types, found, "kind.types")
+        for name, stated in self.types.items():
+            found[name].check(name, stated)
+        types = {c: self.types.get(c) or statistics.type_of() for c, statistics in found.items()}
+        by_type = {t: [c for c, own in types.items() if own == t] for t in dict.fromkeys(types.values())}
+        return "; ".join(f"{t}: {', '.join(columns)}" for t, columns in sorted(by_type.items()))
+
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        from mmkt_ray.kinds.tables import ITEM_MARK
+
+        pairs = cell.items() if isinstance(cell, dict) else cell
+        told = "; ".join(f"{column}: {text.replace(ITEM_MARK, ', ')}" for column, text in pairs)
+        return {"kind": "text", "text": excerpt(told)}
+
+
+class Vector(ModalityKind):
+    """Numbers that another encoder made of something; its value is an array (D,) float32, finite."""
+
+    name: Literal["vector"] = "vector"
+    holds: ClassVar[str] = "a list of numbers, such as an embedding made elsewhere; or as many columns; or a row of a .npy file"
+    takes_several: ClassVar[bool] = True
+    takes_arrays: ClassVar[bool] = True
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        import pyarrow as pa
+
+        return pa.list_(pa.float32())
+
+    def from_cell(self, cell: Any, encoding: str) -> list[float] | None:
+        from mmkt_ray.kinds.vectors import vector_of
+
+        return vector_of(cell)
+
+    def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
+        from mmkt_ray.kinds.vectors import vectors_from_arrow
+
+        return vectors_from_arrow(raw) or super().from_arrow(raw, source)
+
+    def values(self, column: pa.Array | pa.ChunkedArray) -> list[Any]:
+        from mmkt_ray.kinds.vectors import vectors_in
+
+        return vectors_in(column)
+
+    def digest(self, value: np.ndarray) -> int:
+        from mmkt_ray.kinds.content import hash_array
+
+        return hash_array(value)
+
+    def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        shown = ", ".join(f"{number:.4g}" for number in cell[:8])
+        return {"kind": "text", "text": f"{len(cell)} numbers: {shown}{', …' if len(cell) > 8 else ''}"}
+
+
+MODALITY_KINDS: dict[str, type[ModalityKind]] = {
+    "image": Image,
+    "text": Text,
+    "audio": Audio,
+    "table": Table,
+    "vector": Vector,
+}

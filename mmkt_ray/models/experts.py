@@ -96,7 +96,8 @@ class ExpertModel(nn.Module):
         answering = {t: self._answering(t, present) for t in self.tables}
         for i, (name, spec) in enumerate(self.spec.experts.items()):
             rows = {t: who == i for t, who in answering.items() if i in self.tables[t]}
-            if any(mask.any() for mask in rows.values()):  # most batches have complete rows only
+            # most batches have complete rows only; an exported graph has no branches
+            if torch.compiler.is_exporting() or any(mask.any() for mask in rows.values()):
                 reads = spec.modalities
                 own = self.experts[module_name(name)]({m: features[m] for m in reads}, {m: present[m] for m in reads})
                 found |= {t: torch.where(mask[:, None], own[t], found[t]) for t, mask in rows.items()}
@@ -106,7 +107,7 @@ class ExpertModel(nn.Module):
         """(B,) the number of the expert that answers each row, -1: the fused model."""
         inputs = self.spec.inputs[task]
         table = torch.tensor(self.tables[task], device=present[inputs[0]].device)
-        return table[sum(present[m].long() << i for i, m in enumerate(inputs))]
+        return table[sum(present[m].long() * 2**i for i, m in enumerate(inputs))]
 
 
 def route_table(spec: ExpertSpec, task: str) -> list[int]:

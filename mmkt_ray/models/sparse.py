@@ -19,10 +19,11 @@ class SparseBatch(NamedTuple):
     indices: Tensor  # (Z,) int64
     offsets: Tensor  # (B + 1,) int64
     values: Tensor  # (Z,) float32; (P, Z) where the members of a stack see other values
+    rows: Tensor | None = None  # (Z,) int64 row of each value, which then come in any order: what an exported graph works by
 
     def to(self, device: torch.device) -> SparseBatch:
         """The same rows on a device."""
-        return SparseBatch(*(part.to(device, non_blocking=True) for part in self))
+        return SparseBatch(*(part if part is None else part.to(device, non_blocking=True) for part in self))
 
 
 class SparseLinear(nn.Module):
@@ -44,18 +45,27 @@ def sparse_matmul(x: SparseBatch, weight: Tensor) -> Tensor:
     if weight.ndim == 3:
         values = x.values if x.values.ndim == 2 else x.values.expand(len(weight), -1)
         return torch.stack([sparse_matmul(x._replace(values=v), w) for v, w in zip(values, weight.unbind(), strict=True)])
+    if x.rows is not None:
+        empty = weight.new_zeros(x.offsets.shape[0] - 1, weight.shape[1])
+        return empty.index_add(0, x.rows, x.values[:, None] * weight[x.indices])
     product: Tensor = _SparseMatmul.apply(x.indices, x.offsets, x.values, weight)
     return product
 
 
 def keep_rows(x: SparseBatch, kept: Tensor) -> SparseBatch:
     """The batch with zeros in the rows that are not kept; kept: (B,) bool, or (P, B) of a stack."""
+    if x.rows is not None:
+        return x._replace(values=torch.where(kept[x.rows], x.values, 0.0))
     keep = torch.repeat_interleave(kept, x.offsets.diff(), dim=-1, output_size=x.values.shape[-1])  # (.., Z)
     return x._replace(values=torch.where(keep, x.values, 0.0))
 
 
 def append_column(x: SparseBatch, column: Tensor, dim: int) -> SparseBatch:
     """[X, column]: one more column behind the `dim` of X; column: (B,), or (P, B) of a stack."""
+    if x.rows is not None:
+        new = torch.arange(column.shape[0], device=column.device)
+        indices, rows = torch.cat([x.indices, torch.full_like(new, dim)]), torch.cat([x.rows, new])
+        return SparseBatch(indices, x.offsets, torch.cat([x.values, column.to(x.values.dtype)]), rows)
     before = torch.arange(column.shape[-1], device=column.device)  # (B,) values put in ahead of each row
     old = torch.arange(len(x.indices), device=column.device)
     old = old + torch.repeat_interleave(before, x.offsets.diff(), output_size=len(old))

@@ -20,7 +20,9 @@ from mmkt_ray.evaluation.model_folder import read_card
 # with the pixels of an image, so a run of one's own tells more.
 READ_S, DECODE_S, WRITE_S, REDUCE_S = 18e-6, 22e-6, 10e-6, 22e-6
 ENCODE_S = {"cnn": 748e-6, "tfidf": 29e-6, "pixels": 620e-6, "efficientnet-lite0": 23e-3, "minilm": 12.6e-3}
-FIT_S = {"tfidf": 73e-6, "svd": 1.2e-3, "pca": 6e-6, "standardize": 6e-6}  # all passes together
+ENCODE_S |= {"table": 15e-6, "identity": 5e-6}  # of ten columns; of 384 numbers
+FIT_S = {"tfidf": 73e-6, "table": 10e-6, "identity": 2e-6}  # all passes together
+FIT_S |= {"svd": 1.2e-3, "pca": 6e-6, "select": 6e-6, "standardize": 6e-6}
 PRETRAIN_S = 2.15e-3  # per image and epoch: cnn and logmel_cnn
 TRAIN_S = 77e-6  # per row and epoch, of one worker with two cores: hierarchical fusion of two reduced modalities
 WORKER_CPUS = 2  # of that worker

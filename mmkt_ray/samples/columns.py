@@ -6,6 +6,7 @@ sample tables of them. A raw cell may be a ValueError, which says why it could n
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmkt_ray import storage
 from mmkt_ray.config import SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.arrow import bytes_of_cell
@@ -90,13 +92,17 @@ class Reading:
     def narrowed(self, known: Collection[str]) -> Reading:
         """This reading without the modalities and tasks whose column is not among the shard's, where `absent: null` says so.
 
-        If no modality is left it stays as it is, so that the reader's own check tells what the shard lacks.
+        Of several columns that make one those stay that are there. If no modality is left the reading stays as it is, so that
+        the reader's own check tells what the shard lacks.
         """
         fixed = {"sample_id", "split", "key"}
-        columns = [c for c in self.source.columns if c in fixed or set(self.source.theirs(c)) <= set(known)]
+        there = {c: tuple(name for name in self.source.theirs(c) if name in known) for c in self.source.columns}
+        there |= {c: (name,) for c, name in self.arrays.items() if self.has_array(c)}
+        columns = {c: theirs for c, theirs in self.source.columns.items() if c in fixed or there[c]}
+        columns |= {c: there[c] for c in self._lists if there[c]}
         if self.source.absent == "error" or not set(columns) & set(self.plan.modalities):
             return self
-        return Reading(self.plan.with_columns(self.shard.source, columns), self.shard)
+        return Reading(self.plan.with_source(self.shard.source, columns=columns), self.shard)
 
     @property
     def has_patterns(self) -> bool:
@@ -122,7 +128,16 @@ class Reading:
     @cached_property
     def paths(self) -> list[str]:
         """The source's columns that are read, sorted."""
-        return sorted({name for column in self.source.columns for name in self.source.theirs(column)})
+        return sorted({name for c in self.source.columns.keys() - self.arrays.keys() for name in self.source.theirs(c)})
+
+    @cached_property
+    def arrays(self) -> dict[str, str]:
+        """Our columns that arrays beside the shard fill -> the file's name."""
+        return self.source.arrays(posixpath.basename(self.shard.name))
+
+    def has_array(self, column: str) -> bool:
+        """Whether the file is there."""
+        return storage.exists(storage.join(self.shard.uri.rpartition("/")[0] or "/", self.arrays[column]))
 
     def gather(self, cell_of: Callable[[str], Any]) -> dict[str, Any]:
         """The raw cells of a row by our columns, a dict where several of the source's make one. cell_of: their column -> cell."""
@@ -134,6 +149,10 @@ class Reading:
     def only(self, column: str) -> Reading:
         """This reading of one column alone."""
         return Reading(self.plan.with_columns(self.shard.source, [column]), self.shard)
+
+    def as_text(self, column: str) -> Reading:
+        """This reading of one column alone, called `split`, whose cells are text also where they are paths of files."""
+        return Reading(self.plan.with_source(self.shard.source, columns={"split": self.source.columns[column]}), self.shard)
 
     def separator(self, column: str) -> str:
         """What separates the classes of a multilabel column where they stand in one string."""

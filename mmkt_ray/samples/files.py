@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import quote
 
 import pyarrow.fs as pafs
@@ -32,7 +34,13 @@ class FileReader:
             return error
 
     def read(self, cell: str) -> bytes:
-        """The file's bytes. Raises: ValueError if it is missing, too large, no file or outside."""
+        """The file's bytes. Raises: ValueError as `find` does."""
+        fs, path = self.find(cell)
+        with _told(cell), fs.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+
+    def find(self, cell: str, max_bytes: int | None = MAX_FILE_BYTES) -> tuple[pafs.FileSystem, str]:
+        """Where the file is. Raises: ValueError if it is missing, too large, no file or outside."""
         folder = posixpath.normpath(posixpath.dirname(cell))
         outside = "://" in cell or posixpath.isabs(cell) or folder.split("/")[0] == ".."
         if outside and not self.allow_outside:  # before the name can mean anything, such as a server to ask
@@ -41,17 +49,12 @@ class FileReader:
         fs, path = storage.resolve(storage.join(self.base, quote(cell) if in_uri else cell))
         if not self.allow_outside and self._leads_outside(fs, path):
             raise self._told_outside(cell)
-        try:
+        with _told(cell):
             info = fs.get_file_info(path)
             if info.type == pafs.FileType.NotFound:
                 raise ValueError(f"no file '{cell}' in '{self.base}'")
-            _check_readable(info)
-            with fs.open_input_stream(path, compression=None) as stream:
-                return bytes(stream.read())
-        except OSError as error:
-            if error.errno not in _FAULTS_OF_A_NAME:
-                raise
-            raise ValueError(f"cannot read '{cell:.200}': {os.strerror(error.errno)}") from None
+            _check_readable(info, max_bytes)
+        return fs, path
 
     def _told_outside(self, cell: str) -> ValueError:
         return ValueError(
@@ -73,10 +76,21 @@ class FileReader:
         return self._real_folders[folder]
 
 
-def _check_readable(info: pafs.FileInfo) -> None:
-    """Raises: ValueError for a folder, a device or a file of more than MAX_FILE_BYTES."""
+@contextmanager
+def _told(cell: str) -> Iterator[None]:
+    """Raises: ValueError for an error of the storage that the name is to blame for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_A_NAME:
+            raise
+        raise ValueError(f"cannot read '{cell:.200}': {os.strerror(error.errno)}") from None
+
+
+def _check_readable(info: pafs.FileInfo, max_bytes: int | None) -> None:
+    """Raises: ValueError for a folder, a device or a file of more than `max_bytes`."""
     if info.type != pafs.FileType.File:
         raise ValueError(f"'{info.base_name}' is no regular file")
-    if info.size is not None and info.size > MAX_FILE_BYTES:
-        limit = f"more than the {MAX_FILE_BYTES:,} of one sample at most"
+    if max_bytes is not None and info.size is not None and info.size > max_bytes:
+        limit = f"more than the {max_bytes:,} of one sample at most"
         raise ValueError(f"'{info.base_name}' has {info.size:,} bytes, {limit}")

@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from mmkt_ray.errors import ConfigError, DataError, ResourceError
 from mmkt_ray.kinds.cells import escape_id
+from mmkt_ray.ray_private import attempt_number
 from mmkt_ray.samples.columns import Block, Reading
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import DAMAGE, Reject, Shard
@@ -36,9 +37,7 @@ BLOCK_TIMEOUT_S = 600  # for a block to be read, not for the parent to take it
 def died_before() -> bool:
     """Whether this is the second or a later attempt of a Ray task: the process, or the node, of the first one died."""
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return False
-    return bool(ray.get_runtime_context().worker.core_worker.get_current_task_attempt_number() > 0)
+    return ray is not None and ray.is_initialized() and attempt_number() > 0
 
 
 # --- parent --------------------

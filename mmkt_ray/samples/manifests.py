@@ -17,11 +17,13 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import values_of
 from mmkt_ray.kinds.cells import is_nan, json_int, likely_encoding
+from mmkt_ray.kinds.lists import items_in
 from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.parquet import RENAME, column_at, narrowed_to_shard, parquet_columns, read_batches
-from mmkt_ray.samples.schema import Reject
+from mmkt_ray.samples.schema import DAMAGE, Reject
 
 _LOOK_ROWS = 64  # whose columns stand for those of a whole file of JSON lines
 _BOM, _LINE = "\ufeff", "\n"
@@ -36,13 +38,27 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
 
     Raises: DataError if a column that the config names is missing; in JSON lines, if no row has it.
     """
-    suffix = reading.shard.name.lower().rpartition(".")[2]
     if reading.has_patterns:
         reading = reading.settled(manifest_columns(reading))
-    rows = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
     files = FileReader(reading)
-    for row in rows:
-        yield row if isinstance(row, Reject) else _convert(reading, files, *row)
+    with open_arrays(reading.narrowed(manifest_columns(reading)) if reading.arrays else reading) as arrays:
+        number = -1
+        for number, row in enumerate(raw_rows(reading)):
+            if isinstance(row, Reject):
+                is_damaged = row.stage == DAMAGE
+                yield row
+                if is_damaged:
+                    return
+                continue
+            yield _convert(reading, files, *row, {column: array.row(number) for column, array in arrays.items()})
+        for array in arrays.values() if reading.source.limit is None else ():
+            array.check_length(number + 1)
+
+
+def raw_rows(reading: Reading) -> Iterator[Placed]:
+    """The rows of a table as they are: each with its place, by the source's column names. Raises: as `read_manifest`."""
+    suffix = reading.shard.name.lower().rpartition(".")[2]
+    return {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
 
 
 def manifest_columns(reading: Reading) -> set[str]:
@@ -64,16 +80,33 @@ def _header(table: Iterator[list[str]]) -> list[str]:
     return [name.removeprefix(_BOM).strip() for name in next(table, [])]
 
 
-def _convert(reading: Reading, files: FileReader, place: str, raw: Raw) -> Row | Reject:
-    cells = reading.gather(raw.get)
+def _convert(reading: Reading, files: FileReader, place: str, raw: Raw, beside: Raw) -> Row | Reject:
+    """beside: cells by our column, of arrays beside the shard."""
+    cells = reading.gather(raw.get) | beside
     for column, kind in reading.kinds.items():
         if isinstance(kind, ModalityKind) and kind.is_file:
-            cells[column] = _read_file(files, cells[column])
+            cells[column] = _read_files(files, kind, cells[column])
     return reading.convert(place, cells)
 
 
+def _read_files(files: FileReader, kind: ModalityKind, cell: Any) -> Any:
+    """What the file that a cell names holds, or of several files, where the kind takes several."""
+    if not kind.takes_several or isinstance(cell, ValueError) or cell is None or is_nan(cell):
+        return _read_file(files, cell)
+    try:
+        found = [_read_file(files, item) for item in items_in(cell)]
+    except ValueError as error:
+        return error
+    return next((item for item in found if isinstance(item, ValueError)), found or None)
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether a row names no file: no file is called as pandas writes "missing"."""
+    return cell is None or is_nan(cell) or (isinstance(cell, str) and cell in ("", "nan"))
+
+
 def _read_file(files: FileReader, cell: Any) -> bytes | ValueError | None:
-    if cell is None or cell in ("", "nan") or is_nan(cell):  # no file is called as pandas writes "missing"
+    if is_missing(cell):
         return None
     if isinstance(cell, ValueError):
         return cell

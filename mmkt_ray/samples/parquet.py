@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import TEXT_OF, escape_id, label_text
 from mmkt_ray.kinds.label_columns import label_column
 from mmkt_ray.kinds.modalities import Source
+from mmkt_ray.samples.arrays import ArrayFile, open_arrays
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.pages import WatchedFile, most_bytes_of_a_value
@@ -38,12 +39,22 @@ def read_parquet(reading: Reading, group: int | None = None) -> Iterator[Block]:
     """
     reading = narrowed_to_shard(reading)
     first = rows_before(reading, group) if group else 0
-    for batch in read_batches(reading, reading.paths, group):
-        if isinstance(batch, Block):
-            yield batch
-            continue
-        yield _convert(reading, batch, first)
-        first += batch.num_rows
+    with open_arrays(reading) as arrays:
+        for batch in read_batches(reading, reading.paths, group):
+            if isinstance(batch, Block):
+                yield batch
+                continue
+            if first == 0:
+                _check_lengths(reading, arrays)
+            yield _convert(reading, batch, first, {c: a.column(first, batch.num_rows) for c, a in arrays.items()})
+            first += batch.num_rows
+
+
+def _check_lengths(reading: Reading, arrays: Mapping[str, ArrayFile]) -> None:
+    """Raises: DataError for an array with another number of rows than the shard, whose footer can be read."""
+    fs, path = storage.resolve(reading.shard.uri)
+    for array in arrays.values():
+        array.check_length(pq.read_metadata(path, filesystem=fs).num_rows)
 
 
 def narrowed_to_shard(reading: Reading) -> Reading:
@@ -180,14 +191,17 @@ def _rows_per_block(
     return int(max(1, min(BLOCK_ROWS, BLOCK_BYTES // largest, MAX_FILE_BYTES // max(repeated, 1))))
 
 
-def _convert(reading: Reading, batch: pa.RecordBatch, first: int) -> Block:
+def _convert(reading: Reading, batch: pa.RecordBatch, first: int, beside: Mapping[str, pa.Array]) -> Block:
+    """beside: columns by our name, of arrays beside the shard."""
     places = escape_id(f"{reading.shard.name}#")
     ids = [f"{places}{first + i}" for i in range(batch.num_rows)]
     converted: dict[str, pa.Array] = {}
     errors: dict[int, str] = {}
     unread: dict[int, str] = {}
     for column, path in reading.source.columns.items():
-        raw = column_at(batch, path) if isinstance(path, str) else _struct_of(batch, path)
+        raw = beside.get(column)
+        if raw is None:
+            raw = column_at(batch, path) if isinstance(path, str) else _struct_of(batch, path)
         try:
             converted[column], wrong = _convert_column(reading, column, raw, batch.schema, path)
         except (pa.ArrowException, TypeError) as error:

@@ -43,11 +43,12 @@ class ReadingPlan:
             named=tuple(map(_named, samples.sources)),
         )
 
-    def only_source(self, number: int, limit: int) -> ReadingPlan:
+    def only_source(self, number: int, limit: int | None = None) -> ReadingPlan:
         """One source alone, at most `limit` rows of each of its shards."""
         source = self.sources[number]
-        look = source.model_copy(update={"limit": min(source.limit or limit, limit)})
-        return replace(self, sources=(look,), named=(self.named[number],))
+        if limit is not None:
+            source = source.model_copy(update={"limit": min(source.limit or limit, limit)})
+        return replace(self, sources=(source,), named=(self.named[number],))
 
     def only(self, modality: str, task: str | None = None) -> ReadingPlan:
         """The same rows, read for one modality and one task at most: no other column is touched."""

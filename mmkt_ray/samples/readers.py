@@ -87,8 +87,10 @@ def has_column(plan: ReadingPlan, shard: Shard, column: str) -> bool:
     if source.reader == "webdataset":
         rows = islice(read_webdataset(Reading(plan, shard).only(column)), LOOK_ROWS)
         return any(isinstance(row, Row) and row.cells.get(column, row.sample_id) is not None for row in rows)
+    if column in (reading := Reading(plan, shard)).arrays:
+        return reading.has_array(column)
     known = known_columns(plan, shard)
-    return known is None or set(Reading(plan, shard).only(column).settled(known).paths) <= known
+    return known is None or bool(set(reading.only(column).settled(known).paths) & known)
 
 
 def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Table, list[Reject]]]:

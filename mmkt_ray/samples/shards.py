@@ -97,8 +97,16 @@ def _shard(plan: ReadingPlan, index: int, uri: str, path: str, files: Iterable[p
     root = _root(plan)
     own = _uri_at(uri, path, root)
     name = unquote(own.removeprefix(root + "/")) if own.startswith(root + "/") else own
+    files = [*files, *_arrays_beside(plan.sources[index], own)]
     facts = "\n".join(f"{f.base_name}|{f.size}|{f.mtime_ns}" for f in files)
     return Shard(index, own, name, hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()[:16])
+
+
+def _arrays_beside(source: SourceConfig, uri: str) -> list[pafs.FileInfo]:
+    """The arrays that belong to a shard: when one changes, so does the shard."""
+    fs, path = storage.resolve(uri)
+    names = sorted(set(source.arrays(posixpath.basename(path)).values()))
+    return [fs.get_file_info(posixpath.join(posixpath.dirname(path), name)) for name in names]
 
 
 def _uri_at(uri: str, path: str, root: str) -> str:

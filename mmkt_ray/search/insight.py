@@ -82,8 +82,8 @@ def _plain(value: Any) -> Any:
 
 def importance(space: Space, scored: pd.DataFrame) -> dict[str, float] | None:
     """Share of the variance of scores that each key explains, of the keys that every candidate has (fANOVA, Hutter et al.
-    2014, https://proceedings.mlr.press/v32/hutter14.html); None if all are equal. The scores are those after the first
-    rung, where all candidates have trained equally long."""
+    2014, https://proceedings.mlr.press/v32/hutter14.html), 0 for a key that never changed; None if all scores are equal, or
+    all candidates. The scores are those after the first rung, where all candidates have trained equally long."""
     part = scored[scored["reference"].isna() & scored["first_score"].notna()]
     if len(part) > MAX_IMPORTANCE_ROWS:
         part = part.sample(MAX_IMPORTANCE_ROWS, random_state=0)
@@ -98,7 +98,10 @@ def importance(space: Space, scored: pd.DataFrame) -> dict[str, float] | None:
         found = optuna.importance.get_param_importances(
             study, evaluator=optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
         )
-    return {key: float(share) for key, share in found.items()}
+    chosen = [overrides_of(row) for _, row in part.iterrows()]
+    changed = {key for key in found if any(c.get(key) != chosen[0].get(key) for c in chosen)}
+    total = sum(found[key] for key in changed)
+    return {key: float(share) / total if key in changed else 0.0 for key, share in found.items()} if total else None
 
 
 def slice_points(scored: pd.DataFrame, key: str) -> list[list[Any]]:

@@ -32,6 +32,7 @@ from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
 from mmkt_ray.search.insight import search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.space import Space, build_space, label_of, values_of
+from mmkt_ray.search.study import write_study
 from mmkt_ray.search.trial import Job, constant_by_task, search_score, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
 from mmkt_ray.training.auto import usual_settings, with_settings
@@ -107,6 +108,7 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         save_model(uri_of_it, ensemble, alone, store.manifest, {"training": about})
         store.copy_encoders(ensemble.spec.modalities, run_uri, uri_of_it)
     storage.write_json(storage.join(uri, "report.json"), search_insight(space, rows))
+    write_study(uri, space, rows)
     storage.write_json(storage.join(uri, "result.json"), result)
     return result
 

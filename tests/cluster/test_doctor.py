@@ -9,6 +9,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -22,14 +24,15 @@ from mmkt_ray.doctor import (
     check_resources,
     examine,
     judge_node,
+    look_at_columns,
     own_versions,
     quick_findings,
     refuse,
 )
 from mmkt_ray.errors import DataError, ResourceError
-from mmkt_ray.run import run_folder
+from mmkt_ray.steps import run_folder
 from tests.heads import RAY, head, running, wait_until
-from tests.shapes import write_shard
+from tests.shapes import png, write_shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +139,46 @@ def test_rows_of_which_most_would_be_rejected_stop_a_run(make_config: MakeConfig
     with pytest.raises(DataError, match=r"20 are rejected or lack a modality: 20 x image: no file '0.png'"):
         refuse(quick_findings(config, run_folder(config)))
     refuse(quick_findings(config.with_overrides({"samples.max_reject_frac": 1.0}), run_folder(config)))
+
+
+def test_rows_behind_the_first_ones_are_looked_at(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Catches split names that are unknown, or files that are gone, from row 65 on, or in the last of many shards: told after
+    hours of fitting."""
+    shards = sorted((tmp_path / "data" / "shapes").iterdir())
+    for start, (shard, split) in enumerate(zip(shards, ("train", "test", "holdout"), strict=True)):
+        write_shard(shard, 40 * start, 40)
+        table = pq.read_table(shard)
+        pq.write_table(table.append_column("part", pa.array([split] * 40)), shard)
+    columns = make_config().samples.sources[0].columns
+    config = make_config(samples__sources__0__columns=columns | {"split": "part"})
+    (wrong,) = problems(quick_findings(config, run_folder(config)))
+    assert "split names of all 120 rows looked at: 40 will be rejected" in wrong
+    assert "40 x unknown split 'holdout'" in wrong
+    allowed = config.with_overrides({"samples.max_reject_frac": 0.5})
+    assert problems(quick_findings(allowed, run_folder(allowed))) == []
+
+    lines = [{"caption": "t", "file": "there.png" if i < 100 else f"{i}.png", "colour": "red"} for i in range(130)]
+    (tmp_path / "data" / "there.png").write_bytes(png("red", 0))
+    (tmp_path / "data" / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = {"reader": "manifest", "path": "a.jsonl"}
+    source |= {"columns": {"text": "caption", "image": "file", "colour": "colour"}}
+    config = make_config(samples__sources=[source])
+    (wrong,) = problems(quick_findings(config, run_folder(config)))
+    assert "files of image of all 130 rows looked at: 30 will be rejected or lack a modality: 30 x image: no file" in wrong
+    for k in range(100, 125):
+        (tmp_path / "data" / f"{k}.png").write_bytes(png("red", 0))
+    (finding, *_) = quick_findings(config, run_folder(config))
+    assert finding.ok
+    assert "5 x image: no file '125.png'" in finding.text  # few enough, and told all the same
+
+
+def test_a_look_at_all_rows_ends_in_time(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an hour of looking at a billion rows, and a part of them that is called all."""
+    monkeypatch.setattr(doctor, "LOOK_S", -1.0)
+    columns = make_config().samples.sources[0].columns
+    config = make_config(samples__sources__0__columns=columns | {"split": "colour"})
+    found = look_at_columns(config, 0, Finding("source 0", "sound"), 120)
+    assert str(found).endswith("sound; split names of the first 0 rows looked at")
 
 
 def test_a_disk_too_small_is_found(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

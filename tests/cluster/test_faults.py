@@ -1,13 +1,13 @@
-"""Processes killed, disks and stores filled, nodes lost: what is left equals what an undisturbed run leaves.
+"""Processes killed and a disk filled, step by step: what is left equals what an undisturbed run leaves.
 
-The faults are those of jobs/benchmark_faults.py. The driver's own death in an extraction is in tests/features/test_extract.py.
+The faults are those of jobs/benchmark_faults.py; those of a whole run are in test_lost_nodes.py, the driver's own death in an
+extraction in tests/features/test_extract.py.
 """
 
-import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -23,15 +23,14 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.training.trainer import train
+from tests.heads import IMPATIENT
 from tests.shapes import shapes_config, write_shards
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-from benchmark_chaos import compare, disturbed, in_place, wait, write_config, write_data
+from benchmark_chaos import compare, wait
 from benchmark_faults import (
-    FAULTS,
     SMALL_DISK_BYTES,
     TITLES,
-    alone,
     family,
     impossible,
     kill,
@@ -153,8 +152,10 @@ def same_features(config: Config, run: Path) -> bool:
     return difference == {"lost": 0, "doubled": 0, "changed": []}
 
 
-def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> None:
+def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
+    for name, value in IMPATIENT.items():
+        monkeypatch.setenv(name, value)
     path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"
     path.write_text(yaml.safe_dump(config.with_overrides({"extract.num_actors": 2}).model_dump(mode="json")))
     with on_cluster(tmp_path) as place:
@@ -164,26 +165,3 @@ def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path) -> No
         kill_raylet(place, process)
         assert wait(process, time.monotonic() + 200) == 0, (tmp_path / "log.txt").read_text()[-3000:]
         assert same_features(config, place.runs / "chaos")
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """Config and undisturbed run of `benchmark.py chaos`."""
-    root = tmp_path_factory.mktemp("chaos")
-    write_data(root / "data" / "shapes")
-    config = write_config(root)
-    return config, in_place(alone, root / "reference", config)
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["head", "store full", "node cut off"])
-def test_the_costlier_faults(whole_run, tmp_path: Path, name: str) -> None:
-    """Catches a run that, after its head was lost, its object store full or a node cut off from the others, leaves something
-    else than without that, or does not end."""
-    if reason := impossible(name):
-        pytest.skip(reason)
-    config, undisturbed = whole_run
-    result = disturbed(name, FAULTS[name], tmp_path / "round", config, undisturbed, random.Random(0))
-    assert result.met
-    assert (result.lost, result.doubled, result.changed) == (0, 0, []), result
-    assert result.commands <= 2, result.said

@@ -27,6 +27,8 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.shapes import COLOURS, png, write_shard
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "s3://bucket"
 NUM_ROWS = 96
 SECRET = "planted-key-of-the-bucket"

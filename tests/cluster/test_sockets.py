@@ -14,6 +14,8 @@ import pytest
 
 from mmkt_ray.cluster import run_on_workers
 
+pytestmark = pytest.mark.ray
+
 SECRET = "planted-key-of-an-object-store"
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # A driver as `mmkt` starts it, with a worker; it tells every TCP port that it or a process of its Ray listens on.
@@ -25,7 +27,8 @@ import psutil, ray
 ray.get(ray.remote(lambda: None).options(num_cpus=1).remote())
 tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
 ports = [(p.name(), *c.laddr) for p in tree for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-print(json.dumps({"gcs": ray.get_runtime_context().gcs_address, "ports": ports}), flush=True)
+told = {"gcs": ray.get_runtime_context().gcs_address, "ports": ports, "pids": [p.pid for p in tree[1:]]}
+print(json.dumps(told), flush=True)
 sys.stdin.read()
 """
 STRANGER = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).get_all_node_info())"
@@ -42,17 +45,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def driver(home: Path) -> Iterator[dict[str, Any]]:
-    """What the driver told; it runs on."""
+    """What the driver told; it runs on. At the end its Ray must be gone with it."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-c", DRIVER]
         own = environment(home, RAY_TMPDIR=scratch, AWS_SECRET_ACCESS_KEY=SECRET)
         with subprocess.Popen(command, env=own, **pipes) as process:
             assert process.stdout is not None
-            yield {**json.loads(process.stdout.readline()), "scratch": scratch}
+            told = {**json.loads(process.stdout.readline()), "scratch": scratch}
+            yield told
             process.communicate()
+        assert not any(map(lives, told["pids"]))
 
 
 def test_every_port_is_on_the_loopback(driver: dict[str, Any]) -> None:

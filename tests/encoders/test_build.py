@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 from mmkt_ray.encoders import build
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, save_fitted
+from mmkt_ray.encoders.catalog import REDUCERS
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.encoders.image import CnnImageEncoder
-from mmkt_ray.encoders.reduce import REDUCERS
 from mmkt_ray.encoders.text import TfidfEncoder
 from mmkt_ray.errors import DataError
 
@@ -36,6 +36,7 @@ def forge(folder: Path, **tensors: np.ndarray) -> None:
     (folder / "encoder.json").write_text(json.dumps(card | {"fingerprint": build._fingerprint(card, state)}))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found(tmp_path):
     """A term or a weight that is read as another one: other features, in silence."""
     section = tfidf(tmp_path)

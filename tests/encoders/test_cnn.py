@@ -169,6 +169,7 @@ def fit_as_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_end_with_the_same_model(tmp_path: Path):
     """Catches norm statistics or metrics of one rank taken for everyone's, and uneven shares that hang."""
     command = [sys.executable, __file__]

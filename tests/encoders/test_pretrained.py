@@ -20,6 +20,8 @@ from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, T
 from mmkt_ray.encoders.pretrained.texts import HuggingFaceTextEncoder, MinilmTextEncoder
 from mmkt_ray.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.slow
+
 SIDE, CPU = 64, torch.device("cpu")
 
 

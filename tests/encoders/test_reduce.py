@@ -17,7 +17,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mmkt_ray.encoders.base import Mergeable
 from mmkt_ray.encoders.build import build_reducer
-from mmkt_ray.encoders.reduce import EXACT_WIDTH, REDUCERS
+from mmkt_ray.encoders.catalog import REDUCERS
+from mmkt_ray.encoders.reduce import EXACT_WIDTH
 from mmkt_ray.errors import DataError
 
 
@@ -99,6 +100,7 @@ def test_narrow_svd_equals_sklearn(kind):
     np.testing.assert_allclose(ours.encode(kind(features)), reference.transform(features), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix], ids=["dense", "sparse"])
 def test_wide_svd_equals_sklearn(kind):
     """Too few passes or a wrong recurrence: some of the singular vectors are not the leading ones."""
@@ -111,6 +113,7 @@ def test_wide_svd_equals_sklearn(kind):
     np.testing.assert_allclose(ours.encode(features), reference.transform(features), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_svd_of_newsgroups_tfidf(data_dir):
     """A method that suits steep spectra only: TF-IDF's 100th and 101st singular values differ by less than 1 %."""
     texts = []
@@ -124,6 +127,7 @@ def test_svd_of_newsgroups_tfidf(data_dir):
     assert smallest_cosine(ours, reference.components_) >= 0.9999
 
 
+@pytest.mark.slow
 def test_wide_sparse_features_are_never_dense():
     """`toarray()` or a D x D matrix anywhere: 16 GB of dense features, or 320 GB of second moments."""
     features = skewed_sparse(20_000, 200_000, 20)

@@ -95,6 +95,7 @@ def test_equals_sklearn(options):
     assert_equal_to_sklearn(fit(TEXTS, **options), TEXTS, more, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     texts=st.lists(st.lists(PIECES, max_size=8).map("".join), min_size=1, max_size=6),
@@ -228,6 +229,7 @@ def test_use_before_fit_is_an_error():
             use(build())
 
 
+@pytest.mark.slow
 def test_no_writable_cache_folder():
     """A crash at import where neither package nor home can be written to, as in many containers."""
     source = (
@@ -241,6 +243,7 @@ def test_no_writable_cache_folder():
     assert result.stdout == "2\n", result.stderr
 
 
+@pytest.mark.slow
 def test_twenty_newsgroups(data_dir):
     """Anything that only 22 MB of real mail brings to light."""
     with tarfile.open(data_dir / "20news-bydate.tar.gz", "r|gz") as archive:

@@ -67,7 +67,7 @@ def answer(folder: Path) -> Answer:
     features, present = {}, {}
     for m, modality in config.modalities.items():
         encoder: Any = load_fitted(build_encoder(modality.encoder), folders[m][0])
-        values: list[Any] = TEXTS if modality.kind == "text" else IMAGES
+        values: list[Any] = TEXTS if modality.kind.is_text else IMAGES
         if hasattr(encoder, "prepare"):
             values = [None if v is None else encoder.prepare(v) for v in values]
         column, _ = encode_column(encoder, values)
@@ -125,7 +125,7 @@ def write_encoders(folder: Path, config: Config) -> dict[str, Any]:
             encoder.adopt(SmallCNN(2, image_size=16, width=8), ["a", "b"])
         cards = [save_fitted(encoder, section.encoder, str(folder / "encoders" / m), {"units": []})]
         if section.reduce is not None:
-            values = texts if section.kind == "text" else [encoder.prepare(v) for v in IMAGES if v is not None]
+            values = texts if section.kind.is_text else [encoder.prepare(v) for v in IMAGES if v is not None]
             reducer = build_reducer(section.reduce)
             reducer.finish(reducer.partial(encoder.encode(values)))
             cards.append(save_fitted(reducer, section.reduce, str(folder / "encoders" / f"{m}-small"), {"units": []}))

@@ -21,6 +21,8 @@ from mmkt_ray.kinds.tasks import Multilabel
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
 from tests.labels import MISSING, UNSEEN, labels_of
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

@@ -43,6 +43,8 @@ from tests.evaluation.runs import (
 )
 from tests.labels import codes_of
 
+pytestmark = pytest.mark.slow
+
 ALL_THINGS = (*THINGS, "unicorn")  # the last one is in test only
 
 

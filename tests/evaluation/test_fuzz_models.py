@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NUM_FOLDERS = int(os.environ.get("MMKT_FUZZ", "300"))
 
 

@@ -24,6 +24,7 @@ from tests.labels import MISSING, UNSEEN, labels_of
 METRICS = ("accuracy", "macro_f1")
 
 
+@pytest.mark.slow
 def test_95_percent_intervals_cover_the_truth_about_95_percent_of_the_time():
     """Catches wrong percentiles (90 % for 95 %) and resamples of the wrong size: coverage leaves 90 to 99 %."""
     joint = np.array([[0.30, 0.06, 0.04], [0.05, 0.22, 0.03], [0.05, 0.05, 0.20]])  # P(label, prediction)
@@ -40,6 +41,7 @@ def test_95_percent_intervals_cover_the_truth_about_95_percent_of_the_time():
         assert 0.90 <= covered[m] / num_studies <= 0.99, m
 
 
+@pytest.mark.slow
 def test_resampled_counts_are_a_bootstrap_of_rows():
     """Catches a multinomial over the wrong cells: the spread must be that of drawing rows with replacement."""
     rng = np.random.default_rng(1)
@@ -228,6 +230,7 @@ def draw_multilabel(num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, n
     return labels, better, worse
 
 
+@pytest.mark.slow
 def test_multilabel_intervals_are_a_bootstrap_of_rows():
     """Catches decisions resampled one by one: a row's classes go together, and the interval would be too narrow."""
     labels, pred, _ = draw_multilabel(200, seed=0)

@@ -17,6 +17,8 @@ from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features.store import Store, open_store
 from tests.evaluation.runs import KINDS, SINGLES, THINGS, draw_samples, make_config, train_variant, write_run
 
+pytestmark = pytest.mark.slow
+
 TAGS = ["animal", "flies", "red", "swims"]
 
 

@@ -18,6 +18,8 @@ from mmkt_ray.evaluation.tables import missing_table
 from mmkt_ray.features.store import Store, open_store
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
+pytestmark = pytest.mark.slow
+
 RATES = (0.0, 0.25, 0.5, 1.0)
 
 

@@ -61,5 +61,6 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
         "It is good.",
         f"model: {folder}",
         f"use it: mmkt predict '{folder}' NEW_SHARDS --out FOLDER",
+        f"in Python: mmkt_ray.load('{folder}').predict(df)",
     ]
     assert recommendation_text({"recommended": None}, str(tmp_path)) == ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.chunks import part_name
+from mmkt_ray.features.extract import RunStats
 from mmkt_ray.features.publish import check_budget, count_reasons, count_unmapped, read_rejects, tell_counts
 from mmkt_ray.samples.schema import DAMAGE, LEAKAGE, MODALITY, UNMAPPED, Reject, count_stages, reject_table
 
@@ -76,6 +80,49 @@ def test_the_message_names_file_row_and_reason(tmp_path: Path) -> None:
     assert "1 x image: no file 'x.png' (first: mine in a/0.tar)" in text
     assert "no column maps" not in text
     assert "val or test" not in text
+
+
+class Parts:
+    """What comes out of the pipeline: two parts of each of so many shards, of which some are damaged."""
+
+    def __init__(self, uri: str, num_shards: int, damaged: set[int]) -> None:
+        self.uri, self.num_shards, self.damaged, self.taken = uri, num_shards, damaged, 0
+
+    def iter_rows(self) -> Iterator[dict[str, object]]:
+        for shard in range(self.num_shards):
+            self.taken += 1
+            lost = {DAMAGE: 10} if shard in self.damaged else {}
+            for last in (False, True):
+                name = part_name(f"u{shard}", int(last), last)
+                if last and lost:
+                    reject = Reject("a", "s", DAMAGE, "the shard is damaged", 10)
+                    storage.write_table(f"{self.uri}/rejects/{name}", reject_table([reject]))
+                told = lost if last else {}
+                num_rows = 0 if told else 10
+                yield {"name": name, "num_rows": num_rows, "checksum": "", "seconds": "{}", "lost": json.dumps(told)}
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "damaged", "taken"),
+    [
+        (8, {1}, 2),  # of eight shards one is too much, whatever follows
+        (8, {0}, 1),
+        (400, {0}, 400),  # a four hundredth is allowed: no reason to stop at the first shard
+        (400, set(range(8)), 400),  # 80 rows of 8,000: as much as is allowed
+        (400, set(range(0, 400, 4)), 65),  # the 17th of them: 170 rows are more than a hundredth of 16,000
+    ],
+)
+def test_a_damaged_shard_stops_a_job_as_soon_as_it_must(tmp_path: Path, num_shards: int, damaged: set[int], taken: int) -> None:
+    """Catches hours of work on a data set that is refused at its end, and a job that stops for a share that is allowed."""
+    parts = Parts(str(tmp_path), num_shards, damaged)
+    samples = SamplesConfig.model_validate({"sources": [SOURCE], "max_reject_frac": 0.01, "min_reject_budget": 0})
+    stats = RunStats(str(tmp_path), samples, {f"u{i}": f"{i}.parquet" for i in range(num_shards)})
+    if taken < num_shards:
+        with pytest.raises(DataError, match=r"in damaged shards.*the shard is damaged"):
+            stats.follow(parts)  # type: ignore[arg-type]
+    else:
+        stats.follow(parts)  # type: ignore[arg-type]
+    assert parts.taken == taken
 
 
 def test_notes_are_counted_apart() -> None:

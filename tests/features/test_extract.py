@@ -52,7 +52,7 @@ def mtimes(store: Store) -> dict[str, int]:
     return {part: os.stat(part).st_mtime_ns for part in store.parts()}
 
 
-def test_every_row_arrives_and_any_reader_opens_it(shapes: Path, make_config: MakeConfig) -> None:
+def test_every_row_arrives_and_any_reader_opens_it(extracted: Path, make_config: MakeConfig) -> None:
     """Rows lost between stages; a store that only Ray can read."""
     store = run(make_config())
     counts = store.manifest["counts"]
@@ -68,17 +68,18 @@ def test_every_row_arrives_and_any_reader_opens_it(shapes: Path, make_config: Ma
     assert {str(pq.read_schema(p)) for p in store.parts()} == {str(pq.read_schema(store.parts()[0]))}
 
 
-def test_second_run_does_nothing(shapes: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_second_run_does_nothing(extracted: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
     """A rerun that appends, rewrites or encodes again."""
     before = run(make_config())
     times = mtimes(before)
     caplog.set_level("INFO", logger="mmkt_ray")
     after = run(make_config())
     assert "features are up to date" in caplog.text
+    assert "encoding" not in caplog.text
     assert (after.manifest, mtimes(after)) == (before.manifest, times)
 
 
-def test_resume_after_losing_parts_gives_the_same_bits(shapes: Path, make_config: MakeConfig) -> None:
+def test_resume_after_losing_parts_gives_the_same_bits(extracted: Path, make_config: MakeConfig) -> None:
     """Values that depend on how far the killed run got."""
     store = run(make_config())
     whole, kept = contents(store), store.parts()[1:]
@@ -92,28 +93,30 @@ def test_resume_after_losing_parts_gives_the_same_bits(shapes: Path, make_config
     assert {p: os.stat(p).st_mtime_ns for p in kept} == times
 
 
-def test_new_shard_costs_only_its_own_work(shapes: Path, make_config: MakeConfig) -> None:
+def test_new_shard_costs_only_its_own_work(extracted: Path, make_config: MakeConfig) -> None:
     """Adding a day's data encodes everything again, or fits another vocabulary under the old name."""
     before = run(make_config())
     times = mtimes(before)
-    write_shard(shapes / "data" / "shapes" / "9.parquet", 120, 40)
+    write_shard(extracted / "data" / "shapes" / "9.parquet", 120, 40)
     after = run(make_config())
     assert after.manifest["counts"]["rows"] == 160
     assert {p: t for p, t in mtimes(after).items() if p in times} == times
     assert after.manifest["modalities"]["text"] == before.manifest["modalities"]["text"]
 
 
-def test_changed_shard_replaces_its_parts(shapes: Path, make_config: MakeConfig) -> None:
+def test_changed_shard_replaces_its_parts(extracted: Path, make_config: MakeConfig) -> None:
     """Stale rows of an older version of a shard beside the new ones."""
     run(make_config())
-    time.sleep(0.01)
-    write_shard(shapes / "data" / "shapes" / "2.parquet", 80, 10)
+    shard = extracted / "data" / "shapes" / "2.parquet"
+    before = shard.stat().st_mtime_ns
+    write_shard(shard, 80, 10)
+    os.utime(shard, ns=(before + 10**9, before + 10**9))  # later by more than any file system rounds
     store = run(make_config())
     assert store.manifest["counts"]["rows"] == 90
     assert len(pd.read_parquet(f"{store.uri}/data")) == 90
 
 
-def test_another_image_encoder_leaves_text_alone(shapes: Path, make_config: MakeConfig) -> None:
+def test_another_image_encoder_leaves_text_alone(extracted: Path, make_config: MakeConfig) -> None:
     """One changed encoder paying for all modalities."""
     before = run(make_config())
     after = run(make_config(modalities__image__encoder__image_size=24))
@@ -260,7 +263,7 @@ def test_no_encoder_has_seen_the_rows_that_leak(shapes: Path, make_config: MakeC
     assert run(config).uri == store.uri
 
 
-def test_reducers_make_a_store_of_their_own(shapes: Path, make_config: MakeConfig) -> None:
+def test_reducers_make_a_store_of_their_own(extracted: Path, make_config: MakeConfig) -> None:
     """Reduced features that differ from the reducer applied to the whole matrix at once."""
     encoded = run(make_config())
     reduced = run(

@@ -16,8 +16,8 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
-from mmkt_ray.run import run
 from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.steps import run
 from tests.shapes import COLOURS, write_shard
 
 MakeConfig = Callable[..., Config]

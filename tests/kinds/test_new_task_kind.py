@@ -14,7 +14,7 @@ from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.features.store import open_store
 from mmkt_ray.kinds.tasks import TASK_KINDS, task_kind
-from mmkt_ray.run import run
+from mmkt_ray.steps import run
 from tests.shapes import shapes_config, write_shards
 
 KIND = {"name": "initial", "letters": 2}

@@ -38,7 +38,8 @@ def asked(source: str) -> Iterator[int]:
 
 def test_no_other_code_asks() -> None:
     """Catches the first of fifty files that would have to know a new kind of task."""
-    files = [p for p in sorted((ROOT / "mmkt_ray").rglob("*.py")) if "kinds" not in p.relative_to(ROOT).parts]
+    rooms = {"kinds", "init"}  # init proposes kinds
+    files = [p for p in sorted((ROOT / "mmkt_ray").rglob("*.py")) if not rooms & {*p.relative_to(ROOT).parts}]
     assert len(files) > 100
     assert not [f"{path.relative_to(ROOT)}:{line}" for path in files for line in asked(path.read_text())]
 

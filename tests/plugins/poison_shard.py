@@ -31,11 +31,11 @@ class Seeping(MetaPathFinder):
                 if timeout_s := os.environ.get(TIMEOUT):
                     sys.modules["__main__"].BLOCK_TIMEOUT_S = int(timeout_s)  # type: ignore[attr-defined]
 
-                def crash_or_convert(reading: Any, batch: Any, first: int) -> Any:
+                def crash_or_convert(reading: Any, batch: Any, *rest: Any) -> Any:
                     texts = [c.cast("binary") for c in batch.columns if c.type == "string"]  # not all of them UTF-8
                     if any(TEXT.encode() in column.to_pylist() for column in texts):
                         ctypes.string_at(0)
-                    return convert(reading, batch, first)
+                    return convert(reading, batch, *rest)
 
                 module._convert = crash_or_convert
 

@@ -16,6 +16,8 @@ from mmkt_ray.report import curves, findings, plots
 from mmkt_ray.report.page import build_report
 from tests.report.pages import HOSTILE, Elements
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = ("knowledge", "missing", "calibration", "transfer", "representation", "parameters")
 
 

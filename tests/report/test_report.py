@@ -18,6 +18,8 @@ from mmkt_ray.report import plots, words
 from mmkt_ray.report.page import build_report
 from tests.report.pages import ATTRIBUTE, HOSTILE, Elements
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def page(finished) -> str:

@@ -14,6 +14,8 @@ from mmkt_ray.report.page import build_report
 from tests.report.pages import HOSTILE, Elements
 from tests.report.test_findings import text_of
 
+pytestmark = pytest.mark.slow
+
 FUSIONS, SHARINGS = ("concat", "gated", "hierarchical"), ("separate", "task", '["task", "modality"]')
 
 

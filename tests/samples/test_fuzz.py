@@ -32,6 +32,7 @@ NUM_FILES = int(os.environ.get("MMKT_FUZZ", "2000"))
 TABLE = {"reader": "manifest", "columns": {"text": "text", "label": "label"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.timeout(120 + NUM_FILES // 5)
 def test_damaged_files_cost_their_rows_alone(kind, tmp_path):

@@ -121,7 +121,7 @@ def test_bad_files_cost_their_modality_and_bad_cells_their_row(make_config, read
         "cannot open",
         "must be the path",
         "NUL",
-        "text: must be a single value",
+        "text: must be one text, got several",
         "no file",
     ]
     assert len(rejects) == len(expected)

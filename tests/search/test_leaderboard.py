@@ -1,5 +1,6 @@
 """Trials, without Ray: what they write, what is read back, what is told of it."""
 
+import json
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.search.finalists import choose_finalists
-from mmkt_ray.search.insight import anytime_curve, search_insight
+from mmkt_ray.search.insight import anytime_curve, importance, search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import search_digest
 from mmkt_ray.search.space import build_space
@@ -154,6 +155,24 @@ def test_insight_has_the_best_of_each_cell(done):
     assert depth["row_names"] == ["2"]
     assert sum(found["importance"].values()) == pytest.approx(1)
     assert {len(points) for key, points in found["slices"].items() if key.startswith("training")} == {18}
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_parameter_that_never_changed_explains_nothing(done, everything):
+    """Catches shares that are NaN, do not add up, or an exception, where fANOVA has one value of a parameter, or of all."""
+    job, _ = done
+    rows = job.leaderboard.read()
+    first = rows[rows["reference"].isna() & (rows["model.fusion.name"] == "concat")].iloc[0]
+    frozen = list(job.space.parameters) if everything else ["training.lr"]
+    same = {key: value for key, value in overrides_of(first).items() if key in frozen}
+    rows["overrides"] = [json.dumps(overrides_of(row) | same) for _, row in rows.iterrows()]
+    found = importance(job.space, rows)
+    if everything:
+        assert not found or not any(found.values())
+    else:
+        assert found["training.lr"] == 0
+        assert sum(found.values()) == pytest.approx(1)
+    assert all(np.isfinite(share) for share in (found or {}).values())
 
 
 def test_the_curve_only_rises_and_ends_with_all_candidates():

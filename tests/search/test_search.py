@@ -138,15 +138,22 @@ def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, 
     config = make_config(**{"search.max_candidates": 1_000_000})
     space = check_search(config)
     board = Leaderboard(str(tmp_path), space, search_digest(space, config.search, store))
+    over, limit = threading.Event(), time.monotonic() + 120
 
     def interrupt():
-        while board.progress()[0] == 0:
-            time.sleep(0.2)
+        while board.progress()[0] == 0 and time.monotonic() < limit:
+            if over.wait(0.2):  # it has ended by itself: a signal now would end pytest
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest was started to ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        explore(space, config.search, board, store.table())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            explore(space, config.search, board, store.table())
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, handler)
     assert len(board.read()) == sum(len(part) for part in board.parts()) > 0
     assert all(overrides_of(row) for _, row in board.read().iterrows())
 

@@ -209,6 +209,7 @@ def fit_as_rank(rank, port, configs, table, queue):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_count_and_learn_like_one(make_config, table, free_port):
     """Rank 0's share reported as the whole; ranks that drift apart; a gradient that depends on how a step is split.
 

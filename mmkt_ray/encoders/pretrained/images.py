@@ -51,13 +51,14 @@ class PretrainedImageEncoder(FixedWeights, FrozenNetwork):
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared images (B, 3, S, S) -> (B, D) float32."""
         self.load()
-        return self._apply(lambda x: self.features(self._normalised(x)), values)
+        return self._apply(lambda x: self.features(self.normalised(x)), values)
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (B, D)."""
         return self.model(x).flatten(1)
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor:
+        """uint8 images as `features` takes them."""
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
         return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 

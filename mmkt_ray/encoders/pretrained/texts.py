@@ -111,7 +111,7 @@ class HuggingFaceTextEncoder(FixedWeights, ListedEncoder):
         """Texts (B,) -> (B, D) float32. A text's batch has the shape that its own number of tokens says, so that its
         features do not depend on its neighbours."""
         self.load()
-        tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(list(values))]
+        tokens = self.tokenize(values)
         lengths = np.array([self._padded_length(len(ids)) for ids in tokens])
         features = np.empty((len(tokens), self.dim), dtype=np.float32)
         for length in np.unique(lengths).tolist():
@@ -124,12 +124,21 @@ class HuggingFaceTextEncoder(FixedWeights, ListedEncoder):
                 features[chosen] = self._forward([tokens[row] for row in chosen], (size, length))
         return features
 
+    def tokenize(self, values: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, once the network is loaded."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(values))]
+
+    @property
+    def padding_id(self) -> int:
+        """The token that fills a batch."""
+        return self.card.get("pad_token_id") or 0
+
     def _padded_length(self, num_tokens: int) -> int:
         return min(self.config.max_tokens, max(SHORTEST, 1 << (num_tokens - 1).bit_length()))
 
     def _forward(self, tokens: list[list[int]], shape: tuple[int, int]) -> np.ndarray:
         """Up to `shape[0]` texts of at most `shape[1]` tokens -> features (texts, D)."""
-        ids = torch.full(shape, self.card.get("pad_token_id") or 0)
+        ids = torch.full(shape, self.padding_id)
         mask = torch.zeros(shape, dtype=torch.int64)
         mask[:, 0] = 1  # rows that only fill the batch attend to something
         for row, values in enumerate(tokens):
@@ -137,10 +146,14 @@ class HuggingFaceTextEncoder(FixedWeights, ListedEncoder):
             mask[row, : len(values)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.inference_mode(), cnn.autocast(self.device, self.config.precision):
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, L, D)
+            features: np.ndarray = self.pooled(ids, mask)[: len(tokens)].cpu().numpy()
+            return features
+
+    def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Token ids and their mask (texts, L) -> features (texts, D)."""
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (texts, L, D)
         weight = mask.unsqueeze(2).float()
-        mean = (hidden * weight).sum(1) / weight.sum(1)
-        return nn.functional.normalize(mean, dim=1)[: len(tokens)].cpu().numpy()
+        return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
 
 
 class MinilmTextEncoder(HuggingFaceTextEncoder):

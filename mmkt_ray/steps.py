@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
 from mmkt_ray.done import NOTHING, keep_told, listing, once, run_folder, steps_done, told_before
@@ -31,6 +31,7 @@ from mmkt_ray.evaluation.evaluate import (
     write_gallery,
 )
 from mmkt_ray.evaluation.provenance import model_fingerprint
+from mmkt_ray.evaluation.readme import README, write_readme
 from mmkt_ray.evaluation.recommend import fused_to_study
 from mmkt_ray.evaluation.scores import scores_table, transferability
 from mmkt_ray.evaluation.tables import recommendation_text
@@ -38,6 +39,7 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
+from mmkt_ray.tracking import check_tracking, track
 from mmkt_ray.training.baselines import evaluate_baselines
 from mmkt_ray.training.repeats import repeat, seeds_table
 from mmkt_ray.training.suspects import find_suspects
@@ -76,6 +78,7 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
     What has never been extracted is examined first. trains: training follows, and must fit too.
     """
+    check_tracking(config)
     uri = run_folder(config)
     variants = config.expand_variants()
     keys = {name: fingerprint(variant.model_dump(mode="json", include=EXTRACTED)) for name, variant in variants.items()}
@@ -120,8 +123,8 @@ def _is_there(uri: str, store: str | None) -> bool:
 def train_step(config: Config, stores: dict[str, Store]) -> None:
     """A model folder for each variant, with the encoders that its features came from, and one of each modality alone."""
     uri = run_folder(config)
-    with _record(config, "train") as card:
-        variants = config.expand_variants()
+    variants = config.expand_variants()
+    with _record(config, "train") as card, progress.stage("models", len(variants), "models") as shown:
         for name, variant in variants.items():
             model_uri = storage.join(uri, "models", name)
             summary = train(variant, stores[name].uri, model_uri)
@@ -131,6 +134,7 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
             else:
                 log.info("model %s: best epoch %s, %.1f s", name, epoch, seconds)
             _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
+            shown.advance()
         card["singles"] = {}
         for store in {s.uri: s for s in stores.values()}.values():
             own = {name: variant for name, variant in variants.items() if stores[name].uri == store.uri}
@@ -151,21 +155,27 @@ def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[
 def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri = run_folder(config)
-    with _record(config, "evaluate"):
-        for name, variant in config.expand_variants().items():
+    variants, singles = config.expand_variants(), _read_card(uri).get("singles", {})
+    total = len(variants) + len(singles) + config.evaluation.baselines
+    with _record(config, "evaluate"), progress.stage("scores", total, "models") as shown:
+        for name, variant in variants.items():
             _evaluate(uri, f"models/{name}", stores[name], variant.evaluation, name)
+            shown.advance()
         by_place = {_in_features(store): store for store in stores.values()}
-        for name, place in _read_card(uri).get("singles", {}).items():
+        for name, place in singles.items():
             _evaluate(uri, place["model"], by_place[place["store"]], config.evaluation, name)
+            shown.advance()
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
                 _baselines(config, store)
+            shown.advance()
         _write_run_json(config, stores)
         results = _compare(uri)
+        track(config, results)
         if (main := results["main"]) in stores:
             model_uri = storage.join(uri, "models", main)
-            shown = steps_done(uri, (f"evaluate models/{main}",))
-            once(uri, f"gallery {main}", shown, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
+            decided_by = steps_done(uri, (f"evaluate models/{main}",))
+            once(uri, f"gallery {main}", decided_by, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
         return results
 
 
@@ -173,14 +183,13 @@ def _evaluate(uri: str, folder: str, store: Store, evaluation: EvaluationConfig,
     """Score a model of the run, unless this very model was scored just so."""
     model_uri = storage.join(uri, folder)
     decided_by = [model_fingerprint(model_uri), _identity(store), evaluation.model_dump(mode="json"), name]
-    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet")
-    once(
-        uri,
-        f"evaluate {folder}",
-        decided_by,
-        lambda: evaluate_model(model_uri, store, evaluation=evaluation, name=name),
-        [f"{folder}/{file}" for file in names],
-    )
+    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet", README)
+
+    def work() -> None:
+        evaluate_model(model_uri, store, evaluation=evaluation, name=name)
+        write_readme(model_uri, store.manifest)
+
+    once(uri, f"evaluate {folder}", decided_by, work, [f"{folder}/{file}" for file in names])
 
 
 def _baselines(config: Config, store: Store) -> None:
@@ -213,16 +222,22 @@ def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]
     uri, wanted, main = run_folder(config), config.evaluation.studies, results["main"]
     with _record(config, "study"):
         evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
-        if "insight" in wanted:
-            once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
-        if "scores" in wanted:
-            once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
-        if "suspects" in wanted:
-            _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
-        for name in fused_to_study(results) if "missing" in wanted else ():
-            about = results["models"][name]
-            store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
-            _missing(config, evaluated, about["folder"], store)
+        with progress.stage("studies", len(wanted), "studies") as shown:
+            if "insight" in wanted:
+                once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
+                shown.advance()
+            if "scores" in wanted:
+                once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
+                shown.advance()
+            if "suspects" in wanted:
+                _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
+                shown.advance()
+            for name in fused_to_study(results) if "missing" in wanted else ():
+                about = results["models"][name]
+                store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
+                _missing(config, evaluated, about["folder"], store)
+            if "missing" in wanted:
+                shown.advance()
 
 
 def _suspects(config: Config, store: Store, uri: str) -> None:
@@ -298,7 +313,7 @@ def _record(config: Config, stage: str) -> Iterator[dict[str, Any]]:
     """Keep the seconds of a stage that did something, and what is added to the dictionary, in run.json; a run folder that is
     there is locked."""
     start, added, uri = time.perf_counter(), dict[str, Any](), run_folder(config)
-    with locked(uri) if storage.exists(uri) else nullcontext():
+    with locked(uri) if storage.exists(uri) else nullcontext(), progress.stage(stage):
         before = listing(uri)
         yield added
         card = _read_card(uri)

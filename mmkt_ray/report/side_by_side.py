@@ -1,0 +1,155 @@
+"""`mmkt compare`: the models of several runs side by side, each held against the first on the rows that both predicted.
+
+Rows are the same by their sample id, and count where both runs have the same label for them.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError
+from mmkt_ray.evaluation.answers import paired_test
+from mmkt_ray.evaluation.compare import Evaluated, is_stale, read_optional
+from mmkt_ray.evaluation.intervals import Interval, agreeing, holm, verdict
+from mmkt_ray.evaluation.tables import metric_name, points, told_metric
+from mmkt_ray.kinds.tasks import task_kind
+
+DEFAULT_RESAMPLES = 1000
+STYLE = (
+    "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}table{border-collapse:collapse;"
+    "margin:0 0 2rem}caption{text-align:left;font-weight:600;padding:.5rem 0}th,td{text-align:left;padding:.25rem 1rem .25rem 0;"
+    "border-bottom:1px solid #8884}thead th{font-weight:600}tbody th{font-weight:400}.scroll{overflow-x:auto}"
+    ":root{color-scheme:light dark}"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One task: a row of cells for each model."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
+    """The comparison as text; also as a page where `html_file` says. uris: run folders, of which the recommended model is
+    taken, or model folders; all evaluated.
+
+    Raises: DataError if there are fewer than two, one was not evaluated, or no two share a task.
+    """
+    if len(uris) < 2:
+        raise DataError("mmkt compare takes at least two folders: the others are held against the first")
+    models = [chosen_model(uri) for uri in uris]
+    tables = compare_models(models)
+    if not tables:
+        raise DataError(f"'{uris[0]}' shares no task with the others: it predicts {sorted(models[0].tasks)}")
+    if html_file:
+        Path(html_file).write_text(as_page(tables), encoding="utf-8")
+    text = "\n\n".join(map(as_text, tables))
+    return f"{text}\n\npage: {html_file}" if html_file else text
+
+
+def chosen_model(uri: str) -> Evaluated:
+    """The evaluated model of a model folder, or the one that a run's report recommends. Raises: DataError."""
+    uri = storage.absolute(uri)
+    results = read_optional(storage.join(uri, "report", "results.json"))
+    if results is not None and not storage.exists(storage.join(uri, "config.json")):
+        chosen = results.get("recommended") or {}
+        folder = chosen.get("folder") or (results["models"].get(results.get("main")) or {}).get("folder_to_ship")
+        if not folder:
+            raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
+        uri = storage.join(uri, folder)
+    record, card = (read_optional(storage.join(uri, name)) for name in ("metrics.json", "config.json"))
+    if record is None or card is None or is_stale(record, card):
+        raise DataError(f"'{uri}' holds no evaluated model: run `mmkt evaluate` (or `mmkt run`) first")
+    parts = uri.rstrip("/").split("/")
+    name = f"{parts[-3]}/{parts[-1]}" if len(parts) > 2 and parts[-2] == "models" else parts[-1]
+    return Evaluated(name, "trained", uri, record, storage.join(uri, f"predictions-{record['split']}.parquet"), card)
+
+
+def compare_models(models: Sequence[Evaluated]) -> list[Table]:
+    """A table for each task that the first model shares with another. P values are corrected over all of them (Holm)."""
+    first, *others = models
+    shared = [t for t in sorted(first.tasks) if any(t in other.tasks for other in others)]
+    pairs = [(t, i) for t in shared for i, other in enumerate(others) if t in other.tasks]
+    found = {(t, i): against(t, others[i], first) for t, i in pairs}
+    tested = [pair for pair in pairs if found[pair] is not None]
+    corrected = dict(zip(tested, holm([found[pair]["p"] for pair in tested]), strict=True))  # type: ignore[index]
+    return [_table(t, first, others, found, corrected) for t in shared]
+
+
+def against(task: str, model: Evaluated, first: Evaluated) -> dict[str, Any] | None:
+    """The paired test of a model's row scores less the first's, and `num_rows`; None where they share no row."""
+    vocabulary: dict[Any, int] = {}
+    ours, theirs = (m.scored(task, 0.0, vocabulary) for m in (model, first))
+    mine, other = ours.beside(theirs)
+    if not len(mine):
+        return None
+    resamples = first.record.get("bootstrap_samples", DEFAULT_RESAMPLES)
+    return {**paired_test(mine, other, first.record["confidence"], resamples), "num_rows": len(mine)}
+
+
+def _table(
+    task: str,
+    first: Evaluated,
+    others: Sequence[Evaluated],
+    found: dict[tuple[str, int], dict[str, Any] | None],
+    corrected: dict[tuple[str, int], float],
+) -> Table:
+    metrics = list(first.tasks[task]["intervals"])
+    percent = f"{first.record['confidence']:.0%}"
+    own = (f"{metric_name(m)} [{percent}]" for m in metrics)
+    head = ("model", "reads", "rows", *own, "less the first", "shared rows", "P (Holm)", "")
+    rows = [(*_own(task, first, metrics), "", "", "", "the first")]
+    for i, other in enumerate(others):
+        if task not in other.tasks:
+            continue
+        pair = found[task, i]
+        if pair is None:
+            rows.append((*_own(task, other, metrics), "", "0", "", "no shared rows"))
+            continue
+        p = corrected[task, i]
+        told = f"{points(pair['value'])} [{points(pair['low'])}, {points(pair['high'])}]"
+        difference: Interval = {"value": pair["value"], "low": pair["low"], "high": pair["high"]}
+        shown = verdict(agreeing(difference, p, first.record["confidence"]))
+        rows.append((*_own(task, other, metrics), told, str(pair["num_rows"]), f"{p:.3g}", shown))
+    score = metric_name(task_kind(first.tasks[task]["kind"]).row_metric)
+    return Table(f"{task}: differences are of the {score}, in points", head, rows)
+
+
+def _own(task: str, model: Evaluated, metrics: Sequence[str]) -> tuple[str, ...]:
+    scores = model.tasks[task]
+    told = (told_metric(m, scores["intervals"].get(m)) for m in metrics)
+    return (model.name, "+".join(model.reads(task)), str(scores["num_rows"]), *told)
+
+
+def as_text(table: Table) -> str:
+    """For a terminal."""
+    cells = [table.head, *table.rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(table.head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+
+
+def as_page(tables: Sequence[Table]) -> str:
+    """A page that loads nothing."""
+    parts = []
+    for table in tables:
+        head = "".join(f'<th scope="col">{html.escape(cell) or "verdict"}</th>' for cell in table.head)
+        body = "".join(
+            f'<tr><th scope="row">{html.escape(row[0])}</th>' + "".join(f"<td>{html.escape(c)}</td>" for c in row[1:]) + "</tr>"
+            for row in table.rows
+        )
+        caption = f"<caption>{html.escape(table.title)}</caption>"
+        region = f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">'
+        parts.append(f"{region}<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+    title = "Runs side by side"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+    body = f"<main><h1>{title}</h1>{''.join(parts)}</main>"
+    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n'

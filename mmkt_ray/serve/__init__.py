@@ -1,0 +1,1 @@
+"""`mmkt serve`: a model folder behind HTTP."""

@@ -1,0 +1,100 @@
+"""A server of a model: uvicorn in this process, or replicas on Ray Serve."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+from mmkt_ray.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from mmkt_ray.serve.limits import Limits  # of starlette, which may not be installed
+
+log = logging.getLogger(__name__)
+
+
+def require_serve() -> None:
+    """Raises: ConfigError if a package of the extra `serve` is not installed."""
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"mmkt serve needs {module} ({error}): pip install 'mmkt-ray[serve]'") from None
+
+
+def model_name(model_uri: str) -> str:
+    """What pages and answers call the model: its folder's name, and its run's where it lies in one."""
+    parts = model_uri.rstrip("/").split("/")
+    return f"{parts[-3]}/{parts[-1]}" if len(parts) > 2 and parts[-2] == "models" else parts[-1]
+
+
+def allowed_hosts(host: str) -> list[str] | None:
+    """Names that requests may ask for: on loopback its own ones only; else any, as the machine's names are not known."""
+    from mmkt_ray.serve.app import LOOPBACK
+
+    try:
+        is_local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = host == "localhost"
+    return [*LOOPBACK, host] if is_local else None
+
+
+def serve(model_uri: str, host: str, port: int, limits: Limits, *, trust_code: bool = False) -> None:
+    """Serve until the process is stopped. Raises: ConfigError, DataError, ResourceError if the port is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ResourceError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host") from None
+    with listener:
+        import uvicorn
+
+        from mmkt_ray.api.model import load  # torch: after what may be refused at once
+        from mmkt_ray.serve.app import create_app
+
+        app = create_app(load(model_uri, trust_code=trust_code), model_name(model_uri), limits, allowed_hosts(host))
+        told = f"[{host}]" if ":" in host else host
+        log.info("serving %s on http://%s:%d; Ctrl-C ends it", model_name(model_uri), told, listener.getsockname()[1])
+        if allowed_hosts(host) is None:
+            log.warning("anyone who reaches %s can ask this model: there is no login; put a proxy with one before it", told)
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_keep_alive=5, limit_concurrency=200, server_header=False, access_log=False
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def serve_on_ray(
+    model_uri: str, host: str, port: int, limits: Limits, replicas: int, *, trust_code: bool = False
+) -> None:
+    """Serve by Ray Serve, each replica with a model of its own, until the process is stopped.
+
+    Attaches to the cluster in RAY_ADDRESS, else starts a Ray on this machine. The model folder must be readable on all nodes.
+    """
+    try:
+        from ray import serve as ray_serve
+    except ImportError as error:
+        raise ConfigError(f"mmkt serve --ray needs Ray Serve ({error}): pip install 'mmkt-ray[serve]'") from None
+    from fastapi import FastAPI
+
+    from mmkt_ray import cluster, storage
+
+    uri, name, hosts = storage.absolute(model_uri), model_name(model_uri), allowed_hosts(host)
+
+    def build() -> FastAPI:
+        from mmkt_ray.api.model import load
+        from mmkt_ray.serve.app import create_app
+
+        return create_app(load(uri, trust_code=trust_code), name, limits, hosts)
+
+    cluster.connect()
+    ray_serve.start(http_options={"host": host, "port": port})
+    deployment = ray_serve.deployment(ray_serve.ingress(build)(), name="model", num_replicas=replicas)
+    log.info("serving %s on http://%s:%d from %d replicas; Ctrl-C ends it", name, host, port, replicas)
+    try:
+        ray_serve.run(deployment.bind(), name="mmkt", route_prefix="/", blocking=True)
+    finally:
+        ray_serve.shutdown()

@@ -1,0 +1,100 @@
+"""What README and the notebooks tell a new user to do with data of their own, done."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.shapes import COLOURS, png
+from tests.test_readme import SHELL_BLOCK
+
+ROOT = Path(__file__).parents[1]
+CLASSES = dict(zip(COLOURS, ("mug", "shirt", "lamp"), strict=True))
+
+
+def section(title: str) -> str:
+    """One section of README.md."""
+    found = re.search(rf"^## {title}\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert found, title
+    return found[1]
+
+
+def write_shop(folder: Path) -> None:
+    """shop.csv with 90 products, new.csv with 6, and their photos."""
+    (folder / "img").mkdir()
+    for name, numbers in (("shop", range(90)), ("new", range(90, 96))):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["sku", "photo", "title", "price", *(["category"] if name == "shop" else [])])
+            for i in numbers:
+                colour = list(COLOURS)[i % 3]
+                (folder / "img" / f"{i}.png").write_bytes(png(colour, i))
+                title = f"a fine {CLASSES[colour]} {i}" if i % 4 else f"something very fine {i}"
+                rows.writerow([f"A{i}", f"img/{i}.png", title, f"{i % 7}.99", *([CLASSES[colour]] if name == "shop" else [])])
+
+
+def in_shell(command: str, folder: Path) -> str:
+    """Its standard output. `mmkt` is this tree's."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    script = f'set -e; mmkt() {{ "{sys.executable}" -m mmkt_ray "$@"; }}; {command}'
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shop")
+    write_shop(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_your_own_data_in_five_minutes(shop: Path) -> None:
+    """Catches a README whose commands do not work one after another, or print something else than it shows."""
+    lines = SHELL_BLOCK.findall(section("Your own data in five minutes"))[0][1].splitlines()
+    told = in_shell(lines[0].removeprefix("$ "), shop)
+    for line in lines[1 : lines.index("$ mmkt run run.yaml --quick")]:
+        assert " ".join(line.split()) in " ".join(told.split())
+    for line in lines:
+        if line.startswith("$ ") and "init" not in line:
+            told = in_shell(line.removeprefix("$ "), shop)
+            assert "Ship " in told or "predictions: " in told
+    found = list(csv.DictReader((shop / "predictions" / "predictions.csv").open()))
+    assert [row["sku"] for row in found] == [f"A{i}" for i in range(90, 96)]
+    right = [row["category_pred"] == CLASSES[list(COLOURS)[i % 3]] for i, row in zip(range(90, 96), found, strict=True)]
+    assert sum(right) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_python(shop: Path) -> None:
+    """Catches a README whose Python does not run. After the test above the run is done already."""
+    code = re.findall(r"```python\n(.*?)```", section("From Python"), re.S)[0]
+    if not (shop / "run.yaml").exists():
+        in_shell("mmkt init shop.csv --target category", shop)
+    (shop / "example.py").write_text(code)
+    told = in_shell(f'"{sys.executable}" example.py', shop)
+    assert "accuracy_high" in told
+    assert "category_proba_mug" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_notebooks(tmp_path: Path) -> None:
+    """Catches a cell that no longer runs. The second notebook reads the run of the first."""
+    for name in ("own_data", "reading_a_run"):
+        cells = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert len(code) >= 5
+        (tmp_path / f"{name}.py").write_text("\n\n".join(code))
+        in_shell(f'"{sys.executable}" {name}.py', tmp_path)

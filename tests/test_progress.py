@@ -1,0 +1,73 @@
+"""What a command shows while it works."""
+
+import io
+import logging
+import os
+import pty
+import time
+
+import pytest
+
+from mmkt_ray import progress
+from mmkt_ray.progress import Lines, Stage
+from mmkt_ray.terminal import PlainStream
+
+
+def test_a_stage_says_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rate or a time that is upside down."""
+    stage = Stage("encode", total=10, unit="shards", done=4)
+    monkeypatch.setattr(time, "monotonic", lambda: stage.start + 2)
+    assert str(stage) == "encode: 4 of 10 shards, 2 s, 2.0 shards/s, about 3 s left"
+    monkeypatch.setattr(time, "monotonic", lambda: stage.start + 40)
+    assert str(stage) == "encode: 4 of 10 shards, 40 s, 10 s for one, about 60 s left"
+    assert str(Stage("report\x1b", start=stage.start)) == r"report\x1b: 40 s"
+
+
+def test_silence_is_broken_and_talk_is_not_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that says nothing for more than 5 s, and lines between those that come anyway."""
+    out, now = io.StringIO(), time.monotonic()
+    stream = PlainStream(out)
+    lines = Lines(stream)  # type: ignore[arg-type]
+    lines.last = stream.last_write = now
+    lines.began(Stage("train", start=now))
+    lines.began(Stage("models", total=3, unit="models", start=now))
+    for seconds in range(1, 13):
+        monkeypatch.setattr(time, "monotonic", lambda s=seconds: now + s)
+        if seconds == 7:
+            stream.write("INFO of a library\n")
+        lines.tick()
+    said = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    assert said == ["models: 0 of 3 models, 4 s", "of a library", "models: 0 of 3 models, 11 s"]
+
+
+def test_lines_of_a_command_that_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a watcher that outlives its command, and stages shown where nobody asked."""
+    with progress.stage("quiet") as stage:
+        stage.advance()
+    with progress.shown(), progress.stage("loud", total=2, unit="rows") as stage:
+        stage.start -= 3
+        stage.advance(2)
+    said = capsys.readouterr().err
+    assert "quiet" not in said
+    assert "loud: 2 of 2 rows, 3 s, 2 s for one, done" in said
+
+
+def test_live_lines_on_a_terminal() -> None:
+    """Catches control sequences that are spelled out, and log lines that tear the live ones."""
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal:
+        stream = PlainStream(terminal)
+        handler = logging.StreamHandler(stream)  # type: ignore[arg-type]
+        logging.getLogger().addHandler(handler)
+        try:
+            with progress.shown(stream), progress.stage("encode", total=2, unit="shards") as stage:  # type: ignore[arg-type]
+                logging.getLogger("mmkt_ray").warning("[red]careful[/red]\x1b")
+                stage.advance(2)
+        finally:
+            logging.getLogger().removeHandler(handler)
+    said = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    assert "\x1b[" in said
+    assert r"[red]careful[/red]\x1b" in said
+    assert "encode" in said
+    assert "2/2\x1b[0m shards" in said
