@@ -62,8 +62,8 @@ def predict(
     Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
     <task>_proba (class probabilities in the order of the model's class names), of numbers <task>_low and _high;
     null where no modality that the model reads for the task is there. Where some row of the input has a label, <task>_label too.
-    A modality that new shards have no column for is absent in all of their rows, unless `columns` names it; one that is absent in more than half of the rows is a
-    warning. New shards need neither split nor labels nor ids.
+    A modality that new shards have no column for is absent in all of their rows, unless `columns` names it; one that is absent in
+    more than half of the rows is a warning. New shards need neither split nor labels nor ids.
     overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
     module:Class, and read the files that it names elsewhere. output: another form of the predictions, written beside the file
     and returned in its place.

@@ -171,7 +171,9 @@ def test_what_is_no_number_is_refused_with_its_reason(cell: Any, message: str) -
         convert_cell("price", Regression(), cell, "utf-8")
 
 
-@pytest.mark.parametrize(("cell", "value"), [(" 3.5 ", 3.5), ("-1e3", -1000.0), (7, 7.0), (b".5", 0.5), ("", None), ("NaN", None)])
+@pytest.mark.parametrize(
+    ("cell", "value"), [(" 3.5 ", 3.5), ("-1e3", -1000.0), (7, 7.0), (b".5", 0.5), ("", None), ("NaN", None)]
+)
 def test_a_number_is_read(cell: Any, value: float | None) -> None:
     """Catches a blank or NaN that becomes a label."""
     assert convert_cell("price", Regression(), cell, "utf-8") == value
