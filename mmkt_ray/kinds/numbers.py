@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +130,14 @@ class Scale:
         return cls(transform, center, scale, low, high, float(z.std()), float(labels.mean()), float(labels.var()), *kept)
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Scale:
+    def of(cls, given: Any) -> Scale:
         """The scale that `as_json` told. Raises: ConfigError for anything else, as a card may come from anyone."""
-        rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in given.items()}
         try:
+            rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in given.items()}
             found = cls(**rest)
             numbers = np.array([getattr(found, f.name) for f in fields(cls) if f.type == "float"], float)
             points = np.array([found.values, found.scores], float)
-        except (TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             raise ConfigError("scale of a regression task is not what training wrote") from None
         rising = points.shape[1] == 0 or (np.diff(points, axis=1) > 0).all()
         whole = points.shape[1] > 0 or found.transform != "rank"

@@ -77,9 +77,8 @@ class Regression(TaskKind):
                 raise unknown_name(f"{what} of a regression task", str(given), known)
         if isinstance(self.quantile, bool) or not isinstance(self.quantile, int | float) or not 0 < self.quantile < 1:
             raise ConfigError(f"quantile of a regression task must be above 0 and below 1, got {self.quantile!r}")
-        given: Any = self.scale
-        if given is not None and not isinstance(given, Scale):
-            object.__setattr__(self, "scale", Scale.of(given if isinstance(given, Mapping) else {}))
+        kept: Any = self.scale
+        object.__setattr__(self, "scale", kept if kept is None or isinstance(kept, Scale) else Scale.of(kept))
 
     def as_json(self) -> Any:
         """See TaskKind; without `scale` where none is fitted."""
