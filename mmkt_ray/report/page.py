@@ -31,7 +31,7 @@ SCORE_NAMES = (
         for name in ("precision", "recall", "f1")
     ),
     *("average_precision", "macro_average_precision", "micro_average_precision", "auroc", "calibration_error"),
-    *("r2", "spearman", "rmse", "mae", "median_absolute_error", "mean_error"),
+    *("quadratic_kappa", "r2", "spearman", "rmse", "mae", "median_absolute_error", "mean_error"),
 )
 NUMBER_GROUP_TITLES = {"right": "Closest", "wrong": "Furthest off"}
 GROUP_TITLES = {"right": "Most confident and right", "wrong": "Most confident and wrong", "tie": "Near ties"}
