@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from mmkt_ray.api.estimators import MultimodalClassifier as MultimodalClassifier
+    from mmkt_ray.api.estimators import MultimodalRegressor as MultimodalRegressor
     from mmkt_ray.api.model import Model as Model
     from mmkt_ray.api.model import load as load
     from mmkt_ray.api.results import Results as Results
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 _OFFERED = {  # name -> module of mmkt_ray.api, loaded when the name is first used
     "Model": "model",
     "MultimodalClassifier": "estimators",
+    "MultimodalRegressor": "estimators",
     "Results": "results",
     "load": "model",
     "results": "results",
     "run": "results",
 }
-__all__ = ["Model", "MultimodalClassifier", "Results", "__version__", "load", "results", "run"]
+__all__ = ["Model", "MultimodalClassifier", "MultimodalRegressor", "Results", "__version__", "load", "results", "run"]
 
 
 def __getattr__(name: str) -> Any:

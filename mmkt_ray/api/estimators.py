@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.validation import check_is_fitted
 
@@ -32,6 +32,7 @@ from mmkt_ray.init.columns import KINDS, Look, classify_all
 from mmkt_ray.init.looking import clean_name
 from mmkt_ray.init.writing import default_encoder
 from mmkt_ray.kinds.cells import convert_cell, label_text
+from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard, sample_schema
@@ -170,6 +171,55 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):
         if len(classes) < 2:
             raise DataError(f"y has {len(classes)} class: there is nothing to tell apart")
         return codes, classes
+
+
+class MultimodalRegressor(RegressorMixin, MultimodalEstimator):
+    """A regressor of rows with images and texts, some of which may be missing; the rest as in MultimodalClassifier.
+
+        model = MultimodalRegressor(transform="log").fit(df, df["price"])
+        model.predict(df)            # (N,) numbers
+    """
+
+    def __init__(
+        self,
+        *,
+        modalities: Mapping[str, str] | None = None,
+        encoders: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        folder: str | None = None,
+        random_state: int = 0,
+        transform: str = "standardize",
+        loss: str = "squared",
+    ) -> None:
+        """transform: none, log, standardize or rank; loss: squared, absolute or huber, on the transformed scale; the rest as in
+        MultimodalEstimator."""
+        super().__init__(
+            modalities=modalities, encoders=encoders, settings=settings, folder=folder, random_state=random_state
+        )
+        self.transform = transform
+        self.loss = loss
+
+    def fit(self, X: Rows, y: Any) -> MultimodalRegressor:
+        """Train on N rows and their numbers (N,). Needs Ray, which it starts on this machine.
+
+        Raises: ValueError (ConfigError, DataError) for labels that are no finite numbers, or more or fewer than the rows.
+        """
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        given = column_or_1d(np.asarray(y.to_pandas() if isinstance(y, pa.Array | pa.ChunkedArray) else y), warn=True)
+        check_consistent_length(range(len(X)), given)
+        values = np.asarray(given, np.float64)
+        if (wrong := np.flatnonzero(~np.isfinite(values))).size:
+            raise DataError(f"y has no finite number in row {wrong[0]} (of {len(wrong)} in all): leave such rows out")
+        self.mean_ = float(values.mean())
+        kind = Regression(transform=self.transform, loss=self.loss)
+        self._fit(X, values.tolist(), {"kind": kind.as_json()})
+        return self
+
+    def predict(self, X: Rows) -> np.ndarray:
+        """(N,) numbers; of a row without any modality the mean of y."""
+        found = self._answers(X).column(f"{TASK}_pred").to_numpy()
+        return np.where(np.isnan(found), self.mean_, found)
 
 
 # --- columns --------------------

@@ -23,6 +23,7 @@ from mmkt_ray.api.cells import Rows, column_names, column_values, file_reader, r
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.encoders.build import load_reducer
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.evaluation.conformal import margins_of
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.prediction import finite, prediction_config, restrict, shipped, usable_encoders
@@ -117,9 +118,10 @@ class Model:
         paths, out of which none may lead; without it any path is read, from the current folder. read_files: False refuses paths,
         for rows that come from others.
 
-        Returns per task `<task>_pred`: the class's name, of a multilabel task a list of names; None where the row has none of
-        the modalities that the task reads. With `proba` also `<task>_proba_<class>`, C columns of float32. Then `missing`: the
-        modalities that the row lacks, and `unreadable`: why, where one was there and could not be read, else None.
+        Returns per task `<task>_pred`: the class's name, of a multilabel task a list of names, of a regression
+        task a number, with the ends of its interval `<task>_low` and `_high` where the model knows them; None where the row has
+        none of the modalities that the task reads. With `proba` also `<task>_proba_<class>`, C columns of float32. Then
+        `missing`: the modalities that the row lacks, and `unreadable`: why, where one was there and could not be read, else None.
 
         Raises: DataError if no column is a modality of the model's.
         """
@@ -145,6 +147,8 @@ class Model:
         if name not in self.classes:
             given = "say which task" if task is None else f"the model has no task '{task}'"
             raise ConfigError(f"{given}: {nearest(name, self.tasks)}")
+        if not self.network.spec.kinds[name].classes:
+            raise ConfigError(f"'{name}' is a number, which has no probabilities: `predict` gives its interval, _low and _high")
         values = proba_array(self.predict_arrow(rows, **how).column(f"{name}_proba"), len(self.classes[name]))
         index = rows.index if isinstance(rows, pd.DataFrame) else None
         return pd.DataFrame(values, columns=self.classes[name], index=index)
@@ -205,7 +209,9 @@ class Model:
         proba = without_unreadable(finite(predict_table(self.network, table)), table, self.network.spec.inputs)
         found: dict[str, Any] = {"row": part.column("sample_id").cast(pa.int64())}
         for task, names in sorted(self.classes.items()):
-            found |= prediction_columns(task, proba[task], names, self.network.spec.kinds[task])
+            margins = self.network.margins.get(task)
+            margin = margins_of(table, sorted(self.modalities), margins) if margins else None
+            found |= prediction_columns(task, proba[task], names, self.network.spec.kinds[task], margin)
         return pa.table(found | {"missing": missing_column(table, sorted(self.modalities))})
 
     def _in_order(self, parts: list[pa.Table], rejects: Sequence[Reject], num_rows: int) -> pa.Table:

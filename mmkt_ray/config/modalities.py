@@ -45,8 +45,10 @@ class TaskConfig(Section):
         TaskKind, PlainValidator(task_kind), PlainSerializer(lambda kind: kind.as_json(), return_type=Any)
     ] = Field(
         Multiclass(),
-        description="one of several classes, one of two (the later in sorted order is the positive one), or any number of "
-        "classes per sample (a list in the source, or a string split at `separator`)",
+        description="multiclass: one of several classes; binary: of two, the later in sorted order is the positive one; "
+        "multilabel: any number of classes per sample (a list in the source, or a string split at `separator`); ordinal: one of "
+        "the grades in `order`, lowest first; regression: a number, with `transform` (none, log, standardize, rank), `loss` "
+        "(squared, absolute, huber, pinball) and the `quantile` of the latter",
     )
     separator: str = Field("|", min_length=1, description="multilabel: what separates the classes in a string")
     inputs: Annotated[tuple[str, ...] | None, Once] = Field(None, description="modalities that the task may read; null: all")

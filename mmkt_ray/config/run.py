@@ -16,6 +16,7 @@ from mmkt_ray.config.tracking import TrackingConfig
 from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError, nearest
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.section import Name, Section
 
 OWN_COLUMNS = ("sample_id", "split", "key", "cleaned", "missing")
@@ -171,7 +172,7 @@ class Config(Section):
         columns = [(own, "a column of every table") for own in OWN_COLUMNS]
         columns += [(name, f"'{name}' of modalities or tasks") for name in names]
         columns += [(f"{m}_{end}", f"modality '{m}'") for m in self.modalities for end in ("features", "hash")]
-        columns += [(f"{t}_{end}", f"task '{t}'") for t in self.tasks for end in ("pred", "proba", "label")]
+        columns += [(f"{t}_{end}", f"task '{t}'") for t in self.tasks for end in ("pred", "proba", "label", "low", "high")]
         owners: dict[str, str] = {}
         for column, owner in columns:
             if column in owners:
@@ -192,6 +193,13 @@ class Config(Section):
                 )
             if task not in self.tasks:
                 raise ConfigError(f"samples.combine.labels: unknown task '{task}': {nearest(task, self.tasks)}")
+            if not self.tasks[task].kind.classes:
+                raise ConfigError(f"samples.combine.labels: '{task}' is a {self.tasks[task].kind.name} task: pair by classes")
+
+    @property
+    def task_kinds(self) -> dict[str, TaskKind]:
+        """Kinds of the model's tasks, without what is fitted."""
+        return {t: self.tasks[t].kind for t in self.model_tasks}
 
     @property
     def model_modalities(self) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from mmkt_ray.section import Once, Section
 class ObjectiveConfig(Section):
     """The number on val by which epochs and candidates are compared."""
 
-    task: str | None = Field(None, description="the task; null: all tasks. A model without the task: macro_f1 of its own")
-    metric: str = Field(
-        "macro_f1",
+    task: str | None = Field(None, description="the task; null: all tasks. A model without it: the default metric of its own")
+    metric: str | None = Field(
+        None,
         description="any metric of the task's kind in metrics.json, e.g. accuracy, balanced_accuracy, macro_recall, auroc, "
-        "log_loss; precision, recall, f1 and average_precision are a binary task's positive class",
+        "log_loss; precision, recall, f1 and average_precision are a binary task's positive class; null: macro_f1 of classes, "
+        "r2 of numbers",
     )
     over: Literal["mean", "worst"] = Field("mean", description="of several tasks: their mean, or the worst of them")
     split: Literal["val"] = Field("val", description="test is for telling the result, once")
@@ -28,6 +29,8 @@ class ObjectiveConfig(Section):
         """kinds: of all tasks; tasks: the model's. Raises: ConfigError for an unknown task, or a metric that its kind lacks."""
         if self.task is not None and self.task not in kinds:
             raise ConfigError(f"{where}.task: unknown task '{self.task}': {nearest(self.task, kinds)}")
+        if self.metric is None:
+            return
         for task in [self.task] if self.task is not None else tasks:
             known = kinds[task].metrics
             if self.metric not in known:

@@ -25,14 +25,14 @@ PRIOR_ROWS = 20  # how many rows the belief is worth that the probabilities are 
 
 
 def fit_temperature(logits: np.ndarray, labels: Labels) -> float:
-    """The temperature with the smallest log loss on these rows; 1 where none of their labels is known.
+    """The temperature with the smallest log loss on these rows; 1 where none of their labels is known, or they are numbers.
 
     logits: (N, C). Beside the N rows stand PRIOR_ROWS more whose labels are spread
     as the model itself foretells: few rows move the temperature little away from 1, and rows that are all right do not ask
     for 0. The loss is convex in 1 / T, so there is one minimum.
     """
     kind, rows = labels.kind, labels.known
-    if not rows.any():
+    if not rows.any() or not kind.classes:
         return 1.0
     logits, labels = logits[rows].astype(np.float64), labels[rows]
     weight = PRIOR_ROWS / len(labels)
@@ -46,9 +46,11 @@ def fit_temperature(logits: np.ndarray, labels: Labels) -> float:
 
 
 def fit_temperatures(logits: Mapping[str, np.ndarray], labels: Mapping[str, Labels]) -> dict[str, dict[str, Any]]:
-    """For each task {temperature, num_val_rows, note}; `note` tells why nothing, or little, was fitted, else None."""
+    """For each task of classes {temperature, num_val_rows, note}; `note` tells why nothing, or little, was fitted, else None."""
     found = {}
     for task, values in sorted(logits.items()):
+        if not labels[task].kind.classes:
+            continue
         num_rows, note = int(labels[task].known.sum()), None
         if num_rows == 0:
             note = f"task '{task}' has no labelled val rows to calibrate on: its temperature stays 1"

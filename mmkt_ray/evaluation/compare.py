@@ -167,11 +167,11 @@ class Evaluated:
         return Scored(self.name, trained, self.reads(task), held_out, found.ids, codes[found.label], scores, **about)
 
     def held_out(self, task: str) -> Rows | None:
-        """Which held-out rows it has right, where it left their predictions."""
+        """How right it has each held-out row, where it left their predictions."""
         if task not in self._held_out:
             uri = storage.join(self.predictions_uri.rpartition("/")[0], HELD_OUT)
             found = read_outcomes(uri, task, self.kind_of(task)) if storage.exists(uri) else None
-            self._held_out[task] = (found.ids, found.label == found.pred) if found else None
+            self._held_out[task] = (found.ids, found.right()) if found else None
         return self._held_out[task]
 
     def shares_samples(self, other: Evaluated, task: str) -> bool:

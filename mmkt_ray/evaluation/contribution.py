@@ -22,7 +22,7 @@ from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.disagreement import disagreements
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import percentiles, resampled_scores
+from mmkt_ray.evaluation.intervals import difference_bounds, percentiles, resampled_scores
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import load_rows, readable, subsets
 from mmkt_ray.features.store import Store
@@ -149,7 +149,8 @@ def contributions(
     weights = shapley_weights(len(modalities))
     found = {}
     for metric, drawn in resampled_scores(labels, predictions, width, num_resamples, seed).items():
-        shares = [percentiles(values, confidence, len(labels), least=-1.0) for values in weights @ drawn]
+        bounds = difference_bounds(labels.kind, metric)
+        shares = [percentiles(values, confidence, len(labels), bounds) for values in weights @ drawn]
         scores = [none_if_nan(v) for v in drawn[:, 0]]
         found[metric] = {
             "full": scores[-1],

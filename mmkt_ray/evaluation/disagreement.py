@@ -21,12 +21,15 @@ NUM_EXAMPLES = 8
 
 
 def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str, Any] | None:
-    """The best model of each single modality beside the others; None where there are fewer than two or no common row.
+    """The best model of each single modality beside the others; None for numbers, or where there are fewer than two or no
+    common row.
 
     {models {modality: name}, num_rows, differ_frac (interval), right_when_differ {modality: share}, none_right_frac,
     fused {model, right_when_differ} or None, examples [{sample_id, label, predictions {modality: {pred, proba}}, fused}]}.
     The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
     """
+    if not task_kind(results["tasks"][task]["kind"]).classes:
+        return None
     chosen = _single_models(results, task)
     frames = {m: predictions_of(run_uri, results, name, task) for m, name in chosen.items()}
     rows = sorted(set.intersection(*(set(f.index) for f in frames.values()))) if len(frames) > 1 else []

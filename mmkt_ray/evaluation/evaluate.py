@@ -20,12 +20,13 @@ from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.calibration import fit_temperatures
 from mmkt_ray.evaluation.compare import compare
+from mmkt_ray.evaluation.conformal import coverage, fit_margins, margins_of
 from mmkt_ray.evaluation.gallery import write_gallery
 from mmkt_ray.evaluation.heldout import load_heldout, pattern_name
 from mmkt_ray.evaluation.inference import predict_logits, predict_table, probabilities
 from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals
 from mmkt_ray.evaluation.missing import missing_curves
-from mmkt_ray.evaluation.model_folder import load_model, save_temperatures
+from mmkt_ray.evaluation.model_folder import load_model, save_calibration
 from mmkt_ray.evaluation.rows import (
     Rows,
     chosen,
@@ -84,6 +85,7 @@ def evaluate_model(
                                                 metrics: those of `TaskKind.scores` from these modalities alone,
                                                 all: {accuracy, macro_f1} of all modalities on the same rows}},
                        patterns: {"image+text": {num_rows, accuracy}} by the modalities a row has,
+                       coverage: of the intervals of numbers, see conformal.py; only where there are any
                        val: {num_rows, accuracy, macro_f1, on: val | cv} of held-out rows, or None}}
 
     Raises: DataError if there is no such model, the store lacks what it reads, or the split has no rows for it.
@@ -96,7 +98,9 @@ def evaluate_model(
     held = _held_out(model_uri, model, card, store, data) if split != "val" else None
     calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
     model.temperatures = {t: record["temperature"] for t, record in calibration.items()}
-    save_temperatures(model_uri, model.temperatures)
+    held_proba = without_unreadable(probabilities(model, held.logits), held.rows.table, model.spec.inputs) if held else {}
+    model.margins = fit_margins(held.rows.table, held_proba, settings.evaluation.confidence) if held else {}
+    save_calibration(model_uri, model)
 
     def predict(table: FeatureTable, subset: Sequence[str] = config.model_modalities) -> Proba:
         proba = predict_table(model, table, drop=[m for m in config.model_modalities if m not in subset])
@@ -120,12 +124,14 @@ def evaluate_model(
             tasks[t]["calibration"] = record | {k: _calibration_scores(part.table, t, p) for k, p in both.items()}
     val = {}
     if held:
-        proba_held = without_unreadable(probabilities(model, held.logits), held.rows.table, model.spec.inputs)
-        val = _val_scores(held.rows.table, proba_held, held.on)
-        parts = prediction_parts(held.rows, config.model_modalities, proba_held)
+        val = _val_scores(held.rows.table, held_proba, held.on)
+        parts = prediction_parts(held.rows, config.model_modalities, held_proba)
         write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
+    margins = {t: margins_of(part.table, config.model_modalities, found) for t, found in model.margins.items()}
     for t, scores in tasks.items():
         scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
+        if t in margins:
+            scores["coverage"] = coverage(part.table, t, proba[t], margins[t], settings.evaluation.confidence)
     record = {
         **identity_of(store, split, settings.evaluation, part),
         "name": name or model_uri.rstrip("/").rpartition("/")[2],
@@ -136,7 +142,7 @@ def evaluate_model(
         "tasks": tasks,
         "seconds": time.perf_counter() - started,
     }
-    parts = prediction_parts(part, config.model_modalities, proba)
+    parts = prediction_parts(part, config.model_modalities, proba, margins=margins)
     made_by = {k: record[k] or "" for k in ("store", "fingerprint")}
     write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts, made_by)
     storage.write_json(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"), record)
@@ -255,21 +261,21 @@ def _subset_scores(
 
 
 def point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
+    """Number of rows and what the kind reports, of some rows (N,) bool."""
     labels = table.labels[task][rows]
     metrics = labels.kind.scores(labels, chosen(proba, rows), table.class_names[task])
     return {name: metrics.get(name) for name in ("num_rows", *labels.kind.reported)}
 
 
 def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
-    """Labelled and readable rows by the modalities they have, with the accuracy on each kind."""
+    """Labelled and readable rows by the modalities they have, with the main metric on each kind."""
     labels = table.labels[task]
     rows = labels.labelled & has_prediction(proba)
-    right = labels.kind.is_right(labels, labels.kind.predict(proba))
-    found = {}
+    main, found = labels.kind.main, {}
     for name, here in presence_patterns(table).items():
         scored = rows & here
         if scored.any():
-            found[name] = {"num_rows": int(scored.sum()), "accuracy": float(right[scored].mean())}
+            found[name] = {k: point_scores(table, task, scored, proba)[k] for k in ("num_rows", main)}
     return found
 
 

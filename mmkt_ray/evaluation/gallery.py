@@ -32,7 +32,8 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     Returns {split, tasks: {task: {right, wrong, tie: [{sample_id, label, pred, proba, second, second_proba,
     inputs: {modality: {kind, png (base64) | text} or None if the sample has none}}]}}}: the most confident right and
     wrong ones, and those with the least between the two most probable classes. In a multilabel task label and pred are
-    the classes joined by commas, proba is that of the least sure decision about a class, and `second` that class. If the
+    the classes joined by commas, proba is that of the least sure decision about a class, and `second` that class. Of numbers
+    `right` are the closest predictions, `wrong` those furthest off, and proba is null. If the
     shards are no longer where the config says, `inputs` is empty and `note` tells why.
 
     Raises: DataError if the model was not evaluated on the split.
@@ -65,6 +66,7 @@ class _Judged:
     pred: np.ndarray  # (N,) str
     top: np.ndarray  # (N, 2) the largest two probabilities, (N, 1) of a single class
     second: np.ndarray  # (N,) class of the second one
+    error: np.ndarray  # (N,) of numbers how far the prediction is off; NaN of classes
     has_second: np.ndarray  # (N,) bool: there is one
 
     def take(self, rows: np.ndarray) -> _Judged:
@@ -72,6 +74,9 @@ class _Judged:
 
     def groups(self) -> dict[str, np.ndarray]:
         """The rows of each group, at most NUM_PER_GROUP; near ties are of neither other group."""
+        if not np.isnan(self.error).any() and len(self.error):
+            closest = np.argsort(self.error, kind="stable")
+            return {"right": closest[:NUM_PER_GROUP], "wrong": closest[::-1][: min(NUM_PER_GROUP, len(closest) // 2)]}
         right, confidence = self.labels == self.pred, np.argsort(-self.top[:, 0], kind="stable")
         groups = {"right": confidence[right[confidence]], "wrong": confidence[~right[confidence]]}
         groups = {name: rows[:NUM_PER_GROUP] for name, rows in groups.items()}
@@ -83,7 +88,8 @@ class _Judged:
 def _candidates(uri: str, task: str, kind: TaskKind) -> _Judged:
     """Rows of a file of predictions, in its order, among which are those of all groups; one batch of it is in memory."""
     best: _Judged | None = None
-    for rows in read_parts(uri, ["sample_id", *(f"{task}_{c}" for c in ("label", "pred", "proba"))]):
+    columns = ("label", "pred", "proba") if kind.classes else ("label", "pred")
+    for rows in read_parts(uri, ["sample_id", *(f"{task}_{c}" for c in columns)]):
         judged = _judge(rows, task, kind)
         if best is not None:
             pairs = [(getattr(best, f.name), getattr(judged, f.name)) for f in fields(judged)]
@@ -97,26 +103,29 @@ def _judge(table: pa.Table, task: str, kind: TaskKind) -> _Judged:
     """The rows of a batch of predictions."""
     told = [table.column(f"{task}_{c}") for c in ("label", "pred")]
     table = table.filter(pc.and_(told[0].is_valid(), told[1].is_valid()))
-    flat = table.column(f"{task}_proba").combine_chunks()
-    proba = flat.flatten().to_numpy().reshape(len(table), flat.type.list_size)
-    top, second, has_second = kind.two_best(proba)
+    if kind.classes:
+        top, second, has_second = kind.two_best(kind.read_outputs(table, task))
+        error = np.full(len(table), np.nan)
+    else:
+        error = np.abs(np.subtract(*(c.to_numpy() for c in (table.column(f"{task}_label"), table.column(f"{task}_pred")))))
+        top, second, has_second = np.zeros((len(table), 1)), np.zeros(len(table), int), np.zeros(len(table), bool)
     names = ("sample_id", f"{task}_label", f"{task}_pred")
     ids, labels, pred = (table.column(n).to_pylist() for n in names)
     told_labels, told_pred = (np.array([kind.tell(v) for v in cells], dtype=object) for cells in (labels, pred))
-    return _Judged(np.array(ids, dtype=object), told_labels, told_pred, top, second, has_second)
+    return _Judged(np.array(ids, dtype=object), told_labels, told_pred, top, second, error, has_second)
 
 
 def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The groups of one task, each of at most NUM_PER_GROUP samples."""
 
     def describe(row: int) -> dict[str, Any]:
-        second, proba = class_names[judged.second[row]], float(judged.top[row, -1])
+        second, proba, sure = class_names[judged.second[row]], float(judged.top[row, -1]), np.isnan(judged.error[row])
         runner_up = {"second": second, "second_proba": proba} if judged.has_second[row] else {}
         return {
             "sample_id": judged.ids[row],
             "label": judged.labels[row],
             "pred": judged.pred[row],
-            "proba": float(judged.top[row, 0]),
+            "proba": float(judged.top[row, 0]) if sure else None,
             **runner_up,
         }
 

@@ -31,11 +31,15 @@ from scipy.optimize import brentq
 from scipy.special import bdtr, ndtri
 from scipy.stats import binomtest, ttest_1samp
 
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 
 _MAX_COUNTS = 2_000_000  # drawn at once: 16 MB
 _NUM_FLIPS = 9999  # of a test by random signs: the least P is one in 10,000
 _MAX_SIZES = 2000  # distinct sizes of gains that are flipped; above, there are enough rows for a t test
+
+
+SHARE, DIFFERENCE, ANY = (0.0, 1.0), (-1.0, 1.0), (-np.inf, np.inf)  # what bounds scores
 
 
 class Interval(TypedDict):
@@ -77,7 +81,7 @@ def bootstrap_intervals(
         if metric == kind.share:
             found[metric] = share_interval(int(kind.is_right(labels, pred).sum()), len(labels), confidence)
         else:
-            found[metric] = percentiles(drawn[0], confidence, len(labels))
+            found[metric] = percentiles(drawn[0], confidence, len(labels), kind.bounds.get(metric, SHARE))
     return found
 
 
@@ -115,7 +119,7 @@ def paired_difference(
         ours, theirs = (kind.is_right(labels, p) for p in preds)
         return share_difference(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(labels), confidence)
     a, b = resampled_scores(labels, preds, width, num_resamples, seed)[metric]
-    return percentiles(a - b, confidence, len(labels), least=-1.0)
+    return percentiles(a - b, confidence, len(labels), difference_bounds(kind, metric))
 
 
 def share_difference(better: int, worse: int, num_rows: int, confidence: float) -> Interval:
@@ -190,8 +194,14 @@ def resampled_scores(
     return {m: np.concatenate([[s[m] for s in scores] for scores in drawn], axis=1) for m in labels.kind.reported}
 
 
+def difference_bounds(kind: TaskKind, metric: str) -> tuple[float, float]:
+    """The lowest and the highest difference of two scores."""
+    low, high = kind.bounds.get(metric, SHARE)
+    return (low - high, high - low) if np.isfinite(high - low) else ANY
+
+
 def percentiles(
-    scores: np.ndarray, confidence: float, num_rows: int | None = None, least: float = 0.0
+    scores: np.ndarray, confidence: float, num_rows: int | None = None, bounds: tuple[float, float] = SHARE
 ) -> Interval | None:
     """Scores (1 + R,) -> the first one between percentiles of the others; None where it is undefined (NaN). Resamples that
     lack what defines it are left out.
@@ -199,8 +209,8 @@ def percentiles(
     Resamples of macro-F1 lie below the score, because they lack rare classes, by about as much as the score lies below that
     of endless rows. The interval therefore reaches over the percentiles as they are and moved by twice this bias.
     num_rows: N, where the least width counts that any score has that rests on N rows: they may all be of one kind though a
-    share 1 - (a / 2)^(1 / N) of new ones is not (Clopper & Pearson). least: the lowest possible score (-1 of differences);
-    the highest is 1.
+    share 1 - (a / 2)^(1 / N) of new ones is not (Clopper & Pearson). bounds: the lowest and the highest possible score, both
+    finite where that width counts.
     """
     value = float(scores[0])
     if np.isnan(value):
@@ -210,9 +220,10 @@ def percentiles(
     bias = 2 * (value - float(np.nanmean(drawn)))
     low, high = min(low, low + bias), max(high, high + bias)
     if num_rows is not None:
-        share = 1 - ((1 - confidence) / 2) ** (1 / num_rows)
-        low, high = min(low, value - share * (value - least)), max(high, value + share * (1 - value))
-        low, high = max(low, least), min(high, 1.0)
+        share = 1 - ((1 - confidence) / 2) ** (1 / num_rows) if np.isfinite(bounds).all() else 0.0
+        least, most = (b if np.isfinite(b) else value for b in bounds)
+        low, high = min(low, value - share * (value - least)), max(high, value + share * (most - value))
+        low, high = max(low, bounds[0]), min(high, bounds[1])
     return {"value": value, "low": float(low), "high": float(high)}
 
 

@@ -26,7 +26,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, read_optional
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import holm, paired_p, percentiles, resampled_scores
+from mmkt_ray.evaluation.intervals import SHARE, difference_bounds, holm, paired_p, percentiles, resampled_scores
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
 from mmkt_ray.features.store import FeatureTable, Store
@@ -176,12 +176,14 @@ class _Draws:
     num_seeds: int
     seed: int
 
-    def interval(self, scores: Sequence[np.ndarray], num_rows: int, least: float) -> list[float] | None:
-        """Scores (1 + R,) of each seed, the score itself first -> [mean, low, high]; None where undefined. least: see
+    def interval(
+        self, scores: Sequence[np.ndarray], num_rows: int, bounds: tuple[float, float]
+    ) -> list[float] | None:
+        """Scores (1 + R,) of each seed, the score itself first -> [mean, low, high]; None where undefined. bounds: see
         `percentiles`."""
         mean = np.mean([s[0] for s in scores])
         drawn = np.concatenate([[mean], *(s[1:] for s in scores)])
-        found = percentiles(drawn, self.confidence, num_rows, least)
+        found = percentiles(drawn, self.confidence, num_rows, bounds)
         return [found["value"], found["low"], found["high"]] if found else None
 
 
@@ -263,7 +265,8 @@ def _curves(models: Sequence[Answers], hidden: str, rates: Sequence[float], draw
     rows = models[0].able(hidden)
     if len(rows) == 0:
         return {}
-    metrics = models[0].table.kinds[models[0].task].reported
+    kind = models[0].table.kinds[models[0].task]
+    metrics = kind.reported
     asked = [models[s % len(models)] for s in range(draw.num_seeds)]
     orders = [answers.hiding_order(hidden, rows, [draw.seed, s]) for s, answers in enumerate(asked)]
     names = ["curves"] + (["reference", "difference"] if models[0].compared() else [])
@@ -272,9 +275,9 @@ def _curves(models: Sequence[Answers], hidden: str, rates: Sequence[float], draw
         num_hidden = round(rate * len(rows))
         scores = [a.scores(rows, order, num_hidden, draw) for a, order in zip(asked, orders, strict=True)]
         for name in names:
-            least = -1.0 if name == "difference" else 0.0
             for metric in metrics:
-                found[name][metric].append(draw.interval([s[name][metric] for s in scores], len(rows), least))
+                bounds = difference_bounds(kind, metric) if name == "difference" else kind.bounds.get(metric, SHARE)
+                found[name][metric].append(draw.interval([s[name][metric] for s in scores], len(rows), bounds))
         if "difference" in names:
             p = paired_p(np.mean([s["gain"]["rows"] for s in scores], axis=0))
             found["difference"].setdefault("p_holm", []).append(p)

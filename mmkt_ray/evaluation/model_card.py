@@ -108,6 +108,7 @@ class _Card(BaseModel):
     config: dict[str, Any]
     checksums: dict[str, str]
     temperatures: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    margins: dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
 
 
 def check_card(uri: str, card: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     <model>/model.safetensors   the model's state
     <model>/config.json         its card, published last: a folder without it is no model; evaluation adds `temperatures`
+                                and `margins`
 
 Nothing in it is a pickle. The card has a checksum of itself and of the weights: whoever changes it writes it with `write_card`.
 """
@@ -56,11 +57,11 @@ def copy_model(source: str, target: str) -> None:
             storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
-def save_temperatures(uri: str, temperatures: Mapping[str, float]) -> None:
-    """Put into the card what each task's logits are to be divided by from now on; none: nothing."""
-    card = read_card(uri)
-    if card is not None and card.get("temperatures", {}) != temperatures:
-        write_card(uri, card | {"temperatures": dict(temperatures)})
+def save_calibration(uri: str, model: Predictor) -> None:
+    """Put the model's temperatures and margins into its card, for prediction to use from now on."""
+    card, own = read_card(uri), {"temperatures": dict(model.temperatures), "margins": dict(model.margins)}
+    if card is not None and any(card.get(key, {}) != value for key, value in own.items()):
+        write_card(uri, card | own)
 
 
 def write_card(uri: str, card: Mapping[str, Any]) -> None:
@@ -107,6 +108,7 @@ def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
     model.temperatures = dict(card.get("temperatures", {}))
+    model.margins = dict(card.get("margins", {}))
     return model.eval(), card
 
 

@@ -21,6 +21,7 @@ from mmkt_ray.config.training import ExtractConfig
 from mmkt_ray.encoders.build import found_in
 from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.evaluation.conformal import margins_of
 from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.output import Output, classes_metadata, write_output
@@ -61,10 +62,10 @@ def predict(
 
     inputs: shards read as the model's `like`-th source is, or as `reader` and `columns` say; none: the sources of training.
     Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
-    <task>_proba (class probabilities in the order of the model's class names); null where no modality that the model reads
-    for the task is there; where some row of the input has a label, <task>_label too. A modality that new shards have no column
-    for is absent in all of their rows, unless `columns` names it; one that is absent in more than half of the rows is a
-    warning. New shards need neither split nor labels nor ids.
+    <task>_proba (class probabilities in the order of the model's class names), of numbers <task>_low and _high;
+    null where no modality that the model reads for the task is there. Where some row of the input has a label, <task>_label too.
+    A modality that new shards have no column for is absent in all of their rows, unless `columns` names it; one that is absent in
+    more than half of the rows is a warning. New shards need neither split nor labels nor ids.
     overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
     module:Class, and read the files that it names elsewhere. output: another form of the predictions, written beside the file
     and returned in its place.
@@ -337,7 +338,8 @@ def write_predictions(path: str, model: Predictor, store: Store, class_names: Ma
             }
             for task, names in sorted(class_names.items()):
                 columns |= {f"{task}_label": labels[task]} if task in tasks else {}
-                columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task])
+                margin = margins_of(table, modalities, model.margins[task]) if task in model.margins else None
+                columns |= prediction_columns(task, proba[task], names, model.spec.kinds[task], margin)
             yield pa.table(columns)
 
     write_parts(path, parts(), classes_metadata(class_names))

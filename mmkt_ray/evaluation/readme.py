@@ -17,6 +17,7 @@ from mmkt_ray import __version__, storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.model_folder import read_card, write_card
 from mmkt_ray.evaluation.tables import metric_name, told_metric
+from mmkt_ray.kinds.tasks import task_kind
 
 README = "README.md"
 FEW_ROWS = 10  # test rows of a class below which its scores say little
@@ -59,7 +60,7 @@ def _header(folder: str, card: Mapping[str, Any], metrics: Mapping[str, Any]) ->
             for metric, interval in scores["intervals"].items()
             if interval is not None
         ]
-        kind = _kind(scores["kind"]) + ("-classification" if scores.get("class_names") else "")
+        kind = _kind(scores["kind"]) + ("-classification" if task_kind(scores["kind"]).classes else "")
         dataset = {"name": name, "type": name, "split": metrics["split"]}
         results.append({"task": {"type": kind, "name": task}, "dataset": dataset, "metrics": found})
     return {
@@ -123,7 +124,9 @@ def _results(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def _limits(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "## Limits\n"
-    yield "- It knows rows like those of its data set; on others it was not measured. Its answer is one of its classes, always."
+    classes = all(task_kind(scores["kind"]).classes for scores in metrics["tasks"].values())
+    told = " Its answer is one of its classes, always." if classes else ""
+    yield f"- It knows rows like those of its data set; on others it was not measured.{told}"
     for task, scores in metrics["tasks"].items():
         if scores.get("num_unseen"):
             yield f"- {_text(task)}: {scores['num_unseen']:,} test rows are of classes that it never saw, and count as wrong."

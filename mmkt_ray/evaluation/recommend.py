@@ -21,11 +21,12 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation import sentences
+from mmkt_ray.kinds.tasks import task_kind
 
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated
 
-Rows = tuple[np.ndarray, np.ndarray]  # sample ids (N,), distinct, and whether their prediction is right (N,)
+Rows = tuple[np.ndarray, np.ndarray]  # sample ids (N,), distinct, and how right their prediction is (N,), see `Outcomes.right`
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Candidate:
     name: str
     modalities: tuple[str, ...]
     num_params: int
-    scores: Mapping[str, float]  # share of the held-out rows that it has right
+    scores: Mapping[str, float]  # share of the held-out rows that it has right; of numbers R2
     num_rows: Mapping[str, int]  # N, those that it can't read among them
     rows: Mapping[str, Rows | None]
     on: str = "val"  # val | cv | test
@@ -96,7 +97,7 @@ def _paired_error(ours: Rows | None, theirs: Rows | None, num_rows: int) -> floa
 
 def _binomial_error(score: float, num_rows: int) -> float:
     """With one right and one wrong row more, so that it is not 0 where all are right."""
-    share = (score * num_rows + 1) / (num_rows + 2)
+    share = (max(score, 0.0) * num_rows + 1) / (num_rows + 2)
     return float(np.sqrt(share * (1 - share) / max(num_rows, 1)))
 
 
@@ -194,7 +195,9 @@ def recommend(run_uri: str, scored_on: dict[str, list[Evaluated]], tasks: dict[s
         [_candidate(by_name[n], {t: scores[t][n] for t in mine}, {t: rows[t][n] for t in mine}, on) for n in names]
     )
     chosen, best = considered[0], max(considered, key=lambda c: c["score"])
-    why = sentences.recommendation(chosen, best, len(mine), sum(c["within"] for c in considered))
+    words = {task_kind(tasks[t]["kind"]).right for t in mine}
+    right = words.pop() if len(words) == 1 else "{score} of {rows} right (of numbers: R2)"
+    why = sentences.recommendation(chosen, best, len(mine), sum(c["within"] for c in considered), right)
     for t in mine:
         helped = next((a for a in tasks[t]["answers"] if a["kind"] == "adds" and a["rest"] == chosen["model"]), None)
         why += [sentences.too_few_to_tell(t, helped["fused"])] if helped else []

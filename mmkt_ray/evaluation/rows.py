@@ -129,20 +129,27 @@ def has_prediction(proba: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(proba).all(axis=1))
 
 
-def prediction_columns(task: str, outputs: np.ndarray, names: Sequence[str], kind: TaskKind) -> dict[str, pa.Array]:
-    """Columns <task>_pred, as labels of the kind, and <task>_proba, fixed-size list of K float32; null where NaN."""
+def prediction_columns(
+    task: str, outputs: np.ndarray, names: Sequence[str], kind: TaskKind, margin: np.ndarray | None = None
+) -> dict[str, pa.Array]:
+    """Columns <task>_pred, as labels of the kind, and those of `TaskKind.further_columns`: of classes <task>_proba, fixed-size
+    list of K float32, of numbers <task>_low and _high where margins (N,) are known; null where NaN."""
     values = outputs.astype(np.float32)
     known = has_prediction(values)
     told = kind.decode(kind.predict(values), names)
-    flat = pa.array(values.ravel())
+    further = kind.further_columns(values, margin)
     return {
         f"{task}_pred": pa.array([v if k else None for v, k in zip(told, known, strict=True)], kind.arrow_type),
-        f"{task}_proba": pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(~known)),
+        **{f"{task}_{end}": column for end, column in further.items()},
     }
 
 
 def prediction_parts(
-    rows: Rows, modalities: Sequence[str], proba: Mapping[str, np.ndarray], model: str | None = None
+    rows: Rows,
+    modalities: Sequence[str],
+    proba: Mapping[str, np.ndarray],
+    model: str | None = None,
+    margins: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[pa.Table]:
     """What `predictions-<split>.parquet` holds, part by part of the store.
 
@@ -161,7 +168,8 @@ def prediction_parts(
             names, kind = table.class_names[task], table.kinds[task]
             values = proba[task][here] if task in proba else np.full((len(part), kind.width(names)), np.nan)
             columns[f"{task}_label"] = part.column(task).cast(kind.arrow_type)
-            columns |= prediction_columns(task, values, names, kind)
+            margin = (margins or {}).get(task)
+            columns |= prediction_columns(task, values, names, kind, None if margin is None else margin[here])
         yield pa.table(columns | ({"model": pa.array([model] * len(part), pa.string())} if model else {}))
 
 
@@ -226,6 +234,13 @@ class Outcomes:
         cells = pa.chunked_array([pa.array(self.values, self.kind.arrow_type)])
         labels, predictions = self.kind.encode(cells, names), self.kind.encode_predictions(cells, names)
         return labels[self.label[rows]], predictions[self.pred[rows]]
+
+    def right(self) -> np.ndarray:
+        """(N,) 1 for a right row and 0 for a wrong one; of numbers the row's score."""
+        if self.kind.classes:
+            return (self.label == self.pred).astype(float)
+        pairs = zip(self.label.tolist(), self.pred.tolist(), strict=True)
+        return np.array([self.kind.score_pair(self.values[y], self.values[p]) for y, p in pairs], float)
 
     def same_labels(self, other: Outcomes) -> tuple[np.ndarray, np.ndarray]:
         """Rows of both files that are of one sample and have the same label."""

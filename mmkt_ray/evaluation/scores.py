@@ -118,8 +118,9 @@ def _sets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _survey(store: Store) -> tuple[list[tuple[str, ...]], dict[str, float]]:
-    """Tasks that are labelled on the same train rows, group by group, and each modality's root mean square length."""
-    modalities, tasks = sorted(store.manifest["modalities"]), sorted(store.manifest["tasks"])
+    """Tasks of classes that are labelled on the same train rows, group by group, and each modality's root mean square length."""
+    modalities = sorted(store.manifest["modalities"])
+    tasks = [t for t in sorted(store.manifest["tasks"]) if store.kind(t).classes]
     masks: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
     squares, rows = dict.fromkeys(modalities, 0.0), dict.fromkeys(modalities, 0)
     for table in store.tables(modalities, tasks):
@@ -214,6 +215,8 @@ def _leep_cells(run_uri: str, results: Mapping[str, Any]) -> list[dict[str, Any]
         predictions = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
         for target in tasks:
             for source in (t for t in tasks if t != target):
+                if not task_kind(results["tasks"][source]["kind"]).classes:
+                    continue
                 rows = storage.read_table(predictions, [f"{source}_proba", f"{target}_label"]).to_pandas().dropna()
                 proba = np.stack(rows[f"{source}_proba"]) if len(rows) else np.zeros((0, 1))
                 single = len(rows) and isinstance(rows[f"{target}_label"].iloc[0], str)

@@ -69,10 +69,10 @@ def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: 
 def score_task(rows: pa.Table, task: str, kind: TaskKind, names: list[str], config: Config) -> dict[str, Any]:
     """One task's scores over rows of predictions.parquet; see `score_files`."""
     labels = kind.encode(rows[f"{task}_label"], names)
-    has_label, answered = labels.labelled, rows[f"{task}_proba"].is_valid().to_numpy()
+    has_label, answered = labels.labelled, rows[f"{task}_pred"].is_valid().to_numpy()
     known = has_label & answered
     kept = rows.filter(pa.array(known))
-    proba = np.stack(kept[f"{task}_proba"].to_numpy()) if len(kept) else np.empty((0, kind.width(names)), np.float32)
+    proba = kind.read_outputs(kept, task) if len(kept) else np.empty((0, kind.width(names)), np.float32)
     patterns = np.array([pattern_of(missing, config.model_modalities) for missing in kept["missing"].to_pylist()])
     labels = labels[known]
     by_pattern = {}
@@ -125,7 +125,8 @@ def scores_text(result: dict[str, Any]) -> str:
         if len(classes) > MAX_CLASSES:
             lines.append(f"  and {len(classes) - MAX_CLASSES} more classes in metrics.json")
         for name, scores in found["patterns"].items():
-            told = ", ".join(f"{metric_name(m)} {told_plain(m, scores['intervals'].get(m))}" for m in ("accuracy", "macro_f1"))
+            metrics = task_kind(found["kind"]).reported[:2]
+            told = ", ".join(f"{metric_name(m)} {told_plain(m, scores['intervals'].get(m))}" for m in metrics)
             lines.append(f"  rows with {name}: {scores['num_rows']}, {told}")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmkt_ray.evaluation.intervals import Interval, draw_counts, percentiles
+from mmkt_ray.evaluation.intervals import ANY, DIFFERENCE, Interval, draw_counts, percentiles
 from mmkt_ray.kinds.labels import Labels
 
 
@@ -61,10 +61,10 @@ def metric_seed_scores(
 
 
 def mean_interval(scores: np.ndarray, num_resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean of scores (S, N), or of differences of scores seed by seed, between percentiles; all lie in -1..1, N > 0."""
+    """Mean of scores (S, N), or of differences of scores seed by seed, between percentiles; N > 0."""
     num_rows = scores.shape[1]
     drawn = _resample([lambda counts: scores[None] @ counts.T / num_rows], num_rows, num_resamples, seed)
-    found = percentiles(drawn[0, 0], confidence, num_rows, least=-1.0)
+    found = percentiles(drawn[0, 0], confidence, num_rows, DIFFERENCE if np.abs(scores).max() <= 1 else ANY)
     assert found is not None
     return found
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmkt_ray.evaluation.tables import points
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tasks import task_kind
 
 TONES = {"adds": "good", "hurts": "bad"}
 
@@ -37,9 +39,9 @@ def headline(task: str, answer: Mapping[str, Any] | None, found: Mapping[str, An
 
     answer: of `answers.settle`; None: no fused model stands beside one of a single modality. found: the task's results.
     """
-    rows = {r["model"]: r for r in found["rows"]}
+    rows, kind = {r["model"]: r for r in found["rows"]}, task_kind(found["kind"])
     if answer is None:
-        title, text = _not_compared(rows.get(found["best_fused"]), rows.get(found["best_single"]), rows)
+        title, text = _not_compared(rows.get(found["best_fused"]), rows.get(found["best_single"]), rows, kind)
         return {"task": task, "tone": "plain", "title": title, "text": text}
     ours, alone, size = answer["fused"], answer["rest"], f"{100 * abs(answer['value']):.1f} points"
     title = {
@@ -51,7 +53,7 @@ def headline(task: str, answer: Mapping[str, Any] | None, found: Mapping[str, An
     }[answer["kind"]]
     row, percent = rows[ours], f"{100 * confidence:g} %"
     extra = row["num_rows"] - answer["num_rows"]
-    text = f"{_score(row)} Beside {alone} on the {answer['num_rows']:,} that both can read: {_models(answer)}. "
+    text = f"{_score(row, kind)} Beside {alone} on the {answer['num_rows']:,} that both can read: {_models(answer)}. "
     text += f"Paired difference {points(answer['value'])} points, {percent} interval {points(answer['low'])} to "
     text += f"{points(answer['high'])}{_no_other(answer) if answer['kind'] == 'suffices' else ''}."
     text += f" It also answers for {extra:,} samples that {alone} cannot read." if extra > 0 else ""
@@ -59,23 +61,25 @@ def headline(task: str, answer: Mapping[str, Any] | None, found: Mapping[str, An
 
 
 def _not_compared(
-    fused: Mapping[str, Any] | None, single: Mapping[str, Any] | None, rows: Mapping[str, Any]
+    fused: Mapping[str, Any] | None, single: Mapping[str, Any] | None, rows: Mapping[str, Any], kind: TaskKind
 ) -> tuple[str, str]:
     if fused is not None:
         why = "No model of a single modality was trained and scored on the same samples, so there is no fair difference."
-        return f"Whether fusing helps is not known: {fused['model']} stands alone", f"{_score(fused)} {why}"
+        return f"Whether fusing helps is not known: {fused['model']} stands alone", f"{_score(fused, kind)} {why}"
     if single is not None:
-        text = f"{_score(single)} No fused model was trained for this task."
+        text = f"{_score(single, kind)} No fused model was trained for this task."
         return f"{single['model']} is the best single modality that was trained", text
     return "No trained model to speak of", f"Scored: {', '.join(rows)}."
 
 
-def recommendation(chosen: Mapping[str, Any], best: Mapping[str, Any], num_tasks: int, num_simple: int) -> list[str]:
+def recommendation(
+    chosen: Mapping[str, Any], best: Mapping[str, Any], num_tasks: int, num_simple: int, right: str = TaskKind.right
+) -> list[str]:
     """Why a model is the one to ship. chosen, best: entries of `considered` (see `recommend`); num_simple: models within one
-    standard error of the best."""
+    standard error of the best; right: see `TaskKind`."""
     mean = f" (mean of {num_tasks} tasks)" if num_tasks > 1 else ""
     where = {"val": "the val rows", "cv": "held-out rows (cross-validation)", "test": "the test rows"}
-    score = f"{chosen['model']} gets {100 * chosen['score']:.1f} % of {where.get(chosen['on'], 'held-out rows')} right{mean}"
+    score = f"{chosen['model']} gets {_right(right, chosen['score'], where.get(chosen['on'], 'held-out rows'))}{mean}"
     if chosen["model"] == best["model"]:
         why = [f"{score}, the most of all models."]
     else:
@@ -111,17 +115,19 @@ def _size(answer: Mapping[str, Any]) -> str:
 
 def _models(answer: Mapping[str, Any]) -> str:
     scores = {k: f"{100 * v:.1f} %" for k, v in answer["scores"].items()}
-    metric = "mean F1 of a sample's classes: " if answer["metric"] == "f1_samples" else ""
+    metric = {"f1_samples": "mean F1 of a sample's classes: ", "r2": "R2: "}.get(answer["metric"], "")
     rows = f"{answer['num_rows']:,} sample{'' if answer['num_rows'] == 1 else 's'}"
     return f"{metric}{answer['fused']} {scores['fused']}, {answer['rest']} {scores['rest']}; {rows}"
 
 
-def _score(row: Mapping[str, Any]) -> str:
-    a = row["accuracy"]
-    return (
-        f"{row['model']} gets {100 * a['value']:.1f} % of {row['num_rows']:,} test samples right "
-        f"({100 * a['low']:.1f} to {100 * a['high']:.1f})."
-    )
+def _score(row: Mapping[str, Any], kind: TaskKind) -> str:
+    a = row[kind.main]
+    got = _right(kind.right, a["value"], f"{row['num_rows']:,} test samples")
+    return f"{row['model']} gets {got} ({100 * a['low']:.1f} to {100 * a['high']:.1f})."
+
+
+def _right(words: str, score: float, rows: str) -> str:
+    return words.format(score=f"{100 * score:.1f} %", rows=rows)
 
 
 def _and(names: Sequence[str]) -> str:

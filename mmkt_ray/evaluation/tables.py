@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.intervals import Interval
+from mmkt_ray.kinds.number_metrics import IN_UNITS
 from mmkt_ray.kinds.tasks import task_kind
 
 _WIDTH = 100
@@ -19,17 +20,18 @@ def points(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def told(interval: Interval | None, form: str = ".1f") -> str:
-    """An interval in percentage points, each number in this format."""
+def told(interval: Interval | None, form: str = ".1f", metric: str = "") -> str:
+    """An interval in percentage points, each number in this format; of an error in the labels' units with four digits."""
     if interval is None:
         return "undefined"
-    value, low, high = (format(100 * interval[end], form) for end in ("value", "low", "high"))
+    factor, form = (1, form.replace(".1f", ".4g")) if metric in IN_UNITS else (100, form)
+    value, low, high = (format(factor * interval[end], form) for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
 def metric_name(metric: str) -> str:
     """`macro_f1` -> `macro-F1`, `balanced_accuracy` -> `balanced accuracy`."""
-    words = {"f1": "F1", "auroc": "AUROC"}
+    words = {"f1": "F1", "auroc": "AUROC", "r2": "R2", "rmse": "RMSE", "mae": "MAE"}
     first, *rest = (words.get(part, part) for part in metric.split("_"))
     if first in ("macro", "micro", "weighted", "samples") and len(rest) == 1:
         return f"{first}-{rest[0]}"
@@ -44,7 +46,7 @@ def told_score(metric: str, score: float) -> str:
 def told_metric(metric: str, interval: Interval | None) -> str:
     """An interval of such scores, or of their differences."""
     if interval is None or metric != "log_loss":
-        return told(interval)
+        return told(interval, metric=metric)
     value, low, high = (f"{-interval[end] + 0.0:.3f}" for end in ("value", "high", "low"))
     return f"{value} [{low}, {high}]"
 
@@ -55,7 +57,7 @@ def comparison_table(results: dict[str, Any]) -> str:
     lines = []
     for task, found in results["tasks"].items():
         single = found["best_single"]
-        lines += [f"{task}: {found['num_classes']} classes; best single modality: {single or 'none'}"[:_WIDTH]]
+        lines += [f"{task}: {told_kind(found)}; best single modality: {single or 'none'}"[:_WIDTH]]
         percent = f"{100 * results['confidence']:g} %"
         metrics = task_kind(found["kind"]).reported[:2]
         names = [metric_name(metric) for metric in metrics]
@@ -63,7 +65,7 @@ def comparison_table(results: dict[str, Any]) -> str:
         titles = {}  # line of the table -> what stands above it
         for rows in same_samples(found["rows"], metrics[0]):
             titles[len(cells)] = f" on {rows[0]['num_rows']:,} samples:"
-            cells += [[r["model"], *(told(r[m]) for m in metrics), _difference(r, metrics[0])] for r in rows]
+            cells += [[r["model"], *(told(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
         for number, row in enumerate(cells):
@@ -72,6 +74,11 @@ def comparison_table(results: dict[str, Any]) -> str:
             lines.append(("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip())
         lines += [found["headline"]["title"], ""]
     return "\n".join([*lines, *results["notes"]]).rstrip()
+
+
+def told_kind(found: dict[str, Any]) -> str:
+    """What a task's labels are: `9 classes`, `numbers`."""
+    return f"{found['num_classes']} classes" if task_kind(found["kind"]).classes else "numbers"
 
 
 def same_samples(rows: Sequence[dict[str, Any]], main: str) -> list[list[dict[str, Any]]]:
@@ -112,15 +119,27 @@ def _difference(row: dict[str, Any], main: str) -> str:
     return f"{told(row['versus'][main], '+.1f')} {row['verdict']}"
 
 
+def main_of(scores: Mapping[str, Any]) -> str:
+    """The main metric of a task, the first one of its scores."""
+    return next(name for name in scores if name not in ("num_rows", "models", "p_holm"))
+
+
+def main_names(result: Mapping[str, Any]) -> str:
+    """`accuracy`, or the main metrics of all tasks of `missing_curves`."""
+    every = (scores for by_task in result["curves"].values() for scores in by_task.values())
+    return " and ".join(dict.fromkeys(metric_name(main_of(scores)) for scores in every)) or "scores"
+
+
 def missing_table(result: dict[str, Any]) -> str:
-    """The accuracies as text: a line for the model and one for the reference, a column for each rate."""
-    lines = [f"{result['model']}: accuracy in % by the share of rows that lack a modality"]
+    """The main scores as text: a line for the model and one for the reference, a column for each rate."""
+    lines = [f"{result['model']}: {main_names(result)} in % by the share of rows that lack a modality"]
     head = "".join(f"{100 * r:6.0f}" for r in result["rates"])
     for hidden, by_task in result["curves"].items():
         for task in by_task:
             lines.append(f"  {task}, without {hidden}".ljust(34)[:34] + head)
             for name, title in (("curves", "model"), ("reference", "best single of what is there")):
                 if task in result[name].get(hidden, {}):
-                    values = [v[0] for v in result[name][hidden][task]["accuracy"]]
-                    lines.append(f"    {title}".ljust(34) + "".join(f"{100 * v:6.1f}" for v in values))
+                    values = result[name][hidden][task][main_of(result[name][hidden][task])]
+                    cells = ["     –" if v is None else f"{100 * v[0]:6.1f}" for v in values]
+                    lines.append(f"    {title}".ljust(34) + "".join(cells))
     return "\n".join([*lines, *(a["text"] for a in result["answers"])])

@@ -90,6 +90,10 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     if "://" in str(out):
         raise ConfigError(f"--out {out}: the graph is written to a local folder; copy it from there")
     model, card = load_model(model_uri)
+    if numbers := [t for t, kind in model.spec.kinds.items() if not kind.classes]:
+        raise ConfigError(
+            f"'{model_uri}' predicts a number, '{numbers[0]}'; graphs are written of models of classes alone: use mmkt predict"
+        )
     config = restrict(parse_config(card["config"]), {})
     config = config.model_copy(update={"modalities": {m: config.modalities[m] for m in model.spec.modalities}})
     folders = usable_encoders(model_uri, model, card, config, {}, trust_code)

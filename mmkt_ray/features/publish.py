@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,6 +148,8 @@ def publish(
     classes = {t: kind.class_names(counts["by_task"][t].get("train", {})) for t, kind in kinds.items()}
     for t, kind in kinds.items():
         kind.check_classes(t, classes[t])
+        kinds[t] = kind.fitted(t, train_labels(uri, parts, t))
+    learnt = {t: kinds[t].as_json() for t in kinds if kinds[t] != config.tasks[t].kind}  # of the labels
     names = {shard.unit: shard.name for shard in shards}
     own = collect_rejects(uri, parts, names)
     if source is not None:
@@ -180,6 +182,7 @@ def publish(
     }
     manifest["fingerprint"] = fingerprint(
         [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
+        + ([learnt] if learnt else [])
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
@@ -313,6 +316,13 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping
         "by_task": {t: {s: dict(sorted(c.items())) for s, c in sorted(v.items())} for t, v in by_task.items()},
         "missing": {m: dict(sorted(c.items())) for m, c in missing.items()},
     }
+
+
+def train_labels(uri: str, parts: list[str], task: str) -> Iterator[pa.ChunkedArray]:
+    """The labels of the train rows, part by part."""
+    for name in parts:
+        table = _read(uri, name, ["split", task])
+        yield table.column(task).filter(pc.equal(table.column("split"), "train"))
 
 
 def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ Predictions have the form of label values.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -48,6 +48,10 @@ class TaskKind(ABC):
     val_metric: ClassVar[str]  # the one of `reported` whose mean over tasks epochs are told by
     called: ClassVar[Mapping[str, str]] = {}  # metric -> what a report calls it, where that is not its name
     notes: ClassVar[str] = ""  # what readers of a report should know of the metrics; {tasks} stands for the tasks' names
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}  # metric -> lowest and highest value, where these aren't 0 and 1
+    in_units: ClassVar[tuple[str, ...]] = ()  # metrics in the labels' own units, lower is better; others are told in percent
+    right: ClassVar[str] = "{score} of {rows} right"  # what a model gets, in a sentence
+    classes: ClassVar[bool] = True  # labels are classes and outputs their probabilities, which can be calibrated and judged
     cannot: ClassVar[Mapping[str, str]] = {}  # setting of `training` that has no meaning here -> why, as part of a sentence
 
     def as_json(self) -> Any:
@@ -111,6 +115,10 @@ class TaskKind(ABC):
     @abstractmethod
     def class_names(self, counts: Mapping[str, int]) -> list[str]:
         """The classes, in order, of class -> rows of the train split."""
+
+    def fitted(self, task: str, columns: Iterable[pa.ChunkedArray]) -> TaskKind:
+        """The kind with what it has to know of the train labels (columns of `arrow_type`). Raises: DataError."""
+        return self
 
     def check_classes(self, task: str, class_names: Sequence[str]) -> None:  # noqa: B027  (most kinds have nothing to check)
         """Raises: DataError if the kind can't have these classes."""
@@ -266,36 +274,58 @@ class TaskKind(ABC):
     def tally_scores(self, tally: np.ndarray) -> dict[str, float]:
         """`loss` and the defined ones of `reported`, of a sum of tallies; empty where no row is labelled."""
 
-    # --- probabilities -------------------------------------------------------------------------------------------------
+    def further_columns(self, outputs: np.ndarray, margin: np.ndarray | None) -> dict[str, pa.Array]:
+        """Columns of a file of predictions beside <task>_pred, by how they end: outputs (N, K), null where NaN. margin: (N,)
+        see evaluation/conformal.py."""
+        import pyarrow as pa
 
-    @abstractmethod
+        known = np.isfinite(outputs).all(axis=1)
+        flat = pa.array(outputs.ravel())
+        return {"proba": pa.FixedSizeListArray.from_arrays(flat, outputs.shape[1], mask=pa.array(~known))}
+
+    def read_outputs(self, rows: pa.Table, task: str) -> np.ndarray:
+        """Outputs (N, K) of such a file; all rows have a prediction."""
+        flat = rows.column(f"{task}_proba").combine_chunks()
+        return np.asarray(flat.flatten().to_numpy().reshape(len(flat), flat.type.list_size))
+
+    def error_sizes(self, labels: Labels, outputs: np.ndarray) -> np.ndarray | None:
+        """(N,) how far outputs are from known labels, on the scale on which `further_columns` takes margins; null for a kind
+        whose predictions have no interval."""
+        return None
+
+    # --- probabilities: of kinds whose labels are `classes`, no others are asked ---------------------------------------
+
+    def _has_no_classes(self) -> NotImplementedError:
+        return NotImplementedError(f"{self.name} labels are no classes")
+
     def indicators(self, labels: Labels, width: int) -> np.ndarray:
         """(N, K) 0/1: the classes of each row, all zero where unknown."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def label_probability(self, labels: Labels, outputs: np.ndarray) -> np.ndarray:
         """(N, ..) float64, what was given to each known label; of every forecast of a row where it has several."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def forecasts(self, labels: Labels, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Confidence and whether it came true, of all forecasts for known labels."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Outputs (N, K) in float64, for fitting a temperature."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def cross_entropy(self, logits: np.ndarray, target: np.ndarray) -> float:
         """Mean loss of logits (N, K) against shares (N, K)."""
+        raise self._has_no_classes()
 
     @abstractmethod
     def each_loss(self, logits: np.ndarray, labels: Labels) -> np.ndarray:
         """(N,) loss of each row; all are known."""
 
-    @abstractmethod
     def two_best(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The two answers that a model wavers between: their outputs (N, 2), larger first (N, 1 of a single class), class of
         the second (N,), and whether there is one (N,) bool."""
+        raise self._has_no_classes()
 
     # --- baselines -----------------------------------------------------------------------------------------------------
 
@@ -329,32 +359,32 @@ class TaskKind(ABC):
     def draw_weights(self, labels: Labels) -> np.ndarray:
         """(N,) how often each row is drawn for all classes to come up equally often; 0 where not known."""
 
-    # --- label issues --------------------------------------------------------------------------------------------------
+    # --- label issues, of `classes` too --------------------------------------------------------------------------------
 
-    @abstractmethod
     def judged_rows(self, labels: Labels, num_folds: int) -> np.ndarray:
         """Rows whose labels can be judged by models of the other folds."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def fold_strata(self, labels: Labels, num_folds: int) -> tuple[np.ndarray, bool]:
         """(N,) what folds may be stratified by, and whether every stratum has enough rows."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def evidence(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs strictly within 0..1 on a scale on which independent evidence adds up."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def from_evidence(self, evidence: np.ndarray) -> np.ndarray:
         """The inverse."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def label_issues(self, labels: Labels, outputs: np.ndarray) -> np.ndarray:
         """(N,) bool: labels that confident learning holds for wrong. All are known, of two classes at least."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def label_quality(self, labels: Labels, outputs: np.ndarray) -> np.ndarray:
         """(N,) 0..1: how well out-of-sample outputs agree with the labels. All are known."""
+        raise self._has_no_classes()
 
-    @abstractmethod
     def distributions(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs (.., K) as distributions (.., one for each decision, its answers)."""
+        raise self._has_no_classes()

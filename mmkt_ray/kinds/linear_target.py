@@ -1,4 +1,4 @@
-"""A task's labels as the solver of logistic regression wants them.
+"""A task's labels as the solver of linear models wants them.
 
 Axes: N rows, D features, C classes of the task, K classes that the solver sees.
 """
@@ -6,14 +6,16 @@ Axes: N rows, D features, C classes of the task, K classes that the solver sees.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class LinearTarget:
-    """A task's labels as the solver wants them."""
+    """A task's labels of classes: logistic regression."""
 
+    squared: ClassVar[bool] = False  # the loss
     labels: np.ndarray  # (N,) codes if `one_of`, else (N, K) of 0 and 1
     classes: np.ndarray  # the task's classes that K stands for; two classes are one column
     class_weights: np.ndarray  # (K,)
@@ -69,3 +71,28 @@ class LinearTarget:
         biases = np.full(num_classes, unknown, np.float32)
         biases[self.classes] = bias
         return whole, biases
+
+
+@dataclass(frozen=True)
+class NumberTarget:
+    """A task's numbers (N, 1): ridge regression. The rest as in LinearTarget."""
+
+    squared: ClassVar[bool] = True
+    one_of: ClassVar[bool] = False
+    weight: ClassVar[float] = 1.0
+    labels: np.ndarray  # (N, 1) float32, of unit spread about
+
+    @property
+    def class_weights(self) -> np.ndarray:
+        """(1,)."""
+        return np.ones(1)
+
+    def score(self, logits: np.ndarray) -> tuple[float, float]:
+        """Mean of half the squared errors, and R2."""
+        error = logits.astype(np.float64) - self.labels
+        squared = float((error**2).mean())
+        return squared / 2, 1 - squared / max(float(self.labels.var()), 1e-30)
+
+    def expanded(self, weights: np.ndarray, bias: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """As they are."""
+        return weights, bias

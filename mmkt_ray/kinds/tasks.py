@@ -9,11 +9,15 @@ from mmkt_ray.errors import ConfigError, unknown_name
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.kinds.multilabel import Multilabel
+from mmkt_ray.kinds.ordinal import Ordinal
+from mmkt_ray.kinds.regression import Regression
 
 TASK_KINDS: dict[str, type[TaskKind]] = {
     "multiclass": Multiclass,
     "binary": Binary,
     "multilabel": Multilabel,
+    "ordinal": Ordinal,
+    "regression": Regression,
 }
 
 

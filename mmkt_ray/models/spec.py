@@ -59,9 +59,14 @@ class ModelSpec:
 
 
 def build_spec(
-    config: Config, dims: Mapping[str, int], sparse: Mapping[str, bool], num_classes: Mapping[str, int]
+    config: Config,
+    dims: Mapping[str, int],
+    sparse: Mapping[str, bool],
+    num_classes: Mapping[str, int],
+    kinds: Mapping[str, TaskKind] | None = None,
 ) -> ModelSpec:
-    """The model that `config` describes over features of these widths (by modality) and these tasks' class counts.
+    """The model that `config` describes over features of these widths (by modality) and these tasks' class counts. kinds: of the
+    tasks, with what they know of the train labels.
 
     Raises: ConfigError if `missing: generate` would have to predict sparse features.
     """
@@ -73,7 +78,7 @@ def build_spec(
     spec = ModelSpec(
         modalities=inputs,
         tasks={t: num_classes[t] for t in config.model_tasks},
-        kinds={t: config.tasks[t].kind for t in config.model_tasks},
+        kinds={t: (kinds or {}).get(t, config.tasks[t].kind) for t in config.model_tasks},
         inputs={t: config.task_inputs(t) for t in config.model_tasks},
         fusion=model.fusion.model_dump(mode="json"),
         schemes=model.schemes,

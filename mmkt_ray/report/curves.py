@@ -15,7 +15,7 @@ from mmkt_ray.report.plots import LIGHT, Theme, draw, name_rows, shorten
 _GAIN, _LOSS, _START = "#0072B2", "#D55E00", "#8B949E"
 
 
-def contributions(share: Mapping[str, Any], theme: Theme) -> bytes:
+def contributions(share: Mapping[str, Any], metric: str, theme: Theme) -> bytes:
     """A staircase: from what the class frequencies give, each modality's Shapley value on top, to what all give together.
 
     share: {full, empty, values {modality: interval}} of one metric. Modalities that cost something step back.
@@ -41,7 +41,7 @@ def contributions(share: Mapping[str, Any], theme: Theme) -> bytes:
             axes.text(100 * total + 1.5, y, f"{100 * total:.1f}", va="center", fontsize=9)
         axes.set_xlim(0, 112)
         axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("accuracy, % (line: interval of the share)")
+        axes.set_xlabel(f"{metric}, % (line: interval of the share)")
         name_rows(axes, names)
 
     return draw(1.1 + 0.36 * len(names), theme, paint)
@@ -51,10 +51,11 @@ def missing_curves(
     rates: Sequence[float],
     curves: Mapping[str, Sequence[Sequence[float] | None]],
     reference: Sequence[Sequence[float] | None] | None,
+    metric: str,
     colors: Mapping[str, str],
     theme: Theme,
 ) -> bytes:
-    """Accuracy against the share of rows that lack a modality. curves: model -> (value, low, high) or None per rate.
+    """The main metric against the share of rows that lack a modality. curves: model -> (value, low, high) or None per rate.
 
     The dashed line is the best model of one modality on the same rows.
     """
@@ -72,7 +73,7 @@ def missing_curves(
             axes.plot(x, line, color=theme.ink, linewidth=1.2, linestyle="--", label="best single modality")
         axes.grid(axis="y", linewidth=0.6)
         axes.set_xlabel("samples without it, %")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel(f"{metric}, %")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
     return draw(2.9 + 0.12 * len(curves), theme, paint)

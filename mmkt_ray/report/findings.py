@@ -18,6 +18,8 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import read_optional
 from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import points
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 
@@ -26,24 +28,25 @@ MAX_LISTED = 6  # shown losses and gains of transfer, each
 RATES_IN_TABLE = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
-def knowledge(current: Current, figures: Figures) -> dict[str, Any] | None:
+def knowledge(current: Current, results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     """Plain answers, Shapley values and disagreement of every task."""
     insight = current.read("insight.json", "mmkt run")
     if insight is None:
         return None
     tasks = []
     for task, found in insight["tasks"].items():
-        share = found["shapley"]
+        share, metrics = found["shapley"], words.metrics_of(task_kind(results["tasks"][task]["kind"]))[:2]
         figure = None
         if share:
-            values = share["accuracy"]["values"]
-            alt = f"Shapley values of accuracy on task {task}: " + ", ".join(
+            own, title = share[metrics[0]["name"]], metrics[0]["title"]
+            values = own["values"]
+            alt = f"Shapley values of {title} on task {task}: " + ", ".join(
                 f"{m} {points(v['value'])} points" for m, v in values.items()
             )
-            title = f"{task}: what {share['model']} takes from each modality"
-            figure = figures.add(f"{task}-shapley", title, alt, partial(curves.contributions, share["accuracy"]))
+            paint = partial(curves.contributions, own, title)
+            figure = figures.add(f"{task}-shapley", f"{task}: what {share['model']} takes from each modality", alt, paint)
         if share or found["answers"] or found["disagreement"]:
-            tasks.append({"name": task, "figure": figure, **found})
+            tasks.append({"name": task, "figure": figure, "metrics": metrics, **found})
     return {"tasks": tasks, "notes": insight["notes"], "confidence": insight["confidence"]} if tasks else None
 
 
@@ -108,7 +111,8 @@ def missing(
     ]
     num = sum(len(f["answers"]) for f in files.values())
     experts = [row for name in files for row in _experts_of(current.run_uri, name, results["models"][name]["folder"])]
-    sections = [_missing_of(task, hidden, files, colors, figures) for task, hidden in sorted(places)]
+    kinds = {t: task_kind(found["kind"]) for t, found in results["tasks"].items()}
+    sections = [_missing_of(t, h, kinds[t], files, colors, figures) for t, h in sorted(places) if t in kinds]
     return {"sections": sections, "below": below, "num": num, "experts": experts}
 
 
@@ -124,19 +128,20 @@ def _experts_of(run_uri: str, name: str, folder: str) -> list[dict[str, str]]:
 
 
 def _missing_of(
-    task: str, hidden: str, files: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+    task: str, hidden: str, kind: TaskKind, files: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
 ) -> dict[str, Any]:
     shown = {n: f for n, f in files.items() if task in f["curves"].get(hidden, {})}
     rates = next(iter(shown.values()))["rates"]
-    points = {n: f["curves"][hidden][task]["accuracy"] for n, f in shown.items()}
+    main = words.metrics_of(kind)[0]
+    points = {n: f["curves"][hidden][task][main["name"]] for n, f in shown.items()}
     references = [f["reference"].get(hidden, {}).get(task) for f in shown.values()]
-    reference = next((r["accuracy"] for r in references if r), None)
+    reference = next((r[main["name"]] for r in references if r), None)
     what = "any modality" if hidden == "any" else hidden
     figure = figures.add(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
-        f"Accuracy on task {task} against the share of samples without {what}, for {', '.join(points)}; also in the table",
-        partial(curves.missing_curves, rates, points, reference, colors),
+        f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(points)}; also in the table",
+        partial(curves.missing_curves, rates, points, reference, main["title"], colors),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
     rows = []

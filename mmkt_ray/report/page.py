@@ -18,7 +18,7 @@ import yaml
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare, read_optional
 from mmkt_ray.evaluation.provenance import Current
-from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples
+from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples, told_kind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
@@ -31,7 +31,9 @@ SCORE_NAMES = (
         for name in ("precision", "recall", "f1")
     ),
     *("average_precision", "macro_average_precision", "micro_average_precision", "auroc", "calibration_error"),
+    *("quadratic_kappa", "r2", "spearman", "rmse", "mae", "median_absolute_error", "mean_error"),
 )
+NUMBER_GROUP_TITLES = {"right": "Closest", "wrong": "Furthest off"}
 GROUP_TITLES = {"right": "Most confident and right", "wrong": "Most confident and wrong", "tie": "Near ties"}
 
 
@@ -53,9 +55,9 @@ def build_report(run_uri: str) -> str:
         "headlines": [found["headline"] for found in results["tasks"].values()],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
-        "knowledge": findings.knowledge(current, figures),
-        "search": searched.search(current, figures),
-        "seeds": searched.seeds(current),
+        "knowledge": findings.knowledge(current, results, figures),
+        "search": searched.search(current, results, figures),
+        "seeds": searched.seeds(current, results),
         "missing": findings.missing(current, results, colors, figures),
         "calibration": findings.calibration(models, results, figures),
         "transfer": findings.transfer(current, figures),
@@ -71,6 +73,7 @@ def build_report(run_uri: str) -> str:
         else None,
         "colors": colors,
         "group_titles": GROUP_TITLES,
+        "number_group_titles": NUMBER_GROUP_TITLES,
         "score_names": SCORE_NAMES,
         "max_confusion_classes": plots.MAX_CONFUSION_CLASSES,
     }
@@ -96,6 +99,8 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": words.percent,
+        "score": words.score,
+        "span": words.span,
         "points": points,
         "count": words.count,
         "seconds": words.seconds,
@@ -127,15 +132,20 @@ def _task_section(
     """Table, figures and details of one task."""
     found = results["tasks"][task]
     shown = found["best_trained"] or found["best"]  # the model whose mistakes are shown
-    record = models[shown]["tasks"][task]
+    record, kind = models[shown]["tasks"][task], task_kind(found["kind"])
     return {
         "name": task,
         "found": found,
-        "groups": same_samples(found["rows"], task_kind(found["kind"]).main),
+        "about": told_kind(found).capitalize(),
+        "classes": kind.classes,
+        "metrics": words.metrics_of(kind),
+        "groups": same_samples(found["rows"], kind.main),
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
         "record": record,
-        "num_f1_hidden": max(0, sum(c["support"] > 0 for c in record["per_class"].values()) - plots.MAX_F1_CLASSES),
+        "num_f1_hidden": max(
+            0, sum(c["support"] > 0 for c in record.get("per_class", {}).values()) - plots.MAX_F1_CLASSES
+        ),
         "subsets": sorted(
             (
                 (name, m["tasks"][task])
@@ -152,41 +162,45 @@ def _task_figures(
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
     shown, single = found["best_trained"] or found["best"], found["best_single"]
-    groups = same_samples(found["rows"], task_kind(found["kind"]).main)
+    kind = task_kind(found["kind"])
+    main, second = words.metrics_of(kind)[:2]
+    groups = same_samples(found["rows"], kind.main)
     rows = groups[0]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [
         figures.add(
-            f"{task}-accuracy",
-            "Accuracy of every model"
+            f"{task}-{main['name']}",
+            f"{main['title']} of every model"
             if len(groups) == 1
-            else f"Accuracy of the models scored on {words.count(best['num_rows'])} samples",
-            f"Bars of accuracy on task {task}; best: {best['model']}, {words.percent(best['accuracy']['value'])}",
-            lambda theme: plots.accuracy_bars(rows, colors, theme),
+            else f"{main['title']} of the models scored on {words.count(best['num_rows'])} samples",
+            f"Bars of {main['title']} on task {task}; best: {best['model']}, {words.percent(best[kind.main]['value'])}",
+            lambda theme: plots.score_bars(rows, (main, second), colors, theme),
         )
     ]
     if any(r["versus"] for r in rows):
-        alt = f"Accuracy differences to the best single modality on task {task}, with intervals; also in the table"
+        alt = f"Differences of {main['title']} to the best single modality on task {task}, with intervals; also in the table"
         drawn.append(
             figures.add(
                 f"{task}-differences",
                 "Against the best single modality",
                 alt,
-                lambda theme: plots.differences(rows, colors, theme),
+                lambda theme: plots.differences(rows, main, colors, theme),
             )
         )
     histories = {name: m["history"] for name, m in models.items() if m["history"] and task in m["tasks"]}
     if histories:
-        alt = f"Loss and validation accuracy over epochs on task {task} for {', '.join(histories)}"
+        alt = f"Loss and validation {main['title']} over epochs on task {task} for {', '.join(histories)}"
         drawn.append(
             figures.add(
                 f"{task}-learning",
                 "Learning curves",
                 alt,
-                lambda theme: plots.learning_curves(histories, task, colors, theme),
+                lambda theme: plots.learning_curves(histories, task, main, colors, theme),
             )
         )
     record = models[shown]["tasks"][task]
+    if not kind.classes:
+        return drawn + _number_figures(task, shown, record, colors, figures)
     if record["confusion"] and len(record["class_names"]) <= plots.MAX_CONFUSION_CLASSES:
         alt = f"Confusion matrix of {shown} on task {task}, share of each label's samples by prediction"
         drawn.append(
@@ -204,6 +218,29 @@ def _task_figures(
         figures.add(f"{task}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme))
     )
     return drawn
+
+
+def _number_figures(
+    task: str, shown: str, record: dict[str, Any], colors: dict[str, str], figures: Figures
+) -> list[dict[str, str]]:
+    """Predictions against labels, and what is left, of one model."""
+    points, log_scale = record["points"], record["kind"]["transform"] == "log"
+    if not points:
+        return []
+    return [
+        figures.add(
+            f"{task}-predicted",
+            f"What {shown} says, and the label",
+            f"Predictions of {shown} against labels of task {task}; R2 {words.percent(record['r2'])}",
+            lambda theme: plots.predicted(points, colors[shown], log_scale, theme),
+        ),
+        figures.add(
+            f"{task}-residuals",
+            f"What {shown} leaves unexplained",
+            f"Label minus prediction against the prediction of {shown} on task {task}",
+            lambda theme: plots.residuals(points, colors[shown], log_scale, theme),
+        ),
+    ]
 
 
 # --- gallery and data ----------------------------------------------------------------------------------------------
@@ -232,4 +269,7 @@ def _data_card(store: str, variants: list[str], run_uri: str) -> dict[str, Any]:
     found = {s for by in [counts.get("by_split", {}), *counts.get("missing", {}).values()] for s in by}
     found |= {s for by_split in counts.get("by_task", {}).values() for s in by_split}
     splits = [s for s in ("train", "val", "test") if s in found] + sorted(found - {"train", "val", "test"})
-    return {"store": store, "variants": variants, "manifest": manifest, "counts": counts, "splits": splits}
+    tasks = (manifest or {}).get("tasks", {})
+    with_classes = [t for t, about in tasks.items() if task_kind(about["kind"]).classes]
+    shown = {"store": store, "variants": variants, "manifest": manifest, "counts": counts, "splits": splits}
+    return {**shown, "with_classes": with_classes}

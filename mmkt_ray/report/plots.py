@@ -77,22 +77,26 @@ def draw(height: float, theme: Theme, paint: Callable[[Figure], None]) -> bytes:
     return out.getvalue()
 
 
-def accuracy_bars(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], theme: Theme) -> bytes:
-    """One bar per model, best first, with its interval; a diamond marks macro-F1. rows: of `results["tasks"][task]`."""
-    rows = sorted(rows, key=lambda r: r["accuracy"]["value"])
+def score_bars(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, str]], colors: Mapping[str, str], theme: Theme
+) -> bytes:
+    """One bar per model, best first, with its interval; a diamond marks the second metric. rows: of `results["tasks"][task]`;
+    metrics: two {name, title}. Bars begin at zero; the part of an interval below it is cut off."""
+    main, second = metrics
+    rows = sorted(rows, key=lambda r: r[main["name"]]["value"])
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for y, row in enumerate(rows):
-            a, color = row["accuracy"], colors[row["model"]]
-            axes.barh(y, 100 * a["value"], height=0.62, color=color, alpha=0.85)
+            a, color = row[main["name"]], colors[row["model"]]
+            axes.barh(y, 100 * max(a["value"], 0.0), height=0.62, color=color, alpha=0.85)
             axes.plot([100 * a["low"], 100 * a["high"]], [y, y], color=theme.ink, linewidth=1.6, solid_capstyle="butt")
-            f1 = row["macro_f1"]["value"] if row["macro_f1"] else 0.0
-            if row["macro_f1"]:
+            other = row[second["name"]]["value"] if row[second["name"]] else 0.0
+            if row[second["name"]]:
                 style: Any = {"markersize": 4.5, "markerfacecolor": "white", "markeredgecolor": theme.ink}
-                axes.plot(100 * f1, y, "D", **style)
+                axes.plot(100 * other, y, "D", **style)
             axes.text(
-                100 * max(a["high"], f1 + 0.015) + 1.5,
+                100 * max(a["high"], other + 0.015, 0.0) + 1.5,
                 y,
                 f"{100 * a['value']:.1f}",
                 va="center",
@@ -100,20 +104,22 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], 
             )
         axes.set_xlim(0, 112)
         axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("accuracy, % (line: interval, ◇: macro-F1)")
+        axes.set_xlabel(f"{main['title']}, % (line: interval, ◇: {second['title']})")
         name_rows(axes, [r["model"] for r in rows])
 
     return draw(1.0 + 0.34 * len(rows), theme, paint)
 
 
-def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], theme: Theme) -> bytes:
+def differences(
+    rows: Sequence[Mapping[str, Any]], main: Mapping[str, str], colors: Mapping[str, str], theme: Theme
+) -> bytes:
     """Paired differences to the best single modality with intervals; right of zero is better.
 
     The scale is that of the models nearest to zero; those far off it are told as a number at the edge.
     """
-    rows = sorted((r for r in rows if r["versus"]), key=lambda r: r["versus"]["accuracy"]["value"])
+    rows = sorted((r for r in rows if r["versus"]), key=lambda r: r["versus"][main["name"]]["value"])
     reach = 100 * np.array(
-        [max(abs(r["versus"]["accuracy"]["low"]), abs(r["versus"]["accuracy"]["high"])) for r in rows]
+        [max(abs(r["versus"][main["name"]]["low"]), abs(r["versus"][main["name"]]["high"])) for r in rows]
     )
     edge = 1.15 * max(reach[reach <= max(10.0, 3 * reach.min())].max(initial=0.0), 1.0)
 
@@ -121,7 +127,7 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
         axes = figure.subplots()
         axes.axvline(0, color=theme.ink, linewidth=1)
         for y, row in enumerate(rows):
-            d, color = row["versus"]["accuracy"], colors[row["model"]]
+            d, color = row["versus"][main["name"]], colors[row["model"]]
             if reach[y] > edge:
                 low = d["value"] < 0
                 text = f"{100 * d['value']:+.1f}".replace("-", "−")
@@ -143,18 +149,22 @@ def differences(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str], th
         axes.grid(axis="x", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlim(-1.05 * edge, 1.05 * edge)
-        axes.set_xlabel("accuracy against the best single modality, points")
+        axes.set_xlabel(f"{main['title']} against the best single modality, points")
         name_rows(axes, [r["model"] for r in rows])
 
     return draw(1.0 + 0.34 * len(rows), theme, paint)
 
 
 def learning_curves(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], task: str, colors: Mapping[str, str], theme: Theme
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    task: str,
+    main: Mapping[str, str],
+    colors: Mapping[str, str],
+    theme: Theme,
 ) -> bytes:
-    """Loss (train dashed, val solid) above, val accuracy of `task` below, over epochs; the kept epochs are not marked.
+    """Loss (train dashed, val solid) above, the main metric of `task` on val below, over epochs; the kept epochs are not marked.
 
-    histories: model -> epochs as training wrote them: {epoch, train_loss, val: {loss, accuracy: {task}} or None}.
+    histories: model -> epochs as training wrote them: {epoch, train_loss, val: {loss, <metric>: {task}} or None}.
     """
 
     def paint(figure: Figure) -> None:
@@ -165,17 +175,17 @@ def learning_curves(
             top.plot(*trained, **(style | {"linewidth": 1.0}), linestyle="--")
             top.plot(*val, **style)
             line = _LINE_STYLES[number // len(_PALETTE) % len(_LINE_STYLES)]
-            epochs, accuracy = _series(history, ("val", "accuracy", task))
+            epochs, scores = _series(history, ("val", main["name"], task))
             bottom.plot(
                 epochs,
-                [100 * a for a in accuracy],
+                [100 * s for s in scores],
                 **style,
                 linestyle=line,
                 label=name,
                 marker="." if len(epochs) < 3 else None,
             )
         top.set_ylabel("loss (dashed: train)")
-        bottom.set_ylabel("val accuracy, %")
+        bottom.set_ylabel(f"val {main['title']}, %")
         bottom.set_xlabel("epoch")
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (top, bottom):
@@ -213,6 +223,41 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str], theme
                 axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
 
     return draw(min(1.8 + 0.45 * num_classes, WIDTH), theme, paint)
+
+
+def predicted(points: Sequence[Sequence[float]], color: str, log_scale: bool, theme: Theme) -> bytes:
+    """Predictions against labels, pairs (label, prediction); the line is where they agree."""
+    labels, said = np.array(points).T
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        ends = [min(labels.min(), said.min()), max(labels.max(), said.max())]
+        axes.plot(ends, ends, color=theme.ink, linewidth=1)
+        axes.scatter(labels, said, s=9, color=color, alpha=0.55, linewidths=0)
+        if log_scale and ends[0] > 0:
+            axes.set(xscale="log", yscale="log")
+        axes.grid(linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set(xlabel="label", ylabel="prediction")
+
+    return draw(4.2, theme, paint)
+
+
+def residuals(points: Sequence[Sequence[float]], color: str, log_scale: bool, theme: Theme) -> bytes:
+    """Label minus prediction against the prediction; pairs (label, prediction)."""
+    labels, said = np.array(points).T
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(0, color=theme.ink, linewidth=1)
+        axes.scatter(said, labels - said, s=9, color=color, alpha=0.55, linewidths=0)
+        if log_scale and said.min() > 0:
+            axes.set(xscale="log")
+        axes.grid(linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set(xlabel="prediction", ylabel="label − prediction")
+
+    return draw(3.2, theme, paint)
 
 
 def class_f1(

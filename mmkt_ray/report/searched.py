@@ -13,6 +13,8 @@ from typing import Any
 from mmkt_ray.evaluation.intervals import verdict
 from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.evaluation.tables import metric_name, points
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import search_plots, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.search_plots import Measure
@@ -29,7 +31,7 @@ COUNTS = ("candidates", "references", "fused")  # what `tried` tells beside the 
 RIVALS = {"best single modality": "the best single modality", "best concat": "the best plain concat"}
 
 
-def search(current: Current, figures: Figures) -> dict[str, Any] | None:
+def search(current: Current, results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     """Tried, winner, comparisons, finalists, ensemble and figures; None without a finished search."""
     result = current.read("search/result.json", "mmkt search")
     insight = current.read("search/report.json", "mmkt search")
@@ -52,9 +54,10 @@ def search(current: Current, figures: Figures) -> dict[str, Any] | None:
         ],
         "about": {role: describe(finalist) for role, finalist in result["finalists"].items()},
         "tasks": tasks,
+        "shown": shown_metrics(results, *tasks),
         "answers": [*(a for t in tasks for a in answers_of(t, result)), *notes_of(result)],
         "rows": [
-            {"role": role, "task": t, **row_of(role, t, result)}
+            {"role": role, "task": t, "shown": shown_metrics(results, t), **row_of(role, t, result)}
             for role in order
             for t in tasks
             if t in result["finalists"][role]["test"]
@@ -64,6 +67,16 @@ def search(current: Current, figures: Figures) -> dict[str, Any] | None:
         "maps": _heat_maps(insight, measure, figures),
         **_figures(insight, measure, figures),
     }
+
+
+def shown_metrics(results: Mapping[str, Any], *tasks: str) -> list[dict[str, str]]:
+    """The first two metrics of the tasks: {name, title}, titles of several kinds side by side."""
+    known = [words.metrics_of(task_kind(results["tasks"][t]["kind"]))[:2] for t in tasks if t in results["tasks"]]
+    known = known or [words.metrics_of(Multiclass())]
+    return [
+        {"name": both[0]["name"], "title": " / ".join(dict.fromkeys(m["title"] for m in both))}
+        for both in zip(*known, strict=True)
+    ]
 
 
 def describe(finalist: Mapping[str, Any]) -> str:
@@ -137,7 +150,7 @@ def _scores(test: Mapping[str, Any]) -> str:
 def _score(metric: str, interval: Mapping[str, float]) -> str:
     if metric == "log_loss":
         return f"{-interval['value']:.3f} ({-interval['high']:.3f} to {-interval['low']:.3f})"
-    return f"{words.percent(interval['value'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+    return f"{words.score(interval['value'], metric)} ({words.span(interval, metric).replace('–', ' to ')})"
 
 
 def row_of(role: str, task: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,24 +219,29 @@ def _plain(points: list[list[Any]]) -> str:
     return search_plots.choice_name(value) if isinstance(value, str) else f"{value:.3g}"
 
 
-def seeds(current: Current) -> dict[str, Any] | None:
+def seeds(current: Current, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """Every task's models, best first, with a verdict each, and one sentence on which differences are more than luck."""
     found = current.read("seeds.json", "mmkt repeat")
     if not found or not found["tasks"]:
         return None
     tasks = []
     for task, told in found["tasks"].items():
+        metrics = shown_metrics(results, task)
+        main = metrics[0]["name"]
         rows = [
             {
                 "model": name,
                 **about,
-                "verdict": verdict(about["versus"]["accuracy"], "tie") if about["versus"] else None,
+                "verdict": verdict(about["versus"][main], "tie") if about["versus"] else None,
             }
             for name, about in told["models"].items()
         ]
-        rows.sort(key=lambda r: -r["accuracy"]["value"])
+        rows.sort(key=lambda r: -r[main]["value"])
         by_verdict = {v: [r["model"] for r in rows if r["verdict"] == v] for v in ("better", "tie", "worse")}
         tasks.append(
-            {"name": task, "num_rows": told["num_rows"], "reference": told["reference"], "rows": rows, **by_verdict}
+            {
+                "name": task, "num_rows": told["num_rows"], "reference": told["reference"], "rows": rows, "metrics": metrics,
+                **by_verdict,
+            }
         )
     return {"num": len(found["seeds"]), "against": found["against"], "tasks": tasks}

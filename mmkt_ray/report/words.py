@@ -1,11 +1,33 @@
-"""Numbers as people say them. Scores are told in percent."""
+"""Numbers as people say them. Scores are told in percent, errors in the labels' units."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.number_metrics import IN_UNITS
 
 
 def percent(value: float | None) -> str:
     """0.912 -> `91.2 %`."""
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def score(value: float | None, metric: str) -> str:
+    """A metric's value: `91.2 %`, `R2` too; an error of numbers as it is, `12.3`."""
+    return percent(value) if metric not in IN_UNITS or value is None else f"{value:.4g}"
+
+
+def span(interval: Mapping[str, float], metric: str) -> str:
+    """`89.9–92.3`: the ends of an interval."""
+    factor, form = (1.0, ".4g") if metric in IN_UNITS else (100.0, ".1f")
+    return "–".join(format(factor * interval[end], form) for end in ("low", "high"))
+
+
+def metrics_of(kind: TaskKind) -> list[dict[str, str]]:
+    """The metrics that a kind reports, the main one first: {name, title}."""
+    words = {"macro_f1": "Macro-F1"}
+    return [{"name": m, "title": words.get(m, kind.called.get(m, m.replace("_", " ").capitalize()))} for m in kind.reported]
 
 
 def count(value: int) -> str:

@@ -23,7 +23,7 @@ from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import Interval, agreeing, paired_p, percentiles, verdict
+from mmkt_ray.evaluation.intervals import SHARE, Interval, agreeing, difference_bounds, paired_p, percentiles, verdict
 from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.evaluation.rows import readable
@@ -166,12 +166,12 @@ def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions])
             continue
         num_rows, confidence = int(rows.sum()), config.evaluation.confidence
         found[task] = {"num_rows": num_rows}
+        kind = test.kinds[task]
         for metric, values in _drawn(config, test, task, rows, models).items():
             if len(models) == 1:
-                found[task][metric] = percentiles(values[0], confidence, num_rows)
+                found[task][metric] = percentiles(values[0], confidence, num_rows, kind.bounds.get(metric, SHARE))
                 continue
-            interval = percentiles(values[0] - values[1], confidence, num_rows, least=-1.0)
-            kind = test.kinds[task]
+            interval = percentiles(values[0] - values[1], confidence, num_rows, difference_bounds(kind, metric))
             preds = [np.stack([kind.predict(p) for p in m.by_task[task][:, rows]]) for m in models]
             found[task][metric] = _judged(interval, metric, test.labels[task][rows], preds, confidence)
     return found

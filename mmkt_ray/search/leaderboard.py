@@ -50,8 +50,9 @@ class Leaderboard:
         self.space, self.digest = space, digest
         self.parts_uri = storage.join(search_uri, "parts")
         self.uri = storage.join(search_uri, "leaderboard.parquet")
-        metric = space.config.training.objective.metric
-        self.metrics = [*(m for m in COUNTED if m != metric), metric]
+        self.score = Score.of(space.config.training.objective, space.config.task_kinds)
+        told = [m for kind in space.config.task_kinds.values() for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))]
+        self.metrics = list(dict.fromkeys([*told, *([self.score.metric] if self.score.metric else [])]))
 
     @property
     def schema(self) -> pa.Schema:
@@ -105,7 +106,7 @@ class Leaderboard:
         if candidate.val is not None:
             row["loss"] = candidate.val["loss"]
             for metric in self.metrics:
-                row |= {f"{metric}.{t}": value for t, value in candidate.val[metric].items()}
+                row |= {f"{metric}.{t}": value for t, value in candidate.val.get(metric, {}).items()}
         return row
 
     def parts(self) -> Iterator[pa.Table]:
@@ -143,7 +144,7 @@ class Leaderboard:
             chosen = {} if row["reference"] else overrides_of(row)
             architecture = {key: chosen[key] for key in self.space.architecture if key in chosen}
             best = pc.max(part["score"]).as_py()
-            score = Score(self.metrics[-1]).worst if best is None else best
+            score = self.score.worst if best is None else best
             found.append(Known(row["trial"], row["reference"], architecture, score, not is_running(part)))
         return found
 

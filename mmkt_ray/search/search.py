@@ -23,6 +23,7 @@ from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.model_folder import save_model
+from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.evaluation.tables import metric_name, told_metric, told_score
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.locks import locked
@@ -91,7 +92,8 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         "notes": notes_of(space, settings, tried),
         "tried": tried,
         "seconds": float(rows["finished_at"].max()) if len(rows) else 0.0,
-        "objective": space.config.training.objective.model_dump(mode="json"),
+        "objective": space.config.training.objective.model_dump(mode="json")
+        | {"metric": Score.of(space.config.training.objective, space.config.task_kinds).name},
         "overrides": chosen,
         "compared_with": compared,
         "ensemble": about,
@@ -154,8 +156,8 @@ def check_features(space: Space, table: FeatureTable) -> None:
         )
     if not constant_by_task(space, table).keys() & set(tasks):
         raise DataError(
-            f"a search chooses by {objective.metric} on val, which is undefined for {', '.join(tasks)} there: too few classes "
-            "have a val row; set search.objective.metric to another metric, or samples.split.val_frac higher"
+            f"a search chooses by {objective.metric or 'a score'} on val, which is undefined for {', '.join(tasks)} there: "
+            "too few classes have a val row; set search.objective.metric to another metric, or samples.split.val_frac higher"
         )
 
 

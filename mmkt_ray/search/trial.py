@@ -44,9 +44,9 @@ def search_score(space: Space, table: FeatureTable) -> Score:
     """What candidates are compared by, on val. Where tasks are searched over, a task that a candidate lacks counts as the
     constant prediction gets there, see `constant_scores`."""
     config = space.config
-    objective, tasks = config.training.objective, config.model_tasks
+    objective = config.training.objective
     searched = "model.tasks" in space.architecture and objective.task is None
-    return Score.of(objective, tasks, constant_by_task(space, table) if searched else None)
+    return Score.of(objective, config.task_kinds, constant_by_task(space, table) if searched else None)
 
 
 def constant_by_task(space: Space, table: FeatureTable) -> dict[str, float]:

@@ -130,7 +130,7 @@ def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -
     values["training.batch_size_per_worker"] = rows_per_step
     if len(config.model_modalities) == 1:
         values["model.modality_dropout"] = 0.0
-    return {key: values[key] for key in config.training.auto}
+    return {key: values[key] for key in config.training.auto} | without_meaning(config)
 
 
 def for_depth(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +151,13 @@ def usual_settings(config: Config) -> dict[str, Any]:
     """Those of the first candidate for what the config leaves open, where nothing is chosen by data: for all but the batch
     size, and for steps at least MIN_STEPS."""
     steps = {"training.steps": MIN_STEPS} if "training.steps" in config.training.auto else {}
-    return {key: BASE[key] for key in config.training.auto if key in MEMBER_KEYS} | steps
+    return {key: BASE[key] for key in config.training.auto if key in MEMBER_KEYS} | steps | without_meaning(config)
+
+
+def without_meaning(config: Config) -> dict[str, Any]:
+    """The open settings that a task of the model can't have, label smoothing of a number say, as none."""
+    refused = {f"training.{setting}" for kind in config.task_kinds.values() for setting in kind.cannot}
+    return {key: 0.0 for key in config.training.auto if key in refused}
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

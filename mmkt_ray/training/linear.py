@@ -1,4 +1,5 @@
-"""A model without towers is logistic regression: solved to its optimum, its penalty chosen on held-out rows.
+"""A model without towers is logistic regression, or ridge regression of numbers: solved to its optimum, its penalty chosen on
+held-out rows.
 
 Features are what the model's input stage makes of them, and each modality is brought to rows of unit mean squared length
 before the penalty sees it, so that one penalty is fair to 1,280 dense numbers and to ten words. Without that the wider
@@ -30,7 +31,7 @@ from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.features.table import TAKE_ROWS, Growing
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.linear_target import LinearTarget
+from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.missing import mean_squared_norm
 from mmkt_ray.models.sharing import module_name
@@ -122,15 +123,15 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
 
 def solve(features: Features, labels: Labels, num_classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
     """Logistic regression on features (N, D) as they are: weights (D, C) and bias (C,). labels: all known."""
-    target: LinearTarget = labels.kind.linear_target(labels, num_classes, False)
+    target: LinearTarget | NumberTarget = labels.kind.linear_target(labels, num_classes, False)
     problem = problem_of([make_block(features)], target, np.ones((len(labels), 1), bool))
     (weights,), bias = problem.original(minimise(problem, l2), 0)
     return target.expanded(weights, bias, num_classes)
 
 
-def problem_of(blocks: Sequence[Block], target: LinearTarget, used: np.ndarray) -> Problem:
+def problem_of(blocks: Sequence[Block], target: LinearTarget | NumberTarget, used: np.ndarray) -> Problem:
     """What is to be solved for a task. used: (N, F) bool, the rows that each fit learns from."""
-    return Problem(blocks, target.labels, used, target.class_weights, target.one_of)
+    return Problem(blocks, target.labels, used, target.class_weights, target.one_of, target.squared)
 
 
 # --- one task --------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class _Solver:
         known = labels.known & readable(self.table, inputs)[self.rows]
         blocks = [self.blocks[m] if known.all() else self.blocks[m].take(np.flatnonzero(known)) for m in inputs]
         num_classes, balanced = self.table.width(task), self.config.training.class_weights == "balanced"
-        target: LinearTarget = labels.kind.linear_target(labels[known], num_classes, balanced)
+        target: LinearTarget | NumberTarget = labels.kind.linear_target(labels[known], num_classes, balanced)
         fold = self.fold[known]
         l2, path, start = self._choose(blocks, target, fold)
         parts = problem_of(blocks, target, fold[:, None] != np.arange(self.num_held))
@@ -187,7 +188,7 @@ class _Solver:
         return _Solved(unscaled(whole, best, 0), held_out, l2, path, float(losses.mean()), len(fold))
 
     def _choose(
-        self, blocks: Sequence[Block], target: LinearTarget, fold: np.ndarray
+        self, blocks: Sequence[Block], target: LinearTarget | NumberTarget, fold: np.ndarray
     ) -> tuple[float, list[dict[str, Any]], Tensor]:
         """The penalty, the path to it, and the weights of the models there that it was judged by."""
         given, num_parts = self.config.training.l2, min(JUDGED_PARTS, self.num_held)

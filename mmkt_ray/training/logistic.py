@@ -1,7 +1,8 @@
 """Logistic regression with a squared penalty, solved to its optimum: several fits over the same rows at once.
 
 Minimised over W and b is the sum over rows of c_i loss(y_i, x_i W + b) + l2 / 2 |W|^2, scikit-learn's with C = 1 / l2: the
-loss is cross-entropy; of a multilabel task, or of two classes, binary cross-entropy. The bias is free. The solver is
+loss is cross-entropy; of a multilabel task, or of two classes, binary cross-entropy; of numbers half the squared error, which
+is scikit-learn's ridge regression with alpha = l2. The bias is free. The solver is
 L-BFGS in coordinates in which the curvature is near one: dense blocks are rotated to their principal axes, which the
 penalty does not notice, and each axis is scaled by its curvature. Blocks wider than they have rows are as many numbers
 wide as they have rows then. Sparse blocks stay sparse.
@@ -108,11 +109,18 @@ class Problem:
     """
 
     def __init__(
-        self, blocks: Sequence[Block], labels: np.ndarray, used: np.ndarray, class_weights: np.ndarray, one_of: bool
+        self,
+        blocks: Sequence[Block],
+        labels: np.ndarray,
+        used: np.ndarray,
+        class_weights: np.ndarray,
+        one_of: bool,
+        squared: bool = False,
     ) -> None:
-        """labels: (N,) codes 0 .. K - 1 if a row is `one_of` the classes, else (N, K) of 0 and 1; used: (N, F) bool, the rows
-        that each fit learns from; class_weights: (K,) what a row of the class counts, or a 1 against a 0."""
-        self.blocks, self.softmax = blocks, one_of
+        """labels: (N,) codes 0 .. K - 1 if a row is `one_of` the classes, else (N, K) of 0 and 1, or `squared` numbers; used:
+        (N, F) bool, the rows that each fit learns from; class_weights: (K,) what a row of the class counts, or a 1 against a
+        0."""
+        self.blocks, self.softmax, self.squared = blocks, one_of, squared
         self.num_rows, self.num_fits = used.shape
         self.num_classes = len(class_weights)
         self.labels, self.used = torch.from_numpy(labels), torch.from_numpy(used)
@@ -138,6 +146,12 @@ class Problem:
             share = (positive + 0.5) / (positive + 0.5).sum(dim=1, keepdim=True)
             self.start = share.log().reshape(-1)
             self.unseen = torch.where(self.seen, 0.0, -torch.inf)
+            return
+        if self.squared:
+            num_rows = used.sum(dim=0)[:, None].expand(-1, self.num_classes)
+            self.total = num_rows.reshape(-1)
+            self.open = self.total > 0
+            self.start = (used.T @ self.labels.float() / num_rows.clamp(min=1)).reshape(-1)
             return
         positive = used.T @ (self.labels.float() * self.class_weights)
         negative = used.T @ (1 - self.labels.float())
@@ -210,6 +224,12 @@ class Problem:
             slopes = (weights * p * (1 - p)).sum(dim=0, dtype=torch.float64) if curvature else losses.new_zeros(shape[1:])
             residual = p.scatter_add_(-1, own, own.new_full(own.shape, -1, dtype=p.dtype)).mul_(weights)
             return losses.view(-1), residual.view_as(logits), slopes.view(-1)
+        if self.squared:
+            each = logits.view(shape) - labels[:, None].to(logits.dtype)
+            residual = each * used[..., None]
+            losses = (each * residual / 2).sum(dim=0, dtype=torch.float64)
+            slopes = used.double().sum(dim=0)[:, None].expand_as(losses) * curvature
+            return losses.reshape(-1), residual.view_as(logits), slopes.reshape(-1)
         y = labels.to(logits.dtype)
         weights = used[..., None] * torch.where(labels == 1, self.class_weights, 1.0)[:, None]  # (B, F, K)
         z = logits.view(shape)

@@ -90,7 +90,8 @@ def spec_of(config: Config, table: FeatureTable) -> ModelSpec:
         config,
         dims={m: f.shape[1] for m, f in table.features.items()},
         sparse={m: sp.issparse(f) for m, f in table.features.items()},
-        num_classes={t: len(names) for t, names in table.class_names.items()},
+        num_classes={t: table.width(t) for t in table.labels},
+        kinds=table.kinds,
     )
 
 
@@ -142,7 +143,7 @@ class Fitting:
         knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     ) -> None:
         self.training, self.seed, self.world = config.training, config.training_seed, world
-        self.score = Score.of(self.training.objective, config.model_tasks)
+        self.score = Score.of(self.training.objective, config.task_kinds)
         targets = distillation_targets(knowledge, table, config.model_tasks, self.training.transfer.temperature)
         table = narrow(table, config.model_modalities, config.model_tasks)
         check_augment(self.training.augment, {m: sp.issparse(f) for m, f in table.features.items()})

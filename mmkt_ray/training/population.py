@@ -68,7 +68,7 @@ class Population:
         """
         check_stackable(config, table, members)
         self.config = config
-        self.objective = objective or Score.of(config.training.objective, config.model_tasks)
+        self.objective = objective or Score.of(config.training.objective, config.task_kinds)
         self.members = [dict(member) for member in members]
         self.values = {key: _column(config, members, key).to(device) for key in MEMBER_KEYS}  # key -> (P,)
         self.run = Fitting(config, table, World(device=device))  # rows, batches and the weights that all start from

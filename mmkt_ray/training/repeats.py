@@ -17,7 +17,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.evaluation import provenance
 from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import agreeing, paired_p, percentiles
+from mmkt_ray.evaluation.intervals import SHARE, agreeing, difference_bounds, paired_p, percentiles
 from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.evaluation.seeds import further_seed_scores, seed_scores
@@ -175,12 +175,16 @@ def _compare(
     by_model = {n: {m: drawn[m][i] for m in drawn} for i, n in enumerate(preds)}
     found: dict[str, dict[str, Any]] = {}
     for name, scores in by_model.items():
-        found[name] = {m: percentiles(scores[m], evaluation.confidence, num_rows) for m in drawn}
+        found[name] = {
+            m: percentiles(scores[m], evaluation.confidence, num_rows, kind.bounds.get(m, SHARE)) for m in drawn
+        }
         found[name]["by_seed"] = [float(kind.main_by_row(labels, pred).mean()) for pred in preds[name]]
         found[name]["versus"] = None
         if reference is not None and name != reference:
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
-            versus = {m: percentiles(g, evaluation.confidence, num_rows, least=-1.0) for m, g in gains.items()}
+            versus = {
+                m: percentiles(g, evaluation.confidence, num_rows, difference_bounds(kind, m)) for m, g in gains.items()
+            }
             ours, theirs = (np.mean([kind.main_by_row(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
             if (difference := versus[kind.main]) is not None:
                 versus[kind.main] = agreeing(difference, paired_p(ours - theirs), evaluation.confidence)
@@ -200,9 +204,9 @@ def seeds_table(result: Mapping[str, Any]) -> str:
         for name, model in found["models"].items():
             by_seed = " ".join(f"{100 * s:.1f}" for s in model["by_seed"])
             line = f"  {name:{width}}  {told(model[metrics[0]])}  ({by_seed})  "
-            line += "  ".join(told(model[m]) for m in metrics[1:])
+            line += "  ".join(told(model[m], metric=m) for m in metrics[1:])
             if model["versus"]:
-                gains = ", ".join(told(model["versus"][m], "+.1f") for m in metrics)
+                gains = ", ".join(told(model["versus"][m], "+.1f", m) for m in metrics)
                 line += f"  {gains} against {found['reference']}"
             lines.append(line)
     return "\n".join(lines)

@@ -128,6 +128,9 @@ class Opinions:
 def ask_modalities(table: FeatureTable, task: str, config: Config) -> Opinions | None:
     """Every modality's out-of-fold predictions; None where too few rows are labelled. table: train rows, dense features."""
     labels = table.labels[task]
+    if not labels.kind.classes:
+        log.info("task '%s' has numbers for labels: suspects are looked for among classes", task)
+        return None
     rows = labels.kind.judged_rows(labels, NUM_FOLDS)
     if len(rows) < 2 * NUM_FOLDS or num_distinct(labels[rows]) < 2:
         log.info("task '%s' has too few labelled train rows to look for suspects", task)

@@ -372,7 +372,7 @@ def progress_log() -> Callable[[dict[str, Any]], None]:
         if record["epoch"] < record["num_epochs"] and time.monotonic() - told_s < LOG_INTERVAL_S:
             return
         told_s = time.monotonic()
-        score = f", val macro-F1 {record['val']['score']:.3f}" if record["val"] else ""
+        score = f", val score {record['val']['score']:.3f}" if record["val"] else ""
         log.info("epoch %d/%d: loss %.3f%s", record["epoch"], record["num_epochs"], record["train_loss"], score)
 
     return tell

@@ -153,7 +153,7 @@ def test_scores_without_spread_still_have_an_interval():
     same = np.full(101, 0.5)
     room = 1 - 0.025 ** (1 / 20)
     assert percentiles(same, 0.95, 20) == pytest.approx({"value": 0.5, "low": 0.5 - room / 2, "high": 0.5 + room / 2})
-    found = percentiles(np.zeros(101), 0.95, 20, least=-1)
+    found = percentiles(np.zeros(101), 0.95, 20, (-1.0, 1.0))
     assert found == pytest.approx({"value": 0.0, "low": -room, "high": room})
 
 

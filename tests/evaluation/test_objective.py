@@ -7,6 +7,7 @@ from sklearn.preprocessing import label_binarize
 
 from mmkt_ray.config import ObjectiveConfig
 from mmkt_ray.evaluation.objective import Score, constant_scores
+from mmkt_ray.kinds.multiclass import Multiclass
 from mmkt_ray.kinds.tasks import TASK_KINDS
 from tests.labels import UNSEEN, labels_of
 
@@ -81,7 +82,7 @@ def test_a_score_is_a_task_the_mean_or_the_worst():
     assert Score("accuracy", "b")(val) == 0.6
     assert np.isnan(Score("accuracy", "c")(val))
     assert Score()({"macro_f1": {}, "accuracy": {"a": 0.5}}) == 0.5
-    assert Score.of(ObjectiveConfig(task="b", metric="accuracy"), ["a"]) == Score()
+    assert Score.of(ObjectiveConfig(task="b", metric="accuracy"), {"a": Multiclass()}) == Score()
 
 
 def test_leaving_out_a_hard_task_never_helps():

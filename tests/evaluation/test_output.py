@@ -15,6 +15,7 @@ from mmkt_ray.evaluation.output import CLASSES, Output, classes_metadata, write_
 from mmkt_ray.evaluation.prediction import prediction_config
 from mmkt_ray.evaluation.rows import prediction_columns, write_parts
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.evaluation.runs import make_config
 
@@ -47,7 +48,7 @@ def predictions(path: Path, ids: list[str]) -> str:
 def written(tmp_path: Path, shard: Path, output: Output, with_ids: bool = False) -> str:
     columns = {"text": "caption"} | ({"sample_id": "code"} if with_ids else {})
     config = prediction_config(make_config(tmp_path), [str(shard)], 0, "manifest", columns)
-    chunks = [c for s in list_shards(config) for c in read_chunks(config, s)]
+    chunks = [c for s in list_shards(ReadingPlan.of(config)) for c in read_chunks(ReadingPlan.of(config), s)]
     ids = [sample_id for chunk in chunks for sample_id in chunk.table["sample_id"].to_pylist()]
     return write_output(predictions(tmp_path / "predictions.parquet", ids), config, CLASS_NAMES, output)
 

@@ -1,0 +1,122 @@
+"""All ways to train, with a number to predict beside a class: each on rows whose number is known to follow the features."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmkt_ray.config import Config
+from mmkt_ray.evaluation.conformal import conformal_quantile, coverage, fit_margins, margins_of
+from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.kinds.regression import Regression
+from mmkt_ray.training.auto import choose
+from mmkt_ray.training.baselines import fit_baselines
+from mmkt_ray.training.experts import expert_configs
+from mmkt_ray.training.linear import fit_linear
+from mmkt_ray.training.loop import fit
+from mmkt_ray.training.population import Population
+from mmkt_ray.training.suspects import ask_modalities
+
+NUM_ROWS = 400
+
+
+def prices(**options) -> FeatureTable:
+    """Two modalities, a number that both tell, and the number's half as a class."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(NUM_ROWS, 6)).astype(np.float32), rng.normal(size=(NUM_ROWS, 4)).astype(np.float32)
+    z = a[:, 0] + b[:, 0] + 0.1 * rng.normal(size=NUM_ROWS)
+    price = np.exp(2 + z / 2)
+    kind = Regression(transform="log", **options).fitted("price", [pa.chunked_array([pa.array(price[:300])])])
+    split = np.where(np.arange(NUM_ROWS) < 250, "train", np.where(np.arange(NUM_ROWS) < 300, "val", "test")).astype(object)
+    present = {"a": np.ones(NUM_ROWS, bool), "b": np.arange(NUM_ROWS) % 7 > 0}
+    b[~present["b"]] = 0
+    ids = np.array([f"r{i}" for i in range(NUM_ROWS)], dtype=object)
+    return FeatureTable(ids, split, {"a": a, "b": b}, present, {"price": kind.labels(price)}, {"price": ["value"]})
+
+
+def config_of(table: FeatureTable, **overrides) -> Config:
+    """A config of models over the table."""
+    from mmkt_ray.config import parse_config
+
+    kind = dataclasses.replace(table.kinds["price"], scale=None).as_json()
+    vector = {"kind": {"name": "vector"}, "encoder": "identity"}
+    raw = {
+        "name": "numbers",
+        "samples": {"sources": [{"reader": "parquet", "path": "x", "columns": {"a": "a", "b": "b", "price": "price"}}]},
+        "modalities": {"a": vector, "b": vector},
+        "tasks": {"price": {"kind": kind}},
+        "model": {"hidden_dim": 32},
+        "training": {"auto": [], "epochs": 25, "lr": 0.01},
+    }
+    return parse_config(raw).with_overrides({key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def r2_on_test(model, table: FeatureTable) -> float:
+    """R2 of the test rows."""
+    test = table.take(table.rows("test"))
+    labels = test.labels["price"]
+    return float(labels.kind.quick_scores(labels, predict_table(model.eval(), test)["price"])["r2"])
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "absolute"}, {"loss": "huber"}, {"loss": "pinball"}])
+def test_a_network_learns_a_number(options: dict) -> None:
+    """Catches a loss on another scale than the prediction."""
+    table = prices(**options)
+    result = fit(config_of(table, model__experts=False), table)
+    assert r2_on_test(result.model, table) > 0.75
+    assert result.val["r2"]["price"] > 0.55
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model__fusion": "decision"},
+        {"model__fusion": "gated", "model__missing": "generate"},
+        {"training__balance": "ogm_ge"},
+        {"training__balance": "mmpareto"},
+        {"training__task_weighting": "uncertainty"},
+        {"training__augment": {"mixup": 0.2}},
+        {"training__patience": 5},
+    ],
+)
+def test_methods_of_training_work_with_numbers(overrides: dict) -> None:
+    """Catches a method that asks a number for the probability of its class."""
+    table = prices()
+    assert r2_on_test(fit(config_of(table, model__experts=False, **overrides), table).model, table) > 0.5
+
+
+def test_baselines_choose_and_stack() -> None:
+    """Catches a ridge on raw prices, a choice of settings by a log loss that numbers lack, and members whose losses mix."""
+    table = prices()
+    config = config_of(table)
+    majorities, linear = fit_baselines(config, table)
+    assert majorities["price"].outputs[0] == pytest.approx(table.labels["price"].values[:250].mean(), rel=1e-5)
+    assert r2_on_test(linear["logreg:a+b"].fit.model, table) > 0.7
+    assert r2_on_test(linear["logreg:a+b"].fit.model, table) > r2_on_test(linear["logreg:a"].fit.model, table)
+    open_keys = ["training.lr", "training.steps", "training.label_smoothing"]
+    choice = choose(config.with_overrides({"training.auto": open_keys}), table)
+    assert choice.settings["training.label_smoothing"] == 0
+    assert choice.num_rows > 0
+    population = Population(config, table, [{"training.lr": 0.01}, {"training.lr": 1e-6}])
+    population.train(10)
+    assert population.scores[0] > population.scores[1]
+    assert population.scores[0] > 0.4
+    assert set(expert_configs(config, table)) >= {"a", "b"}
+    assert ask_modalities(table.take(table.rows("train")), "price", config) is None
+
+
+def test_intervals_hold_as_many_labels_as_said() -> None:
+    """Catches a margin on the wrong scale, or of the wrong rank: coverage would be far from 90 %."""
+    errors = np.arange(1, 100, dtype=float)
+    assert conformal_quantile(errors, 0.9) == 90.0
+    assert conformal_quantile(errors[:5], 0.9) is None
+    table = prices()
+    model = fit_linear(config_of(table, model__num_levels=0, model__experts=False), table).model
+    held, test = table.take(np.arange(150, 300)), table.take(table.rows("test"))
+    margins = fit_margins(held, predict_table(model, held), 0.9)["price"]
+    assert set(margins) == {"", "a+b"}  # too few rows have a alone
+    told = coverage(test, "price", predict_table(model, test)["price"], margins_of(test, ["a", "b"], margins), 0.9)
+    assert told is not None
+    assert 0.8 <= told["covered"] <= 1.0
