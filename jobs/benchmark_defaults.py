@@ -18,13 +18,13 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
-from mmkt_ray.evaluation.calibration import fit_temperatures, probability_scores
-from mmkt_ray.evaluation.heldout import load_heldout, pattern_name
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model, read_card
-from mmkt_ray.evaluation.rows import load_rows, readable
-from mmkt_ray.evaluation.seeds import mean_interval
 from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.rows import load_rows, readable
+from mmkt_ray.scoring.calibration import fit_temperatures, probability_scores
+from mmkt_ray.scoring.heldout import load_heldout, pattern_name
+from mmkt_ray.scoring.seeds import mean_interval
 from mmkt_ray.steps import extract_step, run_folder
 from mmkt_ray.training.baselines import baseline_name, fit_baselines
 from mmkt_ray.training.trainer import train, train_singles

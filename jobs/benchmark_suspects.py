@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from mmkt_ray.config import Config, load_config
 from mmkt_ray.features.store import Store
 from mmkt_ray.steps import extract_step, run_folder
-from mmkt_ray.training.suspects import find_suspects
+from mmkt_ray.studies.label_issues import find_suspects
 
 PLANTED_FRAC = 0.03  # of all rows, for each of the two errors
 TASK, TEXT = "category", "text"

@@ -445,7 +445,7 @@ def _locked_step(args: argparse.Namespace, config: Config) -> str:
 
 def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
     from mmkt_ray import steps
-    from mmkt_ray.evaluation.missing_seeds import missing_over_seeds
+    from mmkt_ray.studies.missing_seeds import missing_over_seeds
 
     seeds = [config.training_seed + i for i in range(num_seeds)]
     found = missing_over_seeds(config, stores, steps.run_folder(config), seeds)
@@ -468,8 +468,8 @@ def _search(config: Config) -> str:
 
 
 def _predict(args: argparse.Namespace) -> str:
-    from mmkt_ray.evaluation.output import Output
-    from mmkt_ray.evaluation.prediction import predict
+    from mmkt_ray.inference.output import Output
+    from mmkt_ray.inference.prediction import predict
 
     output = Output(args.format, args.join, args.top_k, args.wide)
     return f"predictions: {predict(args.model, args.inputs, args.out, output=output, **_reading(args))}"

@@ -21,30 +21,26 @@ from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
 from mmkt_ray.done import NOTHING, keep_told, listing, once, run_folder, steps_done, told_before
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.contribution import insights
-from mmkt_ray.evaluation.evaluate import (
-    compare,
-    comparison_table,
-    evaluate_model,
-    missing_curves,
-    missing_table,
-    write_gallery,
-)
-from mmkt_ray.evaluation.provenance import model_fingerprint
+from mmkt_ray.evaluation.baselines import evaluate_baselines
+from mmkt_ray.evaluation.compare import compare
+from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.evaluation.readme import README, write_readme
 from mmkt_ray.evaluation.recommend import fused_to_study
-from mmkt_ray.evaluation.scores import scores_table, transferability
-from mmkt_ray.evaluation.tables import recommendation_text
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
+from mmkt_ray.scoring.provenance import model_fingerprint
+from mmkt_ray.scoring.tables import comparison_table, missing_table, recommendation_text
+from mmkt_ray.studies.contribution import insights
+from mmkt_ray.studies.gallery import write_gallery
+from mmkt_ray.studies.label_issues import find_suspects
+from mmkt_ray.studies.missing import missing_curves
+from mmkt_ray.studies.repeats import repeat, seeds_table
+from mmkt_ray.studies.scores import scores_table, transferability
+from mmkt_ray.studies.transfer_matrix import transfer_matrix, transfer_table
 from mmkt_ray.tracking import check_tracking, track
-from mmkt_ray.training.baselines import evaluate_baselines
-from mmkt_ray.training.repeats import repeat, seeds_table
-from mmkt_ray.training.suspects import find_suspects
 from mmkt_ray.training.trainer import train, train_singles
-from mmkt_ray.training.transfer_matrix import transfer_matrix, transfer_table
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from mmkt_ray import cli
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError, UserError
-from mmkt_ray.evaluation.model_folder import SCHEMA_VERSION, write_card
 from mmkt_ray.features.store import Store
+from mmkt_ray.inference.model_folder import SCHEMA_VERSION, write_card
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.steps import check_test

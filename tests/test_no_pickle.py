@@ -27,9 +27,9 @@ from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.weights import read_weights
 from mmkt_ray.errors import UserError
-from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.rows import read_parts
 from mmkt_ray.features.store import open_store
+from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.inference.rows import read_parts
 from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.kinds.sounds import decode_audio
 from mmkt_ray.samples.plan import ReadingPlan
@@ -37,7 +37,7 @@ from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import Space
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.transfer import load_knowledge
+from mmkt_ray.training.methods.transfer import load_knowledge
 from tests.samples.fuzz_seeds import tar_bytes
 
 ROOT = Path(__file__).parents[1]

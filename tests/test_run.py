@@ -19,7 +19,7 @@ from mmkt_ray import steps, storage
 from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.prediction import predict
+from mmkt_ray.inference.prediction import predict
 from tests.shapes import png, shapes_config, write_shard, write_shards
 
 VARIANTS = {

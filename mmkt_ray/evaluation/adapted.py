@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
 from mmkt_ray.config.training import CHOSEN
-from mmkt_ray.evaluation.intervals import Interval, agreeing, holm
-from mmkt_ray.evaluation.tables import points
+from mmkt_ray.scoring.intervals import Interval, agreeing, holm
+from mmkt_ray.scoring.tables import points
 
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated

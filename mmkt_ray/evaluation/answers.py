@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from mmkt_ray.evaluation.intervals import agreeing, holm, paired_p, share_difference
-from mmkt_ray.evaluation.seeds import mean_interval
+from mmkt_ray.scoring.intervals import agreeing, holm, paired_p, share_difference
+from mmkt_ray.scoring.seeds import mean_interval
 
 NEGLIGIBLE = 0.01  # a gain below this is none
 

@@ -19,7 +19,6 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.evaluation.adapted import adaptations
 from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, settle
-from mmkt_ray.evaluation.intervals import agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.evaluation.recommend import (
     Rows,
     best_of,
@@ -30,9 +29,10 @@ from mmkt_ray.evaluation.recommend import (
     selection_scores,
     smallest_of_best,
 )
-from mmkt_ray.evaluation.rows import Outcomes, read_outcomes, read_predictions
+from mmkt_ray.inference.rows import Outcomes, read_outcomes, read_predictions
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.intervals import agreeing, holm, paired_difference, paired_p, verdict
 
 DIFFERENT_SAMPLES = "different samples"
 NO_SINGLE = "no single modality trained"
@@ -63,7 +63,7 @@ def compare(run_uri: str) -> dict[str, Any]:
     Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`, and
     `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
     """
-    run = read_optional(storage.join(run_uri, "run.json")) or {}
+    run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
     models = evaluated_models(run_uri, run)
     if not models:
         raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
@@ -83,14 +83,6 @@ def compare(run_uri: str) -> dict[str, Any]:
     results |= {"main": _main_model(models, results), "notes": _notes(results, run)}
     storage.write_json(storage.join(run_uri, "report", "results.json"), results)
     return results
-
-
-def read_optional(uri: str) -> Any:
-    """A JSON file, or None if it is not there."""
-    try:
-        return storage.read_json(uri)
-    except FileNotFoundError:
-        return None
 
 
 # --- the models of a run -----------------------------------------------------------------------------------------
@@ -200,8 +192,8 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     models = []
     for name, folder in folders.items():
         uri = storage.join(run_uri, folder)
-        if record := read_optional(storage.join(uri, "metrics.json")):
-            card = read_optional(storage.join(uri, "config.json")) or {}
+        if record := storage.read_json_or_none(storage.join(uri, "metrics.json")):
+            card = storage.read_json_or_none(storage.join(uri, "config.json")) or {}
             if is_stale(record, card):
                 continue
             predictions = storage.join(uri, f"predictions-{record['split']}.parquet")

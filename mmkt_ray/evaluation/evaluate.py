@@ -18,16 +18,11 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.calibration import fit_temperatures
-from mmkt_ray.evaluation.compare import compare
-from mmkt_ray.evaluation.conformal import coverage, fit_margins, margins_of
-from mmkt_ray.evaluation.gallery import write_gallery
-from mmkt_ray.evaluation.heldout import load_heldout, pattern_name
-from mmkt_ray.evaluation.inference import predict_logits, predict_table, probabilities
-from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals
-from mmkt_ray.evaluation.missing import missing_curves
-from mmkt_ray.evaluation.model_folder import load_model, save_calibration
-from mmkt_ray.evaluation.rows import (
+from mmkt_ray.scoring.conformal import coverage, fit_margins, margins_of
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.inference.model_folder import load_model, save_calibration
+from mmkt_ray.inference.outputs import predict_logits, predict_table, probabilities
+from mmkt_ray.inference.rows import (
     Rows,
     chosen,
     has_prediction,
@@ -39,20 +34,12 @@ from mmkt_ray.evaluation.rows import (
     without_unreadable,
     write_parts,
 )
-from mmkt_ray.evaluation.tables import comparison_table, missing_table
-from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.models import Predictor
-
-__all__ = [
-    "compare",
-    "comparison_table",
-    "evaluate_model",
-    "missing_curves",
-    "missing_table",
-    "write_gallery",
-]
+from mmkt_ray.scoring.calibration import fit_temperatures
+from mmkt_ray.scoring.heldout import load_heldout, pattern_name
+from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals
 
 MAX_MODALITIES_FOR_ALL_SUBSETS = 4
 Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities

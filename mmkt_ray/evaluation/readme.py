@@ -15,9 +15,9 @@ import yaml
 
 from mmkt_ray import __version__, storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.model_folder import read_card, write_card
-from mmkt_ray.evaluation.tables import metric_name, told_metric
+from mmkt_ray.inference.model_folder import read_card, write_card
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.tables import metric_name, told_metric
 
 README = "README.md"
 FEW_ROWS = 10  # test rows of a class below which its scores say little

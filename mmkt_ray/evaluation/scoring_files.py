@@ -17,14 +17,14 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.intervals import Interval, bootstrap_intervals, percentiles
-from mmkt_ray.evaluation.model_folder import read_card
-from mmkt_ray.evaluation.prediction import predict
-from mmkt_ray.evaluation.seeds import metric_seed_scores
-from mmkt_ray.evaluation.tables import metric_name, told
+from mmkt_ray.inference.model_folder import read_card
+from mmkt_ray.inference.prediction import predict
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals, percentiles
+from mmkt_ray.scoring.seeds import metric_seed_scores
+from mmkt_ray.scoring.tables import metric_name, told
 
 MAX_RANKED = 1_000_000  # probabilities: of more, resamples of how they rank take minutes, and have no interval
 MAX_CLASSES = 20  # in the terminal; metrics.json has all

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmkt_ray.evaluation.tables import points
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.tables import points
 
 TONES = {"adds": "good", "hurts": "bad"}
 

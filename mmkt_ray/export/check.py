@@ -17,15 +17,15 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import load_reducer
 from mmkt_ray.errors import DataError, UserError
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.rows import without_unreadable
 from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import Arrays, GraphInputs
 from mmkt_ray.features.table import FeatureTable
+from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.rows import without_unreadable
 from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples
+from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
 
 log = logging.getLogger(__name__)
 

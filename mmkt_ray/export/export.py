@@ -26,8 +26,6 @@ from torch import Tensor
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
-from mmkt_ray.evaluation.model_folder import load_model
-from mmkt_ray.evaluation.prediction import restrict, usable_encoders
 from mmkt_ray.export.check import (
     TOLERANCE,
     CheckRows,
@@ -40,6 +38,8 @@ from mmkt_ray.export.check import (
 )
 from mmkt_ray.export.graph import ExportGraph, build_graph
 from mmkt_ray.export.inputs import Arrays
+from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.inference.prediction import restrict, usable_encoders
 
 TARGETS = {"onnx": "model.onnx", "torch": "model.pt2"}
 OPSET = 20

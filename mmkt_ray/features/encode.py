@@ -23,8 +23,8 @@ from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of
 from mmkt_ray.kinds.content import hash_json
 from mmkt_ray.kinds.lists import pool_features
 from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.samples.decoder import Broken, Limits, decode_samples
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
+from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
 
 if TYPE_CHECKING:
     import torch  # imported where something is encoded: the other stages' processes start seconds sooner

@@ -14,7 +14,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.base import Encoder
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.model_folder import read_card
+from mmkt_ray.inference.model_folder import read_card
 
 # Per sample, docs/performance.md and docs/scale.md; 2 cores, AVX-512 bf16, no GPU. Images of 32 x 32 pixels: decoding grows
 # with the pixels of an image, so a run of one's own tells more.

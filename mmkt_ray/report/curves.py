@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from mmkt_ray.evaluation.tables import points
 from mmkt_ray.report.plots import LIGHT, Theme, draw, name_rows, shorten
+from mmkt_ray.scoring.tables import points
 
 _GAIN, _LOSS, _START = "#0072B2", "#D55E00", "#8B949E"
 

@@ -1,7 +1,7 @@
 """What the page tells beyond scores, each from a result file that a run may have or lack.
 
-<run>/insight.json             what each modality knows (evaluation/contribution.py)
-<run>/transferability.json     scores of features before training (evaluation/scores.py)
+<run>/insight.json             what each modality knows (studies/contribution.py)
+<run>/transferability.json     scores of features before training (studies/scores.py)
 <run>/transfer.json            gains of transfer over from scratch
 <model>/missing.json           scores against the share of rows that lack a modality
 <store>/audit.json             leakage, conflicting labels and suspects in the data
@@ -15,13 +15,12 @@ from functools import partial
 from typing import Any
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.compare import read_optional
-from mmkt_ray.evaluation.provenance import Current
-from mmkt_ray.evaluation.tables import points
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
+from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.tables import points
 
 MAX_HEAT_MAPS = 6
 MAX_LISTED = 6  # shown losses and gains of transfer, each
@@ -66,7 +65,7 @@ def parameters(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | Non
     rows = []
     for name, about in results["models"].items():
         card = (
-            (read_optional(storage.join(run_uri, about["folder"], "config.json")) or {})
+            (storage.read_json_or_none(storage.join(run_uri, about["folder"], "config.json")) or {})
             if about["kind"] == "trained"
             else {}
         )
@@ -83,7 +82,7 @@ def settings(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `training.auto` chose for each trained model, and the scores by which."""
     rows = []
     for name, about in results["models"].items():
-        card = read_optional(storage.join(run_uri, about["folder"], "config.json")) or {}
+        card = storage.read_json_or_none(storage.join(run_uri, about["folder"], "config.json")) or {}
         chosen = card.get("training", {}).get("auto") if about["kind"] == "trained" else None
         if chosen:
             losses = {i: c["loss"] for i, c in enumerate(chosen["candidates"], start=1)}
@@ -118,7 +117,7 @@ def missing(
 
 def _experts_of(run_uri: str, name: str, folder: str) -> list[dict[str, str]]:
     """Who answers what, of a model with experts."""
-    card = read_optional(storage.join(run_uri, folder, "config.json")) or {}
+    card = storage.read_json_or_none(storage.join(run_uri, folder, "config.json")) or {}
     routes = card.get("training", {}).get("experts_for", {})
     return [
         {"model": name, "task": task, "there": there.replace("+", " + "), "expert": expert}
@@ -222,5 +221,5 @@ def transfer(current: Current, figures: Figures) -> dict[str, Any] | None:
 
 def audits(run_uri: str, stores: Mapping[str, Any]) -> dict[str, Any]:
     """store -> what was found in its data, for stores that were audited."""
-    found = {store: read_optional(storage.join(run_uri, store, "audit.json")) for store in stores}
+    found = {store: storage.read_json_or_none(storage.join(run_uri, store, "audit.json")) for store in stores}
     return {store: audit for store, audit in found.items() if audit}

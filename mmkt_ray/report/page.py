@@ -16,12 +16,12 @@ import jinja2
 import yaml
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.compare import compare, read_optional
-from mmkt_ray.evaluation.provenance import Current
-from mmkt_ray.evaluation.tables import path_of, points, predict_command, same_samples, told_kind
+from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
+from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.tables import path_of, points, predict_command, same_samples, told_kind
 
 SCORE_NAMES = (
     *("accuracy", "balanced_accuracy", "hamming_loss", "precision", "recall", "f1"),
@@ -43,7 +43,7 @@ def build_report(run_uri: str) -> str:
     Raises: DataError if nothing was evaluated in the folder.
     """
     results = compare(run_uri)
-    run = read_optional(storage.join(run_uri, "run.json")) or {}
+    run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
     models = {name: _read_model(run_uri, name, m) for name, m in results["models"].items()}
     colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
     figures = Figures(storage.join(run_uri, "report"))
@@ -112,14 +112,14 @@ def _environment() -> jinja2.Environment:
 def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str, Any]:
     """A model's files: metrics record, history (epochs), gallery; empty where there are none."""
     uri = storage.join(run_uri, described["folder"])
-    record = read_optional(storage.join(uri, "metrics.json")) or {}
+    record = storage.read_json_or_none(storage.join(uri, "metrics.json")) or {}
     if described["kind"] == "baseline":
         return {"tasks": record["models"][described["name"]]["tasks"], "history": [], "gallery": None}
-    card = read_optional(storage.join(uri, "config.json")) or {}
+    card = storage.read_json_or_none(storage.join(uri, "config.json")) or {}
     return {
         "tasks": record.get("tasks", {}),
         "history": card.get("training", {}).get("history") or [],
-        "gallery": read_optional(storage.join(uri, "gallery.json")),
+        "gallery": storage.read_json_or_none(storage.join(uri, "gallery.json")),
     }
 
 
@@ -264,7 +264,7 @@ def _stores(run: dict[str, Any], results: dict[str, Any]) -> dict[str, list[str]
 
 def _data_card(store: str, variants: list[str], run_uri: str) -> dict[str, Any]:
     """What the page tells about a feature store; `manifest` is None if it is not there."""
-    manifest = read_optional(storage.join(run_uri, store, "manifest.json"))
+    manifest = storage.read_json_or_none(storage.join(run_uri, store, "manifest.json"))
     counts = (manifest or {}).get("counts", {})
     found = {s for by in [counts.get("by_split", {}), *counts.get("missing", {}).values()] for s in by}
     found |= {s for by_split in counts.get("by_task", {}).values() for s in by_split}

@@ -12,8 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from mmkt_ray.evaluation.tables import metric_name
 from mmkt_ray.report.plots import LIGHT, Theme, draw, name_rows, shorten
+from mmkt_ray.scoring.tables import metric_name
 
 MAX_LISTED_VALUES = 8  # more whole numbers are drawn as a scale
 _LINE, _BEST = "#0072B2", "#D55E00"

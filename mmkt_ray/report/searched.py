@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mmkt_ray.evaluation.intervals import verdict
-from mmkt_ray.evaluation.provenance import Current
-from mmkt_ray.evaluation.tables import metric_name, points
 from mmkt_ray.kinds.multiclass import Multiclass
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import search_plots, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.search_plots import Measure
+from mmkt_ray.scoring.intervals import verdict
+from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.tables import metric_name, points
 
 MAX_SLICES = 8
 STATUS = {

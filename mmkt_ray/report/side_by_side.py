@@ -14,10 +14,10 @@ from typing import Any
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.answers import paired_test
-from mmkt_ray.evaluation.compare import Evaluated, is_stale, read_optional
-from mmkt_ray.evaluation.intervals import Interval, agreeing, holm, verdict
-from mmkt_ray.evaluation.tables import metric_name, points, told_metric
+from mmkt_ray.evaluation.compare import Evaluated, is_stale
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
+from mmkt_ray.scoring.tables import metric_name, points, told_metric
 
 DEFAULT_RESAMPLES = 1000
 STYLE = (
@@ -58,14 +58,14 @@ def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
 def chosen_model(uri: str) -> Evaluated:
     """The evaluated model of a model folder, or the one that a run's report recommends. Raises: DataError."""
     uri = storage.absolute(uri)
-    results = read_optional(storage.join(uri, "report", "results.json"))
+    results = storage.read_json_or_none(storage.join(uri, "report", "results.json"))
     if results is not None and not storage.exists(storage.join(uri, "config.json")):
         chosen = results.get("recommended") or {}
         folder = chosen.get("folder") or (results["models"].get(results.get("main")) or {}).get("folder_to_ship")
         if not folder:
             raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
         uri = storage.join(uri, folder)
-    record, card = (read_optional(storage.join(uri, name)) for name in ("metrics.json", "config.json"))
+    record, card = (storage.read_json_or_none(storage.join(uri, name)) for name in ("metrics.json", "config.json"))
     if record is None or card is None or is_stale(record, card):
         raise DataError(f"'{uri}' holds no evaluated model: run `mmkt evaluate` (or `mmkt run`) first")
     parts = uri.rstrip("/").split("/")

@@ -17,8 +17,8 @@ import torch
 
 from mmkt_ray import cluster
 from mmkt_ray.config import SearchConfig
-from mmkt_ray.evaluation.inference import predict_table
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.leaderboard import overrides_of

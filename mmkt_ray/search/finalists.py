@@ -22,16 +22,16 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.intervals import SHARE, Interval, agreeing, difference_bounds, paired_p, percentiles, verdict
-from mmkt_ray.evaluation.model_folder import load_model, read_card
-from mmkt_ray.evaluation.objective import Score
-from mmkt_ray.evaluation.rows import readable
-from mmkt_ray.evaluation.seeds import metric_seed_scores, seed_scores
 from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.rows import readable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Predictor
 from mmkt_ray.models.ensemble import EnsembleModel
+from mmkt_ray.scoring.intervals import SHARE, Interval, agreeing, difference_bounds, paired_p, percentiles, verdict
+from mmkt_ray.scoring.objective import Score
+from mmkt_ray.scoring.seeds import metric_seed_scores, seed_scores
 from mmkt_ray.search.space import Overrides, Space
 from mmkt_ray.training.trainer import train, training_fingerprint
 

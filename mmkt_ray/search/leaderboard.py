@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, ParameterConfig
-from mmkt_ray.evaluation.objective import COUNTED, Score
+from mmkt_ray.scoring.objective import COUNTED, Score
 from mmkt_ray.search.halving import Candidate
 from mmkt_ray.search.space import Overrides, Space, label_of, text_of
 

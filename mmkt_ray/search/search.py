@@ -21,12 +21,12 @@ import pandas as pd
 from mmkt_ray import storage
 from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation import provenance
-from mmkt_ray.evaluation.model_folder import save_model
-from mmkt_ray.evaluation.objective import Score
-from mmkt_ray.evaluation.tables import metric_name, told_metric, told_score
 from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.locks import locked
+from mmkt_ray.scoring import provenance
+from mmkt_ray.scoring.objective import Score
+from mmkt_ray.scoring.tables import metric_name, told_metric, told_score
 from mmkt_ray.search.ensemble import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
 from mmkt_ray.search.insight import search_insight
@@ -36,7 +36,7 @@ from mmkt_ray.search.study import write_study
 from mmkt_ray.search.trial import Job, constant_by_task, search_score, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
 from mmkt_ray.training.auto import usual_settings, with_settings
-from mmkt_ray.training.imbalance import read_excluded
+from mmkt_ray.training.methods.imbalance import read_excluded
 from mmkt_ray.training.population import check_stackable
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmkt_ray.encoders.base import Features as TableFeatures
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.evaluation.inference import model_inputs
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Features
 

@@ -17,12 +17,12 @@ import scipy.sparse as sp
 from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.evaluation.calibration import fit_temperature
-from mmkt_ray.evaluation.heldout import HeldOut, pattern_name
-from mmkt_ray.evaluation.inference import predict_logits
-from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import predict_logits
+from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
+from mmkt_ray.scoring.calibration import fit_temperature
+from mmkt_ray.scoring.heldout import HeldOut, pattern_name
 from mmkt_ray.training.fold_stack import given_subsets
 from mmkt_ray.training.loop import can_learn
 

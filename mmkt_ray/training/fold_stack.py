@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
-from mmkt_ray.evaluation.inference import model_inputs
-from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import model_inputs
+from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.models import MultimodalModel
+from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import Batch, World, narrow
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import FitResult, Fitting, build_objective, diverged, seed_of, spec_of

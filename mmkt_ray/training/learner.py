@@ -16,8 +16,8 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import Features, MultimodalModel
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.training.batches import Batch, World
+from mmkt_ray.training.methods.task_weighting import TaskWeighting
 from mmkt_ray.training.objective import Objective
-from mmkt_ray.training.task_weighting import TaskWeighting
 
 Logits = dict[str, Tensor]  # task -> (B, C)
 

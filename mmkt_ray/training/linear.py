@@ -25,16 +25,16 @@ from torch import Tensor
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.base import Features
-from mmkt_ray.evaluation.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
-from mmkt_ray.evaluation.inference import predict_logits
-from mmkt_ray.evaluation.rows import readable, subsets
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.features.table import TAKE_ROWS, Growing
+from mmkt_ray.inference.outputs import predict_logits
+from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.missing import mean_squared_norm
 from mmkt_ray.models.sharing import module_name
+from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.logistic import Block, Problem, make_block, minimise
 from mmkt_ray.training.loop import FitResult, build_model, training_rows

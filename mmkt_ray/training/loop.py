@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.heldout import as_train
-from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.models.sharing import module_name
-from mmkt_ray.training.augment import augment_batch, check_augment
-from mmkt_ray.training.balance import LEARNERS
+from mmkt_ray.scoring.heldout import as_train
+from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
-from mmkt_ray.training.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
+from mmkt_ray.training.methods.augment import augment_batch, check_augment
+from mmkt_ray.training.methods.balance import LEARNERS
+from mmkt_ray.training.methods.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
+from mmkt_ray.training.methods.task_weighting import TASK_WEIGHTINGS
+from mmkt_ray.training.methods.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
 from mmkt_ray.training.objective import Objective
 from mmkt_ray.training.optimizer import build_optimizer, rate
-from mmkt_ray.training.task_weighting import TASK_WEIGHTINGS
-from mmkt_ray.training.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
 from mmkt_ray.training.validation import validate
 
 Report = Callable[[dict[str, Any]], None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.training.batches import Batch
-from mmkt_ray.training.transfer import distillation_loss
+from mmkt_ray.training.methods.transfer import distillation_loss
 
 
 class Objective:

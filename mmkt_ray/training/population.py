@@ -22,11 +22,11 @@ from torch.func import functional_call
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.inference import model_inputs
-from mmkt_ray.evaluation.objective import Score
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Features, MultimodalModel
+from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.batches import World
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import Fitting, build_objective, is_better, seed_of, spec_of

@@ -18,12 +18,12 @@ import torch
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError, UserError
-from mmkt_ray.evaluation.heldout import FILE as HELDOUT_FILE
-from mmkt_ray.evaluation.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
-from mmkt_ray.evaluation.model_folder import copy_model, load_model, read_card, save_model
-from mmkt_ray.evaluation.rows import readable
 from mmkt_ray.features.store import FeatureTable, Store, open_store
+from mmkt_ray.inference.model_folder import copy_model, load_model, read_card, save_model
+from mmkt_ray.inference.rows import readable
 from mmkt_ray.models import ExpertModel
+from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
+from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
 from mmkt_ray.training.auto import (
     BASE,
     CANDIDATES,
@@ -47,10 +47,10 @@ from mmkt_ray.training.experts import (
     single_configs,
 )
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
-from mmkt_ray.training.imbalance import read_excluded
 from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import FitResult, fit
-from mmkt_ray.training.transfer import load_knowledge, source_uris
+from mmkt_ray.training.methods.imbalance import read_excluded
+from mmkt_ray.training.methods.transfer import load_knowledge, source_uris
 from mmkt_ray.training.validation import summarise as summarise_tallies
 
 log = logging.getLogger(__name__)

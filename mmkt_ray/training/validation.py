@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmkt_ray.evaluation.inference import model_inputs
-from mmkt_ray.evaluation.objective import metric_score
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel
+from mmkt_ray.scoring.objective import metric_score
 from mmkt_ray.training.batches import World
 
 

@@ -17,7 +17,7 @@ import mmkt_ray as mm
 from mmkt_ray.api.model import Model, load
 from mmkt_ray.cli import main
 from mmkt_ray.errors import ConfigError, DataError
-from tests.evaluation.fuzz_models import IMAGES, SEEDS, TEXTS, answer, make_config, write_folder
+from tests.inference.fuzz_models import IMAGES, SEEDS, TEXTS, answer, make_config, write_folder
 
 ROWS = [i for i, text in enumerate(TEXTS) if text != ""]  # a blank text is none, which `answer` does not know
 
@@ -207,8 +207,8 @@ def test_an_image_over_the_limit_is_refused(folder: Path) -> None:
 
 def test_a_card_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model from somebody else that runs a command as the user who loads it."""
-    from tests.evaluation.test_prediction import make_config as shapes
-    from tests.evaluation.test_prediction import write_model
+    from tests.inference.test_prediction import make_config as shapes
+    from tests.inference.test_prediction import write_model
 
     monkeypatch.chdir(tmp_path)
     encoder = {"name": "os:system", "options": {"command": "touch ran"}}

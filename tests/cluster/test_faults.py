@@ -17,9 +17,9 @@ import yaml
 from mmkt_ray.cluster import configure_data
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.evaluation.model_folder import read_card
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
+from mmkt_ray.inference.model_folder import read_card
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.training.trainer import train

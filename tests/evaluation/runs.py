@@ -16,10 +16,9 @@ from PIL import Image
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
+from mmkt_ray.evaluation.baselines import evaluate_baselines
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
-from mmkt_ray.evaluation.gallery import write_gallery
-from mmkt_ray.evaluation.model_folder import save_model
 from mmkt_ray.features.store import (
     SCHEMA_VERSION,
     Store,
@@ -28,8 +27,9 @@ from mmkt_ray.features.store import (
     to_arrow,
     write_manifest,
 )
+from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.training.baselines import evaluate_baselines
+from mmkt_ray.studies.gallery import write_gallery
 from mmkt_ray.training.loop import fit
 
 THINGS = ("bird", "boat", "car", "cat")

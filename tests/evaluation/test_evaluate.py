@@ -17,20 +17,20 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation import rows as rows_module
+from mmkt_ray.evaluation.baselines import evaluate_baselines
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
-from mmkt_ray.evaluation.gallery import show, write_gallery
-from mmkt_ray.evaluation.heldout import load_heldout
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model, write_card
-from mmkt_ray.evaluation.rows import load_rows
-from mmkt_ray.evaluation.tables import comparison_table
 from mmkt_ray.features import table as table_module
 from mmkt_ray.features.store import open_store
+from mmkt_ray.inference import rows as rows_module
+from mmkt_ray.inference.model_folder import load_model, write_card
+from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
-from mmkt_ray.samples.decoder import Limits
-from mmkt_ray.training.baselines import evaluate_baselines
+from mmkt_ray.sandbox.decoding import Limits
+from mmkt_ray.scoring.heldout import load_heldout
+from mmkt_ray.scoring.tables import comparison_table
+from mmkt_ray.studies.gallery import show, write_gallery
 from tests.evaluation.runs import (
     THINGS,
     VARIANTS,

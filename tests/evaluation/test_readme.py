@@ -8,8 +8,8 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.evaluation.readme import _text, readme_text, write_readme
+from mmkt_ray.inference.model_folder import load_model
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
 

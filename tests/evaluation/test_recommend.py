@@ -5,7 +5,7 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.recommend import Candidate, choose, standard_error
-from mmkt_ray.evaluation.tables import recommendation_text
+from mmkt_ray.scoring.tables import recommendation_text
 
 ROWS = np.arange(100)
 

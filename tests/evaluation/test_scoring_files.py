@@ -6,8 +6,8 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 from mmkt_ray.cli import main
-from mmkt_ray.evaluation.rows import prediction_columns
 from mmkt_ray.evaluation.scoring_files import score_task, scores_text
+from mmkt_ray.inference.rows import prediction_columns
 from mmkt_ray.kinds.tasks import task_kind
 from tests.evaluation.runs import KINDS, make_config
 

@@ -91,7 +91,7 @@ def test_lists_of_images_decoded_before_or_inside(tmp_path: Path, make_config: M
 
 def _pixels(config: Config, files: list[bytes]) -> list[np.ndarray]:
     from mmkt_ray.kinds.modalities import Image
-    from mmkt_ray.samples.decoder import Limits, decode_samples
+    from mmkt_ray.sandbox.decoding import Limits, decode_samples
 
     found = decode_samples(files, Image(), Limits(config.samples.max_image_pixels, config.samples.decode_timeout_s))
     return [outcome[0] for outcome in found]  # type: ignore[index]  # none is broken

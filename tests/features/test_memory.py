@@ -17,13 +17,13 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.evaluation.rows import load_rows
 from mmkt_ray.features import table as table_module
 from mmkt_ray.features.audit import audit
 from mmkt_ray.features.combine import ABSENT, gather, join, read_index
 from mmkt_ray.features.fit import merge_in_tree
 from mmkt_ray.features.publish import publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
+from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.training.batches import feature_statistics
 
 MakeConfig = Callable[..., Config]

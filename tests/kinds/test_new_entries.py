@@ -13,11 +13,11 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, describe_fields, parse_config
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.gallery import write_gallery
-from mmkt_ray.evaluation.prediction import predict
+from mmkt_ray.inference.prediction import predict
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.steps import run
+from mmkt_ray.studies.gallery import write_gallery
 from tests.shapes import COLOURS, write_shard
 
 MakeConfig = Callable[..., Config]

@@ -10,11 +10,11 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.gallery import write_gallery
-from mmkt_ray.evaluation.prediction import predict
 from mmkt_ray.features.store import open_store
+from mmkt_ray.inference.prediction import predict
 from mmkt_ray.kinds.tasks import TASK_KINDS, task_kind
 from mmkt_ray.steps import run
+from mmkt_ray.studies.gallery import write_gallery
 from tests.shapes import shapes_config, write_shards
 
 KIND = {"name": "initial", "letters": 2}

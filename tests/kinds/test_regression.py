@@ -12,12 +12,12 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.intervals import bootstrap_intervals, paired_difference
 from mmkt_ray.kinds.cells import convert_cell
 from mmkt_ray.kinds.number_metrics import NumberOutcome
 from mmkt_ray.kinds.numbers import TRANSFORMS, number_column
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.intervals import bootstrap_intervals, paired_difference
 from mmkt_ray.training.linear import solve
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.prediction import predict
+from mmkt_ray.inference.prediction import predict
 from mmkt_ray.steps import run
 
 WORDS = {"chair": 40.0, "table": 90.0, "lamp": 25.0, "sofa": 300.0}

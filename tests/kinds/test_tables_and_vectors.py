@@ -17,8 +17,8 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.doctor import look_at_source
 from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.prediction import prediction_config
 from mmkt_ray.features.encode import encode_column
+from mmkt_ray.inference.prediction import prediction_config
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 

@@ -11,9 +11,9 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.gallery import write_gallery
-from mmkt_ray.evaluation.prediction import predict
+from mmkt_ray.inference.prediction import predict
 from mmkt_ray.steps import run
+from mmkt_ray.studies.gallery import write_gallery
 
 MakeConfig = Callable[..., Config]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.contribution import insights
-from mmkt_ray.evaluation.missing import missing_curves
-from mmkt_ray.evaluation.model_folder import write_card
-from mmkt_ray.evaluation.scores import transferability
 from mmkt_ray.features.store import open_store
+from mmkt_ray.inference.model_folder import write_card
 from mmkt_ray.report import curves, findings, plots
 from mmkt_ray.report.page import build_report
+from mmkt_ray.studies.contribution import insights
+from mmkt_ray.studies.missing import missing_curves
+from mmkt_ray.studies.scores import transferability
 from tests.report.pages import HOSTILE, Elements
 
 pytestmark = pytest.mark.slow

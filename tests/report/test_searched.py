@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.provenance import Current
 from mmkt_ray.report import plots, search_plots, searched
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.page import build_report
+from mmkt_ray.scoring.provenance import Current
 from tests.report.pages import HOSTILE, Elements
 from tests.report.test_findings import text_of
 

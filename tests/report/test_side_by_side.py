@@ -9,8 +9,8 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.intervals import exact_p
 from mmkt_ray.report.side_by_side import against, as_page, chosen_model, compare_models, compare_runs
+from mmkt_ray.scoring.intervals import exact_p
 
 
 def write_model(folder: Path, ids, labels, preds, names=("a", "b")) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from mmkt_ray.evaluation.inference import model_inputs, predict_table
+from mmkt_ray.inference.outputs import model_inputs, predict_table
 from mmkt_ray.models import build_model
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.ensemble import build_ensemble, quick_scores, select_ensemble, train_again

@@ -3,7 +3,7 @@
 import torch
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.models import ExpertModel
 from mmkt_ray.search.finalists import _fit_one, seeded, tell
 from mmkt_ray.search.space import build_space

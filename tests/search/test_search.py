@@ -15,8 +15,8 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import SearchConfig
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model
+from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
 from tests.labels import codes_of

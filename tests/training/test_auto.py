@@ -10,11 +10,11 @@ import torch
 
 from mmkt_ray.config import load_config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model, read_card
 from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.tasks import Multiclass
+from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
 from mmkt_ray.training import auto, trainer
 from mmkt_ray.training.auto import choose, choose_candidate, for_depth, screening_config, settings_of, with_settings
 from mmkt_ray.training.batches import World

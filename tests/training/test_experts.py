@@ -11,13 +11,13 @@ from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.calibration import fit_temperature
-from mmkt_ray.evaluation.contribution import shapley_values
-from mmkt_ray.evaluation.inference import predict_logits, predict_table
-from mmkt_ray.evaluation.model_folder import load_model, read_card, write_card
 from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.inference.model_folder import load_model, read_card, write_card
+from mmkt_ray.inference.outputs import predict_logits, predict_table
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
+from mmkt_ray.scoring.calibration import fit_temperature
+from mmkt_ray.studies.contribution import shapley_values
 from mmkt_ray.training import experts as experts_module
 from mmkt_ray.training import trainer
 from mmkt_ray.training.experts import (

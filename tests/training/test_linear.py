@@ -10,9 +10,9 @@ from sklearn.metrics import log_loss
 
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.heldout import make_folds
-from mmkt_ray.evaluation.inference import predict_logits, predict_table
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import predict_logits, predict_table
+from mmkt_ray.scoring.heldout import make_folds
 from mmkt_ray.training.linear import fit_linear, is_linear, linear_result
 from mmkt_ray.training.logistic import Problem, make_block, minimise
 from tests.labels import MISSING, UNSEEN, coded, codes_of

@@ -14,12 +14,12 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training.batches import World, narrow
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.loop import Fitting, fit
+from mmkt_ray.training.methods.transfer import Knowledge, Source
 from mmkt_ray.training.optimizer import build_optimizer, rate
-from mmkt_ray.training.transfer import Knowledge, Source
 from mmkt_ray.training.validation import validate
 from tests.labels import MISSING, UNSEEN, codes_of, labels_of
 

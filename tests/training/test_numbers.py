@@ -7,17 +7,17 @@ import pyarrow as pa
 import pytest
 
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.conformal import conformal_quantile, coverage, fit_margins, margins_of
-from mmkt_ray.evaluation.inference import predict_table
+from mmkt_ray.scoring.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
+from mmkt_ray.studies.label_issues import ask_modalities
 from mmkt_ray.training.auto import choose
 from mmkt_ray.training.baselines import fit_baselines
 from mmkt_ray.training.experts import expert_configs
 from mmkt_ray.training.linear import fit_linear
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.population import Population
-from mmkt_ray.training.suspects import ask_modalities
 
 NUM_ROWS = 400
 

@@ -9,9 +9,9 @@ import torch
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError, ResourceError
-from mmkt_ray.evaluation.inference import predict_table
-from mmkt_ray.evaluation.model_folder import load_model
 from mmkt_ray.features.store import SCHEMA_VERSION, column_of, open_store, to_arrow, write_manifest
+from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training import trainer
 from mmkt_ray.training.batches import World, usable_rows
 from mmkt_ray.training.loop import fit

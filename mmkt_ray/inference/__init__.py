@@ -1,0 +1,1 @@
+"""A model folder, and predictions from it."""

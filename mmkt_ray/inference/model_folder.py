@@ -1,0 +1,126 @@
+"""The model folder: weights and everything needed to use them.
+
+    <model>/model.safetensors   the model's state
+    <model>/config.json         its card, published last: a folder without it is no model; evaluation adds `temperatures`
+                                and `margins`
+
+Nothing in it is a pickle. The card has a checksum of itself and of the weights: whoever changes it writes it with `write_card`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from mmkt_ray import __version__, storage
+from mmkt_ray.config import Config
+from mmkt_ray.errors import DataError, OtherVersionError, UserError
+from mmkt_ray.inference.model_card import check_card
+from mmkt_ray.models import Predictor, build_model
+
+SCHEMA_VERSION = 3  # 3: checksums
+
+
+def save_model(
+    uri: str, model: Predictor, config: Config, store_manifest: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
+    """Publish a model. `extra` (JSON-able) goes into the card as it is, e.g. the training's fingerprint and summary."""
+    spec = model.spec
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    data = save_tensors(weights)
+    card = {
+        "schema_version": SCHEMA_VERSION,
+        "checksums": {"model.safetensors": storage.checksum(data)},
+        "spec": spec.to_dict(),
+        "class_names": {t: list(store_manifest["tasks"][t]["classes"]) for t in spec.tasks},
+        "store": store_manifest.get("fingerprint"),
+        "encoders": {m: store_manifest["modalities"][m] for m in spec.modalities},
+        "config": config.model_dump(mode="json"),
+        "versions": {"mmkt_ray": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        **extra,
+    }
+    storage.remove(storage.join(uri, "config.json"))  # an older model's card must never stand beside new weights
+    storage.write_bytes(storage.join(uri, "model.safetensors"), data)
+    write_card(uri, card)
+
+
+def copy_model(source: str, target: str) -> None:
+    """Publish a model at another place too, where none of another fingerprint may lie."""
+    for name in ("heldout.safetensors", "model.safetensors", "config.json"):
+        if name != "heldout.safetensors" or storage.exists(storage.join(source, name)):
+            storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
+
+
+def save_calibration(uri: str, model: Predictor) -> None:
+    """Put the model's temperatures and margins into its card, for prediction to use from now on."""
+    card, own = read_card(uri), {"temperatures": dict(model.temperatures), "margins": dict(model.margins)}
+    if card is not None and any(card.get(key, {}) != value for key, value in own.items()):
+        write_card(uri, card | own)
+
+
+def write_card(uri: str, card: Mapping[str, Any]) -> None:
+    """Write `config.json` with the checksum of its content."""
+    storage.write_sealed(storage.join(uri, "config.json"), dict(card))
+
+
+def read_card(uri: str) -> dict[str, Any] | None:
+    """The card of a published model; None if there is none, or one of another schema version, which is trained again.
+
+    Raises: DataError if it is damaged.
+    """
+    try:
+        return _read_card(uri)
+    except (FileNotFoundError, OtherVersionError):
+        return None
+
+
+def _read_card(uri: str) -> dict[str, Any]:
+    return storage.read_sealed(storage.join(uri, "config.json"), SCHEMA_VERSION, "remove the folder and train again")
+
+
+def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
+    """The model in eval mode, on the CPU, and its card (`class_names`, `encoders`, `config`, `temperatures`, ..).
+
+    Raises: DataError if the folder is missing, unfinished, damaged, or of another schema version.
+    """
+    try:
+        card = _read_card(uri)
+    except FileNotFoundError:
+        raise DataError(
+            f"'{uri}' is no finished model folder (no config.json): run `mmkt train` with the same config"
+        ) from None
+    check_card(uri, card)
+    try:
+        weights = storage.join(uri, "model.safetensors")
+        data = storage.read_bytes(weights)
+        storage.check_bytes(weights, data, card["checksums"].get("model.safetensors", ""))
+        model = _with_weights(card["spec"], load_tensors(data))
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"'{uri}' has no model.safetensors: remove the folder and train again") from None
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
+    model.temperatures = dict(card.get("temperatures", {}))
+    model.margins = dict(card.get("margins", {}))
+    return model.eval(), card
+
+
+def _with_weights(spec: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Predictor:
+    """The model of a spec with its weights. Raises: ValueError or RuntimeError if they do not fit, before memory is taken."""
+    with torch.device("meta"):  # shapes alone: what the spec states may be of any size
+        expected = {name: (value.shape, value.dtype) for name, value in build_model(spec).state_dict().items()}
+    if {name: (value.shape, value.dtype) for name, value in weights.items()} != expected:
+        differing = [n for n in {*expected, *weights} if n not in weights or n not in expected]
+        raise ValueError(f"the weights are not those of the model's spec: {', '.join(sorted(differing)[:3]) or 'shapes'}")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError("there are NaN or infinite weights")
+    model = build_model(spec)
+    model.load_state_dict(weights)
+    return model

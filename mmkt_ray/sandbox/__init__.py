@@ -1,0 +1,1 @@
+"""Child processes that decode what may crash."""

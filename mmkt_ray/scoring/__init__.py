@@ -1,0 +1,1 @@
+"""How good predictions are: intervals, paired statistics, calibration, objectives, tables of them."""

@@ -1,0 +1,1 @@
+"""Questions asked of a run: what each modality knows, transfer, repeats, missing modalities, label issues."""

@@ -1,0 +1,70 @@
+"""Missing-modality curves of models from several seeds: which loss is luck of the training.
+
+Each draw of hidden rows asks the models of another seed, the one in question and the single-modality models of the same
+seed beside it. So the intervals hold the rows of the split, those that happen to be hidden, and the seed; they are those of
+one model, not of the mean over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmkt_ray import storage
+from mmkt_ray.config import Config
+from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.inference.outputs import predict_table, score_rows
+from mmkt_ray.inference.rows import readable
+from mmkt_ray.models import Predictor
+from mmkt_ray.studies.missing import Answers, Single, ask, curves_of
+
+
+def missing_over_seeds(
+    config: Config, stores: Mapping[str, Store], run_uri: str, seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Of every variant of several modalities what `missing_curves` says, but for the patterns, on the test split.
+
+    The models are those that `repeat` left in `<run>/seeds/<seed>/<variant>`. Written to `<run>/missing_seeds.json`.
+    Returns: variant -> result. Raises: DataError if a model is not there.
+    """
+    variants = config.expand_variants()
+    fused = [name for name, variant in variants.items() if len(variant.model_modalities) > 1]
+    found = {}
+    for name in fused:
+        single = {
+            n: v for n, v in variants.items() if len(v.model_modalities) == 1 and stores[n].uri == stores[name].uri
+        }
+        folders = [storage.join(run_uri, "seeds", str(seed)) for seed in seeds]
+        models = [_answers(name, variants[name], single, stores[name], folder) for folder in folders]
+        curves = curves_of(models, config.evaluation, variants[name], num_seeds=len(seeds))
+        modalities = list(variants[name].model_modalities)
+        found[name] = {"model": name, "split": "test", "modalities": modalities, **curves}
+    storage.write_json(storage.join(run_uri, "missing_seeds.json"), found)
+    return found
+
+
+def _answers(name: str, config: Config, single: Mapping[str, Config], store: Store, folder: str) -> dict[str, Answers]:
+    """Task -> what the variant's model of one seed says, and the single-modality models beside it."""
+    model, _ = load_model(storage.join(folder, name))
+    table = store.table(config.model_modalities, config.model_tasks)
+    test = table.take(np.flatnonzero((table.split == "test") & readable(table, config.model_modalities)))
+    loaded = {n: load_model(storage.join(folder, n))[0] for n in single}
+    best = {}
+    for task in config.model_tasks:
+        able = {n: m for n, m in loaded.items() if task in single[n].model_tasks}
+        judged = [(m, _judge(n, able[n], table, test, task, m)) for n in able for m in single[n].model_modalities]
+        judged = [(m, s) for m, s in judged if m in config.task_inputs(task)]
+        best[task] = dict(sorted(judged, key=lambda pair: pair[1].score))
+    return ask(model, predict_table(model, test), test, config, best)
+
+
+def _judge(name: str, model: Predictor, table: FeatureTable, test: FeatureTable, task: str, modality: str) -> Single:
+    """A single-modality model as part of the reference; its score is on val, on test where there is no val row."""
+    known = table.labels[task].labelled & table.present[modality]
+    val = known & (table.split == "val")
+    score = score_rows(model, table, task, val if val.any() else known & (table.split == "test"))
+    pred = model.spec.kinds[task].predict(predict_table(model, test)[task])
+    return Single(name, float(score.mean()), pred, test.present[modality])

@@ -1,0 +1,1 @@
+"""Ways of training: imbalance, balance between modalities, task weighting, augmentation, transfer."""
