@@ -11,8 +11,8 @@ from mmkt_ray.kinds.tasks import TASK_KINDS
 from mmkt_ray.scoring.objective import Score, constant_scores
 from tests.labels import UNSEEN, labels_of
 
-CASES = [(name, metric) for name, kind in TASK_KINDS.items() for metric in kind.metrics]
 NAMES = {"multiclass": ["a", "b", "c", "d"], "binary": ["no", "yes"], "multilabel": ["a", "b", "c"]}
+CASES = [(name, metric) for name in NAMES for metric in TASK_KINDS[name].metrics]
 
 
 def metric_scores(metric, kind, labels, proba, counts=None):
@@ -32,7 +32,7 @@ def draw(kind, num_rows=200):
     return labels, proba.astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", TASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_metric_is_the_one_that_evaluation_tells(kind):
     """Catches candidates chosen by another number than metrics.json has under the name."""
     labels, proba = draw(kind)
@@ -56,6 +56,15 @@ def test_a_resample_has_the_metric_of_its_rows(kind, metric):
     for count, value in zip(counts, drawn, strict=True):
         rows = np.repeat(np.arange(len(labels)), count)
         assert value == pytest.approx(metric_scores(metric, kind, labels[rows], proba[rows])[0])
+
+
+def test_the_default_of_several_kinds_is_each_ones_own():
+    """Catches a price whose R2 no epoch is chosen by, and a metric of one kind that is asked of all."""
+    price = TASK_KINDS["regression"]()
+    score = Score.of(ObjectiveConfig(), {"kind": Multiclass(), "price": price})
+    assert score({"macro_f1": {"kind": 0.4}, "accuracy": {"kind": 0.9}, "r2": {"price": 0.8}}) == pytest.approx(0.6)
+    assert Score.of(ObjectiveConfig(), {"price": price}).name == "r2"
+    assert Score.of(ObjectiveConfig(), {"price": price}).worst < -1
 
 
 def test_ranking_metrics_and_log_loss_are_scikit_learns():
