@@ -18,8 +18,8 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.scoring.conformal import coverage, fit_margins, margins_of
 from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.inference.conformal import coverage, fit_margins, margins_of
 from mmkt_ray.inference.model_folder import load_model, save_calibration
 from mmkt_ray.inference.outputs import predict_logits, predict_table, probabilities
 from mmkt_ray.inference.rows import (

@@ -21,8 +21,8 @@ from mmkt_ray.config.training import ExtractConfig
 from mmkt_ray.encoders.build import found_in
 from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.scoring.conformal import margins_of
 from mmkt_ray.features.store import Store
+from mmkt_ray.inference.conformal import margins_of
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.output import Output, classes_metadata, write_output
 from mmkt_ray.inference.outputs import predict_table

@@ -276,7 +276,7 @@ class TaskKind(ABC):
 
     def further_columns(self, outputs: np.ndarray, margin: np.ndarray | None) -> dict[str, pa.Array]:
         """Columns of a file of predictions beside <task>_pred, by how they end: outputs (N, K), null where NaN. margin: (N,)
-        see scoring/conformal.py."""
+        see inference/conformal.py."""
         import pyarrow as pa
 
         known = np.isfinite(outputs).all(axis=1)

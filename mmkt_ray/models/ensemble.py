@@ -64,7 +64,7 @@ class EnsembleModel(nn.Module):
         self.spec = spec
         self.members = nn.ModuleList(members or [MultimodalModel(s) for s in spec.members])
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
-        self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see scoring/conformal.py
+        self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
     def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel. Logits whose probabilities are the mean of the members'."""

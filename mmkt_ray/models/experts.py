@@ -88,7 +88,7 @@ class ExpertModel(nn.Module):
         self.experts = nn.ModuleDict({module_name(name): expert for name, expert in experts.items()})
         self.tables = {t: route_table(spec, t) for t in spec.routes}
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
-        self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see scoring/conformal.py
+        self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
     def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel: logits (B, C) by task."""

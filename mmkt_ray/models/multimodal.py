@@ -65,7 +65,7 @@ class MultimodalModel(nn.Module):
             self.heads[module_name(t)] = self.fusions[name].build_head(spec.tasks[t], spec.kinds[t])
         self.generators = Generators(raw, generator_sources(spec))
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
-        self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see scoring/conformal.py
+        self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
     def read_by(self, modality: str) -> list[str]:
         """The tasks that read a modality."""

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from mmkt_ray.config import Config
-from mmkt_ray.scoring.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import ask_modalities
