@@ -1,5 +1,7 @@
 """A whole run, step by step: features, models, evaluation, report. Each step skips what is done already.
 
+You come from `jobs/run.py` or `mmkt run`; the first step is features/extract.py, which reads shards by samples/readers.py.
+
 Run folder: features/ encoders/ models/<variant>/ report/ predictions/ run.json
 """
 

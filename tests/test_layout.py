@@ -4,6 +4,7 @@ Files are parsed, not imported. Each rule goes from source to faults and is trie
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -230,3 +231,12 @@ def test_the_top_level_holds_only_what_is_listed():
         pytest.skip("not a git checkout, so nothing says which files belong to the project")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {line.split("/")[0] for line in tracked.splitlines()} <= TOP_LEVEL
+
+
+def test_the_reading_path_leads_on():
+    """Catches a file of the path that was moved, and one that does not say who calls it."""
+    path = re.findall(r"^\| \d \| `(mmkt_ray/[^`]+)`", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert len(path) == 9
+    for file in path:
+        told = ast.get_docstring(ast.parse((ROOT / file).read_text())) or ""
+        assert re.search(r"^(Called by|You come from|Built and trained by) ", told, re.MULTILINE), file

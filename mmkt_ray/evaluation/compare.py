@@ -1,5 +1,7 @@
 """All models of a run side by side, each against the best single modality on the same samples. Reads result files only.
 
+Called by steps.py after evaluation/evaluate.py; report/page.py shows what it writes.
+
 The best single modality of a task is the trained model that reads exactly one modality with the highest accuracy on held-out
 rows (on `test`, with a note, if there are none). Differences are paired over the samples that both models predicted. Models
 that share none were scored on different samples; their scores are shown, not compared.

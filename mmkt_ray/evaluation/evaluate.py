@@ -1,5 +1,7 @@
 """Score a trained model, or the baselines, on a split of a feature store, and leave the result files beside them.
 
+Called by steps.py for each model folder of training/trainer.py; evaluation/compare.py reads what it leaves.
+
 Which rows count for a task: all labelled rows of the split that have at least one modality that the model reads for it.
 When only a subset of its modalities is given, the rows that have at least one of the subset.
 

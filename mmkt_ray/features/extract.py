@@ -1,5 +1,7 @@
 """Raw shards -> feature store: one lazy Ray Data chain, resumable chunk by chunk.
 
+Called by steps.py; reads by samples/readers.py; the store that it leaves is opened by training/trainer.py.
+
     shards -> read (Ray tasks) -> encode (actor pool, on GPUs where there are any) -> write (Ray tasks) -> publish
 
 Two stores can come of it: `encoded-<fingerprint>` with what the encoders gave and, where a modality has a reducer,

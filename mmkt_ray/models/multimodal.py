@@ -1,5 +1,7 @@
 """The assembled model: input stages, levels of towers, fusion, one head per task.
 
+Built and trained by training/loop.py; its towers are in towers.py and levels.py, the fusions in fusion.py.
+
 Axes: B batch, D features of one modality, H width of a signal, C classes of one task.
 
 Every row goes through every tower, absent ones masked afterwards, so shapes and graph never depend on the data: every

@@ -1,5 +1,7 @@
 """The report: one self-contained HTML page of a run, its plots as PNG files beside it.
 
+Called by steps.py as the last step, with the results of evaluation/compare.py.
+
     <run>/report/index.html      everything embedded: no script, no outside resource
     <run>/report/results.json    the numbers (evaluation/compare.py)
     <run>/report/<task>-<plot>.png

@@ -1,4 +1,7 @@
-"""Reading shards as chunks of samples: streamed, of bounded size, and the same on every run."""
+"""Reading shards as chunks of samples: streamed, of bounded size, and the same on every run.
+
+Called by features/extract.py in Ray tasks; what it yields goes through the encoders there.
+"""
 
 from __future__ import annotations
 

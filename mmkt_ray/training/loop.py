@@ -1,5 +1,7 @@
 """The training loop: features in, best model out. Plain torch; one process or many under torch.distributed.
 
+Called by training/trainer.py on each worker; the model is models/multimodal.py.
+
 Axes: N rows of the table, C classes of one task.
 """
 

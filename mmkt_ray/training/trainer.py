@@ -1,5 +1,8 @@
 """Training as a job: a feature store in, a model folder out; on as many Ray Train workers as the config says.
 
+Called by steps.py with the store of features/extract.py; each worker runs training/loop.py; evaluation/evaluate.py scores the
+model folder.
+
 Every worker opens the store itself. Rank 0 writes the checkpoint and, at the end, the model folder. Experts of single
 modalities (`model.experts`) lie beside the models of a run, in `.experts/<fingerprint>`, for all variants to share.
 """
