@@ -1,4 +1,4 @@
-"""What any model must beat: the majority class, and logistic regression on the same features.
+"""What any model must beat: the majority class, logistic regression on the same features, and gradient boosting on a table.
 
 Logistic regression is the model without towers (`num_levels: 0`), solved to its optimum on all rows of train and val, its
 penalty chosen on held-out rows: see training/linear.py. It can be shipped like any model.
@@ -31,10 +31,11 @@ from mmkt_ray.evaluation.rows import (
 )
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
 from mmkt_ray.training.linear import LinearFit, fit_linear
 from mmkt_ray.training.loop import can_learn
 
-MAJORITY = "majority"
+MAJORITY, BOOSTING = "majority", "boosting:"
 
 
 def baseline_name(modalities: Sequence[str]) -> str:
@@ -161,6 +162,9 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
     if majorities:
         found = {MAJORITY: {t: m.predict(part.table) for t, m in majorities.items()}, **found}
         records = {MAJORITY: _majority_record(majorities, data, config.seed), **records}
+    for name, boosted in fit_boosted(config, data.table).items():
+        found[name] = {t: model.predict(part.table) for t, model in boosted.items()}
+        records[name] = _boosting_record(boosted, data)
     parts = []
     for name, record in records.items():
         val = record.pop("val")
@@ -186,6 +190,31 @@ def _logreg_record(model: Logreg, store: Store, data: Rows, run_uri: str) -> dic
         "l2": model.fit.l2,
         "folder_to_ship": folder,
         "val": _held_out_scores(*model.held_out(data.table), model.fit.heldout.on),
+    }
+
+
+def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boosting]]:
+    """`boosting:<modality>` -> task -> gradient boosting, of each table; see boosting.py."""
+    found: dict[str, dict[str, Boosting]] = {}
+    for task in sorted(table.labels):
+        for modality in boosted_modalities(config, table, task):
+            if (model := fit_boosting(config, table, task, modality)) is not None:
+                found.setdefault(BOOSTING + modality, {})[task] = model
+    return found
+
+
+def _boosting_record(boosted: Mapping[str, Boosting], data: Rows) -> dict[str, Any]:
+    """What is known of gradient boosting before it is scored."""
+    first = next(iter(boosted.values()))
+    val = {}
+    for task, model in boosted.items():
+        val |= _held_out_scores(data.table.take(model.heldout), {task: model.outputs}, model.on)
+    return {
+        "modalities": [first.modality],
+        "num_params": None,
+        "num_train_rows": max(m.num_rows for m in boosted.values()),
+        "training_s": sum(m.seconds for m in boosted.values()),
+        "val": val,
     }
 
 
