@@ -37,7 +37,11 @@ def things_config(folder: Path, **overrides: Any) -> Config:
         "name": "things",
         "data_root": str(folder / "data"),
         "run_root": str(folder / "runs"),
-        "samples": {"sources": [{"reader": "manifest", "path": "things.csv", "columns": columns}], "max_reject_frac": 0.1, "split": {"val_frac": 0.3, "test_frac": 0.2}},
+        "samples": {
+            "sources": [{"reader": "manifest", "path": "things.csv", "columns": columns}],
+            "max_reject_frac": 0.1,
+            "split": {"val_frac": 0.3, "test_frac": 0.2},
+        },
         "modalities": {
             "text": {"kind": "text", "encoder": "tfidf"},
             "table": {"kind": "table", "encoder": "table"},
