@@ -17,7 +17,8 @@ from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, i
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, write_parts
 from mmkt_ray.scoring.heldout import make_folds, pattern_name
-from mmkt_ray.training.baselines import MAJORITY, Logreg, Majority, fit_baselines
+from mmkt_ray.training.baselines import BOOSTING, MAJORITY, Logreg, Majority, fit_baselines
+from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
 
 
 def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, Any]:
@@ -39,6 +40,9 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
     if majorities:
         found = {MAJORITY: {t: m.predict(part.table) for t, m in majorities.items()}, **found}
         records = {MAJORITY: _majority_record(majorities, data, config.seed), **records}
+    for name, boosted in fit_boosted(config, data.table).items():
+        found[name] = {t: model.predict(part.table) for t, model in boosted.items()}
+        records[name] = _boosting_record(boosted, data)
     parts = []
     for name, record in records.items():
         val = record.pop("val")
@@ -64,6 +68,31 @@ def _logreg_record(model: Logreg, store: Store, data: Rows, run_uri: str) -> dic
         "l2": model.fit.l2,
         "folder_to_ship": folder,
         "val": _held_out_scores(*model.held_out(data.table), model.fit.heldout.on),
+    }
+
+
+def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boosting]]:
+    """`boosting:<modality>` -> task -> gradient boosting, of each table; see boosting.py."""
+    found: dict[str, dict[str, Boosting]] = {}
+    for task in sorted(table.labels):
+        for modality in boosted_modalities(config, table, task):
+            if (model := fit_boosting(config, table, task, modality)) is not None:
+                found.setdefault(BOOSTING + modality, {})[task] = model
+    return found
+
+
+def _boosting_record(boosted: Mapping[str, Boosting], data: Rows) -> dict[str, Any]:
+    """What is known of gradient boosting before it is scored."""
+    first = next(iter(boosted.values()))
+    val: dict[str, Any] = {}
+    for task, model in boosted.items():
+        val |= _held_out_scores(data.table.take(model.heldout), {task: model.outputs}, model.on)
+    return {
+        "modalities": [first.modality],
+        "num_params": None,
+        "num_train_rows": max(m.num_rows for m in boosted.values()),
+        "training_s": sum(m.seconds for m in boosted.values()),
+        "val": val,
     }
 
 

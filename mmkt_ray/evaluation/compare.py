@@ -358,6 +358,12 @@ def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
         notes.append(
             "There are no held-out rows but test, so the best models were chosen there: their scores are a little too good."
         )
+    for task, found in results["tasks"].items():
+        if (found["best"] or "").startswith("boosting:"):
+            notes.append(
+                f"{found['best']} is the best of all for {task} on the rows that models are chosen by: gradient boosting on the "
+                "table alone would do. It is a baseline that is not saved: fit scikit-learn's HistGradientBoosting to ship it."
+            )
     missing = [v for v in run.get("variants") or {} if v not in results["models"]]
     if missing:
         notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")

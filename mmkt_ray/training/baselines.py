@@ -1,4 +1,4 @@
-"""What any model must beat: the majority class, and logistic regression on the same features.
+"""What any model must beat: the majority class, logistic regression on the same features, and gradient boosting on a table.
 
 Logistic regression is the model without towers (`num_levels: 0`), solved to its optimum on all rows of train and val, its
 penalty chosen on held-out rows: see training/linear.py. It can be shipped like any model.
@@ -27,7 +27,7 @@ from mmkt_ray.scoring.heldout import pattern_name, save_heldout
 from mmkt_ray.training.linear import LinearFit, fit_linear
 from mmkt_ray.training.loop import can_learn
 
-MAJORITY = "majority"
+MAJORITY, BOOSTING = "majority", "boosting:"
 
 
 def baseline_name(modalities: Sequence[str]) -> str:

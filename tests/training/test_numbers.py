@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.ensemble import HistGradientBoostingRegressor
 
 from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
@@ -13,7 +14,8 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import ask_modalities
 from mmkt_ray.training.auto import choose
-from mmkt_ray.training.baselines import fit_baselines
+from mmkt_ray.training.baselines import fit_baselines, fit_boosted
+from mmkt_ray.training.boosting import fit_boosting
 from mmkt_ray.training.experts import expert_configs
 from mmkt_ray.training.linear import fit_linear
 from mmkt_ray.training.loop import fit
@@ -120,3 +122,24 @@ def test_intervals_hold_as_many_labels_as_said() -> None:
     told = coverage(test, "price", predict_table(model, test)["price"], margins_of(test, ["a", "b"], margins), 0.9)
     assert told is not None
     assert 0.8 <= told["covered"] <= 1.0
+
+
+def test_boosting_is_that_of_scikit_learn_and_predicts_each_held_out_row_blindly() -> None:
+    """Catches boosting of raw prices, of test rows, and held-out predictions by a model that knew the row."""
+    table = prices()
+    config = config_of(table)
+    assert set(fit_boosted(config, table)) == {"boosting:a", "boosting:b"}
+    found = fit_boosting(config, table, "price", "b")
+    assert found is not None
+    train = np.flatnonzero((table.split != "test") & table.present["b"])
+    z = np.log(table.labels["price"].values[train])
+    x = table.features["b"]
+    expected = HistGradientBoostingRegressor(random_state=0, early_stopping=True).fit(x[train], z)
+    said, there = found.predict(table)[:, 0], table.present["b"]
+    np.testing.assert_allclose(np.log(said[there]), expected.predict(x[there]), atol=0.3)
+    assert np.isnan(said[~there]).all()
+    assert set(found.heldout) == set(np.flatnonzero(table.split != "test"))
+    y, blind = table.labels["price"].values[found.heldout], found.outputs[:, 0]
+    known = np.isfinite(blind)
+    error, seen = np.abs(np.log(blind / y))[known].mean(), np.abs(np.log(said[found.heldout] / y))[known].mean()
+    assert seen < error < 0.5
