@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -61,11 +62,13 @@ def load(
     encoder = SampleEncoder(plan, torch.device(device))
     reducers = {m: load_reducer(own[1]) for m, own in folders.items() if len(own) > 1}
     aliases: dict[str, list[str]] = {m: [] for m in names}
+    parts: dict[str, list[str]] = {}
     for source in trained.samples.sources:
         for m in names:
             if m in source.columns:
-                aliases[m] += source.theirs(m)
-    return Model(uri, dict(card["class_names"]), network.to(torch.device(device)), config, encoder, reducers, aliases)
+                several = not isinstance(source.columns[m], str)
+                (parts.setdefault(m, []) if several else aliases[m]).extend(source.theirs(m))
+    return Model(uri, dict(card["class_names"]), network.to(torch.device(device)), config, encoder, reducers, aliases, parts)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Model:
     encoder: SampleEncoder = field(repr=False)
     reducers: Mapping[str, Any] = field(repr=False)
     aliases: Mapping[str, list[str]] = field(repr=False)  # modality -> what the columns of training were called
+    parts: Mapping[str, list[str]] = field(repr=False)  # modality made of several columns -> their names, or patterns for them
 
     def __repr__(self) -> str:
         reads = ", ".join(f"{m} ({kind})" for m, kind in self.modalities.items())
@@ -163,10 +167,10 @@ class Model:
     ) -> pa.Table:
         """The same as `predict`, as an Arrow table whose columns `<task>_proba` are lists of C float32."""
         mapping = self._columns(rows, columns or {})
-        config = prediction_config(self.config, ["rows"], 0, "manifest", mapping)
+        config = prediction_config(self.config, ["rows"], 0, "manifest", {m: m for m in mapping})
         reading = Reading(ReadingPlan.of(config), Shard(0, "rows", "rows", ""))
         files = file_reader(reading, root) if read_files else None
-        cells = {m: column_values(rows, name) for m, name in mapping.items()}
+        cells = {m: _cells(rows, name) for m, name in mapping.items()}
         kinds = self.kinds
         rejects: list[Reject] = []
 
@@ -177,15 +181,18 @@ class Model:
         parts = [self._predict(*clean(reading, block, None), rejects) for block in rows_to_blocks(reading, items())]
         return self._in_order(parts, rejects, len(rows))
 
-    def _columns(self, rows: Rows, named: Mapping[str, str]) -> dict[str, str]:
-        """Modality -> the column of the rows that holds it. Raises: DataError, ConfigError."""
-        known, found = column_names(rows), {}
+    def _columns(self, rows: Rows, named: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+        """Modality -> the column of the rows that holds it, or several that make it. Raises: DataError, ConfigError."""
+        known = column_names(rows)
+        found: dict[str, str | tuple[str, ...]] = {}
         if unknown := sorted(named.keys() - self.modalities.keys()):
             raise ConfigError(f"columns: the model has no modality '{unknown[0]}': {nearest(unknown[0], self.modalities)}")
         for m in self.modalities:
             wanted = [named[m]] if m in named else [m, *self.aliases[m]]
             if (name := next((n for n in wanted if n in known), None)) is not None:
                 found[m] = name
+            elif own := tuple(n for n in known if any(fnmatchcase(str(n), part) for part in self.parts.get(m, ()))):
+                found[m] = own
             elif m in named:
                 raise DataError(f"columns: there is no column '{named[m]}' for '{m}': {nearest(named[m], map(str, known))}")
         if absent := sorted(self.modalities.keys() - found.keys()):
@@ -228,6 +235,14 @@ class Model:
         unreadable = pa.array([why.get(i) for i in range(num_rows)], pa.string())
         at = found.column_names.index("missing")
         return found.set_column(at, "missing", missing).append_column("unreadable", unreadable)
+
+
+def _cells(rows: Rows, name: str | tuple[str, ...]) -> list[Any]:
+    """The cells of a column; of several a dict for each row."""
+    if isinstance(name, str):
+        return column_values(rows, name)
+    columns = {own: column_values(rows, own) for own in name}
+    return [{own: values[i] for own, values in columns.items()} for i in range(len(rows))]
 
 
 def wide(task: str, names: Sequence[str], column: pa.ChunkedArray) -> dict[str, np.ndarray]:

@@ -178,7 +178,7 @@ class Kind:
     """One kind of column: the rule that finds it, and what it becomes."""
 
     rule: Rule
-    role: str  # modality, sample_id, split, or unused
+    role: str  # modality, cell (of the one table), sample_id, split, or unused
     encoder: str = ""  # of a modality, as YAML
     note: str = ""  # why it is not used, or what else could be
 
@@ -188,10 +188,10 @@ KINDS: dict[str, Kind] = {  # in the order in which they are tried
     "audio": Kind(_is_audio, "modality", "{name: logmel_cnn, pretrain: TASK}"),
     "split": Kind(_is_split, "split"),
     "id": Kind(_is_id, "sample_id"),
-    "number": Kind(_is_number, "unused", note="not used: no kind of modality reads single numbers yet"),
-    "date": Kind(_is_date, "unused", note="not used: no kind of modality reads dates yet"),
+    "number": Kind(_is_number, "cell"),
+    "date": Kind(_is_date, "cell"),
     "text": Kind(_is_text, "modality", "tfidf"),
-    "category": Kind(_is_category, "unused", note="not used; to predict it: --target"),
+    "category": Kind(_is_category, "cell", note="to predict it: --target"),
     "other": Kind(lambda look: "values of a kind that nothing here reads", "unused", note="not used"),
 }
 
@@ -224,7 +224,7 @@ class Target:
     """What to predict: the kind of a task."""
 
     look: Look
-    kind: str  # multiclass, binary or multilabel
+    kind: str  # multiclass, binary, multilabel or regression
     why: str
     separator: str = "|"
 
@@ -241,10 +241,8 @@ def classify_target(look: Look, as_classes: bool = False) -> Target:
         return separated
     numbers = as_numbers(values)
     if numbers and not as_classes and (look.distinct > MAX_NUMBERS or any(n != int(n) for n in numbers)):
-        raise DataError(
-            f"the target '{look.name}' holds numbers: {look.distinct:,} distinct, from {min(numbers):g} to {max(numbers):g}: did "
-            "you mean regression? No kind of task predicts numbers yet; if each number is the name of a class, add --classes"
-        )
+        why = f"numbers, {look.distinct:,} distinct, from {min(numbers):g} to {max(numbers):g}"
+        return Target(look, "regression", f"{why}; if each number is the name of a class, add --classes")
     if look.distinct == 1:
         raise DataError(
             f"the target '{look.name}' is '{values[0]}' in all of the first {look.num_rows:,} rows: there is nothing to learn"

@@ -55,9 +55,9 @@ def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) 
         raise ConfigError(f"--target: no column '{unknown[0]}': {nearest(unknown[0], looks)}")
     tasks = [classify_target(looks[t], as_classes) for t in targets]
     columns = classify_all([look for look in seen.looks if look.name not in targets])
-    if not any(KINDS[c.kind].role == "modality" for c in columns):
+    if not any(KINDS[c.kind].role in ("modality", "cell") for c in columns):
         told = "\n".join(_lines(columns, tasks))
-        raise DataError(f"no column holds images, sounds or texts to predict from:\n{told}")
+        raise DataError(f"no column holds anything to predict from:\n{told}")
     return Draft(_yaml(seen, columns, tasks, name), "\n".join(_lines(columns, tasks)))
 
 
@@ -77,7 +77,8 @@ def _lines(columns: Sequence[Column], tasks: Sequence[Target]) -> list[str]:
     rows = [(t.look.name, f"label, {t.kind}", t.why) for t in tasks]
     for column in columns:
         kind = KINDS[column.kind]
-        rows.append((column.name, column.kind if kind.role != "unused" else f"{column.kind}, unused", column.why))
+        becomes = {"unused": f"{column.kind}, unused", "cell": f"{column.kind}, in the table"}.get(kind.role, column.kind)
+        rows.append((column.name, becomes, column.why))
         if kind.note:
             rows[-1] = (*rows[-1][:2], f"{column.why}; {kind.note}")
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
@@ -92,20 +93,27 @@ def _yaml(seen: Seen, columns: Sequence[Column], tasks: Sequence[Target], name: 
     names: dict[str, str] = {}  # their column -> ours
     for look in [*(c.look for c in used if KINDS[c.kind].role == "modality"), *(t.look for t in tasks)]:
         names[look.name] = _own_name(look.name, set(names.values()))
-    names |= {c.name: KINDS[c.kind].role for c in used if KINDS[c.kind].role != "modality"}
+    names |= {c.name: KINDS[c.kind].role for c in used if KINDS[c.kind].role in ("sample_id", "split")}
     theirs = {look.name: _their_name(seen, look) for look in [*(c.look for c in used), *(t.look for t in tasks)]}
-    mapping = ", ".join(f"{ours}: {_quoted(theirs[column])}" for column, ours in names.items())
+    mapped = [f"{ours}: {_quoted(theirs[column])}" for column, ours in names.items()]
+    cells = [_quoted(theirs[c.name]) for c in used if KINDS[c.kind].role == "cell"]
+    table = _own_name("facts", set(names.values()))
+    if cells:
+        mapped.append(f"{table}: [{', '.join(cells)}]")
+    mapping = ", ".join(mapped)
     source = [f"    - reader: {seen.reader}", f"      path: {_quoted(seen.path)}", f"      columns: {{{mapping}}}"]
     if seen.encoding != "utf-8":
         source.append(f"      encoding: {seen.encoding}")
     if any(os.path.isabs(text) for c in used if c.kind in ("image", "audio") for text in c.look.texts[:20]):
         source.append("      allow_outside: true  # the paths are absolute")
-    first_task = names[next((t.look.name for t in tasks if t.kind != "multilabel"), tasks[0].look.name)]
+    first_task = names[next((t.look.name for t in tasks if t.kind in ("multiclass", "binary")), tasks[0].look.name)]
     modalities = [
         f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_comment(c.kind)}"
         for c in used
         if KINDS[c.kind].role == "modality"
     ]
+    if cells:
+        modalities.append(f"  {table}: {{kind: table, encoder: table}}  # types are found; to state some: mmkt config")
     split = "  split: {val_frac: 0.1, test_frac: 0.2}  # drawn by a hash of the id"
     has_split = any(c.kind == "split" for c in used)
     lines = [

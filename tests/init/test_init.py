@@ -77,7 +77,7 @@ def test_a_csv_with_photos(shop: Path, read: Callable[..., list[dict[str, Any]]]
         r"photo     image             paths of image files, 30 of 30 are there",
         r"sku       id                its name, and the 30 values that were read are all different",
         r"category  label, multiclass  3 classes",
-        r"price     number, unused",
+        r"price     number, in the table",
         f"next: mmkt run {out} --quick",
     ):
         assert " ".join(line.split()) in " ".join(told.split())
@@ -170,15 +170,13 @@ def test_one_id_and_one_split(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([f"{i}.99" for i in range(36)], "36 distinct, from 0.99 to 35.99: did you mean regression"),
-        (list(range(10)), "did you mean regression"),
         ([f"name {i}" for i in range(50)], "50 different values in 50 rows, too many"),
         (["a"] * 5, "nothing to learn"),
         ([], "no value"),
     ],
 )
 def test_what_is_no_target_is_refused(values: list[Any], says: str) -> None:
-    """Catches 36 prices learnt as 36 classes."""
+    """Catches texts, one class or nothing learnt as classes."""
     look = Look("price", values, len(values))
     with pytest.raises(DataError, match=says):
         classify_target(look)
@@ -189,6 +187,8 @@ def test_what_is_no_target_is_refused(values: list[Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
+        ([f"{i}.99" for i in range(36)], "regression"),
+        (list(range(10)), "regression"),
         (["0", "1", "1", "0", "1"], "binary"),
         (["yes", "no", "no", "no"], "binary"),
         (["a", "b", "c"] * 5, "multiclass"),
@@ -197,22 +197,22 @@ def test_what_is_no_target_is_refused(values: list[Any], says: str) -> None:
     ],
 )
 def test_kinds_of_target(values: list[Any], kind: str) -> None:
-    """Catches several classes in one string taken for one class."""
+    """Catches 36 prices learnt as 36 classes, and several classes in one string taken for one class."""
     assert classify_target(Look("y", values, len(values))).kind == kind
 
 
 def test_nothing_to_run_on_is_told(shop: Path, tmp_path: Path) -> None:
     """Catches a traceback, or a config of nothing, for a wrong path, a wrong target, or a table of numbers."""
     out = str(tmp_path / "x.yaml")
-    with pytest.raises(ConfigError, match=r"it may be: colour \(2 classes\), category \(3 classes\), tags"):
+    with pytest.raises(ConfigError, match=r"it may be: price \(numbers.*colour \(2 classes\), category \(3 classes\), tags"):
         init(str(shop), [], out)
     with pytest.raises(ConfigError, match=r"no column 'catgory': did you mean 'category'"):
         init(str(shop), ["catgory"], out)
     with pytest.raises(DataError, match="nothing at"):
         init(str(tmp_path / "gone.csv"), ["y"], out)
-    (tmp_path / "numbers.csv").write_text("a,b,y\n" + "1,2,yes\n3,4,no\n" * 5)
-    with pytest.raises(DataError, match="no column holds images, sounds or texts"):
-        init(str(tmp_path / "numbers.csv"), ["y"], out)
+    (tmp_path / "alone.csv").write_text("y\n" + "yes\nno\n" * 5)
+    with pytest.raises(DataError, match="no column holds anything to predict from"):
+        init(str(tmp_path / "alone.csv"), ["y"], out)
     (tmp_path / "semicolons.csv").write_text("a;b\n1;2\n")
     with pytest.raises(DataError, match="separated by ';'"):
         init(str(tmp_path / "semicolons.csv"), ["y"], out)
@@ -238,3 +238,17 @@ def test_files_in_another_encoding(tmp_path: Path, read: Callable[..., list[dict
     lines = ["text,label", *(f"schöne grüne Tasse {i},{CLASSES[i % 3]}" for i in range(9))]
     (tmp_path / "a.csv").write_bytes("\r\n".join([*lines, ""]).encode("cp1252"))
     assert read(tmp_path / "a.csv", ["label"])[0]["text"] == "schöne grüne Tasse 0"
+
+
+def test_numbers_and_categories_are_one_table(tmp_path: Path) -> None:
+    """Catches a price that is left out beside a title, and a config of them that is refused."""
+    colours = ["blue", "red"]
+    rows = "".join(f"new lamp of series {i},{i}.50,{colours[i % 2]},2024-01-{i + 1:02},{i * 3}.25\n" for i in range(20))
+    (tmp_path / "a.csv").write_text("title,weight,colour,made,price\n" + rows)
+    told = init(str(tmp_path / "a.csv"), ["price"], str(tmp_path / "run.yaml"))
+    assert "label, regression" in told
+    assert "did you" not in told
+    config = load_config(tmp_path / "run.yaml")
+    assert config.samples.sources[0].theirs("facts") == ("weight", "colour", "made")
+    assert config.modalities["facts"].kind.name == "table"
+    assert config.tasks["price"].kind.name == "regression"
