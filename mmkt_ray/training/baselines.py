@@ -206,7 +206,7 @@ def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boos
 def _boosting_record(boosted: Mapping[str, Boosting], data: Rows) -> dict[str, Any]:
     """What is known of gradient boosting before it is scored."""
     first = next(iter(boosted.values()))
-    val = {}
+    val: dict[str, Any] = {}
     for task, model in boosted.items():
         val |= _held_out_scores(data.table.take(model.heldout), {task: model.outputs}, model.on)
     return {
