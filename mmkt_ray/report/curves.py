@@ -51,9 +51,9 @@ def missing_curves(
     rates: Sequence[float],
     curves: Mapping[str, Sequence[Sequence[float] | None]],
     reference: Sequence[Sequence[float] | None] | None,
-    metric: str,
     colors: Mapping[str, str],
     theme: Theme,
+    metric: str = "accuracy",
 ) -> bytes:
     """The main metric against the share of rows that lack a modality. curves: model -> (value, low, high) or None per rate.
 

@@ -140,7 +140,7 @@ def _missing_of(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
         f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(points)}; also in the table",
-        partial(curves.missing_curves, rates, points, reference, main["title"], colors),
+        partial(curves.missing_curves, rates, points, reference, colors, metric=main["title"]),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
     rows = []

@@ -58,7 +58,7 @@ def build_report(run_uri: str) -> str:
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
         "knowledge": findings.knowledge(current, results, figures),
-        "search": searched.search(current, results, figures),
+        "search": searched.search(current, figures, results),
         "seeds": searched.seeds(current, results),
         "missing": findings.missing(current, results, colors, figures),
         "calibration": findings.calibration(models, results, figures),

@@ -90,7 +90,7 @@ def test_settings_of_classes_are_refused_before_any_work(tmp_path: Path) -> None
     """Catches weights of classes that a number does not have, which a run would take in and not use."""
     for setting, value in (
         ("class_weights", "balanced"),
-        ("resample", True),
+        ("resample", "balanced"),
         ("generate", "smote"),
         ("label_smoothing", 0.1),
         ("logit_adjustment", 1.0),
