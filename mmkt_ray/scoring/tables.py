@@ -31,7 +31,7 @@ def told(interval: Interval | None, form: str = ".1f", metric: str = "") -> str:
 
 def metric_name(metric: str) -> str:
     """`macro_f1` -> `macro-F1`, `balanced_accuracy` -> `balanced accuracy`."""
-    words = {"f1": "F1", "auroc": "AUROC", "r2": "R2", "rmse": "RMSE", "mae": "MAE"}
+    words = {"f1": "F1", "auroc": "AUROC", "r2": "R2", "rmse": "RMSE", "mae": "MAE", "spearman": "Spearman"}
     first, *rest = (words.get(part, part) for part in metric.split("_"))
     if first in ("macro", "micro", "weighted", "samples") and len(rest) == 1:
         return f"{first}-{rest[0]}"
