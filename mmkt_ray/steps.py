@@ -233,7 +233,7 @@ def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]
             for name in fused_to_study(results) if "missing" in wanted else ():
                 about = results["models"][name]
                 store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
-                _missing(config, evaluated, about["folder"], store)
+                _missing(config, evaluated, about["folder_to_ship"], store)
             if "missing" in wanted:
                 it.advance()
 

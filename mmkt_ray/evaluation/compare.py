@@ -125,8 +125,13 @@ class Evaluated:
             **({"num_train_rows": self.record["num_train_rows"]} if "num_train_rows" in self.record else {}),
             "store": self.record.get("store"),
             "folder": self.folder,
-            "folder_to_ship": self.folder if self.kind == "trained" else self.record.get("folder_to_ship"),
+            "folder_to_ship": self.folder_to_ship,
         }
+
+    @property
+    def folder_to_ship(self) -> str | None:
+        """The model folder in the run; None of a baseline that has none."""
+        return self.folder if self.kind == "trained" else self.record.get("folder_to_ship")
 
     def reads(self, task: str) -> tuple[str, ...]:
         """The modalities that it reads for a task."""

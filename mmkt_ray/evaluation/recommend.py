@@ -204,7 +204,7 @@ def recommend(run_uri: str, scored_on: dict[str, list[Evaluated]], tasks: dict[s
     per_task = {t: smallest_of_best(t, able[t], selection_scores(t, scored_on[t])) for t in mine}
     return {
         "model": chosen["model"],
-        "folder": by_name[chosen["model"]].folder,
+        "folder": by_name[chosen["model"]].folder_to_ship,
         "tasks": mine,
         "why": why,
         "considered": considered,
@@ -223,4 +223,5 @@ def fused_to_study(results: Mapping[str, Any]) -> list[str]:
 
 
 def _can_ship(run_uri: str, model: Evaluated) -> bool:
-    return bool(model.card) or storage.exists(storage.join(run_uri, model.folder, "config.json"))
+    folder = model.folder_to_ship
+    return bool(model.card) or (folder is not None and storage.exists(storage.join(run_uri, folder, "config.json")))

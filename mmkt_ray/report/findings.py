@@ -97,9 +97,9 @@ def missing(
 ) -> dict[str, Any] | None:
     """For each task and hidden modality: curves of all models that have them, and how far they fall below the reference."""
     files = {
-        name: current.read(f"{about['folder']}/missing.json", "mmkt evaluate --missing")
+        name: current.read(f"{about['folder_to_ship']}/missing.json", "mmkt evaluate --missing")
         for name, about in results["models"].items()
-        if about["kind"] == "trained"
+        if about["folder_to_ship"]
     }
     files = {name: f for name, f in files.items() if f}
     places = dict.fromkeys((t, h) for f in files.values() for h, by_task in f["curves"].items() for t in by_task)
@@ -109,7 +109,7 @@ def missing(
         {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["below"]
     ]
     num = sum(len(f["answers"]) for f in files.values())
-    experts = [row for name in files for row in _experts_of(current.run_uri, name, results["models"][name]["folder"])]
+    experts = [row for name in files for row in _experts_of(current.run_uri, name, results["models"][name]["folder_to_ship"])]
     kinds = {t: task_kind(found["kind"]) for t, found in results["tasks"].items()}
     sections = [_missing_of(t, h, kinds[t], files, colors, figures) for t, h in sorted(places) if t in kinds]
     return {"sections": sections, "below": below, "num": num, "experts": experts}

@@ -1,10 +1,13 @@
 """Which model is recommended: simple ones within one standard error, paired where held-out predictions are there."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.recommend import Candidate, choose, standard_error
+from mmkt_ray.evaluation.compare import Evaluated
+from mmkt_ray.evaluation.recommend import Candidate, _can_ship, choose, standard_error
 from mmkt_ray.scoring.tables import recommendation_text
 
 ROWS = np.arange(100)
@@ -64,3 +67,14 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
         f"in Python: mmkt_ray.load('{folder}').predict(df)",
     ]
     assert recommendation_text({"recommended": None}, str(tmp_path)) == ""
+
+
+def test_a_solved_model_can_be_shipped(tmp_path: Path) -> None:
+    """Catches a recommendation that passes over logistic and ridge regression, whose model folders lie elsewhere than their scores."""
+    folder = "models/.linear/abc/image+text"
+    record = {"name": "logreg:image+text", "tasks": {}, "modalities": ["image", "text"], "folder_to_ship": folder}
+    linear = Evaluated(name="logreg:image+text", kind="baseline", folder="baselines/abc", record=record, predictions_uri="")
+    assert not _can_ship(str(tmp_path), linear)
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "config.json").write_text("{}")
+    assert _can_ship(str(tmp_path), linear)
