@@ -70,7 +70,7 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
 
 
 def test_a_solved_model_can_be_shipped(tmp_path: Path) -> None:
-    """Catches a recommendation that passes over logistic and ridge regression, whose model folders lie elsewhere than their scores."""
+    """Catches a recommendation that passes over solved models: their folders lie elsewhere than their scores."""
     folder = "models/.linear/abc/image+text"
     record = {"name": "logreg:image+text", "tasks": {}, "modalities": ["image", "text"], "folder_to_ship": folder}
     linear = Evaluated(name="logreg:image+text", kind="baseline", folder="baselines/abc", record=record, predictions_uri="")
