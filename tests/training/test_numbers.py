@@ -8,13 +8,14 @@ import pytest
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from mmkt_ray.config import Config
+from mmkt_ray.evaluation.baselines import fit_boosted
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import ask_modalities
 from mmkt_ray.training.auto import choose
-from mmkt_ray.training.baselines import fit_baselines, fit_boosted
+from mmkt_ray.training.baselines import fit_baselines
 from mmkt_ray.training.boosting import fit_boosting
 from mmkt_ray.training.experts import expert_configs
 from mmkt_ray.training.linear import fit_linear
@@ -98,7 +99,7 @@ def test_baselines_choose_and_stack() -> None:
     assert r2_on_test(linear["logreg:a+b"].fit.model, table) > 0.7
     assert r2_on_test(linear["logreg:a+b"].fit.model, table) > r2_on_test(linear["logreg:a"].fit.model, table)
     open_keys = ["training.lr", "training.steps", "training.label_smoothing"]
-    choice = choose(config.with_overrides({"training.auto": open_keys}), table)
+    choice, _ = choose(config.with_overrides({"training.auto": open_keys}), table)
     assert choice.settings["training.label_smoothing"] == 0
     assert choice.num_rows > 0
     population = Population(config, table, [{"training.lr": 0.01}, {"training.lr": 1e-6}])
