@@ -33,6 +33,6 @@ def quick(config: Config) -> Config:
     for number, source in enumerate(config.samples.sources):
         overrides[f"samples.sources.{number}.limit"] = min(source.limit or rows_each, rows_each)
     for name, modality in config.modalities.items():
-        if hasattr(modality.encoder, "epochs"):
-            overrides[f"modalities.{name}.encoder.epochs"] = min(modality.encoder.epochs, CNN_EPOCHS)
+        if "epochs" in type(modality.encoder).model_fields:
+            overrides[f"modalities.{name}.encoder.epochs"] = min(modality.encoder.epochs, CNN_EPOCHS)  # type: ignore[attr-defined]
     return config.with_overrides(overrides)

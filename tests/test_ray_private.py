@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -105,7 +106,10 @@ def test_what_the_trainer_does_by_itself_is_left_out(monkeypatch: pytest.MonkeyP
 def test_ray_s_processes_are_called_as_we_think() -> None:
     """Catches servers that are killed before the others, an own dashboard, and a node that other machines reach."""
     ray.get(ray.remote(lambda: None).remote())
-    titles = {p: p.cmdline() for p in psutil.Process().children(recursive=True)}
+    titles = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # ended meanwhile
+            titles[process] = process.cmdline()
     assert {p.name() for p in titles} >= ray_private.SERVERS
     assert any(words[:1] and words[0].startswith(ray_private.WORKER_TITLE) for words in titles.values())
     assert not [words for words in titles.values() if {"dashboard.py", "monitor.py"} & {Path(w).name for w in words}]

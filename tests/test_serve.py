@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from mmkt_ray.errors import DataError
+from mmkt_ray.kinds.modalities import MODALITY_KINDS
 
 MISSING = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the extra `serve` is not installed: {MISSING}")
@@ -29,6 +30,7 @@ class Colours:
     """A stand-in for a loaded model with its interface, which answers by the mean colour and by the text's first word."""
 
     modalities = {"image": "image", "text": "text"}  # noqa: RUF012  (as of Model)
+    kinds = {m: MODALITY_KINDS[m]() for m in ("image", "text")}  # noqa: RUF012
     tasks = ("colour", "tags")
     classes = {"colour": ["blue", "green", "red"], "tags": ["long", "short"]}  # noqa: RUF012
 
@@ -233,9 +235,9 @@ def test_a_number_that_json_lacks_becomes_null():
 def test_a_text_upload_of_a_form_is_read_as_text():
     from mmkt_ray.serve.requests import row_from_form
 
-    assert row_from_form({"text": b"caf\xc3\xa9", "image": b""}, Colours.modalities) == {"image": None, "text": "café"}
+    assert row_from_form({"text": b"caf\xc3\xa9", "image": b""}, Colours.kinds) == {"image": None, "text": "café"}
     with pytest.raises(DataError, match="reads no"):
-        row_from_form({"odd": "x"}, Colours.modalities)
+        row_from_form({"odd": "x"}, Colours.kinds)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

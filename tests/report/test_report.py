@@ -96,7 +96,7 @@ def test_each_subset_of_the_best_fused_model_opens_to_its_own_scores(page, finis
         record = storage.read_json(str(finished / "models" / name / "metrics.json"))["tasks"][task]
         assert len(record["subsets"]) == 3
         for scores in record["subsets"].values():
-            title = f"{name} given {' + '.join(scores['modalities'])}: what it takes for what"
+            title = f"{name} given {' + '.join(scores['modalities'])}: all scores"
             told = section.partition(title)[2].partition(f"{name} given")[0].replace(" ", "")
             for label, row in zip(record["class_names"], scores["metrics"]["confusion"], strict=True):
                 assert "".join([label.replace(" ", ""), *(str(n) for n in row if n)]) in told
@@ -155,7 +155,7 @@ def told(kind: str, value: float, low: float, high: float, **changes) -> dict:
     """The headline of one task: `both` beside `image`, over 150 of the 200 samples that `both` can read."""
     accuracy = {"value": 0.82, "low": 0.79, "high": 0.85}
     rows = [{"model": m, "num_rows": n, "accuracy": accuracy} for m, n in (("both", 200), ("image", 150), ("sum", 200))]
-    found = {"rows": rows, "best_fused": "both", "best_single": "image"}
+    found = {"kind": "multiclass", "rows": rows, "best_fused": "both", "best_single": "image"}
     answer = {"kind": kind, "value": value, "low": low, "high": high, "fused": "both", "rest": "image", "num_rows": 150}
     answer |= {"metric": "accuracy", "scores": {"fused": 0.8 + value, "rest": 0.8}, "best_fused": "both", "num_fused": 2}
     return sentences.headline("t", answer | changes, found, 0.95)

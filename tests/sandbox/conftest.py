@@ -1,0 +1,5 @@
+"""Images for the decoder: those of the readers' tests."""
+
+from tests.samples.conftest import png
+
+__all__ = ["png"]
