@@ -85,7 +85,7 @@ def test_from_python(shop: Path) -> None:
     (shop / "example.py").write_text(code)
     told = in_shell(f'"{sys.executable}" example.py', shop)
     assert "accuracy_high" in told
-    assert "category_proba_mug" in told
+    assert "category_pred" in told  # pandas leaves columns out of the middle of a wide table
 
 
 @pytest.mark.slow
