@@ -1,6 +1,6 @@
 # The runtime: this package with the versions of requirements.lock. Not built by a test: no Docker where they run.
 #   docker build -t mmkt .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs:/work/runs:ro" mmkt serve runs/openmoji --host 0.0.0.0
+#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs:/runs:ro" mmkt serve /runs/openmoji --host 0.0.0.0
 #   docker run --rm --shm-size=2g -v "$PWD:/work" mmkt run openmoji
 FROM python:3.12-slim AS build
 # uv of the lock, with its hashes, as `make env` takes it
