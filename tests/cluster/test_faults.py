@@ -73,14 +73,14 @@ def reference(ray_local: None, config: Config) -> Store:
     return extract(config, f"{config.run_root}/chaos")
 
 
-def kill_when(there: str, meanwhile: Callable[[], object]) -> None:
-    """SIGKILL to the first process below this one whose title holds `there`, while something else goes on here."""
+def kill_when(meanwhile: Callable[[], object], *there: str) -> None:
+    """SIGKILL to the first process below this one whose title holds one of `there`, while something else goes on here."""
     killed = threading.Event()
 
     def look() -> None:
         end = time.monotonic() + 120
         while not killed.is_set() and time.monotonic() < end:
-            if found := [p for p in family(psutil.Process()) if there in title(p)]:
+            if found := [p for p in family(psutil.Process()) if any(words in title(p) for words in there)]:
                 kill(found[:1])
                 killed.set()
             time.sleep(0.01)
@@ -92,8 +92,10 @@ def kill_when(there: str, meanwhile: Callable[[], object]) -> None:
 
 def test_a_killed_training_worker(reference: Store, config: Config, tmp_path: Path) -> None:
     """Catches a worker whose death ends the job or hangs its fellows, and a model that then differs."""
+    config = config.with_overrides({"training.epochs": 150})  # long enough to be found at work
     train(config, reference.uri, str(tmp_path / "a"))
-    kill_when(f"{TITLES['trainer']}.run_train_fn", lambda: train(config, reference.uri, str(tmp_path / "b")))
+    at_work = [f"{TITLES['trainer']}.{method}" for method in ("run_train_fn", "poll_status")]
+    kill_when(lambda: train(config, reference.uri, str(tmp_path / "b")), *at_work)
     undisturbed, disturbed = read_card(str(tmp_path / "a")), read_card(str(tmp_path / "b"))
     assert undisturbed is not None
     assert disturbed is not None
@@ -117,7 +119,7 @@ def test_killed_trials_and_a_killed_search(reference: Store, config: Config, tmp
     undisturbed = searched(config, reference, tmp_path / "a")
     assert len(undisturbed) == 20 + 4 * 3  # candidates, and beside them those of each reference
     found: list[pd.DataFrame] = []
-    kill_when(TITLES["trial"], lambda: found.append(searched(config, reference, tmp_path / "b")))
+    kill_when(lambda: found.append(searched(config, reference, tmp_path / "b")), TITLES["trial"])
     pd.testing.assert_frame_equal(found[0], undisturbed, check_exact=False, atol=1e-6)
     # what a kill -9 of the driver leaves: parts of some trials only, one of them in the middle
     parts = sorted((tmp_path / "b" / "parts").iterdir())
