@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_set(command)
         if name == "run":
             command.add_argument(
-                "--quick", action="store_true", help="a first answer in about 20 s: some of the rows, few steps, no studies"
+                "--quick", action="store_true", help="a first answer: some of the rows, few steps, no studies"
             )
             command.add_argument("--json", action="store_true", help="the results as JSON, as report/results.json has them")
         if name == "repeat":

@@ -1,4 +1,4 @@
-"""A first answer on anybody's data in about 20 s: the run's config with few rows, few steps and no studies."""
+"""A first answer on anybody's data: the run's config with few rows, few steps and no studies."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def run(
     """Everything of a run that is not done yet, as `mmkt run` does it: extract, train, evaluate, report.
 
     config: a path of a YAML file, the same as a dict, or a `Config`. overrides: dotted keys -> values, as `--set`. quick: a first
-    answer in about 20 s, in a run folder of its own: some of the rows, few steps, no studies.
+    answer, in a run folder of its own: some of the rows, few steps, no studies.
 
     Raises: ConfigError, DataError, ResourceError: what is wrong and what to do next.
     """
