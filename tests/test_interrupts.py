@@ -31,11 +31,11 @@ from mmkt_ray.interrupts import interruptible
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
 with interruptible():
     lock(mutex)
-    print("hangs", flush=True)
     while True:
         try:
+            print("hangs", flush=True)
             lock(mutex)
-        except KeyboardInterrupt:  # it came before the lock
+        except KeyboardInterrupt:  # it came before the lock, in `print` say
             pass
 """
 
