@@ -285,8 +285,16 @@ def _main(words: list[str]) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.command in ("submit", "doctor"):
         return _tell_status(args)
-    print(_dispatch(args), flush=True)
+    result = _dispatch(args)
+    _stop_local_ray()
+    print(result, flush=True)
     return 0
+
+
+def _stop_local_ray() -> None:
+    """End the Ray that the command has started, which takes a second or two: the prompt follows the result at once."""
+    if local := sys.modules.get("mmkt_ray.cluster.local"):
+        local.stop_local()
 
 
 def _unknown_command(parser: argparse.ArgumentParser, words: list[str]) -> str:

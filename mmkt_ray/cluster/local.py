@@ -125,6 +125,7 @@ def stop_local() -> None:
         overdue.cancel()
         end_processes(folder, started)
         shutil.rmtree(folder, ignore_errors=True)
+        _own.pop(os.getpid(), None)  # last: a signal until here ends what is left
 
 
 def kill_local() -> None:

@@ -19,6 +19,7 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table, score_rows
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.models import Predictor
+from mmkt_ray.scoring import provenance
 from mmkt_ray.studies.missing import Answers, Single, ask, curves_of
 
 
@@ -41,7 +42,9 @@ def missing_over_seeds(
         models = [_answers(name, variants[name], single, stores[name], folder) for folder in folders]
         curves = curves_of(models, config.evaluation, variants[name], num_seeds=len(seeds))
         modalities = list(variants[name].model_modalities)
-        found[name] = {"model": name, "split": "test", "modalities": modalities, **curves}
+        places = [storage.join("seeds", str(seed), n) for seed in seeds for n in (name, *single)]
+        about = provenance.about(run_uri, places, [stores[name].manifest["fingerprint"]])
+        found[name] = {"model": name, "split": "test", "modalities": modalities, **curves, "about": about}
     storage.write_json(storage.join(run_uri, "missing_seeds.json"), found)
     return found
 

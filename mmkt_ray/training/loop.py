@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -176,10 +177,14 @@ class Fitting:
         weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, world)
         self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, world).to(world.device)
         self.net = parallel(self.learner, world)
-        self.optimizer = build_optimizer(self.learner, self.training.lr, self.training.weight_decay)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}  # the best epoch's weights; empty without a val split
+
+    @cached_property
+    def optimizer(self) -> torch.optim.AdamW:
+        """Made where it is asked for: a stack of models has its own, and the first one of a process takes torch seconds."""
+        return build_optimizer(self.learner, self.training.lr, self.training.weight_decay)
 
     @property
     def num_epochs(self) -> int:

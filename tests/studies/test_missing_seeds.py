@@ -36,6 +36,9 @@ def test_the_ends_are_the_means_of_the_models_of_all_seeds(repeated):
     found = missing_over_seeds(config, stores, uri, SEEDS)
     assert found == storage.read_json(storage.join(uri, "missing_seeds.json"))
     assert set(found) == {"concat"}
+    told = found["concat"]["about"]["models"]
+    assert {f"seeds/{seed}/{name}" for seed in SEEDS for name in ("concat", "image", "text")} == set(told)
+    assert all(told.values()), "a model without its fingerprint"
     table = stores["concat"].table()
     rows = table.take(np.flatnonzero((table.split == "test") & table.present["image"] & table.present["text"]))
 
