@@ -37,6 +37,7 @@ MAX_ROTATED = 2048  # axes: the eigenvectors of a larger matrix cost more than t
 GRAM_ROWS = 4  # times D: enough for the axes
 TURNED_ROWS = 8  # times D: so many rows are turned themselves, more as their weights are
 CHUNK_VALUES = 2_000_000  # logits in memory at a time
+DOT_ROWS = 64  # products that are summed in float32
 HISTORY_BYTES = 400_000_000  # of L-BFGS
 MAX_PAIRS = 12
 ROUND_STEPS = 25  # of L-BFGS, then the axes are scaled anew
@@ -174,7 +175,7 @@ class Problem:
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """(F K,) float64 inner products of (P, F K), over all that belongs to a problem."""
-        return self.together((a * b).sum(dim=0, dtype=torch.float64))
+        return self.together(column_dots(a, b))
 
     def products(self, weights: Tensor, index: int) -> Tensor:
         """Logits (B, F K) of a chunk. weights: `mapped`."""
@@ -265,6 +266,20 @@ class Problem:
         return [b.original(p) for b, p in zip(self.blocks, parts, strict=True)], bias[0].numpy()
 
 
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """(K,) float64 inner products of the columns of (P, K), both contiguous, summed in float32 over DOT_ROWS rows at a time.
+
+    Without a product in memory: several times as fast as `(a * b).sum(dim=0, dtype=torch.float64)`.
+    """
+    whole = len(a) // DOT_ROWS * DOT_ROWS
+    left, right = a.numpy(), b.numpy()
+    parts = np.einsum("ij,ij->j", left[whole:], right[whole:], dtype=np.float64, casting="unsafe")
+    if whole:
+        shape = (-1, DOT_ROWS, left.shape[1])
+        parts += np.einsum("cij,cij->cj", left[:whole].reshape(shape), right[:whole].reshape(shape)).sum(0, dtype=np.float64)
+    return torch.from_numpy(parts)
+
+
 def minimise(problem: Problem, l2: float, start: Tensor | None = None, tolerance: float = TOLERANCE) -> Tensor:
     """The best weights (P, F K) at one penalty, to within this share of the loss. start: weights of another penalty."""
     weights = problem.initial() if start is None else start
@@ -342,10 +357,10 @@ class _Pairs:
         bent, shares = -gradient, []
         for step, change, inverse in reversed(self.pairs):
             share = (inverse * self.dot(step, bent)).float()
-            bent = torch.addcmul(bent, change, share, value=-1)
+            bent.addcmul_(change, share, value=-1)
             shares.append(share)
-        bent = bent * self.first
+        bent *= self.first
         for (step, change, inverse), share in zip(self.pairs, reversed(shares), strict=True):
             other = (inverse * self.dot(change, bent)).float()
-            bent = torch.addcmul(bent, step, share - other)
+            bent.addcmul_(step, share - other)
         return bent
