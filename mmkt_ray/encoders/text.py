@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -22,14 +22,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.compute as pc
     import scipy.sparse as sp
-    from sklearn import preprocessing
     from sklearn.feature_extraction import text as sklearn_text
 
     from mmkt_ray.encoders import tokens
 else:
     np, pa, pc, sp = lazy("numpy"), lazy("pyarrow"), lazy("pyarrow.compute"), lazy("scipy.sparse")
-    sklearn_text, preprocessing = lazy("sklearn.feature_extraction.text"), lazy("sklearn.preprocessing")
-    tokens = lazy("mmkt_ray.encoders.tokens")
+    tokens, sklearn_text = lazy("mmkt_ray.encoders.tokens"), lazy("sklearn.feature_extraction.text")
 
 
 @cache
@@ -49,7 +47,8 @@ class TermStatistics:
 class TfidfEncoder(ListedEncoder):
     """Texts -> TF-IDF weights, equal to `TfidfVectorizer` with the same options, fitted on shards in any order.
 
-    Single words go through the compiled `tokens`, n-grams through scikit-learn's own analyzer.
+    Single words go through the compiled `tokens`, n-grams through scikit-learn's own analyzer. Where neither n-grams nor stop
+    words are asked for, scikit-learn is not imported: it takes each process of a pipeline more than a second.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("text",)
@@ -71,8 +70,6 @@ class TfidfEncoder(ListedEncoder):
     def __init__(self, section: Section) -> None:
         super().__init__(section)
         self._section = section
-        options = section.model_dump(include={"lowercase", "ngram_range", "stop_words"})
-        self._vectorizer = sklearn_text.TfidfVectorizer(**options)
         self._words_only = section.ngram_range == (1, 1)
         self._terms: pa.LargeStringArray | None = None  # (D,) sorted by code point
         self._idf = np.empty(0)  # (D,) float64
@@ -80,6 +77,11 @@ class TfidfEncoder(ListedEncoder):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
+
+    @cached_property
+    def _vectorizer(self) -> sklearn_text.TfidfVectorizer:
+        options = self._section.model_dump(include={"lowercase", "ngram_range", "stop_words"})
+        return sklearn_text.TfidfVectorizer(**options)
 
     @property
     def dim(self) -> int:
@@ -132,7 +134,7 @@ class TfidfEncoder(ListedEncoder):
             counts.data = np.log(counts.data) + 1
         counts.data *= self._idf[counts.indices]
         if self._section.norm is not None and len(values):
-            preprocessing.normalize(counts, norm=self._section.norm, copy=False)
+            tokens.normalize_rows(counts.data, counts.indptr, self._section.norm == "l2")
         return counts.astype(np.float32)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -159,9 +161,12 @@ class TfidfEncoder(ListedEncoder):
     def _count_words(self, values: Sequence[str]) -> list[pa.Array]:
         counts = tokens.count_terms(*_to_utf8(self._prepared(values)))
         terms = _from_utf8(counts.term_bytes, counts.term_offsets)
-        stop_words = pa.array(self._vectorizer.get_stop_words() or (), pa.large_string())
+        columns = [pa.array(column) for column in (terms, counts.text_counts, counts.term_counts)]
+        if self._section.stop_words is None:
+            return columns
+        stop_words = pa.array(self._vectorizer.get_stop_words(), pa.large_string())
         kept = pc.invert(pc.is_in(terms, stop_words))
-        return [pa.array(column).filter(kept) for column in (terms, counts.text_counts, counts.term_counts)]
+        return [column.filter(kept) for column in columns]
 
     def _count_ngrams(self, values: Sequence[str]) -> list[list]:
         analyze = self._vectorizer.build_analyzer()

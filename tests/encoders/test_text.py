@@ -253,3 +253,13 @@ def test_twenty_newsgroups(data_dir):
     assert_same_features(encoder.encode(texts), reference.fit_transform(texts))
     assert encoder.terms == list(reference.get_feature_names_out())
     assert (len(texts), encoder.dim) == (11_314, 130_107)
+
+
+def test_words_need_no_scikit_learn():
+    """Catches an import that costs each process of a pipeline more than a second."""
+    code = (
+        "import sys; from mmkt_ray.encoders.text import compile_kernels; compile_kernels(); "
+        "print([m for m in sys.modules if m.startswith(('sklearn', 'torch'))])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert told.stdout == "[]\n"
