@@ -38,7 +38,7 @@ test-cluster: env  ## runs through faults, on object stores, on several nodes. O
 lint: env  ## ruff over all Python files
 	$(BIN)/ruff check .
 
-types: env  ## mypy over the package
+types: env  ## mypy over the package and jobs/
 	$(BIN)/mypy
 
 lock: $(BIN)/uv  ## refresh requirements.lock: the newest versions that pyproject.toml allows

@@ -223,7 +223,7 @@ def wait(process: subprocess.Popen[bytes], until: float) -> int:
 
 def undisturbed(place: Place, config: Path, words: Sequence[str] = WORDS) -> Undisturbed:
     """The reference. Raises: RuntimeError if it does not end well."""
-    started, seen = time.monotonic(), {}
+    started, seen = time.monotonic(), dict[str, tuple[float, float]]()
     log = place.root / "log.txt"
     process = place.start(list(words), config, log)
     while process.poll() is None and time.monotonic() - started < LIMIT_S:

@@ -25,7 +25,7 @@ def score_cnn(config: Config, run_uri: str) -> dict[str, Any]:
     Works where exactly one modality of the config has the encoder `cnn`.
     """
     [(name, modality)] = [(n, m) for n, m in config.modalities.items() if m.encoder.name == "cnn"]
-    task = modality.encoder.pretrain
+    task = str(modality.encoder.task)
     stores = storage.glob(storage.join(run_uri, "features", "encoded-*"))
     folder = open_store(stores[0].path).manifest["modalities"][name]["folders"][0]
     encoder = load_fitted(build_encoder(modality.encoder), storage.join(run_uri, "encoders", folder))

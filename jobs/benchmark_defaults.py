@@ -22,7 +22,8 @@ from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.model_folder import load_model, read_card
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import load_rows, readable
-from mmkt_ray.scoring.calibration import fit_temperatures, probability_scores
+from mmkt_ray.kinds.probabilities import probability_scores
+from mmkt_ray.scoring.calibration import fit_temperatures
 from mmkt_ray.scoring.heldout import load_heldout, pattern_name
 from mmkt_ray.scoring.seeds import mean_interval
 from mmkt_ray.steps import extract_step, run_folder

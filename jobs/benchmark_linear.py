@@ -92,7 +92,7 @@ def stacked(table: FeatureTable, modalities: tuple[str, ...], learnt: np.ndarray
         parts.append(x * np.float32((table.present[m][learnt].mean() / mean_squared_norm(x[learnt])) ** 0.5))
     if all(sp.issparse(part) for part in parts):
         return sp.hstack(parts).tocsr()
-    return np.hstack([part.toarray() if sp.issparse(part) else part for part in parts])
+    return np.hstack([part if isinstance(part, np.ndarray) else part.toarray() for part in parts])
 
 
 def ours(x: Any, labels: Labels, width: int, l2: float) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,17 @@ def search_contenders(config: Config, store: Store, budget_s: float) -> dict[str
         "tpe": lambda: optuna.samplers.TPESampler(seed=config.seed),
     }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def sampled(sampler: Callable[[], optuna.samplers.BaseSampler]) -> dict[str, Any]:
+        return told(list(in_process(space, settings, table, score, sampler())), budget_s)
+
     contenders = {
         "ours": lambda: ours(space, settings, table, store),
         "ours_all_epochs": lambda: ours(space, settings.model_copy(update={"rungs": 1}), table, store),
         "tune": lambda: one_per_trial(space, settings, table, score),
     }
     for name, sampler in one_by_one.items():
-        contenders[name] = lambda sampler=sampler: told(
-            list(in_process(space, settings, table, score, sampler())), budget_s
-        )
+        contenders[name] = partial(sampled, sampler)
     return contenders
 
 
