@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN, autocast
+from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN
+from mmkt_ray.encoders.device import autocast
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2  # imported where a network is trained: it takes as long as torch itself
