@@ -226,7 +226,7 @@ class ExtractConfig(Section):
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs of each encoder actor (0.25: four share one, for small networks); null: 1 if the cluster has any, else 0",
+        description="GPUs of each encoder actor, 0.25: four share one, for small networks; null: 1 if there are any, else 0",
     )
 
     @model_validator(mode="after")
