@@ -52,7 +52,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from mmkt_ray import cluster
 from mmkt_ray.config import Config, load_config, parse_config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
-from mmkt_ray.encoders.cnn import SmallCNN, autocast
+from mmkt_ray.encoders.cnn import SmallCNN
+from mmkt_ray.encoders.device import autocast
 from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store

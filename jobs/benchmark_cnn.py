@@ -12,7 +12,7 @@ import torch
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
-from mmkt_ray.encoders.cnn import apply_cnn
+from mmkt_ray.encoders.device import Forward
 from mmkt_ray.features.store import open_store
 from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.samples.plan import ReadingPlan
@@ -39,7 +39,7 @@ def score_cnn(config: Config, run_uri: str) -> dict[str, Any]:
             labels += samples.column(task).to_pylist()
     truth = np.array([encoder.class_names.index(label) for label in labels])
     stacked = np.stack(images)
-    plain = apply_cnn(encoder.model, stacked, device=torch.device("cpu"))
+    plain = Forward(encoder.model, torch.device("cpu"), "bf16", 512)(stacked)
     return {
         "encoder": Path(folder).name,
         "test_images": len(truth),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from mmkt_ray.cluster import Resources, check_answers, check_fits, local
+from mmkt_ray.cluster import Resources, check_answers, check_fits, gpu_places, local
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.fit import FAN_IN, merge_in_tree
 
@@ -24,6 +24,14 @@ def test_gpus_that_are_not_there_are_refused() -> None:
     """A job that waits for a GPU that no node has."""
     with pytest.raises(ResourceError, match=r"need 1 GPUs, the cluster has 0.*0 runs on CPUs"):
         check_fits(Resources(8, 0), num_actors=1, cpus_each=1, gpus_each=1)
+
+
+def test_a_share_of_a_gpu_lies_within_one() -> None:
+    """Five actors of 0.4 GPU on two GPUs, of which one waits for ever; ten of 0.1 GPU that rounding refuses."""
+    assert [gpu_places(Resources(8, 2), share) for share in (0.1, 0.25, 0.4, 0.6, 1, 2)] == [20, 8, 4, 2, 2, 1]
+    check_fits(Resources(8, 2), num_actors=4, cpus_each=1, gpus_each=0.4)
+    with pytest.raises(ResourceError, match="room for 4"):
+        check_fits(Resources(8, 2), num_actors=5, cpus_each=1, gpus_each=0.4)
 
 
 def _chain(parts: list[list[int]]) -> list[int]:

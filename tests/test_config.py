@@ -67,6 +67,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"model.modalities": ["image", "image"]}, ["model.modalities: is there more than once: image"]),
         ({"model.tasks": ["label", "label"]}, ["model.tasks: is there more than once: label"]),
         ({"training.lr": float("inf")}, ["training.lr", "finite number", "got inf"]),
+        ({"extract.num_gpus": 1.5}, ["extract", "a share of one GPU or a whole number, got 1.5"]),
         ({"training.weight_decay": float("nan")}, ["training.weight_decay", "finite number"]),
         ({"samples.sources.0.columns": {"image": False}}, ["got False", "yes or no; put the text in quotes"]),
         ({"run_root": date(2024, 11, 29)}, ["2024, 11, 29", "date; put the text in quotes"]),

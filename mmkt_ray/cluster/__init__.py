@@ -124,6 +124,13 @@ def one_row_blocks() -> Iterator[None]:
         yield
 
 
+def gpu_places(resources: Resources, gpus_each: float) -> int:
+    """How many actors of so many GPUs each the cluster holds: a share of a GPU lies within one."""
+    if gpus_each < 1:
+        return int(resources.num_gpus) * int(1 / gpus_each + 1e-6)  # 1 / 0.1 is not 9.99..
+    return int(resources.num_gpus // gpus_each)
+
+
 def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_each: float) -> None:
     """Refuse an actor pool that could never run: Ray Data needs one whole CPU beside it for reads and writes.
 
@@ -136,10 +143,11 @@ def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_eac
             f"{num_actors} encoder actors of {cpus_each:g} CPU and one CPU for reading need {needed:g} CPUs, the cluster has "
             f"{resources.num_cpus:g}: set extract.num_actors to at most {most}, or add nodes"
         )
-    if num_actors * gpus_each > resources.num_gpus:
+    if gpus_each and num_actors > gpu_places(resources, gpus_each):
         raise ResourceError(
             f"{num_actors} encoder actors of {gpus_each:g} GPU need {num_actors * gpus_each:g} GPUs, the cluster has "
-            f"{resources.num_gpus:g}: lower extract.num_actors or extract.num_gpus (0 runs on CPUs)"
+            f"{resources.num_gpus:g}, room for {gpu_places(resources, gpus_each)}: lower extract.num_actors or extract.num_gpus "
+            "(0 runs on CPUs)"
         )
 
 

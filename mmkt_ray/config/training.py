@@ -224,5 +224,13 @@ class ExtractConfig(Section):
         None, ge=1, description="encoder actors; null: one per GPU, or one per two logical CPUs"
     )
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs of each encoder actor; null: 1 if the cluster has any, else 0"
+        None,
+        ge=0,
+        description="GPUs of each encoder actor, 0.25: four share one, for small networks; null: 1 if there are any, else 0",
     )
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> ExtractConfig:
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus must be a share of one GPU or a whole number, got {self.num_gpus:g}")
+        return self

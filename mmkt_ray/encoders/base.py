@@ -66,7 +66,8 @@ class Encoder(Protocol):
     Optional: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it travels (encode
     then gets what prepare returned); `to(device, encode_batch_size)` for encoders that can use a GPU; `refused(values)`: row ->
     why a value cannot be encoded, which encode then does not get; `changes(values)`: by value what of it encode does not read,
-    for the audit; `feature_names`: what each feature is of, once fitted.
+    for the audit; `feature_names`: what each feature is of, once fitted; `concurrent`: True if several threads may encode at
+    once.
     """
 
     version: int  # raised by whoever changes what encode returns
@@ -99,6 +100,7 @@ class ListedEncoder:
     Section: ClassVar[type[EncoderSection]]
     kinds: ClassVar[tuple[str, ...]]  # of the modalities that it reads
     sparse: ClassVar[bool] = False  # encode returns CSR matrices
+    concurrent: bool = False  # several threads may encode at once
     # of a Trained one: type of a prepared value; whether rows of val are given too, to decide when to stop
     prepared_dtype: ClassVar[str] = "uint8"
     held_out_rows: ClassVar[bool] = False

@@ -8,10 +8,8 @@ ResNet (DAWNBench 2018). How it is trained: cnn_training.py. No Ray and no files
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,7 +70,7 @@ class SmallCNN(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features (B, D) float32 of uint8 images (B, 3, S, S)."""
-        x = x.to(self.whiten_weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last).to(self.whiten_weight.dtype)
         x = F.silu(F.conv2d(x, self.whiten_weight, self.whiten_bias))
         return self.blocks(x).amax(dim=(2, 3)).float()
 
@@ -85,29 +83,3 @@ class SmallCNN(nn.Module):
         padded = F.pad(x.float(), (1, 1, 1, 1), mode="reflect").to(x.dtype)
         views = [(x, 0.25), (padded[..., :side, :side], 0.125), (padded[..., 2:, 2:], 0.125)]
         return torch.stack([share * (self(view) + self(view.flip(-1))) for view, share in views]).sum(0)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which convolutions run in bfloat16 ("bf16") or everything in float32 ("fp32")."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-@torch.inference_mode()
-def apply_cnn(
-    function: Callable[[Tensor], Tensor],
-    images: np.ndarray,
-    *,
-    device: torch.device,
-    precision: str = "bf16",
-    encode_batch_size: int = 512,
-) -> np.ndarray:
-    """What `function` (`model`, `model.features`, `model.forward_tta`) makes of uint8 images (N, 3, S, S).
-
-    Returns float32 (N, K) or (N, D). A batch is copied once, as memory-mapped images are read-only.
-    """
-    outputs = []
-    with autocast(device, precision):
-        for start in range(0, max(len(images), 1), encode_batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + encode_batch_size])).to(device)
-            outputs.append(function(batch).float().cpu().numpy())
-    return np.concatenate(outputs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN, autocast
-
-if TYPE_CHECKING:
-    from torchvision.transforms import v2  # imported where a network is trained: it takes as long as torch itself
+from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN
+from mmkt_ray.encoders.device import autocast
 
 AUGMENTATIONS = ("flip", "crop", "cutout")
 PRECISIONS = ("bf16", "fp32")
@@ -52,29 +50,34 @@ class CNNRecipe:
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def build_transform(recipe: CNNRecipe) -> v2.Transform:
-    """The random part of the augmentation, for one uint8 image (3, S, S) at a time."""
-    from torchvision.transforms import v2
+def augment_batch(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, seed: Sequence[int]) -> Tensor:
+    """Mirrors some of the uint8 `images` (B, 3, S, S), `mirror` (B,) bool, then shifts and blanks each on its own.
 
-    steps: list[v2.Transform] = []
-    if "crop" in recipe.augment:
-        steps.append(v2.RandomCrop(recipe.image_size, padding=recipe.crop_pad, padding_mode="reflect"))
-    if "cutout" in recipe.augment:
-        steps.append(v2.RandomErasing(p=1.0, scale=(recipe.cutout_frac**2,) * 2, ratio=(1.0, 1.0), value=128))
-    return v2.Compose(steps) if steps else v2.Identity()
-
-
-def augment_batch(images: Tensor, mirror: np.ndarray, transform: v2.Transform, seed: Sequence[int]) -> Tensor:
-    """Mirrors some of the uint8 `images` (B, 3, S, S), `mirror` (B,) bool, and transforms each on its own.
-
-    One by one, because torchvision draws once for all that it is given. The draws depend on `seed` alone.
+    All at once and where the images are: one by one, as torchvision does it, takes a GPU's time many times over. The draws
+    depend on `seed` alone.
     """
-    from torchvision.transforms.v2.functional import horizontal_flip
+    rng, num, side, device = np.random.default_rng(seed), len(images), images.shape[-1], images.device
+    where = np.broadcast_to(np.arange(side), (2, num, side))  # rows and columns that each image's pixels come from
+    if "crop" in recipe.augment:
+        where = where + rng.integers(-recipe.crop_pad, recipe.crop_pad + 1, (2, num, 1))
+        where = side - 1 - np.abs(side - 1 - np.abs(where))  # the border is reflected
+    rows, columns = where[0], np.where(mirror[:, None], side - 1 - where[1], where[1])
+    which, channels = torch.arange(num, device=device), torch.arange(3, device=device)
+    rows, columns = (torch.from_numpy(np.array(index)).to(device) for index in (rows, columns))
+    images = images[which[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    if "cutout" in recipe.augment:
+        size = round(recipe.cutout_frac * side)
+        distance = np.arange(side) - rng.integers(0, side - size + 1, (2, num, 1))
+        inside = torch.from_numpy((distance >= 0) & (distance < size)).to(device)
+        images = images.masked_fill(inside[0][:, None, :, None] & inside[1][:, None, None, :], 128)
+    return images
 
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        chosen = zip(images, mirror, strict=True)
-        return torch.stack([transform(horizontal_flip(x) if flip else x) for x, flip in chosen])
+
+def _resident(column: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+    """All of a set (N, ..) on the GPU that it is trained on, if that has room for four of it; else as it is."""
+    if device.type != "cuda" or 4 * column.nbytes > torch.cuda.mem_get_info()[0]:
+        return column
+    return torch.from_numpy(np.array(column)).to(device)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -135,25 +138,28 @@ class _Fit:
         if self.world_size > 1:
             self.net = nn.parallel.DistributedDataParallel(self.model, forward_sync_buffers=False)
 
-    def _batches(self, epoch: int, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, images: Any, labels: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of each global batch, augmented: (B, 3, S, S), (B,). The remainder is dropped.
 
         All that is random is drawn from (seed, epoch, rank): a resumed run needs no generator state.
         """
         seed, batch_size = self.recipe.seed, min(self.recipe.batch_size, len(images))
         order = np.random.default_rng([seed, epoch]).permutation(len(images))
-        transform = build_transform(self.recipe)
         # Every second epoch, starting with the first or the second at random: airbench's alternating flip.
         mirror = np.random.default_rng(seed).random(len(images)) < 0.5
         mirror = (mirror ^ bool(epoch % 2)) & ("flip" in self.recipe.augment)
         for start in range(0, len(order) - batch_size + 1, batch_size):
             chosen = np.sort(order[start : start + batch_size][self.rank :: self.world_size])
-            x, y = (torch.from_numpy(column[chosen]) for column in (images, labels))
-            x = augment_batch(x, mirror[chosen], transform, (seed, epoch, self.rank, start))
-            yield x.to(self.device), y.to(self.device)
+            x, y = (self._rows(column, chosen) for column in (images, labels))
+            yield augment_batch(x, mirror[chosen], self.recipe, (seed, epoch, self.rank, start)), y
 
-    def train_epoch(self, epoch: int, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """One pass over the images. Returns mean loss and accuracy over all workers."""
+    def _rows(self, column: np.ndarray | Tensor, chosen: np.ndarray) -> Tensor:
+        if isinstance(column, Tensor):
+            return column[torch.from_numpy(chosen).to(self.device)]
+        return torch.from_numpy(column[chosen]).to(self.device)
+
+    def train_epoch(self, epoch: int, images: Any, labels: Any) -> dict[str, float]:
+        """One pass over the images, which are arrays or lie on the device. Returns mean loss and accuracy over all workers."""
         recipe = self.recipe
         batch_size = min(recipe.batch_size, len(images))
         num_steps = len(images) // batch_size
@@ -235,8 +241,9 @@ def fit_cnn(
     model.fit_whitening(torch.from_numpy(images[np.sort(sample)]))
     model.to(device, memory_format=torch.channels_last)
     fit = _Fit(model, recipe, device, rank, world_size)
+    held = _resident(images, device), _resident(labels, device)
     for epoch in range(fit.load_state(state) if state else 0, recipe.epochs):
-        metrics = fit.train_epoch(epoch, images, labels)
+        metrics = fit.train_epoch(epoch, *held)
         if on_epoch is not None:
             on_epoch(epoch + 1, metrics, partial(fit.state, epoch + 1))
     return model.to(memory_format=torch.contiguous_format).eval()  # as safetensors wants it

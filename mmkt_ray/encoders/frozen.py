@@ -1,10 +1,11 @@
-"""What encoders that run a frozen network share: a device, batches of one fixed shape; and the CNN that is trained here.
+"""What encoders that run a frozen network share: where it runs; and the CNN that is trained here.
 
 Axes: B values, S side of a square image, D features, C classes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,43 +19,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmkt_ray.encoders import cnn, cnn_training
+    from mmkt_ray.encoders import device as devices
     from mmkt_ray.encoders.cnn import SmallCNN
     from mmkt_ray.encoders.cnn_training import CNNRecipe
 else:
     np, torch = lazy("numpy"), lazy("torch")
     cnn, cnn_training = lazy("mmkt_ray.encoders.cnn"), lazy("mmkt_ray.encoders.cnn_training")
+    devices = lazy("mmkt_ray.encoders.device")
 
 
 class FrozenNetwork(ListedEncoder):
     """A network over prepared images (3, S, S) uint8: where it runs, and how many images a forward pass takes."""
 
+    concurrent = True
     model: Any = None  # None until trained or loaded
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.device = torch.device("cpu")
         self.encode_batch_size = 256
+        self._lock = threading.Lock()
+        self._forwards: dict[Callable[[Tensor], Tensor], devices.Forward] = {}
+        self._forwards_of: Any = None  # the network that they were made for
 
     def to(self, device: torch.device, encode_batch_size: int) -> None:
         """Move to a device and say how many images a forward pass takes."""
         self.device, self.encode_batch_size = device, encode_batch_size
+        self._forwards = {}
         if self.model is not None:
             self.model.to(device, memory_format=torch.channels_last)
 
     def _apply(self, function: Callable[[Tensor], Tensor], values: Sequence[np.ndarray]) -> np.ndarray:
-        """`function` of the images (B, 3, S, S). Batches have one fixed shape, so that a row's features do not depend on
-        its neighbours and a GPU compiles once."""
-        images = np.stack(values)
-        padding = -len(images) % self.encode_batch_size
-        padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
-        outputs = cnn.apply_cnn(
-            function,
-            padded,
-            device=self.device,
-            precision=self.config.precision,
-            encode_batch_size=self.encode_batch_size,
-        )
-        return outputs[: len(images)]
+        """`function` of the images (B, 3, S, S)."""
+        with self._lock:
+            if self._forwards_of is not self.model:
+                self._forwards, self._forwards_of = {}, self.model
+            if function not in self._forwards:
+                self._forwards[function] = devices.Forward(
+                    function, self.device, self.config.precision, self.encode_batch_size
+                )
+            forward = self._forwards[function]
+        return forward(values)
 
 
 class TrainedCnn(FrozenNetwork):

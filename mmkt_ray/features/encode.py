@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -190,10 +192,12 @@ class EncodePlan:
     reuse: dict[str, str]  # modality -> another store whose parts hold the same features already
     use_gpu: bool
     num_threads: int
+    gpu_frac: float = 1.0  # of a GPU that several actors share
 
 
-def assigned_device(use_gpu: bool) -> torch.device:
-    """The device that Ray gave this actor: inside it a GPU is always number 0. Raises: ResourceError if torch can't use it."""
+def assigned_device(use_gpu: bool, gpu_frac: float = 1.0) -> torch.device:
+    """The device that Ray gave this actor: inside it a GPU is always number 0. Of a shared one no more memory is taken than
+    this actor's share. Raises: ResourceError if torch can't use it."""
     import torch
 
     if use_gpu and not torch.cuda.is_available():
@@ -201,11 +205,16 @@ def assigned_device(use_gpu: bool) -> torch.device:
             "Ray gave this encoder actor a GPU, but torch finds none: is the driver there, is this torch built for it? "
             "Set extract.num_gpus=0 to encode on CPUs"
         )
+    if use_gpu and gpu_frac < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_frac)  # Ray counts GPUs, it does not divide them
     return torch.device("cuda" if use_gpu else "cpu")
 
 
 class SampleEncoder:
-    """Decodes samples and makes features of every modality, with encoders that it loads once. Knows no Ray."""
+    """Decodes samples and makes features of every modality, with encoders that it loads once. Knows no Ray.
+
+    Threads may share it: chunks take turns in an encoder, unless that says that it is `concurrent`.
+    """
 
     def __init__(self, plan: EncodePlan, device: torch.device) -> None:
         self.plan = plan
@@ -215,6 +224,8 @@ class SampleEncoder:
             if hasattr(encoder, "to"):
                 encoder.to(device, plan.config.extract.encode_batch_size)
             self.encoders[name] = encoder
+        alone = {m: not getattr(e, "concurrent", False) for m, e in self.encoders.items()}
+        self._turns = {m: threading.Lock() if alone[m] else nullcontext() for m in self.encoders}
         self.schema = part_schema(
             plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()}
         )
@@ -236,7 +247,9 @@ class SampleEncoder:
             if part is None:
                 chosen = [value for value, wanted in zip(values[name], keep, strict=True) if wanted]
                 columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
-                samples = note_changes(samples, name, changes_in(self.encoders[name], chosen))
+                with self._turns[name]:
+                    changes = changes_in(self.encoders[name], chosen)
+                samples = note_changes(samples, name, changes)
             else:
                 part = part.filter(mask)
                 columns[column_of(name)] = part.column(column_of(name)).combine_chunks()
@@ -252,7 +265,8 @@ class SampleEncoder:
         """Features of a modality's values, and row -> why there are none though there is a value."""
         start = time.perf_counter()
         pooled = self.plan.config.modalities[name].kind.pooled
-        found = encode_column(self.encoders[name], values, self.plan.config.extract.feature_dtype, pooled)
+        with self._turns[name]:
+            found = encode_column(self.encoders[name], values, self.plan.config.extract.feature_dtype, pooled)
         seconds[f"encode {name}"] = time.perf_counter() - start
         return found
 
@@ -298,7 +312,7 @@ class EncodeChunk(SampleEncoder):
 
         cluster.keep_freed_memory()
         torch.set_num_threads(plan.num_threads)
-        super().__init__(plan, assigned_device(plan.use_gpu))
+        super().__init__(plan, assigned_device(plan.use_gpu, plan.gpu_frac))
 
     def __call__(self, batch: Row) -> Row:
         samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 READ_CPUS = 0.5  # differs from an actor's on purpose: equal demands would fuse reading into the encoder actors
 BUDGET_GRACE_ROWS = 1000  # the reject budget is judged during the run only after this many rows
 PROGRESS_EVERY_S = 5.0
+GPU_CHUNKS = 2  # in flight in an actor with a GPU: while one is unpacked and packed, the other is on the device
 
 
 def extract(config: Config, run_uri: str) -> Store:
@@ -137,10 +138,15 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
 
 
 def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
-    """Encoder actors, and the GPUs of each: as the config says, else one actor per GPU, or per two logical CPUs."""
+    """Encoder actors, and the GPUs of each: as the config says, else as many as the GPUs hold, or one per two logical CPUs."""
     num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
-    default = resources.num_gpus // num_gpus if num_gpus else resources.num_cpus // 2
+    default = cluster.gpu_places(resources, num_gpus) if num_gpus else resources.num_cpus // 2
     return config.extract.num_actors or max(1, int(default)), num_gpus
+
+
+def chunks_in_flight(num_gpus: float) -> int:
+    """Chunks that an encoder actor works on at once. A CPU has nothing that could run beside the network."""
+    return GPU_CHUNKS if num_gpus else 1
 
 
 def run_encode(
@@ -156,7 +162,9 @@ def run_encode(
     resources = cluster.connect()
     num_actors, num_gpus = encoder_pool(config, resources)
     cluster.check_fits(resources, num_actors, 1, num_gpus)
-    plan = EncodePlan(config, encoders, reuse, use_gpu=num_gpus > 0, num_threads=max(1, cluster.cores() // num_actors))
+    in_flight, gpu_frac = chunks_in_flight(num_gpus), min(1.0, num_gpus or 1.0)
+    num_threads = max(1, cluster.cores() // num_actors)
+    plan = EncodePlan(config, encoders, reuse, use_gpu=num_gpus > 0, num_threads=num_threads, gpu_frac=gpu_frac)
     with cluster.one_row_blocks():
         chunks = ray.data.from_items([vars(shard) for shard in todo], override_num_blocks=len(todo))
         chunks = chunks.map_batches(partial(read_shard, plan=ReadingPlan.of(config), done=done), batch_size=1, num_cpus=READ_CPUS)
@@ -168,7 +176,11 @@ def run_encode(
             batch_size=1,
             num_cpus=1,
             num_gpus=num_gpus,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            compute=ray.data.ActorPoolStrategy(
+                size=num_actors,
+                max_concurrent_calls_per_actor=in_flight,
+                enable_true_multi_threading=in_flight > 1,  # in threads that share the encoders
+            ),
         )
         parts = features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS)
         with progress.stage("encode", len(todo), "shards") as shown:

@@ -140,6 +140,8 @@ class Population:
 
         gradients: (P, ..) of each parameter in the order of `layout`; schedule: factor of the rates, or one for each (P,).
         """
+        if self.weights.device.type != "cpu":
+            return self._update_at_once(gradients, step, schedule)
         rates = (self.values["training.lr"] * schedule).tolist()
         decays = self.values["training.weight_decay"].tolist()
         num_matrices = sum(p.ndim >= 2 for _, p in self.layout)
@@ -156,6 +158,18 @@ class Population:
                     p, grad, mean, square, [], [count] * len(p),
                     lr=lr, weight_decay=decay, beta1=BETA1, beta2=BETA2, eps=EPS, amsgrad=False, maximize=False,
                 )  # fmt: skip
+
+    def _update_at_once(self, gradients: Sequence[Tensor], step: int, schedule: float | Tensor) -> None:
+        """The same in a few operations over all members, for a GPU, where a small operation takes as long as a wide one. On a
+        CPU these would go through memory several times."""
+        gradient = torch.cat([part.flatten(1) for part in gradients], dim=1)  # (P, N)
+        rates = (self.values["training.lr"] * schedule)[:, None]
+        num_decaying = sum(p.numel() for _, p in self.layout if p.ndim >= 2)
+        self.weights[:, :num_decaying].mul_(1 - rates * self.values["training.weight_decay"][:, None])
+        self.mean.lerp_(gradient, 1 - BETA1)
+        self.square.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        change = gradient.copy_(self.square).div_(1 - BETA2 ** (step + 1)).sqrt_().add_(EPS).reciprocal_().mul_(self.mean)
+        self.weights.sub_(change.mul_(rates / (1 - BETA1 ** (step + 1))))
 
     @torch.no_grad()
     def _validate(self) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN, apply_cnn
-from mmkt_ray.encoders.cnn_training import CNNRecipe, augment_batch, build_transform, fit_cnn
+from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN
+from mmkt_ray.encoders.cnn_training import CNNRecipe, augment_batch, fit_cnn
+from mmkt_ray.encoders.device import Forward
 
 CPU = torch.device("cpu")
 RECIPE = CNNRecipe(epochs=3, batch_size=32, width=8, image_size=16)
@@ -29,6 +30,13 @@ def two_classes(num: int = 96, side: int = 16, seed: int = 0) -> tuple[np.ndarra
     images[labels == 0, :, :, ::2] += 100
     images[labels == 1, :, ::2, :] += 100
     return images, labels
+
+
+def apply(
+    function: Callable[[torch.Tensor], torch.Tensor], images: np.ndarray, precision: str = "bf16", size: int = 0
+) -> np.ndarray:
+    """size: images of a pass; 0: all of them."""
+    return Forward(function, CPU, precision, size or max(1, len(images)))(images)
 
 
 def same_state(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -81,20 +89,20 @@ def test_features_have_the_promised_shape_and_type(side: int):
     """Catches a head or a pooling that is tied to one image size, and bfloat16 leaking out of autocast."""
     images = np.zeros((5, 3, side, side), np.uint8)
     model = SmallCNN(7, side, 8).eval()
-    features = apply_cnn(model.features, images, device=CPU, encode_batch_size=2)
+    features = apply(model.features, images, size=2)
     assert features.shape == (5, model.dim)
     assert features.dtype == np.float32
-    assert apply_cnn(model, images, device=CPU).shape == (5, 7)
-    assert apply_cnn(model.forward_tta, images, device=CPU).shape == (5, 7)
-    assert apply_cnn(model.features, images[:0], device=CPU).shape == (0, model.dim)
+    assert apply(model, images).shape == (5, 7)
+    assert apply(model.forward_tta, images).shape == (5, 7)
+    assert apply(model.features, images[:0]).shape == (0, model.dim)
 
 
 def test_features_do_not_depend_on_the_batch():
     """Catches a model that is shipped in train mode: its norms would mix the images of a batch."""
     images, labels = two_classes(64)
     model = fit_cnn(images, labels, 2, replace(RECIPE, epochs=1), device=CPU)
-    one_by_one = apply_cnn(model.features, images, device=CPU, precision="fp32", encode_batch_size=1)
-    together = apply_cnn(model.features, images, device=CPU, precision="fp32")
+    one_by_one = apply(model.features, images, precision="fp32", size=1)
+    together = apply(model.features, images, precision="fp32")
     np.testing.assert_allclose(one_by_one, together, rtol=1e-3, atol=1e-4)
 
 
@@ -106,7 +114,7 @@ def test_round_trip_through_safetensors(tmp_path: Path):
     rebuilt = SmallCNN(**model.options)
     rebuilt.load_state_dict(load_file(tmp_path / "cnn.safetensors"))
     rebuilt.eval()
-    first, second = (apply_cnn(either.features, images, device=CPU) for either in (model, rebuilt))
+    first, second = (apply(either.features, images) for either in (model, rebuilt))
     np.testing.assert_array_equal(first, second)
 
 
@@ -115,7 +123,7 @@ def test_learns_a_separable_set():
     images, labels = two_classes(256)
     model = fit_cnn(images, labels, 2, replace(RECIPE, epochs=6), device=CPU)
     test_images, test_labels = two_classes(128, seed=1)
-    assert (apply_cnn(model, test_images, device=CPU).argmax(1) == test_labels).mean() > 0.95
+    assert (apply(model, test_images).argmax(1) == test_labels).mean() > 0.95
 
 
 def test_augmentation_moves_each_image_on_its_own():
@@ -125,14 +133,18 @@ def test_augmentation_moves_each_image_on_its_own():
     still = np.zeros(64, bool)
 
     def augment(*names: str, mirror: np.ndarray = still, seed: int = 0) -> torch.Tensor:
-        return augment_batch(images, mirror, build_transform(replace(RECIPE, augment=names)), (seed,))
+        return augment_batch(images, mirror, replace(RECIPE, augment=names), (seed,))
 
     moved = augment("crop")
     assert len({int((image[0] == 255).flatten().nonzero()[0]) for image in moved}) > 10
     assert all(set(image.unique().tolist()) == {index + 1, 255} for index, image in enumerate(moved))
     assert torch.equal(moved, augment("crop"))
     assert not torch.equal(moved, augment("crop", seed=1))
-    assert torch.equal(augment("flip", mirror=~still), images.flip(-1))
+    assert torch.equal(augment(mirror=~still), images.flip(-1))
+    ramp = torch.arange(16, dtype=torch.uint8).expand(64, 3, 16, 16)  # as NumPy reflects a border
+    borders = np.pad(np.arange(16), 2, mode="reflect")
+    shifted = augment_batch(ramp, still, replace(RECIPE, augment=("crop",)), (0,))[:, 0, 0].tolist()
+    assert {tuple(row) for row in shifted} == {tuple(borders[at : at + 16].tolist()) for at in range(5)}
     blanked = augment("cutout")
     assert ((blanked == 128).sum(dim=(1, 2, 3)) == 3 * 4 * 4).sum() >= 63  # image 128 - 1 is not among them
     assert len({tuple((image[0] == 128).flatten().nonzero()[0].tolist()) for image in blanked}) > 10

@@ -1,7 +1,9 @@
 """The stages in the middle of the pipeline, called as Ray calls them but without Ray."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
+from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import make_row, read_shard, unpack, write_part
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device, decode_chunk
@@ -136,6 +139,59 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_told() -> None:
     assert assigned_device(use_gpu=False).type == "cpu"
     with pytest.raises(ResourceError, match=r"extract\.num_gpus=0"):
         assigned_device(use_gpu=True)
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.25, [0.25]), (1.0, [])])
+def test_an_actor_takes_the_gpu_that_ray_gave_it_and_no_more(
+    share: float, taken: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a GPU's number written down, where Ray shows an actor its own alone; and one of four actors on a GPU that takes
+    the memory of the others."""
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    assert assigned_device(use_gpu=False) == torch.device("cpu")
+    assert assigned_device(use_gpu=True, gpu_frac=share) == torch.device("cuda")
+    assert limits == taken
+
+
+def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConfig) -> None:
+    """Catches chunks that get each other's features, and an encoder that two threads use at once though it is not made for it."""
+    config = make_config(
+        modalities__image__encoder={"name": "cnn", "pretrain": "colour", "width": 8, "image_size": 12},
+        modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.01}},
+        extract__chunk_rows=10,
+        extract__encode_batch_size=4,
+    )
+    section = config.modalities["image"].encoder
+    image, text = build_encoder(section), build_encoder(config.modalities["text"].encoder)
+    image.adopt(SmallCNN(2, image_size=12, width=8), ["blue", "red"])  # type: ignore[attr-defined]
+    save_fitted(image, section, str(shapes / "image"), {"units": []})
+    save_fitted(text, config.modalities["text"].encoder, str(shapes / "text"), {"units": []})
+    folders = {"image": str(shapes / "image"), "text": str(shapes / "text")}
+    encode = EncodeChunk(EncodePlan(config, folders, reuse={}, use_gpu=False, num_threads=1))
+    plan = ReadingPlan.of(config)
+    batches = [
+        batch
+        for shard in list_shards(plan)
+        for batch in read_shard({k: [v] for k, v in vars(shard).items()}, plan, done={})
+    ]
+    inside, most, slow = [0], [0], encode.encoders["text"].encode
+
+    def watched(values: list[str]) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        found = slow(values)
+        inside[0] -= 1
+        return found
+
+    encode.encoders["text"].encode = watched
+    one_by_one = [unpack(encode(batch)["table"][0]) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        together = [unpack(row["table"][0]) for row in pool.map(encode, batches)]
+    assert len(batches) > 3
+    assert all(a.equals(b) for a, b in zip(one_by_one, together, strict=True))
+    assert most == [1]
 
 
 def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config: MakeConfig) -> None:

@@ -52,6 +52,15 @@ def mtimes(store: Store) -> dict[str, int]:
     return {part: os.stat(part).st_mtime_ns for part in store.parts()}
 
 
+def test_chunks_in_flight_give_the_same_store(
+    extracted: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an actor that Ray gives two chunks at once, as on a GPU, and that mixes them up or waits for itself."""
+    monkeypatch.setattr("mmkt_ray.features.extract.chunks_in_flight", lambda _: 2)
+    several = {"extract__num_actors": 1, "extract__chunk_rows": 8}
+    assert contents(run(make_config(name="in_flight", **several))).equals(contents(run(make_config())))
+
+
 def test_every_row_arrives_and_any_reader_opens_it(extracted: Path, make_config: MakeConfig) -> None:
     """Rows lost between stages; a store that only Ray can read."""
     store = run(make_config())

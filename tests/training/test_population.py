@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from mmkt_ray.config import FUSIONS, SCHEMES
 from mmkt_ray.errors import ConfigError
@@ -53,6 +54,18 @@ def test_a_member_with_filled_modalities_gives_what_it_gives_alone(make_config, 
     theirs, own = (predict_table(model, dense) for model in (population.model(1), alone.model))
     for task in own:
         np.testing.assert_allclose(theirs[task], own[task], atol=5e-3)
+
+
+def test_a_step_of_all_members_at_once_is_the_same_step(make_config, dense, monkeypatch):
+    """Catches another AdamW on GPUs than on CPUs: decay of biases, a rate of another member, a correction left out."""
+    config = make_config(**{"training.epochs": 3, "model.feature_dropout": 0.2})
+    one_by_one = Population(config, dense, MEMBERS)
+    one_by_one.train(3)
+    at_once = Population(config, dense, MEMBERS)
+    monkeypatch.setattr(at_once, "_update", torch.no_grad()(at_once._update_at_once))
+    at_once.train(3)
+    torch.testing.assert_close(at_once.weights, one_by_one.weights, rtol=1e-3, atol=2e-4)
+    assert not torch.equal(at_once.weights[0], at_once.weights[1])
 
 
 def test_halving_and_merging_change_no_member(make_config, dense):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmkt_ray.encoders.base import Training
-from mmkt_ray.encoders.cnn import autocast
+from mmkt_ray.encoders.device import autocast
 from mmkt_ray.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

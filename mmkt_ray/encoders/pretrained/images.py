@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torchvision import models
+
+    from mmkt_ray.encoders import device as devices
 else:
     torch, nn, models = lazy("torch"), lazy("torch.nn"), lazy("torchvision.models")
+    devices = lazy("mmkt_ray.encoders.device")
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
 CPU_PIXELS = 2_000_000  # of one forward pass on a CPU, whose caches hold no more
@@ -38,6 +41,11 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     resampling = BILINEAR
+
+    @property
+    def concurrent(self) -> bool:  # type: ignore[override]
+        """Several folds take turns in one network."""
+        return not self.sets
 
     @property
     def side(self) -> int:
@@ -72,8 +80,7 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
 
     def normalised(self, x: Tensor) -> Tensor:
         """uint8 images as `features` takes them."""
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        return devices.normalised(x, self.mean, self.std)
 
 
 class TorchvisionImageEncoder(PretrainedImageEncoder):

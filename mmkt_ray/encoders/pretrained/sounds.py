@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from mmkt_ray.encoders import cnn
+    from mmkt_ray.encoders import device as devices
     from mmkt_ray.kinds.sounds import Clip
 else:
     np, torch, nn = lazy("numpy"), lazy("torch"), lazy("torch.nn")
-    cnn = lazy("mmkt_ray.encoders.cnn")
+    devices = lazy("mmkt_ray.encoders.device")
 
 LARGEST_BATCH = {"cpu": 2, "cuda": 32}  # clips of a forward pass
 SHORTEST_S = 0.05  # of what a network is given: shorter sounds are filled with silence
@@ -97,7 +97,7 @@ class SoundNetwork(Adaptable, ListedEncoder):
         found = np.empty((len(clips), self.dim), dtype=np.float32)
         for rows, size in self._batches([len(clip) for clip in clips]):
             filled = [*rows, *rows[-1:] * (size - len(rows))]
-            with torch.inference_mode(), cnn.autocast(self.device, self.config.precision):
+            with torch.inference_mode(), devices.autocast(self.device, self.config.precision):
                 pooled = self.pooled([clips[row] for row in filled])
             found[rows] = pooled[: len(rows)].float().cpu().numpy()
         return found

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from mmkt_ray.encoders import cnn
+    from mmkt_ray.encoders import device as devices
 else:
     np, torch, nn = lazy("numpy"), lazy("torch"), lazy("torch.nn")
-    cnn = lazy("mmkt_ray.encoders.cnn")
+    devices = lazy("mmkt_ray.encoders.device")
 
 CPU_TOKENS = 4096  # of one forward pass on a CPU, whose caches hold no more
 SHORTEST = 16  # tokens of the shortest batch; longer ones have 32, 64, ..
@@ -172,7 +172,7 @@ class TextNetwork(Adaptable, ListedEncoder):
         for row, values in enumerate(tokens):
             ids[row, : len(values)] = torch.tensor(values)
             mask[row, : len(values)] = 1
-        with torch.inference_mode(), cnn.autocast(self.device, self.config.precision):
+        with torch.inference_mode(), devices.autocast(self.device, self.config.precision):
             pooled = self.pooled(ids.to(self.device), mask.to(self.device))
         return pooled[: len(tokens)].float().cpu().numpy()
 
