@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         late = start - begin > TOTAL_S
-        result = {"left_out": "no time was left"} if late else reported(PARTS[name], check)
+        result: dict[str, Any] = {"left_out": "no time was left"} if late else reported(PARTS[name], check)
         result["part_s"] = time.perf_counter() - start
         result["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if gpu:

@@ -128,6 +128,11 @@ class SamplesConfig(Section):
     combine: CombineConfig = Field(UnionCombine(), description="how rows of several sources become samples")
     split: SplitConfig = Field(SplitConfig(), description="shares of val and test where none is given")
     max_image_pixels: int = Field(64_000_000, ge=1, description="images with more pixels are rejected unread")
+    decode: Literal["scaled", "exact"] = Field(
+        "scaled",
+        description="JPEGs of twice the size that their encoder reads and more, as photos are: scaled makes them smaller while "
+        "they are decoded, exact decodes every pixel first, which takes longer; features differ by less than 1 %",
+    )
     decode_timeout_s: float = Field(
         30.0, gt=0, le=86_400, description="an image or sound that takes longer to decode counts as broken; seconds"
     )

@@ -6,7 +6,7 @@ Axes: B images, H x W pixels, S side of the square that images are resized to, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,22 +20,34 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     import torch.nn.functional as F
-    from PIL import Image
     from torch import Tensor
+
+    from mmkt_ray.kinds import images
+    from mmkt_ray.kinds.images import InputSize
 else:
-    np, torch, F, Image = lazy("numpy"), lazy("torch"), lazy("torch.nn.functional"), lazy("PIL.Image")
+    np, torch, F = lazy("numpy"), lazy("torch"), lazy("torch.nn.functional")
+    images = lazy("mmkt_ray.kinds.images")
 
 BILINEAR, BICUBIC = 2, 3  # PIL.Image.Resampling
 
 
-def resize(image: np.ndarray, side: int, how: int = BILINEAR) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, S, S) uint8, with antialiasing; the aspect ratio is not kept."""
-    if image.shape[:2] != (side, side):
-        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling(how)))
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
+class Square:
+    """An encoder that reads images of one size, (3, S, S) uint8."""
+
+    resampling: ClassVar[int] = BILINEAR
+    config: Any  # with `image_size`
+
+    @property
+    def input_size(self) -> InputSize:
+        """Of `prepare`."""
+        return images.InputSize(self.config.image_size, self.config.image_size, self.resampling)
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (3, S, S) uint8, with antialiasing; the aspect ratio is not kept."""
+        return images.resized(image, self.input_size)
 
 
-class CnnImageEncoder(TrainedCnn):
+class CnnImageEncoder(Square, TrainedCnn):
     """A small CNN over images that was trained on one task, then frozen."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
@@ -60,16 +72,12 @@ class CnnImageEncoder(TrainedCnn):
         def task(self) -> str:
             return self.pretrain
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (3, S, S) uint8: done where the image is decoded, so that no full-size pixels travel."""
-        return resize(image, self.config.image_size)
-
     def predict(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Logits (B, C) of the task it was trained on, averaged over six views; C as in `class_names`."""
         return self._apply(self._trained().forward_tta, values)
 
 
-class PixelsImageEncoder(ListedEncoder):
+class PixelsImageEncoder(Square, ListedEncoder):
     """Colour thumbnail (8 x 8 x 3), colour histogram (4 x 4 x 4, square-rooted) and HOG (9 orientations, cells of S / 8 pixels).
 
     HOG after Dalal & Triggs 2005 (https://doi.org/10.1109/CVPR.2005.177), each cell normalised by itself. D = 832.
@@ -92,10 +100,6 @@ class PixelsImageEncoder(ListedEncoder):
     @property
     def dim(self) -> int:
         return 3 * self.THUMB**2 + self.COLOURS**3 + self.ORIENTATIONS * self.CELLS**2
-
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (3, S, S) uint8."""
-        return resize(image, self.config.image_size)
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared images (B, 3, S, S) -> (B, D) float32."""

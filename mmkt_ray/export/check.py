@@ -18,7 +18,8 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import load_reducer
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.export.graph import ExportGraph
-from mmkt_ray.export.inputs import Arrays, GraphInputs
+from mmkt_ray.export.inputs import Arrays, GraphInputs, prepared
+from mmkt_ray.features.decode import input_size
 from mmkt_ray.features.table import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import without_unreadable
@@ -79,8 +80,7 @@ def library_proba(graph: ExportGraph, folders: Mapping[str, list[str]], values: 
     features, present = {}, {}
     for m, part in zip(graph.modalities, graph.parts, strict=True):
         there = np.array([value is not None for value in values[m]], bool)
-        prepare = getattr(part.encoder, "prepare", lambda value: value)
-        given = [prepare(value) for value in values[m] if value is not None]
+        given = [prepared(part.encoder, value) for value in values[m] if value is not None]
         found = part.encoder.encode(given) if given else None
         if found is not None and len(folders[m]) > 1:
             found = load_reducer(folders[m][1]).encode(found)
@@ -128,7 +128,7 @@ def _test_rows(
         cells = table.column(f"{t}_proba").to_pylist()
         empty = [np.nan] * len(class_names[t])
         stored[t] = np.array([empty if cell is None else cell for cell in cells], np.float32)
-    values = _raw_values(config, graph.modalities, table.column("sample_id").to_pylist())
+    values = _raw_values(config, graph, table.column("sample_id").to_pylist())
     for i, missing in enumerate(table.column("missing").to_pylist()):
         for m in missing:
             values[m][i] = None
@@ -137,24 +137,24 @@ def _test_rows(
     return CheckRows(values, f"{len(table)} test rows of the run", stored)
 
 
-def _raw_values(config: Config, modalities: Sequence[str], sample_ids: Sequence[str]) -> dict[str, list[Any]]:
-    """Modality -> decoded values of these samples; a combined sample `a|b` has both's."""
+def _raw_values(config: Config, graph: ExportGraph, sample_ids: Sequence[str]) -> dict[str, list[Any]]:
+    """Modality -> values of these samples, decoded as for extraction; a combined sample `a|b` has both's."""
     parts = [[i, *i.split("|")] for i in sample_ids]
     asked = find_samples(ReadingPlan.of(config), sorted({p for ps in parts for p in ps}))
     found = {row["sample_id"]: row for row in asked.to_pylist()}
     values: dict[str, list[Any]] = {}
-    for m in modalities:
+    for m, part in zip(graph.modalities, graph.parts, strict=True):
         rows = [[found[p] for p in ps if p in found] for ps in parts]
         raw = [next((row[m] for row in own if row.get(m) is not None), None) for own in rows]
-        values[m] = _decoded(raw, config.modalities[m].kind, config)
+        values[m] = _decoded(raw, config.modalities[m].kind, config, part.encoder)
     return values
 
 
-def _decoded(raw: list[Any], kind: ModalityKind, config: Config) -> list[Any]:
+def _decoded(raw: list[Any], kind: ModalityKind, config: Config, encoder: Any) -> list[Any]:
     if not kind.decoder:
         return raw
-    limits = Limits(config.samples.max_image_pixels, config.samples.decode_timeout_s)
-    outcomes = decode_samples([value for value in raw if value is not None], kind, limits)
+    size = input_size(kind, encoder, config.samples)
+    outcomes = decode_samples([value for value in raw if value is not None], kind, Limits.of(config.samples), size)
     decoded = iter([None if isinstance(outcome, Broken) else outcome[0] for outcome in outcomes])
     return [None if value is None else next(decoded) for value in raw]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor, nn
 
 from mmkt_ray.models import Features, SparseBatch
@@ -70,6 +71,14 @@ class GraphInputs(nn.Module):
         return f"{self.modality}_{part}"
 
 
+def prepared(encoder: Any, value: Any) -> Any:
+    """A value as `encode` takes it, of one as decoded or as the decoding process has prepared it already."""
+    size = getattr(encoder, "input_size", None)
+    if not hasattr(encoder, "prepare") or (size is not None and value.shape == size.shape):
+        return value
+    return encoder.prepare(value)
+
+
 class PixelInputs(GraphInputs):
     """Tensor arithmetic over images that were resized before; of sounds, over their spectrograms."""
 
@@ -88,17 +97,17 @@ class PixelInputs(GraphInputs):
     @property
     def meaning(self) -> str:
         """What the pixels are."""
-        how = getattr(self.encoder, "resampling", None)
+        how = Resampling(self.encoder.input_size.resampling).name.lower()
         return (
             f"RGB, channels first, resized to {self.side} x {self.side} pixels whatever the aspect ratio "
-            f"({'bilinear' if how is None else how.name.lower()} with antialiasing, as Pillow does)"
+            f"({how} with antialiasing, as Pillow does)"
         )
 
     def arrays(self, values: Sequence[Any]) -> Arrays:
         images = np.zeros((len(values), 3, self.side, self.side), np.uint8)
         for i, value in enumerate(values):
             if value is not None:
-                images[i] = self.encoder.prepare(value)
+                images[i] = prepared(self.encoder, value)
         return {self.name("pixels"): images}
 
     def forward(self, tensors: Tensors, present: Tensor) -> Features:

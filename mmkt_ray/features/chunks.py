@@ -1,18 +1,21 @@
 """A chunk of samples on its way through Ray, and the stages at both ends of the pipeline: reading and writing.
 
-A chunk travels as one Ray row, {unit, index, last, table, rejects, seconds}, with its samples as an Arrow IPC buffer: so its
-rows, and the forward passes over them, are the same in every run, whatever Ray schedules, retries or resumes. That makes a
-part's file name a function of its input, and writing it twice harmless. Imports neither torch nor scikit-learn: the
-processes that read and write start quickly and stay small.
+A chunk travels as one Ray row, {unit, index, last, table, rejects, seconds}, with its samples as an Arrow IPC buffer, and
+values that were prepared for encoders as one array for each modality: so its rows, and the forward passes over them, are the
+same in every run, whatever Ray schedules, retries or resumes. That makes a part's file name a function of its input, and
+writing it twice harmless. Stages take and give rows as Arrow tables, which Ray copies once, into its object store: they are
+read in place there. Imports neither torch nor scikit-learn: the processes that read and write start quickly and stay small.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from mmkt_ray import storage
@@ -20,7 +23,8 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, count_stages, reject_table
 
-Row = dict[str, list[Any]]  # a batch of one Ray row
+Row: TypeAlias = "pa.Table"  # of one row
+ARRAY = "array "  # beginning of the names of columns with prepared values
 
 
 def part_name(unit: str, index: int, last: bool) -> str:
@@ -28,32 +32,68 @@ def part_name(unit: str, index: int, last: bool) -> str:
     return f"{unit}-{index:06d}{'-end' if last else ''}.parquet"
 
 
-def pack(table: pa.Table) -> bytes:
+def pack(table: pa.Table) -> pa.Buffer:
     """A table as an Arrow IPC stream."""
-    sink = pa.BufferOutputStream()
+    size = pa.MockOutputStream()
+    _write_stream(table, size)
+    buffer = pa.allocate_buffer(size.size())  # at once: one that grows is copied again and again
+    _write_stream(table, pa.FixedSizeBufferWriter(buffer))
+    return buffer
+
+
+def _write_stream(table: pa.Table, sink: pa.NativeFile) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
-def unpack(data: bytes) -> pa.Table:
-    """The table of an Arrow IPC stream."""
-    return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+def unpack(cell: pa.LargeBinaryScalar) -> pa.Table:
+    """The table of an Arrow IPC stream, in place."""
+    return pa.ipc.open_stream(cell.as_buffer()).read_all()
 
 
-def make_row(unit: str, index: int, last: bool, table: pa.Table, rejects: pa.Table, seconds: dict[str, float]) -> Row:
-    """A chunk as it travels. seconds: by stage, so far."""
-    return {
-        "unit": [unit],
-        "index": [index],
-        "last": [last],
-        "table": [pack(table)],
-        "rejects": [pack(rejects)],
-        "seconds": [json.dumps(seconds)],
-    }
+class Chunk(NamedTuple):
+    """What a row holds."""
+
+    unit: str
+    number: int  # in its shard
+    last: bool
+    samples: pa.Table
+    rejects: pa.Table
+    seconds: dict[str, float]  # by stage, so far
+    prepared: dict[str, pa.Buffer]  # modality -> an array whose shape and type its column tells
 
 
-def read_shard(batch: Row, plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:
+def make_row(
+    unit: str,
+    index: int,
+    last: bool,
+    table: pa.Table,
+    rejects: pa.Table,
+    seconds: dict[str, float],
+    prepared: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Row:
+    """A chunk as it travels, see `Chunk`."""
+    cells = {"table": pack(table), "rejects": pack(rejects)}
+    cells |= {ARRAY + name: pa.py_buffer(np.ascontiguousarray(array)) for name, array in prepared.items()}
+    known = {"unit": [unit], "index": [index], "last": [last], "seconds": [json.dumps(seconds)]}
+    return pa.table(known | {name: _one_cell(buffer) for name, buffer in cells.items()})
+
+
+def _one_cell(buffer: pa.Buffer) -> pa.LargeBinaryArray:
+    """A column of one row that holds a buffer, without a copy."""
+    offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
+
+
+def open_row(row: Row) -> Chunk:
+    """The chunk in a row, in place."""
+    unit, index, last, seconds = (row.column(name)[0].as_py() for name in ("unit", "index", "last", "seconds"))
+    prepared = {n.removeprefix(ARRAY): row.column(n)[0].as_buffer() for n in row.column_names if n.startswith(ARRAY)}
+    samples, rejects = (unpack(row.column(name)[0]) for name in ("table", "rejects"))
+    return Chunk(unit, index, last, samples, rejects, json.loads(seconds), prepared)
+
+
+def read_shard(batch: dict[str, Any], plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:
     """Stage 1: stream one shard into chunks, leaving out those that are stored already."""
     shard = Shard(int(batch["source"][0]), *(str(batch[name][0]) for name in ("uri", "name", "identity")))
     start = time.perf_counter()
@@ -64,14 +104,14 @@ def read_shard(batch: Row, plan: ReadingPlan, done: dict[str, set[int]]) -> Iter
         start = time.perf_counter()
 
 
-def write_part(batch: Row, store_uri: str) -> Row:
+def write_part(row: Row, store_uri: str) -> dict[str, list[Any]]:
     """Last stage: the part and its rejects, each written atomically under a name that its input decides."""
     start = time.perf_counter()
-    name = part_name(str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0]))
-    table, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0]).cast(REJECT_SCHEMA)
+    chunk = open_row(row)
+    name, rejects = part_name(chunk.unit, chunk.number, chunk.last), chunk.rejects.cast(REJECT_SCHEMA)
     if len(rejects):
         storage.write_table(storage.join(store_uri, "rejects", name), rejects)
-    checksum = storage.write_table(storage.join(store_uri, "data", name), table)
-    seconds = json.loads(batch["seconds"][0]) | {"write": time.perf_counter() - start}
-    told: Row = {"name": [name], "checksum": [checksum], "num_rows": [len(table)]}
+    checksum = storage.write_table(storage.join(store_uri, "data", name), chunk.samples)
+    seconds = chunk.seconds | {"write": time.perf_counter() - start}
+    told: dict[str, list[Any]] = {"name": [name], "checksum": [checksum], "num_rows": [len(chunk.samples)]}
     return told | {"lost": [json.dumps(count_stages(rejects))], "seconds": [json.dumps(seconds)]}

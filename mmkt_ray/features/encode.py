@@ -1,14 +1,14 @@
-"""The stages in the middle of the pipeline: decode, encode, reduce one chunk."""
+"""The stages in the middle of the pipeline: encode, reduce one chunk. What is before them: decode.py."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,170 +17,28 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
-from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.chunks import Row, make_row, part_name, unpack
+from mmkt_ray.features.chunks import Row, make_row, open_row, part_name
+from mmkt_ray.features.decode import (
+    UNREADABLE,
+    Prepared,
+    changes_of,
+    choose,
+    decode_column,
+    note_changes,
+    note_content,
+    prepared_values,
+    settle_broken,
+)
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
-from mmkt_ray.kinds.content import hash_json
 from mmkt_ray.kinds.lists import pool_features
-from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.samples.schema import reject_table
 
 if TYPE_CHECKING:
     import torch  # imported where something is encoded: the other stages' processes start seconds sooner
 
-PREPARED = b"prepared"  # metadata of a column of prepared values: their shape and type
-UNREADABLE = "unreadable"  # in `cleaned`: the modality was there and could not be decoded
 NOT_ENCODED = "not encoded"  # in `cleaned`: it was decoded, and its encoder gave no usable features
-
-
-class Decoded(NamedTuple):
-    """The values of a column of N cells."""
-
-    values: list[Any]  # prepared; None where null or broken
-    broken: dict[int, str]  # row -> why it could not be decoded
-    hashes: list[int | None]  # of the content as decoded, before it was prepared
-    changes: list[list[str]]  # what was normalised while decoding
-
-
-def decode_column(column: pa.ChunkedArray, kind: ModalityKind, prepare: Any, samples: SamplesConfig) -> Decoded:
-    """The values of a column: decoded and prepared where the kind has a decoder, else as they are."""
-    if kind.pooled:
-        return _regrouped(column, decode_column(_items(column), kind.model_copy(update={"pool": None}), prepare, samples))
-    size, data = len(column), column.to_pylist() if kind.decoder else kind.values(column)
-    decoded = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)])
-    present = [i for i, value in enumerate(data) if value is not None]
-    if not kind.decoder:
-        for i in present:
-            decoded.values[i], decoded.hashes[i] = data[i], kind.digest(data[i])
-        return decoded
-    limits = Limits.of(samples)
-    for i, outcome in zip(present, decode_samples([data[i] for i in present], kind, limits), strict=True):
-        if isinstance(outcome, Broken):
-            decoded.broken[i], decoded.changes[i] = outcome.reason, [UNREADABLE]
-            continue
-        value, decoded.changes[i] = outcome
-        decoded.hashes[i] = kind.digest(value)
-        decoded.values[i] = value if prepare is None else prepare(value)
-    return decoded
-
-
-def _items(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The items of a column of lists, one after another."""
-    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
-
-
-def _regrouped(column: pa.ChunkedArray, items: Decoded) -> Decoded:
-    """What was decoded of a column's items, by row: a list of values. A row with a broken item is broken."""
-    size, counts = len(column), pc.fill_null(pc.list_value_length(column), 0).to_pylist()
-    decoded, start = Decoded([None] * size, {}, [None] * size, [[] for _ in range(size)]), 0
-    for i, num in enumerate(counts):
-        own = range(start, start + num)
-        start += num
-        decoded.changes[i] = list(dict.fromkeys(change for k in own for change in items.changes[k]))
-        wrong = [f"item {k - own.start + 1} of {num}: {items.broken[k]}" for k in own if k in items.broken]
-        if wrong:
-            decoded.broken[i] = "; ".join(wrong)
-        elif num:
-            decoded.values[i] = [items.values[k] for k in own]
-            decoded.hashes[i] = hash_json([items.hashes[k] for k in own])
-    return decoded
-
-
-def note_content(samples: pa.Table, name: str, hashes: Any, changes: Sequence[Sequence[str]]) -> pa.Table:
-    """The samples with the hashes of a modality's content, and `cleaned` extended by what was changed in it."""
-    return note_changes(samples.append_column(hash_of(name), pa.array(hashes, pa.uint64())), name, changes)
-
-
-def note_changes(samples: pa.Table, name: str, changes: Sequence[Sequence[str]]) -> pa.Table:
-    """The samples with `cleaned` extended by what was changed in a modality."""
-    if not any(changes):
-        return samples
-    before = samples.column("cleaned").to_pylist()
-    after = [[*(b or ()), *(f"{name}: {c}" for c in more)] or None for b, more in zip(before, changes, strict=True)]
-    return samples.set_column(samples.column_names.index("cleaned"), "cleaned", pa.array(after, pa.list_(pa.string())))
-
-
-def changes_of(part: pa.Table, name: str) -> list[list[str]]:
-    """What was changed in a modality of each row of a stored part."""
-    cells = part.column("cleaned").to_pylist()
-    return [[c.removeprefix(f"{name}: ") for c in cell or () if c.startswith(f"{name}: ")] for cell in cells]
-
-
-def decode_chunk(batch: Row, config: Config) -> Row:
-    """Stage 2, only where encoders run on GPUs: files are decoded and prepared on CPUs, so that the GPU does not wait.
-
-    A prepared value replaces the encoded one as raw bytes, its shape and type in the column's metadata; a broken one becomes
-    null.
-    """
-    start = time.perf_counter()
-    broken: dict[str, dict[int, str]] = {}
-    samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
-    for name, modality in sorted(config.modalities.items()):
-        prepare = getattr(build_encoder(modality.encoder), "prepare", None)
-        if not modality.kind.decoder or prepare is None:  # without prepare the size is unknown: the encoder decodes
-            continue
-        decoded = decode_column(samples.column(name), modality.kind, prepare, config.samples)
-        values, broken[name] = decoded.values, decoded.broken
-        look = next((_look_of(value) for value in values if value is not None), [(), "uint8"])
-        column = pa.array([None if value is None else _bytes_of(value) for value in values], pa.large_binary())
-        field = pa.field(name, pa.large_binary(), metadata={PREPARED: json.dumps(look)})
-        samples = samples.set_column(samples.column_names.index(name), field, column)
-        samples = note_content(samples, name, decoded.hashes, decoded.changes)
-    keep, told = settle_broken(samples, broken, sorted(config.modalities), str(batch["unit"][0]))
-    samples, rejects = samples.filter(pa.array(keep)), pa.concat_tables([rejects, told])
-    seconds = json.loads(batch["seconds"][0]) | {"decode": time.perf_counter() - start}
-    return make_row(str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0]), samples, rejects, seconds)
-
-
-def _look_of(value: Any) -> list[Any]:
-    """Shape and type of a prepared value; of several of one of them."""
-    one = value[0] if isinstance(value, list) else value
-    return [one.shape, one.dtype.name]
-
-
-def _bytes_of(value: Any) -> bytes:
-    """Of a prepared value, or of several of one shape."""
-    return b"".join(item.tobytes() for item in value) if isinstance(value, list) else bytes(value.tobytes())
-
-
-def _from_bytes(data: bytes, shape: Sequence[int], dtype: str, several: bool) -> Any:
-    """What `_bytes_of` was taken of."""
-    flat = np.frombuffer(data, dtype)
-    return list(flat.reshape(-1, *shape)) if several else flat.reshape(shape)
-
-
-def settle_broken(
-    samples: pa.Table,
-    broken: dict[str, dict[int, str]],
-    modalities: Sequence[str],
-    unit: str,
-    stage: str = "decode",
-    lost: dict[str, np.ndarray] | None = None,
-) -> tuple[np.ndarray, pa.Table]:
-    """Which rows stay (N,) bool, and a reject for each row with a broken modality. broken: modality -> row -> reason.
-
-    A row that has another modality stays without the broken one, and its reject tells so by the stage `modality`.
-    lost: modality -> (N,) bool, rows that lost it at an earlier stage.
-    """
-    left = np.zeros(len(samples), dtype=bool)
-    reasons: dict[int, list[str]] = {}
-    for name in modalities:
-        present = samples.column(name).is_valid().to_numpy().copy()
-        if lost is not None:
-            present &= ~lost[name]
-        for i, reason in broken.get(name, {}).items():
-            present[i] = False
-            reasons.setdefault(i, []).append(f"{name}: {reason}")
-        left |= present
-    keep = left.copy()
-    keep[[i for i in range(len(samples)) if i not in reasons]] = True
-    ids = samples.column("sample_id").to_pylist()
-    return keep, reject_table(
-        [Reject(ids[i], unit, MODALITY if keep[i] else stage, "; ".join(reasons[i])) for i in sorted(reasons)]
-    )
 
 
 @dataclass(frozen=True)
@@ -231,13 +89,21 @@ class SampleEncoder:
         )
 
     def encode_samples(
-        self, samples: pa.Table, unit: str, stored: dict[str, pa.Table | None], seconds: dict[str, float]
+        self,
+        samples: pa.Table,
+        unit: str,
+        stored: Mapping[str, pa.Table | None],
+        seconds: dict[str, float],
+        prepared: Mapping[str, pa.Buffer] = MappingProxyType({}),
     ) -> tuple[pa.Table, pa.Table]:
         """Samples -> a part of a store, and the rejects: rows that lost a modality, or the last one that they had.
 
         stored: modality -> its columns for these samples, where another store has them. seconds: by stage, added to.
+        prepared: modality -> the array that its column names rows of, where the stage before has decoded it.
         """
-        samples, values, broken = self._decode(samples, stored, seconds)
+        start = time.perf_counter()
+        samples, values, broken = self._decode(samples, stored, prepared)
+        seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
         keep, told = settle_broken(samples, broken, list(self.encoders), unit)
         samples, mask = samples.filter(pa.array(keep)), pa.array(keep)
         columns: dict[str, pa.Array] = {}
@@ -245,7 +111,7 @@ class SampleEncoder:
         for name in self.encoders:
             part = stored.get(name)
             if part is None:
-                chosen = [value for value, wanted in zip(values[name], keep, strict=True) if wanted]
+                chosen = choose(values[name], keep)
                 columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
                 with self._turns[name]:
                     changes = changes_in(self.encoders[name], chosen)
@@ -260,7 +126,7 @@ class SampleEncoder:
         return part, pa.concat_tables([told, more])
 
     def _encode(
-        self, name: str, values: list[Any], seconds: dict[str, float]
+        self, name: str, values: Sequence[Any], seconds: dict[str, float]
     ) -> tuple[pa.Array, dict[int, str]]:
         """Features of a modality's values, and row -> why there are none though there is a value."""
         start = time.perf_counter()
@@ -271,12 +137,11 @@ class SampleEncoder:
         return found
 
     def _decode(
-        self, samples: pa.Table, stored: dict[str, pa.Table | None], seconds: dict[str, float]
-    ) -> tuple[pa.Table, dict[str, list[Any]], dict[str, dict[int, str]]]:
+        self, samples: pa.Table, stored: Mapping[str, pa.Table | None], prepared: Mapping[str, pa.Buffer]
+    ) -> tuple[pa.Table, dict[str, Sequence[Any]], dict[str, dict[int, str]]]:
         """The samples with hashes of their content; values of each modality that is not stored already, None where absent;
         and by modality the rows that can't be decoded."""
-        start = time.perf_counter()
-        values: dict[str, list[Any]] = {}
+        values: dict[str, Sequence[Any]] = {}
         broken: dict[str, dict[int, str]] = {}
         for name, encoder in self.encoders.items():
             if (part := stored.get(name)) is not None:
@@ -287,18 +152,14 @@ class SampleEncoder:
                     broken[name] = dict.fromkeys(lost, "unreadable, as found when the modality was encoded")
                     samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
                 continue
-            field, column = samples.schema.field(name), samples.column(name)
-            if field.metadata and PREPARED in field.metadata:  # decoded by the stage before
-                shape, dtype = json.loads(field.metadata[PREPARED])
-                several = bool(self.plan.config.modalities[name].kind.pooled)
-                cells = column.to_pylist()
-                values[name] = [None if v is None else _from_bytes(v, shape, dtype, several) for v in cells]
+            found = prepared_values(samples, name, prepared.get(name))
+            if found is not None:
+                values[name] = found
             else:
-                kind = self.plan.config.modalities[name].kind
-                decoded = decode_column(column, kind, getattr(encoder, "prepare", None), self.plan.config.samples)
+                kind, config = self.plan.config.modalities[name].kind, self.plan.config.samples
+                decoded = decode_column(samples.column(name), kind, encoder, config, max(1, self.plan.num_threads))
                 values[name], broken[name] = decoded.values, decoded.broken
                 samples = note_content(samples, name, decoded.hashes, decoded.changes)
-        seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
         return samples, values, broken
 
 
@@ -314,17 +175,15 @@ class EncodeChunk(SampleEncoder):
         torch.set_num_threads(plan.num_threads)
         super().__init__(plan, assigned_device(plan.use_gpu, plan.gpu_frac))
 
-    def __call__(self, batch: Row) -> Row:
-        samples, rejects = unpack(batch["table"][0]), unpack(batch["rejects"][0])
-        seconds: dict[str, float] = json.loads(batch["seconds"][0])
-        unit, index, last = str(batch["unit"][0]), int(batch["index"][0]), bool(batch["last"][0])
+    def __call__(self, row: Row) -> Row:
+        unit, index, last, samples, rejects, seconds, prepared = open_row(row)
         stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
-        part, told = self.encode_samples(samples, unit, stored, seconds)
+        part, told = self.encode_samples(samples, unit, stored, seconds, prepared)
         return make_row(unit, index, last, part, pa.concat_tables([rejects, told]), seconds)
 
 
 def encode_column(
-    encoder: Any, values: list[Any], dtype: str = "float32", pooled: str | None = None
+    encoder: Any, values: Sequence[Any], dtype: str = "float32", pooled: str | None = None
 ) -> tuple[pa.Array, dict[int, str]]:
     """Values (N, None where absent) -> feature column of N rows, and row -> what is wrong with the features it got.
 
@@ -336,7 +195,8 @@ def encode_column(
     kind = feature_type(encoder.dim, getattr(encoder, "sparse", False), dtype)
     if not len(rows):
         return pa.nulls(len(values), kind), wrong
-    features, refused = _features_of_rows(encoder, [values[i] for i in rows], dtype, pooled)
+    given: Any = values.take(rows) if isinstance(values, Prepared) else [values[i] for i in rows]
+    features, refused = _features_of_rows(encoder, given, dtype, pooled)
     good = np.array([i not in refused for i in range(len(rows))])
     present = np.zeros(len(values), dtype=bool)
     present[rows[good]] = True
@@ -347,7 +207,7 @@ def encode_column(
     return column, wrong | {int(rows[i]): why for i, why in refused.items()}
 
 
-def _refused(encoder: Any, values: list[Any]) -> dict[int, str]:
+def _refused(encoder: Any, values: Sequence[Any]) -> dict[int, str]:
     """Row -> why the encoder takes no such value."""
     if not hasattr(encoder, "refused"):
         return {}
@@ -355,7 +215,7 @@ def _refused(encoder: Any, values: list[Any]) -> dict[int, str]:
     return {rows[i]: why for i, why in encoder.refused([values[i] for i in rows]).items()}
 
 
-def changes_in(encoder: Any, values: list[Any]) -> list[list[str]]:
+def changes_in(encoder: Any, values: Sequence[Any]) -> list[list[str]]:
     """What of each value (N, None where absent) the encoder does not read; empty for an encoder that reads all."""
     if not hasattr(encoder, "changes"):
         return []
@@ -363,7 +223,7 @@ def changes_in(encoder: Any, values: list[Any]) -> list[list[str]]:
     return [[] if value is None else next(told) for value in values]
 
 
-def _features_of_rows(encoder: Any, values: list[Any], dtype: str, pooled: str | None) -> tuple[Any, dict[int, str]]:
+def _features_of_rows(encoder: Any, values: Any, dtype: str, pooled: str | None) -> tuple[Any, dict[int, str]]:
     """As `checked_features`; pooled where values are lists, of which one without features costs the row."""
     if pooled is None:
         return checked_features(encoder, values, dtype)
@@ -373,14 +233,14 @@ def _features_of_rows(encoder: Any, values: list[Any], dtype: str, pooled: str |
     return pool_features(features, counts, pooled), {int(row[i]): why for i, why in wrong.items()}
 
 
-def checked_features(encoder: Any, values: list[Any], dtype: str) -> tuple[Any, dict[int, str]]:
+def checked_features(encoder: Any, values: Any, dtype: str) -> tuple[Any, dict[int, str]]:
     """Features (B, D) of values, and row -> why its features are none: such rows hold zeros.
 
     A batch whose features are not (B, D) is encoded value by value, so that it costs only the values to blame.
     """
     features, why = _as_features(encoder, encoder.encode(values), len(values))
     if features is None and len(values) > 1:
-        alone = [checked_features(encoder, [value], dtype) for value in values]
+        alone = [checked_features(encoder, values[i : i + 1], dtype) for i in range(len(values))]
         rows: Any = [own for own, _ in alone]
         whole = sp.vstack(rows, format="csr") if getattr(encoder, "sparse", False) else np.concatenate(rows)
         return whole, {i: w[0] for i, (_, w) in enumerate(alone) if w}
@@ -464,7 +324,7 @@ def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples:
 
 
 def reduce_part(
-    batch: Row, source_uri: str, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32"
+    batch: dict[str, Any], source_uri: str, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32"
 ) -> Row:
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()

@@ -29,7 +29,8 @@ from mmkt_ray.encoders.build import build_encoder, found_in, load_reducer, read_
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
-from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk, reduce_part
+from mmkt_ray.features.decode import decode_chunk, decoding
+from mmkt_ray.features.encode import EncodeChunk, EncodePlan, reduce_part
 from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
 from mmkt_ray.features.leakage import find_leaking
 from mmkt_ray.features.publish import (
@@ -80,7 +81,8 @@ def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dic
     if not drops_rows(config) or all(fit_of(build_encoder(section)) == "none" for section in sections):
         return {}
     uri = storage.join(run_uri, "features", f"contents-{fingerprint(reading_layout(config))}")
-    return find_leaking(ReadingPlan.of(config), config.samples, uri, shards)
+    encoders = {m: modality.encoder for m, modality in config.modalities.items()}
+    return find_leaking(ReadingPlan.of(config), config.samples, encoders, uri, shards)
 
 
 def check_not_empty(store: Store) -> None:
@@ -169,11 +171,12 @@ def run_encode(
         chunks = ray.data.from_items([vars(shard) for shard in todo], override_num_blocks=len(todo))
         chunks = chunks.map_batches(partial(read_shard, plan=ReadingPlan.of(config), done=done), batch_size=1, num_cpus=READ_CPUS)
         if num_gpus:
-            chunks = chunks.map_batches(partial(decode_chunk, config=config), batch_size=1, num_cpus=1)
+            chunks = chunks.map_batches(partial(decode_chunk, config=config), batch_size=1, batch_format="pyarrow", num_cpus=1)
         features = chunks.map_batches(
             EncodeChunk,
             fn_constructor_args=(plan,),
             batch_size=1,
+            batch_format="pyarrow",
             num_cpus=1,
             num_gpus=num_gpus,
             compute=ray.data.ActorPoolStrategy(
@@ -182,7 +185,8 @@ def run_encode(
                 enable_true_multi_threading=in_flight > 1,  # in threads that share the encoders
             ),
         )
-        parts = features.map_batches(partial(write_part, store_uri=uri), batch_size=1, num_cpus=READ_CPUS)
+        write = partial(write_part, store_uri=uri)
+        parts = features.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=READ_CPUS)
         with progress.stage("encode", len(todo), "shards") as shown:
             stats.follow(parts, lambda name: shown.advance(name.endswith("-end.parquet")))
 
@@ -213,7 +217,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         work = partial(reduce_part, source_uri=encoded.uri, reducers=loaded, dims=dims, dtype=dtype)
         with cluster.one_row_blocks():
             names = ray.data.from_items([{"name": name} for name in todo], override_num_blocks=min(len(todo), 64))
-            parts = names.map_batches(work, batch_size=1).map_batches(partial(write_part, store_uri=uri), batch_size=1)
+            reduced = names.map_batches(work, batch_size=1)
+            parts = reduced.map_batches(partial(write_part, store_uri=uri), batch_size=1, batch_format="pyarrow")
             with progress.stage("reduce", len(todo), "parts") as shown:
                 stats.follow(parts, lambda _: shown.advance())
     modalities = {m: dict(entry) for m, entry in encoded.manifest["modalities"].items()}
@@ -232,7 +237,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
 
 def reading_layout(config: Config) -> dict[str, Any]:
     """All that decides which rows a chunk holds and what is in them before encoding."""
-    apart = {"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s"}
+    apart = {"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s", "decode"}
     samples = config.samples.model_dump(mode="json", exclude=apart)
     return {
         "samples": samples,
@@ -243,6 +248,7 @@ def reading_layout(config: Config) -> dict[str, Any]:
             "tasks": [c.kind.reading(t, c.separator) for t, c in sorted(config.tasks.items())],
         },
         "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
+        **decoding([modality.kind for modality in config.modalities.values()], config.samples),
     } | ({} if config.extract.feature_dtype == "float32" else {"dtype": config.extract.feature_dtype})
 
 

@@ -21,6 +21,7 @@ from mmkt_ray.config import Config, CustomEncoder, Section, fingerprint
 from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, read_card, save_fitted
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.decode import decoding
 from mmkt_ray.features.publish import tell_reasons
 from mmkt_ray.features.siblings import take_over
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
@@ -66,13 +67,16 @@ def fit_encoder(
         section.model_dump(mode="json"),
         config.seed if trained else 0,
         narrow.model_dump(
-            mode="json", exclude={"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s"}
+            mode="json",
+            exclude={"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s", "decode"},
         ),
         NORMALISATION,
         config.samples.combine.name == "join",  # the split is then drawn by the key
     ]
     left_out = {shard.unit: leaking[shard.unit] for shard in feeding if shard.unit in leaking}
     identity += [left_out] if left_out else []
+    decoded = decoding(list(plan.modalities.values()), config.samples)
+    identity += [decoded] if decoded else []
     prefix = f"{modality}-{fingerprint(identity, 12)}"
     units = [shard.unit for shard in feeding]
     if kept := find_fit(run_uri, prefix, units):

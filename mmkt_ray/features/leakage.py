@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +12,11 @@ import ray
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.encoders.base import EncoderSection
+from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.features.audit import leaking_rows, read_contents
-from mmkt_ray.features.encode import decode_column
+from mmkt_ray.features.decode import decode_column
 from mmkt_ray.features.store import hash_of
-from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import Shard
@@ -23,14 +24,17 @@ from mmkt_ray.samples.schema import Shard
 log = logging.getLogger(__name__)
 
 
-def find_leaking(plan: ReadingPlan, samples: SamplesConfig, uri: str, shards: list[Shard]) -> dict[str, list[str]]:
+def find_leaking(
+    plan: ReadingPlan, samples: SamplesConfig, encoders: Mapping[str, EncoderSection], uri: str, shards: list[Shard]
+) -> dict[str, list[str]]:
     """Ids of train rows whose whole content is in val or test too, by the unit of their shard; units without any left out.
 
+    encoders: by modality; what they read decides how images are decoded, and so which are the same.
     Reads and decodes every shard once and keeps the hashes in the folder `uri`: another call takes them from there.
     """
     cluster.connect()
     hash_one = ray.remote(hash_shard)
-    ray.get([hash_one.remote(plan, samples, shard, uri) for shard in shards])
+    ray.get([hash_one.remote(plan, samples, encoders, shard, uri) for shard in shards])
     parts = [f"{shard.unit}.parquet" for shard in shards]
     contents = read_contents(uri, parts, sorted(plan.modalities))
     found = {}
@@ -42,12 +46,14 @@ def find_leaking(plan: ReadingPlan, samples: SamplesConfig, uri: str, shards: li
     return found
 
 
-def hash_shard(plan: ReadingPlan, samples: SamplesConfig, shard: Shard, uri: str) -> None:
+def hash_shard(
+    plan: ReadingPlan, samples: SamplesConfig, encoders: Mapping[str, EncoderSection], shard: Shard, uri: str
+) -> None:
     """Write ids, splits and hashes of the content of a shard's rows, named and typed as in a store's part."""
     target = storage.join(uri, "data", f"{shard.unit}.parquet")
     if storage.exists(target):
         return
-    names = sorted(plan.modalities)
+    names, built = sorted(plan.modalities), {m: build_encoder(section) for m, section in encoders.items()}
     schema = pa.schema(
         [("sample_id", pa.string()), ("split", pa.string()), *((hash_of(m), pa.uint64()) for m in names)]
     )
@@ -56,14 +62,6 @@ def hash_shard(plan: ReadingPlan, samples: SamplesConfig, shard: Shard, uri: str
             columns = {name: chunk.table.column(name) for name in ("sample_id", "split")}
             for modality in names:
                 column, kind = chunk.table.column(modality), plan.modalities[modality]
-                columns[hash_of(modality)] = _hash_column(column, kind, samples)
+                # the same as the pipeline writes to a store: None where the modality is absent or can't be decoded
+                columns[hash_of(modality)] = decode_column(column, kind, built[modality], samples, only_hashes=True).hashes
             writer.write_table(pa.table(columns, schema=schema))
-
-
-def _hash_column(column: pa.ChunkedArray, kind: ModalityKind, samples: SamplesConfig) -> list[int | None]:
-    """The same as the pipeline writes to a store: None where the modality is absent or can't be decoded."""
-    return decode_column(column, kind, _forget, samples).hashes
-
-
-def _forget(value: Any) -> None:
-    """In the place of an encoder's `prepare`: a chunk's decoded images need not be in memory together."""

@@ -12,7 +12,7 @@ from mmkt_ray import storage
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import EncoderSection
 from mmkt_ray.encoders.build import build_encoder
-from mmkt_ray.features.encode import decode_column
+from mmkt_ray.features.decode import decode_column
 from mmkt_ray.features.store import column_of, from_arrow
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
@@ -34,7 +34,7 @@ def encoder_statistics(
         train = train_rows(chunk.table, leaking).column(modality).drop_null()
         values = kind.values(train) if not kind.decoder else []
         if kind.decoder:
-            decoded = decode_column(train, kind, getattr(encoder, "prepare", None), samples)
+            decoded = decode_column(train, kind, encoder, samples)
             values = [value for value in decoded.values if value is not None]
         if kind.pooled:
             values = [item for several in values for item in several]

@@ -96,6 +96,7 @@ def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
             f"'{uri}' is no finished model folder (no config.json): run `mmkt train` with the same config"
         ) from None
     check_card(uri, card)
+    card["config"].get("samples", {}).setdefault("decode", "exact")  # as it was before a config could tell
     try:
         weights = storage.join(uri, "model.safetensors")
         data = storage.read_bytes(weights)

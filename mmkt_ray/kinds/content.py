@@ -8,12 +8,18 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from xxhash import xxh3_64_intdigest
+
+from mmkt_ray.lazy import lazy
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+else:  # processes that decode hash what they decode, and need neither
+    pa, pc = lazy("pyarrow"), lazy("pyarrow.compute")
 
 NORMALISATION = 2  # version of the rules below: part of what identifies features
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
+from xxhash import xxh3_64
+
+from mmkt_ray.kinds.content import hash_array
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: each image is held to samples.max_image_pixels, before it is decoded
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -36,10 +39,43 @@ def decode_and_tell(data: bytes, max_pixels: int) -> tuple[np.ndarray, list[str]
     return _decode_any(data, max_pixels) if decoded is None else decoded
 
 
-def decode_file(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, list[str]]:
-    """What a decoding process sends of an image: its pixels, no number, what was changed. Raises: as `decode_image`."""
+class InputSize(NamedTuple):
+    """The images that an encoder reads."""
+
+    height: int
+    width: int
+    resampling: int  # PIL.Image.Resampling, with antialiasing; the aspect ratio is not kept
+    scaled: bool = False  # large JPEGs may be made smaller while they are decoded
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image as an encoder gets it, uint8."""
+        return (3, self.height, self.width)
+
+
+def resized(pixels: np.ndarray, size: InputSize) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, height, width) uint8."""
+    if pixels.shape[:2] != (size.height, size.width):
+        how = Image.Resampling(size.resampling)
+        pixels = np.asarray(Image.fromarray(pixels).resize((size.width, size.height), how))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+Reply = tuple[np.ndarray, int, list[str], int]  # what a decoding process sends
+
+
+def decode_file(data: bytes, max_pixels: int, wanted: Sequence[Any] | None = None) -> Reply:
+    """What a decoding process sends of an image: an array, no number, what was changed, a hash of the content.
+
+    wanted: the fields of an `InputSize`; the array is (3, height, width) then, else the pixels (H, W, 3).
+    Equal pixels have equal hashes; of a JPEG that was made smaller while it was decoded, equal codings.
+    Raises: as `decode_image`.
+    """
+    size = None if wanted is None else InputSize(*wanted)
+    if size is not None and size.scaled and (found := _decode_scaled(data, max_pixels, size)) is not None:
+        return found
     pixels, changes = decode_and_tell(data, max_pixels)
-    return pixels, 0, changes
+    return pixels if size is None else resized(pixels, size), 0, changes, hash_array(pixels)
 
 
 def warm_up() -> None:
@@ -57,8 +93,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 Told = tuple[np.ndarray, list[str]]  # pixels, what was changed
 
 
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
-    """Fast path for RGB and grey JPEG; None leaves the image or its fault to Pillow."""
+def _plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Height and width of an RGB or grey JPEG; None leaves the image or its fault to Pillow."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
@@ -66,7 +102,12 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
     except ValueError:
         return None
     _check_size(width, height, max_pixels)
-    if colours not in ("YCbCr", "Gray", "RGB"):
+    return (height, width) if colours in ("YCbCr", "Gray", "RGB") else None
+
+
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
+    """Fast path for RGB and grey JPEG; None as above."""
+    if _plain_jpeg_size(data, max_pixels) is None:
         return None
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -76,6 +117,38 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
     if orientation not in _TURNS:
         return pixels, []
     return np.ascontiguousarray(_TURNS[orientation](pixels)), ["turned upright"]
+
+
+# scale -> how many times the wanted size must be left: a half may leave just that, where the time is
+_SCALES = {8: 2.0, 4: 2.0, 2: 1.0}
+
+
+def _decode_scaled(data: bytes, max_pixels: int, size: InputSize) -> Reply | None:
+    """As `decode_file`, by an inverse DCT of fewer coefficients; None where full pixels are needed.
+
+    Halves, quarters and eighths alone: libjpeg-turbo takes longer for other fractions than for the whole.
+    """
+    found = _plain_jpeg_size(data, max_pixels)
+    if found is None:
+        return None
+    orientation = _exif_orientation(data)
+    lies = orientation in (5, 6, 7, 8)
+    rows, columns = (size.width, size.height) if lies else (size.height, size.width)
+    height, width = found
+    scales = (s for s, left in _SCALES.items() if height >= s * left * rows and width >= s * left * columns)
+    if (scale := next(scales, None)) is None:
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=-(-height // scale), min_width=-(-width // scale))
+    except ValueError:
+        return None
+    picture = Image.fromarray(pixels)  # its last row and column may be of less than a whole pixel
+    box = (0, 0, min(picture.width, width / scale), min(picture.height, height / scale))
+    small: np.ndarray = np.asarray(picture.resize((columns, rows), Image.Resampling(size.resampling), box=box))
+    if orientation in _TURNS:
+        small = _TURNS[orientation](small)
+    changes = ["turned upright"] if orientation in _TURNS else []
+    return np.ascontiguousarray(small.transpose(2, 0, 1)), 0, changes, _hash_coding(data, orientation)
 
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -105,6 +178,12 @@ def _exif_orientation(data: bytes) -> int:
 
 def _exif_block(data: bytes) -> bytes:
     """The first one among the segments before a JPEG's own picture; thumbnails in it and pictures behind it have others."""
+    exif = (data[a + 4 : b] for kind, a, b in _segments(data) if kind == 0xE1 and data[a + 4 : a + 10] == b"Exif\x00\x00")
+    return next(exif, b"")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, begin and end of the segments before a JPEG's own picture; at last 0 and all that follows."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
@@ -112,11 +191,20 @@ def _exif_block(data: bytes) -> bytes:
             at += 1
         elif marker in (0xDA, 0xD9):  # the picture, the end
             break
-        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
-            return data[at + 4 : at + 2 + length]
         else:
+            yield marker, at, at + 2 + length
             at += 2 + length
-    return b""
+    yield 0, at, len(data)
+
+
+def _hash_coding(data: bytes, orientation: int) -> int:
+    """64-bit hash (XXH3) of a JPEG as it is coded and turned, whatever its other metadata say."""
+    coding, view = xxh3_64(bytes([orientation & 0xFF])), memoryview(data)
+    for marker, begin, end in _segments(data):
+        # application data and comments say nothing of the pixels, but for Adobe's, which name the colours
+        if marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            coding.update(view[begin:end])
+    return coding.intdigest()
 
 
 def _decode_any(data: bytes, max_pixels: int) -> Told:

@@ -47,6 +47,7 @@ class ModalityKind(Choice):
     takes_arrays: ClassVar[bool] = False  # may be filled from the rows of an array beside the shard, `vectors.npy`
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
     decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
+    scales: ClassVar[bool] = False  # the decoder makes large values smaller, where `samples.decode` lets it
     # of one encoded float32 feature in a store, for estimates: what bf16 networks give, and zeros, compress
     stored_bytes: ClassVar[float] = 3.7
 
@@ -121,7 +122,7 @@ class ModalityKind(Choice):
         return array
 
     def digest(self, value: Any) -> int:
-        """64-bit hash of a value's content: equal for what counts as a duplicate."""
+        """64-bit hash of a value's content: equal for what counts as a duplicate. Of encoded files the decoder says it."""
         from mmkt_ray.kinds.content import hash_json
 
         return hash_json(value)
@@ -269,6 +270,7 @@ class Image(_File):
     name: Literal["image"] = "image"
     holds: ClassVar[str] = "the bytes of an image file"
     decoder: ClassVar[str] = "mmkt_ray.kinds.images:decode_file"
+    scales: ClassVar[bool] = True
     objects: ClassVar[str] = "a path, bytes, a PIL image or an array"
 
     def from_object(self, value: Any) -> bytes:
@@ -279,12 +281,6 @@ class Image(_File):
 
     def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
         return rng.integers(0, 256, (int(rng.integers(20, 90)), 64, 3), "uint8")
-
-    def digest(self, value: np.ndarray) -> int:
-        """Of the pixels and their shape."""
-        from mmkt_ray.kinds.content import hash_array
-
-        return hash_array(value)
 
     def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """A thumbnail of at most THUMBNAIL_SIDE pixels a side; png is None if the image can't be decoded."""
@@ -310,12 +306,6 @@ class Audio(_File):
         from mmkt_ray.kinds.sounds import Clip
 
         return Clip(array, number)
-
-    def digest(self, value: Any) -> int:
-        """Of the samples, whatever their rate."""
-        from mmkt_ray.kinds.content import hash_array
-
-        return hash_array(value.samples)
 
     def check(self) -> None:
         from mmkt_ray.kinds.sounds import import_soundfile

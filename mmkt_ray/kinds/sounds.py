@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.content import hash_array
 
 MAX_AUDIO_FRAMES = 64_000_000  # 22 minutes at 48 kHz; 256 MB as float32
 SAMPLE_RATES = (1_000, 400_000)  # in Hz
@@ -67,10 +68,13 @@ def decode_audio(data: bytes) -> Clip:
     return Clip(samples, sample_rate)
 
 
-def decode_file(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, list[str]]:
-    """What a decoding process sends of a sound: its samples, their rate, no changes. Raises: as `decode_audio`."""
+def decode_file(data: bytes, max_pixels: int, wanted: object = None) -> tuple[np.ndarray, int, list[str], int]:
+    """What a decoding process sends of a sound: its samples, their rate, no changes, the samples' hash whatever their rate.
+
+    Raises: as `decode_audio`.
+    """
     clip = decode_audio(data)
-    return clip.samples, clip.sample_rate, []
+    return clip.samples, clip.sample_rate, [], hash_array(clip.samples)
 
 
 def warm_up() -> None:

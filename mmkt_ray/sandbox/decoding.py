@@ -3,54 +3,57 @@
     parent: decode_samples --request: a group of samples--> child: serve
                            <--replies: one for each sample--
 
-A request is a line of JSON and the samples' bytes; a reply is a `_REPLY` header, a note in JSON and the decoded array. The
-child reads a request whole before it decodes, so neither waits for the other; its replies are buffered, so small images cost
-few system calls. Which sample it is at stands in memory that both map: when the child dies, that one is tried once more,
-alone in a new child, and is broken if that dies too. Whatever the child lost for another reason (the machine was out of
-memory, someone killed it) is decoded again. A child imports NumPy and its decoder only and starts in a fraction of a second.
+A request is a line of JSON and the samples' bytes; a reply is a `REPLY` header, a note in JSON and the decoded array, which
+where all arrays have one size stands in memory that both map instead (`SharedArray`). The child reads a request whole before
+it decodes, so neither waits for the other; its replies are buffered, so small images cost few system calls. Which sample it is
+at stands in shared memory too: when the child dies, that one is tried once more, alone in a new child, and is broken if that
+dies too. Whatever the child lost for another reason (the machine was out of memory, someone killed it) is decoded again. A
+child imports NumPy and its decoder only and starts in a fraction of a second. It decodes one sample after another, so that its
+timer and its crash are one sample's; more cores are used by more children.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib
 import io
 import json
 import mmap
 import os
-import resource
 import select
 import signal
-import struct
+import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mmkt_ray.errors import ResourceError
+from mmkt_ray.sandbox.child import IN_PLACE, OUT_OF_MEMORY, READY, REPLY, TYPES, Limits
+from mmkt_ray.sandbox.shared import SharedArray
 
 if TYPE_CHECKING:
-    from mmkt_ray.config.samples import SamplesConfig  # a child imports neither
+    from mmkt_ray.kinds.images import InputSize
     from mmkt_ray.kinds.modalities import ModalityKind
 
 GROUP_BYTES, GROUP_SAMPLES = 4 << 20, 1024  # of a request, at most; a larger sample goes alone
+GROUP_MAPPED_BYTES = 64 << 20  # of what it is decoded to, where the size is known
+FEW_SAMPLES = 64  # of a request, which a system call each costs nothing
 PIPE_BYTES = 1 << 20  # a photo's pixels at once
-BASE_BYTES, BYTES_PER_PIXEL = 1 << 30, 40  # memory of the child: itself and any sound; the largest image in floats
 START_TIMEOUT_S = 300.0  # the child's imports, on a busy machine
 GRACE_S = 10.0  # the child keeps the limit itself; if it does not, the parent ends it this much later
-OUT_OF_MEMORY = 71  # exit code
-READY = b"ready\n"
-# decoded or not; bytes of the note; the kind's number; of the array its type's code, number of axes, and their lengths
-_REPLY = struct.Struct("<?IqBB4Q")
-_TYPES = ("uint8", "float32", "int16", "int32", "int64", "float64")
 
-Outcome = tuple[Any, list[str]]  # a value of the kind; what was normalised
-Reply = tuple[np.ndarray, int, list[str]]  # of a kind's decoding function: array, number, what was normalised
+
+class Outcome(NamedTuple):
+    """A decoded sample."""
+
+    value: Any  # of the kind; an array of the size that was asked for
+    changes: list[str]  # what was normalised
+    digest: int  # 64-bit hash of the content: equal for what counts as a duplicate
 
 
 class Broken(NamedTuple):
@@ -59,76 +62,112 @@ class Broken(NamedTuple):
     reason: str
 
 
-class Limits(NamedTuple):
-    """What one sample may take."""
+def decode_samples(
+    values: Sequence[Any],
+    kind: ModalityKind,
+    limits: Limits,
+    size: InputSize | None = None,
+    into: SharedArray | None = None,
+    num_children: int = 1,
+) -> Iterator[Outcome | Broken]:
+    """Decode encoded samples of one kind, as bytes or buffers, in order; never hangs, never dies of one.
 
-    max_pixels: int
-    timeout_s: float
-
-    @classmethod
-    def of(cls, samples: SamplesConfig) -> Limits:
-        """As the config has them."""
-        return cls(samples.max_image_pixels, samples.decode_timeout_s)
-
-    @property
-    def memory_bytes(self) -> int:
-        """The address space of the child, for itself, its libraries and one sample."""
-        return BASE_BYTES + BYTES_PER_PIXEL * self.max_pixels
-
-
-def decode_samples(values: Sequence[bytes], kind: ModalityKind, limits: Limits) -> Iterator[Outcome | Broken]:
-    """Decode encoded samples of one kind, in order; never hangs, never dies of one.
-
+    size: images of this size, as an encoder reads them; None: values of the kind. into: a row of this size for each sample,
+    in which its image then stands. num_children: processes that decode side by side.
     Raises: ConfigError if the kind's decoder is not installed, ResourceError if no child process starts.
     """
     kind.check()
-    for group in _groups(values):
-        yield from _decode_group(group, kind, limits)
+    order, sent = _Order(kind, limits, size, into), deque[_Sent]()
+    try:
+        for group in _groups(values, into, num_children):
+            if len(sent) == num_children:
+                yield from _outcomes(sent.popleft(), order)
+            sent.append(_send(group, order))
+        while sent:
+            yield from _outcomes(sent.popleft(), order)
+    finally:  # whoever wanted the rest is gone: these children are in the middle of their replies
+        for _, decoder in sent:
+            decoder.end()
 
 
-# --- parent --------------------
+class _Order(NamedTuple):
+    kind: ModalityKind
+    limits: Limits
+    size: InputSize | None
+    into: SharedArray | None
+
 
 # of this process, by what they decode with; another thread at work in the meantime starts one of its own
 _idle: dict[str, list[Decoder]] = {}
 os.register_at_fork(after_in_child=_idle.clear)  # two processes must not read from one pipe
 
 
-def _groups(values: Sequence[bytes]) -> Iterator[list[bytes]]:
-    group: list[bytes] = []
-    num_bytes = 0
-    for value in values:
-        if group and (num_bytes + len(value) > GROUP_BYTES or len(group) == GROUP_SAMPLES):
-            yield group
-            group, num_bytes = [], 0
-        group.append(value)
+class _Group(NamedTuple):
+    start: int  # number of its first sample among all
+    samples: list[Any]
+    is_suspect: bool = False  # a child has died of it before
+
+
+_Sent = tuple[_Group, "Decoder"]
+
+
+def _groups(values: Sequence[Any], into: SharedArray | None, num_children: int) -> Iterator[_Group]:
+    most = min(GROUP_SAMPLES, -(-len(values) // num_children))
+    if into is not None:
+        most = max(1, min(most, GROUP_MAPPED_BYTES // into.array[0].nbytes))
+    samples: list[Any] = []
+    start = num_bytes = 0
+    for i, value in enumerate(values):
+        if samples and (num_bytes + len(value) > GROUP_BYTES or len(samples) == most):
+            yield _Group(start, samples)
+            start, samples, num_bytes = i, [], 0
+        samples.append(value)
         num_bytes += len(value)
-    if group:
-        yield group
+    if samples:
+        yield _Group(start, samples)
 
 
-def _decode_group(group: list[bytes], kind: ModalityKind, limits: Limits) -> Iterator[Outcome | Broken]:
-    work = deque([(group, False)])  # samples, and whether a child has died of them before
-    while work:
-        samples, is_suspect = work.popleft()
-        decoder = _take_decoder(kind.decoder)
+def _send(group: _Group, order: _Order) -> _Sent:
+    """Give the group to a child."""
+    decoder = _take_decoder(order.kind.decoder)
+    try:
+        decoder.send(group, order)
+    except BaseException:
+        decoder.end()
+        raise
+    return group, decoder
+
+
+def _outcomes(sent: _Sent, order: _Order) -> Iterator[Outcome | Broken]:
+    """Of what was sent; what a child dies of is tried again, what it only lost too."""
+    work: deque[_Group] = deque()
+    while True:
+        (start, samples, is_suspect), decoder = sent
         num_done = 0
         try:
-            for outcome in decoder.decode(samples, kind, limits):
+            for outcome in decoder.receive(sent[0], order):
                 yield outcome
                 num_done += 1
         except _ChildDied:
-            reason = decoder.why_it_died(limits)
+            reason = decoder.why_it_died(order.limits)
             if is_suspect:
                 yield Broken(reason)
-                continue
-            at = min(max(decoder.progress[0], num_done), len(samples) - 1)
-            parts = [(samples[num_done:at], False), (samples[at : at + 1], True), (samples[at + 1 :], False)]
-            work.extendleft(part for part in reversed(parts) if part[0])
-        except BaseException:  # whoever wanted the rest is gone: the child is in the middle of its replies
+            else:
+                at = min(max(decoder.progress[0], num_done), len(samples) - 1)
+                parts = [
+                    _Group(start + num_done, samples[num_done:at]),
+                    _Group(start + at, samples[at : at + 1], is_suspect=True),
+                    _Group(start + at + 1, samples[at + 1 :]),
+                ]
+                work.extendleft(part for part in reversed(parts) if part.samples)
+        except BaseException:  # as in decode_samples
             decoder.end()
             raise
         else:
-            _idle.setdefault(kind.decoder, []).append(decoder)
+            _idle.setdefault(order.kind.decoder, []).append(decoder)
+        if not work:
+            return
+        sent = _send(work.popleft(), order)
 
 
 def _take_decoder(function: str) -> Decoder:
@@ -152,17 +191,19 @@ class Decoder:
         shared = os.memfd_create("progress")
         os.truncate(shared, mmap.PAGESIZE)
         self.progress = memoryview(mmap.mmap(shared, mmap.PAGESIZE)).cast("Q")  # [0]: index of the sample at work
+        self.arrays, arrays = socket.socketpair()  # through it the child gets the memory that it fills
         root = str(Path(__file__).parents[2])  # the same code, wherever a job brought it
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mmkt_ray.sandbox.decoding", str(shared), function],
+            [sys.executable, "-P", "-m", "mmkt_ray.sandbox.child", str(shared), str(arrays.fileno()), function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[shared],
+            pass_fds=[shared, arrays.fileno()],
             bufsize=0,
             env=os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},  # threads would reserve address space
         )
         os.close(shared)
+        arrays.close()
         assert self.process.stdin
         assert self.process.stdout
         self.requests, replies = self.process.stdin.fileno(), self.process.stdout.fileno()
@@ -180,25 +221,39 @@ class Decoder:
                 "said is above or in the Ray worker's log: is the machine out of memory or processes?"
             ) from None
 
-    def decode(self, samples: list[bytes], kind: ModalityKind, limits: Limits) -> Iterator[Outcome | Broken]:
-        """Outcomes one by one. Raises: _ChildDied."""
-        self.progress[0], self.patience_s = 0, limits.timeout_s + GRACE_S
-        request = {"limits": limits, "lengths": [len(data) for data in samples]}
-        rest = memoryview(b"".join([json.dumps(request).encode(), b"\n", *samples]))
-        try:
-            while rest:
-                rest = rest[os.write(self.requests, rest) :]
-        except BrokenPipeError:
-            raise _ChildDied from None
-        for _ in samples:
-            yield self._receive(kind)
+    def send(self, group: _Group, order: _Order) -> None:
+        """Have a group decoded; if the child is dead, `receive` finds out."""
+        self.progress[0], self.patience_s = 0, order.limits.timeout_s + GRACE_S
+        shape = None if order.into is None else order.into.array.shape[1:]
+        request: dict[str, Any] = {"limits": order.limits, "lengths": list(map(len, group.samples))}
+        request |= {"size": order.size, "shape": shape, "start": group.start}
+        head = json.dumps(request).encode() + b"\n"
+        with suppress(BrokenPipeError):
+            if order.into is not None:
+                socket.send_fds(self.arrays, [b"."], [order.into.fd])
+            self._write(b"".join([head, *group.samples]) if len(group.samples) > FEW_SAMPLES else head)
+            if len(group.samples) <= FEW_SAMPLES:  # large ones: not put together in memory
+                for sample in group.samples:
+                    self._write(sample)
 
-    def _receive(self, kind: ModalityKind) -> Outcome | Broken:
-        is_decoded, note_bytes, number, code, num_axes, *lengths = _REPLY.unpack(self._read(_REPLY.size))
-        note = json.loads(self._read(note_bytes)) if note_bytes else []
-        if not is_decoded:
-            return Broken(str(note))
-        return kind.from_decoder(self._fill(np.empty(lengths[:num_axes], _TYPES[code])), number), note
+    def _write(self, data: Any) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self.requests, rest) :]
+
+    def receive(self, group: _Group, order: _Order) -> Iterator[Outcome | Broken]:
+        """Outcomes one by one. Raises: _ChildDied."""
+        for i in range(len(group.samples)):
+            is_decoded, note_bytes, number, digest, code, num_axes, *lengths = REPLY.unpack(self._read(REPLY.size))
+            note = json.loads(self._read(note_bytes)) if note_bytes else []
+            if not is_decoded:
+                yield Broken(str(note))
+            elif code == IN_PLACE:
+                assert order.into is not None
+                yield Outcome(order.into.array[group.start + i], note, digest)
+            else:
+                array = self._fill(np.empty(lengths[:num_axes], TYPES[code]))
+                yield Outcome(array if order.size is not None else order.kind.from_decoder(array, number), note, digest)
 
     def _read(self, num_bytes: int) -> bytes:
         data = self.replies.read(num_bytes)
@@ -237,6 +292,7 @@ class Decoder:
 
     def end(self) -> None:
         """Kill the child if it lives."""
+        self.arrays.close()
         with self.process:  # closes the pipes
             self.process.kill()
 
@@ -254,77 +310,3 @@ class _Patient(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self.wait(self.poll)
         return os.readv(self.pipe, [buffer])
-
-
-# --- child --------------------
-
-
-def serve(progress_fd: int, function: str) -> None:
-    """Answer requests with `function` until the parent closes the pipe or is gone."""
-    requests, replies = _take_pipes()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also in the midst of C code
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    progress = memoryview(mmap.mmap(progress_fd, mmap.PAGESIZE)).cast("Q")
-    module, _, name = function.partition(":")
-    decode = getattr(importlib.import_module(module), name)
-    getattr(sys.modules[module], "warm_up", lambda: None)()
-    replies.write(READY)
-    replies.flush()
-    while line := requests.readline():
-        request = json.loads(line)
-        samples = [requests.read(length) for length in request["lengths"]]
-        limits = Limits(*request["limits"])
-        _limit_memory(limits.memory_bytes)
-        for i, data in enumerate(samples):
-            progress[0] = i
-            _reply(replies, *_decode(decode, data, limits))
-        replies.flush()
-
-
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Standard input and output; from here on what libraries print goes to standard error."""
-    requests, replies = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    return open(requests, "rb"), open(replies, "wb", buffering=1 << 18)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = 1 << 62 if hard == resource.RLIM_INFINITY else hard
-    resource.setrlimit(resource.RLIMIT_AS, (min(num_bytes, most), hard))
-
-
-def _decode(
-    decode: Callable[[bytes, int], Reply], data: bytes, limits: Limits
-) -> tuple[np.ndarray | None, int, list[str] | str]:
-    """The array, the kind's number, what was changed; None and a reason if the sample is broken."""
-    signal.setitimer(signal.ITIMER_REAL, limits.timeout_s)
-    try:
-        return decode(data, limits.max_pixels)
-    except MemoryError:  # perhaps of samples before this one: a new child tells
-        os._exit(OUT_OF_MEMORY)
-    except ValueError as error:
-        return None, 0, str(error) or "damaged"
-    except Exception as error:  # decoders meet damaged data with errors of every kind
-        return None, 0, f"damaged: {type(error).__name__}: {error}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # writing may wait for the parent
-
-
-def _reply(replies: IO[bytes], array: np.ndarray | None, number: int, note: list[str] | str) -> None:
-    text = json.dumps(note).encode() if note else b""
-    code, shape = (0, ()) if array is None else (_TYPES.index(array.dtype.name), array.shape)
-    lengths = (*shape, *[0] * (4 - len(shape)))
-    replies.write(_REPLY.pack(array is not None, len(text), number, code, len(shape), *lengths) + text)
-    if array is not None:
-        replies.write(np.ascontiguousarray(array).data)
-
-
-if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        serve(int(sys.argv[1]), sys.argv[2])
-    os._exit(0)  # without another try to write what the parent did not take

@@ -19,7 +19,8 @@ from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import Contents, audit, find_groups, leaking_rows
 from mmkt_ray.features.chunks import read_shard, unpack
-from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk
+from mmkt_ray.features.decode import decode_chunk
+from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.kinds.content import hash_array, hash_text

@@ -14,7 +14,8 @@ from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import make_row, read_shard, unpack, write_part
-from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device, decode_chunk
+from mmkt_ray.features.decode import decode_chunk
+from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device
 from mmkt_ray.features.publish import publish
 from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.plan import ReadingPlan
@@ -109,7 +110,8 @@ def test_features_that_are_none_cost_their_rows_alone(shapes, make_config, gives
     write_part(row, str(shapes / "other"))
     reuse = EncodePlan(config, folders, reuse={"text": str(shapes / "other")}, use_gpu=False, num_threads=1)
     kept = pa.table(unpack(batch["table"][0])).filter(pa.array([True, True, True, False, True]))
-    again = EncodeChunk(reuse)(make_row(batch["unit"][0], 0, batch["last"][0], kept, unpack(batch["rejects"][0]), {}))
+    unit, last = batch["unit"][0].as_py(), batch["last"][0].as_py()
+    again = EncodeChunk(reuse)(make_row(unit, 0, last, kept, unpack(batch["rejects"][0]), {}))
     assert unpack(again["table"][0]).equals(table)
     assert unpack(again["rejects"][0]).column("sample_id").to_pylist() == ["s91"]
 
@@ -119,7 +121,7 @@ def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig)
     config = make_config(extract__chunk_rows=16)
     shard = list_shards(ReadingPlan.of(config))[0]
     rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={shard.unit: {0, 1}}))
-    assert [(r["index"][0], r["last"][0]) for r in rows] == [(2, True)]
+    assert [(r["index"][0].as_py(), r["last"][0].as_py()) for r in rows] == [(2, True)]
 
 
 def test_empty_chunk_keeps_the_schema(shapes: Path, make_config: MakeConfig) -> None:

@@ -11,7 +11,8 @@ import pytest
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.features.chunks import Row, read_shard, unpack, write_part
-from mmkt_ray.features.encode import EncodeChunk, EncodePlan, decode_chunk
+from mmkt_ray.features.decode import decode_chunk
+from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import count_cleaned, nulled
 from mmkt_ray.features.statistics import encoder_statistics
 from mmkt_ray.samples.plan import ReadingPlan

@@ -14,7 +14,8 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.encode import decode_column, encode_column
+from mmkt_ray.features.decode import decode_column
+from mmkt_ray.features.encode import encode_column
 from mmkt_ray.features.statistics import encoder_statistics
 from mmkt_ray.features.store import from_arrow
 from mmkt_ray.kinds.lists import pool_features
@@ -122,12 +123,12 @@ def test_images_are_pooled(tmp_path: Path, form: str) -> None:
     assert [("no file 'none.png'" in r) for r in reasons.values()][2:] == [True] * (form == "paths")
     kind = config.modalities["x"].kind
     encoder: Any = build_encoder(config.modalities["x"].encoder)
-    decoded = decode_column(table["x"], kind, encoder.prepare, SamplesConfig(sources=config.samples.sources))
+    decoded = decode_column(table["x"], kind, encoder, SamplesConfig(sources=config.samples.sources))
     assert len({*decoded.hashes}) == 3
     column, refused = encode_column(encoder, decoded.values, "float32", kind.pooled)
     assert not refused
     single = decode_column(pa.chunked_array([pa.array(PNGS, pa.large_binary())]), kind.model_copy(update={"pool": None}),
-                           encoder.prepare, config.samples)  # fmt: skip
+                           encoder, config.samples)  # fmt: skip
     alone = encoder.encode(single.values)
     np.testing.assert_allclose(from_arrow(column, encoder.dim)[0], [alone[:2].mean(axis=0), alone[2], alone[0]], atol=1e-5)
 

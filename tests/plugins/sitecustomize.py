@@ -5,7 +5,7 @@ import sys
 import poison_shard
 
 poison_shard.seep_in()
-if "mmkt_ray.sandbox.decoding" in sys.orig_argv:
+if "mmkt_ray.sandbox.child" in sys.orig_argv:
     import poison
 
     poison.seep_in()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from mmkt_ray.encoders.frozen import FrozenNetwork
-from mmkt_ray.encoders.image import BICUBIC, BILINEAR, resize
+from mmkt_ray.encoders.image import BICUBIC, Square
 from mmkt_ray.encoders.pretrained.adapt import Adaptable, AdaptableSection
 from mmkt_ray.encoders.pretrained.weights import State, digest_of, read_weights, require
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
@@ -40,7 +40,6 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    resampling = BILINEAR
 
     @property
     def concurrent(self) -> bool:  # type: ignore[override]
@@ -56,10 +55,6 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
     def prepared_shape(self) -> tuple[int, ...]:
         """(3, S, S)."""
         return (3, self.side, self.side)
-
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (3, S, S) uint8."""
-        return resize(image, self.side, self.resampling)
 
     def to(self, device: torch.device, encode_batch_size: int) -> None:
         if device.type == "cpu":
@@ -83,7 +78,7 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
         return devices.normalised(x, self.mean, self.std)
 
 
-class TorchvisionImageEncoder(PretrainedImageEncoder):
+class TorchvisionImageEncoder(Square, PretrainedImageEncoder):
     """A torchvision classification network without its last layer."""
 
     class Section(AdaptableSection):
@@ -160,7 +155,7 @@ def download_weights(architecture: str) -> State:
         ) from None
 
 
-class EfficientNetLite0ImageEncoder(PretrainedImageEncoder):
+class EfficientNetLite0ImageEncoder(Square, PretrainedImageEncoder):
     """EfficientNet-Lite0 of ImageNet (Tan & Le 2019, https://arxiv.org/abs/1905.11946), average-pooled; D = 1280."""
 
     mean, std = (127.0,) * 3, (128.0,) * 3
