@@ -123,5 +123,5 @@ def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch):
         raise ImportError(f"No module named '{name}'")
 
     monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(ConfigError, match=r"pip install 'mmkt-ray\[audio\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[audio\]'"):
         LogMelCnnAudioEncoder(ENCODER)
