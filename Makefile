@@ -8,7 +8,7 @@ ARGS   ?=
 export UV_SYSTEM_CERTS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo quick test test-fuzz test-cluster lint types lock clean
+.PHONY: help env demo quick test test-fuzz test-cluster lint types docs lock clean
 
 PYTEST = $(BIN)/python -m pytest
 # A file at a time on each core: much of a test on Ray is waiting. Files keep together, because their tests share runs.
@@ -41,12 +41,17 @@ lint: env  ## ruff over all Python files
 types: env  ## mypy over the package and jobs/
 	$(BIN)/mypy
 
-lock: $(BIN)/uv  ## refresh requirements.lock: the newest versions that pyproject.toml allows
+docs: $(VENV)/docs/.stamp  ## docs/ as a site in site/, by MkDocs in an environment of its own
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+
+lock: $(BIN)/uv  ## refresh requirements.lock and docs/requirements.lock: the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --generate-hashes --quiet \
 		--custom-compile-command "make lock" --output-file requirements.lock
+	$(BIN)/uv pip compile --group pyproject.toml:docs --universal --python-version 3.11 --upgrade --generate-hashes --quiet \
+		--custom-compile-command "make lock" --output-file docs/requirements.lock
 
-clean:  ## remove .venv and the caches; keeps data/ and runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, the site and the caches; keeps data/ and runs/
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # uv comes through pip, at the version and with the hashes of the lock (any version while there is no lock yet).
 $(BIN)/uv:
@@ -64,4 +69,9 @@ $(VENV)/.stamp: pyproject.toml requirements.lock | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@$(BIN)/python -c "from mmkt_ray.encoders.text import compile_kernels; compile_kernels()"
 	@$(BIN)/python -m compileall -q mmkt_ray
+	@touch $@
+
+$(VENV)/docs/.stamp: docs/requirements.lock | $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/docs
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(VENV)/docs/bin/python docs/requirements.lock
 	@touch $@

@@ -35,7 +35,7 @@ DESCRIPTION = """\
 Multimodal knowledge transfer as batch processing on Ray: what does each modality know, what transfers, which model to ship?
 
 A run goes from raw shards to a report:  extract -> train -> evaluate -> report  (`mmkt run` does all four).
-Every step is resumable: give the same command again and it does only what is missing.
+Every step is resumable: give the same command again, and what is done already is not done again.
 """
 CLOSED = 141  # exit status, as of a shell: 128 + SIGPIPE
 DATA_SETS = ("openmoji", "openmoji-keywords", "cifar10", "20news")

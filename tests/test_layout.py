@@ -48,6 +48,7 @@ UNPICKLERS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
 TOP_LEVEL = {
     *(".ci", ".dockerignore", ".gitignore", ".pre-commit-config.yaml", ".rayignore", "CHANGELOG.md", "CONTRIBUTING.md"),
     *("Dockerfile", "LICENSE", "Makefile", "README.md", "cluster.yaml", "docs", "jobs", PACKAGE, "pyproject.toml"),
+    "mkdocs.yml",
     *("requirements.lock", "tests"),
 }
 

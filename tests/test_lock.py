@@ -17,6 +17,7 @@ ASKED = [
     for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for line in lines
 ]
+LOCKS = ["requirements.lock", "docs/requirements.lock"]
 HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 # An option, an address, a file, a host.
 PLACE = re.compile(r"(?:^|\s)-|://|\bhttps?\b|\.whl|(?<![\w.-])(?:[\w-]+\.)+(?:org|com|io|net|dev)\b", re.I)
@@ -39,13 +40,15 @@ def lock() -> str:
     return (ROOT / "requirements.lock").read_text()
 
 
-def test_the_lock_names_no_place(lock):
-    assert not [line for line in lock.splitlines() if PLACE.search(line) and not HASH.fullmatch(line)]
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_lock_names_no_place(name):
+    assert not [line for line in (ROOT / name).read_text().splitlines() if PLACE.search(line) and not HASH.fullmatch(line)]
 
 
-def test_every_pin_has_hashes(lock):
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_pin_has_hashes(name):
     """Catches a file that somebody has put in the place of another on its way."""
-    lines = lock.splitlines()
+    lines = (ROOT / name).read_text().splitlines()
     assert not [line for line, after in pairwise(lines) if "==" in line and not HASH.fullmatch(after)]
 
 

@@ -78,14 +78,16 @@ def test_your_own_data_in_five_minutes(shop: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_from_python(shop: Path) -> None:
-    """Catches a README whose Python does not run. After the test above the run is done already."""
-    code = re.findall(r"```python\n(.*?)```", section("From Python"), re.S)[0]
+    """Catches a README, or a page on Python, whose code does not run. After the test above the run is done already."""
+    code = re.findall(r"```python\n(.*?)```", section("From Python") + (ROOT / "docs" / "python.md").read_text(), re.S)
+    assert len(code) > 4
     if not (shop / "run.yaml").exists():
         in_shell("mmkt init shop.csv --target category", shop)
-    (shop / "example.py").write_text(code)
+    (shop / "example.py").write_text("\n".join(code))
     told = in_shell(f'"{sys.executable}" example.py', shop)
     assert "accuracy_high" in told
     assert "category_pred" in told  # pandas leaves columns out of the middle of a wide table
+    assert told.rstrip().endswith("log")  # of the last example
 
 
 @pytest.mark.slow

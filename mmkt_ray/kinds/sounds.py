@@ -37,7 +37,8 @@ def import_soundfile() -> Any:
     try:
         return importlib.import_module("soundfile")
     except (ImportError, OSError) as error:  # OSError: without its C library
-        raise ConfigError(f"reading audio needs soundfile ({error}): pip install 'mmkt-ray[audio]'") from None
+        advice = "run pip install '.[audio]' in the project's folder"
+        raise ConfigError(f"reading audio needs soundfile ({error}): {advice}") from None
 
 
 def decode_audio(data: bytes) -> Clip:

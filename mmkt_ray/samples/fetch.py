@@ -180,7 +180,8 @@ def _write_emoji(out: str, name: str, packages: Sequence[str], finish: Callable[
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise DataError(
-                f"{name} is made with the package '{package}', which is missing: pip install 'mmkt-ray[demo]'"
+                f"{name} is made with the package '{package}', which is missing: "
+                "run pip install '.[demo]' in the project's folder"
             )
     entries = [e for e in _emoji_entries() if e["category"] != "Component"]
     rows = finish(list(_draw_emoji(entries)))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ADVICE = "run pip install '.[serve]' in the project's folder"
+
 
 def require_serve() -> None:
     """Raises: ConfigError if a package of the extra `serve` is not installed."""
@@ -22,7 +24,7 @@ def require_serve() -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ConfigError(f"mmkt serve needs {module} ({error}): pip install 'mmkt-ray[serve]'") from None
+            raise ConfigError(f"mmkt serve needs {module} ({error}): {ADVICE}") from None
 
 
 def model_name(model_uri: str) -> str:
@@ -77,7 +79,7 @@ def serve_on_ray(
     try:
         from ray import serve as ray_serve
     except ImportError as error:
-        raise ConfigError(f"mmkt serve --ray needs Ray Serve ({error}): pip install 'mmkt-ray[serve]'") from None
+        raise ConfigError(f"mmkt serve --ray needs Ray Serve ({error}): {ADVICE}") from None
     from fastapi import FastAPI
 
     from mmkt_ray import cluster, storage

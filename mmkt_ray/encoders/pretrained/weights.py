@@ -82,7 +82,7 @@ def require(encoder: str, *modules: str, extra: str = "pretrained") -> None:
 
 def missing_package(encoder: str, package: str, extra: str = "pretrained") -> ConfigError:
     """The error for a package of an extra that is not installed."""
-    return ConfigError(f"encoder '{encoder}' needs the package {package}: pip install 'mmkt-ray[{extra}]'")
+    return ConfigError(f"encoder '{encoder}' needs the package {package}: run pip install '.[{extra}]' in the project's folder")
 
 
 def digest_of(weights: State) -> str:
