@@ -1,31 +1,34 @@
-"""Figures as files beside the page and as data in it."""
+"""Figures as files beside the page and as elements in it."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 
+import matplotlib
+from markupsafe import Markup
+
 from mmkt_ray import storage
-from mmkt_ray.report.plots import DARK, LIGHT, Theme
+from mmkt_ray.report import colors
+
+STYLE = "svg { font-family: 'DejaVu Sans', sans-serif; stroke-linejoin: round; }"
 
 
 class Figures:
-    """Draws each figure for light and dark pages; writes the light one as a file beside the page."""
+    """Draws figures; writes each as a file beside the page."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, palette: str = "") -> None:
+        """palette: the page's colours, as a style sheet."""
+        self.folder, self.style = folder, f"{palette or colors.css({})}\n{STYLE}"
 
-    def add(self, name: str, title: str, alt: str, draw: Callable[[Theme], bytes]) -> dict[str, str]:
-        """What the template needs to show a figure: title, alt text, light and dark data URIs."""
-        light, dark = draw(LIGHT), draw(DARK)
-        storage.write_bytes(storage.join(self.folder, f"{file_name(name)}.png"), light)
-        return {"title": title, "alt": alt, "light": _data_uri(light), "dark": _data_uri(dark)}
+    def add(self, name: str, title: str, alt: str, draw: Callable[[], str]) -> dict[str, str]:
+        """What the template needs to show a figure: title, alt text, the `<svg>` element."""
+        with matplotlib.rc_context({"svg.hashsalt": name}):  # ids differ between figures, and not between runs
+            svg = draw()
+        start = f'<svg xmlns="http://www.w3.org/2000/svg"{svg.partition(">")[0].removeprefix("<svg")}><style>{self.style}</style>'
+        storage.write_bytes(storage.join(self.folder, f"{file_name(name)}.svg"), (start + svg.partition(">")[2]).encode())
+        return {"title": title, "alt": alt, "svg": Markup(svg)}
 
 
 def file_name(name: str) -> str:
     """The name with only what every file system takes."""
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

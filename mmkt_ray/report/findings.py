@@ -10,7 +10,7 @@ metrics and cards of models    calibration, numbers of parameters
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,9 @@ MAX_LISTED = 6  # shown losses and gains of transfer, each
 RATES_IN_TABLE = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
-def knowledge(current: Current, results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
+def knowledge(
+    current: Current, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+) -> dict[str, Any] | None:
     """Plain answers, Shapley values and disagreement of every task."""
     insight = current.read("insight.json", "mmkt run")
     if insight is None:
@@ -42,7 +44,7 @@ def knowledge(current: Current, results: Mapping[str, Any], figures: Figures) ->
             alt = f"Shapley values of {title} on task {task}: " + ", ".join(
                 f"{m} {points(v['value'])} points" for m, v in values.items()
             )
-            paint = partial(curves.contributions, own, title)
+            paint = partial(curves.contributions, own, title, colors[share["model"]])
             figure = figures.add(f"{task}-shapley", f"{task}: what {share['model']} takes from each modality", alt, paint)
         if share or found["answers"] or found["disagreement"]:
             tasks.append({"name": task, "figure": figure, "metrics": metrics, **found})
@@ -111,7 +113,8 @@ def missing(
     num = sum(len(f["answers"]) for f in files.values())
     experts = [row for name in files for row in _experts_of(current.run_uri, name, results["models"][name]["folder_to_ship"])]
     kinds = {t: task_kind(found["kind"]) for t, found in results["tasks"].items()}
-    sections = [_missing_of(t, h, kinds[t], files, colors, figures) for t, h in sorted(places) if t in kinds]
+    ends = _scales(sorted(places), kinds, files)
+    sections = [_missing_of(t, h, kinds[t], files, ends[t], colors, figures) for t, h in sorted(places) if t in kinds]
     return {"sections": sections, "below": below, "num": num, "experts": experts}
 
 
@@ -126,8 +129,27 @@ def _experts_of(run_uri: str, name: str, folder: str) -> list[dict[str, str]]:
     ]
 
 
+def _scales(
+    places: Sequence[tuple[str, str]], kinds: Mapping[str, TaskKind], files: Mapping[str, Any]
+) -> dict[str, tuple[float, float]]:
+    """Task -> ends of the scale of its figures: that of all tasks with the same main metric."""
+    lines: dict[str, list[Any]] = {}
+    main = {task: words.metrics_of(kind)[0]["name"] for task, kind in kinds.items()}
+    for task, hidden in places:
+        if task in kinds:
+            found = [f[part].get(hidden, {}).get(task) for f in files.values() for part in ("curves", "reference")]
+            lines.setdefault(main[task], []).extend(scores[main[task]] for scores in found if scores)
+    return {task: curves.scale_of(lines[main[task]]) for task, _ in places if task in kinds}
+
+
 def _missing_of(
-    task: str, hidden: str, kind: TaskKind, files: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+    task: str,
+    hidden: str,
+    kind: TaskKind,
+    files: Mapping[str, Any],
+    ends: tuple[float, float],
+    colors: Mapping[str, str],
+    figures: Figures,
 ) -> dict[str, Any]:
     shown = {n: f for n, f in files.items() if task in f["curves"].get(hidden, {})}
     rates = next(iter(shown.values()))["rates"]
@@ -140,7 +162,7 @@ def _missing_of(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
         f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(points)}; also in the table",
-        partial(curves.missing_curves, rates, points, reference, colors, metric=main["title"]),
+        partial(curves.missing_curves, rates, points, reference, colors, metric=main["title"], ends=ends),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
     rows = []
@@ -150,7 +172,9 @@ def _missing_of(
     return {"task": task, "hidden": what, "figure": figure, "rates": [rates[i] for i in at], "rows": rows}
 
 
-def calibration(models: Mapping[str, Any], results: Mapping[str, Any], figures: Figures) -> list[dict[str, Any]]:
+def calibration(
+    models: Mapping[str, Any], results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+) -> list[dict[str, Any]]:
     """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
     sections = []
     for task, found in results["tasks"].items():
@@ -183,7 +207,7 @@ def calibration(models: Mapping[str, Any], results: Mapping[str, Any], figures: 
             f"{task}: does {shown['model']} know how sure it may be?",
             f"Reliability of {shown['model']} on task {task}: share that came true by confidence; "
             f"calibration error {words.percent(shown['after']['calibration_error'])}",
-            partial(curves.reliability, lines),
+            partial(curves.reliability, lines, colors[shown["model"]]),
         )
         rows.sort(key=lambda r: r["after"]["calibration_error"])
         sections.append({"task": task, "figure": figure, "rows": rows, "fitted": any(r["before"] for r in rows)})
@@ -197,7 +221,7 @@ def transfer(current: Current, figures: Figures) -> dict[str, Any] | None:
         return None
     cells = sorted(found["cells"], key=lambda c: c["gain"])
     maps = dict.fromkeys((c["label_frac"], c["method"]) for c in found["cells"])
-    drawn = []
+    drawn, reach = [], 100 * max(abs(c["gain"]) for c in cells)
     for frac, method in sorted(maps)[:MAX_HEAT_MAPS]:
         chosen = [c for c in cells if (c["label_frac"], c["method"]) == (frac, method)]
         drawn.append(
@@ -205,7 +229,7 @@ def transfer(current: Current, figures: Figures) -> dict[str, Any] | None:
                 f"transfer-{method}-{frac:g}",
                 f"{method}, {100 * frac:g} % of the labels",
                 f"Gain over from scratch in points by {method} with {100 * frac:g} % of the labels; also in the table",
-                partial(curves.gains, chosen),
+                partial(curves.gains, chosen, reach),
             )
         )
     return {

@@ -1,10 +1,10 @@
-"""The report: one self-contained HTML page of a run, its plots as PNG files beside it.
+"""The report: one self-contained HTML page of a run, its plots as SVG files beside it.
 
 Called by steps.py as the last step, with the results of evaluation/compare.py.
 
-    <run>/report/index.html      everything embedded: no script, no outside resource
+    <run>/report/index.html      everything embedded: no outside resource
     <run>/report/results.json    the numbers (evaluation/compare.py)
-    <run>/report/<task>-<plot>.png
+    <run>/report/<task>-<plot>.svg
 
 Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so. Sections of what a run
 need not have (findings.py, searched.py) are there where their file is.
@@ -12,18 +12,20 @@ need not have (findings.py, searched.py) are there where their file is.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import jinja2
 import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import findings, plots, searched, words
+from mmkt_ray.report.colors import css, model_colors
 from mmkt_ray.report.figures import Figures
+from mmkt_ray.report.html import render
 from mmkt_ray.scoring.provenance import Current
-from mmkt_ray.scoring.tables import path_of, points, predict_command, same_samples, told_kind
+from mmkt_ray.scoring.tables import path_of, predict_command, same_samples, told_kind
 
 SCORE_NAMES = (
     *("accuracy", "balanced_accuracy", "hamming_loss", "precision", "recall", "f1"),
@@ -47,8 +49,9 @@ def build_report(run_uri: str) -> str:
     results = compare(run_uri)
     run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
     models = {name: _read_model(run_uri, name, m) for name, m in results["models"].items()}
-    colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
-    figures = Figures(storage.join(run_uri, "report"))
+    reads = {name: m["modalities"] for name, m in results["models"].items()}
+    colors = model_colors(reads)
+    figures = Figures(storage.join(run_uri, "report"), css(reads))
     stores = _stores(run, results)
     current = Current.of(run_uri, run, results)
     context = {
@@ -57,11 +60,11 @@ def build_report(run_uri: str) -> str:
         "headlines": [found["headline"] for found in results["tasks"].values()],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
         "gallery": _gallery(results, models),
-        "knowledge": findings.knowledge(current, results, figures),
+        "knowledge": findings.knowledge(current, results, colors, figures),
         "search": searched.search(current, figures, results),
         "seeds": searched.seeds(current, results),
         "missing": findings.missing(current, results, colors, figures),
-        "calibration": findings.calibration(models, results, figures),
+        "calibration": findings.calibration(models, results, colors, figures),
         "transfer": findings.transfer(current, figures),
         "representation": findings.representation(current),
         "settings": findings.settings(run_uri, results),
@@ -80,7 +83,7 @@ def build_report(run_uri: str) -> str:
         "max_confusion_classes": plots.MAX_CONFUSION_CLASSES,
     }
     uri = storage.join(run_uri, "report", "index.html")
-    storage.write_bytes(uri, _environment().get_template("template.html.j2").render(context).encode())
+    storage.write_bytes(uri, render("template.html.j2", context, reads).encode())
     return uri
 
 
@@ -91,24 +94,6 @@ def _recommended(results: dict[str, Any], run_uri: str) -> dict[str, Any] | None
         return None
     path = path_of(chosen, run_uri)
     return {**chosen, "path": path, "command": predict_command(path)}
-
-
-def _environment() -> jinja2.Environment:
-    """Autoescaping always: class names and texts come from the data."""
-    loader = jinja2.PackageLoader("mmkt_ray.report", ".")
-    environment = jinja2.Environment(
-        autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
-    )
-    environment.filters |= {
-        "percent": words.percent,
-        "score": words.score,
-        "span": words.span,
-        "points": points,
-        "count": words.count,
-        "seconds": words.seconds,
-        "metric_of": lambda metric, kind: task_kind(kind).called.get(metric, metric.replace("_", " ")),
-    }
-    return environment
 
 
 def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str, Any]:
@@ -142,12 +127,9 @@ def _task_section(
         "classes": kind.classes,
         "metrics": words.metrics_of(kind),
         "groups": same_samples(found["rows"], kind.main),
-        "figures": _task_figures(task, found, models, colors, figures),
+        "figures": _task_figures(task, found, models, colors, figures, task == next(iter(results["tasks"]))),
         "shown": shown,
         "record": record,
-        "num_f1_hidden": max(
-            0, sum(c["support"] > 0 for c in record.get("per_class", {}).values()) - plots.MAX_F1_CLASSES
-        ),
         "subsets": sorted(
             (
                 (name, m["tasks"][task])
@@ -160,9 +142,9 @@ def _task_section(
 
 
 def _task_figures(
-    task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
+    task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures, with_loss: bool
 ) -> list[dict[str, str]]:
-    """The figures of a task, in the page's order; those without data are left out."""
+    """The figures of a task, in the page's order; those without data are left out. with_loss: also the loss of all tasks."""
     shown, single = found["best_trained"] or found["best"], found["best_single"]
     kind = task_kind(found["kind"])
     main, second = words.metrics_of(kind)[:2]
@@ -176,30 +158,26 @@ def _task_figures(
             if len(groups) == 1
             else f"{main['title']} of the models scored on {words.count(best['num_rows'])} samples",
             f"Bars of {main['title']} on task {task}; best: {best['model']}, {words.percent(best[kind.main]['value'])}",
-            lambda theme: plots.score_bars(rows, (main, second), colors, theme),
+            lambda: plots.score_bars(rows, (main, second), colors),
         )
     ]
-    if any(r["versus"] for r in rows):
+    compared = [r for r in rows if r["versus"] and r["reads"]]  # what reads nothing is far behind, and would set the scale
+    if compared:
         alt = f"Differences of {main['title']} to the best single modality on task {task}, with intervals; also in the table"
         drawn.append(
             figures.add(
                 f"{task}-differences",
                 "Against the best single modality",
                 alt,
-                lambda theme: plots.differences(rows, main, colors, theme),
+                lambda: plots.differences(compared, main, colors),
             )
         )
     histories = {name: m["history"] for name, m in models.items() if m["history"] and task in m["tasks"]}
-    if histories:
-        alt = f"Loss and validation {main['title']} over epochs on task {task} for {', '.join(histories)}"
-        drawn.append(
-            figures.add(
-                f"{task}-learning",
-                "Learning curves",
-                alt,
-                lambda theme: plots.learning_curves(histories, task, main, colors, theme),
-            )
-        )
+    if histories and (with_loss or plots.has_val(histories, task, main["name"])):
+        what = f"{'Loss and validation' if with_loss else 'Validation'} {main['title']}"
+        alt = f"{what} over epochs on task {task} for {', '.join(histories)}"
+        paint = partial(plots.learning_curves, histories, task, main, colors, with_loss)
+        drawn.append(figures.add(f"{task}-learning", "Learning curves", alt, paint))
     record = models[shown]["tasks"][task]
     if not kind.classes:
         return drawn + _number_figures(task, shown, record, colors, figures)
@@ -210,15 +188,15 @@ def _task_figures(
                 f"{task}-confusion",
                 f"What {shown} takes for what, %",
                 alt,
-                lambda theme: plots.confusion(record["confusion"], record["class_names"], theme),
+                lambda: plots.confusion(record["confusion"], record["class_names"]),
             )
         )
     other = single if single != shown else found["best_fused"]
     per_class = {name: models[name]["tasks"][task]["per_class"] for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
-    drawn.append(
-        figures.add(f"{task}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme))
-    )
+    worst, num = plots.worst_classes(per_class[shown])
+    title = "F1 of each class" if len(worst) == num else f"F1 of each class: the {len(worst)} worst of the {num} that were tested"
+    drawn.append(figures.add(f"{task}-classes", title, alt, lambda: plots.class_f1(per_class, colors)))
     return drawn
 
 
@@ -234,13 +212,13 @@ def _number_figures(
             f"{task}-predicted",
             f"What {shown} says, and the label",
             f"Predictions of {shown} against labels of task {task}; R2 {words.percent(record['r2'])}",
-            lambda theme: plots.predicted(points, colors[shown], log_scale, theme),
+            lambda: plots.predicted(points, colors[shown], log_scale),
         ),
         figures.add(
             f"{task}-residuals",
             f"What {shown} leaves unexplained",
             f"Label minus prediction against the prediction of {shown} on task {task}",
-            lambda theme: plots.residuals(points, colors[shown], log_scale, theme),
+            lambda: plots.residuals(points, colors[shown], log_scale),
         ),
     ]
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from mmkt_ray.report.plots import LIGHT, Theme, draw, name_rows, shorten
+from mmkt_ray.report.colors import ACCENT, BAD
+from mmkt_ray.report.plots import cell, draw, legend, matrix, name_rows, shares, shorten
+from mmkt_ray.report.svg import tip
 from mmkt_ray.scoring.tables import metric_name
 
 MAX_LISTED_VALUES = 8  # more whole numbers are drawn as a scale
-_LINE, _BEST = "#0072B2", "#D55E00"
+_BEST = BAD  # ring around the best candidate
 
 
 @dataclass(frozen=True)
@@ -58,35 +59,32 @@ def choice_name(text: str) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else text
 
 
-def heat_map(found: Mapping[str, Any], measure: Measure, theme: Theme) -> bytes:
+def heat_map(found: Mapping[str, Any], measure: Measure, ends: tuple[float, float]) -> str:
     """The best score of each cell, under it the number of candidates; cells without one are empty.
 
-    found: {rows, columns (keys), row_names, column_names, score, candidates}.
+    found: {rows, columns (keys), row_names, column_names, score, candidates}; ends: lowest and highest score of all maps that
+    are compared, which have one scale.
     """
-    score = np.array([[np.nan if s is None else measure.scale * s for s in row] for row in found["score"]])
-    low, high = float(np.nanmin(score)), float(np.nanmax(score))
+    low, reach = ends[0], max(ends[1] - ends[0], 1e-9)
+    rows, columns = ([choice_name(n) for n in found[k]] for k in ("row_names", "column_names"))
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        ramp = LinearSegmentedColormap.from_list("score", theme.ramp)
-        axes.imshow(score, cmap=ramp, vmin=low - 0.15 * max(high - low, 0.01 * measure.scale), vmax=high, aspect="auto")
-        for axis, key, names in ((axes.xaxis, "columns", "column_names"), (axes.yaxis, "rows", "row_names")):
-            axis.set_ticks(range(len(found[names])), [shorten(choice_name(n), 18) for n in found[names]], fontsize=8)
-            axis.set_label_text(key_name(found[key]))
-        axes.tick_params(length=0)
-        axes.tick_params(axis="x", rotation=30 if len(found["column_names"]) > 3 else 0)
-        axes.spines[:].set_visible(False)
-        for (y, x), value in np.ndenumerate(score):
-            if np.isfinite(value):
-                strong = value > low + 0.5 * (high - low)
-                color = ("#ffffff" if theme is LIGHT else "#0d1117") if strong else theme.ink
-                text = f"{value:.{measure.digits}f}\n×{found['candidates'][y][x]:,}"
-                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
+        across, down = ([shorten(n, 18) for n in names] for names in (columns, rows))
+        matrix(axes, across, down, 8, rotation=30 if len(columns) > 3 else 0)
+        axes.set(xlabel=key_name(found["columns"]), ylabel=key_name(found["rows"]))
+        for y, scores in enumerate(found["score"]):
+            for x, score in enumerate(scores):
+                if score is not None:
+                    num = f"{found['candidates'][y][x]:,}"
+                    hover = f"{rows[y]} with {columns[x]}: {measure.told(score)}, the best of {num} candidates"
+                    strength = 0.1 + 0.9 * (score - low) / reach
+                    cell(axes, x, y, ACCENT, strength, f"{measure.text(score)}\n×{num}", hover)
 
-    return draw(min(1.5 + 0.46 * len(found["row_names"]), 8), theme, paint)
+    return draw(min(1.5 + 0.46 * len(rows), 8), paint)
 
 
-def anytime(curve: Sequence[Sequence[float]], measure: Measure, theme: Theme) -> bytes:
+def anytime(curve: Sequence[Sequence[float]], measure: Measure) -> str:
     """The best score so far against the time of search. curve: [seconds, best, candidates by then]."""
     at, best, count = (np.array(column, dtype=float) for column in zip(*curve, strict=True))
     unit, size = ("min", 60.0) if at[-1] > 180 else ("s", 1.0)
@@ -94,9 +92,10 @@ def anytime(curve: Sequence[Sequence[float]], measure: Measure, theme: Theme) ->
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.step(at / size, scaled, where="post", color=_LINE, linewidth=2)
-        axes.plot(at[:-1] / size, scaled[:-1], "o", color=_LINE, markersize=3.5)
-        axes.plot(at[-1] / size, scaled[-1], "o", color=_BEST, markersize=6)
+        axes.step(at / size, scaled, where="post", color=ACCENT, linewidth=2)
+        dots = axes.scatter(at / size, scaled, s=[14] * (len(at) - 1) + [40], color=ACCENT)
+        told = zip(at / size, best, count, strict=True)
+        tip(dots, *(f"{measure.told(b)} after {t:.3g} {unit} and {int(n):,} candidates" for t, b, n in told))
         axes.annotate(
             f"{measure.text(best[-1])} after {int(count[-1]):,} candidates",
             (at[-1] / size, scaled[-1]),
@@ -110,30 +109,31 @@ def anytime(curve: Sequence[Sequence[float]], measure: Measure, theme: Theme) ->
         axes.grid(axis="y", linewidth=0.6)
         axes.set(xlabel=f"time of search, {unit}", ylabel=f"best val {measure.name}, {measure.unit}")
 
-    return draw(2.9, theme, paint)
+    return draw(2.9, paint)
 
 
-def importance(shares: Mapping[str, float], theme: Theme) -> bytes:
+def importance(explained: Mapping[str, float]) -> str:
     """Share of the scores' variance that each key explains, the most important at the top."""
-    keys = sorted(shares, key=lambda k: shares[k])
+    keys = sorted(explained, key=lambda k: explained[k])
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.barh(range(len(keys)), [100 * shares[k] for k in keys], height=0.62, color=_LINE, alpha=0.85)
-        for y, key in enumerate(keys):
-            axes.text(100 * shares[key] + 1.5, y, f"{100 * shares[key]:.0f}", va="center", fontsize=9)
-        axes.set_xlim(0, 112)
-        axes.set_xticks(range(0, 101, 20))
+        bars = axes.barh(range(len(keys)), [100 * explained[k] for k in keys], height=0.62, color=ACCENT)
+        for y, (key, bar) in enumerate(zip(keys, bars.patches, strict=True)):
+            tip(bar, f"{key_name(key)}: {100 * explained[key]:.1f} %")
+            axes.text(100 * explained[key] + 1.5, y, f"{100 * explained[key]:.0f}", va="center", fontsize=9)
+        shares(axes, 0.0, 100.0)
         axes.set_xlabel("explains so much of the scores' variance, %")
         name_rows(axes, [key_name(k) for k in keys])
 
-    return draw(1.0 + 0.34 * len(keys), theme, paint)
+    return draw(1.0 + 0.34 * len(keys), paint)
 
 
-def slices(points: Sequence[Sequence[Any]], key: str, measure: Measure, theme: Theme) -> bytes:
+def slices(points: Sequence[Sequence[Any]], key: str, measure: Measure, ends: tuple[float, float]) -> str:
     """Score of the candidates against one key's value: a scale of numbers, else a row for each value. The ring is the best.
 
-    points: [value, score, epochs]; the more epochs, the stronger the colour.
+    points: [value, score, epochs]; the more epochs, the stronger the colour. ends: lowest and highest score of all slices,
+    which have one scale.
     """
     names, at = _rows_of(points)
     score, epochs = (np.array([p[i] for p in points], dtype=float) for i in (1, 2))
@@ -141,32 +141,37 @@ def slices(points: Sequence[Sequence[Any]], key: str, measure: Measure, theme: T
     scaled = measure.scale * score
     x, y = (scaled, at + jitter) if names else (at, scaled)
     best, steps = int(np.argmax(score)), sorted(set(epochs.tolist()))
+    low, high = (measure.scale * e for e in ends)
+    limits = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        ramp = LinearSegmentedColormap.from_list("epochs", [theme.faint, theme.ramp[1]])
         for i, step in enumerate(steps):
-            color = ramp((i + 1) / len(steps))
             named = len(steps) <= 4 or i in (0, len(steps) - 1)
             label = f"{step:g} epoch{'' if step == 1 else 's'}" if named else None
-            part = epochs == step
-            axes.scatter(x[part], y[part], s=16, color=color, linewidths=0, alpha=0.85, label=label)
+            part, alpha = np.flatnonzero(epochs == step).tolist(), 0.3 + 0.7 * (i + 1) / len(steps)
+            dots = axes.scatter(x[part], y[part], s=16, color=ACCENT, alpha=alpha, linewidths=0, label=label)
+            tip(dots, *(f"{_value(points[j][0])}: {measure.told(points[j][1])} after {step:g} epochs" for j in part))
         axes.plot(x[best], y[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=_BEST)
         axes.grid(axis="x" if names else "y", linewidth=0.6)
         axes.set_axisbelow(True)
         if names:
-            axes.set_xlabel(f"val {measure.name}, {measure.unit}")
+            axes.set(xlabel=f"val {measure.name}, {measure.unit}", xlim=limits)
             name_rows(axes, names)
         else:
-            axes.set(xlabel=key_name(key), ylabel=f"val {measure.name}, {measure.unit}")
+            axes.set(xlabel=key_name(key), ylabel=f"val {measure.name}, {measure.unit}", ylim=limits)
             low, high = np.quantile(at, [0.05, 0.95])
             if at.min() > 0 and high > 30 * low:
                 axes.set_xscale("log")
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.xaxis.set_minor_formatter(NullFormatter())
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        legend(figure, axes, num_columns=4)
 
-    return draw(1.5 + 0.34 * len(names) if names else 3.0, theme, paint)
+    return draw(1.5 + 0.34 * len(names) if names else 3.0, paint)
+
+
+def _value(value: Any) -> str:
+    return choice_name(value) if isinstance(value, str) else f"{value:.4g}"
 
 
 def _rows_of(points: Sequence[Sequence[Any]]) -> tuple[list[str], np.ndarray]:

@@ -170,7 +170,7 @@ def row_of(role: str, task: str, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heat_maps(insight: Mapping[str, Any], measure: Measure, figures: Figures) -> list[dict[str, str]]:
-    drawn = []
+    drawn, every = [], [s for found in insight["heat_maps"] for row in found["score"] for s in row if s is not None]
     for found in insight["heat_maps"]:
         rows, columns = (search_plots.key_name(found[k]) for k in ("rows", "columns"))
         cells = [
@@ -184,7 +184,8 @@ def _heat_maps(insight: Mapping[str, Any], measure: Measure, figures: Figures) -
         best, where = max(cells)
         alt = f"Best val {measure.name} by {rows} and {columns}; the highest, {measure.told(best)}, is {where}"
         title = f"{rows} × {columns}: best val {measure.name}, {measure.unit}"
-        drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, partial(search_plots.heat_map, found, measure)))
+        paint = partial(search_plots.heat_map, found, measure, (min(every), max(every)))
+        drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, paint))
     return drawn
 
 
@@ -204,12 +205,13 @@ def _figures(insight: Mapping[str, Any], measure: Measure, figures: Figures) -> 
         )
     told = {k: p for k, p in insight["slices"].items() if len({point[0] for point in p}) > 1}
     keys = sorted(told, key=lambda k: -(shares or {}).get(k, 0.0))
+    every = [point[1] for key in keys[:MAX_SLICES] for point in told[key]]
     found["slices"] = [
         figures.add(
             f"search-slice-{key}",
             search_plots.key_name(key),
             f"Val {measure.name} of {len(told[key])} candidates by {key}; the best one has {_plain(told[key])}",
-            partial(search_plots.slices, told[key], key, measure),
+            partial(search_plots.slices, told[key], key, measure, (min(every), max(every))),
         )
         for key in keys[:MAX_SLICES]
     ]

@@ -5,7 +5,6 @@ Rows are the same by their sample id, and count where both runs have the same la
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,11 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.answers import paired_test
 from mmkt_ray.evaluation.compare import Evaluated, is_stale
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.report.html import render
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
 from mmkt_ray.scoring.tables import metric_name, points, told_metric
 
 DEFAULT_RESAMPLES = 1000
-STYLE = (
-    "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}table{border-collapse:collapse;"
-    "margin:0 0 2rem}caption{text-align:left;font-weight:600;padding:.5rem 0}th,td{text-align:left;padding:.25rem 1rem .25rem 0;"
-    "border-bottom:1px solid #8884}thead th{font-weight:600}tbody th{font-weight:400}.scroll{overflow-x:auto}"
-    ":root{color-scheme:light dark}"
-)
 
 
 @dataclass(frozen=True)
@@ -139,17 +133,4 @@ def as_text(table: Table) -> str:
 
 def as_page(tables: Sequence[Table]) -> str:
     """A page that loads nothing."""
-    parts = []
-    for table in tables:
-        head = "".join(f'<th scope="col">{html.escape(cell) or "verdict"}</th>' for cell in table.head)
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>' + "".join(f"<td>{html.escape(c)}</td>" for c in row[1:]) + "</tr>"
-            for row in table.rows
-        )
-        caption = f"<caption>{html.escape(table.title)}</caption>"
-        region = f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">'
-        parts.append(f"{region}<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
-    title = "Runs side by side"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-    body = f"<main><h1>{title}</h1>{''.join(parts)}</main>"
-    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n'
+    return render("side_by_side.html.j2", {"tables": tables})

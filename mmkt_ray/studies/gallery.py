@@ -44,14 +44,7 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     config = parse_config(card["config"])
     tasks = {t: _choose(_candidates(uri, t, config.tasks[t].kind), card["class_names"][t]) for t in config.model_tasks}
     chosen = [s for groups in tasks.values() for group in groups.values() for s in group]
-    gallery: dict[str, Any] = {"split": split, "tasks": tasks}
-    try:
-        raw = _raw_values(config, [s["sample_id"] for s in chosen])
-    except (DataError, OSError) as error:
-        raw, gallery["note"] = {}, f"The raw samples could not be read: {error}"
-        log.warning("gallery without raw samples: %s", error)
-    for sample in chosen:
-        sample["inputs"] = raw.get(sample["sample_id"], {})
+    gallery: dict[str, Any] = {"split": split, "tasks": tasks, **add_inputs(chosen, config)}
     storage.write_json(storage.join(model_uri, "gallery.json"), gallery)
     return gallery
 
@@ -129,6 +122,20 @@ def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str,
         }
 
     return {name: [describe(int(r)) for r in rows] for name, rows in judged.groups().items()}
+
+
+def add_inputs(chosen: list[dict[str, Any]], config: Config) -> dict[str, str]:
+    """Give each of these samples (with `sample_id`) its `inputs`: {modality: thumbnail, excerpt or None}. Where the raw samples
+    can't be read they are empty, and the returned {note} tells why."""
+    note: dict[str, str] = {}
+    try:
+        raw = _raw_values(config, [s["sample_id"] for s in chosen]) if chosen else {}
+    except (DataError, OSError) as error:
+        raw, note["note"] = {}, f"The raw samples could not be read: {error}"
+        log.warning("samples are shown without their inputs: %s", error)
+    for sample in chosen:
+        sample["inputs"] = raw.get(sample["sample_id"], {})
+    return note
 
 
 def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:

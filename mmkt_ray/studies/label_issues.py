@@ -31,6 +31,7 @@ from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import log_loss
 from mmkt_ray.scoring.calibration import fit_temperature
+from mmkt_ray.studies.gallery import add_inputs
 from mmkt_ray.training.batches import feature_statistics
 from mmkt_ray.training.linear import solve
 
@@ -56,7 +57,8 @@ def find_suspects(store: Store, config: Config, out_uri: str) -> dict[str, Any]:
     label, predicted (strings), score (0..1, most suspect first) and per modality `<modality>_confidence` in the label, null
     where absent. Tasks, and classes, with too few rows to judge are left out. Memory: the train split's features.
 
-    Returns {num_rows: {task: judged rows}, num_suspects: {task: {kind: n}}, top: [the first rows]}.
+    Returns {num_rows: {task: judged rows}, num_suspects: {task: {kind: n}}, top: [the first rows, each with the raw `inputs`
+    that it has], note: why they have none, if so}.
     """
     table = _train_rows(store, config)
     frames, judged = [], {}
@@ -71,7 +73,8 @@ def find_suspects(store: Store, config: Config, out_uri: str) -> dict[str, Any]:
     counts = {
         t: {k: int(((frame.task == t) & (frame.kind == k)).sum()) for k in ("label", "modalities")} for t in judged
     }
-    result = {"num_rows": judged, "num_suspects": counts, "top": _rounded(frame.head(NUM_TOLD))}
+    top = _rounded(frame.head(NUM_TOLD))
+    result = {"num_rows": judged, "num_suspects": counts, **add_inputs(top, config), "top": top}
     audit_uri = storage.join(store.uri, "audit.json")
     audit = storage.read_json(audit_uri) if storage.exists(audit_uri) else {}
     storage.write_json(audit_uri, audit | {"suspects": result})
