@@ -1,5 +1,7 @@
 """The stages in the middle of the pipeline, called as Ray calls them but without Ray."""
 
+import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,7 +160,8 @@ def test_an_actor_takes_the_gpu_that_ray_gave_it_and_no_more(
 
 
 def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConfig) -> None:
-    """Catches chunks that get each other's features, and an encoder that two threads use at once though it is not made for it."""
+    """Catches chunks that get each other's features, an encoder that two threads use at once though it is not made for it, and
+    seconds that a plan counts twice."""
     config = make_config(
         modalities__image__encoder={"name": "cnn", "pretrain": "colour", "width": 8, "image_size": 12},
         modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.01}},
@@ -189,11 +192,16 @@ def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConf
 
     encode.encoders["text"].encode = watched
     one_by_one = [unpack(encode(batch)["table"][0]) for batch in batches]
+    start = time.perf_counter()
     with ThreadPoolExecutor(3) as pool:
-        together = [unpack(row["table"][0]) for row in pool.map(encode, batches)]
+        rows = list(pool.map(encode, batches))
+    passed = time.perf_counter() - start
+    together = [unpack(row["table"][0]) for row in rows]
     assert len(batches) > 3
     assert all(a.equals(b) for a, b in zip(one_by_one, together, strict=True))
     assert most == [1]
+    for name in ("encode image", "encode text"):
+        assert 0 < sum(json.loads(row["seconds"][0])[name] for row in rows) <= passed
 
 
 def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config: MakeConfig) -> None:
