@@ -38,7 +38,7 @@ def contributions(share: Mapping[str, Any], metric: str, color: str) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for y, (start, size, fill), hover in zip(range(len(bars) - 1, -1, -1), bars, hovers, strict=True):
-            tip(axes.barh(y, 100 * size, left=100 * start, height=0.6, color=fill).patches[0], hover)
+            tip(axes.barh(y, 100 * size, left=100 * start, height=0.6, color=fill, alpha=0.8).patches[0], hover)
         ends = [0.0, 100.0]
         for y, (_, value), (start, _, _) in zip(range(len(steps), 0, -1), steps, bars[1:], strict=False):
             line = [100 * (start + value[k]) for k in ("low", "high")]

@@ -28,7 +28,7 @@ MAX_CONFUSION_CLASSES = 25  # above, the page lists the most confused pairs
 MAX_NUMBERED_CLASSES = 12  # above, the cells of a confusion matrix have no numbers
 MAX_F1_CLASSES = 30  # above, only the worst are drawn
 LINE_STYLES = ("-", "--", "-.", ":")
-_SETTINGS = {
+_SETTINGS: Any = {
     "text.parse_math": False,  # a class called `$x` is a name, no formula
     "svg.fonttype": "none",  # text stays text
     "font.family": ["DejaVu Sans"],  # wider than most: what fits in it fits in the reader's font
@@ -110,7 +110,7 @@ def score_bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str,
         for y, row in enumerate(rows):
             a, other = row[main["name"]], row[second["name"]]
             hover = told(f"{row['model']}, {main['title']}", a)
-            tip(axes.barh(y, 100 * a["value"], height=0.62, color=colors[row["model"]]).patches[0], hover)
+            tip(axes.barh(y, 100 * a["value"], height=0.62, color=colors[row["model"]], alpha=0.8).patches[0], hover)
             line = axes.plot([100 * a["low"], 100 * a["high"]], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
             tip(line[0], hover)
             if other:
