@@ -1,6 +1,8 @@
 """Speed, measured side by side on the same work in one run; medians with spread, hardware and commit, as JSON.
 
     python jobs/benchmark.py extract --data ../shared/data   CIFAR-10 through the CNN: pipeline against a hand-tuned loop
+    python jobs/benchmark.py photos --rows 4000              photos to 224 x 224 for an encoder that costs nothing: pipeline
+                                                             against loops by hand; what isolating the decoder costs
     python jobs/benchmark.py text --data ../shared/data      TF-IDF fit and transform: pipeline and kernel against scikit-learn
     python jobs/benchmark.py search --config jobs/configs/openmoji_search.yaml   candidates per hour: search against Ray Tune,
                                                              random search and TPE; each once, for --seconds
@@ -43,6 +45,7 @@ import torch
 from benchmark_chaos import measure_chaos
 from benchmark_cnn import score_cnn
 from benchmark_memory import draw_memory, measure_memory
+from benchmark_photos import photo_contenders
 from benchmark_plan import measure_plan
 from benchmark_search import draw_curves, search_contenders  # beside this file
 from benchmark_suspects import measure_suspects
@@ -66,7 +69,8 @@ Result = dict[str, float]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["extract", "text", "cnn", "search", "suspects", "chaos", "together", "memory", "plan"])
+    known = ["extract", "photos", "text", "cnn", "search", "suspects", "chaos", "together", "memory", "plan"]
+    parser.add_argument("what", choices=known)
     parser.add_argument("--data", default="data", help="folder with cifar10/ and 20news-bydate.tar.gz")
     parser.add_argument(
         "--rounds", type=int, default=5, help="counted rounds, after one that is not; suspects: plantings"
@@ -88,7 +92,7 @@ def main() -> int:
         default=None,
         help="chaos: some of them, e.g. 'driver,disk full'",
     )
-    parser.add_argument("--rows", type=int, default=1_000_000, help="memory: most samples of a case; plan: samples")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="memory: most samples of a case; plan, photos: samples")
     parser.add_argument("--train", action="store_true", help="memory: also train, evaluate and predict")
     parser.add_argument("--case", default=None, help="memory: only cases whose name this expression matches")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
@@ -111,6 +115,8 @@ def main() -> int:
             report = measure_memory(Path(folder), args.rows, args.train, args.case)
         elif args.what == "plan":
             report = measure_plan(Path(folder), args.rows)
+        elif args.what == "photos":
+            report = measure(photo_contenders(args.rows, Path(folder), pipeline), args.rounds)
         else:
             contenders = {"extract": extract_contenders, "text": text_contenders}[args.what](args, Path(folder))
             report = measure(contenders, args.rounds)
@@ -260,7 +266,7 @@ def pipeline(config: Config, encoders: dict[str, str], folder: Path) -> Result:
     return (
         rates
         | {f"{k.replace(' ', '_')}_s": v for k, v in manifest["stages"].items()}
-        | {"start_s": manifest["startup_s"], "wall_s": wall}
+        | {"start_s": manifest["startup_s"], "publish_s": wall - manifest["wall_s"], "wall_s": wall}
     )
 
 

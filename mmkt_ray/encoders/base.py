@@ -63,11 +63,12 @@ class CustomEncoder(EncoderSection):
 class Encoder(Protocol):
     """Raw values -> features. Built as `Class(config_section)`; a user's class as `Class(**options)`.
 
-    Optional: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it travels (encode
-    then gets what prepare returned); `to(device, encode_batch_size)` for encoders that can use a GPU; `refused(values)`: row ->
-    why a value cannot be encoded, which encode then does not get; `changes(values)`: by value what of it encode does not read,
-    for the audit; `feature_names`: what each feature is of, once fitted; `concurrent`: True if several threads may encode at
-    once.
+    Optional: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it travels
+    (encode then gets what prepare returned); `input_size`, a `kinds.images.InputSize`, of images that are resized to it and
+    nothing else, in the process that decodes them (encode then gets one array (B, 3, height, width)); `to(device,
+    encode_batch_size)` for encoders that can use a GPU; `refused(values)`: row -> why a value cannot be encoded, which encode
+    then does not get; `changes(values)`: by value what of it encode does not read, for the audit; `feature_names`: what each
+    feature is of, once fitted; `concurrent`: True if several threads may encode at once.
     """
 
     version: int  # raised by whoever changes what encode returns

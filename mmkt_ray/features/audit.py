@@ -1,7 +1,8 @@
 """The same content twice: across splits (leakage), within one, and under different labels (conflicts).
 
-Content is compared by the 64-bit hashes that the parts of a store hold beside the features: of pixels or audio as decoded,
-of texts as normalised, case and white space aside. What is found is written to `<store>/audit.json`:
+Content is compared by the 64-bit hashes that the parts of a store hold beside the features: of pixels or audio as decoded
+(of JPEGs that were made smaller meanwhile of their coded data, see docs/extraction.md), of texts as normalised, case and white
+space aside. What is found is written to `<store>/audit.json`:
 
     num_rows
     modalities: {modality: duplicates of it}

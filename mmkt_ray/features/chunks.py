@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, count_stages, reject_table
 
 Row: TypeAlias = "pa.Table"  # of one row
+TABLES = ("table", "rejects")
 ARRAY = "array "  # beginning of the names of columns with prepared values
 
 
@@ -46,9 +48,16 @@ def _write_stream(table: pa.Table, sink: pa.NativeFile) -> None:
         writer.write_table(table)
 
 
-def unpack(cell: pa.LargeBinaryScalar) -> pa.Table:
-    """The table of an Arrow IPC stream, in place."""
-    return pa.ipc.open_stream(cell.as_buffer()).read_all()
+def cell_buffers(column: pa.ChunkedArray) -> list[pa.Buffer | None]:
+    """The cells (N,) of a column of bytes, None where null, in place: Arrow's own scalars are copies."""
+    cells: list[pa.Buffer | None] = []
+    for chunk in column.cast(pa.large_binary()).chunks:
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        valid = chunk.is_valid().to_pylist()
+        data = pa.py_buffer(b"") if data is None else data
+        cells += [data.slice(a, b - a) if there else None for there, (a, b) in zip(valid, pairwise(ends), strict=True)]
+    return cells
 
 
 class Chunk(NamedTuple):
@@ -88,8 +97,9 @@ def _one_cell(buffer: pa.Buffer) -> pa.LargeBinaryArray:
 def open_row(row: Row) -> Chunk:
     """The chunk in a row, in place."""
     unit, index, last, seconds = (row.column(name)[0].as_py() for name in ("unit", "index", "last", "seconds"))
-    prepared = {n.removeprefix(ARRAY): row.column(n)[0].as_buffer() for n in row.column_names if n.startswith(ARRAY)}
-    samples, rejects = (unpack(row.column(name)[0]) for name in ("table", "rejects"))
+    cells = {n: cell_buffers(row.column(n))[0] for n in row.column_names if n in TABLES or n.startswith(ARRAY)}
+    samples, rejects = (pa.ipc.open_stream(cells.pop(name)).read_all() for name in TABLES)
+    prepared = {name.removeprefix(ARRAY): buffer for name, buffer in cells.items()}
     return Chunk(unit, index, last, samples, rejects, json.loads(seconds), prepared)
 
 

@@ -17,13 +17,12 @@ import pyarrow.compute as pc
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
-from mmkt_ray.features.chunks import Row, make_row, open_row
+from mmkt_ray.features.chunks import Row, cell_buffers, make_row, open_row
 from mmkt_ray.features.store import hash_of
 from mmkt_ray.kinds.content import hash_json
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
 from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
-from mmkt_ray.sandbox.shared import SharedArray
 
 if TYPE_CHECKING:
     from mmkt_ray.kinds.images import InputSize
@@ -103,9 +102,9 @@ def decode_column(
             if value is not None:
                 values[i], decoded.hashes[i] = value, kind.digest(value)
         return decoded
-    cells = [(i, cell) for i, scalar in enumerate(column) if (cell := scalar.as_buffer()) is not None]
+    cells = [(i, cell) for i, cell in enumerate(cell_buffers(column)) if cell is not None]
     size, prepare = input_size(kind, encoder, samples), getattr(encoder, "prepare", None)
-    into = SharedArray((len(cells), *size.shape)) if size is not None and cells and not only_hashes else None
+    into = None if size is None or only_hashes else np.empty((len(cells), *size.shape), np.uint8)
     places = np.full(num_rows, -1)
     outcomes = decode_samples([cell for _, cell in cells], kind, Limits.of(samples), size, into, num_children)
     for at, ((i, _), outcome) in enumerate(zip(cells, outcomes, strict=True)):
@@ -117,7 +116,7 @@ def decode_column(
             places[i] = at
         elif not only_hashes:
             values[i] = value if prepare is None else prepare(value)
-    return decoded if into is None else decoded._replace(values=Prepared(into.array, places))
+    return decoded if into is None else decoded._replace(values=Prepared(into, places))
 
 
 def _items(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -183,7 +182,8 @@ def decode_chunk(row: Row, config: Config) -> Row:
     samples = chunk.samples
     for name, modality in sorted(config.modalities.items()):
         encoder, kind = build_encoder(modality.encoder), modality.kind
-        if not kind.decoder or not hasattr(encoder, "prepare"):  # the size is unknown: the encoder decodes
+        sized = hasattr(encoder, "prepare") or input_size(kind, encoder, config.samples)
+        if not kind.decoder or not sized:  # the size is unknown: the encoder's actor decodes
             continue
         decoded = decode_column(samples.column(name), kind, encoder, config.samples)
         broken[name] = decoded.broken

@@ -8,7 +8,6 @@ import mmap
 import os
 import resource
 import signal
-import socket
 import struct
 import sys
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from math import prod
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from mmkt_ray.sandbox.shared import map_rows
 
 if TYPE_CHECKING:
     from mmkt_ray.config.samples import SamplesConfig  # not imported here: this process is light
@@ -31,6 +28,7 @@ READY = b"ready\n"
 REPLY = struct.Struct("<?IqQBB4Q")
 TYPES = ("uint8", "float32", "int16", "int32", "int64", "float64")
 IN_PLACE = 255  # in the place of a type: the array stands in shared memory
+ROWS_BYTES = 16 << 20  # of shared memory for such arrays
 
 # of a kind's decoding function: array, number, what was normalised, hash of the content
 Reply = tuple[np.ndarray, int, list[str], int]
@@ -53,15 +51,21 @@ class Limits(NamedTuple):
         return BASE_BYTES + BYTES_PER_PIXEL * self.max_pixels
 
 
-def serve(progress_fd: int, arrays_fd: int, function: str) -> None:
+def map_shared(fd: int) -> tuple[memoryview, np.ndarray]:
+    """What both processes map: numbers that tell progress, and room for arrays, ROWS_BYTES uint8."""
+    os.truncate(fd, mmap.PAGESIZE + ROWS_BYTES)
+    memory = mmap.mmap(fd, mmap.PAGESIZE + ROWS_BYTES)
+    return memoryview(memory)[: mmap.PAGESIZE].cast("Q"), np.frombuffer(memory, np.uint8, offset=mmap.PAGESIZE)
+
+
+def serve(shared_fd: int, function: str) -> None:
     """Answer requests with `function` until the parent closes the pipe or is gone."""
     requests, replies = _take_pipes()
-    arrays = socket.socket(fileno=arrays_fd)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also in the midst of C code
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    progress = memoryview(mmap.mmap(progress_fd, mmap.PAGESIZE)).cast("Q")
+    progress, shared = map_shared(shared_fd)
     module, _, name = function.partition(":")
     decode = getattr(importlib.import_module(module), name)
     getattr(sys.modules[module], "warm_up", lambda: None)()
@@ -70,10 +74,10 @@ def serve(progress_fd: int, arrays_fd: int, function: str) -> None:
     while line := requests.readline():
         request = json.loads(line)
         samples = [requests.read(length) for length in request["lengths"]]
-        limits, shape = Limits(*request["limits"]), tuple(request["shape"] or ())
-        mapped = len(samples) * prod(shape) if shape else 0
-        _limit_memory(limits.memory_bytes + mapped)
-        rows = _take_rows(arrays, request["start"], len(samples), shape) if shape else None
+        limits, rows = Limits(*request["limits"]), None
+        if request["row"] is not None:
+            rows = shared[: len(samples) * prod(request["row"])].reshape(len(samples), *request["row"])
+        _limit_memory(limits.memory_bytes)
         for i, data in enumerate(samples):
             progress[0] = i
             array, number, note, digest = _decode(decode, data, limits, request["size"])
@@ -81,15 +85,6 @@ def serve(progress_fd: int, arrays_fd: int, function: str) -> None:
                 rows[i] = array
             _reply(replies, array, number, note, digest, in_place=rows is not None)
         replies.flush()
-        rows = None  # before those of the next request need the address space
-
-
-def _take_rows(arrays: socket.socket, start: int, num_rows: int, shape: tuple[int, ...]) -> np.ndarray:
-    _, (fd, *_), *_ = socket.recv_fds(arrays, 1, 1)
-    try:
-        return map_rows(fd, start, num_rows, shape)
-    finally:
-        os.close(fd)
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
@@ -137,5 +132,5 @@ def _reply(
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
-        serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+        serve(int(sys.argv[1]), sys.argv[2])
     os._exit(0)  # without another try to write what the parent did not take

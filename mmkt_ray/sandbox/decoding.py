@@ -4,12 +4,13 @@
                            <--replies: one for each sample--
 
 A request is a line of JSON and the samples' bytes; a reply is a `REPLY` header, a note in JSON and the decoded array, which
-where all arrays have one size stands in memory that both map instead (`SharedArray`). The child reads a request whole before
-it decodes, so neither waits for the other; its replies are buffered, so small images cost few system calls. Which sample it is
-at stands in shared memory too: when the child dies, that one is tried once more, alone in a new child, and is broken if that
-dies too. Whatever the child lost for another reason (the machine was out of memory, someone killed it) is decoded again. A
-child imports NumPy and its decoder only and starts in a fraction of a second. It decodes one sample after another, so that its
-timer and its crash are one sample's; more cores are used by more children.
+where all arrays have one size stands in memory that both map instead: the same for all requests, as fresh pages cost several
+times what a copy does. The child reads a request whole before it decodes, so neither waits for the other; its replies are
+buffered, so small images cost few system calls. Which sample it is at stands in shared memory too: when the child dies, that
+one is tried once more, alone in a new child, and is broken if that dies too. Whatever the child lost for another reason (the
+machine was out of memory, someone killed it) is decoded again. A child imports NumPy and its decoder only and starts in a
+fraction of a second. It decodes one sample after another, so that its timer and its crash are one sample's; more cores are
+used by more children.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import mmap
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from collections import deque
@@ -33,18 +32,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.sandbox.child import IN_PLACE, OUT_OF_MEMORY, READY, REPLY, TYPES, Limits
-from mmkt_ray.sandbox.shared import SharedArray
+from mmkt_ray.sandbox.child import IN_PLACE, OUT_OF_MEMORY, READY, REPLY, ROWS_BYTES, TYPES, Limits, map_shared
 
 if TYPE_CHECKING:
     from mmkt_ray.kinds.images import InputSize
     from mmkt_ray.kinds.modalities import ModalityKind
 
 GROUP_BYTES, GROUP_SAMPLES = 4 << 20, 1024  # of a request, at most; a larger sample goes alone
-GROUP_MAPPED_BYTES = 64 << 20  # of what it is decoded to, where the size is known
 FEW_SAMPLES = 64  # of a request, which a system call each costs nothing
 PIPE_BYTES = 1 << 20  # a photo's pixels at once
 START_TIMEOUT_S = 300.0  # the child's imports, on a busy machine
+# freed pages are kept: fresh ones for each photo take more time than resizing it
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 GRACE_S = 10.0  # the child keeps the limit itself; if it does not, the parent ends it this much later
 
 
@@ -67,13 +66,13 @@ def decode_samples(
     kind: ModalityKind,
     limits: Limits,
     size: InputSize | None = None,
-    into: SharedArray | None = None,
+    into: np.ndarray | None = None,
     num_children: int = 1,
 ) -> Iterator[Outcome | Broken]:
     """Decode encoded samples of one kind, as bytes or buffers, in order; never hangs, never dies of one.
 
-    size: images of this size, as an encoder reads them; None: values of the kind. into: a row of this size for each sample,
-    in which its image then stands. num_children: processes that decode side by side.
+    size: images of this size, as an encoder reads them; None: values of the kind. into: (N, ..) uint8, of which each sample's
+    row gets its image. num_children: processes that decode side by side.
     Raises: ConfigError if the kind's decoder is not installed, ResourceError if no child process starts.
     """
     kind.check()
@@ -94,7 +93,7 @@ class _Order(NamedTuple):
     kind: ModalityKind
     limits: Limits
     size: InputSize | None
-    into: SharedArray | None
+    into: np.ndarray | None
 
 
 # of this process, by what they decode with; another thread at work in the meantime starts one of its own
@@ -111,10 +110,10 @@ class _Group(NamedTuple):
 _Sent = tuple[_Group, "Decoder"]
 
 
-def _groups(values: Sequence[Any], into: SharedArray | None, num_children: int) -> Iterator[_Group]:
+def _groups(values: Sequence[Any], into: np.ndarray | None, num_children: int) -> Iterator[_Group]:
     most = min(GROUP_SAMPLES, -(-len(values) // num_children))
-    if into is not None:
-        most = max(1, min(most, GROUP_MAPPED_BYTES // into.array[0].nbytes))
+    if into is not None and len(into):
+        most = max(1, min(most, ROWS_BYTES // into[0].nbytes))
     samples: list[Any] = []
     start = num_bytes = 0
     for i, value in enumerate(values):
@@ -189,21 +188,19 @@ class Decoder:
 
     def __init__(self, function: str) -> None:
         shared = os.memfd_create("progress")
-        os.truncate(shared, mmap.PAGESIZE)
-        self.progress = memoryview(mmap.mmap(shared, mmap.PAGESIZE)).cast("Q")  # [0]: index of the sample at work
-        self.arrays, arrays = socket.socketpair()  # through it the child gets the memory that it fills
+        self.progress, self.rows = map_shared(shared)  # [0]: index of the sample at work; arrays of the group at work
         root = str(Path(__file__).parents[2])  # the same code, wherever a job brought it
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mmkt_ray.sandbox.child", str(shared), str(arrays.fileno()), function],
+            [sys.executable, "-P", "-m", "mmkt_ray.sandbox.child", str(shared), function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[shared, arrays.fileno()],
+            pass_fds=[shared],
             bufsize=0,
-            env=os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},  # threads would reserve address space
+            # threads would reserve address space
+            env=MALLOC | os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},
         )
         os.close(shared)
-        arrays.close()
         assert self.process.stdin
         assert self.process.stdout
         self.requests, replies = self.process.stdin.fileno(), self.process.stdout.fileno()
@@ -224,13 +221,11 @@ class Decoder:
     def send(self, group: _Group, order: _Order) -> None:
         """Have a group decoded; if the child is dead, `receive` finds out."""
         self.progress[0], self.patience_s = 0, order.limits.timeout_s + GRACE_S
-        shape = None if order.into is None else order.into.array.shape[1:]
+        row = None if order.into is None else order.into[group.start]
         request: dict[str, Any] = {"limits": order.limits, "lengths": list(map(len, group.samples))}
-        request |= {"size": order.size, "shape": shape, "start": group.start}
+        request |= {"size": order.size, "row": row.shape if row is not None and row.nbytes <= ROWS_BYTES else None}
         head = json.dumps(request).encode() + b"\n"
         with suppress(BrokenPipeError):
-            if order.into is not None:
-                socket.send_fds(self.arrays, [b"."], [order.into.fd])
             self._write(b"".join([head, *group.samples]) if len(group.samples) > FEW_SAMPLES else head)
             if len(group.samples) <= FEW_SAMPLES:  # large ones: not put together in memory
                 for sample in group.samples:
@@ -248,12 +243,13 @@ class Decoder:
             note = json.loads(self._read(note_bytes)) if note_bytes else []
             if not is_decoded:
                 yield Broken(str(note))
-            elif code == IN_PLACE:
-                assert order.into is not None
-                yield Outcome(order.into.array[group.start + i], note, digest)
+                continue
+            array = np.empty(lengths[:num_axes], TYPES[code]) if order.into is None else order.into[group.start + i]
+            if code == IN_PLACE:
+                array.reshape(-1)[:] = self.rows[i * array.nbytes : (i + 1) * array.nbytes]
             else:
-                array = self._fill(np.empty(lengths[:num_axes], TYPES[code]))
-                yield Outcome(array if order.size is not None else order.kind.from_decoder(array, number), note, digest)
+                self._fill(array)
+            yield Outcome(array if order.size is not None else order.kind.from_decoder(array, number), note, digest)
 
     def _read(self, num_bytes: int) -> bytes:
         data = self.replies.read(num_bytes)
@@ -292,7 +288,6 @@ class Decoder:
 
     def end(self) -> None:
         """Kill the child if it lives."""
-        self.arrays.close()
         with self.process:  # closes the pipes
             self.process.kill()
 

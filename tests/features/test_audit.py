@@ -18,7 +18,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import Contents, audit, find_groups, leaking_rows
-from mmkt_ray.features.chunks import read_shard, unpack
+from mmkt_ray.features.chunks import open_row, read_shard
 from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import publish
@@ -226,7 +226,7 @@ def test_encoding_writes_hashes_and_what_was_cleaned(shapes: Path, make_config: 
     encode = EncodeChunk(EncodePlan(config, {m: str(shapes / m) for m in MODALITIES}, {}, False, 1))
     plan = ReadingPlan.of(config)
     batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
-    part = unpack(encode(decode_chunk(batch, config) if before else batch)["table"][0])
+    part = open_row(encode(decode_chunk(batch, config) if before else batch)).samples
     image, text_hash = (part.column(hash_of(m)).to_pylist() for m in ("image", "text"))
     assert image[0] == image[3] != image[1]
     assert (image[2], text_hash[3]) == (None, None)

@@ -15,7 +15,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.chunks import make_row, read_shard, unpack, write_part
+from mmkt_ray.features.chunks import make_row, open_row, read_shard, write_part
 from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device
 from mmkt_ray.features.publish import publish
@@ -51,9 +51,9 @@ def test_decoding_before_or_inside_the_actor_gives_the_same_rows(shapes: Path, m
     shard = list_shards(ReadingPlan.of(config))[0]
     batch = next(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={}))
     inside, before = encode(batch), encode(decode_chunk(batch, config))
-    assert unpack(inside["table"][0]).equals(unpack(before["table"][0]))
-    assert unpack(inside["rejects"][0]).equals(unpack(before["rejects"][0]))
-    table, told = unpack(inside["table"][0]), unpack(inside["rejects"][0])
+    assert open_row(inside).samples.equals(open_row(before).samples)
+    assert open_row(inside).rejects.equals(open_row(before).rejects)
+    table, told = open_row(inside).samples, open_row(inside).rejects
     assert table.column("sample_id").to_pylist() == ["s90", "s91", "s92"]
     assert table.column("image_features").is_null().to_pylist() == [False, True, True]
     assert (told.column("sample_id").to_pylist(), told.column("stage").to_pylist()) == (["s91"], ["modality"])
@@ -69,8 +69,8 @@ def test_a_row_with_nothing_but_a_broken_image_is_rejected(shapes: Path, make_co
     plan = ReadingPlan.of(config)
     batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
     for row in (encode(batch), encode(decode_chunk(batch, config))):
-        told = unpack(row["rejects"][0])
-        assert unpack(row["table"][0]).column("sample_id").to_pylist() == ["s91", "s92"]
+        told = open_row(row).rejects
+        assert open_row(row).samples.column("sample_id").to_pylist() == ["s91", "s92"]
         assert told.column("stage").to_pylist() == ["decode", "modality"]
         assert all(reason.startswith("image: ") for reason in told.column("reason").to_pylist())
 
@@ -101,7 +101,7 @@ def test_features_that_are_none_cost_their_rows_alone(shapes, make_config, gives
     plan = ReadingPlan.of(config)
     batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
     row = encode(batch)
-    table, told = unpack(row["table"][0]), unpack(row["rejects"][0])
+    table, told = open_row(row).samples, open_row(row).rejects
     assert table.column("sample_id").to_pylist() == ["s90", "s91", "s92", "s94"]
     assert table.column("text_features").to_pylist() == [[8.0, 1.0], None, None, [8.0, 1.0]]
     assert told.column("sample_id").to_pylist() == ["s91", "s93"]
@@ -111,11 +111,11 @@ def test_features_that_are_none_cost_their_rows_alone(shapes, make_config, gives
     (shapes / "other" / "data").mkdir(parents=True)
     write_part(row, str(shapes / "other"))
     reuse = EncodePlan(config, folders, reuse={"text": str(shapes / "other")}, use_gpu=False, num_threads=1)
-    kept = pa.table(unpack(batch["table"][0])).filter(pa.array([True, True, True, False, True]))
-    unit, last = batch["unit"][0].as_py(), batch["last"][0].as_py()
-    again = EncodeChunk(reuse)(make_row(unit, 0, last, kept, unpack(batch["rejects"][0]), {}))
-    assert unpack(again["table"][0]).equals(table)
-    assert unpack(again["rejects"][0]).column("sample_id").to_pylist() == ["s91"]
+    kept = open_row(batch).samples.filter(pa.array([True, True, True, False, True]))
+    unit, _, last, *_ = open_row(batch)
+    again = EncodeChunk(reuse)(make_row(unit, 0, last, kept, open_row(batch).rejects, {}))
+    assert open_row(again).samples.equals(table)
+    assert open_row(again).rejects.column("sample_id").to_pylist() == ["s91"]
 
 
 def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig) -> None:
@@ -123,7 +123,7 @@ def test_stored_chunks_are_not_read_again(shapes: Path, make_config: MakeConfig)
     config = make_config(extract__chunk_rows=16)
     shard = list_shards(ReadingPlan.of(config))[0]
     rows = list(read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={shard.unit: {0, 1}}))
-    assert [(r["index"][0].as_py(), r["last"][0].as_py()) for r in rows] == [(2, True)]
+    assert [open_row(row)[1:3] for row in rows] == [(2, True)]
 
 
 def test_empty_chunk_keeps_the_schema(shapes: Path, make_config: MakeConfig) -> None:
@@ -132,9 +132,9 @@ def test_empty_chunk_keeps_the_schema(shapes: Path, make_config: MakeConfig) -> 
     encode = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), reuse={}, use_gpu=False, num_threads=1))
     plan = ReadingPlan.of(config)
     batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
-    full, samples = unpack(encode(batch)["table"][0]), unpack(batch["table"][0])
-    empty = make_row("u", 0, True, samples.slice(0, 0), unpack(batch["rejects"][0]), {})
-    assert unpack(encode(empty)["table"][0]).schema == full.schema
+    full, samples = open_row(encode(batch)).samples, open_row(batch).samples
+    empty = make_row("u", 0, True, samples.slice(0, 0), open_row(batch).rejects, {})
+    assert open_row(encode(empty)).samples.schema == full.schema
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -10,7 +10,7 @@ import pytest
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
-from mmkt_ray.features.chunks import Row, read_shard, unpack, write_part
+from mmkt_ray.features.chunks import Row, open_row, read_shard, write_part
 from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import count_cleaned, nulled
@@ -55,11 +55,11 @@ def test_bad_cells_and_vectors_are_told_once(tmp_path: Path, make_config: MakeCo
     told = write_part(first, store)
     reuse = {"table": store, "vector": store}
     again = EncodeChunk(EncodePlan(config, folders, reuse=reuse, use_gpu=False, num_threads=1))(read(config))
-    table = unpack(first["table"][0])
-    assert unpack(again["table"][0]).equals(table)
+    table = open_row(first).samples
+    assert open_row(again).samples.equals(table)
     assert table["vector_features"].to_pylist() == [None if i == 5 else v for i, v in enumerate(vectors)]
     assert table["table_features"].to_pylist()[3] == [0.0, 1.0]
-    rejects = unpack(first["rejects"][0]).to_pylist()
+    rejects = open_row(first).rejects.to_pylist()
     assert [(r["sample_id"], r["stage"]) for r in rejects] == [("s5", "modality")]
     assert rejects[0]["reason"] == "vector: a vector of 1 numbers, where the first of the train split has 2"
     assert nulled(count_cleaned(store, told["name"])) == {"table: 'price' is no number, read as null": 1}
@@ -78,10 +78,10 @@ def test_lists_of_images_decoded_before_or_inside(tmp_path: Path, make_config: M
     encode = EncodeChunk(EncodePlan(config, fitted(config, tmp_path), reuse={}, use_gpu=False, num_threads=1))
     batch = read(config)
     inside, before = encode(batch), encode(decode_chunk(batch, config))
-    table = unpack(inside["table"][0])
-    assert unpack(before["table"][0]).equals(table)
-    assert unpack(before["rejects"][0]).equals(unpack(inside["rejects"][0]))
-    (reject,) = unpack(inside["rejects"][0]).to_pylist()
+    table = open_row(inside).samples
+    assert open_row(before).samples.equals(table)
+    assert open_row(before).rejects.equals(open_row(inside).rejects)
+    (reject,) = open_row(inside).rejects.to_pylist()
     assert reject["sample_id"] == "s2"
     assert reject["reason"].startswith("image: item 2 of 2: ")
     assert table["image_features"].is_null().to_pylist() == [False, False, True, True]

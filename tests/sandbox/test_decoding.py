@@ -17,7 +17,7 @@ from PIL import Image
 from poison import poison
 
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.kinds.images import decode_and_tell
+from mmkt_ray.kinds.images import InputSize, decode_and_tell
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.kinds.sounds import decode_audio
 from mmkt_ray.sandbox import decoding as decoder
@@ -160,3 +160,37 @@ def test_the_child_is_light() -> None:
     code = "import sys, mmkt_ray.sandbox.decoding, mmkt_ray.kinds.images, mmkt_ray.kinds.sounds; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "pyarrow", "pandas", "scipy", "pydantic"} & set(loaded)
+
+
+def test_images_of_one_size_stand_in_their_rows(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a row that gets another one's image: behind a broken one, after a crash, of another group, or of a child beside."""
+    monkeypatch.setattr(decoder, "GROUP_SAMPLES", 7)
+    values = [png(grey) for grey in range(30)]
+    values[3], values[11] = b"", poison("segfault")
+    into = np.full((30, 3, 4, 5), 250, np.uint8)
+    size = InputSize(4, 5, 2)
+    outcomes = list(decode_samples(values, IMAGE, LIMITS, size, into, num_children=2))
+    assert [i for i, o in enumerate(outcomes) if isinstance(o, Broken)] == [3, 11]
+    whole = list(decode_samples(values, IMAGE, LIMITS))
+    for i, (outcome, plain) in enumerate(zip(outcomes, whole, strict=True)):
+        if not isinstance(outcome, Broken) and not isinstance(plain, Broken):
+            assert np.shares_memory(outcome.value, into[i])
+            assert (into[i] == i).all()
+            assert outcome.digest == plain.digest
+
+
+def test_an_image_larger_than_the_shared_memory_arrives(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an encoder of large images for whose rows there is no room."""
+    monkeypatch.setattr(decoder, "ROWS_BYTES", 50)
+    into = np.zeros((2, 3, 4, 5), np.uint8)
+    list(decode_samples([png(7), png(8)], IMAGE, LIMITS, InputSize(4, 5, 2), into))
+    assert [set(row.ravel().tolist()) for row in into] == [{7}, {8}]
+
+
+def test_whoever_stops_in_between_leaves_no_child_in_the_midst(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a second child's images in the next chunk."""
+    monkeypatch.setattr(decoder, "GROUP_SAMPLES", 2)
+    first = decode_samples([png(i) for i in range(8)], IMAGE, LIMITS, num_children=2)
+    next(first)
+    first.close()
+    assert [o[0][0, 0, 0] for o in decode_samples([png(98), png(99)], IMAGE, LIMITS)] == [98, 99]
