@@ -61,9 +61,9 @@ def draw_photo(rng: np.random.Generator) -> bytes:
     image = Image.fromarray(colours).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for _ in range(12):
-        x, y, size = rng.integers(0, WIDTH), rng.integers(0, HEIGHT), rng.integers(8, 120)
+        x, y, size = (int(rng.integers(low, high)) for low, high in ((0, WIDTH), (0, HEIGHT), (8, 120)))
         shape = (draw.ellipse, draw.rectangle)[rng.integers(2)]
-        shape((x, y, x + size, y + size * rng.uniform(0.4, 1.5)), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+        shape((x, y, x + size, y + size * float(rng.uniform(0.4, 1.5))), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
     noise = rng.normal(0, 9, (HEIGHT, WIDTH, 1)) + rng.normal(0, 3, (HEIGHT, WIDTH, 3))
     buffer = io.BytesIO()
     pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)

@@ -191,12 +191,12 @@ def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConf
         return found
 
     encode.encoders["text"].encode = watched
-    one_by_one = [unpack(encode(batch)["table"][0]) for batch in batches]
+    one_by_one = [open_row(encode(batch)).samples for batch in batches]
     start = time.perf_counter()
     with ThreadPoolExecutor(3) as pool:
         rows = list(pool.map(encode, batches))
     passed = time.perf_counter() - start
-    together = [unpack(row["table"][0]) for row in rows]
+    together = [open_row(row).samples for row in rows]
     assert len(batches) > 3
     assert all(a.equals(b) for a, b in zip(one_by_one, together, strict=True))
     assert most == [1]
