@@ -223,5 +223,5 @@ def test_an_unknown_target_names_the_known_ones(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ConfigError, match=r"mmkt-ray\[export\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[export\]'"):
         exporting.export_model(str(tmp_path), "onnx")

@@ -13,6 +13,7 @@ from typing import Any
 
 from mmkt_ray.report.colors import with_variables
 
+_WITH_TEXT = frozenset({"text", "tspan"})
 _TIPS = "tips:"
 _NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that XML has no way to write
 _LONG = re.compile(r"(-?\d+\.\d{2})\d+")
@@ -50,7 +51,7 @@ def _drop(root: ET.Element, name: str) -> None:
 
 def _own(element: ET.Element, used: Iterable[str]) -> None:
     """Ids that something refers to, titles for tips, short numbers, the page's font."""
-    element.text = element.text if element.tag in ("text", "tspan") else None
+    element.text = element.text if element.tag in _WITH_TEXT else None
     element.tail = None
     name = element.attrib.get("id", "")
     if name not in used:
