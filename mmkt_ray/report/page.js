@@ -12,12 +12,12 @@ function sort(table, column, header) {
   const before = header.getAttribute("aria-sort");
   const rows = [...table.tBodies].flatMap(body => [...body.rows]).filter(row => row.cells.length > column);
   const cells = rows.map(row => row.cells[column]).filter(cell => !["", "–"].includes(text(cell)));
-  const numeric = cells.length > 0 && cells.every(cell => !isNaN(value(cell)));
+  const numeric = 2 * cells.filter(cell => !isNaN(value(cell))).length > cells.length;  // words among numbers come last
   const down = before ? before === "ascending" : numeric;  // numbers begin with the largest
   for (const h of table.tHead.rows[0].cells) h.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", down ? "descending" : "ascending");
   const order = (a, b) => {
-    const [x, y] = [a.cells[column], b.cells[column]], [none, other] = [x, y].map(c => ["", "–"].includes(text(c)));
+    const [x, y] = [a.cells[column], b.cells[column]], [none, other] = [x, y].map(c => numeric ? isNaN(value(c)) : ["", "–"].includes(text(c)));
     if (none || other) return none - other;
     const ascending = numeric ? value(x) - value(y) : text(x).localeCompare(text(y), undefined, {numeric: true});
     return down ? -ascending : ascending;

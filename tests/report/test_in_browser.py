@@ -133,11 +133,12 @@ def test_without_script_all_of_it_is_there(browser, page):
 
 def test_runs_side_by_side_are_a_page_too(browser, tmp_path):
     """Catches a second page with headers of its own that cannot be sorted."""
-    rows = [("one/m", "9.0 [8.0, 10.0]", ""), ("two/m", "10.0 [9.0, 11.0]", "better"), ("three/m", "1.0 [0.0, 2.0]", "worse")]
+    rows = [("none/m", "no shared rows", ""), ("one/m", "9.0 [8.0, 10.0]", "")]
+    rows += [("two/m", "10.0 [9.0, 11.0]", "better"), ("three/m", "−1.0", "worse")]
     path = tmp_path / "page.html"
     path.write_text(as_page([Table("t", ("model", "accuracy", ""), rows)]), encoding="utf-8")
     show(browser, f"file://{path}")
     browser.evaluate("document.querySelectorAll('th button')[1].click()")
     names = browser.evaluate("[...document.querySelectorAll('tbody th')].map(cell => cell.textContent)")
-    assert names == ["two/m", "one/m", "three/m"]
+    assert names == ["two/m", "one/m", "three/m", "none/m"]  # words among numbers come last
     assert browser.errors() == []
