@@ -41,12 +41,12 @@ class FrozenNetwork(ListedEncoder):
         if self.model is not None:
             self.model.to(device, memory_format=torch.channels_last)
 
-    def _apply(self, function: Callable[[Tensor], Tensor], values: Sequence[np.ndarray]) -> np.ndarray:
+    def _apply(self, function: Callable[[Tensor], Tensor], values: Any) -> np.ndarray:
         """`function` of the images (B, 3, S, S). Batches have one fixed shape, so that a row's features do not depend on
         its neighbours and a GPU compiles once."""
-        images = np.stack(values)
-        padding = -len(images) % self.encode_batch_size
-        padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), dtype=np.uint8)])
+        images = values if isinstance(values, np.ndarray) else np.stack(values)
+        padding = np.zeros((-len(images) % self.encode_batch_size, *images.shape[1:]), np.uint8)
+        padded = np.concatenate([images, padding]) if len(padding) else images
         outputs = cnn.apply_cnn(
             function,
             padded,
