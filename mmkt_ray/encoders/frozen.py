@@ -49,7 +49,7 @@ class FrozenNetwork(ListedEncoder):
         if self.model is not None:
             self.model.to(device, memory_format=torch.channels_last)
 
-    def _apply(self, function: Callable[[Tensor], Tensor], values: Sequence[np.ndarray]) -> np.ndarray:
+    def _apply(self, function: Callable[[Tensor], Tensor], values: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """`function` of the images (B, 3, S, S)."""
         with self._lock:
             if self._forwards_of is not self.model:

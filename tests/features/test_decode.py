@@ -16,6 +16,7 @@ from mmkt_ray.features.chunks import make_row, open_row
 from mmkt_ray.features.decode import Prepared, decode_column, prepared_values
 from mmkt_ray.features.encode import encode_column
 from mmkt_ray.features.extract import reading_layout
+from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.samples.schema import reject_table
 
@@ -47,6 +48,17 @@ def test_decoded_images_are_one_array() -> None:
     kept = values.filter(np.array([True, False, True, False, True, True]))
     assert np.shares_memory(kept.take(np.array([2, 3])), values.array)
     assert kept.take(np.arange(4))[:, 0, 0, 0].tolist() == [1, 3, 5, 6]
+
+
+def test_the_config_says_whether_photos_are_scaled() -> None:
+    """Catches `samples.decode` that nobody obeys."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((160, 128)).save(buffer, "JPEG")
+    photo = column(buffer.getvalue())
+    exact = decode_column(photo, IMAGE, ENCODER, SAMPLES.model_copy(update={"decode": "exact"})).values[0]
+    np.testing.assert_array_equal(exact, ENCODER.prepare(decode_image(buffer.getvalue(), 10**6)))
+    assert not np.array_equal(decode_column(photo, IMAGE, ENCODER, SAMPLES).values[0], exact)
 
 
 def test_hashes_alone_are_the_same_and_keep_no_image() -> None:

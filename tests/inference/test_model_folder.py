@@ -97,6 +97,15 @@ def test_the_card_says_all_that_is_needed_to_use_the_model(folder, config):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_model_of_before_there_was_a_choice_decodes_exactly(folder):
+    """Catches photos that are scaled for a model which has learnt from every pixel."""
+    card = json.loads((folder / "config.json").read_text())
+    assert load_model(str(folder))[1]["config"]["samples"]["decode"] == "scaled"
+    card["config"]["samples"].pop("decode")
+    write_card(str(folder), card)
+    assert load_model(str(folder))[1]["config"]["samples"]["decode"] == "exact"
+
+
 def cut_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
