@@ -484,7 +484,7 @@ def _score_files(args: argparse.Namespace) -> str:
     from mmkt_ray.evaluation.scoring_files import score_files, scores_text
 
     result = score_files(args.model, args.data, args.out, **_reading(args))
-    return f"{scores_text(result)}\n\npredictions: {result['predictions']}\nmetrics: {args.out}/metrics.json"
+    return f"{scores_text(result)}\n\npredictions: {result.predictions}\nmetrics: {args.out}/metrics.json"
 
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:

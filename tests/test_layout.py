@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
 BASE = {
     *("section", "lazy", "cluster", "ray_private", "storage", "locks", "errors", "interrupts", "credentials", "terminal"),
-    "progress",
+    *("progress", "record"),
 }
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [

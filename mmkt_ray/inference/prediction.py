@@ -34,6 +34,7 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
+from mmkt_ray.scoring.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,14 @@ def _predict(
 
 def shipped(uri: str) -> str:
     """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none."""
-    results = storage.join(uri, "report", "results.json")
-    if storage.exists(storage.join(uri, "config.json")) or not storage.exists(results):
+    place = storage.join(uri, "report", "results.json")
+    results = None if storage.exists(storage.join(uri, "config.json")) else Results.read_or_none(place)
+    if results is None:
         return uri
-    chosen = storage.read_json(results)["recommended"]
+    chosen = results.recommended
     if chosen is None:
         raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
-    return storage.join(uri, chosen["folder"])
+    return storage.join(uri, chosen.folder)
 
 
 def restrict(config: Config, own: Mapping[str, Any]) -> Config:

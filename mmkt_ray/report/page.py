@@ -12,6 +12,8 @@ need not have (findings.py, searched.py) are there where their file is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -22,7 +24,9 @@ from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.figures import Figures
+from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.results import Described, Results, TaskResults
 from mmkt_ray.scoring.tables import path_of, points, predict_command, same_samples, told_kind
 
 SCORE_NAMES = (
@@ -46,16 +50,16 @@ def build_report(run_uri: str) -> str:
     """
     results = compare(run_uri)
     run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
-    models = {name: _read_model(run_uri, name, m) for name, m in results["models"].items()}
-    colors = plots.model_colors({name: m["kind"] for name, m in results["models"].items()})
+    models = {name: _read_model(run_uri, m) for name, m in results.models.items()}
+    colors = plots.model_colors({name: m.kind for name, m in results.models.items()})
     figures = Figures(storage.join(run_uri, "report"))
     stores = _stores(run, results)
     current = Current.of(run_uri, run, results)
     context = {
-        "results": results,
+        "results": results.to_dict(),
         "recommended": _recommended(results, run_uri),
-        "headlines": [found["headline"] for found in results["tasks"].values()],
-        "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
+        "headlines": [found.headline.to_dict() for found in results.tasks.values() if found.headline],
+        "tasks": [_task_section(t, results, models, colors, figures) for t in results.tasks],
         "gallery": _gallery(results, models),
         "knowledge": findings.knowledge(current, results, figures),
         "search": searched.search(current, figures, results),
@@ -84,13 +88,13 @@ def build_report(run_uri: str) -> str:
     return uri
 
 
-def _recommended(results: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
+def _recommended(results: Results, run_uri: str) -> dict[str, Any] | None:
     """The model to ship, with its path and the command that uses it."""
-    chosen = results["recommended"]
+    chosen = results.recommended
     if chosen is None:
         return None
     path = path_of(chosen, run_uri)
-    return {**chosen, "path": path, "command": predict_command(path)}
+    return {**chosen.to_dict(), "path": path, "command": predict_command(path)}
 
 
 def _environment() -> jinja2.Environment:
@@ -111,63 +115,67 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str, Any]:
-    """A model's files: metrics record, history (epochs), gallery; empty where there are none."""
-    uri = storage.join(run_uri, described["folder"])
-    record = storage.read_json_or_none(storage.join(uri, "metrics.json")) or {}
-    if described["kind"] == "baseline":
-        return {"tasks": record["models"][described["name"]]["tasks"], "history": [], "gallery": None}
-    card = storage.read_json_or_none(storage.join(uri, "config.json")) or {}
-    return {
-        "tasks": record.get("tasks", {}),
-        "history": card.get("training", {}).get("history") or [],
-        "gallery": storage.read_json_or_none(storage.join(uri, "gallery.json")),
-    }
+@dataclass(frozen=True)
+class ShownModel:
+    """A model's files; empty where there are none."""
+
+    tasks: Mapping[str, TaskScores]
+    history: list[dict[str, Any]]  # epochs
+    gallery: dict[str, Any] | None
+
+
+def _read_model(run_uri: str, described: Described) -> ShownModel:
+    uri = storage.join(run_uri, described.folder)
+    metrics = storage.join(uri, "metrics.json")
+    if described.kind == "baseline":
+        return ShownModel(BaselinesFile.read(metrics).models[described.name].tasks, [], None)
+    record, card = ModelMetrics.read_or_none(metrics), storage.read_json_or_none(storage.join(uri, "config.json")) or {}
+    history = card.get("training", {}).get("history") or []
+    gallery = storage.read_json_or_none(storage.join(uri, "gallery.json"))
+    return ShownModel(record.tasks if record else {}, history, gallery)
 
 
 # --- one task ----------------------------------------------------------------------------------------------------
 
 
 def _task_section(
-    task: str, results: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
+    task: str, results: Results, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
 ) -> dict[str, Any]:
     """Table, figures and details of one task."""
-    found = results["tasks"][task]
-    shown = found["best_trained"] or found["best"]  # the model whose mistakes are shown
-    record, kind = models[shown]["tasks"][task], task_kind(found["kind"])
+    found = results.tasks[task]
+    shown = found.best_trained or found.best or ""  # the model whose mistakes are shown
+    record, kind = models[shown].tasks[task], task_kind(found.kind)
     return {
         "name": task,
-        "found": found,
+        "found": found.to_dict(),
         "about": told_kind(found).capitalize(),
         "classes": kind.classes,
         "metrics": words.metrics_of(kind),
-        "groups": same_samples(found["rows"], kind.main),
+        "groups": [[row.to_dict() for row in group] for group in same_samples(found.rows, kind.main)],
         "figures": _task_figures(task, found, models, colors, figures),
         "shown": shown,
-        "record": record,
-        "num_f1_hidden": max(
-            0, sum(c["support"] > 0 for c in record.get("per_class", {}).values()) - plots.MAX_F1_CLASSES
-        ),
+        "record": record.to_dict(),
+        "num_f1_hidden": max(0, sum(c.support > 0 for c in record.per_class.values()) - plots.MAX_F1_CLASSES),
         "subsets": sorted(
             (
-                (name, m["tasks"][task])
+                (name, m.tasks[task].to_dict())
                 for name, m in models.items()
-                if len(m["tasks"].get(task, {}).get("subsets", {})) > 1
+                if task in m.tasks and len(m.tasks[task].subsets) > 1
             ),
-            key=lambda named: named[0] != found["best_fused"],
+            key=lambda named: named[0] != found.best_fused,
         ),
     }
 
 
 def _task_figures(
-    task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
+    task: str, found: TaskResults, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out."""
-    shown, single = found["best_trained"] or found["best"], found["best_single"]
-    kind = task_kind(found["kind"])
+    shown, single = found.best_trained or found.best or "", found.best_single
+    kind = task_kind(found.kind)
     main, second = words.metrics_of(kind)[:2]
-    groups = same_samples(found["rows"], kind.main)
-    rows = groups[0]  # those scored on the most samples; others have no place in their order
+    groups = same_samples(found.rows, kind.main)
+    rows = [row.to_dict() for row in groups[0]]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [
         figures.add(
@@ -189,7 +197,7 @@ def _task_figures(
                 lambda theme: plots.differences(rows, main, colors, theme),
             )
         )
-    histories = {name: m["history"] for name, m in models.items() if m["history"] and task in m["tasks"]}
+    histories = {name: m.history for name, m in models.items() if m.history and task in m.tasks}
     if histories:
         alt = f"Loss and validation {main['title']} over epochs on task {task} for {', '.join(histories)}"
         drawn.append(
@@ -200,21 +208,21 @@ def _task_figures(
                 lambda theme: plots.learning_curves(histories, task, main, colors, theme),
             )
         )
-    record = models[shown]["tasks"][task]
+    record = models[shown].tasks[task]
     if not kind.classes:
         return drawn + _number_figures(task, shown, record, colors, figures)
-    if record["confusion"] and len(record["class_names"]) <= plots.MAX_CONFUSION_CLASSES:
+    if record.confusion and len(record.class_names) <= plots.MAX_CONFUSION_CLASSES:
         alt = f"Confusion matrix of {shown} on task {task}, share of each label's samples by prediction"
         drawn.append(
             figures.add(
                 f"{task}-confusion",
                 f"What {shown} takes for what, %",
                 alt,
-                lambda theme: plots.confusion(record["confusion"], record["class_names"], theme),
+                lambda theme: plots.confusion(record.confusion or [], record.class_names, theme),
             )
         )
-    other = single if single != shown else found["best_fused"]
-    per_class = {name: models[name]["tasks"][task]["per_class"] for name in (shown, other) if name}
+    other = single if single != shown else found.best_fused
+    per_class = {name: models[name].tasks[task].to_dict()["per_class"] for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
     drawn.append(
         figures.add(f"{task}-classes", "F1 of each class", alt, lambda theme: plots.class_f1(per_class, colors, theme))
@@ -223,10 +231,10 @@ def _task_figures(
 
 
 def _number_figures(
-    task: str, shown: str, record: dict[str, Any], colors: dict[str, str], figures: Figures
+    task: str, shown: str, record: TaskScores, colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """Predictions against labels, and what is left, of one model."""
-    points, log_scale = record["points"], record["kind"]["transform"] == "log"
+    points, log_scale = record.points, isinstance(record.kind, dict) and record.kind["transform"] == "log"
     if not points:
         return []
     return [
@@ -248,18 +256,18 @@ def _number_figures(
 # --- gallery and data ----------------------------------------------------------------------------------------------
 
 
-def _gallery(results: dict[str, Any], models: dict[str, Any]) -> dict[str, Any] | None:
+def _gallery(results: Results, models: dict[str, ShownModel]) -> dict[str, Any] | None:
     """The main model's gallery, else the first one there is."""
-    order = [results["main"], *models]
-    name = next((n for n in order if n and models[n]["gallery"]), None)
-    return {"model": name, **models[name]["gallery"]} if name else None
+    order = [results.main, *models]
+    galleries = ({"model": name, **gallery} for name in order if name and (gallery := models[name].gallery))
+    return next(galleries, None)
 
 
-def _stores(run: dict[str, Any], results: dict[str, Any]) -> dict[str, list[str]]:
+def _stores(run: dict[str, Any], results: Results) -> dict[str, list[str]]:
     """Store folder -> the variants that use it."""
     stores: dict[str, list[str]] = {}
     for name, variant in (run.get("variants") or {}).items():
-        if name in results["models"] and variant.get("store"):
+        if name in results.models and variant.get("store"):
             stores.setdefault(variant["store"], []).append(name)
     return stores
 

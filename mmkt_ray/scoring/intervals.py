@@ -24,12 +24,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from math import sqrt
-from typing import TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, with_config
 from scipy.optimize import brentq
 from scipy.special import bdtr, ndtri
 from scipy.stats import binomtest, ttest_1samp
+from typing_extensions import TypedDict
 
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
@@ -42,6 +43,7 @@ _MAX_SIZES = 2000  # distinct sizes of gains that are flipped; above, there are 
 SHARE, DIFFERENCE, ANY = (0.0, 1.0), (-1.0, 1.0), (-np.inf, np.inf)  # what bounds scores
 
 
+@with_config(ConfigDict(extra="forbid"))
 class Interval(TypedDict):
     """A score and the interval around it, or a difference of two scores."""
 
