@@ -295,7 +295,8 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> Versus | None:
     options: Any = {"confidence": model.record.confidence, "num_resamples": model.record.bootstrap_samples}
     right, other_right = (kind.main_by_row(labels, p) for p in (pred, pred_other))
     shared = Shared(ours=float(right.mean()), theirs=float(other_right.mean()))
-    found = {m: paired_difference(labels, pred, pred_other, m, width=kind.width(names), **options) for m in kind.reported}
+    both, width = (pred, pred_other), kind.width(names)
+    found = {m: paired_difference(labels, both, m, width=width, **options) for m in kind.reported}
     p = paired_p(right - other_right)
     return Versus(model=other.name, num_rows=len(rows), shared_accuracy=shared, intervals=found, p=p)
 

@@ -18,7 +18,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_folder import read_card
-from mmkt_ray.inference.prediction import predict
+from mmkt_ray.inference.prediction import NewShards, predict
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.tasks import task_kind
@@ -31,13 +31,18 @@ MAX_RANKED = 1_000_000  # probabilities: of more, resamples of how they rank tak
 MAX_CLASSES = 20  # in the terminal; metrics.json has all
 
 
-def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: Any) -> FilesMetrics:
-    """Predict labelled shards and score the predictions; reading: what `predict` takes. Writes the files above.
+def score_files(
+    model_uri: str,
+    inputs: Sequence[str],
+    out_uri: str,
+    reading: NewShards = NewShards(),  # noqa: B008  (immutable)
+) -> FilesMetrics:
+    """Predict labelled shards and score the predictions. Writes the files above.
 
     Returns what metrics.json holds, for the tasks that some row has a label of.
     Raises: ConfigError, DataError as `predict`; DataError if no row has a label.
     """
-    path = predict(model_uri, inputs, out_uri, **reading)
+    path = predict(model_uri, inputs, out_uri, reading)
     card = read_card(model_uri) or {}
     config = parse_config(card["config"])
     rows = storage.read_table(path)

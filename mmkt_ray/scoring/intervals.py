@@ -95,8 +95,7 @@ def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval
 
 def paired_difference(
     labels: Labels,
-    pred_a: np.ndarray,
-    pred_b: np.ndarray,
+    preds: tuple[np.ndarray, np.ndarray],
     metric: str = "accuracy",
     *,
     width: int,
@@ -104,7 +103,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval | None:
-    """Score of `pred_a` minus score of `pred_b` on the same rows; None where it is undefined.
+    """Score of the first predictions minus score of the second on the same rows; None where it is undefined.
 
     Both predictions of a row stay together, so the interval is narrower than two separate ones suggest. Some rows are
     labelled; `metric` is one that the kind reports. A share of right rows: `share_difference`; others: resampled jointly.
@@ -116,11 +115,11 @@ def paired_difference(
         raise ValueError(f"metric must be one of {kind.reported}, got '{metric}'")
     if not rows.any():
         raise ValueError("no labelled row to compare on")
-    labels, preds = labels[rows], [pred_a[rows], pred_b[rows]]
+    labels, both = labels[rows], [pred[rows] for pred in preds]
     if metric == kind.share:
-        ours, theirs = (kind.is_right(labels, p) for p in preds)
+        ours, theirs = (kind.is_right(labels, p) for p in both)
         return share_difference(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(labels), confidence)
-    a, b = resampled_scores(labels, preds, width, num_resamples, seed)[metric]
+    a, b = resampled_scores(labels, both, width, num_resamples, seed)[metric]
     return percentiles(a - b, confidence, len(labels), difference_bounds(kind, metric))
 
 
