@@ -97,7 +97,7 @@ def calibration_of(uri: str, table: FeatureTable, test: FeatureTable, task: str)
     if (found := load_heldout(uri)) is not None:
         logits = found.logits[pattern_name(list(model.spec.modalities))]
         fitted = fit_temperatures(logits, {t: table.labels[t][found.rows] for t in logits})
-        model.temperatures = {t: fitted[t]["temperature"] for t in fitted}
+        model.temperatures = {t: fitted[t].temperature for t in fitted}
     return float(probability_scores(test.labels[task], predict_table(model, test)[task])["calibration_error"])
 
 

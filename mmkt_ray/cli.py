@@ -14,7 +14,7 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmkt_ray import __version__, progress
 from mmkt_ray.commands import NAMES as OUTWARD
@@ -30,6 +30,7 @@ from mmkt_ray.terminal import plain_output
 
 if TYPE_CHECKING:
     from mmkt_ray.features.store import Store
+    from mmkt_ray.inference.prediction import NewShards
 
 DESCRIPTION = """\
 Multimodal knowledge transfer as batch processing on Ray: what does each modality know, what transfers, which model to ship?
@@ -480,7 +481,7 @@ def _predict(args: argparse.Namespace) -> str:
     from mmkt_ray.inference.prediction import predict
 
     output = Output(args.format, args.join, args.top_k, args.wide)
-    return f"predictions: {predict(args.model, args.inputs, args.out, output=output, **_reading(args))}"
+    return f"predictions: {predict(args.model, args.inputs, args.out, _reading(args), output)}"
 
 
 def _score_files(args: argparse.Namespace) -> str:
@@ -491,15 +492,15 @@ def _score_files(args: argparse.Namespace) -> str:
         )
     from mmkt_ray.evaluation.scoring_files import score_files, scores_text
 
-    result = score_files(args.model, args.data, args.out, **_reading(args))
-    return f"{scores_text(result)}\n\npredictions: {result['predictions']}\nmetrics: {args.out}/metrics.json"
+    result = score_files(args.model, args.data, args.out, _reading(args))
+    return f"{scores_text(result)}\n\npredictions: {result.predictions}\nmetrics: {args.out}/metrics.json"
 
 
-def _reading(args: argparse.Namespace) -> dict[str, Any]:
-    columns = dict(parse_override(text) for text in args.column)
-    chosen = {"like": args.like, "reader": args.reader, "columns": columns, "max_reject_frac": args.max_reject_frac}
-    own = dict(parse_override(text) for text in args.overrides)
-    return {**chosen, "overrides": own, "trust_code": args.trust_code}
+def _reading(args: argparse.Namespace) -> NewShards:
+    from mmkt_ray.inference.prediction import NewShards
+
+    columns, own = (dict(parse_override(text) for text in given) for given in (args.column, args.overrides))
+    return NewShards(args.like, args.reader, columns, args.max_reject_frac, own, args.trust_code)
 
 
 def _config_help() -> str:

@@ -33,6 +33,7 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import model_fingerprint
+from mmkt_ray.scoring.results import Results
 from mmkt_ray.scoring.tables import comparison_table, missing_table, recommendation_text
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.gallery import write_gallery
@@ -150,7 +151,7 @@ def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[
             storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
 
 
-def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
+def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri = run_folder(config)
     variants, singles = config.expand_variants(), _read_card(uri).get("singles", {})
@@ -170,7 +171,7 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> dict[str, Any]:
         _write_run_json(config, stores)
         results = _compare(uri)
         track(config, results)
-        if (main := results["main"]) in stores:
+        if (main := results.main) is not None and main in stores:
             model_uri = storage.join(uri, "models", main)
             decided_by = steps_done(uri, (f"evaluate models/{main}",))
             once(uri, f"gallery {main}", decided_by, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
@@ -203,11 +204,11 @@ def _baselines(config: Config, store: Store) -> None:
     )
 
 
-def _compare(uri: str) -> dict[str, Any]:
+def _compare(uri: str) -> Results:
     """The comparison of all that was evaluated, made again only if that has changed."""
     decided_by = [steps_done(uri, ("evaluate ", "baselines/")), _without_seconds(uri)]
     once(uri, "compare", decided_by, lambda: compare(uri), ["report/results.json"])
-    return storage.read_json(storage.join(uri, "report", "results.json"))
+    return Results.read(storage.join(uri, "report", "results.json"))
 
 
 def _identity(store: Store) -> list[Any]:
@@ -215,9 +216,9 @@ def _identity(store: Store) -> list[Any]:
     return [store.manifest["fingerprint"], store.manifest.get("checksums")]
 
 
-def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]) -> None:
-    """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads. results: of `compare`."""
-    uri, wanted, main = run_folder(config), config.evaluation.studies, results["main"]
+def study_step(config: Config, stores: dict[str, Store], results: Results) -> None:
+    """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads."""
+    uri, wanted, main = run_folder(config), config.evaluation.studies, results.main or ""
     with _record(config, "study"):
         evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
         with progress.stage("studies", len(wanted), "studies") as it:
@@ -231,9 +232,9 @@ def study_step(config: Config, stores: dict[str, Store], results: dict[str, Any]
                 _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
                 it.advance()
             for name in fused_to_study(results) if "missing" in wanted else ():
-                about = results["models"][name]
-                store = next(s for s in stores.values() if s.manifest["fingerprint"] == about["store"])
-                _missing(config, evaluated, about["folder_to_ship"], store)
+                about = results.models[name]
+                store = next(s for s in stores.values() if s.manifest["fingerprint"] == about.store)
+                _missing(config, evaluated, about.folder_to_ship or about.folder, store)
             if "missing" in wanted:
                 it.advance()
 

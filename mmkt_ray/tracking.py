@@ -16,6 +16,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.done import once, run_folder
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.scoring.results import Results
 
 MAX_VALUE = 250  # characters of a setting: MLflow's limit was this
 MODULES = {"mlflow": "mlflow", "tensorboard": "tensorboardX", "wandb": "wandb"}  # by tracker
@@ -47,8 +48,8 @@ def check_tracking(config: Config) -> None:
             raise ConfigError(f"tracking.{tracker} writes to a local folder, '{place}' is none: copy the files from there")
 
 
-def track(config: Config, results: Mapping[str, Any]) -> None:
-    """Write all trained models that have not been written just so. results: of `compare`."""
+def track(config: Config, results: Results) -> None:
+    """Write all trained models that have not been written just so."""
     uri = run_folder(config)
     for tracker, place in _wanted(config).items():
         for model in tracked_models(config, results):
@@ -69,21 +70,21 @@ def _writer(tracker: str, place: str, run: str, model: Tracked) -> Callable[[], 
     return lambda: write(Path(place).absolute(), run, model)
 
 
-def tracked_models(config: Config, results: Mapping[str, Any]) -> list[Tracked]:
+def tracked_models(config: Config, results: Results) -> list[Tracked]:
     """The trained models of the results, with their variant's settings."""
     uri, variants, found = run_folder(config), config.expand_variants(), []
-    for name, about in results["models"].items():
-        if about["kind"] != "trained":
+    for name, about in results.models.items():
+        if about.kind != "trained":
             continue
         metrics: dict[str, float] = {}
-        for task, shown in results["tasks"].items():
-            for row in shown["rows"]:
-                if row["model"] == name:
-                    metrics |= _numbers(task, row)
-        metrics |= {key: float(about[key]) for key in ("num_params", "training_s") if about.get(key) is not None}
+        for task, shown in results.tasks.items():
+            if (row := shown.row(name)) is not None:
+                metrics |= _numbers(task, row.to_dict())
+        further = {"num_params": about.num_params, "training_s": about.training_s}
+        metrics |= {key: float(value) for key, value in further.items() if value is not None}
         variant = variants.get(name, config)
         sections = variant.model_dump(mode="json", include={"seed", "model", "training", "modalities", "tasks"})
-        settings = {**flat(sections), "modalities_read": "+".join(about["modalities"])}
+        settings = {**flat(sections), "modalities_read": "+".join(about.modalities)}
         identity = fingerprint([settings, metrics])
         found.append(Tracked(name, identity, settings, metrics, storage.join(uri, "report", "index.html")))
     return found

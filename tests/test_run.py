@@ -19,7 +19,7 @@ from mmkt_ray import steps, storage
 from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.inference.prediction import predict
+from mmkt_ray.inference.prediction import NewShards, predict
 from tests.shapes import png, shapes_config, write_shard, write_shards
 
 VARIANTS = {
@@ -279,8 +279,8 @@ def test_predict_with_missing_modalities_and_no_labels(finished: tuple[Config, s
     write_shard(new, 0, 7, id=ids, image=pa.array(images, pa.binary()), caption=pa.array(captions))
     model = Path(steps.run_folder(finished[0])) / "models" / "concat"
     with pytest.raises(Exception, match="0 of 7 rows were rejected and 4 lost a modality"):
-        predict(str(model), [str(new)], str(out), max_reject_frac=0.5)
-    path = predict(str(model), [str(new)], str(out), max_reject_frac=0.6)
+        predict(str(model), [str(new)], str(out), NewShards(max_reject_frac=0.5))
+    path = predict(str(model), [str(new)], str(out), NewShards(max_reject_frac=0.6))
     rows = pd.read_parquet(path).set_index("sample_id")
     assert sorted(rows.index) == ids
     assert rows.loc["n0", "colour_pred"] == "red"

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -10,25 +9,44 @@ import pytest
 
 from mmkt_ray import tracking
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.scoring.results import Results
 from tests.evaluation.runs import make_config
 
-RESULTS = {
-    "models": {
-        "concat": {"kind": "trained", "modalities": ["image", "text"], "num_params": 12, "training_s": 1.5},
-        "majority": {"kind": "baseline", "modalities": []},
+ABOUT = {"fusion": None, "sharing": None, "store": None}
+RESULTS = Results.from_dict(
+    {
+        "run": "things", "split": "test", "confidence": 0.95, "recommended": None, "main": "concat", "notes": [],
+        "models": {
+            "concat": {
+                **ABOUT, "kind": "trained", "name": "concat", "modalities": ["image", "text"], "num_params": 12,
+                "training_s": 1.5, "folder": "models/concat",
+            },
+            "majority": {
+                **ABOUT, "kind": "baseline", "name": "majority", "modalities": [], "num_params": 0, "training_s": 0.0,
+                "folder": "baselines/s",
+            },
+        },
+        "tasks": {
+            "thing": {
+                "kind": "multiclass", "num_classes": 4, "selected_on": "val", "best": "concat", "best_trained": "concat",
+                "best_fused": "concat", "best_single": None,
+                "rows": [
+                    {
+                        "model": "concat", "reads": [], "rows_id": "3", "num_rows": 50, "verdict": "better", "num_unseen": None,
+                        "balanced_accuracy": None, "val_accuracy": None, "versus": None,
+                        "accuracy": {"value": 0.75, "low": 0.5, "high": 0.875}, "macro_f1": None,
+                    },
+                    {
+                        "model": "majority", "reads": [], "num_rows": 50, "verdict": "", "num_unseen": None,
+                        "balanced_accuracy": None, "val_accuracy": None, "versus": None,
+                        "accuracy": {"value": 0.25, "low": 0.1, "high": 0.4},
+                    },
+                ],
+            }
+        },
     },
-    "tasks": {
-        "thing": {
-            "rows": [
-                {
-                    "model": "concat", "rows_id": 3, "num_rows": 50, "verdict": "better", "balanced_accuracy": None,
-                    "accuracy": {"value": 0.75, "low": 0.5, "high": 0.875}, "macro_f1": None,
-                },
-                {"model": "majority", "accuracy": {"value": 0.25, "low": 0.1, "high": 0.4}},
-            ]
-        }
-    },
-}  # fmt: skip
+    "results.json",
+)  # fmt: skip
 EXPECTED = {
     "thing.accuracy": 0.75, "thing.accuracy_low": 0.5, "thing.accuracy_high": 0.875, "thing.num_rows": 50.0,
     "num_params": 12.0, "training_s": 1.5,
@@ -61,8 +79,8 @@ def test_a_result_is_written_once_and_a_new_one_again(tmp_path, monkeypatch):
     tracking.track(config, RESULTS)
     tracking.track(config, RESULTS)
     assert written == [0.75]
-    better = json.loads(json.dumps(RESULTS))
-    better["tasks"]["thing"]["rows"][0]["accuracy"]["value"] = 0.8
+    better = RESULTS.model_copy(deep=True)
+    better.tasks["thing"].rows[0].interval("accuracy")["value"] = 0.8
     tracking.track(config, better)
     assert written == [0.75, 0.8]
 

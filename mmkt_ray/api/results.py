@@ -14,6 +14,9 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_config
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
+from mmkt_ray.scoring.results import Recommended
+from mmkt_ray.scoring.results import Results as Summary
 
 if TYPE_CHECKING:
     from mmkt_ray.api.model import Model
@@ -68,10 +71,9 @@ class Results:
     text: str = field(default="", repr=False)  # the comparison, as `mmkt run` prints it; empty if it was opened only
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
-        """All of `report/results.json`."""
-        found: dict[str, Any] = storage.read_json(storage.join(self.folder, "report", "results.json"))
-        return found
+    def summary(self) -> Summary:
+        """All of `report/results.json`; `summary.to_dict()` is its JSON."""
+        return Summary.read(storage.join(self.folder, "report", "results.json"))
 
     @property
     def report(self) -> str:
@@ -81,12 +83,12 @@ class Results:
     @property
     def best_name(self) -> str:
         """The model to ship. Raises: DataError if none is recommended."""
-        return str(self._recommended()["model"])
+        return self._recommended().model
 
     @property
     def best(self) -> str:
         """The folder of the model to ship, for `mm.load` and `mmkt predict`. Raises: as `best_name`."""
-        return storage.join(self.folder, self._recommended()["folder"])
+        return storage.join(self.folder, self._recommended().folder)
 
     def load(self, name: str | None = None, **how: Any) -> Model:
         """The model to ship, or the one of this name, ready to predict. how: as `mm.load`. Raises: DataError."""
@@ -94,7 +96,7 @@ class Results:
 
         if name is None:
             return load(self.best, **how)
-        known = {n: about["folder_to_ship"] for n, about in self.summary["models"].items() if about["folder_to_ship"]}
+        known = {n: about.folder_to_ship for n, about in self.summary.models.items() if about.folder_to_ship}
         if name not in known:
             raise DataError(f"no model '{name}' that predicts: {nearest(name, known)}")
         return load(storage.join(self.folder, known[name]), **how)
@@ -104,15 +106,15 @@ class Results:
         """Name -> DataFrame; `list(results.tables)` names those that the run has."""
         return Tables(self)
 
-    def _recommended(self) -> dict[str, Any]:
-        chosen: dict[str, Any] | None = self.summary["recommended"]
+    def _recommended(self) -> Recommended:
+        chosen = self.summary.recommended
         if chosen is None:
-            raise DataError(f"the run '{self.folder}' recommends no model: choose one of {sorted(self.summary['models'])}")
+            raise DataError(f"the run '{self.folder}' recommends no model: choose one of {sorted(self.summary.models)}")
         return chosen
 
     def __repr__(self) -> str:
-        chosen = self.summary["recommended"]
-        return f"Results(folder={self.folder!r}, best={chosen['model'] if chosen else None!r}, tables={list(self.tables)})"
+        chosen = self.summary.recommended
+        return f"Results(folder={self.folder!r}, best={chosen.model if chosen else None!r}, tables={list(self.tables)})"
 
 
 class Tables(Mapping[str, pd.DataFrame]):
@@ -143,17 +145,17 @@ class Tables(Mapping[str, pd.DataFrame]):
 
 def _place(found: Results, file: str) -> str:
     """A file of the run; `BEST` stands for the folder of the best model, or of its baseline, that has its scores."""
-    chosen = found.summary["recommended"]
-    return file.replace("BEST", found.summary["models"][chosen["model"]]["folder"] if chosen else "none")
+    chosen = found.summary.recommended
+    return file.replace("BEST", found.summary.models[chosen.model].folder if chosen else "none")
 
 
 def _scores(found: Results) -> pd.DataFrame:
     rows = []
-    for task, about in found.summary["tasks"].items():
-        for row in about["rows"]:
-            told = {k: v for k, v in row.items() if k not in ("rows_id", "unseen", "versus")}
-            told = {"task": task, "model": row["model"]} | told
-            rows.append(_flat(told) | _flat(row["versus"] or {}, "versus_"))
+    for task, about in found.summary.tasks.items():
+        for row in about.rows:
+            told = {k: v for k, v in row.to_dict().items() if k not in ("rows_id", "unseen", "versus")}
+            told = {"task": task, "model": row.model} | dict(sorted(told.items()))
+            rows.append(_flat(told) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_"))
     return pd.DataFrame(rows)
 
 
@@ -170,15 +172,16 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _candidates(found: Results) -> pd.DataFrame:
-    return pd.DataFrame(map(_flat, found.summary["recommended"]["considered"] if found.summary["recommended"] else []))
+    chosen = found.summary.recommended
+    return pd.DataFrame([_flat(dict(sorted(one.to_dict().items()))) for one in chosen.considered] if chosen else [])
 
 
 def _classes(found: Results) -> pd.DataFrame:
-    chosen, rows = found.best_name, []
-    metrics = storage.read_json(storage.join(found.folder, _place(found, "BEST/metrics.json")))
-    of_model = metrics["models"][chosen] if "models" in metrics else metrics
-    for task, about in of_model["tasks"].items():
-        rows += [{"task": task, "class": name} | _flat(scores) for name, scores in about.get("per_class", {}).items()]
+    chosen, rows = found.summary.models[found.best_name], []
+    uri = storage.join(found.folder, _place(found, "BEST/metrics.json"))
+    tasks = BaselinesFile.read(uri).models[chosen.name].tasks if chosen.kind == "baseline" else ModelMetrics.read(uri).tasks
+    for task, about in tasks.items():
+        rows += [{"task": task, "class": name} | dict(sorted(s.to_dict().items())) for name, s in about.per_class.items()]
     return pd.DataFrame(rows)
 
 

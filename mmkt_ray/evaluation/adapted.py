@@ -9,31 +9,32 @@ from typing import TYPE_CHECKING, Any
 from mmkt_ray import storage
 from mmkt_ray.config.training import CHOSEN
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm
+from mmkt_ray.scoring.results import Adapted, AdaptedEncoder, Versus
 from mmkt_ray.scoring.tables import points
 
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated
 
-Paired = Callable[[str, "Evaluated", "Evaluated"], "dict[str, Any] | None"]
+Paired = Callable[[str, "Evaluated", "Evaluated"], Versus | None]
 
 
-def adaptations(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired) -> list[dict[str, Any]]:
-    """For each trained model with an adapted encoder beside which the same model with frozen ones was scored:
-
-        {task, model, frozen, encoders [{modality, how, trained_on, seconds (None: not known)}], num_rows, accuracy (paired
-        difference), p, p_holm, sentence}
+def adaptations(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired) -> list[Adapted]:
+    """Whether it paid, for each trained model with an adapted encoder beside which the same model with frozen ones was scored.
 
     paired: of `compare`. P is corrected for their number (Holm).
     """
     found = list(_pairs(run_uri, models, tasks, paired))
-    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
-        row["p_holm"] = p
-        row["sentence"] = _sentence(row, agreeing(row["accuracy"], p, row.pop("confidence")))
-    return found
+    for (row, confidence), p in zip(found, holm([row.p for row, _ in found]), strict=True):
+        row.p_holm = p
+        row.sentence = _sentence(row, agreeing(row.accuracy, p, confidence))
+    return [row for row, _ in found]
 
 
-def _pairs(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired) -> Iterator[dict[str, Any]]:
-    recipes = {m.name: recipe_but_for_adapting(m.card["config"], m.record["modalities"]) for m in models if m.card}
+def _pairs(
+    run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired
+) -> Iterator[tuple[Adapted, float]]:
+    """Each of them, without sentence and correction, and the confidence of its intervals."""
+    recipes = {m.name: recipe_but_for_adapting(m.card["config"], m.record.modalities) for m in models if m.card}
     for model in models:
         encoders = list(_adapted_encoders(run_uri, model)) if model.name in recipes else []
         twins = [
@@ -43,10 +44,18 @@ def _pairs(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], pair
         ]
         for task in tasks if twins else ():
             difference = paired(task, model, twins[0]) if all(task in m.tasks for m in (model, twins[0])) else None
-            if difference is not None and difference["accuracy"] is not None:
-                kept = {key: difference[key] for key in ("num_rows", "accuracy", "shared_accuracy", "p")}
-                about = {"task": task, "model": model.name, "frozen": twins[0].name, "encoders": encoders}
-                yield about | kept | {"confidence": model.record["confidence"]}
+            if difference is not None and (accuracy := difference["accuracy"]) is not None:
+                row = Adapted(
+                    task=task,
+                    model=model.name,
+                    frozen=twins[0].name,
+                    encoders=encoders,
+                    num_rows=difference.num_rows,
+                    accuracy=accuracy,
+                    shared_accuracy=difference.shared_accuracy,
+                    p=difference.p,
+                )
+                yield row, model.record.confidence
 
 
 def recipe_but_for_adapting(config: Mapping[str, Any], modalities: Sequence[str]) -> str:
@@ -60,25 +69,25 @@ def recipe_but_for_adapting(config: Mapping[str, Any], modalities: Sequence[str]
     return json.dumps([sorted(json.dumps(m, sort_keys=True) for m in read), model], sort_keys=True)
 
 
-def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[dict[str, Any]]:
-    for name in model.record["modalities"]:
+def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[AdaptedEncoder]:
+    for name in model.record.modalities:
         adapt = model.card.get("config", {}).get("modalities", {}).get(name, {}).get("encoder", {}).get("adapt")
         if adapt:
             folders = model.card.get("encoders", {}).get(name, {}).get("folders") or [""]
             uri = storage.join(run_uri, model.folder, "encoders", folders[0], "encoder.json")
             seconds = storage.read_json(uri).get("trained_s") if storage.exists(uri) else None
-            yield {"modality": name, "how": adapt["how"], "trained_on": adapt["task"], "seconds": seconds}
+            yield AdaptedEncoder(modality=name, how=adapt["how"], trained_on=adapt["task"], seconds=seconds)
 
 
-def _sentence(row: Mapping[str, Any], accuracy: Interval) -> str:
+def _sentence(row: Adapted, accuracy: Interval) -> str:
     value, low, high = accuracy["value"], accuracy["low"], accuracy["high"]
-    seconds = [e["seconds"] for e in row["encoders"] if e["seconds"] is not None]
+    seconds = [e.seconds for e in row.encoders if e.seconds is not None]
     took = f", {sum(seconds):.0f} s of training" if seconds else ""
-    what = " and ".join(f"{e['modality']} ({e['how']} on {e['trained_on']})" for e in row["encoders"])
+    what = " and ".join(f"{e.modality} ({e.how} on {e.trained_on})" for e in row.encoders)
     said = "pays" if low > 0 else "costs" if high < 0 else "is not shown to pay"
-    shared = row["shared_accuracy"]
-    scores = f"{100 * shared['ours']:.1f} against {100 * shared['theirs']:.1f} %"
+    shared = row.shared_accuracy
+    scores = f"{100 * shared.ours:.1f} against {100 * shared.theirs:.1f} %"
     return (
-        f"Adapting {what} {said} for {row['task']}: {row['model']} against {row['frozen']} with frozen encoders {scores}, "
-        f"{points(value)} points [{points(low)}, {points(high)}] on {row['num_rows']:,} samples{took}."
+        f"Adapting {what} {said} for {row.task}: {row.model} against {row.frozen} with frozen encoders {scores}, "
+        f"{points(value)} points [{points(low)}, {points(high)}] on {row.num_rows:,} samples{took}."
     )

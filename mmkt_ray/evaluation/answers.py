@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from mmkt_ray.scoring.intervals import agreeing, holm, paired_p, share_difference
+from mmkt_ray.scoring.intervals import Interval, agreeing, holm, paired_p, share_difference
+from mmkt_ray.scoring.results import Answer, BothScores
 from mmkt_ray.scoring.seeds import mean_interval
 
 NEGLIGIBLE = 0.01  # a gain below this is none
@@ -76,7 +77,13 @@ class Settings:
         return 1 - self.confidence
 
 
-def paired_test(ours: np.ndarray, theirs: np.ndarray, confidence: float, num_resamples: int) -> dict[str, Any]:
+class Difference(Interval):
+    """A mean difference with its interval, and P that it is zero."""
+
+    p: float
+
+
+def paired_test(ours: np.ndarray, theirs: np.ndarray, confidence: float, num_resamples: int) -> Difference:
     """Row scores (N,) of two models -> value, low, high of their mean difference, and p that it is zero.
 
     Right or wrong: the exact McNemar test and the interval that goes with it. Else the same test by random signs, and a
@@ -96,7 +103,7 @@ class Pair:
 
     fused: Scored
     rest: Scored
-    found: dict[str, Any]  # of `paired_test`
+    found: Difference
     num_rows: int
     scores: tuple[float, float]  # means of both over these rows
 
@@ -224,13 +231,9 @@ def _shown_worse(model: Scored, best: Scored, ids: np.ndarray, settings: Setting
     return bool(gain.mean() > 0 and paired_p(gain) < settings.alpha)
 
 
-def settle(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
+def settle(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[Answer | None, list[Answer]]]:
     """Task -> the answer whether fusing helps, or None, and all answers (the former too where no other is about the same two
-    models), P corrected for all questions together.
-
-    An answer: {kind, modalities (in question), fused, rest (models), rest_modalities, metric, value, low, high, p, p_holm,
-    num_rows, scores {fused, rest}, best_fused (the model that the question was about), num_fused (fused models tried), source:
-    trained|baseline, differs {setting: [fused's, rest's]}}.
+    models), P corrected for all questions together. They have no sentences yet.
     """
     every = [q for found in asked.values() for q in found.every()]
     tests = [min(q.p_adds, q.p_hurts) for q in every]
@@ -242,29 +245,31 @@ def settle(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[di
     for task, found in asked.items():
         fusing = answers[id(found.fusing)] if found.fusing else None
         told[task] = fusing, [answers[id(q)] for q in found.modalities]
-        if fusing and not any((a["fused"], a["rest"]) == (fusing["fused"], fusing["rest"]) for a in told[task][1]):
+        if fusing and not any((a.fused, a.rest) == (fusing.fused, fusing.rest) for a in told[task][1]):
             told[task][1].append(fusing)
     return told
 
 
-def _answer(question: Question, p: float, settings: Settings, p_holm: float, num_questions: int) -> dict[str, Any]:
+def _answer(question: Question, p: float, settings: Settings, p_holm: float, num_questions: int) -> Answer:
     kind, pair = question.decide(p_holm, settings.alpha, num_questions)
     both = pair.fused.trained and pair.rest.trained
     training = [m.training or {} if both else {} for m in (pair.fused, pair.rest)]
-    return {
-        "kind": kind,
-        "modalities": [m for m in pair.fused.reads if m not in pair.rest.reads],
-        "fused": pair.fused.name,
-        "rest": pair.rest.name,
-        "rest_modalities": list(pair.rest.reads),
-        "metric": pair.fused.row_metric,
-        **pair.found,
-        "p": p,
-        "p_holm": p_holm,
-        "num_rows": pair.num_rows,
-        "scores": dict(zip(("fused", "rest"), pair.scores, strict=True)),
-        "best_fused": question.pairs[0].fused.name,
-        "num_fused": 1 + len(question.others),
-        "source": "trained" if question.pairs[0].fused.trained else "baseline",
-        "differs": {k: [t.get(k) for t in training] for k in training[0] if training[0][k] != training[1].get(k)},
-    }
+    return Answer(
+        kind=kind,
+        modalities=[m for m in pair.fused.reads if m not in pair.rest.reads],
+        fused=pair.fused.name,
+        rest=pair.rest.name,
+        rest_modalities=list(pair.rest.reads),
+        metric=pair.fused.row_metric,
+        value=pair.found["value"],
+        low=pair.found["low"],
+        high=pair.found["high"],
+        p=p,
+        p_holm=p_holm,
+        num_rows=pair.num_rows,
+        scores=BothScores(fused=pair.scores[0], rest=pair.scores[1]),
+        best_fused=question.pairs[0].fused.name,
+        num_fused=1 + len(question.others),
+        source="trained" if question.pairs[0].fused.trained else "baseline",
+        differs={k: [t.get(k) for t in training] for k in training[0] if training[0][k] != training[1].get(k)},
+    )

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, identity_of, part_of, scores_of_task
+from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, part_of, scores_of_task
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, write_parts
 from mmkt_ray.scoring.heldout import make_folds, pattern_name
+from mmkt_ray.scoring.metrics import BaselineMetrics, BaselinesFile, HeldOut
 from mmkt_ray.training.baselines import BOOSTING, MAJORITY, Logreg, Majority, fit_baselines
 from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
 
 
-def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, Any]:
+def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesFile:
     """Fit the baselines on a store's train and val rows and score them on `test`.
 
-    Writes `<out_uri>/metrics.json`, {split, store, .., models: {name: record as of `evaluate_model`, without subsets
-    and patterns; `val` is of held-out rows, see heldout.py, and says which in `on`}}, `<out_uri>/predictions-test.parquet`
-    with one more column, `model`, and each logistic regression as a model folder, of which its record tells
-    `folder_to_ship` in the run. Returns the former. Raises: DataError if the split has no rows.
+    Writes `<out_uri>/metrics.json`, without subsets and patterns, `<out_uri>/predictions-test.parquet` with one more column,
+    `model`, and each logistic regression as a model folder. Returns what metrics.json holds. Raises: DataError if the split
+    has no rows.
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
     settings = ScoreSettings(config.evaluation, config.seed)
@@ -36,39 +35,49 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> dict[str, 
     majorities, fitted = fit_baselines(config, data.table)
     run_uri = out_uri.rpartition("/baselines/")[0] or out_uri
     found: dict[str, Proba] = {name: model.predict(part.table) for name, model in fitted.items()}
-    records = {name: _logreg_record(model, store, data, run_uri) for name, model in fitted.items()}
+    known = {name: _logreg_record(name, model, store, data, run_uri) for name, model in fitted.items()}
     if majorities:
         found = {MAJORITY: {t: m.predict(part.table) for t, m in majorities.items()}, **found}
-        records = {MAJORITY: _majority_record(majorities, data, config.seed), **records}
+        known = {MAJORITY: _majority_record(majorities, data, config.seed), **known}
     for name, boosted in fit_boosted(config, data.table).items():
         found[name] = {t: model.predict(part.table) for t, model in boosted.items()}
-        records[name] = _boosting_record(boosted, data)
+        known[name] = _boosting_record(name, boosted, data)
     parts = []
-    for name, record in records.items():
-        val = record.pop("val")
-        record |= {"name": name, "tasks": {t: scores_of_task(part, t, p, settings) for t, p in found[name].items()}}
-        for t, scores in record["tasks"].items():
-            scores["val"] = val[t]
+    for name, (record, val) in known.items():
+        record.tasks = {t: scores_of_task(part, t, p, settings) for t, p in found[name].items()}
+        for t, scores in record.tasks.items():
+            scores.val = val[t]
         parts.append(prediction_parts(part, modalities, found[name], name))
-    result = {**identity_of(store, "test", config.evaluation, part), "models": records}
+    result = BaselinesFile(
+        split="test",
+        store=store.manifest.get("fingerprint"),
+        num_rows=len(part.table.sample_id),
+        confidence=config.evaluation.confidence,
+        bootstrap_samples=config.evaluation.bootstrap_samples,
+        models={name: record for name, (record, _) in known.items()},
+    )
     write_parts(storage.join(out_uri, "predictions-test.parquet"), chain.from_iterable(parts))
-    storage.write_json(storage.join(out_uri, "metrics.json"), result)
+    result.write(storage.join(out_uri, "metrics.json"))
     return result
 
 
-def _logreg_record(model: Logreg, store: Store, data: Rows, run_uri: str) -> dict[str, Any]:
+Known = tuple[BaselineMetrics, dict[str, HeldOut | None]]  # of a baseline before it is scored; task -> scores of held-out rows
+
+
+def _logreg_record(name: str, model: Logreg, store: Store, data: Rows, run_uri: str) -> Known:
     """What is known of a logistic regression before it is scored; publishes it."""
     folder = f"models/.linear/{store.manifest['fingerprint']}/{pattern_name(model.modalities)}"
     model.save(storage.join(run_uri, folder), store, storage.join(run_uri, "encoders"))
-    return {
-        "modalities": list(model.modalities),
-        "num_params": model.num_params,
-        "num_train_rows": max(model.fit.num_rows.values()),
-        "training_s": model.fit.seconds,
-        "l2": model.fit.l2,
-        "folder_to_ship": folder,
-        "val": _held_out_scores(*model.held_out(data.table), model.fit.heldout.on),
-    }
+    record = BaselineMetrics(
+        name=name,
+        modalities=list(model.modalities),
+        num_params=model.num_params,
+        num_train_rows=max(model.fit.num_rows.values()),
+        training_s=model.fit.seconds,
+        l2=model.fit.l2,
+        folder_to_ship=folder,
+    )
+    return record, _held_out_scores(*model.held_out(data.table), model.fit.heldout.on)
 
 
 def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boosting]]:
@@ -81,34 +90,31 @@ def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boos
     return found
 
 
-def _boosting_record(boosted: Mapping[str, Boosting], data: Rows) -> dict[str, Any]:
+def _boosting_record(name: str, boosted: Mapping[str, Boosting], data: Rows) -> Known:
     """What is known of gradient boosting before it is scored."""
     first = next(iter(boosted.values()))
-    val: dict[str, Any] = {}
+    val: dict[str, HeldOut | None] = {}
     for task, model in boosted.items():
         val |= _held_out_scores(data.table.take(model.heldout), {task: model.outputs}, model.on)
-    return {
-        "modalities": [first.modality],
-        "num_params": None,
-        "num_train_rows": max(m.num_rows for m in boosted.values()),
-        "training_s": sum(m.seconds for m in boosted.values()),
-        "val": val,
-    }
+    record = BaselineMetrics(
+        name=name,
+        modalities=[first.modality],
+        num_params=None,
+        num_train_rows=max(m.num_rows for m in boosted.values()),
+        training_s=sum(m.seconds for m in boosted.values()),
+    )
+    return record, val
 
 
-def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) -> dict[str, Any]:
+def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) -> Known:
     """What is known of the majority class before it is scored."""
     folds = make_folds(data.table, seed)
     held = data.table.take(np.flatnonzero(np.isin(folds.fold, range(folds.num_held))))
-    return {
-        "modalities": [],
-        "num_params": 0,
-        "num_train_rows": max(m.num_rows for m in majorities.values()),
-        "training_s": 0.0,
-        "val": _held_out_scores(held, {t: m.predict(held) for t, m in majorities.items()}, folds.on),
-    }
+    num_rows = max(m.num_rows for m in majorities.values())
+    record = BaselineMetrics(name=MAJORITY, modalities=[], num_params=0, num_train_rows=num_rows, training_s=0.0)
+    return record, _held_out_scores(held, {t: m.predict(held) for t, m in majorities.items()}, folds.on)
 
 
-def _held_out_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
+def _held_out_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOut | None]:
     """Task -> scores of held-out rows, None without a labelled one; on: cv or val."""
     return {t: heldout_record(table, t, values, on) for t, values in proba.items()}

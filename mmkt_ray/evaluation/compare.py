@@ -35,6 +35,8 @@ from mmkt_ray.inference.rows import Outcomes, read_outcomes, read_predictions
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import agreeing, holm, paired_difference, paired_p, verdict
+from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
+from mmkt_ray.scoring.results import Described, Recommended, Results, Row, Shared, TaskResults, Versus
 
 DIFFERENT_SAMPLES = "different samples"
 NO_SINGLE = "no single modality trained"
@@ -42,22 +44,8 @@ REFERENCE = "best single modality"
 HELD_OUT = "predictions-heldout.parquet"
 
 
-def compare(run_uri: str) -> dict[str, Any]:
-    """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned:
-
-        run, split, confidence, main (the trained model that is recommended, or else chosen over all tasks), notes [..]
-        models: {name: {kind: trained|baseline, name (in its folder), modalities, fusion, sharing, num_params,
-                        training_s, store, folder, folder_to_ship (None: the majority class)}}
-        tasks: {task: {kind, num_classes, selected_on: val|cv|test, best, best_trained, best_fused (see `choose`),
-                        best_single (names), answers [..] (see `settle`, each with its sentence), answers_from,
-                        headline {task, tone, title, text},
-                        rows: [{model, reads, rows_id (the same for models scored on the same samples), num_rows,
-                                num_unseen, unseen {class: rows}, accuracy, macro_f1 (intervals or None),
-                                balanced_accuracy, val_accuracy,
-                               versus: {model, num_rows, shared_accuracy: {ours, theirs}, accuracy, macro_f1
-                                        (paired differences), p, p_holm} or None, verdict}]}}
-        adapted: whether adapting encoders paid, see `adapted.adaptations`
-        recommended: {model, folder, tasks, why [sentences], considered [..] (see `choose`), per_task {task: model}} or None
+def compare(run_uri: str) -> Results:
+    """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned.
 
     A verdict is that of the interval and of an exact test, corrected for all of its kind (Holm): the chosen fused models are
     one family over the tasks, all other rows another.
@@ -69,21 +57,26 @@ def compare(run_uri: str) -> dict[str, Any]:
     models = evaluated_models(run_uri, run)
     if not models:
         raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
-    tasks = sorted({t for m in models for t, record in m.tasks.items() if record.get("num_rows")})
-    results = {
-        "run": run.get("name") or run_uri.rstrip("/").rpartition("/")[2],
-        "split": models[0].record["split"],
-        "confidence": models[0].record["confidence"],
-        "models": {m.name: m.describe() for m in models},
-    }
-    scored_on = {t: [m for m in models if m.tasks.get(t, {}).get("num_rows")] for t in tasks}
-    results["tasks"] = {t: _compare_task(t, scored) for t, scored in scored_on.items()}
-    _judge_rows(results["tasks"], results["confidence"])
-    _answer(results)
-    results["adapted"] = adaptations(run_uri, [m for m in models if m.kind == "trained"], tasks, _paired)
-    results["recommended"] = recommend(run_uri, scored_on, results["tasks"])
-    results |= {"main": _main_model(models, results), "notes": _notes(results, run)}
-    storage.write_json(storage.join(run_uri, "report", "results.json"), results)
+    scored_on = {t: [m for m in models if m.scores(t)] for t in sorted({t for m in models for t in m.tasks if m.scores(t)})}
+    asked: dict[str, Asked] = {}
+    tasks = {t: _compare_task(t, scored, asked) for t, scored in scored_on.items()}
+    confidence = models[0].record.confidence
+    _judge_rows(tasks, confidence)
+    _answer(tasks, asked, confidence)
+    recommended = recommend(run_uri, scored_on, tasks)
+    results = Results(
+        run=run.get("name") or run_uri.rstrip("/").rpartition("/")[2],
+        split=models[0].record.split,
+        confidence=confidence,
+        models={m.name: m.describe() for m in models},
+        tasks=tasks,
+        adapted=adaptations(run_uri, [m for m in models if m.kind == "trained"], list(tasks), _paired),
+        recommended=recommended,
+        main=_main_model(scored_on, models, recommended),
+        notes=[],
+    )
+    results.notes = _notes(results, run)
+    results.write(storage.join(run_uri, "report", "results.json"))
     return results
 
 
@@ -92,12 +85,12 @@ def compare(run_uri: str) -> dict[str, Any]:
 
 @dataclass
 class Evaluated:
-    """One evaluated model: its record (see `evaluate_model`) and its predictions, read when needed."""
+    """One evaluated model: its metrics and its predictions, read when needed."""
 
     name: str  # in the run; distinct
     kind: str  # trained | baseline
     folder: str  # relative to the run folder, or absolute
-    record: dict[str, Any]
+    record: ModelMetrics
     predictions_uri: str
     card: dict[str, Any] = field(default_factory=dict)
     automatic: bool = False  # trained without being asked for, to compare with
@@ -105,42 +98,47 @@ class Evaluated:
     _held_out: dict[str, Rows | None] = field(default_factory=dict)
 
     @property
-    def tasks(self) -> dict[str, Any]:
-        return self.record["tasks"]
+    def tasks(self) -> dict[str, TaskScores]:
+        return self.record.tasks
 
-    def describe(self) -> dict[str, Any]:
+    def scores(self, task: str) -> TaskScores | None:
+        """Of a task; None if it was scored on no row of it."""
+        found = self.tasks.get(task)
+        return found if found is not None and found.num_rows else None
+
+    def describe(self) -> Described:
         """What the results say about a model beside its scores."""
         model = self.card.get("config", {}).get("model", {})
         fusion = model.get("fusion") or {}
         depth = f" (depth {fusion['depth']})" if fusion.get("name") == "hierarchical" else ""
-        return {
-            "kind": self.kind,
-            "name": self.record["name"],
-            "automatic": self.automatic,
-            "modalities": self.record["modalities"],
-            "fusion": f"{fusion['name']}{depth}" if fusion and len(self.record["modalities"]) > 1 else None,
-            "sharing": model.get("sharing"),
-            "num_params": self.record.get("num_params"),
-            "training_s": self.record.get("training_s"),
-            **({"num_train_rows": self.record["num_train_rows"]} if "num_train_rows" in self.record else {}),
-            "store": self.record.get("store"),
-            "folder": self.folder,
-            "folder_to_ship": self.folder_to_ship,
-        }
+        return Described(
+            kind=self.kind,
+            name=self.record.name,
+            automatic=self.automatic,
+            modalities=self.record.modalities,
+            fusion=f"{fusion['name']}{depth}" if fusion and len(self.record.modalities) > 1 else None,
+            sharing=model.get("sharing"),
+            num_params=self.record.num_params,
+            training_s=self.record.training_s,
+            num_train_rows=self.record.num_train_rows,
+            store=self.record.store,
+            folder=self.folder,
+            folder_to_ship=self.folder_to_ship,
+        )
 
     @property
     def folder_to_ship(self) -> str | None:
         """The model folder in the run; None of a baseline that has none."""
-        return self.folder if self.kind == "trained" else self.record.get("folder_to_ship")
+        return self.folder if self.kind == "trained" else self.record.folder_to_ship
 
     def reads(self, task: str) -> tuple[str, ...]:
         """The modalities that it reads for a task."""
         inputs = self.card.get("config", {}).get("tasks", {}).get(task, {}).get("inputs")
-        return tuple(m for m in self.record["modalities"] if inputs is None or m in inputs)
+        return tuple(m for m in self.record.modalities if inputs is None or m in inputs)
 
     def kind_of(self, task: str) -> TaskKind:
         """A task's kind."""
-        return task_kind(self.tasks[task]["kind"])
+        return task_kind(self.tasks[task].kind)
 
     def predictions(self, task: str) -> pd.DataFrame:
         """Columns label and pred of `read_predictions`."""
@@ -180,7 +178,7 @@ class Evaluated:
 
     def _own_name(self) -> str | None:
         """What a file of several models calls this one."""
-        return self.record["name"] if self.kind == "baseline" else None
+        return self.record.name if self.kind == "baseline" else None
 
 
 def evaluated_models(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
@@ -199,18 +197,18 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     models = []
     for name, folder in folders.items():
         uri = storage.join(run_uri, folder)
-        if record := storage.read_json_or_none(storage.join(uri, "metrics.json")):
+        if record := ModelMetrics.read_or_none(storage.join(uri, "metrics.json")):
             card = storage.read_json_or_none(storage.join(uri, "config.json")) or {}
             if is_stale(record, card):
                 continue
-            predictions = storage.join(uri, f"predictions-{record['split']}.parquet")
+            predictions = storage.join(uri, f"predictions-{record.split}.parquet")
             models.append(Evaluated(name, "trained", folder, record, predictions, card, automatic=name in singles))
     return models
 
 
-def is_stale(record: dict[str, Any], card: dict[str, Any]) -> bool:
+def is_stale(record: ModelMetrics, card: dict[str, Any]) -> bool:
     """Whether metrics are those of another model than the one that lies there now."""
-    return None not in (record.get("fingerprint"), card.get("fingerprint")) and record["fingerprint"] != card["fingerprint"]
+    return None not in (record.fingerprint, card.get("fingerprint")) and record.fingerprint != card["fingerprint"]
 
 
 def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
@@ -226,21 +224,20 @@ def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     models = []
     for store, kind in zip(stores, kinds, strict=True):
         folder = f"baselines/{store}"
-        whole = storage.read_json(storage.join(run_uri, folder, "metrics.json"))
-        shared = {k: v for k, v in whole.items() if k != "models"}
-        uri = storage.join(run_uri, folder, f"predictions-{whole['split']}.parquet")
-        for name, record in whole["models"].items():
+        whole = BaselinesFile.read(storage.join(run_uri, folder, "metrics.json"))
+        uri = storage.join(run_uri, folder, f"predictions-{whole.split}.parquet")
+        for name in whole.models:
             place = kind if kinds.count(kind) == 1 else store
             shown = name if len(stores) == 1 else f"{name} ({place})"
-            models.append(Evaluated(shown, "baseline", folder, {**shared, **record}, uri))
+            models.append(Evaluated(shown, "baseline", folder, whole.of(name), uri))
     return models
 
 
 # --- one task ----------------------------------------------------------------------------------------------------
 
 
-def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
-    """The rows of one task and what is asked of it; `models` were all scored on it."""
+def _compare_task(task: str, models: list[Evaluated], asked: dict[str, Asked]) -> TaskResults:
+    """The rows of one task, without its answers; what is asked of it goes into `asked`. `models` were all scored on it."""
     scores = selection_scores(task, models)
     trained = [m for m in models if m.kind == "trained"]
     fused = [m for m in trained if len(m.reads(task)) > 1]
@@ -249,96 +246,95 @@ def _compare_task(task: str, models: list[Evaluated]) -> dict[str, Any]:
     vocabulary: dict[Any, int] = {}
     rows = [m.scored(task, scores[m.name], vocabulary) for m in models]
     record, on = models[0].record, selected_on(task, models)
-    settings = Settings(record["confidence"], record["bootstrap_samples"], chosen_on_test=on == "test")
-    return {
-        "kind": models[0].tasks[task]["kind"],
-        "num_classes": len(models[0].tasks[task]["class_names"]),
-        "selected_on": on,
-        "best": name_of(best_of(models, scores)),
-        "best_trained": name_of(smallest_of_best(task, trained, scores)),
-        "best_fused": name_of(best_fused),
-        "best_single": name_of(single),
-        "asked": ask(rows, name_of(best_fused), name_of(single), settings),
-        "rows": [_row(task, m, best_single(task, trained, scores, relative_to=m), single is not None) for m in models],
-    }
+    settings = Settings(record.confidence, record.bootstrap_samples, chosen_on_test=on == "test")
+    asked[task] = ask(rows, name_of(best_fused), name_of(single), settings)
+    return TaskResults(
+        kind=models[0].tasks[task].kind,
+        num_classes=len(models[0].tasks[task].class_names),
+        selected_on=on,
+        best=name_of(best_of(models, scores)),
+        best_trained=name_of(smallest_of_best(task, trained, scores)),
+        best_fused=name_of(best_fused),
+        best_single=name_of(single),
+        rows=[_row(task, m, best_single(task, trained, scores, relative_to=m), single is not None) for m in models],
+    )
 
 
-def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> dict[str, Any]:
+def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> Row:
     """One model's line: its scores, and the paired difference to the best single modality. trained: there is one."""
     record = model.tasks[task]
     ids = np.sort(model.outcomes(task).ids)
-    row = {
-        "model": model.name,
-        "reads": list(model.reads(task)),
-        "rows_id": hashlib.sha256(ids.tobytes()).hexdigest()[:12],
-        **{k: record.get(k) for k in ("num_rows", "num_unseen", "unseen", "balanced_accuracy")},
-        **record["intervals"],
-    }
-    main = model.kind_of(task).main
-    row["val_accuracy"] = record["val"][main] if record.get("val") else None
-    if single is model:
-        return {**row, "versus": None, "verdict": REFERENCE}
-    versus = _paired(task, model, single) if single else None
-    if versus is None:
-        return {**row, "versus": None, "verdict": DIFFERENT_SAMPLES if trained else NO_SINGLE}
-    return {**row, "versus": versus, "verdict": verdict(versus[main])}
+    main, name = model.kind_of(task).main, "balanced_accuracy"
+    versus = _paired(task, model, single) if single is not None and single is not model else None
+    without = REFERENCE if single is model else DIFFERENT_SAMPLES if trained else NO_SINGLE
+    return Row(
+        model=model.name,
+        reads=list(model.reads(task)),
+        rows_id=hashlib.sha256(ids.tobytes()).hexdigest()[:12],
+        num_rows=record.num_rows,
+        num_unseen=record.num_unseen,
+        unseen=record.unseen,
+        balanced_accuracy=record.intervals.get(name, record.values.get(name)),
+        intervals={metric: interval for metric, interval in record.intervals.items() if metric != name},
+        val_accuracy=record.val[main] if record.val else None,
+        versus=versus,
+        verdict=without if versus is None else verdict(versus.interval(main)),
+    )
 
 
-def _paired(task: str, model: Evaluated, other: Evaluated) -> dict[str, Any] | None:
+def _paired(task: str, model: Evaluated, other: Evaluated) -> Versus | None:
     """Differences model - other over the samples both predicted; None if they share none with the same label."""
     ours, theirs = model.outcomes(task), other.outcomes(task)
     rows, other_rows = ours.same_labels(theirs)
     if not len(rows):
         return None
-    names = sorted({*model.tasks[task]["class_names"], *other.tasks[task]["class_names"]})
+    names = sorted({*model.tasks[task].class_names, *other.tasks[task].class_names})
     labels, pred = ours.encoded(rows, names)
     pred_other = theirs.encoded(other_rows, names)[1]
     kind = labels.kind
-    options: Any = {"confidence": model.record["confidence"], "num_resamples": model.record["bootstrap_samples"]}
+    options: Any = {"confidence": model.record.confidence, "num_resamples": model.record.bootstrap_samples}
     right, other_right = (kind.main_by_row(labels, p) for p in (pred, pred_other))
-    shared = {"ours": float(right.mean()), "theirs": float(other_right.mean())}
-    found = {m: paired_difference(labels, pred, pred_other, m, width=kind.width(names), **options) for m in kind.reported}
+    shared = Shared(ours=float(right.mean()), theirs=float(other_right.mean()))
+    both, width = (pred, pred_other), kind.width(names)
+    found = {m: paired_difference(labels, both, m, width=width, **options) for m in kind.reported}
     p = paired_p(right - other_right)
-    return {"model": other.name, "num_rows": len(rows), "shared_accuracy": shared, **found, "p": p}
+    return Versus(model=other.name, num_rows=len(rows), shared_accuracy=shared, intervals=found, p=p)
 
 
 # --- the run as a whole --------------------------------------------------------------------------------------------
 
 
-def _judge_rows(tasks: dict[str, Any], confidence: float) -> None:
+def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
     """Correct the P of the rows' differences, and with it their verdicts."""
-    families: dict[bool, list[tuple[dict[str, Any], str]]] = {True: [], False: []}  # the chosen fused models, all other rows
+    families: dict[bool, list[tuple[Row, Versus, str]]] = {True: [], False: []}  # the chosen fused models, all other rows
     for found in tasks.values():
-        for row in found["rows"]:
-            if row["versus"]:
-                families[row["model"] == found["best_fused"]].append((row, task_kind(found["kind"]).main))
+        for row in found.rows:
+            if row.versus:
+                families[row.model == found.best_fused].append((row, row.versus, task_kind(found.kind).main))
     for rows in families.values():
-        for (row, main), p in zip(rows, holm([r["versus"]["p"] for r, _ in rows]), strict=True):
-            row["versus"]["p_holm"] = p
-            row["verdict"] = verdict(agreeing(row["versus"][main], p, confidence))
+        for (row, versus, main), p in zip(rows, holm([versus.p for _, versus, _ in rows]), strict=True):
+            versus.p_holm = p
+            row.verdict = verdict(agreeing(versus.interval(main), p, confidence))
 
 
-def _answer(results: dict[str, Any]) -> None:
+def _answer(tasks: dict[str, TaskResults], asked: dict[str, Asked], confidence: float) -> None:
     """Settle what was asked of each task, all together, and put it into words."""
-    asked: dict[str, Asked] = {t: found.pop("asked") for t, found in results["tasks"].items()}
-    for task, (fusing, answers) in settle(asked, Settings(results["confidence"])).items():
+    for task, (fusing, answers) in settle(asked, Settings(confidence)).items():
         for answer in answers:
-            answer["sentence"] = sentences.answer_sentence(task, answer)
-        found = results["tasks"][task]
-        found["answers"] = answers
-        found["headline"] = sentences.headline(task, fusing, found, results["confidence"])
+            answer.sentence = sentences.answer_sentence(task, answer)
+        tasks[task].answers = answers
+        tasks[task].headline = sentences.headline(task, fusing, tasks[task], confidence)
 
 
-def _main_model(models: list[Evaluated], results: dict[str, Any]) -> str | None:
+def _main_model(
+    scored_on: dict[str, list[Evaluated]], models: list[Evaluated], recommended: Recommended | None
+) -> str | None:
     """The recommended model, if it is a trained one; else the trained model that scores most tasks, and among those the best
     on average."""
     trained = [m for m in models if m.kind == "trained"]
-    recommended = results["recommended"]
-    if recommended and recommended["model"] in [m.name for m in trained]:
-        return str(recommended["model"])
-    by_task = {
-        t: selection_scores(t, [m for m in models if m.tasks.get(t, {}).get("num_rows")]) for t in results["tasks"]
-    }
+    if recommended and recommended.model in [m.name for m in trained]:
+        return recommended.model
+    by_task = {t: selection_scores(t, scored) for t, scored in scored_on.items()}
 
     def key(model: Evaluated) -> tuple[int, float]:
         values = [scores[model.name] for scores in by_task.values() if model.name in scores]
@@ -347,49 +343,49 @@ def _main_model(models: list[Evaluated], results: dict[str, Any]) -> str | None:
     return name_of(max(trained, key=key, default=None))
 
 
-def _unseen(tasks: dict[str, Any]) -> str:
+def _unseen(tasks: dict[str, TaskResults]) -> str:
     """The classes that train lacks, with their rows, of the model of each task that meets most of them."""
     told = []
     for task, found in tasks.items():
-        most = max(found["rows"], key=lambda row: row["num_unseen"] or 0)
-        told += [f"{task} '{name}' ({n})" for name, n in (most.get("unseen") or {}).items()]
+        most = max(found.rows, key=lambda row: row.num_unseen or 0)
+        told += [f"{task} '{name}' ({n})" for name, n in (most.unseen or {}).items()]
     return f": {', '.join(told)}" if told else ""
 
 
-def _notes(results: dict[str, Any], run: dict[str, Any]) -> list[str]:
+def _notes(results: Results, run: dict[str, Any]) -> list[str]:
     """What a reader must know to read the numbers right; first whether adapting encoders paid."""
-    notes = [found["sentence"] for found in results["adapted"]]
-    if any(t["selected_on"] == "test" for t in results["tasks"].values()):
+    notes = [found.sentence for found in results.adapted]
+    if any(t.selected_on == "test" for t in results.tasks.values()):
         notes.append(
             "There are no held-out rows but test, so the best models were chosen there: their scores are a little too good."
         )
-    for task, found in results["tasks"].items():
-        if (found["best"] or "").startswith("boosting:"):
+    for task, found in results.tasks.items():
+        if (found.best or "").startswith("boosting:"):
             notes.append(
-                f"{found['best']} is the best of all for {task} on the rows that models are chosen by: gradient boosting on the "
+                f"{found.best} is the best of all for {task} on the rows that models are chosen by: gradient boosting on the "
                 "table alone would do. It is a baseline that is not saved: fit scikit-learn's HistGradientBoosting to ship it."
             )
-    missing = [v for v in run.get("variants") or {} if v not in results["models"]]
+    missing = [v for v in run.get("variants") or {} if v not in results.models]
     if missing:
         notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")
-    rows = [r for t in results["tasks"].values() for r in t["rows"]]
-    if any(r["verdict"] == DIFFERENT_SAMPLES for r in rows):
+    rows = [r for t in results.tasks.values() for r in t.rows]
+    if any(r.verdict == DIFFERENT_SAMPLES for r in rows):
         notes.append(
             '"Different samples": no single modality was scored on the same samples, so there is no fair difference.'
         )
-    if alone := [t for t, found in results["tasks"].items() if found["best_single"] is None]:
+    if alone := [t for t, found in results.tasks.items() if found.best_single is None]:
         notes.append(
             f"No model of a single modality was trained for {', '.join(alone)}: nothing says there whether fusing helps."
         )
-    if any(r["num_unseen"] for r in rows):
+    if any(r.num_unseen for r in rows):
         notes.append(
-            f"Some test labels are of classes that the train split does not have{_unseen(results['tasks'])}; they count as "
+            f"Some test labels are of classes that the train split does not have{_unseen(results.tasks)}; they count as "
             "wrong, or are left out of a multilabel row."
         )
     by_note: dict[str, list[str]] = {}
-    for task, found in results["tasks"].items():
-        by_note.setdefault(task_kind(found["kind"]).notes, []).append(task)
+    for task, found in results.tasks.items():
+        by_note.setdefault(task_kind(found.kind).notes, []).append(task)
     notes += [note.format(tasks=", ".join(tasks)) for note, tasks in by_note.items() if note]
-    if any(r["versus"] and r["versus"]["num_rows"] < r["num_rows"] for r in rows):
+    if any(r.versus and r.versus.num_rows < r.num_rows for r in rows):
         notes.append("Where two models can read different samples, their difference is over those that both can read.")
     return notes

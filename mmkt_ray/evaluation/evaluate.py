@@ -42,6 +42,16 @@ from mmkt_ray.models import Predictor
 from mmkt_ray.scoring.calibration import fit_temperatures
 from mmkt_ray.scoring.heldout import load_heldout, pattern_name
 from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals
+from mmkt_ray.scoring.metrics import (
+    Calibration,
+    HeldOut,
+    Metrics,
+    ModelMetrics,
+    PointScores,
+    Probabilities,
+    SubsetScores,
+    TaskScores,
+)
 
 MAX_MODALITIES_FOR_ALL_SUBSETS = 4
 Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
@@ -53,7 +63,7 @@ def evaluate_model(
     split: str = "test",
     evaluation: EvaluationConfig | None = None,
     name: str | None = None,
-) -> dict[str, Any]:
+) -> ModelMetrics:
     """Score a model folder on a split; also on held-out rows, by which models are chosen.
 
     Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
@@ -62,20 +72,7 @@ def evaluate_model(
     prediction uses it too; without, the card's temperatures are taken back.
 
     Writes `metrics.json` (`metrics-<split>.json` for other splits), `predictions-<split>.parquet`, and
-    `predictions-heldout.parquet` into the folder.
-    Returns what metrics.json holds:
-
-        name, split, store, fingerprint (of store and model), modalities, num_params, training_s, confidence, num_rows, seconds
-        tasks: {task: {metrics of `TaskKind.scores`,
-                       intervals: {accuracy, macro_f1: {value, low, high} (None: undefined)},
-                       calibration: {temperature, num_val_rows, note, before, after: {log_loss, calibration_error,
-                                     reliability}}, if asked for
-                       subsets: {"image+text": {modalities, num_modalities, num_rows, accuracy, macro_f1 (intervals),
-                                                metrics: those of `TaskKind.scores` from these modalities alone,
-                                                all: {accuracy, macro_f1} of all modalities on the same rows}},
-                       patterns: {"image+text": {num_rows, accuracy}} by the modalities a row has,
-                       coverage: of the intervals of numbers, see conformal.py; only where there are any
-                       val: {num_rows, accuracy, macro_f1, on: val | cv} of held-out rows, or None}}
+    `predictions-heldout.parquet` into the folder. Returns what metrics.json holds.
 
     Raises: DataError if there is no such model, the store lacks what it reads, or the split has no rows for it.
     """
@@ -86,7 +83,7 @@ def evaluate_model(
     data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"], model.spec.kinds)
     held = _held_out(model_uri, model, card, store, data) if split != "val" else None
     calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
-    model.temperatures = {t: record["temperature"] for t, record in calibration.items()}
+    model.temperatures = {t: fitted.temperature for t, fitted in calibration.items()}
     held_proba = without_unreadable(probabilities(model, held.logits), held.rows.table, model.spec.inputs) if held else {}
     model.margins = fit_margins(held.rows.table, held_proba, settings.evaluation.confidence) if held else {}
     save_calibration(model_uri, model)
@@ -98,19 +95,21 @@ def evaluate_model(
 
     part = part_of(data, store, split)
     proba = predict(part.table)
-    tasks: dict[str, Any] = {t: scores_of_task(part, t, proba[t], settings) | {"subsets": {}} for t in config.model_tasks}
+    tasks = {t: scores_of_task(part, t, proba[t], settings) for t in config.model_tasks}
+    for scores in tasks.values():
+        scores.subsets = {}
     for subset in modality_subsets(config.model_modalities):
         found = predict(part.table, subset)
         for t, scores in tasks.items():
             if set(subset) & set(config.task_inputs(t)):
                 name = "+".join(subset)
-                scores["subsets"][name] = _subset_scores(part.table, t, subset, found[t], proba[t], settings)
+                scores.subsets[name] = _subset_scores(part.table, t, subset, found[t], proba[t], settings)
     if calibration:
         raw = probabilities(model, predict_logits(model, part.table), temperatures={})
         raw = without_unreadable(raw, part.table, {t: config.task_inputs(t) for t in raw})
-        for t, record in calibration.items():
-            both = {"before": raw[t], "after": proba[t]}
-            tasks[t]["calibration"] = record | {k: _calibration_scores(part.table, t, p) for k, p in both.items()}
+        for t, fitted in calibration.items():
+            fitted.before, fitted.after = (_calibration_scores(part.table, t, p) for p in (raw[t], proba[t]))
+            tasks[t].calibration = fitted
     val = {}
     if held:
         val = _val_scores(held.rows.table, held_proba, held.on)
@@ -118,23 +117,27 @@ def evaluate_model(
         write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
     margins = {t: margins_of(part.table, config.model_modalities, found) for t, found in model.margins.items()}
     for t, scores in tasks.items():
-        scores |= {"patterns": _patterns(part.table, t, proba[t]), "val": val.get(t)}
+        scores.patterns, scores.val = _patterns(part.table, t, proba[t]), val.get(t)
         if t in margins:
-            scores["coverage"] = coverage(part.table, t, proba[t], margins[t], settings.evaluation.confidence)
-    record = {
-        **identity_of(store, split, settings.evaluation, part),
-        "name": name or model_uri.rstrip("/").rpartition("/")[2],
-        "fingerprint": card.get("fingerprint"),
-        "modalities": list(config.model_modalities),
-        "num_params": sum(p.numel() for p in model.parameters()),
-        "training_s": card.get("training", {}).get("seconds"),
-        "tasks": tasks,
-        "seconds": time.perf_counter() - started,
-    }
+            scores.coverage = coverage(part.table, t, proba[t], margins[t], settings.evaluation.confidence)
+    record = ModelMetrics(
+        split=split,
+        store=store.manifest.get("fingerprint"),
+        num_rows=len(part.table.sample_id),
+        confidence=settings.evaluation.confidence,
+        bootstrap_samples=settings.evaluation.bootstrap_samples,
+        name=name or model_uri.rstrip("/").rpartition("/")[2],
+        fingerprint=card.get("fingerprint"),
+        modalities=list(config.model_modalities),
+        num_params=sum(p.numel() for p in model.parameters()),
+        training_s=card.get("training", {}).get("seconds"),
+        tasks=tasks,
+        seconds=time.perf_counter() - started,
+    )
     parts = prediction_parts(part, config.model_modalities, proba, margins=margins)
-    made_by = {k: record[k] or "" for k in ("store", "fingerprint")}
+    made_by = {"store": record.store or "", "fingerprint": record.fingerprint or ""}
     write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts, made_by)
-    storage.write_json(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"), record)
+    record.write(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"))
     return record
 
 
@@ -159,15 +162,15 @@ def _held_out(model_uri: str, model: Predictor, card: Mapping[str, Any], store: 
     return _Held("val", val, predict_logits(model, val.table))
 
 
-def _calibrate(held: _Held) -> dict[str, dict[str, Any]]:
+def _calibrate(held: _Held) -> dict[str, Calibration]:
     """A temperature for each task from held-out rows; see `fit_temperatures`."""
     labels = held.rows.table.labels
     return fit_temperatures(dict(held.logits), {t: labels[t] for t in held.logits})
 
 
-def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
+def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> Probabilities:
     known = has_prediction(proba)
-    return probability_scores(table.labels[task][known], proba[known])
+    return Probabilities(**probability_scores(table.labels[task][known], proba[known]))
 
 
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -201,16 +204,6 @@ class ScoreSettings:
         return bootstrap_intervals(labels, pred, width, num_resamples=num, confidence=confidence, seed=self.seed)
 
 
-def identity_of(store: Store, split: str, evaluation: EvaluationConfig, part: Rows) -> dict[str, Any]:
-    return {
-        "split": split,
-        "store": store.manifest.get("fingerprint"),
-        "num_rows": len(part.table.sample_id),
-        "confidence": evaluation.confidence,
-        "bootstrap_samples": evaluation.bootstrap_samples,
-    }
-
-
 def _checked(proba: Proba, model_uri: str) -> Proba:
     for task, values in proba.items():
         if not np.isfinite(values).all():
@@ -218,53 +211,56 @@ def _checked(proba: Proba, model_uri: str) -> Proba:
     return proba
 
 
-def scores_of_task(part: Rows, task: str, proba: np.ndarray, settings: ScoreSettings) -> dict[str, Any]:
+def scores_of_task(part: Rows, task: str, proba: np.ndarray, settings: ScoreSettings) -> TaskScores:
     """Metrics and intervals of one task over the rows that are labelled and have a prediction."""
     table, rows = part.table, has_prediction(proba)
     labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
     kind = labels.kind
-    return {
-        **kind.scores(labels, proba, names),
-        "num_unseen": int(part.unseen[task][rows].sum()),
-        "unseen": unseen_classes(part, task, rows),
-        "class_names": names,
-        "intervals": settings.intervals(labels, kind.predict(proba), table.width(task)),
-    }
+    return TaskScores(
+        **{
+            **kind.scores(labels, proba, names),
+            "num_unseen": int(part.unseen[task][rows].sum()),
+            "unseen": unseen_classes(part, task, rows),
+            "class_names": names,
+            "intervals": settings.intervals(labels, kind.predict(proba), table.width(task)),
+        }
+    )
 
 
 def _subset_scores(
     table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: ScoreSettings
-) -> dict[str, Any]:
+) -> SubsetScores:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
     rows = has_prediction(proba) & table.labels[task].labelled
     labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
     kind = labels.kind
-    return {
-        "modalities": list(subset),
-        "num_modalities": len(subset),
-        "num_rows": len(labels),
-        **settings.intervals(labels, kind.predict(proba), table.width(task)),
-        "metrics": kind.scores(labels, proba, names),
-        "all": point_scores(table, task, rows, proba_all),
-    }
+    return SubsetScores(
+        modalities=list(subset),
+        num_modalities=len(subset),
+        num_rows=len(labels),
+        intervals=settings.intervals(labels, kind.predict(proba), table.width(task)),
+        metrics=Metrics(**kind.scores(labels, proba, names)),
+        all=point_scores(table, task, rows, proba_all),
+    )
 
 
-def point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> dict[str, Any]:
+def point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> PointScores:
     """Number of rows and what the kind reports, of some rows (N,) bool."""
     labels = table.labels[task][rows]
     metrics = labels.kind.scores(labels, chosen(proba, rows), table.class_names[task])
-    return {name: metrics.get(name) for name in ("num_rows", *labels.kind.reported)}
+    return PointScores(num_rows=metrics["num_rows"], values={name: metrics.get(name) for name in labels.kind.reported})
 
 
-def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Any]:
+def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, PointScores]:
     """Labelled and readable rows by the modalities they have, with the main metric on each kind."""
     labels = table.labels[task]
     rows = labels.labelled & has_prediction(proba)
-    main, found = labels.kind.main, {}
+    main, found = labels.kind.main, dict[str, PointScores]()
     for name, here in presence_patterns(table).items():
         scored = rows & here
         if scored.any():
-            found[name] = {k: point_scores(table, task, scored, proba)[k] for k in ("num_rows", main)}
+            scores = point_scores(table, task, scored, proba)
+            found[name] = PointScores(num_rows=scores.num_rows, values={main: scores[main]})
     return found
 
 
@@ -274,19 +270,20 @@ def _val_rows(data: Rows, split: str) -> FeatureTable | None:
     return data.table.take(rows) if len(rows) else None
 
 
-def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, Any]:
+def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOut]:
     """See `heldout_record`, for tasks with labels there."""
     scores = {task: heldout_record(table, task, values, on) for task, values in proba.items()}
     return {task: s for task, s in scores.items() if s}
 
 
-def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> dict[str, Any] | None:
+def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> HeldOut | None:
     """Accuracy and macro-F1 on held-out rows, how they were held out (`on`), and of rows held out by cross-validation the same
     of those in the val split (`split_val`, None if there are none): models without cross-validation know only these. None
     without a labelled row."""
     rows = has_prediction(proba)
-    record = point_scores(table, task, rows, proba) | {"on": on}
+    scores = point_scores(table, task, rows, proba)
+    record = HeldOut(num_rows=scores.num_rows, on=on, values=scores.values)
     if on == "cv":
         inside = point_scores(table, task, rows & (table.split == "val"), proba)
-        record["split_val"] = inside if inside["num_rows"] else None
-    return record if record["num_rows"] else None
+        record.split_val = inside if inside.num_rows else None
+    return record if record.num_rows else None

@@ -17,6 +17,7 @@ from mmkt_ray import __version__, storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_folder import read_card, write_card
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.tables import metric_name, told_metric
 
 README = "README.md"
@@ -33,7 +34,7 @@ def write_readme(model_uri: str, manifest: Mapping[str, Any]) -> str:
     card, metrics = read_card(model_uri), storage.join(model_uri, "metrics.json")
     if card is None or not storage.exists(metrics):
         raise DataError(f"'{model_uri}' holds no evaluated model: run `mmkt evaluate` first")
-    text = readme_text(model_uri.rstrip("/").rsplit("/", 1)[-1], card, storage.read_json(metrics), manifest)
+    text = readme_text(model_uri.rstrip("/").rsplit("/", 1)[-1], card, ModelMetrics.read(metrics), manifest)
     data = text.encode()
     storage.write_bytes(storage.join(model_uri, README), data)
     write_card(model_uri, card | {"checksums": card["checksums"] | {README: storage.checksum(data)}})
@@ -41,32 +42,32 @@ def write_readme(model_uri: str, manifest: Mapping[str, Any]) -> str:
 
 
 def readme_text(
-    folder: str, card: Mapping[str, Any], metrics: Mapping[str, Any], manifest: Mapping[str, Any]
+    folder: str, card: Mapping[str, Any], metrics: ModelMetrics, manifest: Mapping[str, Any]
 ) -> str:
-    """The card: a YAML header, then Markdown. metrics: of metrics.json."""
+    """The card: a YAML header, then Markdown."""
     header = yaml.safe_dump(_header(folder, card, metrics), sort_keys=False, allow_unicode=True)
     parts = [*_opening(folder, card, metrics), *_data(card, manifest), *_results(metrics)]
     parts += [*_limits(metrics, manifest), *_use(folder)]
     return f"---\n{header}---\n\n" + "\n".join(parts) + "\n"
 
 
-def _header(folder: str, card: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _header(folder: str, card: Mapping[str, Any], metrics: ModelMetrics) -> dict[str, Any]:
     name = card["config"]["name"]
-    kinds = [_kind(card["config"]["modalities"][m]["kind"]) for m in metrics["modalities"]]
+    kinds = [_kind(card["config"]["modalities"][m]["kind"]) for m in metrics.modalities]
     results = []
-    for task, scores in metrics["tasks"].items():
+    for task, scores in metrics.tasks.items():
         found = [
             {"type": _hub_metric(metric), "value": round(interval["value"], 4), "name": metric_name(metric)}
-            for metric, interval in scores["intervals"].items()
+            for metric, interval in scores.intervals.items()
             if interval is not None
         ]
-        kind = _kind(scores["kind"]) + ("-classification" if task_kind(scores["kind"]).classes else "")
-        dataset = {"name": name, "type": name, "split": metrics["split"]}
+        kind = _kind(scores.kind) + ("-classification" if task_kind(scores.kind).classes else "")
+        dataset = {"name": name, "type": name, "split": metrics.split}
         results.append({"task": {"type": kind, "name": task}, "dataset": dataset, "metrics": found})
     return {
         "library_name": "mmkt_ray",
         "tags": sorted({"multimodal", "mmkt_ray", *kinds}),
-        "metrics": sorted({_hub_metric(metric) for scores in metrics["tasks"].values() for metric in scores["intervals"]}),
+        "metrics": sorted({_hub_metric(metric) for scores in metrics.tasks.values() for metric in scores.intervals}),
         "model-index": [{"name": folder, "results": results}],
     }
 
@@ -76,15 +77,15 @@ def _hub_metric(metric: str) -> str:
     return metric.rpartition("_")[2] if metric.endswith(("_f1", "_precision", "_recall")) else metric
 
 
-def _opening(folder: str, card: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[str]:
+def _opening(folder: str, card: Mapping[str, Any], metrics: ModelMetrics) -> Iterator[str]:
     model = card["config"]["model"]
     yield f"# {_text(folder)}\n"
-    tasks = ", ".join(f"{_text(t)} ({_kind(s['kind'])})" for t, s in metrics["tasks"].items())
-    yield f"Predicts {tasks} from {', '.join(map(_text, metrics['modalities']))}; any of these may be missing in a row."
+    tasks = ", ".join(f"{_text(t)} ({_kind(s.kind)})" for t, s in metrics.tasks.items())
+    yield f"Predicts {tasks} from {', '.join(map(_text, metrics.modalities))}; any of these may be missing in a row."
     num_experts = len(card["spec"].get("experts", ()))
     experts = f" Rows that lack some may be answered by {num_experts} models of fewer modalities." if num_experts else ""
-    seconds = metrics["training_s"] or 0
-    yield f"Fusion: {_text(model['fusion']['name'])}; {metrics['num_params']:,} parameters, trained in {seconds:.0f} s.{experts}"
+    num_params, seconds = metrics.num_params or 0, metrics.training_s or 0
+    yield f"Fusion: {_text(model['fusion']['name'])}; {num_params:,} parameters, trained in {seconds:.0f} s.{experts}"
     yield f"Made by mmkt_ray {card['versions'].get('mmkt_ray', __version__)} with torch {card['versions'].get('torch', '?')}.\n"
 
 
@@ -105,38 +106,38 @@ def _data(card: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]
     yield ""
 
 
-def _results(metrics: Mapping[str, Any]) -> Iterator[str]:
-    yield f"## Results on the {metrics['split']} split\n"
-    yield f"In brackets: {metrics['confidence']:.0%} intervals over the rows.\n"
+def _results(metrics: ModelMetrics) -> Iterator[str]:
+    yield f"## Results on the {metrics.split} split\n"
+    yield f"In brackets: {metrics.confidence:.0%} intervals over the rows.\n"
     yield "| task | from | rows | metric | value |\n|---|---|---|---|---|"
-    for task, scores in metrics["tasks"].items():
-        every = "+".join(sorted(metrics["modalities"]))
-        for metric, interval in scores["intervals"].items():
-            told = f"{scores['num_rows']:,} | {metric_name(metric)} | {told_metric(metric, interval)}"
+    for task, scores in metrics.tasks.items():
+        every = "+".join(sorted(metrics.modalities))
+        for metric, interval in scores.intervals.items():
+            told = f"{scores.num_rows:,} | {metric_name(metric)} | {told_metric(metric, interval)}"
             yield f"| {_text(task)} | all that a row has | {told} |"
-        for name, subset in scores["subsets"].items():
-            for metric in scores["intervals"]:
-                if name != every and (interval := subset.get(metric)) is not None:
-                    told = f"{subset['num_rows']:,} | {metric_name(metric)} | {told_metric(metric, interval)}"
+        for name, subset in scores.subsets.items():
+            for metric in scores.intervals:
+                if name != every and (interval := subset.intervals.get(metric)) is not None:
+                    told = f"{subset.num_rows:,} | {metric_name(metric)} | {told_metric(metric, interval)}"
                     yield f"| {_text(task)} | {_text(name)} alone | {told} |"
     yield ""
 
 
-def _limits(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
+def _limits(metrics: ModelMetrics, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "## Limits\n"
-    classes = all(task_kind(scores["kind"]).classes for scores in metrics["tasks"].values())
+    classes = all(task_kind(scores.kind).classes for scores in metrics.tasks.values())
     told = " Its answer is one of its classes, always." if classes else ""
     yield f"- It knows rows like those of its data set; on others it was not measured.{told}"
-    for task, scores in metrics["tasks"].items():
-        if scores.get("num_unseen"):
-            yield f"- {_text(task)}: {scores['num_unseen']:,} test rows are of classes that it never saw, and count as wrong."
-        if (error := scores.get("calibration_error")) is not None:
+    for task, scores in metrics.tasks.items():
+        if scores.num_unseen:
+            yield f"- {_text(task)}: {scores.num_unseen:,} test rows are of classes that it never saw, and count as wrong."
+        if (error := scores.values.get("calibration_error")) is not None:
             yield f"- {_text(task)}: probabilities are off by {100 * error:.1f} points on average (expected calibration error)."
-        per_class = scores.get("per_class") or {}
-        if few := [name for name, own in per_class.items() if own["support"] < FEW_ROWS]:
+        per_class = scores.per_class
+        if few := [name for name, own in per_class.items() if own.support < FEW_ROWS]:
             share = f"{len(few)} of {len(per_class)} classes have fewer than {FEW_ROWS} test rows"
             yield f"- {_text(task)}: {share}; their scores say little."
-        known = {name: own["f1"] for name, own in per_class.items() if own["support"] >= FEW_ROWS and own["f1"] is not None}
+        known = {name: f1 for name, own in per_class.items() if own.support >= FEW_ROWS and (f1 := own["f1"]) is not None}
         if worst := sorted(known, key=lambda name: known[name])[:NUM_WORST]:
             yield f"- {_text(task)}: weakest classes (F1): " + ", ".join(f"{_text(n)} {known[n]:.2f}" for n in worst) + "."
     if rejects := manifest["counts"].get("rejects"):

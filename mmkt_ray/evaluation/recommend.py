@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.metrics import HeldOut, PointScores, TaskScores
+from mmkt_ray.scoring.results import Considered, Recommended, Results, TaskResults
 
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated
@@ -50,27 +52,24 @@ class Candidate:
         return len(self.modalities), self.num_params, -self.score
 
 
-def choose(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """All candidates as {model, score, error, paired, within, modalities, num_params, on}: the chosen one first, then by score.
-
-    `error` is the standard error by which it may be behind the best. Candidates all have the same tasks; there is one.
-    """
+def choose(candidates: Sequence[Candidate]) -> list[Considered]:
+    """All candidates: the chosen one first, then by score. They all have the same tasks; there is one."""
     best = max(candidates, key=lambda c: (c.score, -c.simplicity()[0], -c.simplicity()[1]))
     errors = {c.name: standard_error(best, c) for c in candidates}
     within = {c.name: c is best or best.score - c.score <= errors[c.name][0] + 1e-12 for c in candidates}
     chosen = min((c for c in candidates if within[c.name]), key=Candidate.simplicity)
     order = sorted(candidates, key=lambda c: (c is not chosen, -c.score))
     return [
-        {
-            "model": c.name,
-            "score": c.score,
-            "error": errors[c.name][0],
-            "paired": errors[c.name][1],
-            "within": within[c.name],
-            "modalities": list(c.modalities),
-            "num_params": c.num_params,
-            "on": c.on,
-        }
+        Considered(
+            model=c.name,
+            score=c.score,
+            error=errors[c.name][0],
+            paired=errors[c.name][1],
+            within=within[c.name],
+            modalities=list(c.modalities),
+            num_params=c.num_params,
+            on=c.on,
+        )
         for c in order
     ]
 
@@ -107,22 +106,29 @@ def _binomial_error(score: float, num_rows: int) -> float:
 def selected_on(task: str, models: list[Evaluated]) -> str:
     """val, cv (out-of-fold predictions of train and val), or test where a model has neither. Where only some of the models
     were cross-validated, all are compared on val."""
-    if not all(m.tasks[task].get("val") for m in models):
+    held = [m.tasks[task].val for m in models]
+    found = [h for h in held if h is not None]
+    if len(found) < len(held):
         return "test"
-    ways = {m.tasks[task]["val"].get("on", "val") for m in models}
+    ways = {h.on for h in found}
     if len(ways) > 1:
-        inside = [m.tasks[task]["val"].get("split_val", m.tasks[task]["val"]) for m in models]
-        return "val" if all(inside) else "test"
-    return str(ways.pop()) if ways else "val"
+        return "val" if all(_on_val(h) for h in found) else "test"
+    return ways.pop() if ways else "val"
 
 
-def _selected_by(task: str, models: list[Evaluated]) -> dict[str, dict[str, Any]]:
-    """Model -> the record of the rows by which it is chosen: num_rows, and the main metric."""
-    on = selected_on(task, models)
-    if on == "test":
-        return {m.name: m.tasks[task] for m in models}
-    held = {m.name: m.tasks[task]["val"] for m in models}
-    return {n: r["split_val"] if on == "val" and r.get("on") == "cv" else r for n, r in held.items()}
+def _on_val(held: HeldOut) -> PointScores | None:
+    """Of the rows of the val split alone."""
+    return held.split_val if held.on == "cv" else held
+
+
+def _selected_by(task: str, models: list[Evaluated]) -> dict[str, PointScores | TaskScores]:
+    """Model -> the scores by which it is chosen."""
+    on, found = selected_on(task, models), dict[str, PointScores | TaskScores]()
+    for m in models:
+        held = m.tasks[task].val
+        part = _on_val(held) if held is not None and on == "val" else held
+        found[m.name] = part if part is not None and on != "test" else m.tasks[task]
+    return found
 
 
 def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
@@ -130,17 +136,16 @@ def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
     model can't read but another one of the same store can counts as wrong. Without that, the model that only sees the easy
     samples would win."""
     found, most = _selected_by(task, models), _most_rows(task, models)
-    return {m.name: found[m.name][m.kind_of(task).main] * found[m.name]["num_rows"] / most[m.name] for m in models}
+    return {m.name: found[m.name].value(m.kind_of(task).main) * found[m.name].num_rows / most[m.name] for m in models}
 
 
 def _most_rows(task: str, models: list[Evaluated]) -> dict[str, int]:
     """Model -> how many rows the one of the same store that reads most was scored on."""
     found = _selected_by(task, models)
-    most: dict[Any, int] = {}
+    most: dict[str | None, int] = {}
     for m in models:
-        store = m.record.get("store")
-        most[store] = max(most.get(store, 0), found[m.name]["num_rows"])
-    return {m.name: most[m.record.get("store")] for m in models}
+        most[m.record.store] = max(most.get(m.record.store, 0), found[m.name].num_rows)
+    return {m.name: most[m.record.store] for m in models}
 
 
 def best_single(
@@ -160,11 +165,11 @@ def smallest_of_best(task: str, models: list[Evaluated], scores: dict[str, float
         return None
     most = _most_rows(task, models)
     found = choose([_candidate(m, {task: scores[m.name]}, {task: most[m.name]}, "val") for m in models])
-    return next(m for m in models if m.name == found[0]["model"])
+    return next(m for m in models if m.name == found[0].model)
 
 
 def _candidate(model: Evaluated, scores: dict[str, float], num_rows: dict[str, int], on: str) -> Candidate:
-    reads, num_params = tuple(model.record["modalities"]), model.record.get("num_params") or 0
+    reads, num_params = tuple(model.record.modalities), model.record.num_params or 0
     held_out = {t: model.held_out(t) if on != "test" else None for t in scores}
     return Candidate(model.name, reads, num_params, scores, num_rows, held_out, on)
 
@@ -177,9 +182,11 @@ def name_of(model: Evaluated | None) -> str | None:
     return model.name if model else None
 
 
-def recommend(run_uri: str, scored_on: dict[str, list[Evaluated]], tasks: dict[str, Any]) -> dict[str, Any] | None:
+def recommend(
+    run_uri: str, scored_on: dict[str, list[Evaluated]], tasks: dict[str, TaskResults]
+) -> Recommended | None:
     """The model to ship, of those that have a model folder and score the most tasks; None if there is none."""
-    able = {t: [m for m in models if m.record["modalities"] and _can_ship(run_uri, m)] for t, models in scored_on.items()}
+    able = {t: [m for m in models if m.record.modalities and _can_ship(run_uri, m)] for t, models in scored_on.items()}
     counts = Counter(m.name for models in able.values() for m in models)
     most = [n for n, count in counts.items() if count == max(counts.values())]
     if not most:
@@ -188,37 +195,38 @@ def recommend(run_uri: str, scored_on: dict[str, list[Evaluated]], tasks: dict[s
     names = [n for n in most if all(any(m.name == n for m in able[t]) for t in mine)]
     scores = {t: selection_scores(t, scored_on[t]) for t in mine}
     rows = {t: _most_rows(t, scored_on[t]) for t in mine}
-    ons = {tasks[t]["selected_on"] for t in mine}
+    ons = {tasks[t].selected_on for t in mine}
     on = next(place for place in ("test", "cv", "val") if place in ons)
     by_name = {m.name: m for m in able[mine[0]]}
     considered = choose(
         [_candidate(by_name[n], {t: scores[t][n] for t in mine}, {t: rows[t][n] for t in mine}, on) for n in names]
     )
-    chosen, best = considered[0], max(considered, key=lambda c: c["score"])
-    words = {task_kind(tasks[t]["kind"]).right for t in mine}
+    chosen, best = considered[0], max(considered, key=lambda c: c.score)
+    words = {task_kind(tasks[t].kind).right for t in mine}
     right = words.pop() if len(words) == 1 else "{score} of {rows} right (of numbers: R2)"
-    why = sentences.recommendation(chosen, best, len(mine), sum(c["within"] for c in considered), right)
+    why = sentences.recommendation(chosen, best, len(mine), sum(c.within for c in considered), right)
     for t in mine:
-        helped = next((a for a in tasks[t]["answers"] if a["kind"] == "adds" and a["rest"] == chosen["model"]), None)
-        why += [sentences.too_few_to_tell(t, helped["fused"])] if helped else []
+        helped = next((a for a in tasks[t].answers if a.kind == "adds" and a.rest == chosen.model), None)
+        why += [sentences.too_few_to_tell(t, helped.fused)] if helped else []
     per_task = {t: smallest_of_best(t, able[t], selection_scores(t, scored_on[t])) for t in mine}
-    return {
-        "model": chosen["model"],
-        "folder": by_name[chosen["model"]].folder_to_ship,
-        "tasks": mine,
-        "why": why,
-        "considered": considered,
-        "per_task": {t: name_of(m) for t, m in per_task.items()},
-    }
+    folder = by_name[chosen.model].folder_to_ship
+    assert folder is not None, chosen.model  # see `_can_ship`
+    return Recommended(
+        model=chosen.model,
+        folder=folder,
+        tasks=mine,
+        why=why,
+        considered=considered,
+        per_task={t: name_of(m) for t, m in per_task.items()},
+    )
 
 
-def fused_to_study(results: Mapping[str, Any]) -> list[str]:
+def fused_to_study(results: Results) -> list[str]:
     """The models whose scores with missing modalities matter: the recommended one, and the best fused trained ones of the
     tasks where that one reads a single modality."""
-    chosen = results["recommended"]
-    names = [chosen["model"]] if chosen else []
-    if not names or len(results["models"][names[0]]["modalities"]) < 2:
-        names = sorted({found["best_fused"] for found in results["tasks"].values() if found["best_fused"]})
+    names = [results.recommended.model] if results.recommended else []
+    if not names or len(results.models[names[0]].modalities) < 2:
+        names = sorted({found.best_fused for found in results.tasks.values() if found.best_fused})
     return names
 
 

@@ -18,11 +18,12 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_folder import read_card
-from mmkt_ray.inference.prediction import predict
+from mmkt_ray.inference.prediction import NewShards, predict
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals, percentiles
+from mmkt_ray.scoring.metrics import ClassScores, FilesMetrics, FilesScores, PatternScores
 from mmkt_ray.scoring.seeds import metric_seed_scores
 from mmkt_ray.scoring.tables import metric_name, told
 
@@ -30,16 +31,18 @@ MAX_RANKED = 1_000_000  # probabilities: of more, resamples of how they rank tak
 MAX_CLASSES = 20  # in the terminal; metrics.json has all
 
 
-def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: Any) -> dict[str, Any]:
-    """Predict labelled shards and score the predictions; reading: what `predict` takes. Writes the files above.
+def score_files(
+    model_uri: str,
+    inputs: Sequence[str],
+    out_uri: str,
+    reading: NewShards = NewShards(),  # noqa: B008  (immutable)
+) -> FilesMetrics:
+    """Predict labelled shards and score the predictions. Writes the files above.
 
-    Returns: model, inputs, predictions (its path), num_rows, confidence, bootstrap_samples, and tasks: {task: {metrics of
-    `TaskKind.scores`, num_unseen (labels that the model does not know), num_unreadable (labelled rows without a modality that
-    the task reads), class_names, intervals: {metric: {value, low, high} or None}, patterns: {"image+text": {num_rows,
-    intervals, metrics}} by the modalities that a row has}}, for the tasks that some row has a label of.
+    Returns what metrics.json holds, for the tasks that some row has a label of.
     Raises: ConfigError, DataError as `predict`; DataError if no row has a label.
     """
-    path = predict(model_uri, inputs, out_uri, **reading)
+    path = predict(model_uri, inputs, out_uri, reading)
     card = read_card(model_uri) or {}
     config = parse_config(card["config"])
     rows = storage.read_table(path)
@@ -53,20 +56,20 @@ def score_files(model_uri: str, inputs: Sequence[str], out_uri: str, **reading: 
         )
     kinds = {t: config.tasks[t].kind for t in tasks}
     scored = {t: score_task(rows, t, kinds[t], card["class_names"][t], config) for t in tasks}
-    result = {
-        "model": model_uri,
-        "inputs": list(inputs),
-        "predictions": path,
-        "num_rows": len(rows),
-        "confidence": config.evaluation.confidence,
-        "bootstrap_samples": config.evaluation.bootstrap_samples,
-        "tasks": scored,
-    }
-    storage.write_json(storage.join(storage.absolute(out_uri), "metrics.json"), result)
+    result = FilesMetrics(
+        model=model_uri,
+        inputs=list(inputs),
+        predictions=path,
+        num_rows=len(rows),
+        confidence=config.evaluation.confidence,
+        bootstrap_samples=config.evaluation.bootstrap_samples,
+        tasks=scored,
+    )
+    result.write(storage.join(storage.absolute(out_uri), "metrics.json"))
     return result
 
 
-def score_task(rows: pa.Table, task: str, kind: TaskKind, names: list[str], config: Config) -> dict[str, Any]:
+def score_task(rows: pa.Table, task: str, kind: TaskKind, names: list[str], config: Config) -> FilesScores:
     """One task's scores over rows of predictions.parquet; see `score_files`."""
     labels = kind.encode(rows[f"{task}_label"], names)
     has_label, answered = labels.labelled, rows[f"{task}_pred"].is_valid().to_numpy()
@@ -78,14 +81,16 @@ def score_task(rows: pa.Table, task: str, kind: TaskKind, names: list[str], conf
     by_pattern = {}
     for name in sorted(set(patterns), key=lambda n: (-n.count("+"), n)):
         here = patterns == name
-        by_pattern[name] = _scores(labels[here], proba[here], names, config)
-    return {
-        **_scores(labels, proba, names, config),
-        "num_unseen": int(kind.outside(rows[f"{task}_label"], names)[known].sum()),
-        "num_unreadable": int((has_label & ~answered).sum()),
-        "class_names": names,
-        "patterns": by_pattern,
-    }
+        by_pattern[name] = PatternScores(**_scores(labels[here], proba[here], names, config))
+    return FilesScores(
+        **{
+            **_scores(labels, proba, names, config),
+            "num_unseen": int(kind.outside(rows[f"{task}_label"], names)[known].sum()),
+            "num_unreadable": int((has_label & ~answered).sum()),
+            "class_names": names,
+            "patterns": by_pattern,
+        }
+    )
 
 
 def pattern_of(missing: Sequence[str], modalities: Sequence[str]) -> str:
@@ -94,7 +99,7 @@ def pattern_of(missing: Sequence[str], modalities: Sequence[str]) -> str:
 
 
 def _scores(labels: Labels, proba: np.ndarray, names: list[str], config: Config) -> dict[str, Any]:
-    """Metrics, and intervals of the main ones."""
+    """Metrics, as the kind has them, and intervals of the main ones."""
     kind, how = labels.kind, (config.evaluation.bootstrap_samples, config.seed)
     confidence = config.evaluation.confidence
     found: dict[str, Interval | None] = dict(
@@ -110,24 +115,24 @@ def _scores(labels: Labels, proba: np.ndarray, names: list[str], config: Config)
     return {**kind.scores(labels, proba, names), "intervals": found}
 
 
-def scores_text(result: dict[str, Any]) -> str:
+def scores_text(result: FilesMetrics) -> str:
     """The scores as text: by task the metrics with intervals, then a line for each class and each presence pattern."""
-    percent = f"{100 * result['confidence']:g} %"
-    lines = [f"{result['num_rows']} rows; brackets are {percent} intervals"]
-    for task, found in result["tasks"].items():
-        lines.append(f"{task} ({task_kind(found['kind']).name}): {found['num_rows']} labelled rows{_left_out(found)}")
-        lines += [f"  {metric_name(m)} {told_plain(m, interval)}" for m, interval in found["intervals"].items()]
-        classes = list(found.get("per_class", {}).items())
+    percent = f"{100 * result.confidence:g} %"
+    lines = [f"{result.num_rows} rows; brackets are {percent} intervals"]
+    for task, found in result.tasks.items():
+        lines.append(f"{task} ({task_kind(found.kind).name}): {found.num_rows} labelled rows{_left_out(found)}")
+        lines += [f"  {metric_name(m)} {told_plain(m, interval)}" for m, interval in found.intervals.items()]
+        classes = list(found.per_class.items())
         if classes:
             width = max(len("class"), *(len(name) for name, _ in classes[:MAX_CLASSES]))
             lines.append(f"  {'class':{width}}  precision  recall     F1   rows")
             lines += [f"  {name:{width}}  {_class_line(scores)}" for name, scores in classes[:MAX_CLASSES]]
         if len(classes) > MAX_CLASSES:
             lines.append(f"  and {len(classes) - MAX_CLASSES} more classes in metrics.json")
-        for name, scores in found["patterns"].items():
-            metrics = task_kind(found["kind"]).reported[:2]
-            told = ", ".join(f"{metric_name(m)} {told_plain(m, scores['intervals'].get(m))}" for m in metrics)
-            lines.append(f"  rows with {name}: {scores['num_rows']}, {told}")
+        for name, part in found.patterns.items():
+            metrics = task_kind(found.kind).reported[:2]
+            told = ", ".join(f"{metric_name(m)} {told_plain(m, part.intervals.get(m))}" for m in metrics)
+            lines.append(f"  rows with {name}: {part.num_rows}, {told}")
     return "\n".join(lines)
 
 
@@ -138,18 +143,19 @@ def told_plain(metric: str, interval: Interval | None) -> str:
     return " ".join([f"{interval['value']:.3f}", f"[{interval['low']:.3f}, {interval['high']:.3f}]"])
 
 
-def _left_out(found: dict[str, Any]) -> str:
+def _left_out(found: FilesScores) -> str:
     parts = [
-        f", {found[key]} {text}"
-        for key, text in (
-            ("num_unseen", "of them with a class that the model does not know, which count as wrong"),
-            ("num_unreadable", "more without a modality that it reads, left out"),
+        f", {num} {text}"
+        for num, text in (
+            (found.num_unseen, "of them with a class that the model does not know, which count as wrong"),
+            (found.num_unreadable, "more without a modality that it reads, left out"),
         )
-        if found[key]
+        if num
     ]
     return "".join(parts)
 
 
-def _class_line(scores: dict[str, Any]) -> str:
-    cells = ["-" if scores[n] is None else f"{100 * scores[n]:.1f}" for n in ("precision", "recall", "f1")]
-    return f"{cells[0]:>9}  {cells[1]:>6}  {cells[2]:>5}  {scores['support']:>5}"
+def _class_line(scores: ClassScores) -> str:
+    values = (scores[name] for name in ("precision", "recall", "f1"))
+    cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]
+    return f"{cells[0]:>9}  {cells[1]:>6}  {cells[2]:>5}  {scores.support:>5}"

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine, PairCombine, fingerprint
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.publish import publish, published, source_rejects
+from mmkt_ray.features.publish import Origin, publish, published, source_rejects
 from mmkt_ray.features.store import Store, column_of, hash_of
 from mmkt_ray.kinds.cells import canonical
 from mmkt_ray.samples.schema import Reject, reject_table
@@ -90,7 +90,8 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
         "synthetic_pairs": how.name == "pair",
         "num_conflicting_labels": combined.num_conflicts,
     }
-    return publish(uri, config, [unit], source.manifest["modalities"], {}, source=source, rejects=rejects, extra=extra)
+    origin = Origin([unit], source=source, rejects=rejects, combined=extra)
+    return publish(uri, config, origin, source.manifest["modalities"], {})
 
 
 def read_index(source: Store, modalities: list[str], tasks: list[str]) -> RowIndex:

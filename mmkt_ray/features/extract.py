@@ -34,6 +34,7 @@ from mmkt_ray.features.encode import EncodeChunk, EncodePlan, reduce_part
 from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
 from mmkt_ray.features.leakage import find_leaking
 from mmkt_ray.features.publish import (
+    Origin,
     check_budget,
     is_spent,
     num_rejected,
@@ -134,9 +135,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         | found_in(c)
         for m, c in cards.items()
     }
-    return publish(
-        uri, config, units, modalities, stats.summary(), shards=shards, layout=layout, checksums=stats.checksums
-    )
+    return publish(uri, config, Origin(units, shards, layout), modalities, stats.summary(), stats.checksums)
 
 
 def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
@@ -232,7 +231,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
             "fingerprint": both,
             "folders": folders,
         } | found_in(card)
-    return publish(uri, config, units, modalities, stats.summary(), source=encoded, checksums=stats.checksums)
+    return publish(uri, config, Origin(units, source=encoded), modalities, stats.summary(), stats.checksums)
 
 
 def reading_layout(config: Config) -> dict[str, Any]:

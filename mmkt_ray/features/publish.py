@@ -7,18 +7,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.audit import audit, leaking_rows, read_contents
+from mmkt_ray.features.audit import audit
+from mmkt_ray.features.dropping import DUPLICATE, drop_leakage, parts_of_ids, read_part, read_rejects, reject_duplicates
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
 from mmkt_ray.kinds.base import TaskKind
@@ -29,15 +29,12 @@ from mmkt_ray.samples.schema import (
     MODALITY,
     REJECT_SCHEMA,
     UNMAPPED,
-    Reject,
     Shard,
     count_stages,
-    reject_table,
 )
 
 log = logging.getLogger(__name__)
 
-DUPLICATE = "duplicate sample_id"
 MAX_REASON = 300  # characters of a reason in an error
 
 
@@ -106,39 +103,34 @@ def check_budget(
     )
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the parts of a store come from."""
+
+    units: list[str]  # in the order of their shards
+    shards: Sequence[Shard] = ()  # those, where the parts come from shards
+    layout: str | None = None  # see `reading_layout`; None: the source's
+    source: Store | None = None  # the store that this one is made from
+    rejects: pa.Table | None = None  # before the checks of publishing; None: the source's
+    combined: dict[str, Any] | None = None  # of combined samples: what the manifest says of combining
+
+
 def publish(
     uri: str,
     config: Config,
-    units: list[str],
+    origin: Origin,
     modalities: dict[str, Any],
     run_summary: dict[str, Any],
-    *,
-    source: Store | None = None,
-    shards: Sequence[Shard] = (),
-    layout: str | None = None,
-    rejects: pa.Table | None = None,
-    extra: dict[str, Any] | None = None,
-    checksums: dict[str, str] | None = None,
+    checksums: Mapping[str, str] | None = None,
 ) -> Store:
-    """Write rejects.parquet and manifest.json for the parts of `units`, after checking ids and the reject budget.
+    """Write rejects.parquet and manifest.json for the parts of the origin's units, after checking ids and the reject budget.
 
-    units: in the order of their shards; shards: those, where the parts come from shards; checksums: of parts that were just
-    written, others are read for theirs. Parts of other units (shards that are gone or changed) are moved to superseded/.
-    Raises: DataError when too many rows are rejected or no row is left.
+    checksums: of parts that were just written, others are read for theirs. Parts of other units (shards that are gone or
+    changed) are moved to superseded/. Raises: DataError when too many rows are rejected or no row is left.
     """
-    rank = {unit: i for i, unit in enumerate(units)}
-    found = [f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")]
-    parts = sorted((n for n in found if n.split("-")[0] in rank), key=lambda n: (rank[n.split("-")[0]], n))
-    for name in set(found) - set(parts):
-        storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
-    known = dict(checksums or {})
-    if source is None:
-        for together in parts_of_ids(config, parts, shards):
-            known |= reject_duplicates(uri, together)
-    paired = config.samples.combine.name != "union"
-    is_whole = extra is not None if paired else source is None  # the rows are samples, and decided here
-    if config.samples.drop_leakage and is_whole:
-        known |= drop_leakage(uri, parts, sorted(modalities))
+    units, source, extra = origin.units, origin.source, origin.combined
+    parts = keep_parts(uri, units)
+    known = dict(checksums or {}) | drop_rows(uri, config, origin, parts, sorted(modalities))
     kinds = {t: section.kind for t, section in sorted(config.tasks.items())}
     counts = count_rows(uri, parts, sorted(modalities), kinds)
     if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"], kinds)):
@@ -150,12 +142,8 @@ def publish(
         kind.check_classes(t, classes[t])
         kinds[t] = kind.fitted(t, train_labels(uri, parts, t))
     learnt = {t: kinds[t].as_json() for t in kinds if kinds[t] != config.tasks[t].kind}  # of the labels
-    names = {shard.unit: shard.name for shard in shards}
-    own = collect_rejects(uri, parts, names)
-    if source is not None:
-        own = pa.concat_tables([rejects if rejects is not None else source_rejects(source), own])
-    unmapped = count_unmapped(own)
-    rejects = own.filter(pc.not_equal(own.column("stage"), UNMAPPED))
+    names = {shard.unit: shard.name for shard in origin.shards}
+    rejects, unmapped = all_rejects(uri, origin, parts, names)
     reasons, lost = count_reasons(rejects), count_stages(rejects)
     num_kept = lost[MODALITY]  # they are among the rows
     if source is None:
@@ -167,7 +155,7 @@ def publish(
         "parts": parts,
         "checksums": {n: known.get(n) or storage.file_checksum(storage.join(uri, "data", n)) for n in parts},
         "units": units,
-        "layout": layout if layout is not None else source.manifest["layout"] if source is not None else "",
+        "layout": layout_of(origin),
         "source": source.manifest["fingerprint"] if source is not None else None,
         "combine": config.samples.combine.model_dump(mode="json") if extra else {"name": "union"},
         "synthetic_pairs": False,
@@ -195,76 +183,47 @@ def publish(
     return Store(uri, manifest)
 
 
-def parts_of_ids(config: Config, parts: list[str], shards: Sequence[Shard]) -> list[list[str]]:
-    """Parts among which an id stands for one sample: all of them; where rows are joined, those of one source."""
-    if config.samples.combine.name != "join":
-        return [parts]
-    source_of = {shard.unit: shard.source for shard in shards}
-    by_source: dict[int, list[str]] = {}
-    for name in parts:
-        by_source.setdefault(source_of[name.split("-")[0]], []).append(name)
-    return list(by_source.values())
+def keep_parts(uri: str, units: list[str]) -> list[str]:
+    """The parts of these units, in their order; all others are moved to superseded/."""
+    rank = {unit: i for i, unit in enumerate(units)}
+    found = [f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")]
+    parts = sorted((n for n in found if n.split("-")[0] in rank), key=lambda n: (rank[n.split("-")[0]], n))
+    for name in set(found) - set(parts):
+        storage.move(storage.join(uri, "data", name), storage.join(uri, "superseded", name))
+    return parts
 
 
-def reject_duplicates(uri: str, parts: list[str]) -> dict[str, str]:
-    """Of rows with the same sample_id the first stays; later ones move to the part's rejects. Rewrites only affected parts.
+def drop_rows(uri: str, config: Config, origin: Origin, parts: list[str], modalities: list[str]) -> dict[str, str]:
+    """Move rows with an id that was there before, and where asked for those that leak, to the rejects.
 
-    Returns the checksums of these. Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
+    Returns the checksums of the parts that were written anew.
     """
-    hashes = [hash_strings(_read(uri, name, ["sample_id"]).column(0)) for name in parts]
-    repeated = _repeated(np.concatenate([np.empty(0, np.uint64), *hashes]))
     rewritten: dict[str, str] = {}
-    if not len(repeated):
-        return rewritten
-    seen: set[str] = set()
-    for name, own in zip(parts, hashes, strict=True):
-        suspects = np.flatnonzero(np.isin(own, repeated))
-        if not len(suspects):
-            continue
-        ids = _read(uri, name, ["sample_id"]).column(0).take(pa.array(suspects)).to_pylist()
-        keep = np.ones(len(own), dtype=bool)
-        for row, sample_id in zip(suspects, ids, strict=True):
-            keep[row] = sample_id not in seen
-            seen.add(sample_id)
-        if not keep.all():
-            rewritten[name] = _drop_rows(uri, name, keep, "check", f"{DUPLICATE}: an earlier row has it already")
+    if origin.source is None:
+        for together in parts_of_ids(config, parts, origin.shards):
+            rewritten |= reject_duplicates(uri, together)
+    paired = config.samples.combine.name != "union"
+    is_whole = origin.combined is not None if paired else origin.source is None  # the rows are samples, and decided here
+    if config.samples.drop_leakage and is_whole:
+        rewritten |= drop_leakage(uri, parts, modalities)
     return rewritten
 
 
-def hash_strings(column: pa.ChunkedArray) -> np.ndarray:
-    """(N,) uint64, the same for the same string."""
-    values = column.cast(pa.binary()).to_pylist()
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, values), np.uint64, len(values))
+def all_rejects(
+    uri: str, origin: Origin, parts: list[str], names: dict[str, str]
+) -> tuple[pa.Table, dict[str, int]]:
+    """The rejects of the parts and of what they were made from, and the members of archives that no column maps."""
+    own = collect_rejects(uri, parts, names)
+    if origin.source is not None:
+        own = pa.concat_tables([origin.rejects if origin.rejects is not None else source_rejects(origin.source), own])
+    return own.filter(pc.not_equal(own.column("stage"), UNMAPPED)), count_unmapped(own)
 
 
-def _repeated(values: np.ndarray) -> np.ndarray:
-    """The values that occur more than once, sorted; `values` are sorted in place."""
-    values.sort()
-    return np.unique(values[1:][values[1:] == values[:-1]])
-
-
-def drop_leakage(uri: str, parts: list[str], modalities: list[str]) -> dict[str, str]:
-    """Train rows whose whole content is in val or test too move to the part's rejects. Rewrites only affected parts.
-
-    Returns the checksums of these.
-    """
-    why = "the same content is in val or test; left out by samples.drop_leakage"
-    contents = read_contents(uri, parts, modalities)
-    keep = ~leaking_rows(contents)
-    kept = dict(zip(parts, np.split(keep, np.cumsum(contents.lengths)[:-1]), strict=True))
-    return {n: _drop_rows(uri, n, rows, LEAKAGE, why) for n, rows in kept.items() if not rows.all()}
-
-
-def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -> str:
-    table = _read(uri, name)
-    lost = table.column("sample_id").filter(pa.array(~keep)).to_pylist()
-    rejects = [Reject(i, name.split("-")[0], stage, reason) for i in lost]
-    old = storage.join(uri, "rejects", name)
-    before = read_rejects(old) if storage.exists(old) else reject_table([])
-    told = pc.and_(pc.equal(before["stage"], stage), pc.is_in(before["sample_id"], pa.array(lost, pa.string())))
-    # first: a publishing that breaks off here has told of rows that are still there, and is given again
-    storage.write_table(old, pa.concat_tables([before.filter(pc.invert(told)), reject_table(rejects)]))
-    return storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
+def layout_of(origin: Origin) -> str:
+    """That of the origin, or of its source."""
+    if origin.layout is not None:
+        return origin.layout
+    return str(origin.source.manifest["layout"]) if origin.source is not None else ""
 
 
 def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Table:
@@ -285,21 +244,13 @@ def source_rejects(source: Store) -> pa.Table:
     return read_rejects(storage.join(source.uri, "rejects.parquet"))
 
 
-def read_rejects(uri: str) -> pa.Table:
-    """A table of REJECT_SCHEMA, also from a file that was written before each reject had its number of rows."""
-    table = _read_uri(uri)
-    if "num_rows" not in table.column_names:
-        table = table.append_column("num_rows", pa.array([1] * len(table), pa.int64()))
-    return table
-
-
 def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping[str, TaskKind]) -> dict[str, Any]:
     """Rows per split, per task and class, and per missing modality; one part in memory at a time."""
     by_split: Counter[str] = Counter()
     by_task: dict[str, dict[str, Counter[str]]] = {t: {} for t in tasks}
     missing: dict[str, Counter[str]] = {m: Counter() for m in modalities}
     for name in parts:
-        table = _read(uri, name, ["split", *tasks, *map(column_of, modalities)])
+        table = read_part(uri, name, ["split", *tasks, *map(column_of, modalities)])
         split = table.column("split")
         by_split.update(split.to_pylist())
         for task, kind in tasks.items():
@@ -321,7 +272,7 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping
 def train_labels(uri: str, parts: list[str], task: str) -> Iterator[pa.ChunkedArray]:
     """The labels of the train rows, part by part."""
     for name in parts:
-        table = _read(uri, name, ["split", task])
+        table = read_part(uri, name, ["split", task])
         yield table.column(task).filter(pc.equal(table.column("split"), "train"))
 
 
@@ -329,7 +280,7 @@ def count_cleaned(uri: str, parts: list[str]) -> dict[str, int]:
     """Values that were normalised, by modality and by what was changed: {"text: control characters": 12}."""
     total: Counter[str] = Counter()
     for name in parts:
-        total.update(pc.list_flatten(_read(uri, name, ["cleaned"]).column(0)).to_pylist())
+        total.update(pc.list_flatten(read_part(uri, name, ["cleaned"]).column(0)).to_pylist())
     return dict(sorted(total.items()))
 
 
@@ -389,11 +340,3 @@ def tell_unmapped(unmapped: dict[str, int]) -> str:
     """The most frequent suffixes, for the log."""
     told = ", ".join(f"{n:,} x .{suffix}" for suffix, n in list(unmapped.items())[:5])
     return told if len(unmapped) <= 5 else f"{told} and others"
-
-
-def _read(uri: str, name: str, columns: list[str] | None = None) -> pa.Table:
-    return _read_uri(storage.join(uri, "data", name), columns)
-
-
-def _read_uri(uri: str, columns: list[str] | None = None) -> pa.Table:
-    return storage.read_table(uri, columns)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.rows import has_prediction, presence_patterns
+from mmkt_ray.scoring.metrics import Coverage
 
 MIN_ROWS = 30
 ANY = ""  # the pattern that stands for all rows
@@ -63,8 +63,8 @@ def margins_of(table: FeatureTable, modalities: Sequence[str], margins: Mapping[
 
 def coverage(
     table: FeatureTable, task: str, outputs: np.ndarray, margin: np.ndarray, confidence: float
-) -> dict[str, Any] | None:
-    """{confidence, covered, median_width, num_rows} of the intervals of labelled rows; None without such rows."""
+) -> Coverage | None:
+    """How many of the labelled rows lie in their interval; None without such rows."""
     labels = table.labels[task]
     rows = labels.labelled & has_prediction(outputs)
     if not rows.any():
@@ -74,4 +74,4 @@ def coverage(
     y = labels.values[rows]
     covered = float(((low <= y) & (y <= high)).mean())
     width = float(np.median(high - low))
-    return {"confidence": confidence, "covered": covered, "median_width": width, "num_rows": int(rows.sum())}
+    return Coverage(confidence=confidence, covered=covered, median_width=width, num_rows=int(rows.sum()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
+from mmkt_ray.scoring.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -45,43 +47,53 @@ LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
 
 
 
+@dataclass(frozen=True)
+class NewShards:
+    """How new shards are read, where that differs from training."""
+
+    like: int = 0  # as the model's so many-th source
+    reader: str | None = None  # their layout
+    columns: Mapping[str, str] = field(default_factory=dict)  # our name -> theirs
+    max_reject_frac: float | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys of the model's config -> values of your own
+    trust_code: bool = False  # import what the card names as module:Class, and read the files that it names elsewhere
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """All values of the reader's own by dotted key."""
+        budget = {} if self.max_reject_frac is None else {"samples.max_reject_frac": self.max_reject_frac}
+        return dict(self.overrides) | budget
+
+
 def predict(
     model_uri: str,
     inputs: Sequence[str],
     out_uri: str,
-    *,
-    like: int = 0,
-    reader: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    max_reject_frac: float | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    trust_code: bool = False,
+    reading: NewShards = NewShards(),
     output: Output | None = None,
 ) -> str:
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
-    inputs: shards read as the model's `like`-th source is, or as `reader` and `columns` say; none: the sources of training.
+    inputs: shards; none: the sources of training.
     Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
     <task>_proba (class probabilities in the order of the model's class names), of numbers <task>_low and _high;
     null where no modality that the model reads for the task is there. Where some row of the input has a label, <task>_label too.
-    A modality that new shards have no column for is absent in all of their rows, unless `columns` names it; one that is absent in
-    more than half of the rows is a warning. New shards need neither split nor labels nor ids.
-    overrides: dotted keys of the model's config -> values of your own. trust_code: import what the card names as
-    module:Class, and read the files that it names elsewhere. output: another form of the predictions, written beside the file
-    and returned in its place.
+    A modality that new shards have no column for is absent in all of their rows, unless `reading.columns` names it; one that
+    is absent in more than half of the rows is a warning. New shards need neither split nor labels nor ids.
+    output: another form of the predictions, written beside the file and returned in its place.
     Raises: ConfigError, DataError.
     """
     model_uri = shipped(model_uri)
     model, card = load_model(model_uri)
-    own = dict(overrides or {}) | ({} if max_reject_frac is None else {"samples.max_reject_frac": max_reject_frac})
+    own, columns = reading.own, reading.columns
     trained = restrict(parse_config(card["config"]), own)
-    config = prediction_config(trained, inputs, like, reader, columns or {}, sorted(card["class_names"]))
-    folders = usable_encoders(model_uri, model, card, config, own, trust_code)
-    config = settle_columns(config, columns or {})
+    config = prediction_config(trained, inputs, reading.like, reading.reader, columns, sorted(card["class_names"]))
+    folders = usable_encoders(model_uri, model, card, config, own, reading.trust_code)
+    config = settle_columns(config, columns)
     tell_lacking(config, folders)
     out_uri = storage.absolute(out_uri)
     with locked(out_uri):
-        path = _predict(config, model, card, folders, out_uri, columns or {})
+        path = _predict(config, model, card, folders, out_uri, columns)
         classes = card["class_names"]
         return path if output is None or output.is_plain else write_output(path, config, classes, output)
 
@@ -115,13 +127,14 @@ def _predict(
 
 def shipped(uri: str) -> str:
     """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none."""
-    results = storage.join(uri, "report", "results.json")
-    if storage.exists(storage.join(uri, "config.json")) or not storage.exists(results):
+    place = storage.join(uri, "report", "results.json")
+    results = None if storage.exists(storage.join(uri, "config.json")) else Results.read_or_none(place)
+    if results is None:
         return uri
-    chosen = storage.read_json(results)["recommended"]
+    chosen = results.recommended
     if chosen is None:
         raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
-    return storage.join(uri, chosen["folder"])
+    return storage.join(uri, chosen.folder)
 
 
 def restrict(config: Config, own: Mapping[str, Any]) -> Config:

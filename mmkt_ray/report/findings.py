@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
 from mmkt_ray.kinds.base import TaskKind
@@ -20,7 +20,11 @@ from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.results import Results
 from mmkt_ray.scoring.tables import points
+
+if TYPE_CHECKING:
+    from mmkt_ray.report.page import ShownModel
 
 MAX_HEAT_MAPS = 6
 MAX_LISTED = 6  # shown losses and gains of transfer, each
@@ -28,7 +32,7 @@ RATES_IN_TABLE = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
 def knowledge(
-    current: Current, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+    current: Current, results: Results, colors: Mapping[str, str], figures: Figures
 ) -> dict[str, Any] | None:
     """Plain answers, Shapley values and disagreement of every task."""
     insight = current.read("insight.json", "mmkt run")
@@ -36,7 +40,7 @@ def knowledge(
         return None
     tasks = []
     for task, found in insight["tasks"].items():
-        share, metrics = found["shapley"], words.metrics_of(task_kind(results["tasks"][task]["kind"]))[:2]
+        share, metrics = found["shapley"], words.metrics_of(task_kind(results.tasks[task].kind))[:2]
         figure = None
         if share:
             own, title = share[metrics[0]["name"]], metrics[0]["title"]
@@ -62,30 +66,30 @@ def representation(current: Current) -> dict[str, Any] | None:
     return {**found, "several_stores": len(stores) > 1}
 
 
-def parameters(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
+def parameters(run_uri: str, results: Results) -> dict[str, Any] | None:
     """Numbers of trained parameters by part of each trained model."""
     rows = []
-    for name, about in results["models"].items():
+    for name, about in results.models.items():
         card = (
-            (storage.read_json_or_none(storage.join(run_uri, about["folder"], "config.json")) or {})
-            if about["kind"] == "trained"
+            (storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {})
+            if about.kind == "trained"
             else {}
         )
         parts = card.get("training", {}).get("num_params_by_part")
         if parts:
-            rows.append({"model": name, "about": about, "parts": parts, "total": sum(parts.values())})
+            rows.append({"model": name, "about": about.to_dict(), "parts": parts, "total": sum(parts.values())})
     columns = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads"]
     columns = sorted(columns, key=lambda c: order.index(c) if c in order else len(order))
     return {"rows": sorted(rows, key=lambda r: r["total"]), "columns": columns} if rows else None
 
 
-def settings(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
+def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
     """What `training.auto` chose for each trained model, and the scores by which."""
     rows = []
-    for name, about in results["models"].items():
-        card = storage.read_json_or_none(storage.join(run_uri, about["folder"], "config.json")) or {}
-        chosen = card.get("training", {}).get("auto") if about["kind"] == "trained" else None
+    for name, about in results.models.items():
+        card = storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {}
+        chosen = card.get("training", {}).get("auto") if about.kind == "trained" else None
         if chosen:
             losses = {i: c["loss"] for i, c in enumerate(chosen["candidates"], start=1)}
             rank = next((i for i, c in enumerate(chosen["candidates"], start=1) if c["chosen"]), None)
@@ -95,14 +99,11 @@ def settings(run_uri: str, results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def missing(
-    current: Current, results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+    current: Current, results: Results, colors: Mapping[str, str], figures: Figures
 ) -> dict[str, Any] | None:
     """For each task and hidden modality: curves of all models that have them, and how far they fall below the reference."""
-    files = {
-        name: current.read(f"{about['folder_to_ship']}/missing.json", "mmkt evaluate --missing")
-        for name, about in results["models"].items()
-        if about["folder_to_ship"]
-    }
+    folders = {name: about.folder_to_ship for name, about in results.models.items() if about.folder_to_ship}
+    files = {name: current.read(f"{place}/missing.json", "mmkt evaluate --missing") for name, place in folders.items()}
     files = {name: f for name, f in files.items() if f}
     places = dict.fromkeys((t, h) for f in files.values() for h, by_task in f["curves"].items() for t in by_task)
     if not places:
@@ -111,8 +112,8 @@ def missing(
         {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["below"]
     ]
     num = sum(len(f["answers"]) for f in files.values())
-    experts = [row for name in files for row in _experts_of(current.run_uri, name, results["models"][name]["folder_to_ship"])]
-    kinds = {t: task_kind(found["kind"]) for t, found in results["tasks"].items()}
+    experts = [row for name in files for row in _experts_of(current.run_uri, name, folders[name])]
+    kinds = {t: task_kind(found.kind) for t, found in results.tasks.items()}
     ends = _scales(sorted(places), kinds, files)
     sections = [_missing_of(t, h, kinds[t], files, ends[t], colors, figures) for t, h in sorted(places) if t in kinds]
     return {"sections": sections, "below": below, "num": num, "experts": experts}
@@ -173,27 +174,27 @@ def _missing_of(
 
 
 def calibration(
-    models: Mapping[str, Any], results: Mapping[str, Any], colors: Mapping[str, str], figures: Figures
+    models: Mapping[str, ShownModel], results: Results, colors: Mapping[str, str], figures: Figures
 ) -> list[dict[str, Any]]:
     """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
     sections = []
-    for task, found in results["tasks"].items():
-        rows = []
-        for row in found["rows"]:
-            record = models[row["model"]]["tasks"][task]
-            fitted = record.get("calibration")
-            after = fitted["after"] if fitted else record
-            if after.get("reliability"):
+    for task, found in results.tasks.items():
+        rows: list[dict[str, Any]] = []
+        for row in found.rows:
+            record = models[row.model].tasks[task]
+            fitted = record.calibration
+            after = fitted.after if fitted and fitted.after else record.probabilities()
+            if after.reliability:
                 rows.append(
                     {
-                        "model": row["model"],
-                        "temperature": fitted["temperature"] if fitted else None,
-                        "note": fitted["note"] if fitted else None,
-                        "before": fitted["before"] if fitted else None,
-                        "after": after,
+                        "model": row.model,
+                        "temperature": fitted.temperature if fitted else None,
+                        "note": fitted.note if fitted else None,
+                        "before": fitted.before.to_dict() if fitted and fitted.before else None,
+                        "after": after.to_dict(),
                     }
                 )
-        shown = next((r for r in rows if r["model"] == (found["best_trained"] or found["best"])), None)
+        shown = next((r for r in rows if r["model"] == (found.best_trained or found.best)), None)
         if shown is None:
             continue
         lines = (

@@ -12,6 +12,8 @@ need not have (findings.py, searched.py) are there where their file is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,9 @@ from mmkt_ray.report import findings, plots, searched, words
 from mmkt_ray.report.colors import css, model_colors
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.html import render
+from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.results import Described, Results, TaskResults
 from mmkt_ray.scoring.tables import path_of, predict_command, same_samples, told_kind
 
 SCORE_NAMES = (
@@ -48,17 +52,17 @@ def build_report(run_uri: str) -> str:
     """
     results = compare(run_uri)
     run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
-    models = {name: _read_model(run_uri, name, m) for name, m in results["models"].items()}
-    reads = {name: m["modalities"] for name, m in results["models"].items()}
+    models = {name: _read_model(run_uri, m) for name, m in results.models.items()}
+    reads = {name: m.modalities for name, m in results.models.items()}
     colors = model_colors(reads)
     figures = Figures(storage.join(run_uri, "report"), css(reads))
     stores = _stores(run, results)
     current = Current.of(run_uri, run, results)
     context = {
-        "results": results,
+        "results": results.to_dict(),
         "recommended": _recommended(results, run_uri),
-        "headlines": [found["headline"] for found in results["tasks"].values()],
-        "tasks": [_task_section(t, results, models, colors, figures) for t in results["tasks"]],
+        "headlines": [found.headline.to_dict() for found in results.tasks.values() if found.headline],
+        "tasks": [_task_section(t, results, models, colors, figures) for t in results.tasks],
         "gallery": _gallery(results, models),
         "knowledge": findings.knowledge(current, results, colors, figures),
         "search": searched.search(current, figures, results),
@@ -87,69 +91,80 @@ def build_report(run_uri: str) -> str:
     return uri
 
 
-def _recommended(results: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
+def _recommended(results: Results, run_uri: str) -> dict[str, Any] | None:
     """The model to ship, with its path and the command that uses it."""
-    chosen = results["recommended"]
+    chosen = results.recommended
     if chosen is None:
         return None
     path = path_of(chosen, run_uri)
-    return {**chosen, "path": path, "command": predict_command(path)}
+    return {**chosen.to_dict(), "path": path, "command": predict_command(path)}
 
 
-def _read_model(run_uri: str, name: str, described: dict[str, Any]) -> dict[str, Any]:
-    """A model's files: metrics record, history (epochs), gallery; empty where there are none."""
-    uri = storage.join(run_uri, described["folder"])
-    record = storage.read_json_or_none(storage.join(uri, "metrics.json")) or {}
-    if described["kind"] == "baseline":
-        return {"tasks": record["models"][described["name"]]["tasks"], "history": [], "gallery": None}
-    card = storage.read_json_or_none(storage.join(uri, "config.json")) or {}
-    return {
-        "tasks": record.get("tasks", {}),
-        "history": card.get("training", {}).get("history") or [],
-        "gallery": storage.read_json_or_none(storage.join(uri, "gallery.json")),
-    }
+@dataclass(frozen=True)
+class ShownModel:
+    """A model's files; empty where there are none."""
+
+    tasks: Mapping[str, TaskScores]
+    history: list[dict[str, Any]]  # epochs
+    gallery: dict[str, Any] | None
+
+
+def _read_model(run_uri: str, described: Described) -> ShownModel:
+    uri = storage.join(run_uri, described.folder)
+    metrics = storage.join(uri, "metrics.json")
+    if described.kind == "baseline":
+        return ShownModel(BaselinesFile.read(metrics).models[described.name].tasks, [], None)
+    record, card = ModelMetrics.read_or_none(metrics), storage.read_json_or_none(storage.join(uri, "config.json")) or {}
+    history = card.get("training", {}).get("history") or []
+    gallery = storage.read_json_or_none(storage.join(uri, "gallery.json"))
+    return ShownModel(record.tasks if record else {}, history, gallery)
 
 
 # --- one task ----------------------------------------------------------------------------------------------------
 
 
 def _task_section(
-    task: str, results: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures
+    task: str, results: Results, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
 ) -> dict[str, Any]:
     """Table, figures and details of one task."""
-    found = results["tasks"][task]
-    shown = found["best_trained"] or found["best"]  # the model whose mistakes are shown
-    record, kind = models[shown]["tasks"][task], task_kind(found["kind"])
+    found = results.tasks[task]
+    shown = found.best_trained or found.best or ""  # the model whose mistakes are shown
+    record, kind = models[shown].tasks[task], task_kind(found.kind)
     return {
         "name": task,
-        "found": found,
+        "found": found.to_dict(),
         "about": told_kind(found).capitalize(),
         "classes": kind.classes,
         "metrics": words.metrics_of(kind),
-        "groups": same_samples(found["rows"], kind.main),
-        "figures": _task_figures(task, found, models, colors, figures, task == next(iter(results["tasks"]))),
+        "groups": [[row.to_dict() for row in group] for group in same_samples(found.rows, kind.main)],
+        "figures": _task_figures(task, found, models, colors, figures, task == next(iter(results.tasks))),
         "shown": shown,
-        "record": record,
+        "record": record.to_dict(),
         "subsets": sorted(
             (
-                (name, m["tasks"][task])
+                (name, m.tasks[task].to_dict())
                 for name, m in models.items()
-                if len(m["tasks"].get(task, {}).get("subsets", {})) > 1
+                if task in m.tasks and len(m.tasks[task].subsets) > 1
             ),
-            key=lambda named: named[0] != found["best_fused"],
+            key=lambda named: named[0] != found.best_fused,
         ),
     }
 
 
 def _task_figures(
-    task: str, found: dict[str, Any], models: dict[str, Any], colors: dict[str, str], figures: Figures, with_loss: bool
+    task: str,
+    found: TaskResults,
+    models: dict[str, ShownModel],
+    colors: dict[str, str],
+    figures: Figures,
+    with_loss: bool,
 ) -> list[dict[str, str]]:
     """The figures of a task, in the page's order; those without data are left out. with_loss: also the loss of all tasks."""
-    shown, single = found["best_trained"] or found["best"], found["best_single"]
-    kind = task_kind(found["kind"])
+    shown, single = found.best_trained or found.best or "", found.best_single
+    kind = task_kind(found.kind)
     main, second = words.metrics_of(kind)[:2]
-    groups = same_samples(found["rows"], kind.main)
-    rows = groups[0]  # those scored on the most samples; others have no place in their order
+    groups = same_samples(found.rows, kind.main)
+    rows = [row.to_dict() for row in groups[0]]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [
         figures.add(
@@ -172,27 +187,27 @@ def _task_figures(
                 lambda: plots.differences(compared, main, colors),
             )
         )
-    histories = {name: m["history"] for name, m in models.items() if m["history"] and task in m["tasks"]}
+    histories = {name: m.history for name, m in models.items() if m.history and task in m.tasks}
     if histories and (with_loss or plots.has_val(histories, task, main["name"])):
         what = f"{'Loss and validation' if with_loss else 'Validation'} {main['title']}"
         alt = f"{what} over epochs on task {task} for {', '.join(histories)}"
         paint = partial(plots.learning_curves, histories, task, main, colors, with_loss)
         drawn.append(figures.add(f"{task}-learning", "Learning curves", alt, paint))
-    record = models[shown]["tasks"][task]
+    record = models[shown].tasks[task]
     if not kind.classes:
         return drawn + _number_figures(task, shown, record, colors, figures)
-    if record["confusion"] and len(record["class_names"]) <= plots.MAX_CONFUSION_CLASSES:
+    if record.confusion and len(record.class_names) <= plots.MAX_CONFUSION_CLASSES:
         alt = f"Confusion matrix of {shown} on task {task}, share of each label's samples by prediction"
         drawn.append(
             figures.add(
                 f"{task}-confusion",
                 f"What {shown} takes for what, %",
                 alt,
-                lambda: plots.confusion(record["confusion"], record["class_names"]),
+                lambda: plots.confusion(record.confusion or [], record.class_names),
             )
         )
-    other = single if single != shown else found["best_fused"]
-    per_class = {name: models[name]["tasks"][task]["per_class"] for name in (shown, other) if name}
+    other = single if single != shown else found.best_fused
+    per_class = {name: models[name].tasks[task].to_dict()["per_class"] for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
     worst, num = plots.worst_classes(per_class[shown])
     title = "F1 of each class" if len(worst) == num else f"F1 of each class: the {len(worst)} worst of the {num} that were tested"
@@ -201,10 +216,10 @@ def _task_figures(
 
 
 def _number_figures(
-    task: str, shown: str, record: dict[str, Any], colors: dict[str, str], figures: Figures
+    task: str, shown: str, record: TaskScores, colors: dict[str, str], figures: Figures
 ) -> list[dict[str, str]]:
     """Predictions against labels, and what is left, of one model."""
-    points, log_scale = record["points"], record["kind"]["transform"] == "log"
+    points, log_scale = record.points, isinstance(record.kind, dict) and record.kind["transform"] == "log"
     if not points:
         return []
     return [
@@ -226,18 +241,18 @@ def _number_figures(
 # --- gallery and data ----------------------------------------------------------------------------------------------
 
 
-def _gallery(results: dict[str, Any], models: dict[str, Any]) -> dict[str, Any] | None:
+def _gallery(results: Results, models: dict[str, ShownModel]) -> dict[str, Any] | None:
     """The main model's gallery, else the first one there is."""
-    order = [results["main"], *models]
-    name = next((n for n in order if n and models[n]["gallery"]), None)
-    return {"model": name, **models[name]["gallery"]} if name else None
+    order = [results.main, *models]
+    galleries = ({"model": name, **gallery} for name in order if name and (gallery := models[name].gallery))
+    return next(galleries, None)
 
 
-def _stores(run: dict[str, Any], results: dict[str, Any]) -> dict[str, list[str]]:
+def _stores(run: dict[str, Any], results: Results) -> dict[str, list[str]]:
     """Store folder -> the variants that use it."""
     stores: dict[str, list[str]] = {}
     for name, variant in (run.get("variants") or {}).items():
-        if name in results["models"] and variant.get("store"):
+        if name in results.models and variant.get("store"):
             stores.setdefault(variant["store"], []).append(name)
     return stores
 

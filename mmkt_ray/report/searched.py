@@ -17,6 +17,7 @@ from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.search_plots import Measure
 from mmkt_ray.scoring.intervals import verdict
 from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.scoring.results import Results
 from mmkt_ray.scoring.tables import metric_name, points
 
 MAX_SLICES = 8
@@ -31,7 +32,7 @@ COUNTS = ("candidates", "references", "fused")  # what `tried` tells beside the 
 RIVALS = {"best single modality": "the best single modality", "best concat": "the best plain concat"}
 
 
-def search(current: Current, figures: Figures, results: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def search(current: Current, figures: Figures, results: Results | None = None) -> dict[str, Any] | None:
     """Tried, winner, comparisons, finalists, ensemble and figures; None without a finished search."""
     result = current.read("search/result.json", "mmkt search")
     insight = current.read("search/report.json", "mmkt search")
@@ -69,11 +70,11 @@ def search(current: Current, figures: Figures, results: Mapping[str, Any] | None
     }
 
 
-def shown_metrics(results: Mapping[str, Any] | None, *tasks: str) -> list[dict[str, str]]:
+def shown_metrics(results: Results | None, *tasks: str) -> list[dict[str, str]]:
     """The first two metrics of the tasks: {name, title}, titles of several kinds side by side; of tasks that `results`
     (of `compare`) does not have those of classes."""
-    found = results["tasks"] if results else {}
-    known = [words.metrics_of(task_kind(found[t]["kind"]))[:2] for t in tasks if t in found]
+    found = results.tasks if results else {}
+    known = [words.metrics_of(task_kind(found[t].kind))[:2] for t in tasks if t in found]
     known = known or [words.metrics_of(Multiclass())]
     return [
         {"name": both[0]["name"], "title": " / ".join(dict.fromkeys(m["title"] for m in both))}
@@ -223,7 +224,7 @@ def _plain(points: list[list[Any]]) -> str:
     return search_plots.choice_name(value) if isinstance(value, str) else f"{value:.3g}"
 
 
-def seeds(current: Current, results: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def seeds(current: Current, results: Results | None = None) -> dict[str, Any] | None:
     """Every task's models, best first, with a verdict each, and one sentence on which differences are more than luck."""
     found = current.read("seeds.json", "mmkt repeat")
     if not found or not found["tasks"]:

@@ -12,11 +12,13 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.answers import paired_test
+from mmkt_ray.evaluation.answers import Difference, paired_test
 from mmkt_ray.evaluation.compare import Evaluated, is_stale
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
+from mmkt_ray.scoring.metrics import ModelMetrics
+from mmkt_ray.scoring.results import Results
 from mmkt_ray.scoring.tables import metric_name, points, told_metric
 
 DEFAULT_RESAMPLES = 1000
@@ -52,19 +54,20 @@ def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
 def chosen_model(uri: str) -> Evaluated:
     """The evaluated model of a model folder, or the one that a run's report recommends. Raises: DataError."""
     uri = storage.absolute(uri)
-    results = storage.read_json_or_none(storage.join(uri, "report", "results.json"))
+    results = Results.read_or_none(storage.join(uri, "report", "results.json"))
     if results is not None and not storage.exists(storage.join(uri, "config.json")):
-        chosen = results.get("recommended") or {}
-        folder = chosen.get("folder") or (results["models"].get(results.get("main")) or {}).get("folder_to_ship")
+        main = results.models.get(results.main or "")
+        folder = results.recommended.folder if results.recommended else main and main.folder_to_ship
         if not folder:
             raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
         uri = storage.join(uri, folder)
-    record, card = (storage.read_json_or_none(storage.join(uri, name)) for name in ("metrics.json", "config.json"))
+    record = ModelMetrics.read_or_none(storage.join(uri, "metrics.json"))
+    card = storage.read_json_or_none(storage.join(uri, "config.json"))
     if record is None or card is None or is_stale(record, card):
         raise DataError(f"'{uri}' holds no evaluated model: run `mmkt evaluate` (or `mmkt run`) first")
     parts = uri.rstrip("/").split("/")
     name = f"{parts[-3]}/{parts[-1]}" if len(parts) > 2 and parts[-2] == "models" else parts[-1]
-    return Evaluated(name, "trained", uri, record, storage.join(uri, f"predictions-{record['split']}.parquet"), card)
+    return Evaluated(name, "trained", uri, record, storage.join(uri, f"predictions-{record.split}.parquet"), card)
 
 
 def compare_models(models: Sequence[Evaluated]) -> list[Table]:
@@ -78,26 +81,32 @@ def compare_models(models: Sequence[Evaluated]) -> list[Table]:
     return [_table(t, first, others, found, corrected) for t in shared]
 
 
-def against(task: str, model: Evaluated, first: Evaluated) -> dict[str, Any] | None:
-    """The paired test of a model's row scores less the first's, and `num_rows`; None where they share no row."""
+class Against(Difference):
+    """A paired test and the number of its rows."""
+
+    num_rows: int
+
+
+def against(task: str, model: Evaluated, first: Evaluated) -> Against | None:
+    """The paired test of a model's row scores less the first's; None where they share no row."""
     vocabulary: dict[Any, int] = {}
     ours, theirs = (m.scored(task, 0.0, vocabulary) for m in (model, first))
     mine, other = ours.beside(theirs)
     if not len(mine):
         return None
-    resamples = first.record.get("bootstrap_samples", DEFAULT_RESAMPLES)
-    return {**paired_test(mine, other, first.record["confidence"], resamples), "num_rows": len(mine)}
+    found = paired_test(mine, other, first.record.confidence, first.record.bootstrap_samples)
+    return {**found, "num_rows": len(mine)}
 
 
 def _table(
     task: str,
     first: Evaluated,
     others: Sequence[Evaluated],
-    found: dict[tuple[str, int], dict[str, Any] | None],
+    found: dict[tuple[str, int], Against | None],
     corrected: dict[tuple[str, int], float],
 ) -> Table:
-    metrics = list(first.tasks[task]["intervals"])
-    percent = f"{first.record['confidence']:.0%}"
+    metrics = list(first.tasks[task].intervals)
+    percent = f"{first.record.confidence:.0%}"
     own = (f"{metric_name(m)} [{percent}]" for m in metrics)
     head = ("model", "reads", "rows", *own, "less the first", "shared rows", "P (Holm)", "")
     rows = [(*_own(task, first, metrics), "", "", "", "the first")]
@@ -111,16 +120,16 @@ def _table(
         p = corrected[task, i]
         told = f"{points(pair['value'])} [{points(pair['low'])}, {points(pair['high'])}]"
         difference: Interval = {"value": pair["value"], "low": pair["low"], "high": pair["high"]}
-        shown = verdict(agreeing(difference, p, first.record["confidence"]))
+        shown = verdict(agreeing(difference, p, first.record.confidence))
         rows.append((*_own(task, other, metrics), told, str(pair["num_rows"]), f"{p:.3g}", shown))
-    score = metric_name(task_kind(first.tasks[task]["kind"]).row_metric)
+    score = metric_name(task_kind(first.tasks[task].kind).row_metric)
     return Table(f"{task}: differences are of the {score}, in points", head, rows)
 
 
 def _own(task: str, model: Evaluated, metrics: Sequence[str]) -> tuple[str, ...]:
     scores = model.tasks[task]
-    told = (told_metric(m, scores["intervals"].get(m)) for m in metrics)
-    return (model.name, "+".join(model.reads(task)), str(scores["num_rows"]), *told)
+    told = (told_metric(m, scores.intervals.get(m)) for m in metrics)
+    return (model.name, "+".join(model.reads(task)), str(scores.num_rows), *told)
 
 
 def as_text(table: Table) -> str:

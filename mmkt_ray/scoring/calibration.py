@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.scoring.metrics import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ def fit_temperature(logits: np.ndarray, labels: Labels) -> float:
     return float(np.exp(found.x))
 
 
-def fit_temperatures(logits: Mapping[str, np.ndarray], labels: Mapping[str, Labels]) -> dict[str, dict[str, Any]]:
-    """For each task of classes {temperature, num_val_rows, note}; `note` tells why nothing, or little, was fitted, else None."""
+def fit_temperatures(logits: Mapping[str, np.ndarray], labels: Mapping[str, Labels]) -> dict[str, Calibration]:
+    """For each task of classes its temperature, without what it changes."""
     found = {}
     for task, values in sorted(logits.items()):
         if not labels[task].kind.classes:
@@ -59,5 +59,5 @@ def fit_temperatures(logits: Mapping[str, np.ndarray], labels: Mapping[str, Labe
             rows = "1 labelled val row" if num_rows == 1 else f"{num_rows} labelled val rows"
             note = f"task '{task}' has only {rows} to calibrate on: its temperature stays near 1"
         temperature = fit_temperature(values, labels[task])
-        found[task] = {"temperature": temperature, "num_val_rows": num_rows, "note": note}
+        found[task] = Calibration(temperature=temperature, num_val_rows=num_rows, note=note)
     return found

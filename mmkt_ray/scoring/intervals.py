@@ -24,12 +24,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from math import sqrt
-from typing import TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, with_config
 from scipy.optimize import brentq
 from scipy.special import bdtr, ndtri
 from scipy.stats import binomtest, ttest_1samp
+from typing_extensions import TypedDict
 
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
@@ -42,6 +43,7 @@ _MAX_SIZES = 2000  # distinct sizes of gains that are flipped; above, there are 
 SHARE, DIFFERENCE, ANY = (0.0, 1.0), (-1.0, 1.0), (-np.inf, np.inf)  # what bounds scores
 
 
+@with_config(ConfigDict(extra="forbid"))
 class Interval(TypedDict):
     """A score and the interval around it, or a difference of two scores."""
 
@@ -93,8 +95,7 @@ def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval
 
 def paired_difference(
     labels: Labels,
-    pred_a: np.ndarray,
-    pred_b: np.ndarray,
+    preds: tuple[np.ndarray, np.ndarray],
     metric: str = "accuracy",
     *,
     width: int,
@@ -102,7 +103,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval | None:
-    """Score of `pred_a` minus score of `pred_b` on the same rows; None where it is undefined.
+    """Score of the first predictions minus score of the second on the same rows; None where it is undefined.
 
     Both predictions of a row stay together, so the interval is narrower than two separate ones suggest. Some rows are
     labelled; `metric` is one that the kind reports. A share of right rows: `share_difference`; others: resampled jointly.
@@ -114,11 +115,11 @@ def paired_difference(
         raise ValueError(f"metric must be one of {kind.reported}, got '{metric}'")
     if not rows.any():
         raise ValueError("no labelled row to compare on")
-    labels, preds = labels[rows], [pred_a[rows], pred_b[rows]]
+    labels, both = labels[rows], [pred[rows] for pred in preds]
     if metric == kind.share:
-        ours, theirs = (kind.is_right(labels, p) for p in preds)
+        ours, theirs = (kind.is_right(labels, p) for p in both)
         return share_difference(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(labels), confidence)
-    a, b = resampled_scores(labels, preds, width, num_resamples, seed)[metric]
+    a, b = resampled_scores(labels, both, width, num_resamples, seed)[metric]
     return percentiles(a - b, confidence, len(labels), difference_bounds(kind, metric))
 
 

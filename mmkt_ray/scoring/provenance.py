@@ -13,6 +13,7 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint, parse_config
+from mmkt_ray.scoring.results import Results
 
 
 def model_fingerprint(uri: str) -> str | None:
@@ -49,9 +50,9 @@ class Current:
     left_out: list[dict[str, str]] = field(default_factory=list)  # {file, command}
 
     @classmethod
-    def of(cls, run_uri: str, run: Mapping[str, Any], results: Mapping[str, Any]) -> Current:
-        """run: run.json; results: of `compare`."""
-        stores = frozenset(m["store"] for m in results["models"].values() if m.get("store"))
+    def of(cls, run_uri: str, run: Mapping[str, Any], results: Results) -> Current:
+        """run: run.json."""
+        stores = frozenset(m.store for m in results.models.values() if m.store)
         recipes = {}
         if run.get("config"):
             config = parse_config(run["config"])

@@ -10,6 +10,7 @@ from mmkt_ray import storage
 from mmkt_ray.kinds.number_metrics import IN_UNITS
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval
+from mmkt_ray.scoring.results import Recommended, Results, Row, TaskResults
 
 _WIDTH = 100
 
@@ -51,61 +52,61 @@ def told_metric(metric: str, interval: Interval | None) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def comparison_table(results: dict[str, Any]) -> str:
+def comparison_table(results: Results) -> str:
     """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first among the
     models that were scored on the same samples."""
     lines = []
-    for task, found in results["tasks"].items():
-        single = found["best_single"]
+    for task, found in results.tasks.items():
+        single = found.best_single
         lines += [f"{task}: {told_kind(found)}; best single modality: {single or 'none'}"[:_WIDTH]]
-        percent = f"{100 * results['confidence']:g} %"
-        metrics = task_kind(found["kind"]).reported[:2]
+        percent = f"{100 * results.confidence:g} %"
+        metrics = task_kind(found.kind).reported[:2]
         names = [metric_name(metric) for metric in metrics]
         cells = [["model", *(f"{name} [{percent}]" for name in names), f"{names[0]} vs best single"]]
         titles = {}  # line of the table -> what stands above it
-        for rows in same_samples(found["rows"], metrics[0]):
-            titles[len(cells)] = f" on {rows[0]['num_rows']:,} samples:"
-            cells += [[r["model"], *(told(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows]
+        for rows in same_samples(found.rows, metrics[0]):
+            titles[len(cells)] = f" on {rows[0].num_rows:,} samples:"
+            cells += [[r.model, *(told(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
         for number, row in enumerate(cells):
             lines += [titles[number]] if number in titles else []
             row[0] = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
             lines.append(("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip())
-        lines += [found["headline"]["title"], ""]
-    return "\n".join([*lines, *results["notes"]]).rstrip()
+        lines += [found.headline.title if found.headline else "", ""]
+    return "\n".join([*lines, *results.notes]).rstrip()
 
 
-def told_kind(found: dict[str, Any]) -> str:
+def told_kind(found: TaskResults) -> str:
     """What a task's labels are: `9 classes`, `numbers`."""
-    return f"{found['num_classes']} classes" if task_kind(found["kind"]).classes else "numbers"
+    return f"{found.num_classes} classes" if task_kind(found.kind).classes else "numbers"
 
 
-def same_samples(rows: Sequence[dict[str, Any]], main: str) -> list[list[dict[str, Any]]]:
+def same_samples(rows: Sequence[Row], main: str) -> list[list[Row]]:
     """A task's rows by the samples that they were scored on, the most samples first, and in each group the best by the main
     metric first: scores on different samples have no order."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda r: -r[main]["value"]):
-        groups.setdefault(row["rows_id"], []).append(row)
-    return sorted(groups.values(), key=lambda group: (-group[0]["num_rows"], -len(group)))
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: -r.interval(main)["value"]):
+        groups.setdefault(row.rows_id, []).append(row)
+    return sorted(groups.values(), key=lambda group: (-group[0].num_rows, -len(group)))
 
 
-def recommendation_text(results: dict[str, Any], run_uri: str) -> str:
+def recommendation_text(results: Results, run_uri: str) -> str:
     """Which model to ship, why, where it is, and the command that uses it; empty if there is none."""
-    chosen = results["recommended"]
+    chosen = results.recommended
     if chosen is None:
         return ""
     folder = path_of(chosen, run_uri)
-    lines = [f"Ship {chosen['model']}.", *chosen["why"]]
-    if (others := {t: m for t, m in chosen["per_task"].items() if m != chosen["model"]}) and len(chosen["tasks"]) > 1:
+    lines = [f"Ship {chosen.model}.", *chosen.why]
+    if (others := {t: m for t, m in chosen.per_task.items() if m != chosen.model}) and len(chosen.tasks) > 1:
         lines.append(f"For one task alone: {', '.join(f'{m} for {t}' for t, m in others.items())}.")
     python = f"in Python: mmkt_ray.load({folder!r}).predict(df)"
     return "\n".join([*lines, f"model: {folder}", f"use it: {predict_command(folder)}", python])
 
 
-def path_of(chosen: dict[str, Any], run_uri: str) -> str:
+def path_of(chosen: Recommended, run_uri: str) -> str:
     """Where the recommended model lies."""
-    return storage.join(run_uri, chosen["folder"])
+    return storage.join(run_uri, chosen.folder)
 
 
 def predict_command(folder: str) -> str:
@@ -113,10 +114,10 @@ def predict_command(folder: str) -> str:
     return f"mmkt predict {shlex.quote(folder)} NEW_SHARDS --out FOLDER"
 
 
-def _difference(row: dict[str, Any], main: str) -> str:
-    if not row["versus"]:
-        return row["verdict"]
-    return f"{told(row['versus'][main], '+.1f')} {row['verdict']}"
+def _difference(row: Row, main: str) -> str:
+    if not row.versus:
+        return row.verdict
+    return f"{told(row.versus[main], '+.1f')} {row.verdict}"
 
 
 def main_of(scores: Mapping[str, Any]) -> str:

@@ -47,27 +47,27 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
     results = compare(run_uri)
     notes = [
         f"{task}: no two trained variants differ by a modality, so logistic regression on the same features answers."
-        for task, found in results["tasks"].items()
-        if any(answer["source"] == "baseline" for answer in found["answers"])
+        for task, found in results.tasks.items()
+        if any(answer.source == "baseline" for answer in found.answers)
     ]
     shares = {}
-    for name in sorted({t["best_fused"] for t in results["tasks"].values() if t["best_fused"]}):
-        if len(results["models"][name]["modalities"]) > MAX_MODALITIES:
+    for name in sorted({t.best_fused for t in results.tasks.values() if t.best_fused}):
+        if len(results.models[name].modalities) > MAX_MODALITIES:
             notes.append(f"{name} reads more than {MAX_MODALITIES} modalities: too many subsets for Shapley values.")
         elif name in stores:
-            folder = storage.join(run_uri, results["models"][name]["folder"])
-            shares[name] = shapley_values(folder, stores[name], results["split"])
+            folder = storage.join(run_uri, results.models[name].folder)
+            shares[name] = shapley_values(folder, stores[name], results.split)
     tasks = {
         task: {
-            "answers": found["answers"],
+            "answers": [answer.to_dict() for answer in found.answers],
             "disagreement": disagreements(run_uri, results, task),
-            "shapley": shares.get(found["best_fused"], {}).get(task),
+            "shapley": shares.get(found.best_fused or "", {}).get(task),
         }
-        for task, found in results["tasks"].items()
+        for task, found in results.tasks.items()
     }
-    models = results["models"].values()
-    about = provenance.about(run_uri, (m["folder"] for m in models if m["kind"] == "trained"), (m["store"] for m in models))
-    found = {"split": results["split"], "confidence": results["confidence"], "notes": notes, "tasks": tasks, "about": about}
+    models = results.models.values()
+    about = provenance.about(run_uri, (m.folder for m in models if m.kind == "trained"), (m.store for m in models))
+    found = {"split": results.split, "confidence": results.confidence, "notes": notes, "tasks": tasks, "about": about}
     storage.write_json(storage.join(run_uri, "insight.json"), found)
     return found
 

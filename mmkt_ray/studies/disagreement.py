@@ -16,11 +16,12 @@ from mmkt_ray import storage
 from mmkt_ray.inference.rows import read_predictions
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval
+from mmkt_ray.scoring.results import Results
 
 NUM_EXAMPLES = 8
 
 
-def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str, Any] | None:
+def disagreements(run_uri: str, results: Results, task: str) -> dict[str, Any] | None:
     """The best model of each single modality beside the others; None for numbers, or where there are fewer than two or no
     common row.
 
@@ -28,7 +29,7 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     fused {model, right_when_differ} or None, examples [{sample_id, label, predictions {modality: {pred, proba}}, fused}]}.
     The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
     """
-    if not task_kind(results["tasks"][task]["kind"]).classes:
+    if not task_kind(results.tasks[task].kind).classes:
         return None
     chosen = _single_models(results, task)
     frames = {m: predictions_of(run_uri, results, name, task) for m, name in chosen.items()}
@@ -36,11 +37,11 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     if not rows:
         return None
     frames = {m: f.loc[rows] for m, f in frames.items()}
-    labels, kind = next(iter(frames.values()))["label"].tolist(), task_kind(results["tasks"][task]["kind"])
+    labels, kind = next(iter(frames.values()))["label"].tolist(), task_kind(results.tasks[task].kind)
     right = {m: _same(f["pred"], labels) for m, f in frames.items()}
     differ = np.array([len(set(preds)) > 1 for preds in zip(*(f["pred"] for f in frames.values()), strict=True)])
-    share = binomtest(int(differ.sum()), len(rows)).proportion_ci(results["confidence"], method="wilson")
-    fused_name = results["tasks"][task]["best_fused"]
+    share = binomtest(int(differ.sum()), len(rows)).proportion_ci(results.confidence, method="wilson")
+    fused_name = results.tasks[task].best_fused
     fused = predictions_of(run_uri, results, fused_name, task)["pred"] if fused_name else pd.Series()
     told_by_fused = fused.map(kind.tell).to_dict()
     fused = fused.reindex(rows)
@@ -68,24 +69,24 @@ def disagreements(run_uri: str, results: dict[str, Any], task: str) -> dict[str,
     }
 
 
-def _single_models(results: dict[str, Any], task: str) -> dict[str, str]:
+def _single_models(results: Results, task: str) -> dict[str, str]:
     """modality -> the model that reads it alone: trained before baselines, then the best on held-out rows."""
-    chosen: dict[str, Any] = {}
-    main = task_kind(results["tasks"][task]["kind"]).main
-    for row in results["tasks"][task]["rows"]:
-        if len(row["reads"]) == 1:
-            held_out = row["val_accuracy"] if row["val_accuracy"] is not None else row[main]["value"]
-            key = results["models"][row["model"]]["kind"] == "trained", held_out, row["model"]
-            chosen[row["reads"][0]] = max(chosen.get(row["reads"][0], key), key, key=lambda k: k[:2])
+    chosen: dict[str, tuple[bool, float, str]] = {}
+    main = task_kind(results.tasks[task].kind).main
+    for row in results.tasks[task].rows:
+        if len(row.reads) == 1:
+            held_out = row.val_accuracy if row.val_accuracy is not None else row.interval(main)["value"]
+            key = results.models[row.model].kind == "trained", held_out, row.model
+            chosen[row.reads[0]] = max(chosen.get(row.reads[0], key), key, key=lambda k: k[:2])
     return {modality: key[2] for modality, key in sorted(chosen.items())}
 
 
-def predictions_of(run_uri: str, results: dict[str, Any], name: str, task: str) -> pd.DataFrame:
+def predictions_of(run_uri: str, results: Results, name: str, task: str) -> pd.DataFrame:
     """Columns label, pred and proba of `read_predictions` of one of the run's models."""
-    about = results["models"][name]
-    uri = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
-    model = about["name"] if about["kind"] == "baseline" else None
-    return read_predictions(uri, task, task_kind(results["tasks"][task]["kind"]), model, ("label", "pred", "proba"))
+    about = results.models[name]
+    uri = storage.join(run_uri, about.folder, f"predictions-{results.split}.parquet")
+    model = about.name if about.kind == "baseline" else None
+    return read_predictions(uri, task, task_kind(results.tasks[task].kind), model, ("label", "pred", "proba"))
 
 
 def _farthest_apart(frames: dict[str, pd.DataFrame], differ: np.ndarray) -> list[int]:

@@ -72,7 +72,7 @@ def missing_curves(
     part = data.take(data.readable(split))
     options = evaluation or config.evaluation
     run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
-    singles = [m for m in evaluated_models(run_uri, run) if m.record.get("store") == store.manifest.get("fingerprint")]
+    singles = [m for m in evaluated_models(run_uri, run) if m.record.store == store.manifest.get("fingerprint")]
     best = {t: _best_singles(singles, part, t, config.task_inputs(t)) for t in config.model_tasks}
     whole = predict_table(model, part.table)
     inputs = {t: config.task_inputs(t) for t in config.model_tasks}
@@ -143,7 +143,7 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
     """Modality -> its best model; the best modality last."""
     found = {}
     for modality in modalities:
-        able = [m for m in models if m.record["modalities"] == [modality] and m.tasks.get(task, {}).get("num_rows")]
+        able = [m for m in models if m.record.modalities == [modality] and m.scores(task)]
         best = max(able, key=lambda m: _val_score(m, task), default=None)
         if best is not None:
             pred = best.predictions(task)["pred"].reindex(part.table.sample_id)
@@ -160,8 +160,8 @@ def _encode(pred: pd.Series, known: np.ndarray, names: Sequence[str], kind: Task
 
 
 def _val_score(model: Evaluated, task: str) -> float:
-    scores = model.tasks[task].get("val") or model.tasks[task]
-    return float(scores[model.kind_of(task).main])
+    scores = model.tasks[task].val or model.tasks[task]
+    return scores.value(model.kind_of(task).main)
 
 
 # --- one task -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.rows import subsets
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring import provenance
+from mmkt_ray.scoring.results import Results
 from mmkt_ray.studies.transferability import Moments, h_score, leep, linear_cka, logme
 
 MAX_WIDTH = 4096  # D x D matrices up to here take seconds
@@ -41,7 +42,7 @@ def transferability(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]
         skipped: [{store, modalities, reason}], seconds, about (see provenance.py)
     """
     started = time.perf_counter()
-    results = storage.read_json_or_none(storage.join(run_uri, "report", "results.json"))
+    results = Results.read_or_none(storage.join(run_uri, "report", "results.json"))
     found: dict[str, Any] = {"tasks": {}, "cka": [], "leep": [], "skipped": []}
     for uri in dict.fromkeys(s.uri for s in stores.values()):
         variants = [name for name, s in stores.items() if s.uri == uri]
@@ -50,7 +51,7 @@ def transferability(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]
         scored["predicted"] = {score: _rank_correlation(scored["sets"], score) for score in SCORES}
     if results:
         found["leep"] = _leep_cells(run_uri, results)
-    trained = [m["folder"] for m in (results or {"models": {}})["models"].values() if m["kind"] == "trained"]
+    trained = [m.folder for m in results.models.values() if m.kind == "trained"] if results else []
     found["about"] = provenance.about(run_uri, trained, (s.manifest.get("fingerprint") for s in stores.values()))
     found["seconds"] = time.perf_counter() - started
     storage.write_json(storage.join(run_uri, "transferability.json"), found)
@@ -74,7 +75,7 @@ def scores_table(found: Mapping[str, Any]) -> str:
     )
 
 
-def _score_store(store: Store, found: dict[str, Any], results: dict[str, Any] | None, variants: Sequence[str]) -> None:
+def _score_store(store: Store, found: dict[str, Any], results: Results | None, variants: Sequence[str]) -> None:
     """Add one store's scores to `found`."""
     name = store.uri.rstrip("/").rpartition("/")[2]
     about = store.manifest["modalities"]
@@ -174,21 +175,22 @@ def _targets(table: FeatureTable, tasks: Sequence[str]) -> np.ndarray:
 
 
 def _trained_result(
-    task: str, subset: Sequence[str], store: str, results: dict[str, Any] | None, variants: Sequence[str]
+    task: str, subset: Sequence[str], store: str, results: Results | None, variants: Sequence[str]
 ) -> dict[str, Any] | None:
     """The model that reads just this subset of this store: the trained one best on val, else logistic regression."""
-    rows = (results or {"tasks": {}})["tasks"].get(task, {"rows": []})["rows"]
+    if results is None or task not in results.tasks:
+        return None
     candidates = []
-    for row in rows:
-        about = results["models"][row["model"]] if results else {}
-        here = row["model"] in variants or about["folder"] == f"baselines/{store}"
-        if here and tuple(about["modalities"]) == tuple(subset):
-            candidates.append((about["kind"] == "trained", row["val_accuracy"] or 0.0, row))
+    for row in results.tasks[task].rows:
+        about = results.models[row.model]
+        here = row.model in variants or about.folder == f"baselines/{store}"
+        if here and tuple(about.modalities) == tuple(subset):
+            candidates.append((about.kind == "trained", row.val_accuracy or 0.0, row))
     if not candidates:
         return None
     row = max(candidates, key=lambda c: c[:2])[2]
-    main = task_kind(results["tasks"][task]["kind"]).main if results else ""
-    return {"model": row["model"], "accuracy": row[main]["value"]}
+    main = task_kind(results.tasks[task].kind).main
+    return {"model": row.model, "accuracy": row.interval(main)["value"]}
 
 
 def _rank_correlation(sets: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any] | None:
@@ -204,17 +206,17 @@ def _rank_correlation(sets: Sequence[Mapping[str, Any]], score: str) -> dict[str
     }
 
 
-def _leep_cells(run_uri: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _leep_cells(run_uri: str, results: Results) -> list[dict[str, Any]]:
     """LEEP from each task to each other one, by the predictions of every trained model of both, on the scored split."""
     cells = []
-    for name, about in results["models"].items():
-        tasks = [t for t, f in results["tasks"].items() if any(r["model"] == name for r in f["rows"])]
-        if about["kind"] != "trained" or len(tasks) < 2:
+    for name, about in results.models.items():
+        tasks = [t for t, found in results.tasks.items() if found.row(name)]
+        if about.kind != "trained" or len(tasks) < 2:
             continue
-        predictions = storage.join(run_uri, about["folder"], f"predictions-{results['split']}.parquet")
+        predictions = storage.join(run_uri, about.folder, f"predictions-{results.split}.parquet")
         for target in tasks:
             for source in (t for t in tasks if t != target):
-                if not task_kind(results["tasks"][source]["kind"]).classes:
+                if not task_kind(results.tasks[source].kind).classes:
                     continue
                 rows = storage.read_table(predictions, [f"{source}_proba", f"{target}_label"]).to_pandas().dropna()
                 proba = np.stack(rows[f"{source}_proba"]) if len(rows) else np.zeros((0, 1))

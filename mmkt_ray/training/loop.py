@@ -34,7 +34,7 @@ from mmkt_ray.training.methods.balance import LEARNERS
 from mmkt_ray.training.methods.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
 from mmkt_ray.training.methods.task_weighting import TASK_WEIGHTINGS
 from mmkt_ray.training.methods.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
-from mmkt_ray.training.objective import Objective
+from mmkt_ray.training.objective import Distillation, Objective
 from mmkt_ray.training.optimizer import build_optimizer, rate
 from mmkt_ray.training.validation import validate
 
@@ -314,10 +314,8 @@ def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world
         label_smoothing=config.training.label_smoothing,
         logit_adjustment=config.training.logit_adjustment,
         loss_weights={t: config.tasks[t].loss_weight for t in table.labels},
-        distill_weight=config.training.transfer.distill_weight,
-        temperature=config.training.transfer.temperature,
-        device=world.device,
-    )
+        distillation=Distillation(config.training.transfer.distill_weight, config.training.transfer.temperature),
+    ).to(world.device)
 
 
 def diverged(lr: float, loss: float, epoch: int) -> ConfigError:

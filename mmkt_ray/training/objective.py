@@ -8,6 +8,7 @@ Source: logit adjustment, Menon et al. 2021 (https://arxiv.org/abs/2007.07314).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,14 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.training.batches import Batch
 from mmkt_ray.training.methods.transfer import distillation_loss
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much the teachers say where a batch has their targets."""
+
+    weight: float = 0.5  # of their share
+    temperature: float = 2.0
 
 
 class Objective:
@@ -32,20 +41,24 @@ class Objective:
         label_smoothing: float = 0.0,
         logit_adjustment: float = 0.0,
         loss_weights: Mapping[str, float] | None = None,
-        distill_weight: float = 0.5,
-        temperature: float = 2.0,
-        device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+        distillation: Distillation = Distillation(),
     ) -> None:
         """counts: task -> `TaskKind.count` of the train rows; kinds: of the tasks; loss_weights: task -> factor of its loss, 1
-        if not named; distill_weight, temperature: of the teachers' share, where a batch has targets."""
+        if not named."""
         ones = {t: np.ones(c.shape[-1]) for t, c in counts.items()}
         weights = {t: kinds[t].balanced_weights(c) for t, c in counts.items()} if class_weights == "balanced" else ones
         shifts = {t: logit_adjustment * kinds[t].log_prior(c) for t, c in counts.items()}
-        self.weights = {t: torch.from_numpy(w).float().to(device) for t, w in weights.items()}  # task -> (K,)
-        self.shifts = {t: torch.from_numpy(s).float().to(device) for t, s in shifts.items()}  # task -> (K,)
+        self.weights = {t: torch.from_numpy(w).float() for t, w in weights.items()}  # task -> (K,)
+        self.shifts = {t: torch.from_numpy(s).float() for t, s in shifts.items()}  # task -> (K,)
         self.label_smoothing = label_smoothing
-        self.distill_weight, self.temperature = distill_weight, temperature
+        self.distillation = distillation
         self.loss_weights = {t: (loss_weights or {}).get(t, 1.0) for t in counts}
+
+    def to(self, device: torch.device) -> Objective:
+        """The same, for batches on a device."""
+        self.weights = {t: weights.to(device) for t, weights in self.weights.items()}
+        self.shifts = {t: shifts.to(device) for t, shifts in self.shifts.items()}
+        return self
 
     def total_weights(self, labels: Mapping[str, Labels]) -> dict[str, Tensor]:
         """What each task's sum is divided by to be a mean: task -> (), the labelled rows, weighted by class if asked."""
@@ -94,7 +107,7 @@ class Objective:
             other = self.losses(logits, batch.mixed.labels, totals, batch.mixed.share)
             losses = {t: own[t] + other[t] for t in own}
         for t, target in batch.targets.items():
-            total, _ = distillation_loss(logits[t], target, self.temperature, batch.labels[t].kind)
+            total, _ = distillation_loss(logits[t], target, self.distillation.temperature, batch.labels[t].kind)
             distilled = self.loss_weights[t] * total / batch.num_targets[t].clamp(min=1)
-            losses[t] = (1 - self.distill_weight) * losses[t] + self.distill_weight * distilled
+            losses[t] = (1 - self.distillation.weight) * losses[t] + self.distillation.weight * distilled
         return losses

@@ -27,7 +27,7 @@ def test_tables_say_what_the_files_do(run_folder: str) -> None:
     assert (scores["accuracy"] <= scores["accuracy_high"]).all()
     predictions = found.tables["predictions"]
     assert predictions["sample_id"].is_unique
-    for task in found.summary["recommended"]["tasks"]:
+    for task in found.summary.recommended.tasks:
         known = predictions.dropna(subset=[f"{task}_label", f"{task}_pred"])
         accuracy = np.mean(known[f"{task}_label"] == known[f"{task}_pred"])
         row = scores[(scores["task"] == task) & (scores["model"] == found.best_name)].iloc[0]

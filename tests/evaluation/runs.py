@@ -212,5 +212,5 @@ def write_run(folder: Path, config: Config, samples: Mapping[str, Any], **store_
         "seconds": {"extract": 12.5, "train": 130.0},
     }
     storage.write_json(f"{run_uri}/run.json", card)
-    write_gallery(f"{run_uri}/models/{compare(run_uri)['main']}")
+    write_gallery(f"{run_uri}/models/{compare(run_uri).main}")
     return run_uri

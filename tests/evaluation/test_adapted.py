@@ -6,6 +6,8 @@ import pytest
 
 from mmkt_ray.evaluation.adapted import adaptations
 from mmkt_ray.evaluation.compare import Evaluated
+from mmkt_ray.scoring.metrics import ModelMetrics, TaskScores
+from mmkt_ray.scoring.results import Shared, Versus
 
 MINILM = {"kind": "text", "encoder": {"name": "minilm", "max_tokens": 64}, "reduce": None}
 TUNED = {**MINILM, "encoder": {**MINILM["encoder"], "adapt": {"task": "thing", "how": "lora"}}}
@@ -14,15 +16,17 @@ PIXELS = {"kind": "image", "encoder": {"name": "pixels"}, "reduce": None}
 
 def model(name: str, modalities: dict[str, Any], **settings: Any) -> Evaluated:
     config = {"modalities": modalities, "model": {"fusion": {"name": "concat"}, "dropout": 0.1, **settings}}
-    record = {"name": name, "modalities": list(modalities), "tasks": {"thing": {}}, "confidence": 0.95}
+    scores = TaskScores(kind="multiclass", num_rows=500, class_names=["a"], intervals={}, values={})
+    about = {"name": name, "modalities": list(modalities), "tasks": {"thing": scores}}
+    record = ModelMetrics(split="test", num_rows=500, confidence=0.95, **about)
     return Evaluated(name, "trained", f"models/{name}", record, "", {"config": config, "encoders": {}})
 
 
 def paired(value: float, p: float) -> Any:
     """In place of the comparison of predictions."""
-    accuracy = {"value": value, "low": value - 0.01, "high": value + 0.01}
-    shared = {"ours": 0.88, "theirs": 0.86}
-    return lambda task, ours, theirs: {"num_rows": 500, "accuracy": accuracy, "shared_accuracy": shared, "p": p}
+    intervals = {"accuracy": {"value": value, "low": value - 0.01, "high": value + 0.01}}
+    about = {"num_rows": 500, "shared_accuracy": Shared(ours=0.88, theirs=0.86), "p": p}
+    return lambda task, ours, theirs: Versus(model=theirs.name, intervals=intervals, **about)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +42,9 @@ def test_the_same_model_is_compared_and_nothing_else(value: float, p: float, sai
         model("both", {"image": PIXELS, "text": MINILM, "tuned": TUNED}),
     ]
     (found,) = adaptations("run", models, ["thing"], paired(value, p))
-    assert (found["model"], found["frozen"], found["p_holm"]) == ("adapted", "frozen", p)
-    assert f"Adapting tuned (lora on thing) {said} for thing: adapted against frozen" in found["sentence"]
-    assert "88.0 against 86.0 %" in found["sentence"]
+    assert (found.model, found.frozen, found.p_holm) == ("adapted", "frozen", p)
+    assert f"Adapting tuned (lora on thing) {said} for thing: adapted against frozen" in found.sentence
+    assert "88.0 against 86.0 %" in found.sentence
 
 
 def test_a_run_without_adapted_encoders_says_nothing():

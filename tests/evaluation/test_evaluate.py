@@ -195,8 +195,8 @@ def test_a_model_is_scored_in_its_own_classes_whatever_the_store_calls_them(run,
     store = write_store(str(tmp_path / "other"), other)
     assert store.manifest["tasks"]["thing"]["classes"][0] == "aardvark"
     after = evaluate_model(str(run / "models" / "concat"), store)
-    assert after["tasks"]["thing"]["confusion"] == before["tasks"]["thing"]["confusion"]
-    assert after["store"] == "other"
+    assert after.tasks["thing"].confusion == before["tasks"]["thing"]["confusion"]
+    assert after.store == "other"
 
 
 def test_figures_do_not_hang_on_how_much_is_held(run, monkeypatch):
@@ -236,9 +236,9 @@ def test_another_split_leaves_the_test_files_alone(run):
     record = evaluate_model(str(run / "models" / "image"), open_store(str(run / "features" / "union")), split="val")
     assert (run / "models" / "image" / "metrics.json").read_bytes() == before
     assert (run / "models" / "image" / "predictions-val.parquet").exists()
-    assert record["tasks"]["colour"]["val"] is None
+    assert record.tasks["colour"].val is None
     on_test = storage.read_json(str(run / "models" / "image" / "metrics.json"))
-    assert on_test["tasks"]["colour"]["val"]["accuracy"] == pytest.approx(record["tasks"]["colour"]["accuracy"])
+    assert on_test["tasks"]["colour"]["val"]["accuracy"] == pytest.approx(record.tasks["colour"]["accuracy"])
 
 
 def test_errors_say_what_to_do(run, samples, tmp_path):
@@ -323,8 +323,8 @@ def test_models_are_chosen_on_val_not_on_test(run):
         for task in record["tasks"].values():
             task["val"]["accuracy"] = accuracy
         storage.write_json(uri, record)
-    found = compare(str(run))["tasks"]["colour"]
-    assert (found["selected_on"], found["best_single"], found["best_trained"]) == ("val", "text", "text")
+    found = compare(str(run)).tasks["colour"]
+    assert (found.selected_on, found.best_single, found.best_trained) == ("val", "text", "text")
 
 
 @pytest.mark.parametrize(("num_rows", "chosen"), [(60, "text"), (60_000, "concat")])
@@ -336,8 +336,8 @@ def test_of_models_that_val_cannot_tell_apart_the_smallest_is_chosen(run, num_ro
         for task in record["tasks"].values():
             task["val"] |= {"accuracy": accuracy, "num_rows": num_rows}
         storage.write_json(uri, record)
-    found = compare(str(run))["tasks"]["colour"]
-    assert (found["best_trained"], found["best_fused"]) == (chosen, "concat")
+    found = compare(str(run)).tasks["colour"]
+    assert (found.best_trained, found.best_fused) == (chosen, "concat")
 
 
 def test_a_model_that_reads_only_the_easy_samples_is_not_the_best(run):
@@ -349,8 +349,8 @@ def test_a_model_that_reads_only_the_easy_samples_is_not_the_best(run):
             task["val"] |= {"accuracy": accuracy, "num_rows": num_rows}
         storage.write_json(uri, record)
     results = compare(str(run))
-    assert results["tasks"]["colour"]["best_trained"] == results["main"] == "concat"
-    assert results["tasks"]["colour"]["best_single"] == "text"
+    assert results.tasks["colour"].best_trained == results.main == "concat"
+    assert results.tasks["colour"].best_single == "text"
 
 
 def test_without_val_the_choice_is_on_test_and_said(run):
@@ -360,8 +360,8 @@ def test_without_val_the_choice_is_on_test_and_said(run):
     record["tasks"]["thing"]["val"] = None
     storage.write_json(uri, record)
     results = compare(str(run))
-    assert {t: f["selected_on"] for t, f in results["tasks"].items()} == {"thing": "test", "colour": "val"}
-    assert "no held-out rows but test" in results["notes"][0]
+    assert {t: f.selected_on for t, f in results.tasks.items()} == {"thing": "test", "colour": "val"}
+    assert "no held-out rows but test" in results.notes[0]
 
 
 def test_without_trained_single_modality_models_nothing_is_said_of_fusing(run):
@@ -369,15 +369,15 @@ def test_without_trained_single_modality_models_nothing_is_said_of_fusing(run):
     shutil.rmtree(run / "models" / "image")
     shutil.rmtree(run / "models" / "text")
     results = compare(str(run))
-    found = results["tasks"]["colour"]
-    assert found["best_single"] is None
-    assert found["headline"]["title"] == "Whether fusing helps is not known: concat stands alone"
-    row = row_of(results, "colour", "concat")
-    assert (row["versus"], row["verdict"]) == (None, "no single modality trained")
-    assert results["notes"][0] == (
+    found = results.tasks["colour"]
+    assert found.best_single is None
+    assert found.headline.title == "Whether fusing helps is not known: concat stands alone"
+    row = results.tasks["colour"].row("concat")
+    assert (row.versus, row.verdict) == (None, "no single modality trained")
+    assert results.notes[0] == (
         "Not evaluated, or trained anew since, so not shown: image, text; run `mmkt evaluate` again."
     )
-    assert any("trained for colour, thing: nothing says there whether fusing helps" in note for note in results["notes"])
+    assert any("trained for colour, thing: nothing says there whether fusing helps" in note for note in results.notes)
 
 
 def test_models_of_other_samples_are_not_compared(run, samples, tmp_path):
@@ -391,13 +391,13 @@ def test_models_of_other_samples_are_not_compared(run, samples, tmp_path):
     card["variants"]["paired"] = {"store": "features/pairs", "model": "models/paired"}
     storage.write_json(str(run / "run.json"), card)
     results = compare(str(run))
-    row = row_of(results, "colour", "paired")
-    assert (row["versus"], row["verdict"]) == (None, "different samples")
+    row = results.tasks["colour"].row("paired")
+    assert (row.versus, row.verdict) == (None, "different samples")
     assert "different samples" in comparison_table(results)
     evaluate_baselines(config, store, str(run / "baselines" / "pairs"))
     results = compare(str(run))
-    assert row_of(results, "colour", "paired")["verdict"] == "different samples"
-    assert row_of(results, "colour", "concat")["versus"]["model"] == "image"
+    assert results.tasks["colour"].row("paired").verdict == "different samples"
+    assert results.tasks["colour"].row("concat").versus.model == "image"
 
 
 def test_the_table_fits_a_terminal_whatever_the_names(run):
@@ -415,7 +415,7 @@ def test_the_table_fits_a_terminal_whatever_the_names(run):
 
 def test_the_gallery_shows_what_the_model_saw(finished):
     """Catches a gallery that shows another row's image, or samples in the wrong group."""
-    main = compare(str(finished))["main"]
+    main = compare(str(finished)).main
     gallery = storage.read_json(str(finished / "models" / main / "gallery.json"))
     assert "note" not in gallery
     for groups in gallery["tasks"].values():

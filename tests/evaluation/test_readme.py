@@ -10,6 +10,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.readme import _text, readme_text, write_readme
 from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.scoring.metrics import ModelMetrics
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
 
@@ -60,10 +61,10 @@ def test_names_cannot_break_the_page():
 
 def test_limits_name_few_rows_and_unseen_classes(run):
     manifest, _ = read(run)
-    metrics = storage.read_json(str(run / "models/concat/metrics.json"))
+    metrics = ModelMetrics.read(str(run / "models/concat/metrics.json"))
     _, card = load_model(str(run / "models/concat"))
-    metrics["tasks"]["thing"]["num_unseen"] = 7
-    metrics["tasks"]["thing"]["per_class"]["cat"]["support"] = 2
+    metrics.tasks["thing"].num_unseen = 7
+    metrics.tasks["thing"].per_class["cat"].support = 2
     text = readme_text("concat", card, metrics, manifest | {"synthetic_pairs": True})
     assert "thing: 7 test rows are of classes that it never saw" in text
     assert "1 of 4 classes have fewer than 10 test rows" in text

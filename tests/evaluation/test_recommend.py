@@ -8,6 +8,8 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import Evaluated
 from mmkt_ray.evaluation.recommend import Candidate, _can_ship, choose, standard_error
+from mmkt_ray.scoring.metrics import ModelMetrics
+from mmkt_ray.scoring.results import Recommended, Results
 from mmkt_ray.scoring.tables import recommendation_text
 
 ROWS = np.arange(100)
@@ -24,18 +26,18 @@ def test_the_standard_error_is_that_of_paired_differences():
     best, other = candidate("best", 60, 9), candidate("other", 56, 1)
     gain = (ROWS < 60).astype(float) - (ROWS < 56)
     assert standard_error(best, other) == (pytest.approx(gain.std(ddof=1) / 10), True)
-    assert [c["model"] for c in choose([best, other])] == ["best", "other"]
+    assert [c.model for c in choose([best, other])] == ["best", "other"]
     blind = candidate("other", 56, 1, predicted=False)
     error, paired = standard_error(best, blind)
     assert (error, paired) == (pytest.approx(0.049, abs=1e-3), False)
-    assert choose([best, blind])[0]["model"] == "other"
+    assert choose([best, blind])[0].model == "other"
 
 
 def test_fewer_modalities_come_before_fewer_parameters():
     """Catches a fused model that is shipped though one modality does as well, because it is narrower."""
     models = [candidate("fused", 80, 10), candidate("single", 80, 99, "a"), candidate("small", 80, 50, "b")]
-    assert choose(models)[0]["model"] == "small"
-    assert {c["model"] for c in choose(models) if c["within"]} == {"fused", "single", "small"}
+    assert choose(models)[0].model == "small"
+    assert {c.model for c in choose(models) if c.within} == {"fused", "single", "small"}
 
 
 def test_a_row_that_a_model_cannot_read_counts_as_wrong():
@@ -43,22 +45,29 @@ def test_a_row_that_a_model_cannot_read_counts_as_wrong():
     best = candidate("best", 90, 9)
     half = Candidate("half", ("a",), 1, {"t": 0.5}, {"t": 100}, {"t": (ROWS[:50], np.ones(50, bool))})
     assert standard_error(best, half)[1]
-    assert choose([best, half])[0]["model"] == "best"
+    assert choose([best, half])[0].model == "best"
 
 
 def test_one_row_or_none_wrong_is_no_certainty():
     """Catches an error of zero where the best has everything right."""
     blind = {"t": None}
     models = [Candidate(n, ("a",), p, {"t": s}, {"t": 10}, blind) for n, p, s in (("big", 9, 1.0), ("small", 1, 0.95))]
-    assert choose(models)[0]["model"] == "small"
-    assert choose(models[:1])[0]["model"] == "big"
+    assert choose(models)[0].model == "small"
+    assert choose(models[:1])[0].model == "big"
+
+
+def results(recommended: Recommended | None) -> Results:
+    return Results(
+        run="r", split="test", confidence=0.95, models={}, tasks={}, recommended=recommended, main=None, notes=[]
+    )
 
 
 def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
     """Catches a run that ends without the model, its reasons, its place, or a command that a shell takes apart."""
-    chosen = {"model": "image", "folder": "models/image", "why": ["It is good."], "tasks": ["t"], "per_task": {"t": "image"}}
+    about = {"folder": "models/image", "why": ["It is good."], "tasks": ["t"], "per_task": {"t": "image"}, "considered": []}
+    chosen = Recommended(model="image", **about)
     folder = storage.join(str(tmp_path / "my run"), "models/image")
-    text = recommendation_text({"recommended": chosen}, str(tmp_path / "my run"))
+    text = recommendation_text(results(chosen), str(tmp_path / "my run"))
     assert text.splitlines() == [
         "Ship image.",
         "It is good.",
@@ -66,13 +75,14 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
         f"use it: mmkt predict '{folder}' NEW_SHARDS --out FOLDER",
         f"in Python: mmkt_ray.load('{folder}').predict(df)",
     ]
-    assert recommendation_text({"recommended": None}, str(tmp_path)) == ""
+    assert recommendation_text(results(None), str(tmp_path)) == ""
 
 
 def test_a_solved_model_can_be_shipped(tmp_path: Path) -> None:
     """Catches a recommendation that passes over solved models: their folders lie elsewhere than their scores."""
     folder = "models/.linear/abc/image+text"
-    record = {"name": "logreg:image+text", "tasks": {}, "modalities": ["image", "text"], "folder_to_ship": folder}
+    about = {"name": "logreg:image+text", "modalities": ["image", "text"], "folder_to_ship": folder}
+    record = ModelMetrics(split="test", num_rows=9, confidence=0.95, tasks={}, **about)
     linear = Evaluated(name="logreg:image+text", kind="baseline", folder="baselines/abc", record=record, predictions_uri="")
     assert not _can_ship(str(tmp_path), linear)
     (tmp_path / folder).mkdir(parents=True)

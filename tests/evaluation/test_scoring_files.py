@@ -9,6 +9,7 @@ from mmkt_ray.cli import main
 from mmkt_ray.evaluation.scoring_files import score_task, scores_text
 from mmkt_ray.inference.rows import prediction_columns
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.scoring.metrics import FilesMetrics
 from tests.evaluation.runs import KINDS, make_config
 
 NAMES = {"thing": ["bird", "boat", "car"], "warm": ["no", "yes"], "tags": ["animal", "flies"]}
@@ -45,21 +46,21 @@ def test_the_scores_of_a_file_are_scikit_learns(config):
     found = score_task(table, "thing", task_kind("multiclass"), NAMES["thing"], config)
     kept = [i for i in range(NUM_ROWS) if i not in (3, 5)]
     truth, pred = np.array(label, object)[kept].astype(str), np.array(NAMES["thing"])[proba[kept].argmax(axis=1)]
-    assert (found["num_rows"], found["num_unseen"], found["num_unreadable"]) == (88, 1, 1)
+    assert (found.num_rows, found.num_unseen, found.num_unreadable) == (88, 1, 1)
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, pred))
     assert found["macro_f1"] == pytest.approx(f1_score(truth, pred, average="macro"))
     classes = dict(zip(NAMES["thing"], recall_score(truth, pred, average=None, labels=NAMES["thing"]), strict=True))
-    assert {name: c["recall"] for name, c in found["per_class"].items()} == pytest.approx(classes)
+    assert {name: c["recall"] for name, c in found.per_class.items()} == pytest.approx(classes)
     known = [i for i in kept if i != 7]
     expected = log_loss([label[i] for i in known], proba[known].astype(float), labels=NAMES["thing"])
-    interval = found["intervals"]["log_loss"]
+    interval = found.intervals["log_loss"]
     assert interval["value"] == pytest.approx(expected, abs=1e-5)
     assert 0 < interval["low"] < interval["value"] < interval["high"]
     half = [i for i in kept if i % 2 == 0]
-    assert list(found["patterns"]) == ["image+text", "image"]
-    assert found["patterns"]["image+text"]["num_rows"] == len(half)
+    assert list(found.patterns) == ["image+text", "image"]
+    assert found.patterns["image+text"].num_rows == len(half)
     right = np.array([label[i] == NAMES["thing"][proba[i].argmax()] for i in half])
-    assert found["patterns"]["image+text"]["accuracy"] == pytest.approx(right.mean())
+    assert found.patterns["image+text"]["accuracy"] == pytest.approx(right.mean())
 
 
 @pytest.mark.parametrize("task", KINDS)
@@ -69,7 +70,8 @@ def test_a_file_of_any_kind_of_task_is_told(config, task):
     none = table.filter(pa.array([i == 5 for i in range(NUM_ROWS)]))
     for rows, num in ((table, 88), (none, 0)):
         found = score_task(rows, task, task_kind(KINDS[task]), NAMES[task], config)
-        text = scores_text({"num_rows": len(rows), "confidence": 0.95, "tasks": {task: found}})
+        about = {"model": "m", "inputs": [], "predictions": "p", "confidence": 0.95, "bootstrap_samples": 9}
+        text = scores_text(FilesMetrics(num_rows=len(rows), tasks={task: found}, **about))
         assert f"{task} ({KINDS[task]}): {num} labelled rows" in text
         assert ("accuracy " in text) == (num > 0)
         assert all((name in text) == (num > 0) for name in NAMES[task])

@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from mmkt_ray.evaluation.answers import NEGLIGIBLE, Scored, Settings, ask, settle
 from mmkt_ray.evaluation.recommend import Candidate, choose
+from mmkt_ray.scoring.results import Answer
 
 NUM_SEEDS = 200
 ALPHA = 0.05
@@ -69,7 +70,7 @@ def draw(world: World, num_rows: int, rng: np.random.Generator) -> dict[str, tup
     return found
 
 
-def conclude(world: World, seed: int) -> tuple[dict | None, list[dict], str]:
+def conclude(world: World, seed: int) -> tuple[Answer | None, list[Answer], str]:
     """Whether fusing helps, all answers, and the recommended model, of one drawn run."""
     rng, num_rows = np.random.default_rng(seed), world.sizes[seed % len(world.sizes)]
     num_val = max(num_rows // 5, 2)
@@ -87,21 +88,21 @@ def conclude(world: World, seed: int) -> tuple[dict | None, list[dict], str]:
         Candidate(m, READS.get(m, ("image", "text")), sizes.get(m, 30), {"t": held_out[m]}, {"t": num_val}, {"t": val[m]})
         for m in held_out
     ]
-    return fusing, answers, choose(candidates)[0]["model"]
+    return fusing, answers, choose(candidates)[0].model
 
 
-def wrong(world: World, answer: dict, about_fusing: bool) -> bool:
+def wrong(world: World, answer: Answer, about_fusing: bool) -> bool:
     """Whether the sentence is not so in this world."""
     truth, fused = world.accuracies(), [*world.fused()]
     on_text = {**world.fused(), "image": world.image, "text": world.text, "logreg:image": world.linear_image}
-    truth = on_text if "text" in answer["rest_modalities"] else truth
-    rest = [m for m in READS if about_fusing or [*READS[m]] == answer["rest_modalities"]]
-    if answer["kind"] in ("adds", "depends"):
-        return truth[answer["fused"]] <= max((world.accuracies() if about_fusing else truth)[m] for m in rest)
-    if answer["kind"] == "hurts":
-        return truth[answer["fused"]] >= truth[answer["rest"]]
-    gains = [truth[m] - truth[answer["rest"]] for m in fused]
-    return answer["kind"] == "suffices" and max(gains) >= NEGLIGIBLE - 1e-9
+    truth = on_text if "text" in answer.rest_modalities else truth
+    rest = [m for m in READS if about_fusing or [*READS[m]] == answer.rest_modalities]
+    if answer.kind in ("adds", "depends"):
+        return truth[answer.fused] <= max((world.accuracies() if about_fusing else truth)[m] for m in rest)
+    if answer.kind == "hurts":
+        return truth[answer.fused] >= truth[answer.rest]
+    gains = [truth[m] - truth[answer.rest] for m in fused]
+    return answer.kind == "suffices" and max(gains) >= NEGLIGIBLE - 1e-9
 
 
 @pytest.mark.slow
@@ -113,11 +114,11 @@ def test_a_sentence_is_wrong_in_at_most_five_of_a_hundred_runs(name):
     for seed in range(NUM_SEEDS):
         fusing, answers, _ = conclude(world, seed)
         if fusing is not None:
-            said[fusing["kind"]] += 1
-            faults["fusing", fusing["kind"]] += wrong(world, fusing, about_fusing=True)
-            kinds = {a["kind"] for a in answers if a["rest_modalities"] == fusing["rest_modalities"]} | {fusing["kind"]}
+            said[fusing.kind] += 1
+            faults["fusing", fusing.kind] += wrong(world, fusing, about_fusing=True)
+            kinds = {a.kind for a in answers if a.rest_modalities == fusing.rest_modalities} | {fusing.kind}
             assert not {"adds", "hurts"} <= kinds
-        for kind in {a["kind"] for a in answers if wrong(world, a, about_fusing=False)}:
+        for kind in {a.kind for a in answers if wrong(world, a, about_fusing=False)}:
             faults["modality", kind] += 1
     assert max(faults.values()) <= ALPHA * NUM_SEEDS, (faults, said)
 
@@ -135,7 +136,7 @@ def test_a_sentence_is_wrong_in_at_most_five_of_a_hundred_runs(name):
 def test_what_is_so_is_said_where_rows_are_many(name, kind):
     """Catches a report that is never wrong because it says nothing."""
     world = WORLDS[name]
-    said = Counter(conclude(world, seed)[0]["kind"] for seed in range(4, 100, 5))  # seeds of 1,500 rows
+    said = Counter(conclude(world, seed)[0].kind for seed in range(4, 100, 5))  # seeds of 1,500 rows
     assert said[kind] >= 14, said
 
 
@@ -147,9 +148,9 @@ def test_few_rows_that_are_all_alike_suffice_for_nothing(num_rows, kinds):
         Scored(n, True, r, 0.9, ids, ids * 0, right) for n, r in (("image", ("image",)), ("both", ("image", "text")))
     ]
     fusing, answers = settle({"t": ask(models, "both", "image", Settings())}, Settings())["t"]
-    assert {a["kind"] for a in [fusing, *answers]} == kinds
-    assert fusing["low"] < -0.01
-    assert fusing["high"] > 0.01
+    assert {a.kind for a in [fusing, *answers]} == kinds
+    assert fusing.low < -0.01
+    assert fusing.high > 0.01
 
 
 def test_the_recommended_model_is_simple_and_good():

@@ -21,7 +21,7 @@ from mmkt_ray.features.audit import Contents, audit, find_groups, leaking_rows
 from mmkt_ray.features.chunks import open_row, read_shard
 from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan
-from mmkt_ray.features.publish import publish
+from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.kinds.content import hash_array, hash_text
 from mmkt_ray.samples.plan import ReadingPlan
@@ -52,7 +52,7 @@ def publish_parts(config: Config, uri: str, *parts: list[Sample]) -> Store:
     """A published store of one shard."""
     for i, rows in enumerate(parts):
         write_part(config, uri, f"{SHARD.unit}-{i:06d}{'-end' if i == len(parts) - 1 else ''}.parquet", rows)
-    return publish(uri, config, [SHARD.unit], MODALITIES, {}, shards=[SHARD], layout="l")
+    return publish(uri, config, Origin([SHARD.unit], [SHARD], "l"), MODALITIES, {})
 
 
 FIRST: list[Sample] = [
@@ -114,7 +114,7 @@ def test_a_publishing_that_broke_off_tells_each_row_once(tmp_path: Path, make_co
     config = make_config(samples__drop_leakage=True)
     store = publish_parts(config, str(tmp_path / "s"), FIRST, SECOND)
     write_part(config, store.uri, f"{SHARD.unit}-000001-end.parquet", SECOND)
-    store = publish(store.uri, config, [SHARD.unit], MODALITIES, {}, layout="l")
+    store = publish(store.uri, config, Origin([SHARD.unit], layout="l"), MODALITIES, {})
     assert store.manifest["counts"]["rejects"] == 2
 
 

@@ -17,7 +17,7 @@ from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.chunks import make_row, open_row, read_shard, write_part
 from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device
-from mmkt_ray.features.publish import publish
+from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
@@ -219,10 +219,10 @@ def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config
             checksums[told["name"][0]] = told["checksum"][0]
     about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}
     units = [shard.unit for shard in shards]
-    store = publish(uri, config, units, about, {}, layout="x", checksums=checksums)
+    store = publish(uri, config, Origin(units, layout="x"), about, {}, checksums)
     assert store.manifest["counts"]["rows"] == 124
     assert store.manifest["checksums"] != checksums  # rows were taken out of some
     rows = pa.concat_tables(open_store(uri).read())
     assert len(set(rows.column("sample_id").to_pylist())) == 124
     assert set(rows.column("colour").to_pylist()) == {"red", "green", "blue", "1"}
-    assert publish(uri, config, units, about, {}, layout="x").manifest["checksums"] == store.manifest["checksums"]
+    assert publish(uri, config, Origin(units, layout="x"), about, {}).manifest["checksums"] == store.manifest["checksums"]

@@ -21,7 +21,7 @@ from mmkt_ray.features import table as table_module
 from mmkt_ray.features.audit import audit
 from mmkt_ray.features.combine import ABSENT, gather, join, read_index
 from mmkt_ray.features.fit import merge_in_tree
-from mmkt_ray.features.publish import publish
+from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.training.batches import feature_statistics
@@ -102,7 +102,7 @@ def bytes_per_row(stores: dict[int, str], work: Callable[[str], object]) -> floa
 def test_publishing_holds_hashes_only(stores: dict[int, str], make_config: MakeConfig) -> None:
     """Catches a driver that holds the ids, the labels or the features of all samples while it closes a store."""
     config = make_config()
-    assert bytes_per_row(stores, lambda uri: publish(uri, config, ["u"], ENTRIES, {}, layout="l")) < 80
+    assert bytes_per_row(stores, lambda uri: publish(uri, config, Origin(["u"], layout="l"), ENTRIES, {})) < 80
 
 
 def test_looking_for_duplicates_holds_hashes_once(stores: dict[int, str]) -> None:
@@ -140,7 +140,7 @@ def test_a_mapped_table_is_the_same_and_takes_no_memory(
     stores: dict[int, str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches features of a large store held on the heap, and rows that a file mixes up."""
-    store: Store = publish(stores[24], make_config(), ["u"], ENTRIES, {}, layout="l")
+    store: Store = publish(stores[24], make_config(), Origin(["u"], layout="l"), ENTRIES, {})
     plain = store.table()
     size = plain.features["image"].nbytes + plain.features["text"].data.nbytes
     monkeypatch.setattr(table_module, "MAPPED_BYTES", 100_000)
@@ -171,7 +171,7 @@ def test_rows_that_are_scored_are_no_copy_of_their_features(
 ) -> None:
     """Catches a split that is copied into memory, and ids or labels held as a Python object for each row."""
     config = make_config()
-    published = {n: publish(uri, config, ["u"], ENTRIES, {}, layout="l") for n, uri in stores.items()}
+    published = {n: publish(uri, config, Origin(["u"], layout="l"), ENTRIES, {}) for n, uri in stores.items()}
     monkeypatch.setattr(table_module, "MAPPED_BYTES", 10_000)
     monkeypatch.setattr(table_module, "TAKE_ROWS", 256)
 

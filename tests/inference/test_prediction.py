@@ -17,7 +17,7 @@ from mmkt_ray.encoders.build import build_encoder, save_fitted
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import save_model
-from mmkt_ray.inference.prediction import predict, prediction_config, restrict, settle_columns, tell_absent
+from mmkt_ray.inference.prediction import NewShards, predict, prediction_config, restrict, settle_columns, tell_absent
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
@@ -126,7 +126,7 @@ def write_model(folder: Path, config: Config) -> Path:
 def refuse(folder: Path, tmp_path: Path, match: str, **options) -> None:
     """`predict` refuses the folder before it has written a file."""
     with pytest.raises((ConfigError, DataError), match=match):
-        predict(str(folder), [str(tmp_path / "new.parquet")], str(tmp_path / "out"), **options)
+        predict(str(folder), [str(tmp_path / "new.parquet")], str(tmp_path / "out"), NewShards(**options))
     assert not list((tmp_path / "out").glob("*"))
 
 

@@ -13,7 +13,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, describe_fields, parse_config
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.inference.prediction import predict
+from mmkt_ray.inference.prediction import NewShards, predict
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.steps import run
@@ -77,7 +77,7 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> 
     assert [round(means[i] / 8) for i in (0, 1, 2)] == [0, 1, 2]  # scale: 2
     write_pulses(tmp_path / "new", 300, 30)
     model_uri, out_uri = f"{tmp_path}/runs/shapes/models/model", str(tmp_path / "out")
-    predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "new")], out_uri, trust_code=True))
+    predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "new")], out_uri, NewShards(trust_code=True)))
     assert (predictions["colour_pred"] == predictions["colour_label"]).mean() > 0.9
     shown = write_gallery(model_uri)["tasks"]["colour"]["right"][0]["inputs"]
     assert shown["pulse"]["text"].startswith("[")

@@ -126,7 +126,7 @@ def test_intervals_hold_the_score_and_no_bound_cuts_it() -> None:
     assert found["r2"]["low"] < found["r2"]["value"]
     assert found["rmse"]
     assert found["rmse"]["low"] > 1
-    difference = paired_difference(labels, PRICES * 1.01, bad, "rmse", width=1, num_resamples=200)
+    difference = paired_difference(labels, (PRICES * 1.01, bad), "rmse", width=1, num_resamples=200)
     assert difference
     assert difference["high"] < -1
 

@@ -11,6 +11,7 @@ from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_folder import write_card
 from mmkt_ray.report import curves, findings
 from mmkt_ray.report.page import build_report
+from mmkt_ray.scoring.results import Results
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.missing import missing_curves
 from mmkt_ray.studies.scores import transferability
@@ -143,14 +144,17 @@ def test_without_its_file_a_section_is_not_there(told, tmp_path):
 
 def test_parameters_are_counted_by_part(told):
     """Catches counts of a part that not every model has, and levels out of order."""
-    about = {"kind": "trained", "modalities": ["a"], "sharing": "task"}
+    about = {"kind": "trained", "name": "n", "modalities": ["a"], "fusion": None, "sharing": "task", "store": None}
+    about |= {"num_params": 1, "training_s": 1.0}
     for name, parts in (
         ("small", {"heads": 5, "level_1": 2}),
         ("big", {"heads": 5, "level_2": 9, "level_1": 2, "fusion": 1}),
     ):
         storage.write_json(str(told / "other" / name / "config.json"), {"training": {"num_params_by_part": parts}})
-    models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")} | {"logreg:a": {"kind": "baseline"}}
-    found = findings.parameters(str(told), {"models": models})
+    models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")}
+    models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
+    rest = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
+    found = findings.parameters(str(told), Results(models=models, **rest))
     assert found["columns"] == ["level_1", "level_2", "fusion", "heads"]
     assert [(r["model"], r["total"]) for r in found["rows"]] == [("small", 7), ("big", 17)]
 

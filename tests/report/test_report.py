@@ -16,6 +16,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.report import colors, plots, words
 from mmkt_ray.report.page import build_report
+from mmkt_ray.scoring.results import Answer, Headline, TaskResults
 from tests.report.pages import ATTRIBUTE, HOSTILE, Elements
 
 pytestmark = pytest.mark.slow
@@ -167,34 +168,38 @@ def test_nothing_evaluated_is_an_error_that_helps(tmp_path):
         build_report(str(tmp_path))
 
 
-def told(kind: str, value: float, low: float, high: float, **changes) -> dict:
+def told(kind: str, value: float, low: float, high: float, **changes) -> Headline:
     """The headline of one task: `both` beside `image`, over 150 of the 200 samples that `both` can read."""
     accuracy = {"value": 0.82, "low": 0.79, "high": 0.85}
-    rows = [{"model": m, "num_rows": n, "accuracy": accuracy} for m, n in (("both", 200), ("image", 150), ("sum", 200))]
-    found = {"kind": "multiclass", "rows": rows, "best_fused": "both", "best_single": "image"}
+    about = dict.fromkeys(("num_unseen", "balanced_accuracy", "val_accuracy", "versus")) | {"reads": [], "verdict": ""}
+    sizes = {"both": 200, "image": 150, "sum": 200}
+    rows = [about | {"model": m, "num_rows": n, "accuracy": accuracy} for m, n in sizes.items()]
+    best = {"best": "both", "best_trained": "both", "best_fused": "both", "best_single": "image"}
+    found = TaskResults(kind="multiclass", num_classes=2, selected_on="val", rows=rows, **best)
     answer = {"kind": kind, "value": value, "low": low, "high": high, "fused": "both", "rest": "image", "num_rows": 150}
     answer |= {"metric": "accuracy", "scores": {"fused": 0.8 + value, "rest": 0.8}, "best_fused": "both", "num_fused": 2}
-    return sentences.headline("t", answer | changes, found, 0.95)
+    answer |= {"modalities": [], "rest_modalities": [], "p": 0.5, "p_holm": 0.5, "source": "trained", "differs": {}}
+    return sentences.headline("t", Answer(**answer | changes), found, 0.95)
 
 
 def test_the_headline_says_plainly_what_fusing_did():
     """Catches a page that praises the fused model whatever the tests say, and one that does not say which model hurts."""
     better = told("adds", 0.031, 0.01, 0.05)
-    assert (better["tone"], better["title"]) == (
+    assert (better.tone, better.title) == (
         "good",
         "Fusing helps: both beats the best single modality by 3.1 points",
     )
-    assert "Paired difference +3.1 points, 95 % interval +1.0 to +5.0." in better["text"]
-    assert "It also answers for 50 samples that image cannot read." in better["text"]
-    assert "150 samples" in better["text"]
+    assert "Paired difference +3.1 points, 95 % interval +1.0 to +5.0." in better.text
+    assert "It also answers for 50 samples that image cannot read." in better.text
+    assert "150 samples" in better.text
     worse = told("hurts", -0.02, -0.05, -0.01)
-    assert (worse["tone"], worse["title"]) == ("bad", "Fusing hurts: both is 2.0 points below image alone")
-    assert told("unclear", 0.01, -0.01, 0.03)["title"].startswith("Fusing is not shown to help")
+    assert (worse.tone, worse.title) == ("bad", "Fusing hurts: both is 2.0 points below image alone")
+    assert told("unclear", 0.01, -0.01, 0.03).title.startswith("Fusing is not shown to help")
     enough = told("suffices", -0.001, -0.008, 0.006)
-    assert enough["title"] == "image alone suffices: none of the fused models tried gains a point"
-    assert "nor does the other one" in enough["text"]
+    assert enough.title == "image alone suffices: none of the fused models tried gains a point"
+    assert "nor does the other one" in enough.text
     other = told("depends", 0.03, 0.01, 0.05, fused="sum")
-    assert other["title"] == "Fusing helps with sum, by 3.0 points; with both it is not shown to"
+    assert other.title == "Fusing helps with sum, by 3.0 points; with both it is not shown to"
 
 
 def test_a_model_keeps_its_colour_and_no_other_has_it():

@@ -20,6 +20,7 @@ def write_model(folder: Path, ids, labels, preds, names=("a", "b")) -> str:
     interval = {"value": float(np.mean(np.array(labels) == preds)), "low": 0.0, "high": 1.0}
     scores = {"kind": "multiclass", "num_rows": len(ids), "class_names": list(names), "intervals": {"accuracy": interval}}
     record = {"name": "m", "split": "test", "confidence": 0.95, "bootstrap_samples": 100, "modalities": ["text"]}
+    record |= {"num_rows": len(ids)}
     storage.write_json(str(uri / "metrics.json"), record | {"tasks": {"t": scores}})
     storage.write_json(str(uri / "config.json"), {"config": {"tasks": {"t": {"inputs": None}}}})
     table = pa.table({"sample_id": ids, "split": ["test"] * len(ids), "t_label": labels, "t_pred": preds})

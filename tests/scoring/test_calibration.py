@@ -54,13 +54,13 @@ def test_without_val_labels_the_temperature_stays_and_is_told(caplog):
     """Catches a temperature fitted on nothing, or one that silently stays."""
     logits, labels = draw("multiclass", num_rows=10)
     found = fit_temperatures({"a": logits, "b": logits}, coded({"a": labels, "b": np.full(10, MISSING)}))
-    assert found["b"]["temperature"] == 1.0
-    assert "no labelled val rows" in found["b"]["note"]
-    assert found["b"]["note"] in caplog.text
-    assert found["a"]["num_val_rows"] == 10
-    assert "only 10 labelled val rows" in found["a"]["note"]
+    assert found["b"].temperature == 1.0
+    assert "no labelled val rows" in found["b"].note
+    assert found["b"].note in caplog.text
+    assert found["a"].num_val_rows == 10
+    assert "only 10 labelled val rows" in found["a"].note
     logits, labels = draw("multiclass", num_rows=PRIOR_ROWS)
-    assert fit_temperatures({"a": logits}, coded({"a": labels}))["a"]["note"] is None
+    assert fit_temperatures({"a": logits}, coded({"a": labels}))["a"].note is None
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "binary", "multilabel"])

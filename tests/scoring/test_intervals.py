@@ -110,13 +110,13 @@ def test_four_rows_to_none_are_no_verdict():
     """Catches "better" from 4 : 0 discordant pairs, which happens to equal models one time in eight."""
     labels, few, none = np.zeros(60, int), np.zeros(60, int), np.zeros(60, int)
     none[:4] = 1
-    found = paired_difference(labels_of(labels), few, none, width=2)
+    found = paired_difference(labels_of(labels), (few, none), width=2)
     assert exact_p(4, 0) == pytest.approx(2 * 0.5**4)
     assert found["value"] == pytest.approx(4 / 60)
     assert found["low"] == 0
     assert verdict(found) == "no difference shown"
     none[:6] = 1  # 2 / 64
-    assert verdict(paired_difference(labels_of(labels), few, none, width=2)) == "better"
+    assert verdict(paired_difference(labels_of(labels), (few, none), width=2)) == "better"
 
 
 def test_random_signs_are_scipys_permutation_test():
@@ -161,7 +161,7 @@ def test_no_labelled_row_gives_no_interval():
     """Catches a division by zero, or a made-up interval, where nothing is known."""
     assert bootstrap_intervals(labels_of(np.array([MISSING])), np.array([0]), 2) == {}
     with pytest.raises(ValueError, match="no labelled row"):
-        paired_difference(labels_of(np.array([MISSING])), np.array([0]), np.array([1]), width=2)
+        paired_difference(labels_of(np.array([MISSING])), (np.array([0]), np.array([1])), width=2)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -173,10 +173,10 @@ def test_a_real_difference_is_shown_though_the_separate_intervals_overlap(metric
     better = np.where(rng.random(400) < 0.12, labels, worse)  # the same mistakes, some of them mended
     apart = [bootstrap_intervals(labels_of(labels), p, 3)[metric] for p in (worse, better)]
     assert apart[1]["low"] < apart[0]["high"]
-    difference = paired_difference(labels_of(labels), better, worse, metric, width=3)
+    difference = paired_difference(labels_of(labels), (better, worse), metric, width=3)
     assert difference["low"] > 0
     assert verdict(difference) == "better"
-    assert verdict(paired_difference(labels_of(labels), worse, better, metric, width=3)) == "worse"
+    assert verdict(paired_difference(labels_of(labels), (worse, better), metric, width=3)) == "worse"
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -187,7 +187,7 @@ def test_equally_good_models_are_rarely_told_apart(metric):
     for study in range(100):
         labels = rng.integers(0, 3, 300)
         a, b = (np.where(rng.random(300) < 0.7, labels, rng.integers(0, 3, 300)) for _ in range(2))
-        shown = verdict(paired_difference(labels_of(labels), a, b, metric, width=3, num_resamples=300, seed=study))
+        shown = verdict(paired_difference(labels_of(labels), (a, b), metric, width=3, num_resamples=300, seed=study))
         false_alarms += shown != "no difference shown"
     assert false_alarms <= 11
 
@@ -199,9 +199,9 @@ def test_the_difference_is_that_of_the_scores_unseen_labels_included():
     labels[:20], labels[20:40] = UNSEEN, MISSING
     for metric in METRICS:
         scores = [classification_metrics(labels_of(labels), np.eye(4)[p], list("abcd"))[metric] for p in (a, b)]
-        assert paired_difference(labels_of(labels), a, b, metric, width=4)["value"] == pytest.approx(scores[0] - scores[1])
+        assert paired_difference(labels_of(labels), (a, b), metric, width=4)["value"] == pytest.approx(scores[0] - scores[1])
     with pytest.raises(ValueError, match="metric must be one of"):
-        paired_difference(labels_of(labels), a, b, "f2", width=4)
+        paired_difference(labels_of(labels), (a, b), "f2", width=4)
 
 
 def test_a_prediction_of_a_class_that_the_labels_do_not_know_is_wrong():
@@ -251,7 +251,7 @@ def test_a_multilabel_difference_is_that_of_the_scores_and_rows_without_a_label_
     labels, better, worse = draw_multilabel(300, seed=2)
     scores = [bootstrap_intervals(labels_of(labels[:250]), p[:250], 3)[metric]["value"] for p in (better, worse)]
     labels[250:] = MISSING
-    found = paired_difference(labels_of(labels), better, worse, metric, width=3)
+    found = paired_difference(labels_of(labels), (better, worse), metric, width=3)
     assert found["value"] == pytest.approx(scores[0] - scores[1])
     assert verdict(found) == "better"
 
@@ -262,7 +262,7 @@ def test_an_undefined_macro_f1_has_no_interval():
     found = bootstrap_intervals(labels_of(nothing), nothing, 3)
     assert found["macro_f1"] is None
     assert found["accuracy"]["value"] == 1
-    assert paired_difference(labels_of(nothing), nothing, nothing, "macro_f1", width=3) is None
+    assert paired_difference(labels_of(nothing), (nothing, nothing), "macro_f1", width=3) is None
 
 
 def test_many_classes_do_not_overflow_the_labels():

@@ -86,8 +86,8 @@ def test_a_task_is_scored_on_rows_that_have_what_it_reads(finished):
 def test_models_are_compared_on_every_kind(finished):
     """Catches a comparison that crashes on lists, or that takes the order of classes for a difference."""
     results = compare(str(finished))
-    row = next(r for r in results["tasks"]["tags"]["rows"] if r["model"] == "concat")
-    assert row["versus"]["model"] == "image"
+    row = results.tasks["tags"].row("concat")
+    assert row.versus.model == "image"
     both = [
         {r["sample_id"]: r for r in pq.read_table(finished / "models" / m / "predictions-test.parquet").to_pylist()}
         for m in ("concat", "image")
@@ -96,11 +96,11 @@ def test_models_are_compared_on_every_kind(finished):
     ours, theirs = (
         np.mean([set(b[i]["tags_label"]) - {"magic"} == set(b[i]["tags_pred"]) for i in shared]) for b in both
     )
-    assert row["versus"]["shared_accuracy"] == pytest.approx({"ours": ours, "theirs": theirs})
-    assert row["versus"]["accuracy"]["value"] == pytest.approx(ours - theirs)
-    assert any("subset accuracy" in note for note in results["notes"])
+    assert row.versus.shared_accuracy.to_dict() == pytest.approx({"ours": ours, "theirs": theirs})
+    assert row.versus["accuracy"]["value"] == pytest.approx(ours - theirs)
+    assert any("subset accuracy" in note for note in results.notes)
     assert "tags" in comparison_table(results)
-    main = storage.read_json(str(finished / "models" / results["main"] / "gallery.json"))["tasks"]["tags"]
+    main = storage.read_json(str(finished / "models" / results.main / "gallery.json"))["tasks"]["tags"]
     assert all(s["label"] == s["pred"] for s in main["right"])
     assert all(isinstance(s["label"], str) and 0.5 <= s["proba"] <= 1 for group in main.values() for s in group)
 
@@ -126,13 +126,13 @@ def test_calibration_is_kept_in_the_card_and_used_everywhere(finished, store, tm
     plain = evaluate_model(uri, store, evaluation=raw)
     asked = evaluate_model(uri, store, evaluation=EvaluationConfig(calibrate=True, bootstrap_samples=100))
     model, card = load_model(uri)
-    for task, found in asked["tasks"].items():
-        record = found["calibration"]
-        assert record["temperature"] > 1.1
-        assert record["before"]["log_loss"] == pytest.approx(plain["tasks"][task]["log_loss"])
-        assert record["after"]["log_loss"] == found["log_loss"] < record["before"]["log_loss"]
-        assert found["accuracy"] == plain["tasks"][task]["accuracy"]
-        assert card["temperatures"][task] == record["temperature"]
+    for task, found in asked.tasks.items():
+        fitted = found.calibration
+        assert fitted.temperature > 1.1
+        assert fitted.before.log_loss == pytest.approx(plain.tasks[task]["log_loss"])
+        assert fitted.after.log_loss == found["log_loss"] < fitted.before.log_loss
+        assert found["accuracy"] == plain.tasks[task]["accuracy"]
+        assert card["temperatures"][task] == fitted.temperature
     write_predictions(str(tmp_path / "p.parquet"), model, store, card["class_names"])
     new, old = (
         {r["sample_id"]: r["tags_proba"] for r in pq.read_table(path).to_pylist()}

@@ -4,7 +4,9 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import is_stale
+from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about, recipe
+from mmkt_ray.scoring.results import Described, Results
 from tests.evaluation.runs import make_config
 
 
@@ -13,8 +15,12 @@ def run(tmp_path):
     """A run folder with one model, and what the run holds; its config has the variants image, text and concat."""
     storage.write_json(str(tmp_path / "models" / "concat" / "config.json"), {"fingerprint": "f1"})
     config = make_config(tmp_path)
+    about = {"kind": "trained", "name": "concat", "modalities": ["image", "text"], "fusion": "concat", "sharing": "task"}
+    model = Described(**about, num_params=1, training_s=1.0, store="s1", folder="models/concat")
+    about = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
+    results = Results(models={"concat": model}, **about)
     return config, str(tmp_path), Current.of(
-        str(tmp_path), {"config": config.model_dump(mode="json")}, {"models": {"concat": {"store": "s1"}}}
+        str(tmp_path), {"config": config.model_dump(mode="json")}, results
     )
 
 
@@ -60,8 +66,13 @@ def test_seeds_are_no_part_of_a_recipe(run):
     assert recipe(config) != recipe(config.with_overrides({"training.lr": 0.5}))
 
 
+def metrics(fingerprint: str | None) -> ModelMetrics:
+    about = {"name": "m", "split": "test", "num_rows": 1, "confidence": 0.95, "modalities": [], "tasks": {}}
+    return ModelMetrics(fingerprint=fingerprint, **about)
+
+
 def test_metrics_of_a_model_that_was_trained_anew_are_stale():
     """Catches scores of the model before beside the one after."""
-    assert is_stale({"fingerprint": "a"}, {"fingerprint": "b"})
-    assert not is_stale({"fingerprint": "a"}, {"fingerprint": "a"})
-    assert not is_stale({"fingerprint": None}, {})
+    assert is_stale(metrics("a"), {"fingerprint": "b"})
+    assert not is_stale(metrics("a"), {"fingerprint": "a"})
+    assert not is_stale(metrics(None), {})

@@ -17,6 +17,7 @@ from mmkt_ray.inference.model_folder import write_card
 from mmkt_ray.inference.rows import subsets
 from mmkt_ray.kinds.tasks import Multilabel
 from mmkt_ray.scoring.intervals import holm
+from mmkt_ray.scoring.results import Answer
 from mmkt_ray.studies.contribution import contributions, insights, shapley_weights
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
 from tests.labels import MISSING, UNSEEN, labels_of
@@ -148,7 +149,7 @@ def test_sets_of_classes_are_scored_by_their_f1():
     assert 0 < compared["p"] < 1
 
 
-def answer(kind: str, **changes) -> dict:
+def answer(kind: str, **changes) -> Answer:
     about = {
         "modalities": ["image"],
         "metric": "accuracy",
@@ -158,7 +159,8 @@ def answer(kind: str, **changes) -> dict:
         "scores": {"fused": 0.871, "rest": 0.83},
         "num_rows": 1204,
     }
-    return about | {"kind": kind, "value": 0.041, "low": 0.029, "high": 0.053, "differs": {}} | changes
+    about |= {"kind": kind, "value": 0.041, "low": 0.029, "high": 0.053, "differs": {}}
+    return Answer(**about | {"p": 0.01, "p_holm": 0.01, "source": "trained"} | changes)
 
 
 def test_the_sentence_says_it_plainly():

@@ -122,7 +122,7 @@ def test_intervals_hold_as_many_labels_as_said() -> None:
     assert set(margins) == {"", "a+b"}  # too few rows have a alone
     told = coverage(test, "price", predict_table(model, test)["price"], margins_of(test, ["a", "b"], margins), 0.9)
     assert told is not None
-    assert 0.8 <= told["covered"] <= 1.0
+    assert 0.8 <= told.covered <= 1.0
 
 
 def test_boosting_is_that_of_scikit_learn_and_predicts_each_held_out_row_blindly() -> None:

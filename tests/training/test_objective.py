@@ -9,7 +9,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.tasks import Binary, Multiclass, Multilabel
 from mmkt_ray.training.batches import Batch, Mixed
-from mmkt_ray.training.objective import Objective
+from mmkt_ray.training.objective import Distillation, Objective
 from mmkt_ray.training.population import StackedObjective
 from tests.labels import MISSING, UNSEEN, coded, labels_of
 
@@ -178,7 +178,7 @@ def test_teachers_targets_take_their_share_of_the_loss():
     labels = {"topic": LABELS["topic"]}
     target = torch.softmax(torch.randn(10, 3, generator=torch.Generator().manual_seed(3)), dim=1)
     target[4:] = torch.nan
-    objective = Objective({"topic": COUNTS["topic"]}, KINDS, distill_weight=0.25, temperature=2.0)
+    objective = Objective({"topic": COUNTS["topic"]}, KINDS, distillation=Distillation(0.25, 2.0))
     batch = batch_of(labels, targets={"topic": target}, num_targets={"topic": torch.tensor(8)})
     logits = {"topic": LOGITS["topic"]}
     scaled = F.log_softmax(LOGITS["topic"][:4] / 2, dim=1)

@@ -1,0 +1,96 @@
+"""What a result file holds: a typed record that reads and writes itself as JSON. A misspelt key is a type error.
+
+A field that was given is written, also where it is None; one that was not given, and so has its default, is left out. So
+older files, which lack a field, stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from mmkt_ray import storage
+from mmkt_ray.errors import DataError
+
+T = TypeVar("T")
+IfAny: TypeAlias = Annotated[T | None, Field(exclude_if=lambda value: value is None)]  # a key that is left out where it is None
+MAX_FAULTS = 5  # that a message tells
+
+
+class Record(BaseModel):
+    """Base of all records. It refuses keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return self.model_dump(exclude_unset=True)
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> Self:
+        """The record in a JSON value; where: the file that it was read from. Raises: DataError for unknown and missing keys."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            faults = "; ".join(_told(dict(fault)) for fault in error.errors()[:MAX_FAULTS])
+            raise DataError(
+                f"'{where}' does not hold what this version of mmkt writes there: {faults}; remove it and run the same "
+                "command again"
+            ) from None
+
+    @classmethod
+    def read(cls, uri: str) -> Self:
+        """Raises: FileNotFoundError; DataError if the file is damaged or holds something else."""
+        return cls.from_dict(storage.read_json(uri), uri)
+
+    @classmethod
+    def read_or_none(cls, uri: str) -> Self | None:
+        """The same; None if there is no such file."""
+        try:
+            return cls.read(uri)
+        except FileNotFoundError:
+            return None
+
+    def write(self, uri: str) -> None:
+        """Write readable JSON, atomically."""
+        storage.write_json(uri, self.to_dict())
+
+
+class OpenRecord(Record):
+    """A record with keys whose names depend on the kind of task: in the file, those of the field `spread` stand beside the
+    others."""
+
+    spread: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        own = {key: v for key, v in value.items() if key in cls.model_fields}
+        own[cls.spread] = {**own.get(cls.spread, {}), **{key: v for key, v in value.items() if key not in own}}
+        return own
+
+    @model_serializer(mode="wrap")
+    def _scatter(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        return {**found.pop(self.spread), **found}
+
+
+def _told(fault: dict[str, Any]) -> str:
+    """One of pydantic's errors in words."""
+    where = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key '{where}'"
+    if fault["type"] == "missing":
+        return f"'{where}' is missing"
+    return f"'{where}': {fault['msg']}"
