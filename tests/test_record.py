@@ -65,7 +65,7 @@ def test_scores_of_files_too(run, tmp_path, monkeypatch):
 def predictions_of(run: Path):
     """In place of predicting: what evaluation left."""
 
-    def predict(model_uri: str, inputs: list[str], out_uri: str) -> str:
+    def predict(model_uri: str, inputs: list[str], out_uri: str, reading: object) -> str:
         return f"{model_uri}/predictions-test.parquet"
 
     return predict
