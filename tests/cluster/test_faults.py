@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
 
-from mmkt_ray.cluster import configure_data
+from mmkt_ray.cluster import configure_data, run_on_workers
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.extract import extract
@@ -73,29 +74,44 @@ def reference(ray_local: None, config: Config) -> Store:
     return extract(config, f"{config.run_root}/chaos")
 
 
-def kill_when(meanwhile: Callable[[], object], *there: str) -> None:
-    """SIGKILL to the first process below this one whose title holds one of `there`, while something else goes on here."""
+def kill_when(meanwhile: Callable[[], object], role: str, ready: Callable[[], object] = lambda: True) -> None:
+    """SIGKILL to the first process below this one that is in this role once it is `ready`, while something else goes on here."""
     killed = threading.Event()
 
     def look() -> None:
         end = time.monotonic() + 120
         while not killed.is_set() and time.monotonic() < end:
-            if found := [p for p in family(psutil.Process()) if any(words in title(p) for words in there)]:
+            if ready() and (found := [p for p in family(psutil.Process()) if TITLES[role] in title(p)]):
                 kill(found[:1])
                 killed.set()
             time.sleep(0.01)
 
     threading.Thread(target=look, daemon=True).start()
     meanwhile()
-    assert killed.is_set(), f"no process was called {there}"
+    assert killed.is_set(), f"no process was called {TITLES[role]}"
 
 
 def test_a_killed_training_worker(reference: Store, config: Config, tmp_path: Path) -> None:
-    """Catches a worker whose death ends the job or hangs its fellows, and a model that then differs."""
-    config = config.with_overrides({"training.epochs": 150})  # long enough to be found at work
+    """Catches a worker whose death ends the job or hangs its fellows, and a model that then differs. The worker is killed
+    after the first checkpoint, and those come often."""
+    config = config.with_overrides({"training.epochs": 300})
+
+    def train_on_worker(*told: Any) -> Any:  # pickled whole
+        from mmkt_ray.training import trainer
+
+        trainer.CHECKPOINT_INTERVAL_S = 0.2
+        return trainer.train_on_worker(*told)
+
+    def run(_: Any, job: Any, num_workers: int, scratch_uri: str | None) -> Any:
+        return run_on_workers(train_on_worker, job, num_workers, scratch_uri)
+
     train(config, reference.uri, str(tmp_path / "a"))
-    at_work = [f"{TITLES['trainer']}.{method}" for method in ("run_train_fn", "poll_status")]
-    kill_when(lambda: train(config, reference.uri, str(tmp_path / "b")), *at_work)
+    checkpoints = tmp_path / "b" / ".train"
+    kill_when(
+        lambda: train(config, reference.uri, str(tmp_path / "b"), run=run),
+        "trainer",
+        lambda: list(checkpoints.glob("*.safetensors")),
+    )
     undisturbed, disturbed = read_card(str(tmp_path / "a")), read_card(str(tmp_path / "b"))
     assert undisturbed is not None
     assert disturbed is not None
@@ -119,7 +135,7 @@ def test_killed_trials_and_a_killed_search(reference: Store, config: Config, tmp
     undisturbed = searched(config, reference, tmp_path / "a")
     assert len(undisturbed) == 20 + 4 * 3  # candidates, and beside them those of each reference
     found: list[pd.DataFrame] = []
-    kill_when(lambda: found.append(searched(config, reference, tmp_path / "b")), TITLES["trial"])
+    kill_when(lambda: found.append(searched(config, reference, tmp_path / "b")), "trial")
     pd.testing.assert_frame_equal(found[0], undisturbed, check_exact=False, atol=1e-6)
     # what a kill -9 of the driver leaves: parts of some trials only, one of them in the middle
     parts = sorted((tmp_path / "b" / "parts").iterdir())
