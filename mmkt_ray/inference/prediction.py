@@ -120,7 +120,7 @@ def _predict(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
     counts = store.manifest["counts"]
-    told = "%d predicted, %d of them without an unreadable modality; %d rejected%s"
+    told = "%d predicted, %d of them without a modality that could not be read; %d rejected%s"
     log.info(told, counts["rows"], counts["unreadable_modalities"], counts["rejects"], absent)
     return path
 
