@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from mmkt_ray.encoders.base import EncoderSection, Training, check_array
 from mmkt_ray.encoders.pretrained.weights import FixedWeights
 from mmkt_ray.lazy import lazy
-from mmkt_ray.section import Section
+from mmkt_ray.section import Once, Section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,9 @@ class Adapt(Section):
     num_layers: int = Field(2, ge=1, description="last_layers: how many blocks")
     weight_decay: float = Field(0.01, ge=0, description="decoupled, of AdamW")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target that is spread over all classes")
+    augment: Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Once] = Field(
+        ("flip", "crop"), description="of images: mirror, shift up to a twelfth, blank a square; [] where left and right differ"
+    )
     patience: int = Field(2, ge=1, description="stop after so many epochs without a lower loss on val; the best one is kept")
     folds: int = Field(
         1,
@@ -102,6 +105,10 @@ class Adaptable(FixedWeights):
     @abstractmethod
     def encode_as_is(self, values: Sequence[Any]) -> np.ndarray:
         """As `encode`, by the weights that the network has now."""
+
+    def augmented(self, batch: Tensor, seed: Sequence[int]) -> Tensor:
+        """Prepared values (B, ..) as a training step sees them: changed in ways that leave the class as it is."""
+        return batch
 
     def contents(self, values: Sequence[Any]) -> list[bytes]:
         """What values are told apart by, whether prepared or as `encode` takes them."""

@@ -222,7 +222,7 @@ class _Run:
         self.section, self.precision, self.data, self.training = encoder.config.adapt, encoder.config.precision, data, training
         if len(data.train) < training.world_size:
             raise DataError(f"{len(data.train)} labelled rows to adapt the encoder on, for {training.world_size} workers")
-        self.net = Net(encoder, num_classes, training.device)
+        self.net, self.augmented = Net(encoder, num_classes, training.device), encoder.augmented
         self.net.set_mode(False)
         rows = np.sort(np.random.default_rng(training.seed).permutation(data.train)[:HEAD_ROWS])
         if training.checkpoint is None:
@@ -286,7 +286,7 @@ class _Run:
         for i, part in enumerate(parts):
             alone = training.world_size > 1 and i < len(parts) - 1
             with self.replica.no_sync() if alone else nullcontext():
-                loss, found = self._loss(part if len(part) else rows[:1], section.label_smoothing)
+                loss, found = self._loss(part if len(part) else rows[:1], (number, training.rank, i))
                 # DDP takes the mean over workers, whose shares of a batch may differ by one value.
                 (loss * (training.world_size / len(rows) * bool(len(part)))).backward()
             totals += found * bool(len(part))
@@ -304,11 +304,13 @@ class _Run:
         factor = min((number + 1) / rise, (total - number) / max(1, total - rise), 1.0)
         yield from (peak * factor for peak in self.peaks)
 
-    def _loss(self, rows: np.ndarray, smoothing: float) -> tuple[Tensor, Tensor]:
-        """Summed loss of rows; and loss, hits, number of rows (3,)."""
+    def _loss(self, rows: np.ndarray, step: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+        """Summed loss of rows; and loss, hits, number of rows (3,). step: of training, where values are augmented."""
         rows = np.sort(rows)
         x, y = (torch.from_numpy(column[rows]).to(self.training.device) for column in (self.data.values, self.data.labels))
-        net = self.replica if torch.is_grad_enabled() else self.net
+        net, smoothing = self.net, 0.0
+        if step is not None:
+            x, net, smoothing = self.augmented(x, (self.training.seed, *step)), self.replica, self.section.label_smoothing
         with autocast(self.training.device, self.precision):
             logits = net(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="sum")
@@ -320,7 +322,7 @@ class _Run:
         totals = torch.zeros(3, device=self.training.device)
         share = self.data.val[self.training.rank :: self.training.world_size]
         for start in range(0, len(share), FORWARD_ROWS):
-            totals += self._loss(share[start : start + FORWARD_ROWS], 0.0)[1]
+            totals += self._loss(share[start : start + FORWARD_ROWS])[1]
         return totals
 
     def _keep_best(self, val: Tensor) -> None:

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torchvision import models
 
+    from mmkt_ray.encoders import cnn_training
     from mmkt_ray.encoders import device as devices
 else:
+    np, cnn_training = lazy("numpy"), lazy("mmkt_ray.encoders.cnn_training")
     torch, nn, models = lazy("torch"), lazy("torch.nn"), lazy("torchvision.models")
     devices = lazy("mmkt_ray.encoders.device")
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
+MOST_SHIFT = 1 / 12  # of the side, by which training moves an image
 CPU_PIXELS = 2_000_000  # of one forward pass on a CPU, whose caches hold no more
 
 
@@ -68,6 +71,13 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
     def forward_features(self, batch: Tensor) -> Tensor:
         """Prepared images (B, 3, S, S) -> (B, D)."""
         return self.features(self.normalised(batch))
+
+    def augmented(self, batch: Tensor, seed: Sequence[int]) -> Tensor:
+        """uint8 images (B, 3, S, S), each mirrored or not, shifted and blanked on its own, as `adapt.augment` says."""
+        chosen = self.config.adapt.augment
+        mirror = np.random.default_rng([*seed, 1]).random(len(batch)) < 0.5 * ("flip" in chosen)
+        recipe = cnn_training.CNNRecipe(augment=chosen, crop_pad=round(MOST_SHIFT * self.side))
+        return cnn_training.augment_batch(batch, mirror, recipe, seed)
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (B, D)."""
