@@ -252,7 +252,7 @@ def disturbed(
     moment_s = first + draw.uniform(0, 0.9) * (last - first)  # the next run may be faster
     with fault.place(root) as place:
         started, said, met, status, commands = time.monotonic(), [], False, -1, 0
-        while status != 0 and commands < COMMANDS:
+        while (status != 0 or (fault.changes_data and commands == 1)) and commands < COMMANDS:
             log = root / f"log-{commands}.txt"
             process = place.start(list(words), config, log)
             if commands == 0 and wait_for(process, moment_s):

