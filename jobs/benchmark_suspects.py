@@ -1,7 +1,7 @@
 """How many of the rows that a run calls suspect are wrong indeed: errors are planted in a copy of the shards, and looked for.
 
 In every planting 3 % of the rows get another class in place of their own, and another 3 % each other's texts. Then the copy goes
-through the pipeline as a run would take it: features, then `find_suspects` over the train split.
+through the pipeline as a run would take it: features, then `find_label_issues` over the train split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from mmkt_ray.config import Config, load_config
 from mmkt_ray.features.store import Store
 from mmkt_ray.steps import extract_step, run_folder
-from mmkt_ray.studies.label_issues import find_suspects
+from mmkt_ray.studies.label_issues import find_label_issues
 
 PLANTED_FRAC = 0.03  # of all rows, for each of the two errors
 TASK, TEXT = "category", "text"
@@ -65,7 +65,7 @@ def plant(shards: list[Path], seed: int, out: Path) -> dict[str, set[str]]:
 def count(store: Store, config: Config, planted: dict[str, set[str]], folder: str) -> dict[str, Any]:
     """Look for suspects of TASK, and how many of the first are planted."""
     uri = f"{folder}/suspects.parquet"
-    find_suspects(store, config, uri)
+    find_label_issues(store, config, uri)
     rows = store.table([], [])
     train = set(rows.sample_id[rows.split == "train"])
     by_error = {error: codes & train for error, codes in planted.items()}

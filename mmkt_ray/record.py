@@ -86,6 +86,14 @@ class OpenRecord(Record):
         return {**found.pop(self.spread), **found}
 
 
+class About(Record, frozen=True):
+    """What a result file is about, each where it applies; see scoring/provenance.py."""
+
+    models: dict[str, str | None] = Field(default_factory=dict)  # folder in the run -> fingerprint
+    stores: list[str] = Field(default_factory=list)  # fingerprints of features
+    recipes: dict[str, str] = Field(default_factory=dict)  # variant, "" without variants -> digest of what decides its training
+
+
 def _told(fault: dict[str, Any]) -> str:
     """One of pydantic's errors in words."""
     where = ".".join(map(str, fault["loc"]))

@@ -34,14 +34,18 @@ from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import model_fingerprint
 from mmkt_ray.scoring.results import Results
-from mmkt_ray.scoring.tables import comparison_table, missing_table, recommendation_text
+from mmkt_ray.scoring.tables import comparison_table, recommendation_text
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.gallery import write_gallery
-from mmkt_ray.studies.label_issues import find_suspects
+from mmkt_ray.studies.label_issues import find_label_issues
 from mmkt_ray.studies.missing import missing_curves
-from mmkt_ray.studies.repeats import repeat, seeds_table
-from mmkt_ray.studies.scores import scores_table, transferability
-from mmkt_ray.studies.transfer_matrix import transfer_matrix, transfer_table
+from mmkt_ray.studies.missing_results import missing_table
+from mmkt_ray.studies.repeats import repeat
+from mmkt_ray.studies.scores import transferability
+from mmkt_ray.studies.scores_results import scores_table
+from mmkt_ray.studies.seeds_results import seeds_table
+from mmkt_ray.studies.transfer_matrix import transfer_matrix
+from mmkt_ray.studies.transfer_results import transfer_table
 from mmkt_ray.tracking import check_tracking, track
 from mmkt_ray.training.trainer import train, train_singles
 
@@ -229,7 +233,7 @@ def study_step(config: Config, stores: dict[str, Store], results: Results) -> No
                 once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
                 it.advance()
             if "suspects" in wanted:
-                _suspects(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
+                _label_issues(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
                 it.advance()
             for name in fused_to_study(results) if "missing" in wanted else ():
                 about = results.models[name]
@@ -239,12 +243,12 @@ def study_step(config: Config, stores: dict[str, Store], results: Results) -> No
                 it.advance()
 
 
-def _suspects(config: Config, store: Store, uri: str) -> None:
-    """Look for suspect labels, unless that was done. config: of the main variant, or of all if a baseline is best."""
+def _label_issues(config: Config, store: Store, uri: str) -> None:
+    """Look for label issues, unless that was done. config: of the main variant, or of all if a baseline is best."""
     decided_by = [_identity(store), config.model_dump(mode="json", include={"modalities", "tasks", "seed"})]
     out = storage.join(uri, "suspects.parquet")
     files = ["suspects.parquet", f"{_in_features(store)}/audit.json"]
-    once(uri, "suspects", decided_by, lambda: find_suspects(store, config, out), files)
+    once(uri, "suspects", decided_by, lambda: find_label_issues(store, config, out), files)
 
 
 def _missing(config: Config, evaluated: Any, folder: str, store: Store) -> None:

@@ -15,6 +15,7 @@ from mmkt_ray.config import Config, load_config, parse_config
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
+from mmkt_ray.scoring.provenance import Current, about_table
 from mmkt_ray.scoring.results import Recommended
 from mmkt_ray.scoring.results import Results as Summary
 
@@ -191,7 +192,10 @@ def _predictions(found: Results) -> pd.DataFrame:
 
 
 def _suspects(found: Results) -> pd.DataFrame:
-    return storage.read_table(storage.join(found.folder, "suspects.parquet")).to_pandas()
+    uri = storage.join(found.folder, "suspects.parquet")
+    if not Current.of(found.folder, {}, found.summary).holds(about_table(uri)):
+        raise DataError(f"'{uri}' is about other features than the run has now: give `mmkt run` with its config again")
+    return storage.read_table(uri).to_pandas()
 
 
 TABLES: dict[str, tuple[str, Callable[[Results], pd.DataFrame]]] = {  # name -> the file it needs, how it is made

@@ -2,17 +2,7 @@
 
 Content is compared by the 64-bit hashes that the parts of a store hold beside the features: of pixels or audio as decoded
 (of JPEGs that were made smaller meanwhile of their coded data, see docs/extraction.md), of texts as normalised, case and white
-space aside. What is found is written to `<store>/audit.json`:
-
-    num_rows
-    modalities: {modality: duplicates of it}
-    samples: duplicates of whole samples: the same modalities present, each with the same content
-    conflicts: {task: {num_groups, num_rows, examples}} of whole samples with the same content and different labels
-    spellings: {"<task>: '1.0' read as '1'": rows, ..} where spellings of one class met, or a label's Unicode form was changed
-    nulled: {"<modality>: '<column>' is no number, read as null": rows, ..} cells of tables that are not of their column's type
-
-where duplicates are {num_groups, num_rows (in groups), by_splits: {"test+train": groups}, num_leaking (train rows whose
-content is in val or test too), examples: [{splits, samples: [{sample_id, split, labels}]}]}, leaking ones first.
+space aside. What is found is written to `<store>/audit.json`, see `Audit`.
 
 Memory: about 10 bytes a row and modality, and the ids and labels of the examples. Axes: N rows, G groups of equal content.
 """
@@ -20,21 +10,113 @@ Memory: about 10 bytes a row and modality, and the ids and labels of the example
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from mmkt_ray import storage
 from mmkt_ray.config import SPLITS
 from mmkt_ray.features.store import hash_of
+from mmkt_ray.record import About, IfAny, OpenRecord, Record
 
 MAX_EXAMPLES = 100  # groups of each kind that are listed
 MAX_SAMPLES = 10  # samples listed of one group
+
+# --- what audit.json holds -----------------------------------------------------------------------------------------
+
+
+class GroupSample(Record, frozen=True):
+    """A sample of an example."""
+
+    sample_id: str
+    split: str
+    labels: dict[str, Any]  # task -> label as the kind has it, None where there is none
+
+
+class Example(Record, frozen=True):
+    """A group of samples with the same content."""
+
+    splits: list[str]
+    num_rows: int
+    samples: list[GroupSample]  # the first MAX_SAMPLES
+
+
+class Conflicts(Record, frozen=True):
+    """Groups of the same whole content and different labels of a task."""
+
+    num_groups: int
+    num_rows: int  # in groups
+    examples: list[Example]
+
+
+class Duplicates(Conflicts, frozen=True):
+    """Groups of the same content, leaking ones first."""
+
+    by_splits: dict[str, int]  # `test+train` -> groups
+    num_leaking: int  # train rows whose content is in val or test too
+
+
+class LabelIssueCounts(Record, frozen=True):
+    """Label issues of a task."""
+
+    label: int  # the label contradicts the modalities
+    modalities: int  # the modalities contradict each other
+
+
+class LabelIssue(OpenRecord, frozen=True):
+    """A train row to look at again, with what its modalities show."""
+
+    spread: ClassVar[str] = "confidences"
+
+    sample_id: str
+    task: str
+    kind: str  # label | modalities, see `LabelIssueCounts`
+    label: str | None
+    predicted: str | None  # class, or what each modality says
+    score: float  # 0..1
+    confidences: dict[str, float | None]  # `<modality>_confidence` in the label; None where the row lacks it
+    inputs: dict[str, dict[str, Any] | None] = Field(default_factory=dict)  # modality -> `ModalityKind.show`
+
+    @classmethod
+    def from_row(cls, row: Mapping[Hashable, Any], inputs: dict[str, dict[str, Any] | None]) -> LabelIssue:
+        """Of a row of suspects.parquet: three decimals, None for what is not there."""
+        rounded = {k: (round(v, 3) if v == v else None) if isinstance(v, float) else v for k, v in row.items()}
+        return cls.model_validate(rounded | {"inputs": inputs})
+
+
+class LabelIssues(Record, frozen=True):
+    """What studies/label_issues.py found among the train rows of a store."""
+
+    num_rows: dict[str, int]  # task -> judged rows
+    num_suspects: dict[str, LabelIssueCounts]  # by task
+    top: list[LabelIssue]  # the first ones
+    note: IfAny[str] = None  # why they have no inputs
+    about: IfAny[About] = None
+
+
+class Audit(Record, frozen=True):
+    """`<store>/audit.json`. Samples are duplicates where the same modalities are present, each with the same content."""
+
+    num_rows: int = 0
+    modalities: dict[str, Duplicates] = Field(default_factory=dict)  # of each modality
+    samples: IfAny[Duplicates] = None  # of whole samples; None: the store was not audited
+    conflicts: dict[str, Conflicts] = Field(default_factory=dict)  # by task
+    spellings: dict[str, int] = Field(default_factory=dict)  # `<task>: '1.0' read as '1'` -> rows of a class in other words
+    nulled: dict[str, int] = Field(default_factory=dict)  # `<modality>: '<column>' is no number, read as null` -> rows
+    suspects: IfAny[LabelIssues] = None
+
+    def with_label_issues(self, found: LabelIssues | None) -> Audit:
+        """The same with these in place of those before; None: with none."""
+        return self.model_copy(update={"suspects": found})
+
+
+# --- equal content -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,50 +221,48 @@ def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence
         for m in sorted(contents.hashes)
     }
     whole = find_groups(contents.whole(), np.arange(len(contents.split)) if found else np.empty(0, int), contents.split)
-    return {
-        "num_rows": len(contents.split),
-        "modalities": {m: _describe(groups, contents.split, labels) for m, groups in found.items()},
-        "samples": _describe(whole, contents.split, labels),
-        "conflicts": {task: _conflicts(whole, labels, task) for task in tasks},
-    }
+    return Audit(
+        num_rows=len(contents.split),
+        modalities={m: _describe(groups, contents.split, labels) for m, groups in found.items()},
+        samples=_describe(whole, contents.split, labels),
+        conflicts={task: _conflicts(whole, labels, task) for task in tasks},
+    ).to_dict()
 
 
-def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> dict[str, Any]:
+def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> Duplicates:
     by_splits = Counter(groups.split_sets.tolist())
     train = split[groups.rows] == SPLITS.index("train")
     first = np.argsort(~groups.leaks, kind="stable")[:MAX_EXAMPLES]
-    return {
-        "num_groups": groups.num_groups,
-        "num_rows": len(groups.rows),
-        "by_splits": {"+".join(_splits_in(bits)): n for bits, n in sorted(by_splits.items())},
-        "num_leaking": int((groups.leaks[groups.group] & train).sum()),
-        "examples": _examples(groups, first, labels),
-    }
+    return Duplicates(
+        num_groups=groups.num_groups,
+        num_rows=len(groups.rows),
+        by_splits={"+".join(_splits_in(bits)): n for bits, n in sorted(by_splits.items())},
+        num_leaking=int((groups.leaks[groups.group] & train).sum()),
+        examples=_examples(groups, first, labels),
+    )
 
 
-def _conflicts(groups: Groups, labels: Labels, task: str) -> dict[str, Any]:
+def _conflicts(groups: Groups, labels: Labels, task: str) -> Conflicts:
     """Groups of the same content with more than one label of a task; rows without a label conflict with none."""
     codes = labels.codes(task, groups.rows)
     pairs = np.unique(np.stack([groups.group, codes])[:, codes >= 0], axis=1)
     wrong = np.flatnonzero(np.bincount(pairs[0], minlength=groups.num_groups) > 1)
-    return {
-        "num_groups": len(wrong),
-        "num_rows": int(np.isin(groups.group, wrong).sum()),
-        "examples": _examples(groups, wrong[:MAX_EXAMPLES], labels),
-    }
+    return Conflicts(
+        num_groups=len(wrong),
+        num_rows=int(np.isin(groups.group, wrong).sum()),
+        examples=_examples(groups, wrong[:MAX_EXAMPLES], labels),
+    )
 
 
-def _examples(groups: Groups, chosen: np.ndarray, labels: Labels) -> list[dict[str, Any]]:
+def _examples(groups: Groups, chosen: np.ndarray, labels: Labels) -> list[Example]:
     """Some groups with their first MAX_SAMPLES samples."""
     starts, ends = np.searchsorted(groups.group, [chosen, chosen + 1])
     members = [groups.rows[a:b][:MAX_SAMPLES] for a, b in zip(starts, ends, strict=True)]
     samples = iter(labels.samples(np.concatenate([np.empty(0, np.int64), *members])))
     return [
-        {
-            "splits": _splits_in(int(groups.split_sets[g])),
-            "num_rows": int(b - a),
-            "samples": [next(samples) for _ in rows],
-        }
+        Example(
+            splits=_splits_in(int(groups.split_sets[g])), num_rows=int(b - a), samples=[next(samples) for _ in rows]
+        )
         for g, a, b, rows in zip(chosen.tolist(), starts, ends, members, strict=True)
     ]
 
@@ -216,12 +296,11 @@ class Labels:
             codes[here] = [-1 if v is None else known.setdefault(v, len(known)) for v in labels]
         return codes
 
-    def samples(self, rows: np.ndarray) -> list[dict[str, Any]]:
+    def samples(self, rows: np.ndarray) -> list[GroupSample]:
         """The rows as an example lists them."""
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, GroupSample] = {}
         for here, table in self._read(rows, ["sample_id", "split", *self.tasks]):
-            found |= zip(here.tolist(), table.to_pylist(), strict=True)
-        return [
-            {"sample_id": r["sample_id"], "split": r["split"], "labels": {t: r[t] for t in self.tasks}}
-            for _, r in sorted(found.items())
-        ]
+            for i, r in zip(here.tolist(), table.to_pylist(), strict=True):
+                labels = {t: r[t] for t in self.tasks}
+                found[i] = GroupSample(sample_id=r["sample_id"], split=r["split"], labels=labels)
+        return [sample for _, sample in sorted(found.items())]

@@ -9,30 +9,33 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmkt_ray.report.colors import ACCENT, BAD, INK, LINE, SOFT
-from mmkt_ray.report.plots import LINE_STYLES, cell, draw, legend, matrix, name_rows, shares, shorten, told_difference
+from mmkt_ray.report.plots import LINE_STYLES, cell, difference_hover, draw, legend, matrix, name_rows, shares, shorten
 from mmkt_ray.report.svg import tip
 from mmkt_ray.report.words import percent
+from mmkt_ray.scoring.metrics import Bin
 from mmkt_ray.scoring.tables import points
+from mmkt_ray.studies.insight import Shares
+from mmkt_ray.studies.missing_results import Triple
+from mmkt_ray.studies.transfer_results import Gain
 
-Triple = Sequence[float]  # value, low, high
 
-
-def contributions(share: Mapping[str, Any], metric: str, color: str) -> str:
+def contributions(share: Shares, metric: str, color: str) -> str:
     """A staircase: from what the class frequencies give, each modality's Shapley value on top, to what all give together.
 
-    share: {full, empty, values {modality: interval}} of one metric. Modalities that cost something step back. color: the model's.
+    Modalities that cost something step back. color: the model's.
     """
-    steps = sorted(share["values"].items(), key=lambda item: -item[1]["value"])
+    full, empty = share.full or 0.0, share.empty or 0.0
+    steps = sorted(((m, v) for m, v in share.values.items() if v), key=lambda item: -item[1]["value"])
     names = ["all together", *[m for m, _ in reversed(steps)], "no modality"]
-    bars = [(0.0, share["empty"], SOFT)]
+    bars = [(0.0, empty, SOFT)]
     for _, value in steps:
         start = bars[-1][0] + bars[-1][1]
         bars.append((start, value["value"], color if value["value"] >= 0 else BAD))
-    bars.append((0.0, share["full"], SOFT))
+    bars.append((0.0, full, SOFT))
     hovers = [
-        f"no modality: {percent(share['empty'])}",
-        *(told_difference(m, v) for m, v in steps),
-        f"all together: {percent(share['full'])}",
+        f"no modality: {percent(share.empty)}",
+        *(difference_hover(m, v) for m, v in steps),
+        f"all together: {percent(share.full)}",
     ]
 
     def paint(figure: Figure) -> None:
@@ -41,12 +44,12 @@ def contributions(share: Mapping[str, Any], metric: str, color: str) -> str:
             tip(axes.barh(y, 100 * size, left=100 * start, height=0.6, color=fill, alpha=0.8).patches[0], hover)
         ends = [0.0, 100.0]
         for y, (_, value), (start, _, _) in zip(range(len(steps), 0, -1), steps, bars[1:], strict=False):
-            line = [100 * (start + value[k]) for k in ("low", "high")]
+            line = [100 * (start + end) for end in (value["low"], value["high"])]
             axes.plot(line, [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
             right = 100 * max(start, start + value["value"], start + value["high"])
             axes.text(right + 1.5, y, points(value["value"]), va="center", fontsize=9)
             ends += [*line, right]
-        for y, total in ((len(bars) - 1, share["empty"]), (0, share["full"])):
+        for y, total in ((len(bars) - 1, empty), (0, full)):
             axes.text(100 * max(total, 0.0) + 1.5, y, f"{100 * total:.1f}", va="center", fontsize=9)
             ends.append(100 * total)
         shares(axes, min(ends), max(ends))
@@ -107,9 +110,8 @@ def scale_of(lines: Sequence[Sequence[Triple | None] | None]) -> tuple[float, fl
     return min(values) - room, max(values) + room
 
 
-def reliability(lines: Mapping[str, Sequence[Mapping[str, float]]], color: str) -> str:
-    """How often forecasts of a confidence came true. lines: label -> bins {confidence, accuracy, num}, the last in the model's
-    color; diagonal: as said."""
+def reliability(lines: Mapping[str, Sequence[Bin]], color: str) -> str:
+    """How often forecasts of a confidence came true. lines: by label, the last in the model's color; diagonal: as said."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -117,12 +119,12 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, float]]], color: str) 
         for number, (label, bins) in enumerate(lines.items(), start=1):
             last = number == len(lines)
             shade, marker = (color, "o") if last else (SOFT, "s")
-            most = max(b["num"] for b in bins)
-            x, y = ([100 * b[k] for b in bins] for k in ("confidence", "accuracy"))
+            most = max(b.num for b in bins)
+            x, y = [100 * b.confidence for b in bins], [100 * b.accuracy for b in bins]
             axes.plot(x, y, color=shade, linewidth=1.4, linestyle="-" if last else "--")
-            dots = axes.scatter(x, y, s=[12 + 60 * b["num"] / most for b in bins], color=shade, marker=marker, label=label)
-            told = (f"{label}: {b['num']:,} said {percent(b['confidence'])}, {percent(b['accuracy'])} came true" for b in bins)
-            tip(dots, *told)
+            dots = axes.scatter(x, y, s=[12 + 60 * b.num / most for b in bins], color=shade, marker=marker, label=label)
+            hovers = (f"{label}: {b.num:,} said {percent(b.confidence)}, {percent(b.accuracy)} came true" for b in bins)
+            tip(dots, *hovers)
         axes.set(xlim=(-3, 103), ylim=(-3, 103), xlabel="confidence, %", ylabel="came true, %")
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)
@@ -131,20 +133,20 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, float]]], color: str) 
     return draw(3.9, paint)
 
 
-def gains(cells: Sequence[Mapping[str, Any]], reach: float) -> str:
+def gains(cells: Sequence[Gain], reach: float) -> str:
     """Sources (rows) by targets (columns), the gain over from scratch in points; * where the interval leaves out zero. reach:
     the gain, in points, of the strongest colour."""
-    sources, targets = (sorted({c[k] for c in cells}) for k in ("source", "target"))
+    sources, targets = sorted({c.source for c in cells}), sorted({c.target for c in cells})
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         matrix(axes, [shorten(t, 22) for t in targets], [shorten(s, 22) for s in sources], 8)
         axes.set(xlabel="target", ylabel="source")
         for c in cells:
-            text = points(c["gain"]) + ("*" if c["low"] > 0 or c["high"] < 0 else "")
-            hover = told_difference(f"{c['source']} → {c['target']}", {**c, "value": c["gain"]})
-            strength = min(abs(100 * c["gain"]) / max(reach, 1.0), 1.0)
-            at = targets.index(c["target"]), sources.index(c["source"])
-            cell(axes, *at, ACCENT if c["gain"] >= 0 else BAD, strength, text, hover)
+            text = points(c.gain) + ("*" if c.low > 0 or c.high < 0 else "")
+            hover = difference_hover(f"{c.source} → {c.target}", {"value": c.gain, "low": c.low, "high": c.high})
+            strength = min(abs(100 * c.gain) / max(reach, 1.0), 1.0)
+            at = targets.index(c.target), sources.index(c.source)
+            cell(axes, *at, ACCENT if c.gain >= 0 else BAD, strength, text, hover)
 
     return draw(min(2.4 + 0.36 * len(sources), 8), paint)

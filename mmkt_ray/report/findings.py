@@ -4,69 +4,127 @@
 <run>/transferability.json     scores of features before training (studies/scores.py)
 <run>/transfer.json            gains of transfer over from scratch
 <model>/missing.json           scores against the share of rows that lack a modality
-<store>/audit.json             leakage, conflicting labels and suspects in the data
+<store>/audit.json             leakage, conflicting labels and label issues in the data
 metrics and cards of models    calibration, numbers of parameters
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
+from mmkt_ray.features.audit import Audit, LabelIssues
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
-from mmkt_ray.scoring.provenance import Current
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.metrics import Probabilities
+from mmkt_ray.scoring.provenance import Current, about_table
+from mmkt_ray.scoring.results import Answer, Described, Results
 from mmkt_ray.scoring.tables import points
+from mmkt_ray.studies.insight import Disagreement, Insight, Shapley
+from mmkt_ray.studies.missing_results import ANY, MissingCurves, Triple, WorstRate
+from mmkt_ray.studies.scores_results import TaskTransferability, Transferability
+from mmkt_ray.studies.transfer_results import Gain, Transfers
 
 if TYPE_CHECKING:
     from mmkt_ray.report.page import ShownModel
 
+LABEL_ISSUES = "suspects.parquet"  # in the run: all of those that audits show the first of
 MAX_HEAT_MAPS = 6
 MAX_LISTED = 6  # shown losses and gains of transfer, each
 RATES_IN_TABLE = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
-def knowledge(
-    current: Current, results: Results, colors: Mapping[str, str], figures: Figures
-) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class TaskKnowledge:
+    """What the modalities know of one task."""
+
+    name: str
+    metrics: list[dict[str, str]]
+    figure: dict[str, str] | None
+    answers: list[Answer]
+    disagreement: Disagreement | None
+    shapley: Shapley | None
+
+
+@dataclass(frozen=True)
+class Knowledge:
     """Plain answers, Shapley values and disagreement of every task."""
-    insight = current.read("insight.json", "mmkt run")
+
+    tasks: list[TaskKnowledge]
+    notes: list[str]
+    confidence: float
+
+
+def knowledge(current: Current, results: Results, colors: Mapping[str, str], figures: Figures) -> Knowledge | None:
+    """None without such a file, or where it says nothing."""
+    insight = current.read(Insight, "insight.json", "mmkt run")
     if insight is None:
         return None
     tasks = []
-    for task, found in insight["tasks"].items():
-        share, metrics = found["shapley"], words.metrics_of(task_kind(results.tasks[task].kind))[:2]
+    for task, found in insight.tasks.items():
+        share, metrics = found.shapley, words.metrics_of(task_kind(results.tasks[task].kind))[:2]
         figure = None
         if share:
-            own, title = share[metrics[0]["name"]], metrics[0]["title"]
-            values = own["values"]
+            own, title = share.shares[metrics[0]["name"]], metrics[0]["title"]
             alt = f"Shapley values of {title} on task {task}: " + ", ".join(
-                f"{m} {points(v['value'])} points" for m, v in values.items()
+                f"{m} {points(v['value'])} points" for m, v in own.values.items() if v
             )
-            paint = partial(curves.contributions, own, title, colors[share["model"]])
-            figure = figures.add(f"{task}-shapley", f"{task}: what {share['model']} takes from each modality", alt, paint)
-        if share or found["answers"] or found["disagreement"]:
-            tasks.append({"name": task, "figure": figure, "metrics": metrics, **found})
-    return {"tasks": tasks, "notes": insight["notes"], "confidence": insight["confidence"]} if tasks else None
+            paint = partial(curves.contributions, own, title, colors[share.model])
+            figure = figures.add(f"{task}-shapley", f"{task}: what {share.model} takes from each modality", alt, paint)
+        if share or found.answers or found.disagreement:
+            tasks.append(TaskKnowledge(task, metrics, figure, found.answers, found.disagreement, share))
+    return Knowledge(tasks, insight.notes, insight.confidence) if tasks else None
 
 
-def representation(current: Current) -> dict[str, Any] | None:
-    """Transferability scores, best LogME first."""
-    found = current.read("transferability.json", "mmkt scores")
+@dataclass(frozen=True)
+class Representation:
+    """Transferability scores; the sets of a task best LogME first."""
+
+    tasks: dict[str, TaskTransferability]
+    found: Transferability
+    several_stores: bool
+
+
+def representation(current: Current) -> Representation | None:
+    """None without such a file."""
+    found = current.read(Transferability, "transferability.json", "mmkt scores")
     if found is None:
         return None
-    stores = {s["store"] for task in found["tasks"].values() for s in task["sets"]}
-    for task in found["tasks"].values():
-        task["sets"] = sorted(task["sets"], key=lambda s: -s["logme"])
-    return {**found, "several_stores": len(stores) > 1}
+    stores = {s.store for task in found.tasks.values() for s in task.sets}
+    tasks = {
+        name: TaskTransferability(sets=sorted(task.sets, key=lambda s: -s.logme), predicted=task.predicted)
+        for name, task in found.tasks.items()
+    }
+    return Representation(tasks, found, len(stores) > 1)
 
 
-def parameters(run_uri: str, results: Results) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class ModelParameters:
+    """Trained parameters of a model."""
+
+    model: str
+    about: Described
+    parts: dict[str, int]  # part -> how many
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trained parameters of all models, the smallest one first."""
+
+    rows: list[ModelParameters]
+    columns: list[str]  # parts
+
+
+def parameters(run_uri: str, results: Results) -> Parameters | None:
     """Numbers of trained parameters by part of each trained model."""
     rows = []
     for name, about in results.models.items():
@@ -75,13 +133,12 @@ def parameters(run_uri: str, results: Results) -> dict[str, Any] | None:
             if about.kind == "trained"
             else {}
         )
-        parts = card.get("training", {}).get("num_params_by_part")
-        if parts:
-            rows.append({"model": name, "about": about.to_dict(), "parts": parts, "total": sum(parts.values())})
-    columns = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+        if parts := card.get("training", {}).get("num_params_by_part"):
+            rows.append(ModelParameters(name, about, parts))
+    columns = list(dict.fromkeys(part for row in rows for part in row.parts))
     order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads"]
     columns = sorted(columns, key=lambda c: order.index(c) if c in order else len(order))
-    return {"rows": sorted(rows, key=lambda r: r["total"]), "columns": columns} if rows else None
+    return Parameters(sorted(rows, key=lambda r: r.total), columns) if rows else None
 
 
 def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
@@ -98,48 +155,88 @@ def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
     return {"rows": rows, "keys": keys} if rows else None
 
 
-def missing(
-    current: Current, results: Results, colors: Mapping[str, str], figures: Figures
-) -> dict[str, Any] | None:
-    """For each task and hidden modality: curves of all models that have them, and how far they fall below the reference."""
+@dataclass(frozen=True)
+class MissingRow:
+    """One model's line in the table of a task and hidden modality."""
+
+    model: str
+    points: list[Triple | None]  # at some of the rates
+    answer: WorstRate | None
+
+
+@dataclass(frozen=True)
+class MissingSection:
+    """One task and hidden modality."""
+
+    task: str
+    hidden: str  # in words
+    figure: dict[str, str]
+    rates: list[float]
+    rows: list[MissingRow]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who answers for samples with just these modalities."""
+
+    model: str
+    task: str
+    there: str
+    expert: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Curves of all models that have them, and how far they fall below the reference."""
+
+    sections: list[MissingSection]
+    below: list[tuple[str, WorstRate]]  # with the model's name
+    num: int  # of answers
+    experts: list[Route]
+
+
+def missing(current: Current, results: Results, colors: Mapping[str, str], figures: Figures) -> Missing | None:
+    """None if no model has such a file."""
     folders = {name: about.folder_to_ship for name, about in results.models.items() if about.folder_to_ship}
-    files = {name: current.read(f"{place}/missing.json", "mmkt evaluate --missing") for name, place in folders.items()}
-    files = {name: f for name, f in files.items() if f}
-    places = dict.fromkeys((t, h) for f in files.values() for h, by_task in f["curves"].items() for t in by_task)
+    read = {
+        n: current.read(MissingCurves, f"{place}/missing.json", "mmkt evaluate --missing") for n, place in folders.items()
+    }
+    files = {name: f for name, f in read.items() if f}
+    places = dict.fromkeys((t, h) for f in files.values() for h, by_task in f.curves.items() for t in by_task)
     if not places:
         return None
-    below = [
-        {"model": n, **a} for n, f in files.items() for a in f["answers"] if a["below"]
-    ]
-    num = sum(len(f["answers"]) for f in files.values())
-    experts = [row for name in files for row in _experts_of(current.run_uri, name, folders[name])]
+    experts = [route for name in files for route in _experts_of(current.run_uri, name, folders[name])]
     kinds = {t: task_kind(found.kind) for t, found in results.tasks.items()}
     ends = _scales(sorted(places), kinds, files)
-    sections = [_missing_of(t, h, kinds[t], files, ends[t], colors, figures) for t, h in sorted(places) if t in kinds]
-    return {"sections": sections, "below": below, "num": num, "experts": experts}
+    return Missing(
+        [_missing_of(t, h, kinds[t], files, ends[t], colors, figures) for t, h in sorted(places) if t in kinds],
+        [(name, answer) for name, f in files.items() for answer in f.answers if answer.below],
+        sum(len(f.answers) for f in files.values()),
+        experts,
+    )
 
 
-def _experts_of(run_uri: str, name: str, folder: str) -> list[dict[str, str]]:
+def _experts_of(run_uri: str, name: str, folder: str) -> list[Route]:
     """Who answers what, of a model with experts."""
     card = storage.read_json_or_none(storage.join(run_uri, folder, "config.json")) or {}
     routes = card.get("training", {}).get("experts_for", {})
     return [
-        {"model": name, "task": task, "there": there.replace("+", " + "), "expert": expert}
+        Route(name, task, there.replace("+", " + "), expert)
         for task, by_pattern in routes.items()
         for there, expert in by_pattern.items()
     ]
 
 
 def _scales(
-    places: Sequence[tuple[str, str]], kinds: Mapping[str, TaskKind], files: Mapping[str, Any]
+    places: Sequence[tuple[str, str]], kinds: Mapping[str, TaskKind], files: Mapping[str, MissingCurves]
 ) -> dict[str, tuple[float, float]]:
     """Task -> ends of the scale of its figures: that of all tasks with the same main metric."""
-    lines: dict[str, list[Any]] = {}
+    lines: dict[str, list[list[Triple | None]]] = {}
     main = {task: words.metrics_of(kind)[0]["name"] for task, kind in kinds.items()}
     for task, hidden in places:
         if task in kinds:
-            found = [f[part].get(hidden, {}).get(task) for f in files.values() for part in ("curves", "reference")]
-            lines.setdefault(main[task], []).extend(scores[main[task]] for scores in found if scores)
+            found = [part.get(hidden, {}).get(task) for f in files.values() for part in (f.curves, f.reference)]
+            lines.setdefault(main[task], []).extend(curve.by_metric[main[task]] for curve in found if curve)
     return {task: curves.scale_of(lines[main[task]]) for task, _ in places if task in kinds}
 
 
@@ -147,84 +244,111 @@ def _missing_of(
     task: str,
     hidden: str,
     kind: TaskKind,
-    files: Mapping[str, Any],
+    files: Mapping[str, MissingCurves],
     ends: tuple[float, float],
     colors: Mapping[str, str],
     figures: Figures,
-) -> dict[str, Any]:
-    shown = {n: f for n, f in files.items() if task in f["curves"].get(hidden, {})}
-    rates = next(iter(shown.values()))["rates"]
+) -> MissingSection:
+    shown = {n: f for n, f in files.items() if task in f.curves.get(hidden, {})}
+    rates = next(iter(shown.values())).rates
     main = words.metrics_of(kind)[0]
-    points = {n: f["curves"][hidden][task][main["name"]] for n, f in shown.items()}
-    references = [f["reference"].get(hidden, {}).get(task) for f in shown.values()]
-    reference = next((r[main["name"]] for r in references if r), None)
-    what = "any modality" if hidden == "any" else hidden
+    lines = {n: f.curves[hidden][task].by_metric[main["name"]] for n, f in shown.items()}
+    references = [f.reference.get(hidden, {}).get(task) for f in shown.values()]
+    reference = next((r.by_metric[main["name"]] for r in references if r), None)
+    what = "any modality" if hidden == ANY else hidden
     figure = figures.add(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
-        f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(points)}; also in the table",
-        partial(curves.missing_curves, rates, points, reference, colors, metric=main["title"], ends=ends),
+        f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(lines)}; also in the table",
+        partial(curves.missing_curves, rates, lines, reference, colors, metric=main["title"], ends=ends),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
     rows = []
     for name, f in shown.items():
-        answers = [a for a in f["answers"] if (a["hidden"], a["task"]) == (hidden, task)]
-        rows.append({"model": name, "values": [points[name][i] for i in at], "answer": answers[0] if answers else None})
-    return {"task": task, "hidden": what, "figure": figure, "rates": [rates[i] for i in at], "rows": rows}
+        answer = next((a for a in f.answers if (a.hidden, a.task) == (hidden, task)), None)
+        rows.append(MissingRow(name, [lines[name][i] for i in at], answer))
+    return MissingSection(task, what, figure, [rates[i] for i in at], rows)
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """Whether one model's probabilities mean what they say."""
+
+    model: str
+    temperature: float | None
+    note: str | None
+    before: Probabilities | None
+    after: Probabilities
+
+
+@dataclass(frozen=True)
+class CalibrationSection:
+    """All models of one task, the best calibrated one first."""
+
+    task: str
+    figure: dict[str, str]
+    rows: list[CalibrationRow]
+
+    @property
+    def fitted(self) -> bool:
+        """A temperature was fitted for one of them."""
+        return any(row.before for row in self.rows)
 
 
 def calibration(
     models: Mapping[str, ShownModel], results: Results, colors: Mapping[str, str], figures: Figures
-) -> list[dict[str, Any]]:
+) -> list[CalibrationSection]:
     """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
     sections = []
     for task, found in results.tasks.items():
-        rows: list[dict[str, Any]] = []
+        rows: list[CalibrationRow] = []
         for row in found.rows:
             record = models[row.model].tasks[task]
             fitted = record.calibration
             after = fitted.after if fitted and fitted.after else record.probabilities()
             if after.reliability:
-                rows.append(
-                    {
-                        "model": row.model,
-                        "temperature": fitted.temperature if fitted else None,
-                        "note": fitted.note if fitted else None,
-                        "before": fitted.before.to_dict() if fitted and fitted.before else None,
-                        "after": after.to_dict(),
-                    }
-                )
-        shown = next((r for r in rows if r["model"] == (found.best_trained or found.best)), None)
+                temperature, note, before = (fitted.temperature, fitted.note, fitted.before) if fitted else (None, None, None)
+                rows.append(CalibrationRow(row.model, temperature, note, before, after))
+        shown = next((r for r in rows if r.model == (found.best_trained or found.best)), None)
         if shown is None:
             continue
-        lines = (
-            {"before": shown["before"]["reliability"], "after": shown["after"]["reliability"]}
-            if shown["before"]
-            else {}
-        )
-        lines = lines or {shown["model"]: shown["after"]["reliability"]}
+        lines = {shown.model: shown.after.reliability}
+        if shown.before:
+            lines = {"before": shown.before.reliability, "after": shown.after.reliability}
         figure = figures.add(
             f"{task}-reliability",
-            f"{task}: does {shown['model']} know how sure it may be?",
-            f"Reliability of {shown['model']} on task {task}: share that came true by confidence; "
-            f"calibration error {words.percent(shown['after']['calibration_error'])}",
-            partial(curves.reliability, lines, colors[shown["model"]]),
+            f"{task}: does {shown.model} know how sure it may be?",
+            f"Reliability of {shown.model} on task {task}: share that came true by confidence; "
+            f"calibration error {words.percent(shown.after.calibration_error)}",
+            partial(curves.reliability, lines, colors[shown.model]),
         )
-        rows.sort(key=lambda r: r["after"]["calibration_error"])
-        sections.append({"task": task, "figure": figure, "rows": rows, "fitted": any(r["before"] for r in rows)})
+        rows.sort(key=lambda r: r.after.calibration_error or 0.0)
+        sections.append(CalibrationSection(task, figure, rows))
     return sections
 
 
-def transfer(current: Current, figures: Figures) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Transfer:
     """The transfer matrix: heat maps by method and share of labels, gains and losses that are shown."""
-    found = current.read("transfer.json", "mmkt transfer")
-    if not found or not found["cells"]:
+
+    figures: list[dict[str, str]]
+    cells: list[Gain]  # the greatest loss first
+    worse: list[Gain]
+    better: list[Gain]  # the greatest gain first
+    num_hidden: int  # heat maps that are not drawn
+    listed: int = MAX_LISTED
+
+
+def transfer(current: Current, figures: Figures) -> Transfer | None:
+    """None without such a file."""
+    found = current.read(Transfers, "transfer.json", "mmkt transfer")
+    if found is None or not found.cells:
         return None
-    cells = sorted(found["cells"], key=lambda c: c["gain"])
-    maps = dict.fromkeys((c["label_frac"], c["method"]) for c in found["cells"])
-    drawn, reach = [], 100 * max(abs(c["gain"]) for c in cells)
+    cells = sorted(found.cells, key=lambda c: c.gain)
+    maps = dict.fromkeys((c.label_frac, c.method) for c in found.cells)
+    drawn, reach = [], 100 * max(abs(c.gain) for c in cells)
     for frac, method in sorted(maps)[:MAX_HEAT_MAPS]:
-        chosen = [c for c in cells if (c["label_frac"], c["method"]) == (frac, method)]
+        chosen = [c for c in cells if (c.label_frac, c.method) == (frac, method)]
         drawn.append(
             figures.add(
                 f"transfer-{method}-{frac:g}",
@@ -233,18 +357,25 @@ def transfer(current: Current, figures: Figures) -> dict[str, Any] | None:
                 partial(curves.gains, chosen, reach),
             )
         )
-    return {
-        "figures": drawn,
-        "cells": cells,
-        "worse": [c for c in cells if c["verdict"] == "negative"],
-        "better": [c for c in reversed(cells) if c["verdict"] == "positive"],
-        "num": len(cells),
-        "num_hidden": max(0, len(maps) - MAX_HEAT_MAPS),
-        "listed": MAX_LISTED,
-    }
+    worse = [c for c in cells if c.verdict == "negative"]
+    better = [c for c in reversed(cells) if c.verdict == "positive"]
+    return Transfer(drawn, cells, worse, better, max(0, len(maps) - MAX_HEAT_MAPS))
 
 
-def audits(run_uri: str, stores: Mapping[str, Any]) -> dict[str, Any]:
-    """store -> what was found in its data, for stores that were audited."""
-    found = {store: storage.read_json_or_none(storage.join(run_uri, store, "audit.json")) for store in stores}
-    return {store: audit for store, audit in found.items() if audit}
+def audits(current: Current, stores: Iterable[str]) -> dict[str, Audit]:
+    """store -> what was found in its data, for stores that were audited; without label issues of other features."""
+    found = {}
+    for store in stores:
+        audit = Audit.read_or_none(storage.join(current.run_uri, store, "audit.json"))
+        if audit and audit.suspects and not _issues_are_current(current, audit.suspects):
+            audit = audit.with_label_issues(None)
+        if audit:
+            found[store] = audit
+    return found
+
+
+def _issues_are_current(current: Current, issues: LabelIssues) -> bool:
+    """Whether the label issues of an audit, and the file that has all of them, are about features that the run has."""
+    uri = storage.join(current.run_uri, LABEL_ISSUES)
+    said = [issues.about, *([about_table(uri)] if storage.exists(uri) else [])]
+    return all(current.check(about, LABEL_ISSUES, "mmkt run") for about in said)

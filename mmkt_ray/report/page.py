@@ -30,6 +30,7 @@ from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
 from mmkt_ray.scoring.results import Described, Results, TaskResults
 from mmkt_ray.scoring.tables import path_of, predict_command, same_samples, told_kind
+from mmkt_ray.studies.gallery_results import Gallery
 
 SCORE_NAMES = (
     *("accuracy", "balanced_accuracy", "hamming_loss", "precision", "recall", "f1"),
@@ -58,12 +59,14 @@ def build_report(run_uri: str) -> str:
     figures = Figures(storage.join(run_uri, "report"), css(reads))
     stores = _stores(run, results)
     current = Current.of(run_uri, run, results)
+    gallery_of = next((n for n in (results.main, *models) if n and models[n].gallery), None)
     context = {
         "results": results.to_dict(),
         "recommended": _recommended(results, run_uri),
         "headlines": [found.headline.to_dict() for found in results.tasks.values() if found.headline],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results.tasks],
-        "gallery": _gallery(results, models),
+        "gallery": models[gallery_of].gallery if gallery_of else None,
+        "gallery_of": gallery_of,
         "knowledge": findings.knowledge(current, results, colors, figures),
         "search": searched.search(current, figures, results),
         "seeds": searched.seeds(current, results),
@@ -73,7 +76,7 @@ def build_report(run_uri: str) -> str:
         "representation": findings.representation(current),
         "settings": findings.settings(run_uri, results),
         "parameters": findings.parameters(run_uri, results),
-        "audits": findings.audits(run_uri, stores),
+        "audits": findings.audits(current, stores),
         "left_out": current.left_out,
         "data": [_data_card(store, names, run_uri) for store, names in stores.items()],
         "run": run,
@@ -106,7 +109,7 @@ class ShownModel:
 
     tasks: Mapping[str, TaskScores]
     history: list[dict[str, Any]]  # epochs
-    gallery: dict[str, Any] | None
+    gallery: Gallery | None
 
 
 def _read_model(run_uri: str, described: Described) -> ShownModel:
@@ -116,7 +119,7 @@ def _read_model(run_uri: str, described: Described) -> ShownModel:
         return ShownModel(BaselinesFile.read(metrics).models[described.name].tasks, [], None)
     record, card = ModelMetrics.read_or_none(metrics), storage.read_json_or_none(storage.join(uri, "config.json")) or {}
     history = card.get("training", {}).get("history") or []
-    gallery = storage.read_json_or_none(storage.join(uri, "gallery.json"))
+    gallery = Gallery.read_or_none(storage.join(uri, "gallery.json"))
     return ShownModel(record.tasks if record else {}, history, gallery)
 
 
@@ -238,14 +241,7 @@ def _number_figures(
     ]
 
 
-# --- gallery and data ----------------------------------------------------------------------------------------------
-
-
-def _gallery(results: Results, models: dict[str, ShownModel]) -> dict[str, Any] | None:
-    """The main model's gallery, else the first one there is."""
-    order = [results.main, *models]
-    galleries = ({"model": name, **gallery} for name in order if name and (gallery := models[name].gallery))
-    return next(galleries, None)
+# --- data ----------------------------------------------------------------------------------------------------------
 
 
 def _stores(run: dict[str, Any], results: Results) -> dict[str, list[str]]:

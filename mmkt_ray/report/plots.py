@@ -21,6 +21,7 @@ from mmkt_ray.report import svg
 from mmkt_ray.report.colors import ACCENT, INK, LINE, ON_ACCENT, ON_MIDDLE, PAGE
 from mmkt_ray.report.svg import tip
 from mmkt_ray.report.words import percent
+from mmkt_ray.scoring.intervals import Interval
 from mmkt_ray.scoring.tables import points as in_points
 
 WIDTH = 5.2  # inch
@@ -54,13 +55,13 @@ def draw(height: float, paint: Callable[[Figure], None]) -> str:
     return svg.for_page(out.getvalue())
 
 
-def told(name: str, interval: Mapping[str, float]) -> str:
+def score_hover(name: str, interval: Interval) -> str:
     """`concat: 77.3 % (73.6 to 80.7)`, for a hover."""
     value, low, high = (f"{100 * interval[end]:.1f}".replace("-", "−") for end in ("value", "low", "high"))
     return f"{name}: {value} % ({low} to {high})"
 
 
-def told_difference(name: str, interval: Mapping[str, float]) -> str:
+def difference_hover(name: str, interval: Interval) -> str:
     """`concat less image: +9.8 points (+6.6 to +13.3)`, for a hover."""
     value, low, high = (in_points(interval[end]) for end in ("value", "low", "high"))
     return f"{name}: {value} points ({low} to {high})"
@@ -109,13 +110,13 @@ def score_bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str,
         axes = figure.subplots()
         for y, row in enumerate(rows):
             a, other = row[main["name"]], row[second["name"]]
-            hover = told(f"{row['model']}, {main['title']}", a)
+            hover = score_hover(f"{row['model']}, {main['title']}", a)
             tip(axes.barh(y, 100 * a["value"], height=0.62, color=colors[row["model"]], alpha=0.8).patches[0], hover)
             line = axes.plot([100 * a["low"], 100 * a["high"]], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
             tip(line[0], hover)
             if other:
                 style: Any = {"markersize": 4.5, "markerfacecolor": PAGE, "markeredgecolor": INK}
-                tip(axes.plot(100 * other["value"], y, "D", **style)[0], told(f"{row['model']}, {second['title']}", other))
+                tip(axes.plot(100 * other["value"], y, "D", **style)[0], score_hover(f"{row['model']}, {second['title']}", other))
             right = max(a["high"], other["value"] + 0.015 if other else 0.0, 0.0)
             axes.text(100 * right + 1.5, y, f"{100 * a['value']:.1f}", va="center", fontsize=9)
         shares(axes, 100 * lowest, 100.0)
@@ -134,7 +135,7 @@ def differences(rows: Sequence[Mapping[str, Any]], main: Mapping[str, str], colo
         axes.axvline(0, color=INK, linewidth=1)
         for y, row in enumerate(rows):
             d, color = row["versus"][main["name"]], colors[row["model"]]
-            hover = told_difference(f"{row['model']} less {row['versus']['model']}", d)
+            hover = difference_hover(f"{row['model']} less {row['versus']['model']}", d)
             line = axes.plot([100 * d["low"], 100 * d["high"]], [y, y], color=color, linewidth=4, solid_capstyle="round")
             style: Any = {"markersize": 7, "color": color, "markeredgecolor": INK, "markeredgewidth": 0.8}
             for artist in (*line, *axes.plot(100 * d["value"], y, "o", **style)):

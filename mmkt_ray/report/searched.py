@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mmkt_ray import storage
 from mmkt_ray.kinds.multiclass import Multiclass
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.record import About
 from mmkt_ray.report import search_plots, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.search_plots import Measure
@@ -19,6 +22,7 @@ from mmkt_ray.scoring.intervals import verdict
 from mmkt_ray.scoring.provenance import Current
 from mmkt_ray.scoring.results import Results
 from mmkt_ray.scoring.tables import metric_name, points
+from mmkt_ray.studies.seeds_results import Seeds, SeedScores, TaskSeeds
 
 MAX_SLICES = 8
 STATUS = {
@@ -34,9 +38,13 @@ RIVALS = {"best single modality": "the best single modality", "best concat": "th
 
 def search(current: Current, figures: Figures, results: Results | None = None) -> dict[str, Any] | None:
     """Tried, winner, comparisons, finalists, ensemble and figures; None without a finished search."""
-    result = current.read("search/result.json", "mmkt search")
-    insight = current.read("search/report.json", "mmkt search")
+    result, insight = (
+        storage.read_json_or_none(storage.join(current.run_uri, "search", name)) for name in ("result.json", "report.json")
+    )
     if result is None or insight is None:
+        return None
+    about = About.from_dict(result.get("about") or {}, "search/result.json")
+    if not current.check(about, "search/result.json", "mmkt search"):
         return None
     metric, aim = result["objective"]["metric"], result["objective"]["task"]
     measure = Measure.of(metric)
@@ -107,8 +115,8 @@ def answers_of(task: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
             lines.append(_against(task, "the winner", about, result["versus"].get(role, {}).get(task), metric))
     if result.get("ensemble"):
         scores = result["ensemble_test"].get(task, {})
-        told = _scores(scores)
-        ours = f"the ensemble ({told})" if told else "the ensemble"
+        text = _scores(scores)
+        ours = f"the ensemble ({text})" if text else "the ensemble"
         lines.append(_against(task, ours, "the winner", result["ensemble_versus_winner"].get(task), metric))
     return lines
 
@@ -204,15 +212,15 @@ def _figures(insight: Mapping[str, Any], measure: Measure, figures: Figures) -> 
         found["importance"] = figures.add(
             "search-importance", "What matters", alt, partial(search_plots.importance, shares)
         )
-    told = {k: p for k, p in insight["slices"].items() if len({point[0] for point in p}) > 1}
-    keys = sorted(told, key=lambda k: -(shares or {}).get(k, 0.0))
-    every = [point[1] for key in keys[:MAX_SLICES] for point in told[key]]
+    slices = {k: p for k, p in insight["slices"].items() if len({point[0] for point in p}) > 1}
+    keys = sorted(slices, key=lambda k: -(shares or {}).get(k, 0.0))
+    every = [point[1] for key in keys[:MAX_SLICES] for point in slices[key]]
     found["slices"] = [
         figures.add(
             f"search-slice-{key}",
             search_plots.key_name(key),
-            f"Val {measure.name} of {len(told[key])} candidates by {key}; the best one has {_plain(told[key])}",
-            partial(search_plots.slices, told[key], key, measure, (min(every), max(every))),
+            f"Val {measure.name} of {len(slices[key])} candidates by {key}; the best one has {_plain(slices[key])}",
+            partial(search_plots.slices, slices[key], key, measure, (min(every), max(every))),
         )
         for key in keys[:MAX_SLICES]
     ]
@@ -224,29 +232,49 @@ def _plain(points: list[list[Any]]) -> str:
     return search_plots.choice_name(value) if isinstance(value, str) else f"{value:.3g}"
 
 
-def seeds(current: Current, results: Results | None = None) -> dict[str, Any] | None:
-    """Every task's models, best first, with a verdict each, and one sentence on which differences are more than luck."""
-    found = current.read("seeds.json", "mmkt repeat")
-    if not found or not found["tasks"]:
+@dataclass(frozen=True)
+class SeedsRow:
+    """One variant's line in the table of a task."""
+
+    model: str
+    scores: SeedScores
+    verdict: str | None  # better | tie | worse; None: it is not compared
+
+
+@dataclass(frozen=True)
+class SeedsTask:
+    """All variants of one task, the best first."""
+
+    name: str
+    found: TaskSeeds
+    metrics: list[dict[str, str]]
+    rows: list[SeedsRow]
+
+    def with_verdict(self, verdict: str) -> list[str]:
+        """Names of the variants that have it."""
+        return [row.model for row in self.rows if row.verdict == verdict]
+
+
+@dataclass(frozen=True)
+class SeedsSection:
+    """What several seeds show."""
+
+    num: int  # seeds
+    against: str | None
+    tasks: list[SeedsTask]
+
+
+def seeds(current: Current, results: Results | None = None) -> SeedsSection | None:
+    """Every task's models with a verdict each; None without such a file."""
+    found = current.read(Seeds, "seeds.json", "mmkt repeat")
+    if found is None or not found.tasks:
         return None
     tasks = []
-    for task, told in found["tasks"].items():
+    for task, own in found.tasks.items():
         metrics = shown_metrics(results, task)
         main = metrics[0]["name"]
-        rows = [
-            {
-                "model": name,
-                **about,
-                "verdict": verdict(about["versus"][main], "tie") if about["versus"] else None,
-            }
-            for name, about in told["models"].items()
-        ]
-        rows.sort(key=lambda r: -r[main]["value"])
-        by_verdict = {v: [r["model"] for r in rows if r["verdict"] == v] for v in ("better", "tie", "worse")}
-        tasks.append(
-            {
-                "name": task, "num_rows": told["num_rows"], "reference": told["reference"], "rows": rows, "metrics": metrics,
-                **by_verdict,
-            }
-        )
-    return {"num": len(found["seeds"]), "against": found["against"], "tasks": tasks}
+        gains = {name: scores.versus[main] if scores.versus else None for name, scores in own.models.items()}
+        rows = [SeedsRow(n, own.models[n], verdict(gain, "tie") if gain else None) for n, gain in gains.items()]
+        rows.sort(key=lambda r: -r.scores.interval(main)["value"])
+        tasks.append(SeedsTask(task, own, metrics, rows))
+    return SeedsSection(len(found.seeds), found.against, tasks)

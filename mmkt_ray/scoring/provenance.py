@@ -1,19 +1,39 @@
 """Which models, features and settings a result file is about, so that the page shows none that is about others.
 
-Whoever writes a result file adds `about`, {models: {folder in the run: fingerprint}, stores [fingerprints], recipes {variant, or
-"" for the config without variants: digest of what decides its training, but for seeds}}, each where it applies. A file
-without it is of an older version and can't be checked; it is shown.
+Whoever writes a result file adds `about`. A file without it is of an older version and can't be checked; it is shown.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint, parse_config
+from mmkt_ray.record import About, IfAny, Record
 from mmkt_ray.scoring.results import Results
+
+
+class Study(Record, frozen=True):
+    """A result file that says what it is about."""
+
+    about: IfAny[About] = None
+
+
+T = TypeVar("T", bound=Study)
+ABOUT = b"mmkt.about"  # key in a Parquet file's metadata: `About` as JSON
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is about something that is no more, and the command that makes it anew."""
+
+    file: str
+    command: str
 
 
 def model_fingerprint(uri: str) -> str | None:
@@ -24,13 +44,24 @@ def model_fingerprint(uri: str) -> str | None:
 
 def about(
     run_uri: str, folders: Iterable[str] = (), stores: Iterable[str | None] = (), recipes: Mapping[str, Config] | None = None
-) -> dict[str, Any]:
+) -> About:
     """What goes into a result file. folders: of models, in the run; stores: fingerprints; recipes: configs by name."""
-    return {
-        "models": {f: model_fingerprint(storage.join(run_uri, f)) for f in sorted({*folders})},
-        "stores": sorted({s for s in stores if s is not None}),
-        "recipes": {name: recipe(config) for name, config in (recipes or {}).items()},
-    }
+    return About(
+        models={f: model_fingerprint(storage.join(run_uri, f)) for f in sorted({*folders})},
+        stores=sorted({s for s in stores if s is not None}),
+        recipes={name: recipe(config) for name, config in (recipes or {}).items()},
+    )
+
+
+def with_about(table: pa.Table, about: About) -> pa.Table:
+    """A table that says in its metadata what it is about; as a Parquet file it keeps that."""
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), ABOUT: json.dumps(about.to_dict())})
+
+
+def about_table(uri: str) -> About | None:
+    """What a Parquet file says that it is about; None if it does not say. Raises: FileNotFoundError, DataError."""
+    said = (storage.read_table(uri, ()).schema.metadata or {}).get(ABOUT)
+    return About.from_dict(json.loads(said), uri) if said is not None else None
 
 
 def recipe(config: Config) -> str:
@@ -47,7 +78,7 @@ class Current:
     run_uri: str
     stores: frozenset[str] = frozenset()  # fingerprints; none: not checked
     recipes: Mapping[str, str] = field(default_factory=dict)  # none: not checked
-    left_out: list[dict[str, str]] = field(default_factory=list)  # {file, command}
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @classmethod
     def of(cls, run_uri: str, run: Mapping[str, Any], results: Results) -> Current:
@@ -59,22 +90,26 @@ class Current:
             recipes = {"": recipe(config)} | {name: recipe(v) for name, v in config.expand_variants().items()}
         return cls(run_uri, stores, recipes)
 
-    def read(self, name: str, command: str) -> Any:
-        """A JSON file of the run; None if it is not there, or is about something that is no more. command: what makes it."""
-        path = storage.join(self.run_uri, name)
-        if not storage.exists(path):
-            return None
-        found = storage.read_json(path)
-        if self.holds(found.get("about") or {}):
-            return found
-        self.left_out.append({"file": name, "command": command})
-        return None
+    def read(self, kind: type[T], name: str, command: str) -> T | None:
+        """A result file of the run; None if it is not there, or is about something that is no more. command: what makes it.
 
-    def holds(self, told: Mapping[str, Any]) -> bool:
+        Raises: DataError if the file is damaged or holds something else.
+        """
+        found = kind.read_or_none(storage.join(self.run_uri, name))
+        return found if found is not None and self.check(found.about, name, command) else None
+
+    def check(self, about: About | None, name: str, command: str) -> bool:
+        """Whether what a file is about is still there; if not, the file is added to those left out, once."""
+        if self.holds(about):
+            return True
+        left = LeftOut(name, command)
+        self.left_out += [left] if left not in self.left_out else []
+        return False
+
+    def holds(self, about: About | None) -> bool:
         """Whether all models, features and recipes that a file is about are still those of the run."""
-        models, recipes = told.get("models", {}), told.get("recipes", {})
-        return (
-            all(model_fingerprint(storage.join(self.run_uri, f)) == digest for f, digest in models.items())
-            and (not self.stores or {*told.get("stores", ())} <= self.stores)
-            and (not self.recipes or all(self.recipes.get(name) == digest for name, digest in recipes.items()))
+        return about is None or (
+            all(model_fingerprint(storage.join(self.run_uri, f)) == digest for f, digest in about.models.items())
+            and (not self.stores or {*about.stores} <= self.stores)
+            and (not self.recipes or all(self.recipes.get(name) == digest for name, digest in about.recipes.items()))
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mmkt_ray import storage
 from mmkt_ray.kinds.number_metrics import IN_UNITS
@@ -118,29 +117,3 @@ def _difference(row: Row, main: str) -> str:
     if not row.versus:
         return row.verdict
     return f"{told(row.versus[main], '+.1f')} {row.verdict}"
-
-
-def main_of(scores: Mapping[str, Any]) -> str:
-    """The main metric of a task, the first one of its scores."""
-    return next(name for name in scores if name not in ("num_rows", "models", "p_holm"))
-
-
-def main_names(result: Mapping[str, Any]) -> str:
-    """`accuracy`, or the main metrics of all tasks of `missing_curves`."""
-    every = (scores for by_task in result["curves"].values() for scores in by_task.values())
-    return " and ".join(dict.fromkeys(metric_name(main_of(scores)) for scores in every)) or "scores"
-
-
-def missing_table(result: dict[str, Any]) -> str:
-    """The main scores as text: a line for the model and one for the reference, a column for each rate."""
-    lines = [f"{result['model']}: {main_names(result)} in % by the share of rows that lack a modality"]
-    head = "".join(f"{100 * r:6.0f}" for r in result["rates"])
-    for hidden, by_task in result["curves"].items():
-        for task in by_task:
-            lines.append(f"  {task}, without {hidden}".ljust(34)[:34] + head)
-            for name, title in (("curves", "model"), ("reference", "best single of what is there")):
-                if task in result[name].get(hidden, {}):
-                    values = result[name][hidden][task][main_of(result[name][hidden][task])]
-                    cells = ["     –" if v is None else f"{100 * v[0]:6.1f}" for v in values]
-                    lines.append(f"    {title}".ljust(34) + "".join(cells))
-    return "\n".join([*lines, *(a["text"] for a in result["answers"])])

@@ -97,7 +97,7 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         "overrides": chosen,
         "compared_with": compared,
         "ensemble": about,
-        "about": provenance.about(run_uri, (), [store.manifest["fingerprint"]]),
+        "about": provenance.about(run_uri, (), [store.manifest["fingerprint"]]).to_dict(),
         **told,
     }
     if told["winner"] is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,18 +28,15 @@ from mmkt_ray.models import fused_part
 from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.intervals import difference_bounds, percentiles, resampled_scores
 from mmkt_ray.studies.disagreement import disagreements
+from mmkt_ray.studies.insight import Insight, Shapley, Shares, TaskInsight
 
 MAX_MODALITIES = 8  # 2^8 passes over the test rows
 
 
-def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
+def insights(run_uri: str, stores: Mapping[str, Store]) -> Insight:
     """What each modality knows, in numbers and plain sentences; `stores` maps variant -> its features.
 
-    Reads the evaluated run and writes `<run>/insight.json`, which it returns:
-
-        split, confidence, notes [..], about (see provenance.py)
-        tasks: {task: {answers: [..] (those of `compare`), disagreement: {..} or None (see disagreement.py),
-                       shapley: {model, num_rows, <metric>: {full, empty, values: {modality: interval}}} or None}}
+    Reads the evaluated run and writes `<run>/insight.json`, which it returns.
 
     Raises: DataError if nothing was evaluated.
     """
@@ -50,7 +46,7 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
         for task, found in results.tasks.items()
         if any(answer.source == "baseline" for answer in found.answers)
     ]
-    shares = {}
+    shares: dict[str, dict[str, Shapley]] = {}
     for name in sorted({t.best_fused for t in results.tasks.values() if t.best_fused}):
         if len(results.models[name].modalities) > MAX_MODALITIES:
             notes.append(f"{name} reads more than {MAX_MODALITIES} modalities: too many subsets for Shapley values.")
@@ -58,22 +54,22 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
             folder = storage.join(run_uri, results.models[name].folder)
             shares[name] = shapley_values(folder, stores[name], results.split)
     tasks = {
-        task: {
-            "answers": [answer.to_dict() for answer in found.answers],
-            "disagreement": disagreements(run_uri, results, task),
-            "shapley": shares.get(found.best_fused or "", {}).get(task),
-        }
+        task: TaskInsight(
+            answers=found.answers,
+            disagreement=disagreements(run_uri, results, task),
+            shapley=shares.get(found.best_fused or "", {}).get(task),
+        )
         for task, found in results.tasks.items()
     }
     models = results.models.values()
     about = provenance.about(run_uri, (m.folder for m in models if m.kind == "trained"), (m.store for m in models))
-    found = {"split": results.split, "confidence": results.confidence, "notes": notes, "tasks": tasks, "about": about}
-    storage.write_json(storage.join(run_uri, "insight.json"), found)
-    return found
+    insight = Insight(split=results.split, confidence=results.confidence, notes=notes, tasks=tasks, about=about)
+    insight.write(storage.join(run_uri, "insight.json"))
+    return insight
 
 
-def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[str, Any]:
-    """task -> {model, num_rows, accuracy, macro_f1: see `contributions`} over the modalities that the task reads.
+def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[str, Shapley]:
+    """By task, over the modalities that it reads.
 
     The model without its experts predicts the split once per subset. Tasks with fewer than two modalities or no labelled row
     are left out.
@@ -100,7 +96,7 @@ def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[st
             predictions.append(given[subset][task].copy())
             predictions[-1][~readable(part, subset)] = prior
         if len(rows):
-            scores = contributions(
+            shares = contributions(
                 labels[rows],
                 [pred[rows] for pred in predictions],
                 modalities,
@@ -109,7 +105,7 @@ def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[st
                 confidence=config.evaluation.confidence,
                 seed=config.seed,
             )
-            found[task] = {"model": model_uri.rstrip("/").rpartition("/")[2], "num_rows": len(rows), **scores}
+            found[task] = Shapley(model=model_uri.rstrip("/").rpartition("/")[2], num_rows=len(rows), shares=shares)
     return found
 
 
@@ -135,16 +131,14 @@ def contributions(
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Shapley values of the modalities with intervals.
+) -> dict[str, Shares]:
+    """Shapley values of the modalities with intervals, by metric that the kind reports.
+
+    Rows are resampled jointly over the subsets, so what makes a row hard for all of them cancels out.
 
     Args:
         labels: of N rows, all labelled.
         predictions: one for each of `subsets(modalities)`, shaped like the labels' values.
-
-    Returns:
-        `accuracy` and `macro_f1`: {full, empty (scores), values {modality: interval}, subsets {"image+text": score}}.
-        Rows are resampled jointly over the subsets, so what makes a row hard for all of them cancels out.
     """
     weights = shapley_weights(len(modalities))
     found = {}
@@ -152,10 +146,10 @@ def contributions(
         bounds = difference_bounds(labels.kind, metric)
         shares = [percentiles(values, confidence, len(labels), bounds) for values in weights @ drawn]
         scores = [none_if_nan(v) for v in drawn[:, 0]]
-        found[metric] = {
-            "full": scores[-1],
-            "empty": scores[0],
-            "values": dict(zip(modalities, shares, strict=True)),
-            "subsets": {"+".join(s): v for s, v in zip(subsets(modalities), scores, strict=True) if s},
-        }
+        found[metric] = Shares(
+            full=scores[-1],
+            empty=scores[0],
+            values=dict(zip(modalities, shares, strict=True)),
+            subsets={"+".join(s): v for s, v in zip(subsets(modalities), scores, strict=True) if s},
+        )
     return found

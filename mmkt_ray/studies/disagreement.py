@@ -17,16 +17,15 @@ from mmkt_ray.inference.rows import read_predictions
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.studies.insight import DifferingRow, Disagreement, FusedOnDiffering, Prediction
 
 NUM_EXAMPLES = 8
 
 
-def disagreements(run_uri: str, results: Results, task: str) -> dict[str, Any] | None:
+def disagreements(run_uri: str, results: Results, task: str) -> Disagreement | None:
     """The best model of each single modality beside the others; None for numbers, or where there are fewer than two or no
     common row.
 
-    {models {modality: name}, num_rows, differ_frac (interval), right_when_differ {modality: share}, none_right_frac,
-    fused {model, right_when_differ} or None, examples [{sample_id, label, predictions {modality: {pred, proba}}, fused}]}.
     The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
     """
     if not task_kind(results.tasks[task].kind).classes:
@@ -45,28 +44,26 @@ def disagreements(run_uri: str, results: Results, task: str) -> dict[str, Any] |
     fused = predictions_of(run_uri, results, fused_name, task)["pred"] if fused_name else pd.Series()
     told_by_fused = fused.map(kind.tell).to_dict()
     fused = fused.reindex(rows)
-    return {
-        "models": chosen,
-        "num_rows": len(rows),
-        "differ_frac": Interval(value=float(differ.mean()), low=float(share.low), high=float(share.high)),
-        "right_when_differ": {m: _share(r[differ]) for m, r in right.items()},
-        "none_right_frac": _share(~np.any(list(right.values()), axis=0)[differ]),
-        "fused": {"model": fused_name, "right_when_differ": _share(_same(fused, labels)[differ])}
-        if fused_name
-        else None,
-        "examples": [
-            {
-                "sample_id": rows[i],
-                "label": kind.tell(labels[i]),
-                "predictions": {
-                    m: {"pred": kind.tell(f["pred"].iloc[i]), "proba": float(f["proba"].iloc[i].max())}
+    return Disagreement(
+        models=chosen,
+        num_rows=len(rows),
+        differ_frac=Interval(value=float(differ.mean()), low=float(share.low), high=float(share.high)),
+        right_when_differ={m: _share(r[differ]) for m, r in right.items()},
+        none_right_frac=_share(~np.any(list(right.values()), axis=0)[differ]),
+        fused=FusedOnDiffering(model=fused_name, right_when_differ=_share(_same(fused, labels)[differ])) if fused_name else None,
+        examples=[
+            DifferingRow(
+                sample_id=rows[i],
+                label=kind.tell(labels[i]),
+                predictions={
+                    m: Prediction(pred=kind.tell(f["pred"].iloc[i]), proba=float(f["proba"].iloc[i].max()))
                     for m, f in frames.items()
                 },
-                "fused": told_by_fused.get(rows[i]),
-            }
+                fused=told_by_fused.get(rows[i]),
+            )
             for i in _farthest_apart(frames, differ)
         ],
-    }
+    )
 
 
 def _single_models(results: Results, task: str) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,21 +20,19 @@ from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples
 from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.studies.gallery_results import Gallery, GallerySample
 
 log = logging.getLogger(__name__)
 
 NUM_PER_GROUP = 4
 
+Inputs: TypeAlias = dict[str, dict[str, Any] | None]  # modality -> `ModalityKind.show`; None: the sample has none
 
-def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
+
+def write_gallery(model_uri: str, split: str = "test") -> Gallery:
     """Choose samples from the model's predictions, fetch their raw image and text, write `<model>/gallery.json`.
 
-    Returns {split, tasks: {task: {right, wrong, tie: [{sample_id, label, pred, proba, second, second_proba,
-    inputs: {modality: {kind, png (base64) | text} or None if the sample has none}}]}}}: the most confident right and
-    wrong ones, and those with the least between the two most probable classes. In a multilabel task label and pred are
-    the classes joined by commas, proba is that of the least sure decision about a class, and `second` that class. Of numbers
-    `right` are the closest predictions, `wrong` those furthest off, and proba is null. If the
-    shards are no longer where the config says, `inputs` is empty and `note` tells why.
+    If the shards are no longer where the config says, samples have no inputs and the note says why.
 
     Raises: DataError if the model was not evaluated on the split.
     """
@@ -42,15 +41,27 @@ def write_gallery(model_uri: str, split: str = "test") -> dict[str, Any]:
     if card is None or not storage.exists(uri):
         raise DataError(f"no predictions on '{split}' in '{model_uri}': run `mmkt evaluate` first")
     config = parse_config(card["config"])
-    tasks = {t: _choose(_candidates(uri, t, config.tasks[t].kind), card["class_names"][t]) for t in config.model_tasks}
-    chosen = [s for groups in tasks.values() for group in groups.values() for s in group]
-    gallery: dict[str, Any] = {"split": split, "tasks": tasks, **add_inputs(chosen, config)}
-    storage.write_json(storage.join(model_uri, "gallery.json"), gallery)
+    found = {t: _candidates(uri, t, config.tasks[t].kind) for t in config.model_tasks}
+    groups = {t: predicted.groups() for t, predicted in found.items()}
+    chosen = [i for t, rows in groups.items() for group in rows.values() for i in found[t].ids[group].tolist()]
+    inputs, note = read_inputs(chosen, config)
+    gallery = Gallery(
+        split=split,
+        tasks={
+            t: {
+                name: [found[t].sample(int(i), card["class_names"][t], inputs) for i in group]
+                for name, group in rows.items()
+            }
+            for t, rows in groups.items()
+        },
+        note=note,
+    )
+    gallery.write(storage.join(model_uri, "gallery.json"))
     return gallery
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Predicted:
     """Labelled rows that have a prediction."""
 
     ids: np.ndarray  # (N,) str
@@ -61,8 +72,8 @@ class _Judged:
     error: np.ndarray  # (N,) of numbers how far the prediction is off; NaN of classes
     has_second: np.ndarray  # (N,) bool: there is one
 
-    def take(self, rows: np.ndarray) -> _Judged:
-        return _Judged(*(getattr(self, f.name)[rows] for f in fields(self)))
+    def take(self, rows: np.ndarray) -> _Predicted:
+        return _Predicted(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def groups(self) -> dict[str, np.ndarray]:
         """The rows of each group, at most NUM_PER_GROUP; near ties are of neither other group."""
@@ -76,25 +87,38 @@ class _Judged:
         taken = np.concatenate(list(groups.values()))
         return groups | {"tie": closest[~np.isin(closest, taken)][:NUM_PER_GROUP]}
 
+    def sample(self, row: int, class_names: list[str], inputs: Mapping[str, Inputs]) -> GallerySample:
+        """One of the rows. inputs: of each sample."""
+        sample_id, has_second = self.ids[row], self.has_second[row]
+        return GallerySample(
+            sample_id=sample_id,
+            label=self.labels[row],
+            pred=self.pred[row],
+            proba=float(self.top[row, 0]) if np.isnan(self.error[row]) else None,
+            second=class_names[self.second[row]] if has_second else None,
+            second_proba=float(self.top[row, -1]) if has_second else None,
+            inputs=inputs.get(sample_id, {}),
+        )
 
-def _candidates(uri: str, task: str, kind: TaskKind) -> _Judged:
+
+def _candidates(uri: str, task: str, kind: TaskKind) -> _Predicted:
     """Rows of a file of predictions, in its order, among which are those of all groups; one batch of it is in memory."""
-    best: _Judged | None = None
+    best: _Predicted | None = None
     columns = ("label", "pred", "proba") if kind.classes else ("label", "pred")
     for rows in read_parts(uri, ["sample_id", *(f"{task}_{c}" for c in columns)]):
-        judged = _judge(rows, task, kind)
+        rows_so_far = _read_batch(rows, task, kind)
         if best is not None:
-            pairs = [(getattr(best, f.name), getattr(judged, f.name)) for f in fields(judged)]
-            judged = _Judged(*map(np.concatenate, pairs))
-        best = judged.take(np.sort(np.concatenate(list(judged.groups().values()))))
+            pairs = [(getattr(best, f.name), getattr(rows_so_far, f.name)) for f in fields(rows_so_far)]
+            rows_so_far = _Predicted(*map(np.concatenate, pairs))
+        best = rows_so_far.take(np.sort(np.concatenate(list(rows_so_far.groups().values()))))
     assert best is not None, "a file of predictions has rows"
     return best
 
 
-def _judge(table: pa.Table, task: str, kind: TaskKind) -> _Judged:
+def _read_batch(table: pa.Table, task: str, kind: TaskKind) -> _Predicted:
     """The rows of a batch of predictions."""
-    told = [table.column(f"{task}_{c}") for c in ("label", "pred")]
-    table = table.filter(pc.and_(told[0].is_valid(), told[1].is_valid()))
+    given = [table.column(f"{task}_{c}") for c in ("label", "pred")]
+    table = table.filter(pc.and_(given[0].is_valid(), given[1].is_valid()))
     if kind.classes:
         top, second, has_second = kind.two_best(kind.read_outputs(table, task))
         error = np.full(len(table), np.nan)
@@ -103,47 +127,26 @@ def _judge(table: pa.Table, task: str, kind: TaskKind) -> _Judged:
         top, second, has_second = np.zeros((len(table), 1)), np.zeros(len(table), int), np.zeros(len(table), bool)
     names = ("sample_id", f"{task}_label", f"{task}_pred")
     ids, labels, pred = (table.column(n).to_pylist() for n in names)
-    told_labels, told_pred = (np.array([kind.tell(v) for v in cells], dtype=object) for cells in (labels, pred))
-    return _Judged(np.array(ids, dtype=object), told_labels, told_pred, top, second, error, has_second)
+    label_texts, pred_texts = (np.array([kind.tell(v) for v in cells], dtype=object) for cells in (labels, pred))
+    return _Predicted(np.array(ids, dtype=object), label_texts, pred_texts, top, second, error, has_second)
 
 
-def _choose(judged: _Judged, class_names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The groups of one task, each of at most NUM_PER_GROUP samples."""
-
-    def describe(row: int) -> dict[str, Any]:
-        second, proba, sure = class_names[judged.second[row]], float(judged.top[row, -1]), np.isnan(judged.error[row])
-        runner_up = {"second": second, "second_proba": proba} if judged.has_second[row] else {}
-        return {
-            "sample_id": judged.ids[row],
-            "label": judged.labels[row],
-            "pred": judged.pred[row],
-            "proba": float(judged.top[row, 0]) if sure else None,
-            **runner_up,
-        }
-
-    return {name: [describe(int(r)) for r in rows] for name, rows in judged.groups().items()}
-
-
-def add_inputs(chosen: list[dict[str, Any]], config: Config) -> dict[str, str]:
-    """Give each of these samples (with `sample_id`) its `inputs`: {modality: thumbnail, excerpt or None}. Where the raw samples
-    can't be read they are empty, and the returned {note} tells why."""
-    note: dict[str, str] = {}
+def read_inputs(sample_ids: list[str], config: Config) -> tuple[dict[str, Inputs], str | None]:
+    """What the modalities of these samples show, by sample; none where the raw samples can't be read, and then a note that
+    says why."""
     try:
-        raw = _raw_values(config, [s["sample_id"] for s in chosen]) if chosen else {}
+        return (_raw_values(config, sample_ids) if sample_ids else {}), None
     except (DataError, OSError) as error:
-        raw, note["note"] = {}, f"The raw samples could not be read: {error}"
         log.warning("samples are shown without their inputs: %s", error)
-    for sample in chosen:
-        sample["inputs"] = raw.get(sample["sample_id"], {})
-    return note
+        return {}, f"The raw samples could not be read: {error}"
 
 
-def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, dict[str, Any]]:
+def _raw_values(config: Config, sample_ids: list[str]) -> dict[str, Inputs]:
     """sample_id -> {modality the model reads: thumbnail, excerpt or None}; a combined sample `a|b` has both's."""
     parts = {i: [i, *i.split("|")] for i in sample_ids}
     table = find_samples(ReadingPlan.of(config), sorted({p for ps in parts.values() for p in ps}))
     found = {row["sample_id"]: row for row in table.to_pylist()}
-    values = {}
+    values: dict[str, Inputs] = {}
     limits = Limits.of(config.samples)
     for sample_id, sources in parts.items():
         rows = [found[s] for s in sources if s in found]

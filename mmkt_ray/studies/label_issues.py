@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,11 +26,14 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from mmkt_ray import storage
 from mmkt_ray.config import Config, seed_32
 from mmkt_ray.encoders.base import Features
+from mmkt_ray.features.audit import Audit, LabelIssue, LabelIssueCounts, LabelIssues
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import log_loss
+from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.calibration import fit_temperature
-from mmkt_ray.studies.gallery import add_inputs
+from mmkt_ray.scoring.provenance import with_about
+from mmkt_ray.studies.gallery import read_inputs
 from mmkt_ray.training.batches import feature_statistics
 from mmkt_ray.training.linear import solve
 
@@ -44,55 +46,58 @@ L2 = 100.0  # penalty of the folds' models: few rows and many features; finds mo
 MIN_DOUBT = 0.95  # probability that a suspect label is wrong, as far as the modalities can tell
 MIN_DIVERGENCE = 0.7  # of modalities that contradict each other; at most 1: each is sure of another class
 SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1, so that no single modality settles the matter
-NUM_TOLD = 20  # suspects listed in audit.json
+NUM_LISTED = 20  # in audit.json
 
 SCHEMA = [("sample_id", pa.string()), ("task", pa.string()), ("kind", pa.string()), ("label", pa.string())]
 SCHEMA += [("predicted", pa.string()), ("score", pa.float32())]
 
 
-def find_suspects(store: Store, config: Config, out_uri: str) -> dict[str, Any]:
-    """Write the suspects of the store's train split to `out_uri`, and the first of them into the store's audit.json.
+def find_label_issues(store: Store, config: Config, out_uri: str) -> LabelIssues:
+    """Write the label issues of the store's train split to `out_uri`, and the first of them into the store's audit.json.
 
     The Parquet file has sample_id, task, kind (label: contradicts the modalities; modalities: they contradict each other),
     label, predicted (strings), score (0..1, most suspect first) and per modality `<modality>_confidence` in the label, null
-    where absent. Tasks, and classes, with too few rows to judge are left out. Memory: the train split's features.
-
-    Returns {num_rows: {task: judged rows}, num_suspects: {task: {kind: n}}, top: [the first rows, each with the raw `inputs`
-    that it has], note: why they have none, if so}.
+    where absent; its metadata says which features it is about (`about_table`). Tasks, and classes, with too few rows to
+    judge are left out. Memory: the train split's features. Returns what audit.json gets.
     """
     table = _train_rows(store, config)
-    frames, judged = [], {}
+    frames, judged = list[pd.DataFrame](), dict[str, int]()
     for task in sorted(config.tasks):
-        opinions = ask_modalities(table, task, config)
-        judged[task] = len(opinions.table.sample_id) if opinions is not None else 0
-        frames += list(_suspects(opinions, config)) if opinions is not None else []
+        predicted = predict_out_of_fold(table, task, config)
+        judged[task] = len(predicted.table.sample_id) if predicted is not None else 0
+        frames += list(_issues(predicted, config)) if predicted is not None else []
     columns = [*SCHEMA, *((f"{m}_confidence", pa.float32()) for m in sorted(table.features))]
     frame = pd.concat([pd.DataFrame(columns=[name for name, _ in columns]), *frames])
     frame = frame.sort_values("score", ascending=False, kind="stable")
-    storage.write_table(out_uri, pa.Table.from_pandas(frame, pa.schema(columns), preserve_index=False))
-    counts = {
-        t: {k: int(((frame.task == t) & (frame.kind == k)).sum()) for k in ("label", "modalities")} for t in judged
-    }
-    top = _rounded(frame.head(NUM_TOLD))
-    result = {"num_rows": judged, "num_suspects": counts, **add_inputs(top, config), "top": top}
+    about = provenance.about(out_uri.rpartition("/")[0], (), [store.manifest["fingerprint"]])  # no model is asked
+    table_of_issues = pa.Table.from_pandas(frame, pa.schema(columns), preserve_index=False)
+    storage.write_table(out_uri, with_about(table_of_issues, about))
+    first = frame.head(NUM_LISTED)
+    inputs, note = read_inputs(first.sample_id.tolist(), config)
+    result = LabelIssues(
+        num_rows=judged,
+        num_suspects={
+            t: LabelIssueCounts(
+                **{k: int(((frame.task == t) & (frame.kind == k)).sum()) for k in LabelIssueCounts.model_fields}
+            )
+            for t in judged
+        },
+        top=[LabelIssue.from_row(row, inputs.get(row["sample_id"], {})) for row in first.to_dict("records")],
+        note=note,
+        about=about,
+    )
     audit_uri = storage.join(store.uri, "audit.json")
-    audit = storage.read_json(audit_uri) if storage.exists(audit_uri) else {}
-    storage.write_json(audit_uri, audit | {"suspects": result})
+    audit = Audit.read_or_none(audit_uri) or Audit()
+    audit.with_label_issues(result).write(audit_uri)
     log.info("%d suspect rows of the train split: %s", frame.sample_id.nunique(), out_uri)
     return result
-
-
-def _rounded(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows for JSON: three decimals, None for what is not there."""
-    rows = frame.to_dict("records")
-    return [{k: (round(v, 3) if v == v else None) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
 
 
 # --- what each modality says --------------------
 
 
 @dataclass(frozen=True)
-class Opinions:
+class OutOfFold:
     """Out-of-fold predictions of one task for its judged rows."""
 
     table: FeatureTable  # the R judged rows
@@ -128,23 +133,23 @@ class Opinions:
         return together
 
 
-def ask_modalities(table: FeatureTable, task: str, config: Config) -> Opinions | None:
+def predict_out_of_fold(table: FeatureTable, task: str, config: Config) -> OutOfFold | None:
     """Every modality's out-of-fold predictions; None where too few rows are labelled. table: train rows, dense features."""
     labels = table.labels[task]
     if not labels.kind.classes:
-        log.info("task '%s' has numbers for labels: suspects are looked for among classes", task)
+        log.info("task '%s' has numbers for labels: label issues are looked for among classes", task)
         return None
     rows = labels.kind.judged_rows(labels, NUM_FOLDS)
     if len(rows) < 2 * NUM_FOLDS or num_distinct(labels[rows]) < 2:
-        log.info("task '%s' has too few labelled train rows to look for suspects", task)
+        log.info("task '%s' has too few labelled train rows to look for label issues", task)
         return None
     table = table.take(rows)
     proba = {}
     for modality in config.tasks[task].inputs or sorted(table.features):
-        predicted = _out_of_fold(table, task, modality, config.seed)
+        predicted = _modality_out_of_fold(table, task, modality, config.seed)
         if predicted is not None:
             proba[modality] = predicted
-    return Opinions(table, task, proba, {m: _information(table.labels[task], p) for m, p in proba.items()})
+    return OutOfFold(table, task, proba, {m: _information(table.labels[task], p) for m, p in proba.items()})
 
 
 def num_distinct(labels: Labels) -> int:
@@ -152,7 +157,7 @@ def num_distinct(labels: Labels) -> int:
     return len(np.unique(labels.values, axis=0))
 
 
-def _out_of_fold(table: FeatureTable, task: str, modality: str, seed: int) -> np.ndarray | None:
+def _modality_out_of_fold(table: FeatureTable, task: str, modality: str, seed: int) -> np.ndarray | None:
     """(N, C) probabilities, NaN where the modality is absent; None if too few rows have it."""
     here = np.flatnonzero(table.present[modality])
     labels = table.labels[task][here]
@@ -166,12 +171,12 @@ def _out_of_fold(table: FeatureTable, task: str, modality: str, seed: int) -> np
             known = train_test_split(
                 known, train_size=MAX_FIT_ROWS, stratify=strata[known] if frequent else None, random_state=seed_32(seed)
             )[0]
-        proba[here[judged]] = _judge(table, task, modality, here[known], here[judged])
+        proba[here[judged]] = _probabilities(table, task, modality, here[known], here[judged])
     proba[here] = calibrate(labels, proba[here])
     return proba
 
 
-def _judge(table: FeatureTable, task: str, modality: str, known: np.ndarray, judged: np.ndarray) -> np.ndarray:
+def _probabilities(table: FeatureTable, task: str, modality: str, known: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """(judged, C) probabilities by logistic regression on the known rows, which all have the modality and a label."""
     x, labels = table.features[modality][known], table.labels[task][known]
     mean, std = (values.numpy() for values in feature_statistics(x, np.ones(len(x), bool)))
@@ -198,22 +203,22 @@ def _information(labels: Labels, proba: np.ndarray) -> float:
 # --- what is suspect --------------------
 
 
-def _suspects(opinions: Opinions, config: Config) -> Iterator[pd.DataFrame]:
+def _issues(out_of_fold: OutOfFold, config: Config) -> Iterator[pd.DataFrame]:
     """Rows of the result for one task."""
-    combined = opinions.combined()
+    combined = out_of_fold.combined()
     judged = ~np.isnan(combined[:, 0])
     wrong = np.zeros(len(combined), dtype=bool)
-    known, score = opinions.labels[judged], np.zeros(len(combined))
+    known, score = out_of_fold.labels[judged], np.zeros(len(combined))
     if num_distinct(known) > 1:
         wrong[judged] = known.kind.label_issues(known, combined[judged])
     score[judged] = 1 - label_quality(known, combined[judged])
     wrong &= score >= MIN_DOUBT
-    separator = config.tasks[opinions.task].separator
-    yield _frame(opinions, "label", wrong, score, _predicted_names(opinions, combined, separator), separator)
-    spread = divergence(opinions)
-    said = {m: _predicted_names(opinions, p, separator) for m, p in opinions.proba.items()}
+    separator = config.tasks[out_of_fold.task].separator
+    yield _frame(out_of_fold, "label", wrong, score, _predicted_names(out_of_fold, combined, separator), separator)
+    spread = divergence(out_of_fold)
+    said = {m: _predicted_names(out_of_fold, p, separator) for m, p in out_of_fold.proba.items()}
     sayings = ["; ".join(f"{m}: {n[i]}" for m, n in said.items() if n[i] is not None) for i in range(len(spread))]
-    yield _frame(opinions, "modalities", spread >= MIN_DIVERGENCE, spread, np.array(sayings, dtype=object), separator)
+    yield _frame(out_of_fold, "modalities", spread >= MIN_DIVERGENCE, spread, np.array(sayings, dtype=object), separator)
 
 
 def label_quality(labels: Labels, proba: np.ndarray) -> np.ndarray:
@@ -221,16 +226,16 @@ def label_quality(labels: Labels, proba: np.ndarray) -> np.ndarray:
     return labels.kind.label_quality(labels, proba) if len(labels) else np.zeros(0)
 
 
-def divergence(opinions: Opinions) -> np.ndarray:
+def divergence(out_of_fold: OutOfFold) -> np.ndarray:
     """(R,) Jensen-Shannon divergence between the present modalities that tell something, over its largest value.
 
     0 where they agree or there is one only, 1 where each is sure of another class. Of several decisions in a row:
     of the one where it is largest.
     """
-    telling = list(opinions.telling().values())
+    telling = list(out_of_fold.telling().values())
     if len(telling) < 2:
-        return np.zeros(len(opinions.labels))
-    proba = opinions.labels.kind.distributions(np.stack(telling))  # (M, R, decisions, answers)
+        return np.zeros(len(out_of_fold.labels))
+    proba = out_of_fold.labels.kind.distributions(np.stack(telling))  # (M, R, decisions, answers)
     here = ~np.isnan(proba[:, :, :1, :1])
     proba, num_here = np.where(here, proba, 0), here.sum(axis=0)[..., 0]
     mean = proba.sum(axis=0) / np.maximum(num_here, 1)[..., None]
@@ -239,34 +244,34 @@ def divergence(opinions: Opinions) -> np.ndarray:
     return (np.where(num_here > 1, spread, 0) / np.log(np.maximum(num_here, 2))).max(axis=-1).clip(0, 1)
 
 
-def _names(opinions: Opinions, predictions: np.ndarray, known: np.ndarray, separator: str) -> np.ndarray:
+def _names(out_of_fold: OutOfFold, predictions: np.ndarray, known: np.ndarray, separator: str) -> np.ndarray:
     """(R,) predictions in words; None in rows that are not known (R,) bool."""
-    kind = opinions.labels.kind
-    cells = kind.decode(predictions, opinions.table.class_names[opinions.task])
+    kind = out_of_fold.labels.kind
+    cells = kind.decode(predictions, out_of_fold.table.class_names[out_of_fold.task])
     return np.array([kind.tell(cell, separator) if k else None for cell, k in zip(cells, known, strict=True)], dtype=object)
 
 
-def _predicted_names(opinions: Opinions, proba: np.ndarray, separator: str) -> np.ndarray:
+def _predicted_names(out_of_fold: OutOfFold, proba: np.ndarray, separator: str) -> np.ndarray:
     """The same of probabilities (R, C), NaN where nothing is predicted."""
-    predictions = opinions.labels.kind.predict(np.nan_to_num(proba))
-    return _names(opinions, predictions, ~np.isnan(proba[:, 0]), separator)
+    predictions = out_of_fold.labels.kind.predict(np.nan_to_num(proba))
+    return _names(out_of_fold, predictions, ~np.isnan(proba[:, 0]), separator)
 
 
 def _frame(
-    opinions: Opinions, kind: str, chosen: np.ndarray, score: np.ndarray, predicted: np.ndarray, separator: str
+    out_of_fold: OutOfFold, kind: str, chosen: np.ndarray, score: np.ndarray, predicted: np.ndarray, separator: str
 ) -> pd.DataFrame:
     """The chosen rows as the result has them."""
-    labels = opinions.labels
-    given = _names(opinions, labels.values, labels.known, separator)
+    labels = out_of_fold.labels
+    given = _names(out_of_fold, labels.values, labels.known, separator)
     confidence = {}
-    for modality, proba in opinions.proba.items():
+    for modality, proba in out_of_fold.proba.items():
         known = ~np.isnan(proba[:, 0])
         confidence[modality] = np.full(len(labels), np.nan)
         confidence[modality][known] = label_quality(labels[known], proba[known])
     return pd.DataFrame(
         {
-            "sample_id": opinions.table.sample_id[chosen],
-            "task": opinions.task,
+            "sample_id": out_of_fold.table.sample_id[chosen],
+            "task": out_of_fold.task,
             "kind": kind,
             "label": given[chosen],
             "predicted": predicted[chosen],

@@ -8,7 +8,6 @@ one model, not of the mean over seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,12 +19,13 @@ from mmkt_ray.inference.outputs import predict_table, score_rows
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.models import Predictor
 from mmkt_ray.scoring import provenance
-from mmkt_ray.studies.missing import Answers, Single, ask, curves_of
+from mmkt_ray.studies.missing import Draws, HiddenPredictions, Single, Subject, curves_of, predict_hidden
+from mmkt_ray.studies.missing_results import MissingCurves
 
 
 def missing_over_seeds(
     config: Config, stores: Mapping[str, Store], run_uri: str, seeds: Sequence[int]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, MissingCurves]:
     """Of every variant of several modalities what `missing_curves` says, but for the patterns, on the test split.
 
     The models are those that `repeat` left in `<run>/seeds/<seed>/<variant>`. Written to `<run>/missing_seeds.json`.
@@ -39,18 +39,20 @@ def missing_over_seeds(
             n: v for n, v in variants.items() if len(v.model_modalities) == 1 and stores[n].uri == stores[name].uri
         }
         folders = [storage.join(run_uri, "seeds", str(seed)) for seed in seeds]
-        models = [_answers(name, variants[name], single, stores[name], folder) for folder in folders]
-        curves = curves_of(models, config.evaluation, variants[name], num_seeds=len(seeds))
-        modalities = list(variants[name].model_modalities)
+        models = [_predictions(name, variants[name], single, stores[name], folder) for folder in folders]
         places = [storage.join("seeds", str(seed), n) for seed in seeds for n in (name, *single)]
         about = provenance.about(run_uri, places, [stores[name].manifest["fingerprint"]])
-        found[name] = {"model": name, "split": "test", "modalities": modalities, **curves, "about": about}
-    storage.write_json(storage.join(run_uri, "missing_seeds.json"), found)
+        subject = Subject(name, "test", variants[name].model_modalities, about)
+        draws = Draws.of(config.evaluation, variants[name].seed, num_seeds=len(seeds))
+        found[name] = curves_of(subject, models, variants[name], draws)
+    storage.write_json(storage.join(run_uri, "missing_seeds.json"), {n: curves.to_dict() for n, curves in found.items()})
     return found
 
 
-def _answers(name: str, config: Config, single: Mapping[str, Config], store: Store, folder: str) -> dict[str, Answers]:
-    """Task -> what the variant's model of one seed says, and the single-modality models beside it."""
+def _predictions(
+    name: str, config: Config, single: Mapping[str, Config], store: Store, folder: str
+) -> dict[str, HiddenPredictions]:
+    """Task -> what the variant's model of one seed predicts, and the single-modality models beside it."""
     model, _ = load_model(storage.join(folder, name))
     table = store.table(config.model_modalities, config.model_tasks)
     test = table.take(np.flatnonzero((table.split == "test") & readable(table, config.model_modalities)))
@@ -58,13 +60,13 @@ def _answers(name: str, config: Config, single: Mapping[str, Config], store: Sto
     best = {}
     for task in config.model_tasks:
         able = {n: m for n, m in loaded.items() if task in single[n].model_tasks}
-        judged = [(m, _judge(n, able[n], table, test, task, m)) for n in able for m in single[n].model_modalities]
-        judged = [(m, s) for m, s in judged if m in config.task_inputs(task)]
-        best[task] = dict(sorted(judged, key=lambda pair: pair[1].score))
-    return ask(model, predict_table(model, test), test, config, best)
+        singles = [(m, _single(n, able[n], table, test, task, m)) for n in able for m in single[n].model_modalities]
+        singles = [(m, s) for m, s in singles if m in config.task_inputs(task)]
+        best[task] = dict(sorted(singles, key=lambda pair: pair[1].score))
+    return predict_hidden(model, predict_table(model, test), test, config, best)
 
 
-def _judge(name: str, model: Predictor, table: FeatureTable, test: FeatureTable, task: str, modality: str) -> Single:
+def _single(name: str, model: Predictor, table: FeatureTable, test: FeatureTable, task: str, modality: str) -> Single:
     """A single-modality model as part of the reference; its score is on val, on test where there is no val row."""
     known = table.labels[task].labelled & table.present[modality]
     val = known & (table.split == "val")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -22,22 +21,17 @@ from mmkt_ray.inference.rows import readable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import Predictor
 from mmkt_ray.scoring import provenance
-from mmkt_ray.scoring.intervals import SHARE, agreeing, difference_bounds, paired_p, percentiles
+from mmkt_ray.scoring.intervals import SHARE, Interval, agreeing, difference_bounds, paired_p, percentiles
 from mmkt_ray.scoring.seeds import further_seed_scores, seed_scores
-from mmkt_ray.scoring.tables import metric_name, told
+from mmkt_ray.studies.seeds_results import Seeds, SeedScores, TaskSeeds
 from mmkt_ray.training.experts import single_configs
 from mmkt_ray.training.trainer import train
 
 log = logging.getLogger(__name__)
 
-WORDS = {
-    "samples_f1": "F1 by sample",
-    "macro_average_precision": "average precision",
-}
-
 
 @dataclass
-class Judged:
+class VariantPredictions:
     """One variant's predictions of one task's labelled test rows."""
 
     labels: Labels  # of N rows
@@ -50,17 +44,13 @@ class Judged:
 
 def repeat(
     config: Config, stores: Mapping[str, Store], run_uri: str, num_seeds: int, against: str | None = None
-) -> dict[str, Any]:
+) -> Seeds:
     """Fit every variant with `num_seeds` seeds, score them on test, write `<run>/seeds.json`; goes on after a kill.
 
     The features stay as they are; `training.seed` alone differs. Variants are compared on rows that all of them can read
     (those that have one of the modalities), each with the variant `against`; None: with the single-modality variant that is
     best on val. A variant that can read no test row of a task is left out there.
 
-    Returns: seeds, against, about (see provenance.py), `tasks`: task -> {num_rows (None: no row that all can read, each has
-    its own), reference, models: {variant: {the kind's `reported` and `seed_metrics` (intervals over
-    seeds and rows; None: undefined), by_seed and val (accuracies), versus: the same metrics (intervals of the gain over the
-    reference; None for itself and where there is no common row)}}}.
     Raises: ConfigError if there is no variant `against`, and for less than one seed.
     """
     if num_seeds < 1:
@@ -72,7 +62,7 @@ def repeat(
     if against is not None and against not in variants:
         raise ConfigError(f"--against: no variant '{against}': {nearest(against, variants)}")
     seeds = [config.training_seed + i for i in range(num_seeds)]
-    found: dict[str, dict[str, Judged]] = {}  # task -> variant
+    found: dict[str, dict[str, VariantPredictions]] = {}  # task -> variant
     for name, variant in variants.items():
         table = stores[name].table(variant.model_modalities, variant.model_tasks)
         for seed in seeds:
@@ -82,17 +72,17 @@ def repeat(
             model, card = load_model(uri)
             for task in variant.model_tasks:
                 held_out = ((card["training"]["val"] or {}).get(model.spec.kinds[task].main) or {}).get(task)
-                _judge(model, table, task, variant, found.setdefault(task, {}), name, held_out)
+                _add_seed(model, table, task, variant, found.setdefault(task, {}), name, held_out)
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
     candidates = [against] if against is not None else single
-    result = {
-        "seeds": seeds,
-        "against": against,
-        "about": provenance.about(run_uri, (), (s.manifest["fingerprint"] for s in stores.values()), variants),
-        "tasks": {t: compare_seeds(config, by_name, candidates) for t, by_name in sorted(found.items()) if by_name},
-    }
-    storage.write_json(storage.join(run_uri, "seeds.json"), result)
+    result = Seeds(
+        seeds=seeds,
+        against=against,
+        about=provenance.about(run_uri, (), (s.manifest["fingerprint"] for s in stores.values()), variants),
+        tasks={t: compare_seeds(config, by_name, candidates) for t, by_name in sorted(found.items()) if by_name},
+    )
+    result.write(storage.join(run_uri, "seeds.json"))
     return result
 
 
@@ -109,12 +99,12 @@ def singles_of(variants: Mapping[str, Config], stores: Mapping[str, Store]) -> d
     return {f"only:{m}": (single, first) for m, single in found.items()}
 
 
-def _judge(
+def _add_seed(
     model: Predictor,
     table: FeatureTable,
     task: str,
     config: Config,
-    by_name: dict[str, Judged],
+    by_name: dict[str, VariantPredictions],
     name: str,
     held_out: float | None,
 ) -> None:
@@ -132,54 +122,46 @@ def _judge(
         right[split] = float(kind.main_by_row(part.labels[task], pred).mean())
         if split == "test":
             labels = table.labels[task][rows[split]]
-            judged = by_name.setdefault(name, Judged(labels, able[split], table.width(task)))
-            judged.pred.append(pred)
-            judged.proba += [proba] if kind.seed_metrics else []
-    judged.val.append(right.get("val", right["test"]) if held_out is None else held_out)
+            own = by_name.setdefault(name, VariantPredictions(labels, able[split], table.width(task)))
+            own.pred.append(pred)
+            own.proba += [proba] if kind.seed_metrics else []
+    own.val.append(right.get("val", right["test"]) if held_out is None else held_out)
 
 
-def compare_seeds(config: Config, by_name: Mapping[str, Judged], candidates: list[str]) -> dict[str, Any]:
+def compare_seeds(config: Config, by_name: Mapping[str, VariantPredictions], candidates: list[str]) -> TaskSeeds:
     """One task's models over seeds; see `repeat`. candidates: variants of which the best on val is the reference."""
     every = list(by_name.values())
     common: np.ndarray | None = None
-    if all(judged.labels.same_as(every[0].labels) for judged in every):  # else they are of different stores
-        common = np.logical_and.reduce([judged.able for judged in every])
+    if all(own.labels.same_as(every[0].labels) for own in every):  # else they are of different stores
+        common = np.logical_and.reduce([own.able for own in every])
         common = common if common.any() else None
     reference = max((n for n in candidates if n in by_name), key=lambda n: np.mean(by_name[n].val), default=None)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, SeedScores] = {}
     if common is not None:
         found = _compare(config, by_name, common, reference)
     else:
-        for name, judged in by_name.items():
-            found |= _compare(config, {name: judged}, judged.able, None)
-    return {
-        "num_rows": int(common.sum()) if common is not None else None,
-        "reference": reference,
-        "models": {n: about | {"val": float(np.mean(by_name[n].val))} for n, about in found.items()},
-    }
+        for name, own in by_name.items():
+            found |= _compare(config, {name: own}, own.able, None)
+    return TaskSeeds(num_rows=int(common.sum()) if common is not None else None, reference=reference, models=found)
 
 
 def _compare(
-    config: Config, by_name: Mapping[str, Judged], rows: np.ndarray, reference: str | None
-) -> dict[str, dict[str, Any]]:
+    config: Config, by_name: Mapping[str, VariantPredictions], rows: np.ndarray, reference: str | None
+) -> dict[str, SeedScores]:
     """Variant -> scores on the same rows (N,) and differences to the reference."""
     first = next(iter(by_name.values()))
     labels, num_rows = first.labels[rows], int(rows.sum())
-    preds = {n: np.stack([p[rows[judged.able]] for p in judged.pred]) for n, judged in by_name.items()}
+    preds = {n: np.stack([p[rows[own.able]] for p in own.pred]) for n, own in by_name.items()}
     evaluation = config.evaluation
     drawn = seed_scores(labels, list(preds.values()), first.width, evaluation.bootstrap_samples, config.seed)
     kind = labels.kind
     if kind.seed_metrics:
-        probas = [np.stack([p[rows[judged.able]] for p in judged.proba]) for judged in by_name.values()]
+        probas = [np.stack([p[rows[own.able]] for p in own.proba]) for own in by_name.values()]
         drawn |= further_seed_scores(labels, probas, evaluation.bootstrap_samples, config.seed)
     by_model = {n: {m: drawn[m][i] for m in drawn} for i, n in enumerate(preds)}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, SeedScores] = {}
     for name, scores in by_model.items():
-        found[name] = {
-            m: percentiles(scores[m], evaluation.confidence, num_rows, kind.bounds.get(m, SHARE)) for m in drawn
-        }
-        found[name]["by_seed"] = [float(kind.main_by_row(labels, pred).mean()) for pred in preds[name]]
-        found[name]["versus"] = None
+        versus: dict[str, Interval | None] | None = None
         if reference is not None and name != reference:
             gains = {m: scores[m] - by_model[reference][m] for m in drawn}
             versus = {
@@ -188,25 +170,12 @@ def _compare(
             ours, theirs = (np.mean([kind.main_by_row(labels, p) for p in preds[n]], axis=0) for n in (name, reference))
             if (difference := versus[kind.main]) is not None:
                 versus[kind.main] = agreeing(difference, paired_p(ours - theirs), evaluation.confidence)
-            found[name]["versus"] = versus
+        found[name] = SeedScores(
+            intervals={
+                m: percentiles(scores[m], evaluation.confidence, num_rows, kind.bounds.get(m, SHARE)) for m in drawn
+            },
+            by_seed=[float(kind.main_by_row(labels, pred).mean()) for pred in preds[name]],
+            val=float(np.mean(by_name[name].val)),
+            versus=versus,
+        )
     return found
-
-
-def seeds_table(result: Mapping[str, Any]) -> str:
-    """What `repeat` found, as text."""
-    lines = []
-    for task, found in result["tasks"].items():
-        rows = f"{found['num_rows']} test rows, " if found["num_rows"] else ""
-        metrics = [m for m in next(iter(found["models"].values())) if m not in ("by_seed", "versus", "val")]
-        names = ", ".join(WORDS.get(m, metric_name(m)) for m in metrics)
-        lines.append(f"{task}: {names}; {rows}{len(result['seeds'])} seeds")
-        width = max(map(len, found["models"]))
-        for name, model in found["models"].items():
-            by_seed = " ".join(f"{100 * s:.1f}" for s in model["by_seed"])
-            line = f"  {name:{width}}  {told(model[metrics[0]])}  ({by_seed})  "
-            line += "  ".join(told(model[m], metric=m) for m in metrics[1:])
-            if model["versus"]:
-                gains = ", ".join(told(model["versus"][m], "+.1f", m) for m in metrics)
-                line += f"  {gains} against {found['reference']}"
-            lines.append(line)
-    return "\n".join(lines)

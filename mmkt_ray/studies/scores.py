@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,6 +23,16 @@ from mmkt_ray.inference.rows import subsets
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.studies.scores_results import (
+    Cka,
+    FeatureSet,
+    Leep,
+    RankCorrelation,
+    Skipped,
+    TaskTransferability,
+    TrainedScore,
+    Transferability,
+)
 from mmkt_ray.studies.transferability import Moments, h_score, leep, linear_cka, logme
 
 MAX_WIDTH = 4096  # D x D matrices up to here take seconds
@@ -30,85 +40,79 @@ BLOCK_ROWS = 4096
 SCORES = ("logme", "h_score")
 
 
-def transferability(run_uri: str, stores: Mapping[str, Store]) -> dict[str, Any]:
+def transferability(run_uri: str, stores: Mapping[str, Store]) -> Transferability:
     """Score every modality and set of modalities of every store for every task; `stores` maps variant -> its features.
 
     Needs no trained model. Where the run has results already, they stand beside the scores, with the rank correlation
-    between the two. Writes `<run>/transferability.json` and returns what is in it:
-
-        tasks: {task: {sets: [{store, modalities, encoders, num_rows, dim, logme, h_score, trained: {model, accuracy} or None}],
-                       predicted: {score: {num, spearman, weighted_kendall} or None}}}
-        cka: [{store, modalities [two], num_rows, value}], leep: [{model, source, target (tasks), num_rows, value}]
-        skipped: [{store, modalities, reason}], seconds, about (see provenance.py)
+    between the two. Writes `<run>/transferability.json` and returns what is in it.
     """
     started = time.perf_counter()
     results = Results.read_or_none(storage.join(run_uri, "report", "results.json"))
-    found: dict[str, Any] = {"tasks": {}, "cka": [], "leep": [], "skipped": []}
+    found = _Found()
     for uri in dict.fromkeys(s.uri for s in stores.values()):
         variants = [name for name, s in stores.items() if s.uri == uri]
         _score_store(stores[variants[0]], found, results, variants)
-    for scored in found["tasks"].values():
-        scored["predicted"] = {score: _rank_correlation(scored["sets"], score) for score in SCORES}
-    if results:
-        found["leep"] = _leep_cells(run_uri, results)
     trained = [m.folder for m in results.models.values() if m.kind == "trained"] if results else []
-    found["about"] = provenance.about(run_uri, trained, (s.manifest.get("fingerprint") for s in stores.values()))
-    found["seconds"] = time.perf_counter() - started
-    storage.write_json(storage.join(run_uri, "transferability.json"), found)
-    return found
-
-
-def scores_table(found: Mapping[str, Any]) -> str:
-    """The scores as text, best LogME first."""
-    lines = []
-    for task, scored in found["tasks"].items():
-        lines += [f"{task}:", f"  {'features':40}  {'LogME':>8}  {'H-score':>8}  {'rows':>8}  trained"]
-        for row in sorted(scored["sets"], key=lambda r: -r["logme"]):
-            name = " + ".join(f"{m} ({row['encoders'][m]})" for m in row["modalities"])
-            trained = f"{100 * row['trained']['accuracy']:.1f} % {row['trained']['model']}" if row["trained"] else "–"
-            lines.append(f"  {name:40}  {row['logme']:8.3f}  {row['h_score']:8.3f}  {row['num_rows']:8}  {trained}")
-    lines += [
-        f"CKA of {' and '.join(c['modalities'])}: {c['value']:.3f}" for c in found["cka"] if c["value"] is not None
-    ]
-    return "\n".join(
-        [*lines, *(f"no scores for {' + '.join(s['modalities'])}: {s['reason']}" for s in found["skipped"])]
+    scored = Transferability(
+        tasks={
+            task: TaskTransferability(sets=sets, predicted={score: _rank_correlation(sets, score) for score in SCORES})
+            for task, sets in found.sets.items()
+        },
+        cka=found.cka,
+        leep=_leep_cells(run_uri, results) if results else [],
+        skipped=found.skipped,
+        about=provenance.about(run_uri, trained, (s.manifest.get("fingerprint") for s in stores.values())),
+        seconds=time.perf_counter() - started,
     )
+    scored.write(storage.join(run_uri, "transferability.json"))
+    return scored
 
 
-def _score_store(store: Store, found: dict[str, Any], results: Results | None, variants: Sequence[str]) -> None:
+@dataclass
+class _Found:
+    """What was found so far, store by store."""
+
+    sets: dict[str, list[FeatureSet]] = field(default_factory=dict)  # by task
+    cka: list[Cka] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def _score_store(store: Store, found: _Found, results: Results | None, variants: Sequence[str]) -> None:
     """Add one store's scores to `found`."""
     name = store.uri.rstrip("/").rpartition("/")[2]
     about = store.manifest["modalities"]
     groups, scale = _survey(store)
     for subset in _sets(sorted(about)):
         width = sum(store.dim(m) for m in subset)
-        place = {"store": name, "modalities": list(subset)}
         if width > MAX_WIDTH:
             reason = f"{width:,} features wide, the limit is {MAX_WIDTH:,}: set modalities.<name>.reduce"
-            found["skipped"].append({**place, "reason": reason})
+            found.skipped.append(Skipped(store=name, modalities=list(subset), reason=reason))
             continue
         moments: Moments | None = None
         for tasks in groups:
             moments, columns = _collect(store, subset, tasks, scale)
             if moments is None:
-                found["skipped"].append({**place, "reason": f"no train row labelled for {tasks[0]} has it all"})
+                reason = f"no train row labelled for {tasks[0]} has it all"
+                found.skipped.append(Skipped(store=name, modalities=list(subset), reason=reason))
                 continue
             for task in tasks:
-                row = {
-                    **place,
-                    "encoders": {m: about[m]["encoder"]["name"] for m in subset},
-                    "num_rows": moments.num_rows,
-                    "dim": width,
-                    "logme": logme(moments, columns[task]),
-                    "h_score": h_score(moments, columns[task], store.kind(task).exclusive),
-                    "trained": _trained_result(task, subset, name, results, variants),
-                }
-                found["tasks"].setdefault(task, {"sets": []})["sets"].append(row)
+                features = FeatureSet(
+                    store=name,
+                    modalities=list(subset),
+                    encoders={m: about[m]["encoder"]["name"] for m in subset},
+                    num_rows=moments.num_rows,
+                    dim=width,
+                    logme=logme(moments, columns[task]),
+                    h_score=h_score(moments, columns[task], store.kind(task).exclusive),
+                    trained=_trained_score(task, subset, name, results, variants),
+                )
+                found.sets.setdefault(task, []).append(features)
         if len(subset) == 2:
             moments, _ = _collect(store, subset, (), scale)
             if moments is not None:
                 value = linear_cka(moments, store.dim(subset[0]))
-                found["cka"].append({**place, "num_rows": moments.num_rows, "value": value})
+                pair = Cka(store=name, modalities=list(subset), num_rows=moments.num_rows, value=value)
+                found.cka.append(pair)
 
 
 def _sets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -174,9 +178,9 @@ def _targets(table: FeatureTable, tasks: Sequence[str]) -> np.ndarray:
 # --- beside the trained results --------------------------------------------------------------------------------------
 
 
-def _trained_result(
+def _trained_score(
     task: str, subset: Sequence[str], store: str, results: Results | None, variants: Sequence[str]
-) -> dict[str, Any] | None:
+) -> TrainedScore | None:
     """The model that reads just this subset of this store: the trained one best on val, else logistic regression."""
     if results is None or task not in results.tasks:
         return None
@@ -190,23 +194,23 @@ def _trained_result(
         return None
     row = max(candidates, key=lambda c: c[:2])[2]
     main = task_kind(results.tasks[task].kind).main
-    return {"model": row.model, "accuracy": row.interval(main)["value"]}
+    return TrainedScore(model=row.model, accuracy=row.interval(main)["value"])
 
 
-def _rank_correlation(sets: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any] | None:
+def _rank_correlation(sets: Sequence[FeatureSet], score: str) -> RankCorrelation | None:
     """Between a score and the trained accuracy over the sets; None for fewer than three, which have no order to speak of."""
-    pairs = [(s[score], s["trained"]["accuracy"]) for s in sets if s["trained"]]
+    pairs = [({"logme": s.logme, "h_score": s.h_score}[score], s.trained.accuracy) for s in sets if s.trained]
     if len(pairs) < 3 or any(len({p[i] for p in pairs}) == 1 for i in (0, 1)):
         return None
     ours, theirs = zip(*pairs, strict=True)
-    return {
-        "num": len(pairs),
-        "spearman": float(spearmanr(ours, theirs).statistic),
-        "weighted_kendall": float(weightedtau(ours, theirs).statistic),
-    }
+    return RankCorrelation(
+        num=len(pairs),
+        spearman=float(spearmanr(ours, theirs).statistic),
+        weighted_kendall=float(weightedtau(ours, theirs).statistic),
+    )
 
 
-def _leep_cells(run_uri: str, results: Results) -> list[dict[str, Any]]:
+def _leep_cells(run_uri: str, results: Results) -> list[Leep]:
     """LEEP from each task to each other one, by the predictions of every trained model of both, on the scored split."""
     cells = []
     for name, about in results.models.items():
@@ -224,7 +228,5 @@ def _leep_cells(run_uri: str, results: Results) -> list[dict[str, Any]]:
                 if single and np.allclose(proba.sum(axis=1), 1, atol=1e-3):
                     names, codes = np.unique(rows[f"{target}_label"].to_numpy().astype(str), return_inverse=True)
                     value = leep(proba, codes, len(names))
-                    cells.append(
-                        {"model": name, "source": source, "target": target, "num_rows": len(rows), "value": value}
-                    )
+                    cells.append(Leep(model=name, source=source, target=target, num_rows=len(rows), value=value))
     return cells

@@ -30,9 +30,11 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.outputs import score_rows
+from mmkt_ray.record import About
 from mmkt_ray.scoring import provenance
-from mmkt_ray.scoring.intervals import agreeing, holm, paired_p
+from mmkt_ray.scoring.intervals import Interval, agreeing, holm, paired_p
 from mmkt_ray.scoring.seeds import mean_interval
+from mmkt_ray.studies.transfer_results import Gain, Scratch, Transfers
 from mmkt_ray.training.auto import usual_settings, with_settings
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.transfer import load_knowledge
@@ -67,12 +69,9 @@ class Cell:
     source: Node | None = None
 
 
-def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
+def transfer_matrix(config: Config, store: Store, run_uri: str) -> Transfers:
     """Fit all cells and write `<run>/transfer.json`; the same command after a kill fits only what is missing.
 
-    Returns: nodes, label_fracs, seeds, confidence, `targets` [{target, label_frac, score (mean over seeds and test rows)}]
-    and `cells` [{source, target, method, label_frac, gain, low, high, seeds, p_holm, verdict}]; a verdict holds after
-    correction for all cells.
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
     about = provenance.about(run_uri, (), [store.manifest["fingerprint"]], {"": config})
@@ -89,8 +88,8 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> dict[str, Any
         )
     folder = storage.join(run_uri, "transfer")
     scores = fit_cells(config, store, folder, cells)
-    result = summarise(config, cells, scores) | {"about": about}
-    storage.write_json(storage.join(run_uri, "transfer.json"), result)
+    result = gains_over_scratch(config, cells, scores, about)
+    result.write(storage.join(run_uri, "transfer.json"))
     return result
 
 
@@ -225,64 +224,47 @@ def _read_scores(uri: str) -> np.ndarray:
 # --- what came out ---------------------------------------------------------------------------------------------------
 
 
-def summarise(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray]) -> dict[str, Any]:
-    """The gains over from scratch; see `transfer_matrix`."""
+def gains_over_scratch(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray], about: About) -> Transfers:
+    """What each transfer gains; scores: of each cell's test rows (N,), see `fit_cells`."""
     seeds = range(config.seed, config.seed + config.transfer.seeds)
     num, confidence = config.evaluation.bootstrap_samples, config.evaluation.confidence
-    targets, found, tests = [], list[dict[str, Any]](), list[float]()
+    targets, found, tests = list[Scratch](), list[tuple[Cell, Node, Interval]](), list[float]()
     for cell in (c for c in cells if c.seed == config.seed):
         each = np.stack([scores[replace(cell, seed=s)] for s in seeds])
         if cell.source is None:
-            targets.append({"target": str(cell.target), "label_frac": cell.label_frac, "score": float(each.mean())})
+            targets.append(Scratch(target=str(cell.target), label_frac=cell.label_frac, score=float(each.mean())))
             continue
         scratch = np.stack([scores[Cell(cell.target, cell.label_frac, s)] for s in seeds])
         tests.append(paired_p((each - scratch).mean(axis=0)))
         gain = agreeing(mean_interval(each - scratch, num, confidence, config.seed), tests[-1], confidence)
-        found.append(
-            {
-                "source": str(cell.source),
-                "target": str(cell.target),
-                "method": cell.method,
-                "label_frac": cell.label_frac,
-                "gain": gain["value"],
-                "low": gain["low"],
-                "high": gain["high"],
-                "seeds": len(seeds),
-            }
-        )
-    for about, p in zip(found, holm(tests), strict=True):
-        shown = p < 1 - confidence
-        way = "positive" if about["low"] > 0 else "negative" if about["high"] < 0 else "none shown"
-        about |= {"p_holm": p, "verdict": way if shown else "none shown"}
-    nodes = sorted({str(c.target) for c in cells} | {str(c.source) for c in cells if c.source})
-    return {
-        "nodes": nodes,
-        "label_fracs": list(config.transfer.label_fracs),
-        "seeds": len(seeds),
-        "confidence": confidence,
-        "targets": targets,
-        "cells": found,
-    }
-
-
-def transfer_table(result: dict[str, Any]) -> str:
-    """The matrix as text: what helped most and what hurt most at each budget, then each target from scratch."""
-    lines = []
-    for frac in result["label_fracs"]:
-        cells = [c for c in result["cells"] if c["label_frac"] == frac]
-        counts = {v: sum(c["verdict"] == v for c in cells) for v in ("positive", "negative", "none shown")}
-        lines.append(
-            f"{frac:.0%} of the labels: {counts['positive']} transfers help, {counts['negative']} hurt, "
-            f"{counts['none shown']} show no difference"
-        )
-        lines += [f"  {_told(c)}" for c in sorted(cells, key=lambda c: -c["gain"]) if c["verdict"] != "none shown"]
-    lines.append(
-        "from scratch: "
-        + ", ".join(f"{t['target']} {t['score']:.1%} ({t['label_frac']:.0%})" for t in result["targets"])
+        found.append((cell, cell.source, gain))
+    return Transfers(
+        nodes=sorted({str(c.target) for c in cells} | {str(c.source) for c in cells if c.source}),
+        label_fracs=list(config.transfer.label_fracs),
+        seeds=len(seeds),
+        confidence=confidence,
+        targets=targets,
+        cells=[
+            Gain(
+                source=str(source),
+                target=str(cell.target),
+                method=cell.method,
+                label_frac=cell.label_frac,
+                gain=gain["value"],
+                low=gain["low"],
+                high=gain["high"],
+                seeds=len(seeds),
+                p_holm=p,
+                verdict=_verdict(gain, p < 1 - confidence),
+            )
+            for (cell, source, gain), p in zip(found, holm(tests), strict=True)
+        ],
+        about=about,
     )
-    return "\n".join(lines)
 
 
-def _told(cell: dict[str, Any]) -> str:
-    gain = f"{100 * cell['gain']:+.1f} points [{100 * cell['low']:+.1f}, {100 * cell['high']:+.1f}]"
-    return f"{cell['verdict']:8}  {cell['source']} -> {cell['target']} ({cell['method']}): {gain}"
+def _verdict(gain: Interval, shown: bool) -> str:
+    """shown: the test tells a difference."""
+    if not shown:
+        return "none shown"
+    return "positive" if gain["low"] > 0 else "negative" if gain["high"] < 0 else "none shown"

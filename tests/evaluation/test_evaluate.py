@@ -32,6 +32,7 @@ from mmkt_ray.sandbox.decoding import Limits
 from mmkt_ray.scoring.heldout import load_heldout
 from mmkt_ray.scoring.tables import comparison_table
 from mmkt_ray.studies.gallery import show, write_gallery
+from mmkt_ray.studies.gallery_results import Gallery
 from tests.evaluation.runs import (
     THINGS,
     VARIANTS,
@@ -419,23 +420,23 @@ def test_the_table_fits_a_terminal_whatever_the_names(run):
 def test_the_gallery_shows_what_the_model_saw(finished):
     """Catches a gallery that shows another row's image, or samples in the wrong group."""
     main = compare(str(finished)).main
-    gallery = storage.read_json(str(finished / "models" / main / "gallery.json"))
-    assert "note" not in gallery
-    for groups in gallery["tasks"].values():
+    gallery = Gallery.read(str(finished / "models" / main / "gallery.json"))
+    assert gallery.note is None
+    for groups in gallery.tasks.values():
         assert all(1 <= len(group) <= 4 for group in groups.values())
-        assert all(s["label"] == s["pred"] for s in groups["right"])
-        assert all(s["label"] != s["pred"] for s in groups["wrong"])
-        confidences = [s["proba"] for s in groups["right"]]
+        assert all(s.label == s.pred for s in groups["right"])
+        assert all(s.label != s.pred for s in groups["wrong"])
+        confidences = [s.proba for s in groups["right"]]
         assert confidences == sorted(confidences, reverse=True)
-    for group in gallery["tasks"]["colour"].values():
+    for group in gallery.tasks["colour"].values():
         for s in group:
-            if (shown := s["inputs"].get("image")) is not None:
+            if (shown := s.inputs.get("image")) is not None:
                 red, green, blue = np.asarray(
                     Image.open(io.BytesIO(base64.b64decode(shown["png"]))).convert("RGB")
                 ).mean(axis=(0, 1))
-                assert {"red": red, "green": green, "blue": blue}[s["label"]] == max(red, green, blue)
-            if (shown := s["inputs"].get("text")) is not None:
-                assert shown["text"].endswith(f"seen {s['sample_id'][1:]} times")
+                assert {"red": red, "green": green, "blue": blue}[s.label] == max(red, green, blue)
+            if (shown := s.inputs.get("text")) is not None:
+                assert shown["text"].endswith(f"seen {s.sample_id[1:]} times")
 
 
 def test_a_combined_sample_shows_both_of_its_sources(run, samples, tmp_path):
@@ -447,11 +448,11 @@ def test_a_combined_sample_shows_both_of_its_sources(run, samples, tmp_path):
     train_variant(config.with_overrides({"training.epochs": 1}), store, str(run / "models" / "paired"))
     evaluate_model(str(run / "models" / "paired"), store)
     gallery = write_gallery(str(run / "models" / "paired"))
-    shown = [s["inputs"] for groups in gallery["tasks"].values() for group in groups.values() for s in group]
+    shown = [s.inputs for groups in gallery.tasks.values() for group in groups.values() for s in group]
     assert all(set(inputs) == {"image", "text"} for inputs in shown)
     assert all(inputs["image"] and inputs["text"] for inputs in shown if None not in inputs.values())
     shutil.rmtree(tmp_path / "data")
-    assert "could not be read" in write_gallery(str(run / "models" / "paired"))["note"]
+    assert "could not be read" in write_gallery(str(run / "models" / "paired")).note
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])

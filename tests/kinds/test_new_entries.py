@@ -79,7 +79,7 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> 
     model_uri, out_uri = f"{tmp_path}/runs/shapes/models/model", str(tmp_path / "out")
     predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "new")], out_uri, NewShards(trust_code=True)))
     assert (predictions["colour_pred"] == predictions["colour_label"]).mean() > 0.9
-    shown = write_gallery(model_uri)["tasks"]["colour"]["right"][0]["inputs"]
+    shown = write_gallery(model_uri).tasks["colour"]["right"][0].inputs
     assert shown["pulse"]["text"].startswith("[")
 
 

@@ -49,8 +49,8 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     assert storage.read_json(f"{model_uri}/metrics.json")["tasks"]["colour"]["accuracy"] > 0.9
     results = storage.read_json(f"{tmp_path}/runs/shapes/report/results.json")
     assert results["tasks"]["colour"]["kind"] == KIND
-    right = write_gallery(model_uri)["tasks"]["colour"]["right"][0]
-    assert right["label"] == right["pred"] != right["label"].removesuffix("..")
+    right = write_gallery(model_uri).tasks["colour"]["right"][0]
+    assert right.label == right.pred != right.label.removesuffix("..")
     assert ">BL<" in Path(tmp_path, "runs", "shapes", "report", "index.html").read_text()
     predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "data" / "shapes" / "0.parquet")], str(tmp_path / "out")))
     assert set(predictions["colour_pred"]) == {"BL", "GR", "RE"}

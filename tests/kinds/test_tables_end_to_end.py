@@ -71,7 +71,7 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig, cap
     assert "number (found)" in page
     assert "Selected features of text, the best first, by chi2 for colour" in page
     gallery = write_gallery(str(run_folder / "models" / "model"))
-    assert gallery["tasks"]["colour"]["right"][0]["inputs"]["table"]["text"].startswith("price: ")
+    assert gallery.tasks["colour"]["right"][0].inputs["table"]["text"].startswith("price: ")
     (tmp_path / "new").mkdir()
     goods(300, 30).drop(columns="price").to_csv(tmp_path / "new" / "a.csv", index=False)
     with caplog.at_level(logging.WARNING):

@@ -4,17 +4,23 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from mmkt_ray import storage
+from mmkt_ray.api.results import results
+from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_folder import write_card
+from mmkt_ray.record import About
 from mmkt_ray.report import curves, findings
 from mmkt_ray.report.page import build_report
+from mmkt_ray.scoring.provenance import Current, LeftOut, with_about
 from mmkt_ray.scoring.results import Results
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.missing import missing_curves
 from mmkt_ray.studies.scores import transferability
+from mmkt_ray.studies.transfer_results import Gain, Transfers
 from tests.report.pages import HOSTILE, Elements, audit_of
 
 pytestmark = pytest.mark.slow
@@ -22,10 +28,10 @@ pytestmark = pytest.mark.slow
 SECTIONS = ("knowledge", "missing", "calibration", "transfer", "representation", "parameters")
 
 
-def transfer_cell(source: str, target: str, gain: float, method: str = "finetune", label_frac: float = 0.1) -> dict:
+def transfer_cell(source: str, target: str, gain: float, method: str = "finetune", label_frac: float = 0.1) -> Gain:
     about = {"source": source, "target": target, "method": method, "label_frac": label_frac, "seeds": 3}
     verdict = "positive" if gain > 0.02 else "negative" if gain < -0.02 else "none shown"
-    return about | {"gain": gain, "low": gain - 0.02, "high": gain + 0.02, "verdict": verdict}
+    return Gain(**about, gain=gain, low=gain - 0.02, high=gain + 0.02, p_holm=0.01, verdict=verdict)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +50,10 @@ def told(finished, tmp_path_factory) -> Path:
     cells = [
         transfer_cell("image:thing", "text:thing", -0.031),
         transfer_cell("text:thing", "image:thing", 0.05, "frozen"),
+        transfer_cell("a", "b", 0.0),
     ]
-    storage.write_json(str(run / "transfer.json"), {"cells": [*cells, transfer_cell("a", "b", 0.0)]})
+    about = {"nodes": [], "label_fracs": [0.1], "seeds": 3, "confidence": 0.95, "targets": []}
+    Transfers(cells=cells, **about).write(str(run / "transfer.json"))
     storage.write_json(str(run / "features" / "union" / "audit.json"), audit_of())
     return run
 
@@ -155,8 +163,8 @@ def test_parameters_are_counted_by_part(told):
     models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
     rest = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
     found = findings.parameters(str(told), Results(models=models, **rest))
-    assert found["columns"] == ["level_1", "level_2", "fusion", "heads"]
-    assert [(r["model"], r["total"]) for r in found["rows"]] == [("small", 7), ("big", 17)]
+    assert found.columns == ["level_1", "level_2", "fusion", "heads"]
+    assert [(r.model, r.total) for r in found.rows] == [("small", 7), ("big", 17)]
 
 
 def test_a_task_of_several_classes_per_sample_has_its_table_of_classes(told, tmp_path):
@@ -194,3 +202,42 @@ def test_what_is_out_of_date_is_left_out_and_named(told, tmp_path):
     assert not ids & {"missing", "knowledge"}
     assert "transfer" in ids
     assert "models/concat/missing.json (run mmkt evaluate --missing again)" in text_of(page)
+
+
+def issues_run(told: Path, folder: Path, about: About | None) -> Path:
+    """The run with label issues that are about these features, in the audit and in suspects.parquet."""
+    run = Path(shutil.copytree(told, folder))
+    table = pa.table({"sample_id": ["s0"]})
+    storage.write_table(str(run / "suspects.parquet"), table if about is None else with_about(table, about))
+    audit = audit_of()
+    audit["suspects"] |= {"about": about.to_dict()} if about else {}
+    storage.write_json(str(run / "features" / "union" / "audit.json"), audit)
+    return run
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_label_issues_of_other_features_are_left_out_and_named(told, tmp_path, others):
+    """Catches rows called wrong by features that are no more, shown as the present ones; and those of present features left
+    out."""
+    store = open_store(str(told / "features" / "union")).manifest["fingerprint"]
+    run = issues_run(told, tmp_path / "run", About(stores=["of other features" if others else store]))
+    text = text_of(Elements(Path(build_report(str(run))).read_text(encoding="utf-8")))
+    assert ("looks likebird" in text) == (not others)
+    assert ("suspects.parquet (run mmkt run again)" in text) == others
+    assert "Conflicting labels: 2 samples in 1 groups" in text  # they are of the store itself
+    tables = results(str(run)).tables
+    if others:
+        with pytest.raises(DataError, match=r"suspects.parquet' is about other features.*mmkt run"):
+            tables["suspects"]
+    else:
+        assert list(tables["suspects"].sample_id) == ["s0"]
+
+
+def test_a_file_of_label_issues_alone_may_be_out_of_date(told, tmp_path):
+    """Catches a page that says `all are in suspects.parquet` where the file holds the rows of other features."""
+    run = issues_run(told, tmp_path / "run", None)
+    current = Current(str(run), stores=frozenset({"new"}))
+    assert findings.audits(current, ["features/union"])["features/union"].suspects is not None  # it does not say
+    storage.write_table(str(run / "suspects.parquet"), with_about(pa.table({"sample_id": ["s0"]}), About(stores=["old"])))
+    assert findings.audits(current, ["features/union"])["features/union"].suspects is None
+    assert current.left_out == [LeftOut("suspects.parquet", "mmkt run")]

@@ -5,7 +5,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import is_stale
 from mmkt_ray.scoring.metrics import ModelMetrics
-from mmkt_ray.scoring.provenance import Current, about, recipe
+from mmkt_ray.scoring.provenance import Current, LeftOut, Study, about, recipe
 from mmkt_ray.scoring.results import Described, Results
 from tests.evaluation.runs import make_config
 
@@ -25,8 +25,8 @@ def run(tmp_path):
 
 
 def told(run_uri: str, current: Current, **changes):
-    storage.write_json(storage.join(run_uri, "found.json"), {"about": about(run_uri, **changes)})
-    return current.read("found.json", "mmkt something")
+    Study(about=about(run_uri, **changes)).write(storage.join(run_uri, "found.json"))
+    return current.read(Study, "found.json", "mmkt something")
 
 
 def test_a_file_about_what_the_run_holds_is_read(run):
@@ -35,7 +35,7 @@ def test_a_file_about_what_the_run_holds_is_read(run):
     variants = config.expand_variants()
     assert told(uri, current, folders=["models/concat"], stores=["s1", None], recipes=variants) is not None
     assert told(uri, current, recipes={"": config}) is not None
-    assert current.read("nothing.json", "mmkt something") is None
+    assert current.read(Study, "nothing.json", "mmkt something") is None
     assert current.left_out == []
 
 
@@ -44,8 +44,8 @@ def test_a_file_about_another_model_is_left_out_and_told(run):
     _, uri, current = run
     assert told(uri, current, folders=["models/concat"]) is not None
     storage.write_json(storage.join(uri, "models", "concat", "config.json"), {"fingerprint": "f2"})
-    assert current.read("found.json", "mmkt evaluate --missing") is None
-    assert current.left_out == [{"file": "found.json", "command": "mmkt evaluate --missing"}]
+    assert current.read(Study, "found.json", "mmkt evaluate --missing") is None
+    assert current.left_out == [LeftOut("found.json", "mmkt evaluate --missing")]
 
 
 def test_a_file_about_other_features_or_settings_is_left_out(run):
@@ -56,7 +56,7 @@ def test_a_file_about_other_features_or_settings_is_left_out(run):
     assert told(uri, current, recipes=longer.expand_variants()) is None
     assert told(uri, current, recipes={"": longer}) is None
     assert told(uri, current, recipes={"gone": config}) is None
-    assert len(current.left_out) == 4
+    assert current.left_out == [LeftOut("found.json", "mmkt something")]  # a page names it once
 
 
 def test_seeds_are_no_part_of_a_recipe(run):

@@ -68,12 +68,12 @@ def test_the_scores_are_scikit_learns_and_the_shares_add_up(multilabel):
     }
     for metric, values in slow.items():
         share = found[metric]
-        assert share["empty"] == pytest.approx(values[0])
-        assert list(share["subsets"].values()) == pytest.approx(values[1:])
-        total = sum(v["value"] for v in share["values"].values())
-        assert total == pytest.approx(share["full"] - share["empty"])
-        assert all(v["low"] < v["value"] < v["high"] for v in share["values"].values())
-    assert found["accuracy"]["subsets"]["audio+text"] == pytest.approx(right[0b101].mean())
+        assert share.empty == pytest.approx(values[0])
+        assert list(share.subsets.values()) == pytest.approx(values[1:])
+        total = sum(v["value"] for v in share.values.values())
+        assert total == pytest.approx(share.full - share.empty)
+        assert all(v["low"] < v["value"] < v["high"] for v in share.values.values())
+    assert found["accuracy"].subsets["audio+text"] == pytest.approx(right[0b101].mean())
 
 
 def test_equal_modalities_share_equally_and_one_without_effect_has_nothing():
@@ -82,10 +82,10 @@ def test_equal_modalities_share_equally_and_one_without_effect_has_nothing():
     both = labels.copy()
     found = contributions(labels_of(labels), [nothing, one, one, both], ("a", "b"), num_classes, num_resamples=100)
     for metric in ("accuracy", "macro_f1"):
-        assert found[metric]["values"]["a"] == pytest.approx(found[metric]["values"]["b"])
+        assert found[metric].values["a"] == pytest.approx(found[metric].values["b"])
     found = contributions(labels_of(labels), [nothing, one, nothing, one], ("a", "b"), num_classes, num_resamples=100)
     room = 1 - 0.025 ** (1 / 200)  # what 200 rows without effect leave open
-    assert list(found["accuracy"]["values"]["b"].values()) == pytest.approx([0, -room, room], abs=1e-12)
+    assert list(found["accuracy"].values["b"].values()) == pytest.approx([0, -room, room], abs=1e-12)
 
 
 def test_the_interval_covers_the_true_share_about_as_often_as_it_says():
@@ -96,7 +96,7 @@ def test_the_interval_covers_the_true_share_about_as_often_as_it_says():
         right = [hard < level for level in (0.2, 0.5, 0.6, 0.9)]  # the share of the first modality is 0.3
         predictions = [np.where(r, 0, 1) for r in right]
         found = contributions(labels_of(np.zeros(150, int)), predictions, ("a", "b"), 2, num_resamples=200, seed=seed)
-        interval = found["accuracy"]["values"]["a"]
+        interval = found["accuracy"].values["a"]
         hits += interval["low"] <= 0.3 <= interval["high"]
         widths.append(interval["high"] - interval["low"])
     assert hits >= 52
@@ -202,39 +202,39 @@ def insight(run) -> dict:
 
 def test_a_run_is_told_what_each_modality_knows(run, insight):
     """Catches modalities swapped, answers on other rows than both models read, and shares of another model."""
-    assert storage.read_json(run + "/insight.json") == insight
-    colour = insight["tasks"]["colour"]  # the text knows nothing of the colour
-    kinds = {a["modalities"][0]: a["kind"] for a in colour["answers"]}
+    assert storage.read_json(run + "/insight.json") == insight.to_dict()
+    colour = insight.tasks["colour"]  # the text knows nothing of the colour
+    kinds = {a.modalities[0]: a.kind for a in colour.answers}
     assert kinds["image"] == "adds"
     assert kinds["text"] != "adds"
-    shares = {m: v["value"] for m, v in colour["shapley"]["accuracy"]["values"].items()}
+    shares = {m: v["value"] for m, v in colour.shapley.shares["accuracy"].values.items()}
     assert shares["image"] > 5 * abs(shares["text"])
     record = storage.read_json(run + "/models/concat/metrics.json")["tasks"]["colour"]
-    assert colour["shapley"]["accuracy"]["full"] == pytest.approx(record["accuracy"])
-    assert colour["shapley"]["num_rows"] == record["num_rows"]
-    for found in insight["tasks"].values():
-        assert all(not a["differs"] and a["source"] == "trained" for a in found["answers"])
+    assert colour.shapley.shares["accuracy"].full == pytest.approx(record["accuracy"])
+    assert colour.shapley.num_rows == record["num_rows"]
+    for found in insight.tasks.values():
+        assert all(not a.differs and a.source == "trained" for a in found.answers)
     results = storage.read_json(run + "/report/results.json")
-    for task, found in insight["tasks"].items():
+    for task, found in insight.tasks.items():
         versus = {r["model"]: r["versus"] for r in results["tasks"][task]["rows"]}
-        for same in found["answers"]:
-            against = versus[same["fused"]]
-            if same["rest"] != against["model"]:
+        for same in found.answers:
+            against = versus[same.fused]
+            if same.rest != against["model"]:
                 continue
-            assert [same[k] for k in ("value", "low", "high")] == pytest.approx(
+            assert [same.value, same.low, same.high] == pytest.approx(
                 [against["accuracy"][k] for k in ("value", "low", "high")]
             )
 
 
 def test_disagreement_counts_the_rows_that_both_read(run, insight):
     """Catches rows without one of the modalities counted as disagreement, and shares that do not fit together."""
-    found = insight["tasks"]["thing"]["disagreement"]
+    found = insight.tasks["thing"].disagreement
     patterns = storage.read_json(run + "/models/concat/metrics.json")["tasks"]["thing"]["patterns"]
-    assert found["num_rows"] == patterns["image+text"]["num_rows"]
-    assert found["models"] == {"image": "image", "text": "text"}
-    assert sum(found["right_when_differ"].values()) + found["none_right_frac"] == pytest.approx(1)
-    for example in found["examples"]:
-        assert len({p["pred"] for p in example["predictions"].values()}) == 2
+    assert found.num_rows == patterns["image+text"]["num_rows"]
+    assert found.models == {"image": "image", "text": "text"}
+    assert sum(found.right_when_differ.values()) + found.none_right_frac == pytest.approx(1)
+    for example in found.examples:
+        assert len({p.pred for p in example.predictions.values()}) == 2
 
 
 def test_without_unimodal_variants_the_baselines_answer_and_say_so(run, tmp_path):
@@ -244,11 +244,11 @@ def test_without_unimodal_variants_the_baselines_answer_and_say_so(run, tmp_path
         shutil.rmtree(f"{copy}/models/{name}")
     compare(copy)
     found = insights(copy, stores_of(run))
-    assert any("logistic regression" in note for note in found["notes"])
-    for task in found["tasks"].values():
-        assert {a["source"] for a in task["answers"]} == {"baseline"}
-        assert {a["fused"] for a in task["answers"]} == {"logreg:image+text"}
-        assert task["disagreement"]["models"] == {"image": "logreg:image", "text": "logreg:text"}
+    assert any("logistic regression" in note for note in found.notes)
+    for task in found.tasks.values():
+        assert {a.source for a in task.answers} == {"baseline"}
+        assert {a.fused for a in task.answers} == {"logreg:image+text"}
+        assert task.disagreement.models == {"image": "logreg:image", "text": "logreg:text"}
 
 
 def test_unequal_training_is_told(run, tmp_path):
@@ -257,8 +257,8 @@ def test_unequal_training_is_told(run, tmp_path):
     card = storage.read_json(copy + "/models/text/config.json")
     card["config"]["training"]["epochs"] = 2
     write_card(copy + "/models/text", card)
-    answers = insights(copy, stores_of(run))["tasks"]["colour"]["answers"]
-    differs = {a["rest"]: a["differs"] for a in answers}
+    answers = insights(copy, stores_of(run)).tasks["colour"].answers
+    differs = {a.rest: a.differs for a in answers}
     assert differs.pop("text") == {"epochs": [6, 2]}
     assert set(map(str, differs.values())) == {"{}"}
     assert ["Their training differs" in a["sentence"] for a in answers] == [bool(a["differs"]) for a in answers]

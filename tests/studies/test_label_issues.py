@@ -12,11 +12,13 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
+from mmkt_ray.features.audit import Audit, LabelIssueCounts
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.studies import label_issues as suspects
-from mmkt_ray.studies.label_issues import Opinions, ask_modalities, divergence, find_suspects
+from mmkt_ray.studies import label_issues
+from mmkt_ray.studies.label_issues import OutOfFold, divergence, find_label_issues, predict_out_of_fold
 from tests.labels import MISSING, codes_of, labels_of
 
+NONE = LabelIssueCounts(label=0, modalities=0)
 CLASSES = ["bird", "boat", "car", "cat"]
 
 
@@ -24,7 +26,7 @@ class TableStore:
     """A store whose rows are already in memory."""
 
     def __init__(self, uri: Path, table: FeatureTable) -> None:
-        self.uri, self.rows = str(uri), table
+        self.uri, self.rows, self.manifest = str(uri), table, {"fingerprint": "s1"}
 
     def table(self, modalities: list[str], tasks: list[str]) -> FeatureTable:
         return self.rows
@@ -80,7 +82,7 @@ def planted() -> tuple[FeatureTable, np.ndarray]:
 def test_planted_wrong_labels_come_first(tmp_path, planted):
     """Catches in-sample predictions, which agree with the wrong labels, and a ranking upside down."""
     table, wrong = planted
-    result = find_suspects(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
+    result = find_label_issues(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
     frame = pd.read_parquet(tmp_path / "suspects.parquet")
     found = rows_of(frame, "label")
     assert np.isin(found[:36], wrong).mean() > 0.85  # 0.03 by chance
@@ -89,16 +91,16 @@ def test_planted_wrong_labels_come_first(tmp_path, planted):
     first = frame.iloc[0]
     assert (first.label, first.predicted) == (CLASSES[table.labels["thing"].values[int(first.sample_id[1:])]], first.predicted)
     assert first.image_confidence < 0.2
-    assert storage.read_json(str(tmp_path / "audit.json"))["suspects"] == result
-    assert result["num_suspects"]["thing"]["label"] == len(found)
-    assert len(result["top"]) == 20
+    assert Audit.read(str(tmp_path / "audit.json")).suspects == result
+    assert result.num_suspects["thing"].label == len(found)
+    assert len(result.top) == 20
 
 
 def test_the_audit_is_extended_not_replaced(tmp_path, planted):
     """Catches suspects that wipe out the duplicates found before, and a second run that adds them twice."""
     storage.write_json(str(tmp_path / "audit.json"), {"num_rows": 7})
     for _ in range(2):
-        find_suspects(TableStore(tmp_path, planted[0]), make_config(), str(tmp_path / "suspects.parquet"))
+        find_label_issues(TableStore(tmp_path, planted[0]), make_config(), str(tmp_path / "suspects.parquet"))
     audit = storage.read_json(str(tmp_path / "audit.json"))
     assert sorted(audit) == ["num_rows", "suspects"]
     assert audit["num_rows"] == 7
@@ -110,7 +112,7 @@ def test_modalities_that_contradict_each_other(tmp_path):
     labels = rng.integers(0, 4, 1200)
     swapped, said = rng.permutation(1200)[:30], labels.copy()
     said[swapped] = (labels[swapped] + 1) % 4
-    find_suspects(
+    find_label_issues(
         TableStore(tmp_path, make_table(labels, text=said)), make_config(), str(tmp_path / "suspects.parquet")
     )
     frame = pd.read_parquet(tmp_path / "suspects.parquet")
@@ -131,7 +133,7 @@ def test_multilabel(tmp_path):
     labels[wrong] = 1 - truth[wrong]
     labels[np.setdiff1d(np.arange(20), wrong)] = MISSING
     table = make_table(labels, "multilabel", truth=truth)
-    find_suspects(TableStore(tmp_path, table), make_config(kind="multilabel"), str(tmp_path / "suspects.parquet"))
+    find_label_issues(TableStore(tmp_path, table), make_config(kind="multilabel"), str(tmp_path / "suspects.parquet"))
     frame = pd.read_parquet(tmp_path / "suspects.parquet")
     assert np.isin(rows_of(frame, "label")[:30], wrong).mean() > 0.85
     row = int(frame.iloc[0].sample_id[1:])
@@ -147,10 +149,10 @@ def test_only_labelled_train_rows_of_common_classes_are_judged(tmp_path, planted
     labels[labels == 3] = 2
     labels[wrong[22:25]] = 3  # three rows: fewer than folds
     table.labels["thing"] = labels_of(labels)
-    result = find_suspects(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
+    result = find_label_issues(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
     found = pd.read_parquet(tmp_path / "suspects.parquet").sample_id
     assert not set(found) & {f"s{i}" for i in wrong[:25]}
-    assert result["num_rows"] == {"thing": 1200 - 25}
+    assert result.num_rows == {"thing": 1200 - 25}
 
 
 def test_missing_modalities_and_sparse_features(tmp_path, planted):
@@ -159,7 +161,7 @@ def test_missing_modalities_and_sparse_features(tmp_path, planted):
     table.features["text"] = sp.csr_matrix(np.maximum(table.features["text"], 0))
     table.present["image"][:400] = False
     table.features["image"][:400] = 0
-    find_suspects(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
+    find_label_issues(TableStore(tmp_path, table), make_config(), str(tmp_path / "suspects.parquet"))
     frame = pd.read_parquet(tmp_path / "suspects.parquet")
     found = rows_of(frame, "label")
     assert np.isin(found[:30], wrong).mean() > 0.8
@@ -177,25 +179,25 @@ def test_a_modality_that_tells_nothing_has_no_say(planted):
     """Catches noise that is averaged in, or that contradicts the good modality in every row."""
     table, _ = planted
     table.features["image"] = np.random.default_rng(5).normal(size=(1200, 200)).astype(np.float32)
-    opinions = ask_modalities(table, "thing", make_config())
-    assert opinions is not None
-    assert opinions.bits["image"] == 0 < opinions.bits["text"]
-    assert np.allclose(opinions.combined(), opinions.proba["text"], atol=1e-4)
-    assert (divergence(opinions) == 0).all()
+    predicted = predict_out_of_fold(table, "thing", make_config())
+    assert predicted is not None
+    assert predicted.bits["image"] == 0 < predicted.bits["text"]
+    assert np.allclose(predicted.combined(), predicted.proba["text"], atol=1e-4)
+    assert (divergence(predicted) == 0).all()
 
 
 def test_inputs_of_the_task(planted):
     """Catches a modality heard that the task may not read."""
-    opinions = ask_modalities(planted[0], "thing", make_config(inputs=["text"]))
-    assert opinions is not None
-    assert list(opinions.proba) == ["text"]
+    predicted = predict_out_of_fold(planted[0], "thing", make_config(inputs=["text"]))
+    assert predicted is not None
+    assert list(predicted.proba) == ["text"]
 
 
 def test_too_few_rows_give_no_suspects(tmp_path, planted):
     """Catches a crash of the cross-validation on a small train split."""
     few = planted[0].take(np.arange(8))
-    result = find_suspects(TableStore(tmp_path, few), make_config(), str(tmp_path / "suspects.parquet"))
-    assert result == {"num_rows": {"thing": 0}, "num_suspects": {"thing": {"label": 0, "modalities": 0}}, "top": []}
+    result = find_label_issues(TableStore(tmp_path, few), make_config(), str(tmp_path / "suspects.parquet"))
+    assert (result.num_rows, result.num_suspects["thing"], result.top) == ({"thing": 0}, NONE, [])
     assert pd.read_parquet(tmp_path / "suspects.parquet").sample_id.empty
 
 
@@ -206,9 +208,9 @@ def test_divergence_equals_the_formula(planted):
     table = planted[0].take(np.arange(3))
     image = np.array([[0.7, 0.1, 0.1, 0.1], [1, 0, 0, 0], [np.nan] * 4])
     text = np.array([[0.1, 0.6, 0.2, 0.1], [0, 1, 0, 0], [0.25] * 4])
-    opinions = Opinions(table, "thing", {"image": image, "text": text}, {"image": 1.0, "text": 1.0})
+    predicted = OutOfFold(table, "thing", {"image": image, "text": text}, {"image": 1.0, "text": 1.0})
     expected = [jensenshannon(image[0], text[0], base=2) ** 2, 1.0, 0.0]
-    assert divergence(opinions) == pytest.approx(expected)
+    assert divergence(predicted) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
@@ -220,11 +222,11 @@ def test_modalities_that_tell_nothing_give_no_suspects(tmp_path: Path, kind: str
     for features in table.features.values():
         features[:] = 1.0
     config = make_config(kind=kind)
-    opinions = ask_modalities(table, "thing", config)
-    assert opinions is not None
-    assert opinions.telling() == {}
-    found = find_suspects(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet"))
-    assert found["num_suspects"] == {"thing": {"label": 0, "modalities": 0}}
+    predicted = predict_out_of_fold(table, "thing", config)
+    assert predicted is not None
+    assert predicted.telling() == {}
+    found = find_label_issues(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet"))
+    assert found.num_suspects == {"thing": NONE}
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -235,14 +237,14 @@ def test_no_train_rows_and_one_class_give_no_suspects(tmp_path: Path, sparse: bo
         if sparse:
             wide = {m: sp.random(num_rows, 300, 0.1, "csr", np.float32, 0) for m in table.features}
             table.features.update(wide)
-        found = find_suspects(TableStore(tmp_path, table), make_config(), str(tmp_path / "s.parquet"))
-        assert found["num_suspects"] == {"thing": {"label": 0, "modalities": 0}}
+        found = find_label_issues(TableStore(tmp_path, table), make_config(), str(tmp_path / "s.parquet"))
+        assert found.num_suspects == {"thing": NONE}
 
 
 def test_a_seed_of_more_than_32_bits(tmp_path: Path, planted: tuple[FeatureTable, np.ndarray]) -> None:
     """scikit-learn's traceback after training where the seed is a time, such as 20241129184300."""
     table, _ = planted
     config = make_config().with_overrides({"seed": 20241129184300})
-    assert find_suspects(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet"))["num_suspects"]["thing"]["label"]
+    assert find_label_issues(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet")).num_suspects["thing"].label
     wide = sp.random(50, 300, 0.1, "csr", np.float32, 0)
-    assert suspects._dense(wide, config.seed).shape == (50, min(suspects.SPARSE_DIM, 50))
+    assert label_issues._dense(wide, config.seed).shape == (50, min(label_issues.SPARSE_DIM, 50))

@@ -13,9 +13,9 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.model_folder import load_model, write_card
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.scoring.tables import missing_table
 from mmkt_ray.studies import missing
 from mmkt_ray.studies.missing import missing_curves
+from mmkt_ray.studies.missing_results import MissingCurves, missing_table
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def store(run) -> Store:
 
 
 @pytest.fixture(scope="module")
-def result(run, store) -> dict:
+def result(run, store) -> MissingCurves:
     return missing_curves(str(run / "models" / "concat"), store, str(run), rates=RATES)
 
 
@@ -56,22 +56,22 @@ def test_the_ends_of_a_curve_are_the_model_with_and_without(run, store, result, 
     ends = [
         (predict_table(model, rows, drop=d)[task].argmax(axis=1) == rows.labels[task].values).mean() for d in ([], [hidden])
     ]
-    curve = result["curves"][hidden][task]
-    assert curve["num_rows"] == len(rows.sample_id)
-    assert [curve["accuracy"][0][0], curve["accuracy"][-1][0]] == pytest.approx(ends)
-    for value, low, high in curve["accuracy"] + curve["macro_f1"]:
+    curve = result.curves[hidden][task]
+    assert curve.num_rows == len(rows.sample_id)
+    assert [curve.by_metric["accuracy"][0][0], curve.by_metric["accuracy"][-1][0]] == pytest.approx(ends)
+    for value, low, high in curve.by_metric["accuracy"] + curve.by_metric["macro_f1"]:
         assert low <= value <= high
-    reference = result["reference"][hidden][task]
+    reference = result.reference[hidden][task]
     alone = pq.read_table(run / "models" / left / "predictions-test.parquet").to_pandas().set_index("sample_id")
-    if reference["models"][left] == left:
+    if reference.models[left] == left:
         alone = alone.loc[rows.sample_id]
         expected = (alone[f"{task}_pred"] == alone[f"{task}_label"]).mean()
-        assert reference["accuracy"][-1][0] == pytest.approx(expected)
+        assert reference.by_metric["accuracy"][-1][0] == pytest.approx(expected)
 
 
 def test_half_of_the_rows_are_hidden_at_a_rate_of_one_half(result):
     """Catches a rate taken of all rows, or of the rows that stay: the accuracy must lie midway between the ends."""
-    first, _, middle, last = (point[0] for point in result["curves"]["image"]["colour"]["accuracy"])
+    first, _, middle, last = (point[0] for point in result.curves["image"]["colour"].by_metric["accuracy"])
     assert first - last > 0.15
     assert middle == pytest.approx((first + last) / 2, abs=0.06)
 
@@ -79,17 +79,17 @@ def test_half_of_the_rows_are_hidden_at_a_rate_of_one_half(result):
 def test_any_takes_one_modality_of_each_row(result):
     """Catches rows that lose everything: a model without any input answers by chance, and so would the curve."""
     for task in ("thing", "colour"):
-        alone = [result["curves"][m][task]["accuracy"][-1][0] for m in ("image", "text")]
-        assert result["curves"]["any"][task]["accuracy"][-1][0] == pytest.approx(np.mean(alone), abs=0.08)
+        alone = [result.curves[m][task].by_metric["accuracy"][-1][0] for m in ("image", "text")]
+        assert result.curves["any"][task].by_metric["accuracy"][-1][0] == pytest.approx(np.mean(alone), abs=0.08)
 
 
 def test_the_difference_is_that_of_model_and_reference(result):
     """Catches a reference over other hidden rows than the model's."""
-    for hidden, by_task in result["difference"].items():
+    for hidden, by_task in result.difference.items():
         for task, scores in by_task.items():
             for metric in ("accuracy", "macro_f1"):
                 for d, a, b in zip(
-                    *(r[metric] for r in (scores, result["curves"][hidden][task], result["reference"][hidden][task])),
+                    *(c.by_metric[metric] for c in (scores, result.curves[hidden][task], result.reference[hidden][task])),
                     strict=True,
                 ):
                     assert d[0] == pytest.approx(a[0] - b[0])
@@ -108,10 +108,10 @@ def test_a_model_below_the_best_of_what_is_there_is_told(run, store):
     card["checksums"]["model.safetensors"] = storage.file_checksum(f"{uri}/model.safetensors")
     write_card(uri, card)
     found = missing_curves(uri, store, str(run), rates=(0.0, 1.0))
-    told = [a["text"] for a in found["answers"] if (a["hidden"], a["task"]) == ("image", "thing")]
-    assert "points" in told[0]
-    assert "below the best single-modality model" in told[0]
-    assert told[0] in missing_table(found)
+    (text,) = [a.text for a in found.answers if (a.hidden, a.task) == ("image", "thing")]
+    assert "points" in text
+    assert "below the best single-modality model" in text
+    assert text in missing_table(found)
     shutil.rmtree(uri)
 
 
@@ -131,13 +131,13 @@ def test_one_forward_pass_with_everything_and_one_without_each(run, store, monke
 def test_the_result_is_kept_and_the_same_every_time(run, store, result):
     """Catches hidden rows that differ from run to run, and numbers that JSON cannot hold."""
     again = missing_curves(str(run / "models" / "concat"), store, str(run), rates=RATES)
-    assert again == storage.read_json(str(run / "models" / "concat" / "missing.json")) == result
-    assert set(result["patterns"]) == {"image+text", "image", "text"}
+    assert again == MissingCurves.read(str(run / "models" / "concat" / "missing.json")) == result
+    assert set(result.patterns) == {"image+text", "image", "text"}
     record = storage.read_json(str(run / "models" / "concat" / "metrics.json"))["tasks"]["thing"]
-    for pattern, by_task in result["patterns"].items():
+    for pattern, by_task in result.patterns.items():
         assert by_task["thing"]["accuracy"] == pytest.approx(record["patterns"][pattern]["accuracy"])
-        assert by_task["thing"]["num_rows"] == record["patterns"][pattern]["num_rows"]
-        assert "weighted_f1" in by_task["thing"]
+        assert by_task["thing"].num_rows == record["patterns"][pattern]["num_rows"]
+        assert "weighted_f1" in by_task["thing"].values
 
 
 def test_a_model_of_one_modality_is_refused(run, store):

@@ -9,8 +9,10 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.tasks import Multilabel
 from mmkt_ray.scoring.seeds import further_seed_scores
+from mmkt_ray.studies.missing_results import MissingCurves
 from mmkt_ray.studies.missing_seeds import missing_over_seeds
-from mmkt_ray.studies.repeats import repeat, seeds_table
+from mmkt_ray.studies.repeats import repeat
+from mmkt_ray.studies.seeds_results import seeds_table
 from tests.evaluation.runs import KINDS, SINGLES, draw_samples, make_config, write_store
 from tests.labels import labels_of
 
@@ -34,11 +36,12 @@ def test_the_ends_are_the_means_of_the_models_of_all_seeds(repeated):
     """Catches curves of one seed's model, references of another seed or modality, and hidden rows that stay."""
     config, stores, uri, _ = repeated
     found = missing_over_seeds(config, stores, uri, SEEDS)
-    assert found == storage.read_json(storage.join(uri, "missing_seeds.json"))
+    written = storage.read_json(storage.join(uri, "missing_seeds.json"))
+    assert found == {name: MissingCurves.from_dict(curves, "missing_seeds.json") for name, curves in written.items()}
     assert set(found) == {"concat"}
-    told = found["concat"]["about"]["models"]
-    assert {f"seeds/{seed}/{name}" for seed in SEEDS for name in ("concat", "image", "text")} == set(told)
-    assert all(told.values()), "a model without its fingerprint"
+    models = found["concat"].about.models
+    assert {f"seeds/{seed}/{name}" for seed in SEEDS for name in ("concat", "image", "text")} == set(models)
+    assert all(models.values()), "a model without its fingerprint"
     table = stores["concat"].table()
     rows = table.take(np.flatnonzero((table.split == "test") & table.present["image"] & table.present["text"]))
 
@@ -49,7 +52,8 @@ def test_the_ends_are_the_means_of_the_models_of_all_seeds(repeated):
         )
 
     curve, reference, difference = (
-        found["concat"][name]["text"]["warm"]["accuracy"] for name in ("curves", "reference", "difference")
+        part["text"]["warm"].by_metric["accuracy"]
+        for part in (found["concat"].curves, found["concat"].reference, found["concat"].difference)
     )
     assert curve[0][0] == pytest.approx(accuracy("concat", []))
     assert curve[-1][0] == pytest.approx(accuracy("concat", ["text"]))
@@ -61,7 +65,7 @@ def test_the_ends_are_the_means_of_the_models_of_all_seeds(repeated):
 def test_repeats_of_a_multilabel_task_tell_its_own_scores(repeated):
     """Catches averages that differ from those of `mmkt evaluate`, scores of other rows, and a gain of another metric."""
     _, stores, uri, result = repeated
-    found = result["tasks"]["tags"]
+    found = result.tasks["tags"]
     table = stores["concat"].table()
     both = table.present["image"] & table.present["text"] & table.labels["tags"].known
     rows = table.take(np.flatnonzero(both & (table.split == "test")))
@@ -70,14 +74,14 @@ def test_repeats_of_a_multilabel_task_tell_its_own_scores(repeated):
         model, _ = load_model(storage.join(uri, "seeds", str(seed), "concat"))
         proba = predict_table(model, rows)["tags"]
         by_seed.append(Multilabel().scores(rows.labels["tags"], proba, rows.class_names["tags"]))
-    concat = found["models"]["concat"]
+    concat = found.models["concat"]
     for metric in Multilabel.seed_metrics:
         assert concat[metric]["value"] == pytest.approx(np.mean([scores[metric] for scores in by_seed]))
         assert concat[metric]["low"] <= concat[metric]["value"] <= concat[metric]["high"]
-        gain = concat[metric]["value"] - found["models"][found["reference"]][metric]["value"]
-        assert concat["versus"][metric]["value"] == pytest.approx(gain)
+        gain = concat[metric]["value"] - found.models[found.reference][metric]["value"]
+        assert concat.versus[metric]["value"] == pytest.approx(gain)
     assert "average precision" in seeds_table(result)
-    assert not set(Multilabel.seed_metrics) & set(result["tasks"]["warm"]["models"]["concat"])
+    assert not set(Multilabel.seed_metrics) & set(result.tasks["warm"].models["concat"].intervals)
 
 
 def test_average_precision_counts_ties_together_and_leaves_out_classes_without_a_sample():

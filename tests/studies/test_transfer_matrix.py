@@ -9,15 +9,16 @@ import torch
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import open_store
-from mmkt_ray.studies.repeats import repeat, seeds_table
+from mmkt_ray.studies.repeats import repeat
+from mmkt_ray.studies.seeds_results import Seeds, seeds_table
 from mmkt_ray.studies.transfer_matrix import (
     Node,
     list_nodes,
     methods_for,
     node_config,
     transfer_matrix,
-    transfer_table,
 )
+from mmkt_ray.studies.transfer_results import Transfers, transfer_table
 from mmkt_ray.training.loop import fit
 from tests.training.test_trainer import write_store
 
@@ -58,21 +59,21 @@ def test_the_matrix_tells_what_helps(make_config, store, tmp_path, monkeypatch):
         }
     )
     result = transfer_matrix(config, store, str(tmp_path))
-    told = {(c["source"], c["target"], c["method"]): c for c in result["cells"]}
-    assert set(told) == {
+    cells = {(c.source, c.target, c.method): c for c in result.cells}
+    assert set(cells) == {
         ("image+text:topic", "image:topic", "frozen"),
         ("image+text:topic", "image:topic", "distill"),
         ("image:topic", "text:mood", "joint"),
         ("image+text:topic", "text:mood", "frozen"),
     }
-    scratch = {t["target"]: t["score"] for t in result["targets"]}
-    helped = told["image+text:topic", "image:topic", "distill"]
-    assert helped["gain"] > 0.02  # the teacher speaks of all train rows, of which scratch knows a fiftieth
-    assert helped["low"] <= helped["gain"] <= helped["high"]
-    assert scratch["image:topic"] + helped["gain"] <= 1.0
+    scratch = {t.target: t.score for t in result.targets}
+    helped = cells["image+text:topic", "image:topic", "distill"]
+    assert helped.gain > 0.02  # the teacher speaks of all train rows, of which scratch knows a fiftieth
+    assert helped.low <= helped.gain <= helped.high
+    assert scratch["image:topic"] + helped.gain <= 1.0
     assert "image+text:topic -> image:topic (distill)" in transfer_table(result)
     monkeypatch.setattr("mmkt_ray.studies.transfer_matrix._fit_cell", lambda *_: pytest.fail("fitted again"))
-    assert transfer_matrix(config, store, str(tmp_path)) == result
+    assert transfer_matrix(config, store, str(tmp_path)) == Transfers.read(str(tmp_path / "transfer.json")) == result
 
 
 def test_nodes_are_those_that_the_rows_carry(make_config, store):
@@ -93,20 +94,20 @@ def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
     variants = {"image": {"model.modalities": ["image"]}, "both": {}}
     config = make_config(variants=variants, **{"training.epochs": 2})
     result = repeat(config, {name: store for name in variants}, str(tmp_path), 2)
-    found = result["tasks"]["topic"]
-    assert len(set(found["models"]["both"]["by_seed"])) == 2
-    assert found["reference"] == "image"
+    found = result.tasks["topic"]
+    assert len(set(found.models["both"].by_seed)) == 2
+    assert found.reference == "image"
     table = store.table()
     both = table.present["image"] & table.present["text"]  # text alone is trained beside the variants
     both = both & table.labels["topic"].labelled & (table.split == "test")
-    assert found["num_rows"] == both.sum()
+    assert found.num_rows == both.sum()
     assert "against image" in seeds_table(result)
-    model, reference = found["models"]["both"], found["models"]["image"]
+    model, reference = found.models["both"], found.models["image"]
     for metric in ("accuracy", "macro_f1"):
         gain = model[metric]["value"] - reference[metric]["value"]
-        assert model["versus"][metric]["value"] == pytest.approx(gain)
-    assert model["accuracy"]["value"] == pytest.approx(np.mean(model["by_seed"]))
-    assert storage.read_json(str(tmp_path / "seeds.json")) == result
+        assert model.versus[metric]["value"] == pytest.approx(gain)
+    assert model["accuracy"]["value"] == pytest.approx(np.mean(model.by_seed))
+    assert Seeds.read(str(tmp_path / "seeds.json")) == result
     for seed, variant, m in (("0", "image", "image"), ("1", "both", "text")):
         saved = tmp_path / "seeds" / seed / variant / "encoders" / f"{m}-1" / "encoder.json"
         assert saved.read_bytes() == m.encode()
@@ -117,9 +118,9 @@ def test_repeats_against_a_variant(make_config, store, tmp_path):
     variants = {"image": {"model.modalities": ["image"]}, "both": {}, "wide": {"model.hidden_dim": 16}}
     config, stores = make_config(variants=variants, **{"training.epochs": 1}), {name: store for name in variants}
     result = repeat(config, stores, str(tmp_path), 1, against="both")
-    found = result["tasks"]["topic"]
-    assert found["reference"] == result["against"] == "both"
-    assert [n for n, model in found["models"].items() if model["versus"] is None] == ["both"]
+    found = result.tasks["topic"]
+    assert found.reference == result.against == "both"
+    assert [n for n, model in found.models.items() if model.versus is None] == ["both"]
     with pytest.raises(ConfigError, match="did you mean 'both'"):
         repeat(config, stores, str(tmp_path), 1, against="bot")
 
@@ -134,11 +135,11 @@ def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_conf
     singles = {m: {"model.modalities": [m], "model.tasks": [task]} for m, task in pairs.items()}
     variants = {**singles, "both": {}}
     config = make_config(variants=variants, **{"training.epochs": 1})
-    tasks = repeat(config, {name: store for name in variants}, str(tmp_path), 2)["tasks"]
+    tasks = repeat(config, {name: store for name in variants}, str(tmp_path), 2).tasks
     for single, task in pairs.items():
-        assert set(tasks[task]["models"]) == {single, "both"}
-        assert tasks[task]["reference"] == single
-        assert tasks[task]["num_rows"] == ((unpaired.split == "test") & unpaired.labels[task].labelled).sum()
+        assert set(tasks[task].models) == {single, "both"}
+        assert tasks[task].reference == single
+        assert tasks[task].num_rows == ((unpaired.split == "test") & unpaired.labels[task].labelled).sum()
 
 
 def test_every_seed_is_another_model_where_the_config_sets_one(make_config, table, store, tmp_path):
@@ -148,4 +149,4 @@ def test_every_seed_is_another_model_where_the_config_sets_one(make_config, tabl
     assert [n.training_seed for n in nodes] == [7, 8]
     first, second = (dict(fit(n, table).model.named_parameters()) for n in nodes)
     assert any(not torch.equal(p, second[name]) for name, p in first.items() if p.ndim > 1)
-    assert repeat(config, {"model": store}, str(tmp_path), 2)["seeds"] == [7, 8]
+    assert repeat(config, {"model": store}, str(tmp_path), 2).seeds == [7, 8]

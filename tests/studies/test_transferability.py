@@ -5,8 +5,8 @@ import pytest
 import scipy.sparse as sp
 from sklearn.covariance import LedoitWolf, ledoit_wolf_shrinkage
 
-from mmkt_ray import storage
 from mmkt_ray.studies import scores, transferability
+from mmkt_ray.studies.scores_results import FeatureSet, TrainedScore, Transferability, scores_table
 from mmkt_ray.studies.transferability import Moments, h_score, leep, linear_cka, logme
 from tests.evaluation.runs import draw_samples, write_store
 
@@ -117,42 +117,45 @@ def test_a_store_is_scored_before_anything_is_trained(store, tmp_path):
     """Catches modalities mixed up, unlabelled or test rows that count, and a run folder that must be finished first."""
     run = str(tmp_path / "run")
     found = scores.transferability(run, {"a": store, "b": store})
-    assert storage.read_json(run + "/transferability.json") == found
+    assert Transferability.read(run + "/transferability.json") == found
     table = store.table()
     for task in ("colour", "thing"):
-        rows = {tuple(s["modalities"]): s for s in found["tasks"][task]["sets"]}
+        rows = {tuple(s.modalities): s for s in found.tasks[task].sets}
         assert list(rows) == [("image",), ("text",), ("image", "text")]
         wanted = (table.split == "train") & table.labels[task].known & table.present["image"] & table.present["text"]
-        assert rows["image", "text"]["num_rows"] == wanted.sum()
-        assert rows["image",]["trained"] is None
-    colour = {tuple(s["modalities"]): s for s in found["tasks"]["colour"]["sets"]}
-    assert all(colour["image",][s] > colour["text",][s] for s in scores.SCORES)  # the text knows nothing of it
+        assert rows["image", "text"].num_rows == wanted.sum()
+        assert rows["image",].trained is None
+    colour = {tuple(s.modalities): s for s in found.tasks["colour"].sets}
+    assert all(getattr(colour["image",], s) > getattr(colour["text",], s) for s in scores.SCORES)  # the text knows nothing of it
     rows = (table.split == "train") & table.labels["thing"].known & table.present["image"]
     image, labels = table.features["image"][rows], table.labels["thing"].values[rows]
-    score = next(s["h_score"] for s in found["tasks"]["thing"]["sets"] if s["modalities"] == ["image"])
+    score = next(s.h_score for s in found.tasks["thing"].sets if s.modalities == ["image"])
     assert score == pytest.approx(h_score(moments_of(image, labels), slice(None)), rel=1e-4)
-    assert [c["num_rows"] for c in found["cka"]] == [
+    assert [c.num_rows for c in found.cka] == [
         int(((table.split == "train") & table.present["image"] & table.present["text"]).sum())
     ]
-    assert "LogME" in scores.scores_table(found)
+    assert "LogME" in scores_table(found)
 
 
 def test_features_that_are_too_wide_are_left_out_with_the_reason(store, tmp_path, monkeypatch):
     """Catches a D x D matrix of a bag of words that takes all memory."""
     monkeypatch.setattr(scores, "MAX_WIDTH", 20)
     found = scores.transferability(str(tmp_path / "run"), {"a": store})
-    assert [s["modalities"] for s in found["skipped"]] == [["text"], ["image", "text"]]
-    assert "reduce" in found["skipped"][0]["reason"]
-    assert {len(t["sets"]) for t in found["tasks"].values()} == {1}
+    assert [s.modalities for s in found.skipped] == [["text"], ["image", "text"]]
+    assert "reduce" in found.skipped[0].reason
+    assert {len(t.sets) for t in found.tasks.values()} == {1}
 
 
 def test_the_rank_correlation_is_told_only_where_there_is_an_order():
     """Catches a correlation of two points sold as evidence, and NaN in a JSON file."""
 
     def sets(*pairs):
-        return [{"logme": s, "trained": {"accuracy": a} if a else None} for s, a in pairs]
+        about = {"store": "s", "modalities": [], "encoders": {}, "num_rows": 1, "dim": 1, "h_score": 0.0}
+        return [
+            FeatureSet(logme=s, trained=TrainedScore(model="m", accuracy=a) if a else None, **about) for s, a in pairs
+        ]
 
     assert scores._rank_correlation(sets((1, 0.5), (2, 0.6), (3, None)), "logme") is None
     assert scores._rank_correlation(sets((1, 0.5), (2, 0.5), (3, 0.5)), "logme") is None
     found = scores._rank_correlation(sets((1, 0.5), (2, 0.6), (3, 0.9)), "logme")
-    assert found == {"num": 3, "spearman": pytest.approx(1), "weighted_kendall": pytest.approx(1)}
+    assert (found.num, found.spearman, found.weighted_kendall) == pytest.approx((3, 1, 1))

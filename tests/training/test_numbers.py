@@ -13,7 +13,7 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
-from mmkt_ray.studies.label_issues import ask_modalities
+from mmkt_ray.studies.label_issues import predict_out_of_fold
 from mmkt_ray.training.auto import choose
 from mmkt_ray.training.baselines import fit_baselines
 from mmkt_ray.training.boosting import fit_boosting
@@ -107,7 +107,7 @@ def test_baselines_choose_and_stack() -> None:
     assert population.scores[0] > population.scores[1]
     assert population.scores[0] > 0.4
     assert set(expert_configs(config, table)) >= {"a", "b"}
-    assert ask_modalities(table.take(table.rows("train")), "price", config) is None
+    assert predict_out_of_fold(table.take(table.rows("train")), "price", config) is None
 
 
 def test_intervals_hold_as_many_labels_as_said() -> None:
