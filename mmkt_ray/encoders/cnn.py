@@ -41,6 +41,9 @@ class ConvBlock(nn.Module):
 class SmallCNN(nn.Module):
     """uint8 images (B, 3, S, S) -> logits (B, K), S >= 9. Rebuilt from `options` and its state dict."""
 
+    whiten_weight: Tensor
+    whiten_bias: Tensor
+
     def __init__(self, num_classes: int, image_size: int = 32, width: int = 64) -> None:
         super().__init__()
         self.options = {"num_classes": num_classes, "image_size": image_size, "width": width}

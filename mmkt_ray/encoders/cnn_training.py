@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's takes a closure too
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
@@ -239,7 +239,7 @@ def fit_cnn(
         model = SmallCNN(num_classes, recipe.image_size, recipe.width)
     sample = np.random.default_rng(recipe.seed).permutation(len(images))[:2000]  # enough for 12 x 12 moments
     model.fit_whitening(torch.from_numpy(images[np.sort(sample)]))
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     fit = _Fit(model, recipe, device, rank, world_size)
     held = _resident(images, device), _resident(labels, device)
     for epoch in range(fit.load_state(state) if state else 0, recipe.epochs):

@@ -195,6 +195,7 @@ def write_onnx(program: Any, path: Path, graph: ExportGraph, about: Mapping[str,
             dynamo=True,
             verbose=False,
         )
+    assert exported is not None  # as `dynamo` is asked for
     exported.model.metadata_props["mmkt"] = json.dumps(about)
     size = sum(p.numel() * p.element_size() for p in (*graph.parameters(), *graph.buffers()))
     path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, load_reducer
 from mmkt_ray.export.inputs import INPUTS, ROWS, GraphInput, GraphInputs, graph_inputs, reduction
 from mmkt_ray.models import Predictor, SparseBatch
+from mmkt_ray.models.containers import ModuleList
 
 
 class ExportGraph(nn.Module):
@@ -28,9 +29,9 @@ class ExportGraph(nn.Module):
     ) -> None:
         """inputs: by modality; reducers: fitted ones, of the modalities that have one; half: features are kept in float16."""
         super().__init__()
-        self.model, self.half = model.eval(), half
+        self.model, self.stored_half = model.eval(), half
         self.modalities = sorted(model.spec.modalities)
-        self.parts = nn.ModuleList(inputs[m] for m in self.modalities)
+        self.parts: ModuleList[GraphInputs] = ModuleList(inputs[m] for m in self.modalities)
         self.reducers = nn.ModuleList(
             reduction(reducers[m]) if m in reducers else nn.Identity() for m in self.modalities
         )
@@ -39,7 +40,7 @@ class ExportGraph(nn.Module):
     @property
     def inputs(self) -> list[GraphInput]:
         """All tensors that the graph takes, in their order."""
-        found = []
+        found: list[GraphInput] = []
         for m, part in zip(self.modalities, self.parts, strict=True):
             found += part.inputs
             found.append(GraphInput(f"{m}_present", "bool", (ROWS,), f"whether the row has {m}; where not, the rest is ignored"))
@@ -60,7 +61,7 @@ class ExportGraph(nn.Module):
 
     def _kept(self, x: Any) -> Any:
         """Features as a store of float16 would give them back."""
-        return x if isinstance(x, SparseBatch) or not self.half else x.half().float()
+        return x if isinstance(x, SparseBatch) or not self.stored_half else x.half().float()
 
     def _probabilities(self, task: str, logits: Tensor, present: Mapping[str, Tensor]) -> Tensor:
         proba = self.model.spec.kinds[task].outputs(logits / self.model.temperatures.get(task, 1.0))

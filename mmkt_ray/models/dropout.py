@@ -5,6 +5,8 @@ Source: Srivastava et al. 2014 (https://jmlr.org/papers/v15/srivastava14a.html).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,9 @@ class Dropout(nn.Module):
         """x: (.., B, H)."""
         factors = self.factors(x)
         return x if factors is None else x * factors  # one factor per value: a single product to go back through
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def of_values(self, values: Tensor) -> Tensor:
         """The same of a sparse batch's values, (Z,) or of a stack (P, Z); all members draw the same numbers (Z,)."""

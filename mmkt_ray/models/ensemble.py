@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.models.containers import ModuleList
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.spec import InputSpec, ModelSpec
 from mmkt_ray.models.towers import Features
@@ -62,11 +63,11 @@ class EnsembleModel(nn.Module):
         """members: trained models of the spec's members; null: new ones, to load weights into."""
         super().__init__()
         self.spec = spec
-        self.members = nn.ModuleList(members or [MultimodalModel(s) for s in spec.members])
+        self.members: ModuleList[MultimodalModel] = ModuleList(members or [MultimodalModel(s) for s in spec.members])
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
-    def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel. Logits whose probabilities are the mean of the members'."""
         logits = [member(features, present) for member in self.members]
         found = {}
@@ -78,6 +79,9 @@ class EnsembleModel(nn.Module):
             mean = (proba * (weight / weight.sum(dim=0))[:, :, None]).sum(dim=0)
             found[t] = kind.logits(mean)
         return found
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _readable(modalities: Sequence[str], present: Mapping[str, Tensor]) -> Tensor:

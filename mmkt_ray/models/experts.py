@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.models.containers import ModuleDict
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.spec import InputSpec, ModelSpec
@@ -85,12 +86,12 @@ class ExpertModel(nn.Module):
         self.spec = spec
         self.fused = fused or MultimodalModel(spec.fused)
         experts = experts or {name: MultimodalModel(own) for name, own in spec.experts.items()}
-        self.experts = nn.ModuleDict({module_name(name): expert for name, expert in experts.items()})
+        self.experts: ModuleDict[MultimodalModel] = ModuleDict({module_name(n): expert for n, expert in experts.items()})
         self.tables = {t: route_table(spec, t) for t in spec.routes}
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
-    def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel: logits (B, C) by task."""
         found = self.fused(features, present)
         answering = {t: self._answering(t, present) for t in self.tables}
@@ -103,7 +104,10 @@ class ExpertModel(nn.Module):
                 found |= {t: torch.where(mask[:, None], own[t], found[t]) for t, mask in rows.items()}
         return found
 
-    def _answering(self, task: str, present: dict[str, Tensor]) -> Tensor:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _answering(self, task: str, present: Mapping[str, Tensor]) -> Tensor:
         """(B,) the number of the expert that answers each row, -1: the fused model."""
         inputs = self.spec.inputs[task]
         table = torch.tensor(self.tables[task], device=present[inputs[0]].device)

@@ -10,42 +10,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkt_ray.models.containers import ModuleDict, ModuleList
 from mmkt_ray.models.dropout import Dropout
-from mmkt_ray.models.layers import Linear, linear, masked, norm_drop
+from mmkt_ray.models.layers import Linear, NormDropout, linear, masked, norm_drop
 from mmkt_ray.models.sharing import module_name
+from mmkt_ray.models.sparse import SparseLinear
 from mmkt_ray.models.towers import ConcatLinear, Features, Width, make_linear
 
-Parts = dict[str, Features]  # name -> (B, D_name)
-Masks = dict[str, Tensor]  # name -> (B,) bool; a part without an entry is present in all rows
+Parts = Mapping[str, Features]  # name -> (B, D_name)
+Masks = Mapping[str, Tensor]  # name -> (B,) bool; a part without an entry is present in all rows
 Options = Mapping[str, Any]
 
 FAR = 1e30  # below every score: what a gate that is closed is lowered by
 
 
-class Concat(nn.Module):
+class Fuse(nn.Module):
+    """Base of all: from the parts' widths, H, the dropout and the config's fusion section."""
+
+    def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
+        super().__init__()
+
+    def forward(self, parts: Parts, present: Masks) -> Tensor:
+        """parts: name -> (B, D_name); present: name -> (B,) bool. Returns (B, H)."""
+        raise NotImplementedError
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class Concat(Fuse):
     """Concatenation, linear, layer norm, ReLU, dropout."""
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
-        super().__init__()
+        super().__init__(widths, hidden_dim, dropout, options)
         self.linear = ConcatLinear(widths, hidden_dim)
-        self.rest = nn.ModuleList([nn.LayerNorm(hidden_dim), Dropout(dropout)])
+        self.rest = NormDropout(hidden_dim, dropout, relu=True)
 
     def forward(self, parts: Parts, present: Masks) -> Tensor:
-        norm, dropout = self.rest
-        return norm_drop(self.linear(parts, present), norm, dropout, relu=True)
+        return self.rest(self.linear(parts, present))
 
 
-class Sum(nn.Module):
+class Sum(Fuse):
     """Additive fusion: the sum over the present parts of h_n = tanh(W_n x_n + b_n). A gated unit with all gates open."""
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
-        super().__init__()
+        super().__init__(widths, hidden_dim, dropout, options)
         self.projections = projections(widths, hidden_dim)
         self.names, self.dropout = sorted(widths), Dropout(dropout)
 
@@ -55,8 +70,8 @@ class Sum(nn.Module):
     def squashed(self, parts: Parts, present: Masks) -> list[Tensor]:
         """h_n of each part (B, H), zeros where it is absent."""
         masks = stack_masks(self.names, parts, present).unbind(dim=-1)
-        values = [tanh(self.projections[module_name(n)](parts[n])) for n in self.names]
-        return [masked(value, mask) for value, mask in zip(values, masks, strict=True)]
+        values: list[Tensor] = [self.projections[module_name(n)](parts[n]) for n in self.names]
+        return [masked(tanh(value), mask) for value, mask in zip(values, masks, strict=True)]
 
 
 class Gated(Sum):
@@ -79,7 +94,7 @@ class Gated(Sum):
         return self.dropout(add([gate * value for gate, value in zip(gates, values, strict=True)]))
 
 
-class LowRankBilinear(nn.Module):
+class LowRankBilinear(Fuse):
     """Low-rank tensor fusion: sum over r of w_r * product over n of (U_rn [x_n; 1]), plus b; then layer norm, dropout.
 
     That is a linear map of the outer product of all [x_n; 1], its tensor of rank R, without ever making either. An absent
@@ -89,14 +104,15 @@ class LowRankBilinear(nn.Module):
     """
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
-        super().__init__()
+        super().__init__(widths, hidden_dim, dropout, options)
         self.rank: int = options["rank"]
         self.factors = projections(widths, self.rank * hidden_dim)
         for factor in self.factors.values():
+            assert factor.bias is not None  # `projections` have one
             nn.init.ones_(factor.bias)
         self.weights = nn.Parameter(torch.randn(self.rank) * math.sqrt(2 / (1 + self.rank)))  # (R,) Xavier's scale
         self.bias = nn.Parameter(torch.zeros(hidden_dim))
-        self.rest = nn.ModuleList([nn.LayerNorm(hidden_dim), Dropout(dropout)])
+        self.rest = NormDropout(hidden_dim, dropout)
 
     def forward(self, parts: Parts, present: Masks) -> Tensor:
         names = sorted(parts)
@@ -104,11 +120,10 @@ class LowRankBilinear(nn.Module):
         masks = stack_masks(names, parts, present)[..., None].unbind(dim=-2)
         product = multiply([torch.where(m, x, 1.0) for m, x in zip(masks, factors, strict=True)])
         mixed = self.weights[..., None, None, :] @ product.unflatten(-1, (self.rank, -1))  # (B, 1, H)
-        norm, dropout = self.rest
-        return norm_drop(mixed.squeeze(-2) + self.bias[..., None, :], norm, dropout)
+        return self.rest(mixed.squeeze(-2) + self.bias[..., None, :])
 
 
-class Attention(nn.Module):
+class Attention(Fuse):
     """A learned query attends over the present parts as tokens: one pre-norm transformer block, read at its CLS token.
 
     Tokens t_n = W_n x_n + e_n, where the bias e_n says which part it is, and CLS, so that a row without any part attends
@@ -118,10 +133,10 @@ class Attention(nn.Module):
     """
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
-        super().__init__()
+        super().__init__(widths, hidden_dim, dropout, options)
         self.tokens = projections(widths, hidden_dim)
         self.cls = nn.Parameter(torch.randn(hidden_dim) * 0.02)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(3))
+        self.norms: ModuleList[nn.LayerNorm] = ModuleList(nn.LayerNorm(hidden_dim) for _ in range(3))
         self.attention = nn.MultiheadAttention(hidden_dim, options["num_heads"], batch_first=True)
         self.mlp = nn.Sequential(
             Linear(hidden_dim, 2 * hidden_dim), nn.GELU(), Dropout(dropout), Linear(2 * hidden_dim, hidden_dim)
@@ -139,7 +154,7 @@ class Attention(nn.Module):
         return norm_drop(c + self.mlp(norm_drop(c, self.norms[1])), self.norms[2], self.dropout)
 
 
-FUSES: dict[str, type[nn.Module]] = {
+FUSES: dict[str, type[Fuse]] = {
     "concat": Concat,
     "sum": Sum,
     "gated": Gated,
@@ -148,9 +163,9 @@ FUSES: dict[str, type[nn.Module]] = {
 }
 
 
-def projections(widths: dict[str, Width], out_dim: int) -> nn.ModuleDict:
+def projections(widths: dict[str, Width], out_dim: int) -> ModuleDict[Linear | SparseLinear]:
     """A linear map to (B, out_dim) for each part."""
-    return nn.ModuleDict({module_name(name): make_linear(width, out_dim) for name, width in sorted(widths.items())})
+    return ModuleDict({module_name(name): make_linear(width, out_dim) for name, width in sorted(widths.items())})
 
 
 def attend(attention: nn.MultiheadAttention, query: Tensor, tokens: Sequence[Tensor], mask: Tensor) -> Tensor:

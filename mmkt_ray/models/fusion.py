@@ -13,15 +13,17 @@ Sources: feature-level (early) and decision-level (late) fusion: Baltrusaitis et
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mmkt_ray.kinds.base import TaskKind
-from mmkt_ray.models.fuses import FUSES, Masks, Parts, masked_softmax, stack_masks
-from mmkt_ray.models.layers import masked
+from mmkt_ray.models.containers import ModuleDict, ModuleList
+from mmkt_ray.models.fuses import FUSES, Fuse, Masks, Parts, masked_softmax, stack_masks
+from mmkt_ray.models.layers import Linear, masked
 from mmkt_ray.models.sharing import module_name
+from mmkt_ray.models.sparse import SparseLinear
 from mmkt_ray.models.towers import ConcatLinear, Width, make_linear
 
 
@@ -45,7 +47,9 @@ class DecisionHead(nn.Module):
     def __init__(self, widths: dict[str, Width], num_classes: int, kind: TaskKind, combine: str) -> None:
         super().__init__()
         self.modalities, self.kind, self.combine = sorted(widths), kind, combine
-        self.classifiers = nn.ModuleDict({module_name(m): make_linear(widths[m], num_classes) for m in self.modalities})
+        self.classifiers: ModuleDict[Linear | SparseLinear] = ModuleDict(
+            {module_name(m): make_linear(widths[m], num_classes) for m in self.modalities}
+        )
         self.weights = nn.Parameter(torch.zeros(len(widths))) if combine == "learned" else None  # (M,) even at first
 
     def forward(self, parts: Parts, present: Masks) -> Tensor:
@@ -59,6 +63,12 @@ class DecisionHead(nn.Module):
         else:
             weights = masked_softmax(self.weights[..., None, :], mask)
         return (weights[..., None] * self.kind.decisions(z)).sum(dim=-2)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+Head: TypeAlias = LinearHead | DecisionHead  # of one task: (parts, masks) -> logits (B, C)
 
 
 class Fusion(nn.Module):
@@ -74,8 +84,11 @@ class Fusion(nn.Module):
         """inputs: modality -> (B, D_m); present: modality -> (B,) bool. Returns what the head reads, and its masks."""
         return inputs, present
 
-    def build_head(self, num_classes: int, kind: TaskKind) -> nn.Module:
-        """A head for one task on what this fusion hands on: (parts, masks) -> logits (B, C)."""
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def build_head(self, num_classes: int, kind: TaskKind) -> Head:
+        """A head for one task on what this fusion hands on."""
         return LinearHead(self.widths, num_classes)
 
 
@@ -89,7 +102,7 @@ class Concat(Fusion):
 class Decision(Fusion):
     """Task-level (late) fusion: every modality decides for itself, the head combines the decisions."""
 
-    def build_head(self, num_classes: int, kind: TaskKind) -> nn.Module:
+    def build_head(self, num_classes: int, kind: TaskKind) -> Head:
         return DecisionHead(self.widths, num_classes, kind, self.options["combine"])
 
 
@@ -104,11 +117,11 @@ class Hierarchical(Fusion):
         super().__init__({fused[-1]: Width(hidden_dim)}, hidden_dim, dropout, options)
         fuse = FUSES[options["fuse"] if options["name"] == "hierarchical" else options["name"]]
         reads = [widths, *({name: Width(hidden_dim) for name in fused[:k]} for k in range(1, len(fused)))]
-        self.fuses = nn.ModuleList(fuse(r, hidden_dim, dropout, options) for r in reads)
+        self.fuses: ModuleList[Fuse] = ModuleList(fuse(r, hidden_dim, dropout, options) for r in reads)
 
     def forward(self, inputs: Parts, present: Masks) -> tuple[Parts, Masks]:
         """inputs: modality -> (B, D_m); present: modality -> (B,) bool. Returns {"F<K>": (B, H)}, {}."""
-        fused: Parts = {"F1": self.fuses[0](inputs, present)}
+        fused = {"F1": self.fuses[0](inputs, present)}
         for k, fuse in enumerate(list(self.fuses)[1:], start=2):
             fused[f"F{k}"] = fuse(fused, {})
         last = f"F{len(self.fuses)}"

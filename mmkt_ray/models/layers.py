@@ -11,7 +11,7 @@ Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/210
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,23 @@ def norm_drop(x: Tensor, norm: nn.LayerNorm, dropout: Dropout | None = None, rel
         return done
     x = norm(x).relu() if relu else norm(x)
     return x if dropout is None else dropout(x)
+
+
+class NormDropout(nn.ModuleList):
+    """`norm_drop` with a norm and a dropout of its own."""
+
+    def __init__(self, dim: int, dropout: float, relu: bool = False) -> None:
+        super().__init__([nn.LayerNorm(dim), Dropout(dropout)])
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, dropout = self
+        assert isinstance(norm, nn.LayerNorm)
+        assert isinstance(dropout, Dropout)
+        return norm_drop(x, norm, dropout, self.relu)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class _NormDrop(torch.autograd.Function):

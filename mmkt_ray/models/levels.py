@@ -8,10 +8,16 @@ Axes: B batch, D width of a signal that comes in, H hidden width, T tasks that r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 from torch import Tensor, nn
 
+from mmkt_ray.models.containers import ModuleDict, ModuleList
+from mmkt_ray.models.layers import Linear
 from mmkt_ray.models.sharing import SCHEMES, Pair, module_name
+from mmkt_ray.models.sparse import SparseLinear
 from mmkt_ray.models.spec import ModelSpec
 from mmkt_ray.models.towers import Features, Tower, Width, make_linear
 
@@ -32,7 +38,8 @@ class Level(nn.Module):
         self.paths: dict[Pair, Path] = {pair: (*paths[pair], key) for pair, key in self.keys.items()}
         self.widths: dict[Path, Width] = {}
         self.steps: list[tuple[Path, str, str, Path]] = []  # signal in, adapter ("" for none), tower, signal out
-        self.adapters, self.towers = nn.ModuleDict(), nn.ModuleDict()
+        self.adapters: ModuleDict[Linear | SparseLinear] = ModuleDict()
+        self.towers: ModuleDict[Tower] = ModuleDict()
         for key in sorted(set(self.keys.values())):
             sources = {self.paths[pair]: paths[pair] for pair in self.keys if self.keys[pair] == key}  # out -> in
             width = common_width({widths[source] for source in sources.values()})
@@ -46,15 +53,18 @@ class Level(nn.Module):
                 self.steps.append((source, adapter, tower, target))
                 self.widths[target] = Width(out_dim)
 
-    def forward(self, signals: dict[Path, Features]) -> dict[Path, Features]:
+    def forward(self, signals: Mapping[Path, Features]) -> dict[Path, Tensor]:
         """signals: path -> (B, D). Returns this level's paths -> (B, H)."""
-        outputs: dict[Path, Features] = {}
+        outputs: dict[Path, Tensor] = {}
         for source, adapter, tower, target in self.steps:
             x = signals[source]
             outputs[target] = self.towers[tower](self.adapters[adapter](x) if adapter else x)
         return outputs
 
-    def tower(self, pair: Pair) -> nn.Module:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def tower(self, pair: Pair) -> Tower:
         """What works on the pair's signal; the same object for pairs that share it."""
         return self.towers[module_name(*self.keys[pair])]
 
@@ -80,6 +90,9 @@ class CrossStitch(nn.Module):
         """(B, T, H) to (B, T, H)."""
         return self.weights.unflatten(-1, (x.shape[-2], x.shape[-2]))[..., None, :, :] @ x
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class CrossStitchLevel(Level):
     """A tower per (task, modality), all of one width; then each modality's signals are mixed across tasks.
@@ -92,9 +105,11 @@ class CrossStitchLevel(Level):
         super().__init__("architecture", paths, widths, spec)
         readers = {m: [path for (_, modality), path in self.paths.items() if modality == m] for _, m in self.paths}
         self.readers = {m: found for m, found in sorted(readers.items()) if len(found) > 1}
-        self.mixing = nn.ModuleDict({module_name(m): CrossStitch(len(found)) for m, found in self.readers.items()})
+        self.mixing: ModuleDict[CrossStitch] = ModuleDict(
+            {module_name(m): CrossStitch(len(found)) for m, found in self.readers.items()}
+        )
 
-    def forward(self, signals: dict[Path, Features]) -> dict[Path, Features]:
+    def forward(self, signals: Mapping[Path, Features]) -> dict[Path, Tensor]:
         outputs = super().forward(signals)
         for m, readers in self.readers.items():
             mixed = self.mixing[module_name(m)](torch.stack([outputs[path] for path in readers], dim=-2))
@@ -123,30 +138,34 @@ class ExpertsLevel(nn.Module):
         self.paths: dict[Pair, Path] = {pair: (*paths[pair], pair) for pair in self.sources}
         self.widths: dict[Path, Width] = dict.fromkeys(self.paths.values(), Width(hidden_dim))
         width = common_width({widths[path] for path in paths.values()})
-        self.adapters, self.gates = nn.ModuleDict(), nn.ModuleDict()
+        self.adapters: ModuleDict[Linear | SparseLinear] = ModuleDict()
+        self.gates: ModuleDict[Linear | SparseLinear] = ModuleDict()
         for (_, m), source in self.sources.items():
             if width is None and module_name(m) not in self.adapters:
                 self.adapters[module_name(m)] = make_linear(widths[source], hidden_dim)
-        self.towers = nn.ModuleList(
+        self.towers: ModuleList[Tower] = ModuleList(
             Tower(width or Width(hidden_dim), hidden_dim, spec.dropout) for _ in range(spec.num_experts)
         )
         for pair, source in self.sources.items():
             self.gates[module_name(*pair)] = make_linear(widths[source], spec.num_experts)
 
-    def forward(self, signals: dict[Path, Features]) -> dict[Path, Features]:
+    def forward(self, signals: Mapping[Path, Features]) -> dict[Path, Tensor]:
         """signals: path -> (B, D). Returns this level's paths -> (B, H)."""
         opinions: dict[Path, Tensor] = {}  # signal in -> (B, E, H)
         for source in dict.fromkeys(self.sources.values()):
             adapter, x = module_name(str(source[0])), signals[source]
             x = self.adapters[adapter](x) if adapter in self.adapters else x
             opinions[source] = torch.stack([tower(x) for tower in self.towers], dim=-2)
-        outputs: dict[Path, Features] = {}
+        outputs: dict[Path, Tensor] = {}
         for pair, source in self.sources.items():
-            gate = self.gates[module_name(*pair)](signals[source]).softmax(dim=-1)  # (B, E)
+            gate: Tensor = self.gates[module_name(*pair)](signals[source]).softmax(dim=-1)  # (B, E)
             outputs[self.paths[pair]] = (gate[..., None] * opinions[source]).sum(dim=-2)
         return outputs
 
-    def tower(self, pair: Pair) -> nn.Module:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def tower(self, pair: Pair) -> ModuleList[Tower]:
         """What works on the pair's signal: the experts, the same for all."""
         return self.towers
 
@@ -162,7 +181,9 @@ def common_width(widths: set[Width]) -> Width | None:
     return next(iter(widths)) if len(widths) == 1 else None
 
 
-LEVELS: dict[str, type[Level | ExpertsLevel]] = {
+AnyLevel: TypeAlias = Level | ExpertsLevel
+
+LEVELS: dict[str, type[AnyLevel]] = {
     **dict.fromkeys(SCHEMES, Level),
     "cross_stitch": CrossStitchLevel,
     "mmoe": ExpertsLevel,

@@ -18,13 +18,14 @@ Axes: B batch, N train rows, M modalities, D features of one modality.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmkt_ray.errors import DataError
+from mmkt_ray.models.containers import ModuleDict
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.sparse import SparseBatch, sparse_matmul
 from mmkt_ray.models.towers import Features, Width
@@ -79,6 +80,9 @@ class LinearMap(nn.Module):
         product = sparse_matmul(x, self.weight) if isinstance(x, SparseBatch) else x @ self.weight
         return product + self.bias
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class Generators(nn.Module):
     """Predicts a modality's standardised features from each other one's by ridge regression; the mean of those present.
@@ -92,7 +96,7 @@ class Generators(nn.Module):
         """widths: of the standardised features by modality; sources: target -> modalities that it is predicted from."""
         super().__init__()
         self.sources = {target: sorted(names) for target, names in sorted(sources.items()) if names}
-        self.maps = nn.ModuleDict()
+        self.maps: ModuleDict[LinearMap] = ModuleDict()
         for target, names in self.sources.items():
             for source in names:
                 self.maps[module_name(target, source)] = LinearMap(widths[source], widths[target].dim)
@@ -106,6 +110,9 @@ class Generators(nn.Module):
             total = torch.where(there[..., None], guesses, 0.0).sum(dim=-2)
             generated[target] = total / there.sum(dim=-1, keepdim=True).clamp(min=1)
         return generated
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def fit(self, features: Mapping[str, Any], present: Mapping[str, np.ndarray]) -> None:
         """Set all maps from standardised train rows.

@@ -12,21 +12,24 @@ of P members (`layers.py`; sparse features can't be stacked).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkt_ray.models.fusion import FUSIONS
-from mmkt_ray.models.levels import LEVELS, Path
+from mmkt_ray.models.containers import ModuleDict, ModuleList
+from mmkt_ray.models.dropout import Dropout
+from mmkt_ray.models.fuses import Masks, Parts
+from mmkt_ray.models.fusion import FUSIONS, Fusion, Head
+from mmkt_ray.models.levels import LEVELS, AnyLevel, Path
 from mmkt_ray.models.missing import FILLS, Generators, fill_presence, hide_modalities
 from mmkt_ray.models.sharing import Pair, module_name, shares_tasks
 from mmkt_ray.models.spec import ModelSpec, generator_sources
 from mmkt_ray.models.towers import Features, InputStage, Width
 
-Signals = dict[Pair, Features]  # (task, modality) -> (B, H)
+Signals = Mapping[Pair, Features]  # (task, modality) -> (B, H)
 
 
 class MultimodalModel(nn.Module):
@@ -44,7 +47,7 @@ class MultimodalModel(nn.Module):
         modalities, tasks = sorted(spec.modalities), sorted(spec.tasks)
         self.reads = {t: tuple(sorted(spec.inputs[t])) for t in tasks}  # task -> modalities
         self.register_buffer("modality_dropout", torch.tensor(spec.modality_dropout), persistent=False)
-        self.inputs = nn.ModuleDict()
+        self.inputs: ModuleDict[InputStage] = ModuleDict()
         self.paths: dict[Pair, Path] = {(t, m): (m,) for t in tasks for m in self.reads[t]}
         raw: dict[str, Width] = {}
         widths: dict[Path, Width] = {}
@@ -52,12 +55,13 @@ class MultimodalModel(nn.Module):
             raw[m] = Width(spec.modalities[m].dim, spec.modalities[m].sparse)
             stage = InputStage(raw[m], spec.missing if self.read_by(m) else "mask", spec.feature_dropout)
             self.inputs[module_name(m)], widths[m,] = stage, stage.width
-        self.levels = nn.ModuleList()
+        self.levels: ModuleList[AnyLevel] = ModuleList()
         for scheme in spec.schemes:
             level = LEVELS[scheme](scheme, self.paths, widths, spec)
             self.levels.append(level)
             self.paths, widths = level.paths, level.widths
-        self.fusions, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        self.fusions: ModuleDict[Fusion] = ModuleDict()
+        self.heads: ModuleDict[Head] = ModuleDict()
         for t in tasks:
             name = self._fusion_name(t)
             if name not in self.fusions:
@@ -68,6 +72,14 @@ class MultimodalModel(nn.Module):
         self.generators = Generators(raw, generator_sources(spec))
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
+
+    def input_stage(self, modality: str) -> InputStage:
+        """What brings a modality's features to unit scale."""
+        return self.inputs[module_name(modality)]
+
+    def head(self, task: str) -> Head:
+        """What predicts a task."""
+        return self.heads[module_name(task)]
 
     def read_by(self, modality: str) -> list[str]:
         """The tasks that read a modality."""
@@ -90,18 +102,23 @@ class MultimodalModel(nn.Module):
         needed = {m for target, sources in self.generators.sources.items() for m in (target, *sources)}
         scaled = {}
         for m in sorted(needed):
-            mean, std = (x.cpu().numpy() for x in (self.inputs[module_name(m)].mean, self.inputs[module_name(m)].std))
+            mean, std = (x.cpu().numpy() for x in (self.input_stage(m).mean, self.input_stage(m).std))
             scaled[m] = features[m] / std if self.spec.modalities[m].sparse else (features[m] - mean) / std
         self.generators.fit(scaled, present)
 
-    def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """features: modality -> (B, D_m) tensor or SparseBatch; present: modality -> (B,) bool.
 
         Returns task -> logits (B, C), of a stack (P, B, C). What an absent modality's features hold has no influence.
         """
         return self.decide(*self.encode(features, present))
 
-    def encode(self, features: dict[str, Features], present: dict[str, Tensor]) -> tuple[Signals, dict[str, Tensor]]:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def encode(
+        self, features: Mapping[str, Features], present: Mapping[str, Tensor]
+    ) -> tuple[Signals, dict[str, Tensor]]:
         """What the towers hand to the fusion, and which modalities count as present there: modality -> (B,) bool.
 
         Missing modalities are treated as the strategy says, and in training some are hidden. Pairs that share all towers
@@ -110,26 +127,27 @@ class MultimodalModel(nn.Module):
         present = {m: present[m] for m in sorted(self.spec.modalities)}
         if self.training:
             present = hide_modalities(present, self.modality_dropout, self.reads.values())
-        scaled = {m: self.inputs[module_name(m)].standardize(features[m], present[m]) for m in present}
+        scaled = {m: self.input_stage(m).standardize(features[m], present[m]) for m in present}
         generated = self.generators(scaled, present)
-        signals: dict[Path, Features] = {
-            (m,): self.inputs[module_name(m)](scaled[m], present[m], generated.get(m)) for m in present
+        signals: Mapping[Path, Features] = {
+            (m,): self.input_stage(m)(scaled[m], present[m], generated.get(m)) for m in present
         }
         for level in self.levels:
             signals = level(signals)
         filled = fill_presence(present) if self.spec.missing in FILLS else present
         return {pair: signals[path] for pair, path in self.paths.items()}, filled
 
-    def decide(self, signals: Signals, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def decide(self, signals: Signals, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `encode` returned, or a change of it -> task -> logits (B, C)."""
-        fused: dict[Any, Any] = {}  # tasks that share the fusion and all it reads share the work too
+        # tasks that share the fusion and all it reads share the work too
+        fused: dict[Hashable, tuple[Parts, Masks]] = {}
         logits = {}
         for t, modalities in self.reads.items():
             name, reads = self._fusion_name(t), {m: signals[t, m] for m in modalities}
             work = (name, *map(id, reads.values()))
             if work not in fused:
                 fused[work] = self.fusions[name](reads, {m: present[m] for m in modalities})
-            logits[t] = self.heads[module_name(t)](*fused[work])
+            logits[t] = self.head(t)(*fused[work])
         return logits
 
     def tower(self, level: int, task: str, modality: str) -> nn.Module:
@@ -146,6 +164,17 @@ class MultimodalModel(nn.Module):
             prefixes.append([f"levels.{i}.{name}." for name in level.modules_of(modality)])
         names = list(self.state_dict())
         return [[name for name in names if name.startswith(tuple(stage))] for stage in prefixes]
+
+    def parts(self) -> list[nn.Module]:
+        """All that is trained, from bottom to top: input stages, levels, fusions, heads."""
+        return [self.inputs, *self.levels, self.fusions, self.heads]
+
+    def dropout_rates(self) -> dict[str, str]:
+        """The buffers that hold rates of dropout: name -> the field of the spec that it is."""
+        of_features = set(self.inputs.modules())
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, Dropout)}
+        found = {f"{n}.rate": "feature_dropout" if d in of_features else "dropout" for n, d in layers.items()}
+        return {"modality_dropout": "modality_dropout", **found}
 
     def num_parameters_by_part(self) -> dict[str, int]:
         """Trained numbers in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`."""

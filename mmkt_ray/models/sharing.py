@@ -40,3 +40,10 @@ def shares_tasks(scheme: str) -> bool:
 def module_name(*key: str) -> str:
     """Name of a key's module, injective and legal in any `nn.ModuleDict`: `[topic,image]`, `[image]`, `[]`."""
     return "[" + ",".join(quote(part, safe=" ").replace(".", "%2E") for part in key) + "]"
+
+
+def without_key(name: str) -> str:
+    """A parameter's name without the key of its module, the same for all that play the same part:
+    `levels.0.towers.[topic,text].linear.weight` -> `levels.0.towers..linear.weight`."""
+    start, end = name.find("["), name.rfind("]")
+    return name if start < 0 else name[:start] + name[end + 1 :]

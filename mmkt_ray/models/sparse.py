@@ -23,7 +23,8 @@ class SparseBatch(NamedTuple):
 
     def to(self, device: torch.device) -> SparseBatch:
         """The same rows on a device."""
-        return SparseBatch(*(part if part is None else part.to(device, non_blocking=True) for part in self))
+        parts = {name: part for name, part in self._asdict().items() if part is not None}
+        return self._replace(**{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
 
 class SparseLinear(nn.Module):

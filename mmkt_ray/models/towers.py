@@ -8,11 +8,13 @@ Sources: LayerNorm (https://arxiv.org/abs/1607.06450), dropout (https://jmlr.org
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from mmkt_ray.models.containers import ModuleDict
 from mmkt_ray.models.dropout import Dropout
 from mmkt_ray.models.layers import Linear, add_products, masked, norm_drop
 from mmkt_ray.models.sharing import module_name
@@ -41,27 +43,34 @@ class ConcatLinear(nn.Module):
 
     def __init__(self, widths: dict[str, Width], out_dim: int) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict()
+        self.parts: ModuleDict[Linear | SparseLinear] = ModuleDict()
         for name, width in sorted(widths.items()):
             self.parts[module_name(name)] = make_linear(width, out_dim, bias=False)
         with torch.no_grad():
             for part in self.parts.values():
-                part.weight /= math.sqrt(len(widths))  # the concatenation's fan-in, not the part's
+                part.weight.div_(math.sqrt(len(widths)))  # the concatenation's fan-in, not the part's
         self.bias = nn.Parameter(torch.zeros(out_dim))
 
-    def forward(self, parts: dict[str, Features], present: dict[str, Tensor]) -> Tensor:
+    def layer(self, name: str) -> Linear | SparseLinear:
+        """The linear map of one part."""
+        return self.parts[module_name(name)]
+
+    def forward(self, parts: Mapping[str, Features], present: Mapping[str, Tensor]) -> Tensor:
         """parts: name -> (B, D_name); present: name -> (B,) bool, all rows where a name is missing. Returns (B, H)."""
-        named = [(name, self.parts[module_name(name)]) for name in sorted(parts)]
-        total = self.bias
+        names = sorted(parts)
+        total: Tensor = self.bias
         if total.ndim == 2:  # a stack: its dense parts go into one result
-            dense = [(n, layer) for n, layer in named if not isinstance(parts[n], SparseBatch)]
-            named = [item for item in named if item not in dense]
-            products = [(parts[n], layer.weight, present.get(n)) for n, layer in dense]
+            dense = {n: x for n in names if isinstance(x := parts[n], Tensor)}
+            products = [(x, self.layer(n).weight, present.get(n)) for n, x in dense.items()]
             total = add_products(total, products) if products else total[:, None]
-        for name, layer in named:
-            y = layer(parts[name])
+            names = [n for n in names if n not in dense]
+        for name in names:
+            y: Tensor = self.layer(name)(parts[name])
             total = total + (masked(y, present[name]) if name in present else y)
         return total
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class InputStage(nn.Module):
@@ -109,6 +118,9 @@ class InputStage(nn.Module):
             x = torch.where(present[..., None], x, -self.mean / self.std)
         return self.dropout(x)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class Tower(nn.Module):
     """One level's work on one signal: linear, layer norm, ReLU, dropout. (B, D) -> (B, H)."""
@@ -121,3 +133,6 @@ class Tower(nn.Module):
 
     def forward(self, x: Features) -> Tensor:
         return norm_drop(self.linear(x), self.norm, self.dropout, relu=True)
+
+    if TYPE_CHECKING:
+        __call__ = forward

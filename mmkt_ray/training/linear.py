@@ -32,8 +32,8 @@ from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
+from mmkt_ray.models.fusion import LinearHead
 from mmkt_ray.models.missing import mean_squared_norm
-from mmkt_ray.models.sharing import module_name
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.logistic import Block, Problem, make_block, minimise
@@ -158,7 +158,7 @@ class _Solver:
         self.blocks: dict[str, Block] = {}
         self.scales: dict[str, float] = {}
         for m, features in table.features.items():
-            stage = model.inputs[module_name(m)]
+            stage = model.input_stage(m)
             x = standardised(features, table.present[m], rows, stage.mean.numpy(), stage.std.numpy())
             self.scales[m] = float((table.present[m][rows].mean() or 1.0) / mean_squared_norm(x)) ** 0.5
             x *= np.float32(self.scales[m])
@@ -240,11 +240,12 @@ def standardised(
 
 def _set_weights(model: MultimodalModel, task: str, weights: Weights) -> None:
     """The solved numbers in the task's head."""
-    head = model.heads[module_name(task)]
+    head = model.head(task)
+    assert isinstance(head, LinearHead)  # see `is_linear`
     with torch.no_grad():
         for m, values in weights[0].items():
             sparse = model.spec.modalities[m].sparse
-            head.parts[module_name(m)].weight.copy_(torch.from_numpy(values if sparse else values.T))
+            head.layer(m).weight.copy_(torch.from_numpy(values if sparse else values.T))
         head.bias.copy_(torch.from_numpy(weights[1]))
 
 

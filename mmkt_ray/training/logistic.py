@@ -82,15 +82,15 @@ def make_block(features: Features) -> Block:
         energy = np.asarray(x.multiply(x).sum(axis=0)).ravel().astype(np.float32)
         return Block(x, None, torch.from_numpy(energy), columns=columns, width=features.shape[1])
     x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
-    rows, columns = x.shape
-    if min(rows, columns) > MAX_ROTATED or not columns:
+    num_rows, width = x.shape
+    if min(num_rows, width) > MAX_ROTATED or not width:
         return Block(x, None, x.square().sum(dim=0))
-    if columns > rows:
+    if width > num_rows:
         return _wide_block(x)
-    some = x[torch.from_numpy(evenly(np.arange(rows), GRAM_ROWS * columns))]
+    some = x[torch.from_numpy(evenly(np.arange(num_rows), GRAM_ROWS * width))]
     energy, axes = torch.linalg.eigh((some.T @ some).double())
-    basis, energy = axes.float(), energy.clamp(min=0).float() * (rows / len(some))
-    return Block(x @ basis, None, energy, back=basis) if rows <= TURNED_ROWS * columns else Block(x, basis, energy)
+    basis, energy = axes.float(), energy.clamp(min=0).float() * (num_rows / len(some))
+    return Block(x @ basis, None, energy, back=basis) if num_rows <= TURNED_ROWS * width else Block(x, basis, energy)
 
 
 def _wide_block(x: Tensor) -> Block:
@@ -177,7 +177,7 @@ class Problem:
         """(F K,) float64 inner products of (P, F K), over all that belongs to a problem."""
         return self.together(column_dots(a, b))
 
-    def products(self, weights: Tensor, index: int) -> Tensor:
+    def products(self, weights: Sequence[Tensor], index: int) -> Tensor:
         """Logits (B, F K) of a chunk. weights: `mapped`."""
         logits = weights[-1][-1].expand(self.chunks[index].stop - self.chunks[index].start, -1).clone()
         for pieces, own in zip(self.pieces, weights, strict=False):

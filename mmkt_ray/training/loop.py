@@ -24,7 +24,6 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
-from mmkt_ray.models.sharing import module_name
 from mmkt_ray.scoring.heldout import as_train
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
@@ -153,8 +152,8 @@ class Fitting:
         table, train_rows = training_rows(config, table, targets)
         torch.manual_seed(self.seed)
         self.model = build_model(config, table).to(world.device)
-        self.taken_over = take_over(self.model, knowledge)  # names, stage by stage
-        self.stds = {m: self.model.inputs[module_name(m)].std for m in table.features}
+        self.taken_over = take_over(self.model, knowledge)  # stage by stage
+        self.stds = {m: self.model.input_stage(m).std for m in table.features}
         if self.training.generate:
             table, train_rows = add_synthetic(table, train_rows, self.training.generate, self.seed)
         self.table, self.train_rows, self.val_rows = table, train_rows, usable_rows(table, "val")
@@ -229,18 +228,18 @@ class Fitting:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.training.lr * rate(step, self.num_epochs * num_steps)
             total += self.learner.gradients(self.net, augment_batch(batch, self.training.augment, self.stds))
-            freeze(self.model, frozen)
+            freeze(frozen)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.world.size > 1:
             dist.all_reduce(total)
         return total.item() / num_steps
 
-    def _frozen(self, epoch: int) -> set[str]:
+    def _frozen(self, epoch: int) -> list[nn.Parameter]:
         """Parameters that were taken over and do not learn in this epoch."""
         num_stages = len(self.taken_over)
         learning = trainable_stages(self.training.transfer.tuning, num_stages, epoch, self.num_epochs)
-        return {name for stage in set(range(num_stages)) - learning for name in self.taken_over[stage]}
+        return [p for stage, parameters in enumerate(self.taken_over) if stage not in learning for p in parameters]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Flat tensors `learner.*`, `best.*`, `optimizer.<parameter>.*`, and the JSON-able rest."""
@@ -296,7 +295,7 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
     model = MultimodalModel(spec_of(config, table))
     for m, features in table.features.items():
         statistics = feature_statistics(features, table.present[m] & (table.split == "train"))
-        model.inputs[module_name(m)].set_statistics(*statistics)
+        model.input_stage(m).set_statistics(*statistics)
     if config.model.missing == "generate":
         train = table.rows("train")
         model.fit_generators(

@@ -109,7 +109,7 @@ class Population:
         model = self.run.model
         # the parameters in the order of the columns of `weights`: matrices, which decay, come first
         self.layout: list[tuple[str, nn.Parameter]] = sorted(model.named_parameters(), key=lambda item: item[1].ndim < 2)
-        self.rate_keys = {n: key for n, _ in model.named_buffers() if (key := _rate_key(n))}  # buffer -> of MEMBER_KEYS
+        self.rate_keys = {n: f"model.{field}" for n, field in model.dropout_rates().items()}  # buffer -> of MEMBER_KEYS
 
     def _views(self, flat: Tensor) -> Stack:
         """(P, N) as parameter name -> (P, ..)."""
@@ -271,15 +271,6 @@ class StackedObjective(Objective):
     def _row_losses(self, task: str, logits: Tensor, labels: Labels) -> Tensor:
         """See Objective: (P, B)."""
         return labels.kind.stacked_losses(logits + self.shifts[task], labels, self.weights[task], self.smoothing)
-
-
-def _rate_key(buffer: str) -> str | None:
-    """Which of MEMBER_KEYS a model's buffer is the rate of; None: of none."""
-    if buffer == "modality_dropout":
-        return "model.modality_dropout"
-    if not buffer.endswith(".rate"):
-        return None
-    return "model.feature_dropout" if buffer.startswith("inputs.") else "model.dropout"
 
 
 def _column(config: Config, members: Sequence[Mapping[str, Any]], key: str) -> Tensor:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from mmkt_ray.encoders.base import Training
@@ -74,7 +75,7 @@ def choose(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Parameter]
         layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         for _, layer in layers:
             parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, section.rank, generator))
-            layer.parametrizations.weight.original.requires_grad_(False)
+            layer.get_parameter("parametrizations.weight.original").requires_grad_(False)
         if not layers:
             raise ConfigError("adapt.how: lora changes linear layers, and this network has none: use last_layers or full")
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -91,7 +92,9 @@ def blocks_of(model: nn.Module) -> str:
 
 
 def _num_blocks(model: nn.Module) -> int:
-    return len(model.get_submodule(blocks_of(model)))
+    blocks = model.get_submodule(blocks_of(model))
+    assert isinstance(blocks, nn.ModuleList | nn.Sequential)
+    return len(blocks)
 
 
 def kept(trained: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -235,9 +238,9 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.section.weight_decay)
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.bad_epochs, self.epoch = float("inf"), 0, 0
-        self.replica: nn.Module = self.net
+        self.replica: Net | DistributedDataParallel = self.net
         if training.world_size > 1:
-            self.replica = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
+            self.replica = DistributedDataParallel(self.net, broadcast_buffers=False)
 
     def _used(self, chosen: dict[str, nn.Parameter], values: np.ndarray) -> dict[str, nn.Parameter]:
         """Those that the features depend on; the others, such as a pooler that is not read, stay as they are."""
@@ -284,8 +287,8 @@ class _Run:
         parts = list(np.array_split(share, min(section.accumulate, max(1, len(share)))))
         totals = torch.zeros(3, device=training.device)
         for i, part in enumerate(parts):
-            alone = training.world_size > 1 and i < len(parts) - 1
-            with self.replica.no_sync() if alone else nullcontext():
+            last, replica = i == len(parts) - 1, self.replica
+            with nullcontext() if last or not isinstance(replica, DistributedDataParallel) else replica.no_sync():
                 loss, found = self._loss(part if len(part) else rows[:1], (number, training.rank, i))
                 # DDP takes the mean over workers, whose shares of a batch may differ by one value.
                 (loss * (training.world_size / len(rows) * bool(len(part)))).backward()

@@ -153,7 +153,7 @@ class WhisperNetwork(SoundNetwork):
         return int(self.settings.d_model)
 
     def open(self) -> tuple[nn.Module, str]:
-        model, _ = folders.open_network(self.folder, "WhisperModel")
+        model: Any = folders.open_network(self.folder, "WhisperModel")[0]
         return model.get_encoder(), self._digest()
 
     def pooled(self, clips: list[np.ndarray]) -> Tensor:

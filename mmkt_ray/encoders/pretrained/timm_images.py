@@ -59,7 +59,7 @@ class TimmImageEncoder(PretrainedImageEncoder):
             raise unknown_name("timm architecture", architecture, timm.list_models())
         self.architecture = architecture
         with torch.device("meta"):
-            network = self._network()
+            network: Any = self._network()
         self.dim = int(network.head_hidden_size if hasattr(network, "head_hidden_size") else network.num_features)
         self.settings = timm.data.resolve_model_data_config(network)
         self.mean, self.std = (tuple(255 * v for v in self.settings[k]) for k in ("mean", "std"))

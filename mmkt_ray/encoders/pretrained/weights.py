@@ -41,7 +41,7 @@ class FixedWeights(ABC):
         """Take the network, frozen, if that is not done yet."""
         if self.model is None:
             model, self.digest = self.open()
-            self.model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+            self.model = model.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         self.load()

@@ -122,6 +122,7 @@ class GradientBlending(UnimodalHeads):
     """
 
     EVERY, FLOOR, SMALLEST_GAP = 5, 0.1, 0.01  # epochs, share, nats
+    exists: Tensor
     shares: Tensor
     before: Tensor
 
@@ -219,10 +220,10 @@ class MMPareto(UnimodalHeads):
         for m in self.modalities:
             losses = self.objective.of_batch(alone[m], batch.restrict(m, seen[m]))
             unimodal = torch.stack([factors[t] * losses[t] for t in losses]).sum()
-            gradient = self._gradient(unimodal, parameters)
-            total |= {p: total[p] + g if p in total else g for p, g in gradient.items()}
-            own = [p for p in self.own[m] if p in joint and p in gradient]
-            combined = pareto([joint[p] for p in own], [gradient[p] for p in own])
+            unimodal_gradient = self._gradient(unimodal, parameters)
+            total |= {p: total[p] + g if p in total else g for p, g in unimodal_gradient.items()}
+            own = [p for p in self.own[m] if p in joint and p in unimodal_gradient]
+            combined = pareto([joint[p] for p in own], [unimodal_gradient[p] for p in own])
             total |= dict(zip(own, combined, strict=True))
             loss = loss + unimodal.detach()
         for p, gradient in total.items():

@@ -68,6 +68,7 @@ class GradNorm(TaskWeighting):
     """
 
     ALPHA, RATE, SMALLEST = 1.5, 0.025, 0.01
+    chance_losses: Tensor
     weights: Tensor
 
     def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
@@ -127,25 +128,20 @@ def shared_parameters(model: MultimodalModel, losses: Mapping[str, Tensor]) -> l
 
     Raises: ConfigError if the tasks share no parameters.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
-    reached = [
-        torch.autograd.grad(losses[t], [p for _, p in named], retain_graph=True, allow_unused=True)
-        for t in sorted(losses)
-    ]
-    shared = [
-        item for item, gs in zip(named, zip(*reached, strict=True), strict=True) if all(g is not None for g in gs)
-    ]
-    if not shared:
-        raise ConfigError(
-            "training.task_weighting: gradnorm compares the tasks' gradients on parameters that they share, and these tasks "
-            f"share none (model.sharing {', '.join(model.spec.schemes) or 'without towers'}): share towers, or use uncertainty"
-        )
-    return [p for name, p in shared if part_of(name) == part_of(shared[-1][0])]
-
-
-def part_of(name: str) -> str:
-    """`levels.1.towers.[image].linear.weight` -> `levels.1`, `fusions.[].x` -> `fusions`."""
-    return ".".join(name.split(".")[: 2 if name.startswith("levels.") else 1])
+    for part in reversed(model.parts()):
+        matrices = [p for p in part.parameters() if p.requires_grad and p.ndim >= 2]
+        reached = [
+            torch.autograd.grad(losses[t], matrices, retain_graph=True, allow_unused=True) if matrices else ()
+            for t in sorted(losses)
+        ]
+        gradients = zip(*reached, strict=True)  # of each matrix, by task
+        shared = [p for p, gs in zip(matrices, gradients, strict=True) if all(g is not None for g in gs)]
+        if shared:
+            return shared
+    raise ConfigError(
+        "training.task_weighting: gradnorm compares the tasks' gradients on parameters that they share, and these tasks "
+        f"share none (model.sharing {', '.join(model.spec.schemes) or 'without towers'}): share towers, or use uncertainty"
+    )
 
 
 TASK_WEIGHTINGS: dict[str, type[TaskWeighting]] = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkt_ray import storage
 from mmkt_ray.config import TransferConfig
@@ -24,6 +24,7 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel, Predictor, fused_part
+from mmkt_ray.models.sharing import without_key
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
 # --- initialisation --------------------------------------------------------------------------------------------------
 
 
-def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[str]]:
+def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Parameter]]:
     """Copy each modality's input stage and towers from its source, of one with experts the fused part, into `model`.
 
-    Returns the parameter names that were taken over, stage by stage: input, level 1, ... Where the source has one tower
+    Returns the parameters that were taken over, stage by stage: input, level 1, ... Where the source has one tower
     for what are several here (or the other way round) the first one serves. Fusion and heads start afresh.
 
     Raises: ConfigError if a source has no such modality, or its towers have other shapes.
     """
-    stages: list[list[str]] = []
+    stages: list[dict[str, None]] = []  # names, each once
     for modality, source in sorted(knowledge.init.items()):
         given_model = fused_part(source.model)
         if not isinstance(given_model, MultimodalModel):
@@ -92,20 +93,21 @@ def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[str]]:
             )
         given = given_model.state_dict()
         for number, (names, candidates) in enumerate(zip(own, theirs, strict=True)):
-            copied = _copy_stage(model, names, {name: given[name] for name in candidates}, modality)
-            stages += [[] for _ in range(number + 1 - len(stages))]
-            stages[number] += [name for name in copied if name not in stages[number]]
-    return stages
+            _copy_stage(model, names, {name: given[name] for name in candidates}, modality)
+            stages += [{} for _ in range(number + 1 - len(stages))]
+            stages[number] |= dict.fromkeys(names)
+    parameters = dict(model.named_parameters())
+    return [[parameters[name] for name in stage if name in parameters] for stage in stages]  # the rest are buffers
 
 
-def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tensor], modality: str) -> list[str]:
+def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tensor], modality: str) -> None:
     """Fill `names` of the model from `given`: the same name, else the first one that plays the same part."""
     own = model.state_dict()
     by_part: dict[str, Tensor] = {}
-    for name, value in given.items():
-        by_part.setdefault(part_of(name), value)
+    for name, tensor in given.items():
+        by_part.setdefault(without_key(name), tensor)
     for name in names:
-        value = given.get(name, by_part.get(part_of(name)))
+        value = given.get(name, by_part.get(without_key(name)))
         if value is None or value.shape != own[name].shape:
             raise ConfigError(
                 f"training.transfer.init.{modality}: '{name}' is {tuple(own[name].shape)} here and "
@@ -113,13 +115,6 @@ def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tenso
                 "encoder and reduce alike"
             )
         own[name].copy_(value)  # state_dict holds the parameters themselves
-    return names
-
-
-def part_of(name: str) -> str:
-    """What a parameter is, whatever pair it belongs to: `levels.0.towers.[topic,text].linear.weight` without `[..]`."""
-    start, end = name.find("["), name.rfind("]")
-    return name if start < 0 else name[:start] + name[end + 1 :]
 
 
 def trainable_stages(tuning: str, num_stages: int, epoch: int, num_epochs: int) -> set[int]:
@@ -135,12 +130,10 @@ def trainable_stages(tuning: str, num_stages: int, epoch: int, num_epochs: int) 
     return set(range(max(0, num_stages - num_free), num_stages))
 
 
-def freeze(model: torch.nn.Module, names: Iterable[str]) -> None:
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
     """Take away these parameters' gradients, so that the optimiser leaves them as they are (weight decay too)."""
-    parameters = dict(model.named_parameters())
-    for name in names:
-        if name in parameters:  # the rest are buffers
-            parameters[name].grad = None
+    for parameter in parameters:
+        parameter.grad = None
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------
