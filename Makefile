@@ -11,7 +11,8 @@ export UV_SYSTEM_CERTS ?= 1
 .PHONY: help env demo quick test test-fuzz test-cluster lint types docs lock clean
 
 PYTEST = $(BIN)/python -m pytest
-# A file at a time on each core: much of a test on Ray is waiting. Files keep together, because their tests share runs.
+# A file at a time on each core: much of a test on Ray is waiting. Files keep together, because their tests share runs, and
+# come in the order of tests/conftest.py: the longest first.
 SIDE_BY_SIDE = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 help:  ## this list

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from mmkt_ray.errors import DataError
+
 NAMES = ("export", "serve", "compare")
 
 
@@ -42,6 +44,8 @@ def run_command(args: argparse.Namespace) -> str:
         return str(export_model(args.model, args.to, args.out, trust_code=args.trust_code))
     if args.command == "serve":
         return _serve(args)
+    if len(args.runs) < 2:
+        raise DataError("mmkt compare takes at least two folders: the others are held against the first")
     from mmkt_ray.report.side_by_side import compare_runs
 
     return compare_runs(args.runs, args.html)

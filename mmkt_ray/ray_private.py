@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import inspect
 import logging
 import os
 import signal
@@ -29,6 +30,11 @@ NOISE = "has constructor arguments in the object store and max_restarts > 0"
 CLEANER = "PlacementGroupCleanerCallback"  # reason: see `trainer_class`
 # Reason: a command that ends at once must stop Ray's servers before the others, and Ray gives out no process numbers.
 SERVERS = {"raylet", "gcs_server"}  # names of processes
+OWN_SCRIPT = "MMKT_RAY_SETUP_WORKER"  # an environment variable of ours, see `workers_from`
+WORKER_MODULES = (  # reason: what a worker and an actor of Ray Data import, for `workers_from`
+    "ray._private.workers.default_worker",
+    "ray.data._internal.execution.operators.actor_pool_map_operator",
+)
 WORKER_TITLE = "ray::"  # how the title of a worker or an agent begins
 
 
@@ -62,16 +68,62 @@ def without_dashboard() -> Iterator[None]:
 
     Reason: with `include_dashboard=False` Ray starts the dashboard's process all the same, for usage statistics alone, and
     waits for it; the autoscaler's one does nothing on a single machine. Without them Ray starts in two thirds of the time.
+    The agent that a node has for the dashboard must be; it is the small one, as where Ray is installed without a dashboard.
     """
+    from ray._private import utils
     from ray._private.node import Node
 
-    before = Node.start_api_server, Node.start_monitor
+    before = Node.start_api_server, Node.start_monitor, utils.get_dashboard_dependency_error
     Node.start_api_server = lambda self, **_: None
     Node.start_monitor = lambda self: None
+    utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
     try:
         yield
     finally:
-        Node.start_api_server, Node.start_monitor = before
+        Node.start_api_server, Node.start_monitor, utils.get_dashboard_dependency_error = before
+
+
+@contextmanager
+def workers_from(script: str, environment: dict[str, str]) -> Iterator[None]:
+    """A Ray that starts meanwhile starts its workers by that Python file, in an environment with these variables and the file
+    that Ray itself would take, as OWN_SCRIPT.
+
+    Reason: Ray starts a new interpreter for each worker. It can have that import ahead
+    (https://github.com/ray-project/ray/pull/33572), but cannot share what is imported.
+    """
+    from ray._private import services
+
+    start = services.start_raylet
+
+    def start_raylet(*args: Any, **options: Any) -> Any:
+        call = inspect.signature(start).bind(*args, **options)
+        own = {OWN_SCRIPT: call.arguments["setup_worker_path"]}
+        call.arguments["setup_worker_path"] = script
+        call.arguments["env_updates"] = {**(call.arguments.get("env_updates") or {}), **environment, **own}
+        return start(*call.args, **call.kwargs)
+
+    services.start_raylet = start_raylet
+    try:
+        yield
+    finally:
+        services.start_raylet = start
+
+
+def worker_environment() -> dict[str, str]:
+    """Of a process whose forks become workers.
+
+    Reason: Ray's C++ code reads its environment once, as it is imported. A worker must find a job there: with the id of none
+    it learns its job with its first task, as the workers do that Ray starts ahead. It ends when the process that
+    RAY_RAYLET_PID names is gone; here that is the driver, with which the raylet ends too.
+    """
+    return {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
+
+
+def set_variables(variables: dict[str, str]) -> None:
+    """Those of a runtime environment. Reason: they may name others, as ${HOME}."""
+    from ray._private.utils import update_envs
+
+    update_envs(variables)
 
 
 def shut_down(end: Callable[[], None]) -> None:

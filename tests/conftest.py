@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,21 @@ DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shar
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes a Ray is marked `ray`."""
+    """A test that takes a Ray is marked `ray`. Files that take long come first, so that no core has only one of them left."""
     for item in items:
         if "ray_local" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        seconds[item.path] += likely_seconds(item)
+    items.sort(key=lambda item: -seconds[item.path])  # stable: tests of a file stay together and in order
+
+
+def likely_seconds(item: pytest.Item) -> float:
+    """Roughly, by its marks."""
+    if limit := item.get_closest_marker("timeout"):
+        return float(limit.args[0]) / 10
+    return 3 if {"ray", "slow"} & {mark.name for mark in item.iter_markers()} else 0.1
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +57,11 @@ def ray_local() -> Iterator[None]:
     import ray
     from ray.data import DataContext
 
+    from mmkt_ray.cluster.local import forked_workers
     from mmkt_ray.ray_private import init_local, loopback_alone, without_dashboard
 
     temp_dir = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: socket paths end at 107 characters
-    with loopback_alone(), without_dashboard():
+    with forked_workers(temp_dir), loopback_alone(), without_dashboard():
         init_local(temp_dir, num_cpus=4, include_dashboard=False, object_store_memory=300 * 1024**2)
     context = DataContext.get_current()
     context.enable_progress_bars = False

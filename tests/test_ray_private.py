@@ -49,13 +49,22 @@ def test_patches_are_where_ray_looks_and_are_taken_back() -> None:
     assert "self.start_api_server(" in inspect.getsource(node.Node.start_head_processes)
     assert "self.start_monitor(" in inspect.getsource(node.Node.start_head_processes)
     assert "_global_node.kill_all_processes(" in inspect.getsource(worker.shutdown)
+    assert "services.start_raylet(" in inspect.getsource(node.Node.start_raylet)
+    assert {"setup_worker_path", "env_updates"} <= inspect.signature(services.start_raylet).parameters.keys()
+    assert "utils.get_dashboard_dependency_error()" in inspect.getsource(services.start_raylet)
 
     def state() -> tuple[object, ...]:
-        return ray_constants.ENABLE_RAY_CLUSTER, node.Node.start_api_server, node.Node.start_monitor, utils.set_sigterm_handler
+        patched = (node.Node.start_api_server, node.Node.start_monitor, utils.set_sigterm_handler, services.start_raylet)
+        return ray_constants.ENABLE_RAY_CLUSTER, *patched, utils.get_dashboard_dependency_error
 
     before, handler = state(), signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        with ray_private.loopback_alone(), ray_private.without_dashboard(), ray_private.keep_signals():
+        with (
+            ray_private.loopback_alone(),
+            ray_private.without_dashboard(),
+            ray_private.keep_signals(),
+            ray_private.workers_from("script", {}),
+        ):
             assert ray_constants.ENABLE_RAY_CLUSTER is False
             assert not [now for now, then in zip(state()[1:], before[1:], strict=True) if now is then]
         assert state() == before

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil  # comes with Ray, which the package has imported
 
+from mmkt_ray.cluster.fork_server import fork_server
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.ray_private import (
     SERVERS,
@@ -29,6 +30,7 @@ from mmkt_ray.ray_private import (
     shut_down,
     without_dashboard,
     without_noise,
+    workers_from,
 )
 
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
@@ -58,7 +60,7 @@ def start_local() -> None:
             f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
             "~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
         ) from None
-    with loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow():
+    with forked_workers(folder), loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow():
         init_local(
             f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -66,6 +68,17 @@ def start_local() -> None:
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
+
+
+@contextmanager
+def forked_workers(folder: str) -> Iterator[None]:
+    """A Ray that starts meanwhile forks its workers, see fork_server.py; the socket lies in `folder`. Nothing but on Linux:
+    a fork of a process with Apple's frameworks may crash."""
+    if sys.platform != "linux":
+        yield
+        return
+    with workers_from(*fork_server(folder)):
+        yield
 
 
 @contextmanager

@@ -34,13 +34,11 @@ class Table:
 
 
 def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
-    """The comparison as text; also as a page where `html_file` says. uris: run folders, of which the recommended model is
-    taken, or model folders; all evaluated.
+    """The comparison as text; also as a page where `html_file` says. uris: two or more run folders, of which the recommended
+    model is taken, or model folders; all evaluated.
 
-    Raises: DataError if there are fewer than two, one was not evaluated, or no two share a task.
+    Raises: DataError if one was not evaluated, or no two share a task.
     """
-    if len(uris) < 2:
-        raise DataError("mmkt compare takes at least two folders: the others are held against the first")
     models = [chosen_model(uri) for uri in uris]
     tables = compare_models(models)
     if not tables:

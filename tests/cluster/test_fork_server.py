@@ -1,0 +1,101 @@
+"""Workers that are forks: as Ray would have started them, only sooner."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmkt_ray.cluster import fork_server, forked_worker
+from mmkt_ray.cluster.fork_server import PRELOADED
+
+LOOK = """
+import json, os, signal, sys
+told = {"arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "variable": os.environ.get("OF_WORKER"),
+        "job": os.environ.get("RAY_JOB_ID"), "group": os.getpgid(0) == os.getpid(), "parent": os.getppid(),
+        "dies": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "random": __import__("numpy").random.random()}
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], list[str], dict[str, str]]]:
+    """A server without Ray, the command that stands for a worker and its environment."""
+    folder = tmp_path_factory.mktemp("server")
+    script, variables = fork_server.fork_server(str(folder), modules=["numpy"])
+    process = fork_server._servers.pop()
+    yield process, [sys.executable, script], os.environ | variables | {forked_worker.OWN_SCRIPT: str(folder / "none")}
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_fork_is_what_ray_asked_for(server: tuple, tmp_path: Path) -> None:
+    """Catches a worker with the arguments, folder, variables or output of another process, one that Ray ends with all others as
+    it ends its group, one with everybody's random numbers; and a server that outlives its driver."""
+    process, command, environment = server
+    script = tmp_path / "look.py"
+    script.write_text(LOOK)
+    context = {"command_prefix": [], "py_executable": sys.executable, "env_vars": {"OF_WORKER": "of ${OTHER}"}}
+    given = [str(script), "--first=1", f"{forked_worker.CONTEXT}{json.dumps(context)}", f"{forked_worker.LANGUAGE}PYTHON", "last"]
+    environment = environment | {"OTHER": "its own"}
+    runs = [
+        subprocess.run([*command, *given], env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=True)
+        for _ in range(2)
+    ]
+    assert not b"".join(done.stderr for done in runs)
+    told, again = (json.loads(done.stdout) for done in runs)
+    assert told.pop("random") != again.pop("random")
+    assert told == again == {
+        "arguments": [str(script), "--first=1", "last"], "path": str(tmp_path), "folder": str(tmp_path),
+        "variable": "of its own", "job": None, "group": True, "parent": process.pid, "dies": True,
+    }  # fmt: skip
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+def test_where_no_fork_can_be_ray_s_own_way_is_taken(tmp_path: Path) -> None:
+    """Catches a run that waits for a server which has died."""
+    own = tmp_path / "own.py"
+    own.write_text("import sys; print(sys.argv[1:])")
+    environment = os.environ | {forked_worker.SOCKET: str(tmp_path / "gone"), forked_worker.OWN_SCRIPT: str(own)}
+    command = [sys.executable, forked_worker.__file__, "worker.py", f"{forked_worker.LANGUAGE}PYTHON"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout == f"{command[2:]}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fork"),
+    [
+        ([], True),
+        (["--language=PYTHON", "--serialized-runtime-env-context={}"], True),
+        (["--language=JAVA"], False),
+        (['--serialized-runtime-env-context={"env_vars": {"A": "1"}, "command_prefix": []}'], True),
+        (['--serialized-runtime-env-context={"py_executable": "/other/python"}'], False),
+        (['--serialized-runtime-env-context={"command_prefix": ["source", "activate"]}'], False),
+        (['--serialized-runtime-env-context={"override_worker_entrypoint": "/in/container.py"}'], False),
+    ],
+)
+def test_what_cannot_be_a_fork(arguments: list[str], fork: bool) -> None:
+    """Catches a worker in the wrong interpreter or outside of its container."""
+    assert forked_worker.forkable(arguments) == fork
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_ray_takes_forks() -> None:
+    """Catches a Ray that starts workers otherwise, so that they are slow again and nobody sees it; and modules that are gone."""
+    import ray
+
+    def look() -> tuple[list[str], set[str], int]:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+        return parent, set(PRELOADED) - sys.modules.keys(), os.getpid()
+
+    parent, missing, pid = ray.get(ray.remote(look).remote())
+    assert fork_server.START in parent
+    assert not missing
+    os.kill(pid, signal.SIGKILL)
+    assert ray.get(ray.remote(look).remote())[2] != pid
