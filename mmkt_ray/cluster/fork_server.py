@@ -96,8 +96,9 @@ Request = tuple[dict[str, Any], socket.socket, list[int]]
 
 def next_request(listener: socket.socket) -> Request | None:
     """The next worker that Ray wants, the connection to its stand-in and the standard streams; None when the driver has ended."""
+    watched: list[Any] = [listener, 0]
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
+        ready, _, _ = select.select(watched, [], [])
         if 0 in ready:
             return None
         connection, _ = listener.accept()

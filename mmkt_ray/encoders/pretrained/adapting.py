@@ -311,7 +311,8 @@ class _Run:
         """Summed loss of rows; and loss, hits, number of rows (3,). step: of training, where values are augmented."""
         rows = np.sort(rows)
         x, y = (torch.from_numpy(column[rows]).to(self.training.device) for column in (self.data.values, self.data.labels))
-        net, smoothing = self.net, 0.0
+        net: nn.Module = self.net
+        smoothing = 0.0
         if step is not None:
             x, net, smoothing = self.augmented(x, (self.training.seed, *step)), self.replica, self.section.label_smoothing
         with autocast(self.training.device, self.precision):
