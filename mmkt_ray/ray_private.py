@@ -114,9 +114,11 @@ def worker_environment() -> dict[str, str]:
 
     Reason: Ray's C++ code reads its environment once, as it is imported. A worker must find a job there: with the id of none
     it learns its job with its first task, as the workers do that Ray starts ahead. It ends when the process that
-    RAY_RAYLET_PID names is gone; here that is the driver, with which the raylet ends too.
+    RAY_RAYLET_PID names is gone; here that is the driver, with which the raylet ends too. Where nothing is said of tokens,
+    `ray.init` turns them on in the driver's environment, which is too late for this process.
     """
-    return {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
+    told = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
+    return told | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
 
 
 def set_variables(variables: dict[str, str]) -> None:

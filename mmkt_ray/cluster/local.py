@@ -60,7 +60,7 @@ def start_local() -> None:
             f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
             "~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
         ) from None
-    with forked_workers(folder), loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow():
+    with loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow(), forked_workers(folder):
         init_local(
             f"{folder}/ray",  # Ray opens this one to everybody, hence the private one around it
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),

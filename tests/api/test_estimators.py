@@ -57,6 +57,21 @@ def test_rows_that_lack_something(fitted: mm.MultimodalClassifier) -> None:
     np.testing.assert_allclose(fitted.predict_proba(new)[1], [20 / 60] * 3)
 
 
+def test_numbers_are_predicted_in_their_own_unit(ray_local: None) -> None:
+    """Catches answers on the transformed scale, the seven classes that seven different numbers would make, and a row without
+    anything that has no answer."""
+    rows, prices = frame(90), {"red": 1.0, "green": 10.0, "blue": 100.0}
+    noise = np.random.default_rng(0).normal(0, 0.05, len(rows))
+    y = rows.pop("colour").map(prices).to_numpy() * np.exp(noise)
+    model = mm.MultimodalRegressor(encoders=ENCODERS, settings=QUICK, transform="log").fit(rows, y)
+    new = frame(12, start=100)
+    truth = new.pop("colour").map(prices).to_numpy()
+    assert model.score(new, truth) > 0.9
+    np.testing.assert_allclose(np.log(model.predict(new)), np.log(truth), atol=0.5)
+    new.loc[0, ["photo", "title"]] = None
+    assert model.predict(new)[0] == pytest.approx(y.mean())
+
+
 @pytest.mark.slow
 def test_it_works_in_cross_validation(ray_local: None) -> None:
     """Catches parameters that `clone` loses, and folds that read each other's shards."""
@@ -84,12 +99,13 @@ refuses by its tags (`two_d_array` is False): it reads images and texts. What th
 rows: missing y, lengths that differ, classes of any type, a refit, `clone`, answers before `fit`."""
 
 
+@pytest.mark.parametrize("estimator", [mm.MultimodalClassifier, mm.MultimodalRegressor])
 @pytest.mark.parametrize("check", CHECKS)
-def test_scikit_learns_own_checks(check: str) -> None:
+def test_scikit_learns_own_checks(check: str, estimator: type) -> None:
     """Catches parameters that are changed by __init__, not kept by clone, or unknown to get_params."""
     function: Callable[..., None] = getattr(estimator_checks, check)
     assert len(inspect.signature(function).parameters) == 2
-    function("MultimodalClassifier", mm.MultimodalClassifier())
+    function(estimator.__name__, estimator())
 
 
 def test_parameters_are_kept() -> None:

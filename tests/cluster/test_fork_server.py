@@ -99,3 +99,19 @@ def test_ray_takes_forks() -> None:
     assert not missing
     os.kill(pid, signal.SIGKILL)
     assert ray.get(ray.remote(look).remote())[2] != pid
+
+
+RAY_OF_ITS_OWN = """
+import ray
+from mmkt_ray.cluster import connect
+connect()
+print(ray.get(ray.remote(lambda: "answered").remote(), timeout=60), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_workers_know_the_token_that_ray_turns_on_by_itself(tmp_path: Path) -> None:
+    """Catches workers that Ray turns away, while the driver waits for ever: all other tests run with tokens turned off."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", RAY_OF_ITS_OWN], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["answered"], done.stderr
