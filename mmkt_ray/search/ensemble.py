@@ -113,7 +113,7 @@ def train_again(
     for key, indices in groups.items():
         own = space.configure(json.loads(key))
         members = [{k: v for k, v in candidates[i].items() if k in space.members} for i in indices]
-        population = Population(own, table, members, objective=search_score(space, table))
+        population = Population.start(own, table, members, score=search_score(space, table))
         population.train(own.training.epochs)
         found |= {i: population.model(j) for j, i in enumerate(indices)}
     return [found[i] for i in range(len(candidates))]

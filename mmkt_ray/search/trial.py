@@ -97,7 +97,7 @@ class Trial:
         """One stack, on this trial's device."""
         if self.config is None:
             raise self.fault
-        return Population(self.config, self.table, members, self.device, self.score)
+        return Population.start(self.config, self.table, members, self.device, self.score)
 
     def clock(self) -> float:
         """Seconds since the search began."""

@@ -21,11 +21,11 @@ from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
-from mmkt_ray.training.batches import Batch, World, narrow
+from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import FitResult, Fitting, build_objective, diverged, seed_of, spec_of
+from mmkt_ray.training.loop import FitResult, diverged, seed_of, spec_of
+from mmkt_ray.training.model_stack import MEMBER_KEYS, ModelStack
 from mmkt_ray.training.optimizer import rate
-from mmkt_ray.training.population import MEMBER_KEYS, Population, StackedObjective, _column
 
 WHOLE = -2  # the part of a member that leaves no row out
 STACK_BYTES = 1.5e9  # weights, gradients and averages of the members that train at once
@@ -152,8 +152,8 @@ def trained(
         yield from ((member, (stack, j)) for j, member in enumerate(chunk))
 
 
-class FoldStack(Population):
-    """Members that each leave one part of the rows out of their losses and have a number of steps of their own."""
+class FoldStack:
+    """A stack whose members each leave one part of the rows out of their losses and have a number of steps of their own."""
 
     def __init__(
         self,
@@ -166,32 +166,26 @@ class FoldStack(Population):
     ) -> None:
         """table: its train split is what is learnt from; settings, parts: of each member."""
         self.config = config
-        self.values = {key: _column(config, settings, key).to(device) for key in MEMBER_KEYS}
-        self.run = Fitting(config, table, World(device=device))
-        run = self.run
-        usual = config.training.steps or config.training.epochs * run.batches.num_steps
+        self.stack = ModelStack.start(config, table, settings, device)
+        num_steps = self.stack.run.batches.num_steps
+        usual = config.training.steps or config.training.epochs * num_steps
         steps = [s.get("training.steps") or usual for s in settings]
-        self.epochs = [max(1, math.ceil(num / run.batches.num_steps)) for num in steps]  # whole ones, as `fit`
+        self.epochs = [max(1, math.ceil(num / num_steps)) for num in steps]  # whole ones, as `fit`
         self.losses: list[list[float]] = [[] for _ in settings]  # of each member's epochs
         self.seconds: list[float] = []  # of each epoch, all members together
-        self.stacked_objective = StackedObjective.of(build_objective(config, run.table, run.train_rows, run.world))
         self.fold, self.parts = torch.from_numpy(folds.fold).to(device), torch.tensor(list(parts), device=device)
-        self._read_layout()
-        start = torch.cat([p.detach().flatten() for _, p in self.layout])
-        self.weights = start.expand(len(parts), -1).clone()  # (P, N)
-        self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
 
     def train_all(self) -> None:
         """Every member to its last epoch; members that are done drop out of the stack."""
-        num_steps, done = self.run.batches.num_steps, torch.empty_like(self.weights)
-        alive = list(range(len(self.epochs)))
-        live = self._of(alive)
+        batches, done = self.stack.run.batches, torch.empty_like(self.stack.weights)
+        num_steps, alive = batches.num_steps, list(range(len(self.epochs)))
+        live = self.stack.select(alive)
         for epoch in range(1, max(self.epochs) + 1):
             started = time.perf_counter()
             torch.manual_seed(seed_of(self.config.training_seed, epoch, 0))
-            total = torch.zeros(len(alive), device=self.weights.device)
-            for step, rows in enumerate(self.run.batches.order(epoch)[:, 0], start=(epoch - 1) * num_steps):
-                total += live._step(rows, step)
+            total = torch.zeros(len(alive), device=done.device)
+            for step, rows in enumerate(batches.order(epoch)[:, 0], start=(epoch - 1) * num_steps):
+                total += self._step(live, alive, rows, step)
             for i, loss in zip(alive, total.tolist(), strict=True):
                 self.losses[i].append(loss / num_steps)
             self.seconds.append(time.perf_counter() - started)
@@ -199,46 +193,34 @@ class FoldStack(Population):
             if ended:
                 done[[alive[j] for j in ended]] = live.weights[ended]
                 keep = [j for j in range(len(alive)) if j not in ended]
-                alive, live = [alive[j] for j in keep], live._of(keep)
-        self.weights = done
+                alive, live = [alive[j] for j in keep], live.select(keep)
+        self.stack.weights = done
 
-    def _of(self, members: Sequence[int]) -> FoldStack:
-        """Some of the members, in this order."""
-        part = object.__new__(FoldStack)
-        index = torch.tensor(list(members), dtype=torch.long, device=self.weights.device)
-        flat = {name: getattr(self, name)[index] for name in ("weights", "mean", "square", "parts")}
-        values = {key: v[index] for key, v in self.values.items()}
-        part.__dict__ |= self.__dict__ | flat | {"values": values, "epochs": [self.epochs[i] for i in members]}
-        return part
-
-    def _step(self, rows: np.ndarray, step: int) -> Tensor:
-        """One step on these rows, of each member less its part; the members' losses (P,)."""
-        model, batch = self.run.model.train(), self.run.batches.read(rows)
-        stack = {name: p.requires_grad_() for name, p in self._views(self.weights).items()}
-        seen = (self.fold[torch.from_numpy(rows).to(self.fold.device)] != self.parts[:, None]).float()  # (P, B)
-        objective = self.stacked_objective.with_smoothing(self.values["training.label_smoothing"])
-        logits = self._forward(model, stack, batch.features, batch.present)
-        losses = objective.losses(logits, batch.labels, self._totals(objective, batch, seen), seen)
+    def _step(self, live: ModelStack, members: Sequence[int], rows: np.ndarray, step: int) -> Tensor:
+        """One step on these rows, of each member less its part; the members' losses (P,). live: the stack of these members."""
+        model, batch = live.run.model.train(), live.run.batches.read(rows)
+        parameters, objective = live.trainable(), live.objective
+        parts = self.parts[list(members)]
+        seen = (self.fold[torch.from_numpy(rows).to(self.fold.device)] != parts[:, None]).float()  # (P, B)
+        logits = live.forward(model, parameters, batch.features, batch.present)
+        # what each member's sum is divided by, see `Objective.total_weights`
+        totals = {t: (weights * seen).sum(dim=1) for t, weights in objective.row_weights(batch.labels).items()}
+        losses = objective.losses(logits, batch.labels, totals, seen)
         total = torch.stack(list(losses.values())).sum(dim=0)
-        num_steps = self.run.batches.num_steps
-        schedule = torch.tensor([rate(step, num * num_steps) for num in self.epochs], device=self.weights.device)
-        self._update(torch.autograd.grad(total.sum(), list(stack.values())), step, schedule)
+        num_steps = live.run.batches.num_steps
+        schedule = torch.tensor([rate(step, self.epochs[i] * num_steps) for i in members], device=total.device)
+        live.update(torch.autograd.grad(total.sum(), list(parameters.values())), step, schedule)
         return total.detach()
-
-    def _totals(self, objective: StackedObjective, batch: Batch, seen: Tensor) -> dict[str, Tensor]:
-        """What each member's sum is divided by, task -> (P,); see `Objective.total_weights`."""
-        return {t: (weights * seen).sum(dim=1) for t, weights in objective.row_weights(batch.labels).items()}
 
     @torch.no_grad()
     def predict(self, member: int, rows: np.ndarray, given: Sequence[str]) -> dict[str, np.ndarray]:
         """One member's logits of some rows, task -> (R, C), from these modalities alone."""
-        model, found = self.run.model.eval(), dict[str, list[np.ndarray]]()
-        state = {n: p[member] for n, p in self._views(self.weights).items()}
+        run, found = self.stack.run, dict[str, list[np.ndarray]]()
+        model = run.model.eval()
+        state = {n: p[member] for n, p in self.stack.views(self.stack.weights).items()}
         hidden = set(model.spec.modalities) - set(given)
         for start in range(0, len(rows), 1024):
-            inputs = model_inputs(
-                self.run.table, rows[start : start + 1024], model.spec.modalities, self.run.world.device, hidden
-            )
+            inputs = model_inputs(run.table, rows[start : start + 1024], model.spec.modalities, run.world.device, hidden)
             logits: Logits = functional_call(model, state, inputs)
             for t, z in logits.items():
                 found.setdefault(t, []).append(z.cpu().numpy())
@@ -256,11 +238,11 @@ class FoldStack(Population):
         losses = self.losses[member]
         if not np.isfinite(losses).all():
             raise diverged(self.config.training.lr, losses[-1], len(losses))
-        model = MultimodalModel(spec_of(self.config, self.run.table)).to(self.weights.device)
-        model.load_state_dict({**self.run.model.state_dict(), **{n: p[member] for n, p in self._views(self.weights).items()}})
+        weights = self.stack.weights
+        model = self.stack.alone(self.config, weights, member).to(weights.device)
         history = [
             {"epoch": i, "train_loss": loss, "val": None, "seconds": s}
             for i, (loss, s) in enumerate(zip(losses, self.seconds, strict=False), start=1)
         ]
         sizes = model.num_parameters_by_part()
-        return FitResult(model.eval(), history, len(history), None, sizes, sum(self.seconds))
+        return FitResult(model, history, len(history), None, sizes, sum(self.seconds))

@@ -306,7 +306,7 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
 
 def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world: World) -> Objective:
     """The losses of the tasks, with the class frequencies of `rows`."""
-    return Objective(
+    return Objective.of(
         {t: labels.kind.count(labels[rows], table.width(t)) for t, labels in table.labels.items()},
         table.kinds,
         class_weights=config.training.class_weights,

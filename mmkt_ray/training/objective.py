@@ -8,7 +8,7 @@ Source: logit adjustment, Menon et al. 2021 (https://arxiv.org/abs/2007.07314).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,36 +29,45 @@ class Distillation:
     temperature: float = 2.0
 
 
+@dataclass(frozen=True)
 class Objective:
     """Each task's mean loss over its labelled rows. A task without labels in the step has the loss 0."""
 
-    def __init__(
-        self,
+    weights: Mapping[str, Tensor]  # task -> (K,) what a row of the class counts
+    shifts: Mapping[str, Tensor]  # task -> (K,) logit adjustment
+    loss_weights: Mapping[str, float]  # task -> factor of its loss
+    label_smoothing: float | Tensor = 0.0  # (P,) of a stack's members, whose logits are (P, B, K)
+    distillation: Distillation = Distillation()
+
+    @classmethod
+    def of(
+        cls,
         counts: Mapping[str, np.ndarray],
         kinds: Mapping[str, TaskKind],
         *,
         class_weights: Literal["balanced"] | None = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: float | Tensor = 0.0,
         logit_adjustment: float = 0.0,
         loss_weights: Mapping[str, float] | None = None,
         distillation: Distillation = Distillation(),
-    ) -> None:
+    ) -> Objective:
         """counts: task -> `TaskKind.count` of the train rows; kinds: of the tasks; loss_weights: task -> factor of its loss, 1
         if not named."""
         ones = {t: np.ones(c.shape[-1]) for t, c in counts.items()}
         weights = {t: kinds[t].balanced_weights(c) for t, c in counts.items()} if class_weights == "balanced" else ones
         shifts = {t: logit_adjustment * kinds[t].log_prior(c) for t, c in counts.items()}
-        self.weights = {t: torch.from_numpy(w).float() for t, w in weights.items()}  # task -> (K,)
-        self.shifts = {t: torch.from_numpy(s).float() for t, s in shifts.items()}  # task -> (K,)
-        self.label_smoothing = label_smoothing
-        self.distillation = distillation
-        self.loss_weights = {t: (loss_weights or {}).get(t, 1.0) for t in counts}
+        return cls(
+            {t: torch.from_numpy(w).float() for t, w in weights.items()},
+            {t: torch.from_numpy(s).float() for t, s in shifts.items()},
+            {t: (loss_weights or {}).get(t, 1.0) for t in counts},
+            label_smoothing,
+            distillation,
+        )
 
     def to(self, device: torch.device) -> Objective:
         """The same, for batches on a device."""
-        self.weights = {t: weights.to(device) for t, weights in self.weights.items()}
-        self.shifts = {t: shifts.to(device) for t, shifts in self.shifts.items()}
-        return self
+        weights = {t: values.to(device) for t, values in self.weights.items()}
+        return replace(self, weights=weights, shifts={t: values.to(device) for t, values in self.shifts.items()})
 
     def total_weights(self, labels: Mapping[str, Labels]) -> dict[str, Tensor]:
         """What each task's sum is divided by to be a mean: task -> (), the labelled rows, weighted by class if asked."""
@@ -94,8 +103,11 @@ class Objective:
         return found
 
     def _row_losses(self, task: str, logits: Tensor, labels: Labels) -> Tensor:
-        """(B,) losses, times the class's weight; 0 without a label."""
-        return labels.kind.row_losses(logits + self.shifts[task], labels, self.weights[task], self.label_smoothing)
+        """(B,) losses, (P, B) of a stack, times the class's weight; 0 without a label."""
+        logits, weights = logits + self.shifts[task], self.weights[task]
+        if isinstance(self.label_smoothing, Tensor):
+            return labels.kind.stacked_losses(logits, labels, weights, self.label_smoothing)
+        return labels.kind.row_losses(logits, labels, weights, self.label_smoothing)
 
     def of_batch(self, logits: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """This rank's part of the step's loss of each task: task -> (). A mixed row counts with both its labels."""

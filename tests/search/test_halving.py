@@ -30,7 +30,7 @@ def builder(config, table, sizes, limit=10**9, error=torch.OutOfMemoryError):
         if len(members) > limit:
             raise error("no memory")
         sizes.append(len(members))
-        return Population(config, table, members)
+        return Population.start(config, table, members)
 
     return build
 
@@ -64,7 +64,7 @@ def test_the_best_of_a_stack_go_on_with_the_result_that_they_have_alone(config, 
     finished = [c for c in halving.candidates if c.status == "finished"]
     assert len(finished) == 4
     for candidate in finished:
-        alone = Population(config, table, [candidate.member])
+        alone = Population.start(config, table, [candidate.member])
         alone.train(6)
         assert candidate.score == pytest.approx(float(alone.scores[0]), abs=1e-3)
 

@@ -102,7 +102,7 @@ def test_baselines_choose_and_stack() -> None:
     choice, _ = choose(config.with_overrides({"training.auto": open_keys}), table)
     assert choice.settings["training.label_smoothing"] == 0
     assert choice.num_rows > 0
-    population = Population(config, table, [{"training.lr": 0.01}, {"training.lr": 1e-6}])
+    population = Population.start(config, table, [{"training.lr": 0.01}, {"training.lr": 1e-6}])
     population.train(10)
     assert population.scores[0] > population.scores[1]
     assert population.scores[0] > 0.4

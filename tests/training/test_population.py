@@ -30,7 +30,7 @@ def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, 
     """Catches members that see each other, other batches, masks or decay than alone, and a stack that forgets a buffer."""
     depth = {"model.fusion.depth": 2} if fusion == "hierarchical" else {}
     config = make_config(**{"model.fusion.name": fusion, "model.sharing": scheme, "training.epochs": 2, **depth})
-    population = Population(config, dense, MEMBERS)
+    population = Population.start(config, dense, MEMBERS)
     population.train(2)
     for i in (0, 1, 2) if scheme == "task" else (1,):
         alone = fit(config.with_overrides(MEMBERS[i]), dense)
@@ -48,7 +48,7 @@ def test_a_member_with_filled_modalities_gives_what_it_gives_alone(make_config, 
     """Catches fills that mix up rows and members, and rates of the members that are equal and so not stacked."""
     changes = {"model.missing": missing, "model.modality_dropout": 0.2, "training.epochs": 2}
     config = make_config(**changes, **{"modalities.text.reduce": {"name": "svd", "dim": 30}})
-    population = Population(config, dense, [{"training.lr": 0.01}, {"training.lr": 0.003}])
+    population = Population.start(config, dense, [{"training.lr": 0.01}, {"training.lr": 0.003}])
     population.train(2)
     alone = fit(config.with_overrides({"training.lr": 0.003}), dense)
     theirs, own = (predict_table(model, dense) for model in (population.model(1), alone.model))
@@ -59,21 +59,21 @@ def test_a_member_with_filled_modalities_gives_what_it_gives_alone(make_config, 
 def test_a_step_of_all_members_at_once_is_the_same_step(make_config, dense, monkeypatch):
     """Catches another AdamW on GPUs than on CPUs: decay of biases, a rate of another member, a correction left out."""
     config = make_config(**{"training.epochs": 3, "model.feature_dropout": 0.2})
-    one_by_one = Population(config, dense, MEMBERS)
+    one_by_one = Population.start(config, dense, MEMBERS)
     one_by_one.train(3)
-    at_once = Population(config, dense, MEMBERS)
-    monkeypatch.setattr(at_once, "_update", torch.no_grad()(at_once._update_at_once))
+    at_once = Population.start(config, dense, MEMBERS)
+    monkeypatch.setattr(at_once.stack, "update", at_once.stack.update_at_once)
     at_once.train(3)
-    torch.testing.assert_close(at_once.weights, one_by_one.weights, rtol=1e-3, atol=2e-4)
-    assert not torch.equal(at_once.weights[0], at_once.weights[1])
+    torch.testing.assert_close(at_once.stack.weights, one_by_one.stack.weights, rtol=1e-3, atol=2e-4)
+    assert not torch.equal(at_once.stack.weights[0], at_once.stack.weights[1])
 
 
 def test_halving_and_merging_change_no_member(make_config, dense):
     """Catches optimiser state or rates that stay behind when the stack is sliced or put together again."""
     config = make_config(**{"training.epochs": 4})
-    whole = Population(config, dense, MEMBERS)
+    whole = Population.start(config, dense, MEMBERS)
     whole.train(4)
-    first, second = Population(config, dense, MEMBERS[:2]), Population(config, dense, MEMBERS[2:])
+    first, second = Population.start(config, dense, MEMBERS[:2]), Population.start(config, dense, MEMBERS[2:])
     first.train(2)
     second.train(2)
     merged = Population.merge([second, first.select([1])])
@@ -86,10 +86,10 @@ def test_halving_and_merging_change_no_member(make_config, dense):
 def test_a_diverging_member_costs_only_itself(make_config, dense):
     """Catches NaN that spreads over the stack, or a diverged candidate that wins."""
     config = make_config(**{"training.epochs": 3})
-    population = Population(config, dense, [MEMBERS[0], {"training.lr": 1e30}])
+    population = Population.start(config, dense, [MEMBERS[0], {"training.lr": 1e30}])
     population.train(3)
     assert np.isnan(population.scores[1])
-    lone = Population(config, dense, MEMBERS[:1])
+    lone = Population.start(config, dense, MEMBERS[:1])
     lone.train(3)
     assert population.scores[0] == pytest.approx(lone.scores[0], abs=1e-3)
 
@@ -105,4 +105,4 @@ def test_a_diverging_member_costs_only_itself(make_config, dense):
 def test_what_cannot_be_stacked_is_refused(make_config, table, changes, member, message):
     """Catches a stack that would silently train something else."""
     with pytest.raises(ConfigError, match=message):
-        Population(make_config(**changes), table, [member])
+        Population.start(make_config(**changes), table, [member])

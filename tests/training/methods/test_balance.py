@@ -35,7 +35,8 @@ def make_learner(cls, config, table):
     torch.manual_seed(0)
     spec = spec_of(config, table)
     counts = {t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}
-    learner = cls(MultimodalModel(spec), Objective(counts, table.kinds), TaskWeighting(spec.tasks, spec.kinds, World()), World())
+    weighting = TaskWeighting(spec.tasks, spec.kinds, World())
+    learner = cls(MultimodalModel(spec), Objective.of(counts, table.kinds), weighting, World())
     return learner.train()
 
 

@@ -96,7 +96,7 @@ def losses_of(config, table):
     model = MultimodalModel(spec_of(config, table))
     rows = usable_rows(table, "train")[:50]
     batch = read_batch(table, rows, rows, torch.device("cpu"))
-    objective = Objective({t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}, table.kinds)
+    objective = Objective.of({t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}, table.kinds)
     return model, objective.of_batch(model(batch.features, batch.present), batch)
 
 
