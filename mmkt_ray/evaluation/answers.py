@@ -241,13 +241,13 @@ def settle(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[An
         id(q): _answer(q, p, settings, corrected, len(every))
         for q, p, corrected in zip(every, tests, holm(tests), strict=True)
     }
-    told = {}
+    settled = {}
     for task, found in asked.items():
         fusing = answers[id(found.fusing)] if found.fusing else None
-        told[task] = fusing, [answers[id(q)] for q in found.modalities]
-        if fusing and not any((a.fused, a.rest) == (fusing.fused, fusing.rest) for a in told[task][1]):
-            told[task][1].append(fusing)
-    return told
+        settled[task] = fusing, [answers[id(q)] for q in found.modalities]
+        if fusing and not any((a.fused, a.rest) == (fusing.fused, fusing.rest) for a in settled[task][1]):
+            settled[task][1].append(fusing)
+    return settled
 
 
 def _answer(question: Question, p: float, settings: Settings, p_holm: float, num_questions: int) -> Answer:

@@ -22,7 +22,7 @@ from mmkt_ray.evaluation import sentences
 from mmkt_ray.evaluation.adapted import adaptations
 from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, settle
 from mmkt_ray.evaluation.recommend import (
-    Rows,
+    HeldOutScores,
     best_of,
     best_single,
     name_of,
@@ -36,7 +36,7 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
-from mmkt_ray.scoring.results import Described, Recommended, Results, Row, Shared, TaskResults, Versus
+from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, Shared, TaskResults, Versus
 
 DIFFERENT_SAMPLES = "different samples"
 NO_SINGLE = "no single modality trained"
@@ -95,7 +95,7 @@ class Evaluated:
     card: dict[str, Any] = field(default_factory=dict)
     automatic: bool = False  # trained without being asked for, to compare with
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the task that was last asked for
-    _held_out: dict[str, Rows | None] = field(default_factory=dict)
+    _held_out: dict[str, HeldOutScores | None] = field(default_factory=dict)
 
     @property
     def tasks(self) -> dict[str, TaskScores]:
@@ -163,7 +163,7 @@ class Evaluated:
         trained = self.kind == "trained"
         return Scored(self.name, trained, self.reads(task), held_out, found.ids, codes[found.label], scores, **about)
 
-    def held_out(self, task: str) -> Rows | None:
+    def held_out(self, task: str) -> HeldOutScores | None:
         """How right it has each held-out row, where it left their predictions."""
         if task not in self._held_out:
             uri = storage.join(self.predictions_uri.rpartition("/")[0], HELD_OUT)
@@ -260,14 +260,14 @@ def _compare_task(task: str, models: list[Evaluated], asked: dict[str, Asked]) -
     )
 
 
-def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> Row:
+def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> ModelScores:
     """One model's line: its scores, and the paired difference to the best single modality. trained: there is one."""
     record = model.tasks[task]
     ids = np.sort(model.outcomes(task).ids)
     main, name = model.kind_of(task).main, "balanced_accuracy"
     versus = _paired(task, model, single) if single is not None and single is not model else None
     without = REFERENCE if single is model else DIFFERENT_SAMPLES if trained else NO_SINGLE
-    return Row(
+    return ModelScores(
         model=model.name,
         reads=list(model.reads(task)),
         rows_id=hashlib.sha256(ids.tobytes()).hexdigest()[:12],
@@ -306,7 +306,7 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> Versus | None:
 
 def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
     """Correct the P of the rows' differences, and with it their verdicts."""
-    families: dict[bool, list[tuple[Row, Versus, str]]] = {True: [], False: []}  # the chosen fused models, all other rows
+    families: dict[bool, list[tuple[ModelScores, Versus, str]]] = {True: [], False: []}  # the chosen fused models, all others
     for found in tasks.values():
         for row in found.rows:
             if row.versus:
@@ -345,11 +345,11 @@ def _main_model(
 
 def _unseen(tasks: dict[str, TaskResults]) -> str:
     """The classes that train lacks, with their rows, of the model of each task that meets most of them."""
-    told = []
+    named = []
     for task, found in tasks.items():
         most = max(found.rows, key=lambda row: row.num_unseen or 0)
-        told += [f"{task} '{name}' ({n})" for name, n in (most.unseen or {}).items()]
-    return f": {', '.join(told)}" if told else ""
+        named += [f"{task} '{name}' ({n})" for name, n in (most.unseen or {}).items()]
+    return f": {', '.join(named)}" if named else ""
 
 
 def _notes(results: Results, run: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_folder import read_card, write_card
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.metrics import ModelMetrics
-from mmkt_ray.scoring.tables import metric_name, told_metric
+from mmkt_ray.scoring.tables import metric_name, metric_text
 
 README = "README.md"
 FEW_ROWS = 10  # test rows of a class below which its scores say little
@@ -113,21 +113,21 @@ def _results(metrics: ModelMetrics) -> Iterator[str]:
     for task, scores in metrics.tasks.items():
         every = "+".join(sorted(metrics.modalities))
         for metric, interval in scores.intervals.items():
-            told = f"{scores.num_rows:,} | {metric_name(metric)} | {told_metric(metric, interval)}"
-            yield f"| {_text(task)} | all that a row has | {told} |"
+            cells = f"{scores.num_rows:,} | {metric_name(metric)} | {metric_text(metric, interval)}"
+            yield f"| {_text(task)} | all that a row has | {cells} |"
         for name, subset in scores.subsets.items():
             for metric in scores.intervals:
                 if name != every and (interval := subset.intervals.get(metric)) is not None:
-                    told = f"{subset.num_rows:,} | {metric_name(metric)} | {told_metric(metric, interval)}"
-                    yield f"| {_text(task)} | {_text(name)} alone | {told} |"
+                    cells = f"{subset.num_rows:,} | {metric_name(metric)} | {metric_text(metric, interval)}"
+                    yield f"| {_text(task)} | {_text(name)} alone | {cells} |"
     yield ""
 
 
 def _limits(metrics: ModelMetrics, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "## Limits\n"
     classes = all(task_kind(scores.kind).classes for scores in metrics.tasks.values())
-    told = " Its answer is one of its classes, always." if classes else ""
-    yield f"- It knows rows like those of its data set; on others it was not measured.{told}"
+    always = " Its answer is one of its classes, always." if classes else ""
+    yield f"- It knows rows like those of its data set; on others it was not measured.{always}"
     for task, scores in metrics.tasks.items():
         if scores.num_unseen:
             yield f"- {_text(task)}: {scores.num_unseen:,} test rows are of classes that it never saw, and count as wrong."

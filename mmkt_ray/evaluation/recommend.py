@@ -28,7 +28,7 @@ from mmkt_ray.scoring.results import Considered, Recommended, Results, TaskResul
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated
 
-Rows = tuple[np.ndarray, np.ndarray]  # sample ids (N,), distinct, and how right their prediction is (N,), see `Outcomes.right`
+HeldOutScores = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), how right each prediction is (N,): `Outcomes.right`
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Candidate:
     num_params: int
     scores: Mapping[str, float]  # share of the held-out rows that it has right; of numbers R2
     num_rows: Mapping[str, int]  # N, those that it can't read among them
-    rows: Mapping[str, Rows | None]
+    rows: Mapping[str, HeldOutScores | None]
     on: str = "val"  # val | cv | test
 
     @property
@@ -82,7 +82,7 @@ def standard_error(best: Candidate, other: Candidate) -> tuple[float, bool]:
     return float(np.mean(errors)), None not in paired
 
 
-def _paired_error(ours: Rows | None, theirs: Rows | None, num_rows: int) -> float | None:
+def _paired_error(ours: HeldOutScores | None, theirs: HeldOutScores | None, num_rows: int) -> float | None:
     """None where a model left no held-out predictions, or there are too few rows."""
     if ours is None or theirs is None or num_rows < 2:
         return None

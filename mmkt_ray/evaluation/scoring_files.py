@@ -25,7 +25,7 @@ from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals, percentiles
 from mmkt_ray.scoring.metrics import ClassScores, FilesMetrics, FilesScores, PatternScores
 from mmkt_ray.scoring.seeds import metric_seed_scores
-from mmkt_ray.scoring.tables import metric_name, told
+from mmkt_ray.scoring.tables import interval_text, metric_name
 
 MAX_RANKED = 1_000_000  # probabilities: of more, resamples of how they rank take minutes, and have no interval
 MAX_CLASSES = 20  # in the terminal; metrics.json has all
@@ -121,7 +121,7 @@ def scores_text(result: FilesMetrics) -> str:
     lines = [f"{result.num_rows} rows; brackets are {percent} intervals"]
     for task, found in result.tasks.items():
         lines.append(f"{task} ({task_kind(found.kind).name}): {found.num_rows} labelled rows{_left_out(found)}")
-        lines += [f"  {metric_name(m)} {told_plain(m, interval)}" for m, interval in found.intervals.items()]
+        lines += [f"  {metric_name(m)} {plain_text(m, interval)}" for m, interval in found.intervals.items()]
         classes = list(found.per_class.items())
         if classes:
             width = max(len("class"), *(len(name) for name, _ in classes[:MAX_CLASSES]))
@@ -131,15 +131,15 @@ def scores_text(result: FilesMetrics) -> str:
             lines.append(f"  and {len(classes) - MAX_CLASSES} more classes in metrics.json")
         for name, part in found.patterns.items():
             metrics = task_kind(found.kind).reported[:2]
-            told = ", ".join(f"{metric_name(m)} {told_plain(m, part.intervals.get(m))}" for m in metrics)
-            lines.append(f"  rows with {name}: {part.num_rows}, {told}")
+            scores = ", ".join(f"{metric_name(m)} {plain_text(m, part.intervals.get(m))}" for m in metrics)
+            lines.append(f"  rows with {name}: {part.num_rows}, {scores}")
     return "\n".join(lines)
 
 
-def told_plain(metric: str, interval: Interval | None) -> str:
+def plain_text(metric: str, interval: Interval | None) -> str:
     """An interval in percent, of the log loss in nats."""
     if interval is None or metric != "log_loss":
-        return told(interval)
+        return interval_text(interval)
     return " ".join([f"{interval['value']:.3f}", f"[{interval['low']:.3f}, {interval['high']:.3f}]"])
 
 

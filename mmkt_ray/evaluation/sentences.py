@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.scoring.results import Answer, Considered, Headline, Row, TaskResults
+from mmkt_ray.scoring.results import Answer, Considered, Headline, ModelScores, TaskResults
 from mmkt_ray.scoring.tables import points
 
 TONES = {"adds": "good", "hurts": "bad"}
@@ -60,7 +60,9 @@ def headline(task: str, answer: Answer | None, found: TaskResults, confidence: f
     return Headline(task=task, tone=TONES.get(answer.kind, "plain"), title=title, text=text)
 
 
-def _not_compared(fused: Row | None, single: Row | None, models: Sequence[str], kind: TaskKind) -> tuple[str, str]:
+def _not_compared(
+    fused: ModelScores | None, single: ModelScores | None, models: Sequence[str], kind: TaskKind
+) -> tuple[str, str]:
     if fused is not None:
         why = "No model of a single modality was trained and scored on the same samples, so there is no fair difference."
         return f"Whether fusing helps is not known: {fused.model} stands alone", f"{_score(fused, kind)} {why}"
@@ -118,7 +120,7 @@ def _models(answer: Answer) -> str:
     return f"{metric}{answer.fused} {fused}, {answer.rest} {rest}; {rows}"
 
 
-def _score(row: Row, kind: TaskKind) -> str:
+def _score(row: ModelScores, kind: TaskKind) -> str:
     a = row.interval(kind.main)
     got = _right(kind.right, a["value"], f"{row.num_rows:,} test samples")
     return f"{row.model} gets {got} ({100 * a['low']:.1f} to {100 * a['high']:.1f})."

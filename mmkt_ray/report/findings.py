@@ -5,7 +5,6 @@
 <run>/transfer.json            gains of transfer over from scratch
 <model>/missing.json           scores against the share of rows that lack a modality
 <store>/audit.json             leakage, conflicting labels and label issues in the data
-metrics and cards of models    calibration, numbers of parameters
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
 from mmkt_ray.features.audit import Audit, LabelIssues
@@ -21,17 +19,13 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
-from mmkt_ray.scoring.metrics import Probabilities
 from mmkt_ray.scoring.provenance import Current, about_table
-from mmkt_ray.scoring.results import Answer, Described, Results
+from mmkt_ray.scoring.results import Answer, Results
 from mmkt_ray.scoring.tables import points
 from mmkt_ray.studies.insight import Disagreement, Insight, Shapley
 from mmkt_ray.studies.missing_results import ANY, MissingCurves, Triple, WorstRate
 from mmkt_ray.studies.scores_results import TaskTransferability, Transferability
 from mmkt_ray.studies.transfer_results import Gain, Transfers
-
-if TYPE_CHECKING:
-    from mmkt_ray.report.page import ShownModel
 
 LABEL_ISSUES = "suspects.parquet"  # in the run: all of those that audits show the first of
 MAX_HEAT_MAPS = 6
@@ -101,58 +95,6 @@ def representation(current: Current) -> Representation | None:
         for name, task in found.tasks.items()
     }
     return Representation(tasks, found, len(stores) > 1)
-
-
-@dataclass(frozen=True)
-class ModelParameters:
-    """Trained parameters of a model."""
-
-    model: str
-    about: Described
-    parts: dict[str, int]  # part -> how many
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Trained parameters of all models, the smallest one first."""
-
-    rows: list[ModelParameters]
-    columns: list[str]  # parts
-
-
-def parameters(run_uri: str, results: Results) -> Parameters | None:
-    """Numbers of trained parameters by part of each trained model."""
-    rows = []
-    for name, about in results.models.items():
-        card = (
-            (storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {})
-            if about.kind == "trained"
-            else {}
-        )
-        if parts := card.get("training", {}).get("num_params_by_part"):
-            rows.append(ModelParameters(name, about, parts))
-    columns = list(dict.fromkeys(part for row in rows for part in row.parts))
-    order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads"]
-    columns = sorted(columns, key=lambda c: order.index(c) if c in order else len(order))
-    return Parameters(sorted(rows, key=lambda r: r.total), columns) if rows else None
-
-
-def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
-    """What `training.auto` chose for each trained model, and the scores by which."""
-    rows = []
-    for name, about in results.models.items():
-        card = storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {}
-        chosen = card.get("training", {}).get("auto") if about.kind == "trained" else None
-        if chosen:
-            losses = {i: c["loss"] for i, c in enumerate(chosen["candidates"], start=1)}
-            rank = next((i for i, c in enumerate(chosen["candidates"], start=1) if c["chosen"]), None)
-            rows.append({"model": name, "losses": losses, "rank": rank, **chosen})
-    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    return {"rows": rows, "keys": keys} if rows else None
 
 
 @dataclass(frozen=True)
@@ -268,63 +210,6 @@ def _missing_of(
         answer = next((a for a in f.answers if (a.hidden, a.task) == (hidden, task)), None)
         rows.append(MissingRow(name, [lines[name][i] for i in at], answer))
     return MissingSection(task, what, figure, [rates[i] for i in at], rows)
-
-
-@dataclass(frozen=True)
-class CalibrationRow:
-    """Whether one model's probabilities mean what they say."""
-
-    model: str
-    temperature: float | None
-    note: str | None
-    before: Probabilities | None
-    after: Probabilities
-
-
-@dataclass(frozen=True)
-class CalibrationSection:
-    """All models of one task, the best calibrated one first."""
-
-    task: str
-    figure: dict[str, str]
-    rows: list[CalibrationRow]
-
-    @property
-    def fitted(self) -> bool:
-        """A temperature was fitted for one of them."""
-        return any(row.before for row in self.rows)
-
-
-def calibration(
-    models: Mapping[str, ShownModel], results: Results, colors: Mapping[str, str], figures: Figures
-) -> list[CalibrationSection]:
-    """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
-    sections = []
-    for task, found in results.tasks.items():
-        rows: list[CalibrationRow] = []
-        for row in found.rows:
-            record = models[row.model].tasks[task]
-            fitted = record.calibration
-            after = fitted.after if fitted and fitted.after else record.probabilities()
-            if after.reliability:
-                temperature, note, before = (fitted.temperature, fitted.note, fitted.before) if fitted else (None, None, None)
-                rows.append(CalibrationRow(row.model, temperature, note, before, after))
-        shown = next((r for r in rows if r.model == (found.best_trained or found.best)), None)
-        if shown is None:
-            continue
-        lines = {shown.model: shown.after.reliability}
-        if shown.before:
-            lines = {"before": shown.before.reliability, "after": shown.after.reliability}
-        figure = figures.add(
-            f"{task}-reliability",
-            f"{task}: does {shown.model} know how sure it may be?",
-            f"Reliability of {shown.model} on task {task}: share that came true by confidence; "
-            f"calibration error {words.percent(shown.after.calibration_error)}",
-            partial(curves.reliability, lines, colors[shown.model]),
-        )
-        rows.sort(key=lambda r: r.after.calibration_error or 0.0)
-        sections.append(CalibrationSection(task, figure, rows))
-    return sections
 
 
 @dataclass(frozen=True)

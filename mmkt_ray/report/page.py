@@ -7,7 +7,7 @@ Called by steps.py as the last step, with the results of evaluation/compare.py.
     <run>/report/<task>-<plot>.svg
 
 Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so. Sections of what a run
-need not have (findings.py, searched.py) are there where their file is.
+need not have (findings.py, about_models.py, searched.py) are there where their file is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import yaml
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.report import findings, plots, searched, words
+from mmkt_ray.report import about_models, findings, plots, searched, words
 from mmkt_ray.report.colors import css, model_colors
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
-from mmkt_ray.scoring.results import Described, Results, TaskResults
-from mmkt_ray.scoring.tables import path_of, predict_command, same_samples, told_kind
+from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, TaskResults
+from mmkt_ray.scoring.tables import kind_text, path_of, predict_command, same_samples
 from mmkt_ray.studies.gallery_results import Gallery
 
 SCORE_NAMES = (
@@ -61,9 +61,9 @@ def build_report(run_uri: str) -> str:
     current = Current.of(run_uri, run, results)
     gallery_of = next((n for n in (results.main, *models) if n and models[n].gallery), None)
     context = {
-        "results": results.to_dict(),
+        "results": results,
         "recommended": _recommended(results, run_uri),
-        "headlines": [found.headline.to_dict() for found in results.tasks.values() if found.headline],
+        "headlines": [found.headline for found in results.tasks.values() if found.headline],
         "tasks": [_task_section(t, results, models, colors, figures) for t in results.tasks],
         "gallery": models[gallery_of].gallery if gallery_of else None,
         "gallery_of": gallery_of,
@@ -71,11 +71,11 @@ def build_report(run_uri: str) -> str:
         "search": searched.search(current, figures, results),
         "seeds": searched.seeds(current, results),
         "missing": findings.missing(current, results, colors, figures),
-        "calibration": findings.calibration(models, results, colors, figures),
+        "calibration": about_models.calibration(models, results, colors, figures),
         "transfer": findings.transfer(current, figures),
         "representation": findings.representation(current),
-        "settings": findings.settings(run_uri, results),
-        "parameters": findings.parameters(run_uri, results),
+        "settings": about_models.settings(run_uri, results),
+        "parameters": about_models.parameters(run_uri, results),
         "audits": findings.audits(current, stores),
         "left_out": current.left_out,
         "data": [_data_card(store, names, run_uri) for store, names in stores.items()],
@@ -94,13 +94,22 @@ def build_report(run_uri: str) -> str:
     return uri
 
 
-def _recommended(results: Results, run_uri: str) -> dict[str, Any] | None:
-    """The model to ship, with its path and the command that uses it."""
+@dataclass(frozen=True)
+class Recommendation:
+    """The model to ship."""
+
+    chosen: Recommended
+    path: str  # its folder
+    command: str  # that uses it
+
+
+def _recommended(results: Results, run_uri: str) -> Recommendation | None:
+    """None if there is no such model."""
     chosen = results.recommended
     if chosen is None:
         return None
     path = path_of(chosen, run_uri)
-    return {**chosen.to_dict(), "path": path, "command": predict_command(path)}
+    return Recommendation(chosen, path, predict_command(path))
 
 
 @dataclass(frozen=True)
@@ -126,32 +135,41 @@ def _read_model(run_uri: str, described: Described) -> ShownModel:
 # --- one task ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TaskSection:
+    """Table, figures and details of one task."""
+
+    name: str
+    found: TaskResults
+    about: str  # its labels, in words
+    classes: bool  # its labels are classes
+    metrics: list[dict[str, str]]
+    groups: list[list[ModelScores]]  # models that were scored on the same samples
+    figures: list[dict[str, str]]
+    shown: str  # the model whose mistakes are shown
+    record: TaskScores  # of that model
+    subsets: list[tuple[str, TaskScores]]  # of models that were scored with some of their modalities, the best fused one first
+
+
 def _task_section(
     task: str, results: Results, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
-) -> dict[str, Any]:
-    """Table, figures and details of one task."""
+) -> TaskSection:
     found = results.tasks[task]
-    shown = found.best_trained or found.best or ""  # the model whose mistakes are shown
-    record, kind = models[shown].tasks[task], task_kind(found.kind)
-    return {
-        "name": task,
-        "found": found.to_dict(),
-        "about": told_kind(found).capitalize(),
-        "classes": kind.classes,
-        "metrics": words.metrics_of(kind),
-        "groups": [[row.to_dict() for row in group] for group in same_samples(found.rows, kind.main)],
-        "figures": _task_figures(task, found, models, colors, figures, task == next(iter(results.tasks))),
-        "shown": shown,
-        "record": record.to_dict(),
-        "subsets": sorted(
-            (
-                (name, m.tasks[task].to_dict())
-                for name, m in models.items()
-                if task in m.tasks and len(m.tasks[task].subsets) > 1
-            ),
-            key=lambda named: named[0] != found.best_fused,
-        ),
-    }
+    shown = found.best_trained or found.best or ""
+    kind = task_kind(found.kind)
+    subsets = [(n, m.tasks[task]) for n, m in models.items() if task in m.tasks and len(m.tasks[task].subsets) > 1]
+    return TaskSection(
+        name=task,
+        found=found,
+        about=kind_text(found).capitalize(),
+        classes=kind.classes,
+        metrics=words.metrics_of(kind),
+        groups=same_samples(found.rows, kind.main),
+        figures=_task_figures(task, found, models, colors, figures, task == next(iter(results.tasks))),
+        shown=shown,
+        record=models[shown].tasks[task],
+        subsets=sorted(subsets, key=lambda named: named[0] != found.best_fused),
+    )
 
 
 def _task_figures(
@@ -167,19 +185,19 @@ def _task_figures(
     kind = task_kind(found.kind)
     main, second = words.metrics_of(kind)[:2]
     groups = same_samples(found.rows, kind.main)
-    rows = [row.to_dict() for row in groups[0]]  # those scored on the most samples; others have no place in their order
+    rows = groups[0]  # those scored on the most samples; others have no place in their order
     best = rows[0]
     drawn = [
         figures.add(
             f"{task}-{main['name']}",
             f"{main['title']} of every model"
             if len(groups) == 1
-            else f"{main['title']} of the models scored on {words.count(best['num_rows'])} samples",
-            f"Bars of {main['title']} on task {task}; best: {best['model']}, {words.percent(best[kind.main]['value'])}",
+            else f"{main['title']} of the models scored on {words.count(best.num_rows)} samples",
+            f"Bars of {main['title']} on task {task}; best: {best.model}, {words.percent(best.interval(kind.main)['value'])}",
             lambda: plots.score_bars(rows, (main, second), colors),
         )
     ]
-    compared = [r for r in rows if r["versus"] and r["reads"]]  # what reads nothing is far behind, and would set the scale
+    compared = [r for r in rows if r.versus and r.reads]  # what reads nothing is far behind, and would set the scale
     if compared:
         alt = f"Differences of {main['title']} to the best single modality on task {task}, with intervals; also in the table"
         drawn.append(
@@ -210,7 +228,7 @@ def _task_figures(
             )
         )
     other = single if single != shown else found.best_fused
-    per_class = {name: models[name].tasks[task].to_dict()["per_class"] for name in (shown, other) if name}
+    per_class = {name: models[name].tasks[task].per_class for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
     worst, num = plots.worst_classes(per_class[shown])
     title = "F1 of each class" if len(worst) == num else f"F1 of each class: the {len(worst)} worst of the {num} that were tested"

@@ -22,6 +22,8 @@ from mmkt_ray.report.colors import ACCENT, INK, LINE, ON_ACCENT, ON_MIDDLE, PAGE
 from mmkt_ray.report.svg import tip
 from mmkt_ray.report.words import percent
 from mmkt_ray.scoring.intervals import Interval
+from mmkt_ray.scoring.metrics import ClassScores
+from mmkt_ray.scoring.results import ModelScores
 from mmkt_ray.scoring.tables import points as in_points
 
 WIDTH = 5.2  # inch
@@ -99,43 +101,44 @@ def matrix(axes: Axes, columns: Sequence[str], rows: Sequence[str], size: int, r
     axes.spines[:].set_visible(False)
 
 
-def score_bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, str]], colors: Mapping[str, str]) -> str:
-    """One bar per model, best first, with its interval; a diamond marks the second metric. rows: of `results["tasks"][task]`;
-    metrics: two {name, title}."""
+def score_bars(rows: Sequence[ModelScores], metrics: Sequence[Mapping[str, str]], colors: Mapping[str, str]) -> str:
+    """One bar per model, best first, with its interval; a diamond marks the second metric. metrics: two {name, title}."""
     main, second = metrics
-    rows = sorted(rows, key=lambda r: r[main["name"]]["value"])
-    lowest = min(min(r[main["name"]]["low"], (r[second["name"]] or r[main["name"]])["value"]) for r in rows)
+    rows = sorted(rows, key=lambda r: r.interval(main["name"])["value"])
+    scores = [(r.interval(main["name"]), r[second["name"]]) for r in rows]
+    lowest = min(min(a["low"], (other or a)["value"]) for a, other in scores)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for y, row in enumerate(rows):
-            a, other = row[main["name"]], row[second["name"]]
-            hover = score_hover(f"{row['model']}, {main['title']}", a)
-            tip(axes.barh(y, 100 * a["value"], height=0.62, color=colors[row["model"]], alpha=0.8).patches[0], hover)
+        for y, (row, (a, other)) in enumerate(zip(rows, scores, strict=True)):
+            hover = score_hover(f"{row.model}, {main['title']}", a)
+            tip(axes.barh(y, 100 * a["value"], height=0.62, color=colors[row.model], alpha=0.8).patches[0], hover)
             line = axes.plot([100 * a["low"], 100 * a["high"]], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
             tip(line[0], hover)
             if other:
                 style: Any = {"markersize": 4.5, "markerfacecolor": PAGE, "markeredgecolor": INK}
-                tip(axes.plot(100 * other["value"], y, "D", **style)[0], score_hover(f"{row['model']}, {second['title']}", other))
+                diamond = axes.plot(100 * other["value"], y, "D", **style)[0]
+                tip(diamond, score_hover(f"{row.model}, {second['title']}", other))
             right = max(a["high"], other["value"] + 0.015 if other else 0.0, 0.0)
             axes.text(100 * right + 1.5, y, f"{100 * a['value']:.1f}", va="center", fontsize=9)
         shares(axes, 100 * lowest, 100.0)
         axes.set_xlabel(f"{main['title']}, % (line: interval, ◇: {second['title']})")
-        name_rows(axes, [r["model"] for r in rows])
+        name_rows(axes, [r.model for r in rows])
 
     return draw(1.0 + 0.34 * len(rows), paint)
 
 
-def differences(rows: Sequence[Mapping[str, Any]], main: Mapping[str, str], colors: Mapping[str, str]) -> str:
-    """Paired differences to the best single modality with intervals; right of zero is better. rows: with `versus`."""
-    rows = sorted(rows, key=lambda r: r["versus"][main["name"]]["value"])
+def differences(rows: Sequence[ModelScores], main: Mapping[str, str], colors: Mapping[str, str]) -> str:
+    """Paired differences to the best single modality with intervals; right of zero is better. Rows without
+    one are left out."""
+    compared = [(r.model, r.versus.model, r.versus.interval(main["name"])) for r in rows if r.versus]
+    compared.sort(key=lambda c: c[2]["value"])
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=1)
-        for y, row in enumerate(rows):
-            d, color = row["versus"][main["name"]], colors[row["model"]]
-            hover = difference_hover(f"{row['model']} less {row['versus']['model']}", d)
+        for y, (model, other, d) in enumerate(compared):
+            color, hover = colors[model], difference_hover(f"{model} less {other}", d)
             line = axes.plot([100 * d["low"], 100 * d["high"]], [y, y], color=color, linewidth=4, solid_capstyle="round")
             style: Any = {"markersize": 7, "color": color, "markeredgecolor": INK, "markeredgewidth": 0.8}
             for artist in (*line, *axes.plot(100 * d["value"], y, "o", **style)):
@@ -144,9 +147,9 @@ def differences(rows: Sequence[Mapping[str, Any]], main: Mapping[str, str], colo
         axes.set_axisbelow(True)
         axes.margins(x=0.06)
         axes.set_xlabel(f"{main['title']} against the best single modality, points")
-        name_rows(axes, [r["model"] for r in rows])
+        name_rows(axes, [model for model, _, _ in compared])
 
-    return draw(1.0 + 0.34 * len(rows), paint)
+    return draw(1.0 + 0.34 * len(compared), paint)
 
 
 def learning_curves(
@@ -259,15 +262,14 @@ def residuals(points: Sequence[Sequence[float]], color: str, log_scale: bool) ->
     return draw(3.2, paint)
 
 
-def worst_classes(per_class: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], int]:
-    """Classes with test samples, at most MAX_F1_CLASSES, the lowest F1 first, and how many there are. per_class: class -> {f1,
-    support}."""
-    names = sorted((n for n, c in per_class.items() if c["support"]), key=lambda n: per_class[n]["f1"] or 0.0)
+def worst_classes(per_class: Mapping[str, ClassScores]) -> tuple[list[str], int]:
+    """Classes with test samples, at most MAX_F1_CLASSES, the lowest F1 first, and how many there are."""
+    names = sorted((n for n, c in per_class.items() if c.support), key=lambda n: per_class[n]["f1"] or 0.0)
     return names[:MAX_F1_CLASSES], len(names)
 
 
-def class_f1(per_class: Mapping[str, Mapping[str, Mapping[str, float]]], colors: Mapping[str, str]) -> str:
-    """F1 of each class, worst at the top, of one or several models. per_class: model -> class -> {f1, support}.
+def class_f1(per_class: Mapping[str, Mapping[str, ClassScores]], colors: Mapping[str, str]) -> str:
+    """F1 of each class, worst at the top, of one or several models. per_class: model -> class.
 
     Classes without test samples are left out; of more than MAX_F1_CLASSES the worst of the first model are drawn.
     """
@@ -281,7 +283,7 @@ def class_f1(per_class: Mapping[str, Mapping[str, Mapping[str, float]]], colors:
             x, y = [k[2] for k in known], [k[0] for k in known]
             dots = axes.scatter(x, y, s=42, linewidths=1.8, label=model, zorder=3 - number, **style)
             if known:
-                tip(dots, *(f"{n}, {model}: F1 {f1:.1f} % ({scores[n]['support']:,} samples)" for _, n, f1 in known))
+                tip(dots, *(f"{n}, {model}: F1 {f1:.1f} % ({scores[n].support:,} samples)" for _, n, f1 in known))
         axes.set_xlim(-3, 103)
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)

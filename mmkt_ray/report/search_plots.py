@@ -38,7 +38,7 @@ class Measure:
         """A score in this unit, without its name."""
         return f"{self.scale * score:.{self.digits}f}"
 
-    def told(self, score: float) -> str:
+    def with_unit(self, score: float) -> str:
         """A score with its unit."""
         return f"{self.text(score)} {self.unit}"
 
@@ -77,7 +77,7 @@ def heat_map(found: Mapping[str, Any], measure: Measure, ends: tuple[float, floa
             for x, score in enumerate(scores):
                 if score is not None:
                     num = f"{found['candidates'][y][x]:,}"
-                    hover = f"{rows[y]} with {columns[x]}: {measure.told(score)}, the best of {num} candidates"
+                    hover = f"{rows[y]} with {columns[x]}: {measure.with_unit(score)}, the best of {num} candidates"
                     strength = 0.1 + 0.9 * (score - low) / reach
                     cell(axes, x, y, ACCENT, strength, f"{measure.text(score)}\n×{num}", hover)
 
@@ -94,8 +94,8 @@ def anytime(curve: Sequence[Sequence[float]], measure: Measure) -> str:
         axes = figure.subplots()
         axes.step(at / size, scaled, where="post", color=ACCENT, linewidth=2)
         dots = axes.scatter(at / size, scaled, s=[14] * (len(at) - 1) + [40], color=ACCENT)
-        told = zip(at / size, best, count, strict=True)
-        tip(dots, *(f"{measure.told(b)} after {t:.3g} {unit} and {int(n):,} candidates" for t, b, n in told))
+        steps = zip(at / size, best, count, strict=True)
+        tip(dots, *(f"{measure.with_unit(b)} after {t:.3g} {unit} and {int(n):,} candidates" for t, b, n in steps))
         axes.annotate(
             f"{measure.text(best[-1])} after {int(count[-1]):,} candidates",
             (at[-1] / size, scaled[-1]),
@@ -151,7 +151,7 @@ def slices(points: Sequence[Sequence[Any]], key: str, measure: Measure, ends: tu
             label = f"{step:g} epoch{'' if step == 1 else 's'}" if named else None
             part, alpha = np.flatnonzero(epochs == step).tolist(), 0.3 + 0.7 * (i + 1) / len(steps)
             dots = axes.scatter(x[part], y[part], s=16, color=ACCENT, alpha=alpha, linewidths=0, label=label)
-            tip(dots, *(f"{_value(points[j][0])}: {measure.told(points[j][1])} after {step:g} epochs" for j in part))
+            tip(dots, *(f"{_value(points[j][0])}: {measure.with_unit(points[j][1])} after {step:g} epochs" for j in part))
         axes.plot(x[best], y[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=_BEST)
         axes.grid(axis="x" if names else "y", linewidth=0.6)
         axes.set_axisbelow(True)

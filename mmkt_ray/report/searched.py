@@ -191,7 +191,7 @@ def _heat_maps(insight: Mapping[str, Any], measure: Measure, figures: Figures) -
         if not cells:
             continue
         best, where = max(cells)
-        alt = f"Best val {measure.name} by {rows} and {columns}; the highest, {measure.told(best)}, is {where}"
+        alt = f"Best val {measure.name} by {rows} and {columns}; the highest, {measure.with_unit(best)}, is {where}"
         title = f"{rows} × {columns}: best val {measure.name}, {measure.unit}"
         paint = partial(search_plots.heat_map, found, measure, (min(every), max(every)))
         drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, paint))
@@ -203,7 +203,7 @@ def _figures(insight: Mapping[str, Any], measure: Measure, figures: Figures) -> 
     curve, shares = insight["curve"], insight["importance"]
     found: dict[str, Any] = {"curve": None, "importance": None}
     if curve:
-        alt = f"Best val {measure.name} so far over the time of search; at the end {measure.told(curve[-1][1])}"
+        alt = f"Best val {measure.name} so far over the time of search; at the end {measure.with_unit(curve[-1][1])}"
         paint = partial(search_plots.anytime, curve, measure)
         found["curve"] = figures.add("search-curve", "The best score so far", alt, paint)
     if shares:

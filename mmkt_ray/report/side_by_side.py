@@ -19,7 +19,7 @@ from mmkt_ray.report.html import render
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.results import Results
-from mmkt_ray.scoring.tables import metric_name, points, told_metric
+from mmkt_ray.scoring.tables import metric_name, metric_text, points
 
 DEFAULT_RESAMPLES = 1000
 
@@ -116,18 +116,18 @@ def _table(
             rows.append((*_own(task, other, metrics), "", "0", "", "no shared rows"))
             continue
         p = corrected[task, i]
-        told = f"{points(pair['value'])} [{points(pair['low'])}, {points(pair['high'])}]"
+        gain = f"{points(pair['value'])} [{points(pair['low'])}, {points(pair['high'])}]"
         difference: Interval = {"value": pair["value"], "low": pair["low"], "high": pair["high"]}
         shown = verdict(agreeing(difference, p, first.record.confidence))
-        rows.append((*_own(task, other, metrics), told, str(pair["num_rows"]), f"{p:.3g}", shown))
+        rows.append((*_own(task, other, metrics), gain, str(pair["num_rows"]), f"{p:.3g}", shown))
     score = metric_name(task_kind(first.tasks[task].kind).row_metric)
     return Table(f"{task}: differences are of the {score}, in points", head, rows)
 
 
 def _own(task: str, model: Evaluated, metrics: Sequence[str]) -> tuple[str, ...]:
     scores = model.tasks[task]
-    told = (told_metric(m, scores.intervals.get(m)) for m in metrics)
-    return (model.name, "+".join(model.reads(task)), str(scores.num_rows), *told)
+    texts = (metric_text(m, scores.intervals.get(m)) for m in metrics)
+    return (model.name, "+".join(model.reads(task)), str(scores.num_rows), *texts)
 
 
 def as_text(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""Numbers as people say them. Scores are told in percent, errors in the labels' units."""
+"""Numbers as people say them. Scores are in percent, errors in the labels' units."""
 
 from __future__ import annotations
 

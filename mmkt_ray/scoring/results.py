@@ -45,7 +45,7 @@ class Versus(Intervals):
     p_holm: float | None = None
 
 
-class Row(Intervals):
+class ModelScores(Intervals):
     """One model's line in the table of a task."""
 
     model: str
@@ -113,11 +113,11 @@ class TaskResults(Record):
     best_trained: str | None
     best_fused: str | None
     best_single: str | None
-    rows: list[Row]
+    rows: list[ModelScores]
     answers: list[Answer] = Field(default_factory=list)
     headline: Headline | None = None
 
-    def row(self, model: str | None) -> Row | None:
+    def row(self, model: str | None) -> ModelScores | None:
         """That of a model; None if it was not scored."""
         return next((row for row in self.rows if row.model == model), None)
 

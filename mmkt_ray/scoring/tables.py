@@ -9,7 +9,7 @@ from mmkt_ray import storage
 from mmkt_ray.kinds.number_metrics import IN_UNITS
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval
-from mmkt_ray.scoring.results import Recommended, Results, Row, TaskResults
+from mmkt_ray.scoring.results import ModelScores, Recommended, Results, TaskResults
 
 _WIDTH = 100
 
@@ -20,7 +20,7 @@ def points(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def told(interval: Interval | None, form: str = ".1f", metric: str = "") -> str:
+def interval_text(interval: Interval | None, form: str = ".1f", metric: str = "") -> str:
     """An interval in percentage points, each number in this format; of an error in the labels' units with four digits."""
     if interval is None:
         return "undefined"
@@ -38,15 +38,15 @@ def metric_name(metric: str) -> str:
     return " ".join([first, *rest])
 
 
-def told_score(metric: str, score: float) -> str:
+def score_text(metric: str, score: float) -> str:
     """A score as an objective has it, higher is better: in percent; the log loss, which is negated there, in nats."""
     return f"{-score:.3f}" if metric == "log_loss" else f"{100 * score:.1f}"
 
 
-def told_metric(metric: str, interval: Interval | None) -> str:
+def metric_text(metric: str, interval: Interval | None) -> str:
     """An interval of such scores, or of their differences."""
     if interval is None or metric != "log_loss":
-        return told(interval, metric=metric)
+        return interval_text(interval, metric=metric)
     value, low, high = (f"{-interval[end] + 0.0:.3f}" for end in ("value", "high", "low"))
     return f"{value} [{low}, {high}]"
 
@@ -57,7 +57,7 @@ def comparison_table(results: Results) -> str:
     lines = []
     for task, found in results.tasks.items():
         single = found.best_single
-        lines += [f"{task}: {told_kind(found)}; best single modality: {single or 'none'}"[:_WIDTH]]
+        lines += [f"{task}: {kind_text(found)}; best single modality: {single or 'none'}"[:_WIDTH]]
         percent = f"{100 * results.confidence:g} %"
         metrics = task_kind(found.kind).reported[:2]
         names = [metric_name(metric) for metric in metrics]
@@ -65,7 +65,7 @@ def comparison_table(results: Results) -> str:
         titles = {}  # line of the table -> what stands above it
         for rows in same_samples(found.rows, metrics[0]):
             titles[len(cells)] = f" on {rows[0].num_rows:,} samples:"
-            cells += [[r.model, *(told(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows]
+            cells += [[r.model, *(interval_text(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
         for number, row in enumerate(cells):
@@ -76,15 +76,15 @@ def comparison_table(results: Results) -> str:
     return "\n".join([*lines, *results.notes]).rstrip()
 
 
-def told_kind(found: TaskResults) -> str:
+def kind_text(found: TaskResults) -> str:
     """What a task's labels are: `9 classes`, `numbers`."""
     return f"{found.num_classes} classes" if task_kind(found.kind).classes else "numbers"
 
 
-def same_samples(rows: Sequence[Row], main: str) -> list[list[Row]]:
+def same_samples(rows: Sequence[ModelScores], main: str) -> list[list[ModelScores]]:
     """A task's rows by the samples that they were scored on, the most samples first, and in each group the best by the main
     metric first: scores on different samples have no order."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[ModelScores]] = {}
     for row in sorted(rows, key=lambda r: -r.interval(main)["value"]):
         groups.setdefault(row.rows_id, []).append(row)
     return sorted(groups.values(), key=lambda group: (-group[0].num_rows, -len(group)))
@@ -113,7 +113,7 @@ def predict_command(folder: str) -> str:
     return f"mmkt predict {shlex.quote(folder)} NEW_SHARDS --out FOLDER"
 
 
-def _difference(row: Row, main: str) -> str:
+def _difference(row: ModelScores, main: str) -> str:
     if not row.versus:
         return row.verdict
-    return f"{told(row.versus[main], '+.1f')} {row.verdict}"
+    return f"{interval_text(row.versus[main], '+.1f')} {row.verdict}"

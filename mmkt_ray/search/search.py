@@ -26,7 +26,7 @@ from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.locks import locked
 from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.objective import Score
-from mmkt_ray.scoring.tables import metric_name, told_metric, told_score
+from mmkt_ray.scoring.tables import metric_name, metric_text, score_text
 from mmkt_ray.search.ensemble import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
 from mmkt_ray.search.insight import search_insight
@@ -221,11 +221,11 @@ def result_table(result: dict[str, Any]) -> str:
     for role, finalist in sorted(result["finalists"].items(), key=lambda item: -item[1]["val"]):
         mark = (" (winner)" if tried["fused"] else " (best so far)") if role == result["winner"] else ""
         what = f"{'+'.join(finalist['modalities'])}, {finalist['fusion']['name']}, sharing {finalist['sharing']}"
-        lines.append(f"{role}{mark}: {what}; val {metric_name(metric)} {told_score(metric, finalist['val'])}")
+        lines.append(f"{role}{mark}: {what}; val {metric_name(metric)} {score_text(metric, finalist['val'])}")
         for task, scores in finalist["test"].items():
-            told = ", ".join(f"{metric_name(m)} {told_metric(m, scores[m])}" for m in scores if m != "num_rows")
+            text = ", ".join(f"{metric_name(m)} {metric_text(m, scores[m])}" for m in scores if m != "num_rows")
             versus = result["versus"].get(role, {}).get(task, {})
             used = next((m for m in (metric, "accuracy") if versus.get(m)), None)
-            gain = f"; winner minus this {told_metric(used, versus[used])} {versus[used]['verdict']}" if used else ""
-            lines.append(f"  {task}: test {told}{gain}")
+            gain = f"; winner minus this {metric_text(used, versus[used])} {versus[used]['verdict']}" if used else ""
+            lines.append(f"  {task}: test {text}{gain}")
     return "\n".join(lines)

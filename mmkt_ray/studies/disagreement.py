@@ -42,7 +42,7 @@ def disagreements(run_uri: str, results: Results, task: str) -> Disagreement | N
     share = binomtest(int(differ.sum()), len(rows)).proportion_ci(results.confidence, method="wilson")
     fused_name = results.tasks[task].best_fused
     fused = predictions_of(run_uri, results, fused_name, task)["pred"] if fused_name else pd.Series()
-    told_by_fused = fused.map(kind.tell).to_dict()
+    fused_texts = fused.map(kind.tell).to_dict()
     fused = fused.reindex(rows)
     return Disagreement(
         models=chosen,
@@ -59,7 +59,7 @@ def disagreements(run_uri: str, results: Results, task: str) -> Disagreement | N
                     m: Prediction(pred=kind.tell(f["pred"].iloc[i]), proba=float(f["proba"].iloc[i].max()))
                     for m, f in frames.items()
                 },
-                fused=told_by_fused.get(rows[i]),
+                fused=fused_texts.get(rows[i]),
             )
             for i in _farthest_apart(frames, differ)
         ],

@@ -189,8 +189,8 @@ def _best_singles(models: Sequence[Evaluated], part: Rows, task: str, modalities
 
 
 def _encode(pred: pd.Series, known: np.ndarray, names: Sequence[str], kind: TaskKind) -> np.ndarray:
-    told = [v if k else None for v, k in zip(pred.tolist(), known, strict=True)]
-    return kind.encode_predictions(pa.chunked_array([pa.array(told, kind.arrow_type)]), names)
+    cells = [v if k else None for v, k in zip(pred.tolist(), known, strict=True)]
+    return kind.encode_predictions(pa.chunked_array([pa.array(cells, kind.arrow_type)]), names)
 
 
 def _val_score(model: Evaluated, task: str) -> float:

@@ -1,4 +1,4 @@
-"""Transferability scores of a run's feature stores, and how well they told the trained results.
+"""Transferability scores of a run's feature stores, and how well they predicted the trained results.
 
 Scores are of the train rows that have a label and every modality of the set in question. Before they stand side by side,
 each modality is divided by the root mean square length of its features, so that none counts more for its unit.

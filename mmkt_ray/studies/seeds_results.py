@@ -6,7 +6,7 @@ from mmkt_ray.record import Record
 from mmkt_ray.scoring.intervals import Interval
 from mmkt_ray.scoring.metrics import Intervals
 from mmkt_ray.scoring.provenance import Study
-from mmkt_ray.scoring.tables import metric_name, told
+from mmkt_ray.scoring.tables import interval_text, metric_name
 
 WORDS = {
     "samples_f1": "F1 by sample",
@@ -49,10 +49,10 @@ def seeds_table(result: Seeds) -> str:
         width = max(map(len, found.models))
         for name, model in found.models.items():
             by_seed = " ".join(f"{100 * s:.1f}" for s in model.by_seed)
-            line = f"  {name:{width}}  {told(model[main])}  ({by_seed})  "
-            line += "  ".join(told(model[m], metric=m) for m in metrics)
+            line = f"  {name:{width}}  {interval_text(model[main])}  ({by_seed})  "
+            line += "  ".join(interval_text(model[m], metric=m) for m in metrics)
             if model.versus:
-                gains = ", ".join(told(model.versus[m], "+.1f", m) for m in (main, *metrics))
+                gains = ", ".join(interval_text(model.versus[m], "+.1f", m) for m in (main, *metrics))
                 line += f"  {gains} against {found.reference}"
             lines.append(line)
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Transferability scores: how well features will serve a task, told from the features before anything is trained.
+"""Transferability scores: how well features will serve a task, computed from the features before anything is trained.
 
 LogME, H-score and linear CKA come from sums over the train rows that merge (`Moments`), so the store is read part by part
-and D x D numbers are all that is kept. LEEP needs the predictions of a model of another task and is told where the run has one.
+and D x D numbers are all that is kept. LEEP needs the predictions of a model of another task: it is computed where there is one.
 
 Sources: LogME, You et al. 2021 (https://arxiv.org/abs/2102.11005); H-score, Bao et al. 2019 (https://arxiv.org/abs/2212.10082),
 with the shrinkage of Ibrahim et al. 2022 (https://arxiv.org/abs/2110.06893); LEEP, Nguyen et al. 2020

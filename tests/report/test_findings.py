@@ -13,7 +13,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_folder import write_card
 from mmkt_ray.record import About
-from mmkt_ray.report import curves, findings
+from mmkt_ray.report import about_models, curves, findings
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import Current, LeftOut, with_about
 from mmkt_ray.scoring.results import Results
@@ -162,7 +162,7 @@ def test_parameters_are_counted_by_part(told):
     models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")}
     models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
     rest = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
-    found = findings.parameters(str(told), Results(models=models, **rest))
+    found = about_models.parameters(str(told), Results(models=models, **rest))
     assert found.columns == ["level_1", "level_2", "fusion", "heads"]
     assert [(r.model, r.total) for r in found.rows] == [("small", 7), ("big", 17)]
 

@@ -16,7 +16,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.report import colors, plots, words
 from mmkt_ray.report.page import build_report
-from mmkt_ray.scoring.results import Answer, Headline, TaskResults
+from mmkt_ray.scoring.results import Answer, Headline, ModelScores, TaskResults
 from tests.report.pages import ATTRIBUTE, HOSTILE, Elements
 
 pytestmark = pytest.mark.slow
@@ -230,8 +230,11 @@ def test_every_model_is_seen_on_its_page():
 
 def test_nothing_is_off_the_scale(page, finished):
     """Catches a mark beyond the frame of its figure: a score below zero, or a model that is far behind the others."""
+    about = {"reads": [], "num_rows": 9, "num_unseen": None, "balanced_accuracy": None, "val_accuracy": None, "versus": None}
+    intervals = {"r2": {"value": -3.0, "low": -4.0, "high": -2.0}, "spearman": None}
+    row = ModelScores(model="a", intervals=intervals, verdict="", **about)
     axes = plots.score_bars(
-        [{"model": "a", "r2": {"value": -3.0, "low": -4.0, "high": -2.0}, "spearman": None}],
+        [row],
         ({"name": "r2", "title": "R2"}, {"name": "spearman", "title": "Spearman"}),
         {"a": "#fd0000"},
     )
