@@ -20,7 +20,7 @@ import torch
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.errors import DataError, UserError
+from mmkt_ray.errors import ConfigError, DataError, UserError
 from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.model_folder import copy_model, load_model, read_card, save_model
 from mmkt_ray.inference.rows import readable
@@ -192,10 +192,10 @@ def hold_out_on_worker(job: Job, rank: int, world_size: int, device: torch.devic
         return None
     try:
         found = hold_out(job.settled, _table(job.config, job.store_uri), device, job.known())
+        if found is not None:
+            save_heldout(job.scratch, found)
     except UserError as error:
         return error
-    if found is not None:
-        save_heldout(job.scratch, found)
     return None
 
 
@@ -220,7 +220,7 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
     for name, expert in expert_configs(config, store.table(*columns)).items():
         try:
             experts[name] = train_expert(expert, store, storage.join(scratch, f"expert-{name}"), folder, run)
-        except UserError as error:
+        except (ConfigError, DataError) as error:
             log.warning("no expert of %s: %s", name, error)
             continue
         parts[name] = (read_card(experts[name]) or {})["training"]
@@ -262,7 +262,7 @@ def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dic
         scratch = storage.join(folder, f".single-{m}")
         try:
             found[m] = train_expert(config, store, scratch, folder, cluster.run_on_workers)
-        except UserError as error:
+        except (ConfigError, DataError) as error:
             log.warning("no model of %s alone: %s", m, error)
         storage.remove_folder(scratch)
     return found
@@ -317,29 +317,33 @@ def training_fingerprint(config: Config, store: Store, folder: str) -> str:
 
 def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
     """One worker's part: the summary, or the user's error as a value, because raised it would be tried again as a crash."""
+    try:
+        return _train_on_worker(job, rank, world_size, device)
+    except UserError as error:  # a full disk among them
+        return error
+
+
+def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> dict[str, Any]:
     config, store = job.settled, open_store(job.store_uri)
     checkpoint = FileCheckpoint(storage.join(job.scratch, f"{job.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
     report = progress_log() if rank == 0 else None
-    try:
-        knowledge = load_knowledge(config.training.transfer, job.folder)
-        table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
-        in_stack = job.in_stack(table)
-        if job.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(job, 0, 1, device)):
-            return error
-        heldout = load_heldout(job.scratch) if job.holds_out else None
-        world = World(rank, world_size, device)
-        about: dict[str, Any] = {}
-        if is_linear(config):
-            result, heldout, about["linear"] = linear_result(config, table)
-        elif in_stack:
-            result, heldout = fit_and_hold_out(config, table, device, job.known())
-            if report:
-                report({**result.history[-1], "num_epochs": len(result.history)})
-        else:
-            whole = as_train(table) if heldout else table
-            result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
-    except UserError as error:
-        return error
+    knowledge = load_knowledge(config.training.transfer, job.folder)
+    table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
+    in_stack = job.in_stack(table)
+    if job.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(job, 0, 1, device)):
+        raise error
+    heldout = load_heldout(job.scratch) if job.holds_out else None
+    world = World(rank, world_size, device)
+    about: dict[str, Any] = {}
+    if is_linear(config):
+        result, heldout, about["linear"] = linear_result(config, table)
+    elif in_stack:
+        result, heldout = fit_and_hold_out(config, table, device, job.known())
+        if report:
+            report({**result.history[-1], "num_epochs": len(result.history)})
+    else:
+        whole = as_train(table) if heldout else table
+        result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
     summary = summarise(result, job.fingerprint, world_size, device) | about
     if job.choice:
         summary["auto"] = job.choice.to_dict()

@@ -153,3 +153,19 @@ def test_two_ray_workers_train_one_model(make_config, store_uri, tmp_path, ray_l
     assert (scores["accuracy"], scores["macro_f1"]) == (summary["val"]["accuracy"], summary["val"]["macro_f1"])
     again = train(config, store_uri, uri)
     assert again == {**summary, "status": "up to date"}
+
+
+@pytest.mark.parametrize("wanted", ["fused", "expert"])
+def test_a_full_disk_ends_the_training_with_its_own_words(make_config, store_uri, tmp_path, monkeypatch, wanted):
+    """Catches an error that leaves a worker as a crash, and an expert that is left out because there was no room for it."""
+    write = trainer.save_model
+
+    def full(uri, *rest):
+        if ("expert-" in uri) == (wanted == "expert"):
+            raise ResourceError(f"disk full while writing '{uri}'")
+        write(uri, *rest)
+
+    monkeypatch.setattr(trainer, "save_model", full)
+    config = make_config(**{"training.epochs": 1, "model.experts": True})
+    with pytest.raises(ResourceError, match=f"disk full while writing '.*{'expert-' if wanted == 'expert' else ''}"):
+        train(config, store_uri, str(tmp_path / "model"))
