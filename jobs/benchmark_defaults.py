@@ -19,7 +19,8 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import load_rows, readable
 from mmkt_ray.kinds.probabilities import probability_scores
@@ -103,8 +104,11 @@ def calibration_of(uri: str, table: FeatureTable, test: FeatureTable, task: str)
 
 def held_out(uri: str, task: str) -> float:
     """A model's accuracy on held-out rows."""
-    card = read_card(uri) or {}
-    return float(card["training"]["val"]["accuracy"][task])
+    card = read_card(uri)
+    assert card is not None
+    assert card.fit is not None
+    assert card.fit.val is not None
+    return card.fit.val.metrics["accuracy"][task]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.training_record import Training
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
@@ -66,16 +68,18 @@ def representation(current: Current) -> dict[str, Any] | None:
     return {**found, "several_stores": len(stores) > 1}
 
 
+def _fit_of(run_uri: str, folder: str) -> Training | None:
+    """How a model of the run was trained; None where that is not known."""
+    card = read_card(storage.join(run_uri, folder))
+    return card.fit if card else None
+
+
 def parameters(run_uri: str, results: Results) -> dict[str, Any] | None:
     """Numbers of trained parameters by part of each trained model."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, about in results.models.items():
-        card = (
-            (storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {})
-            if about.kind == "trained"
-            else {}
-        )
-        parts = card.get("training", {}).get("num_params_by_part")
+        fit = _fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        parts = fit.num_params_by_part if fit else None
         if parts:
             rows.append({"model": name, "about": about.to_dict(), "parts": parts, "total": sum(parts.values())})
     columns = list(dict.fromkeys(part for row in rows for part in row["parts"]))
@@ -88,12 +92,12 @@ def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
     """What `training.auto` chose for each trained model, and the scores by which."""
     rows = []
     for name, about in results.models.items():
-        card = storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {}
-        chosen = card.get("training", {}).get("auto") if about.kind == "trained" else None
-        if chosen:
-            losses = {i: c["loss"] for i, c in enumerate(chosen["candidates"], start=1)}
-            rank = next((i for i, c in enumerate(chosen["candidates"], start=1) if c["chosen"]), None)
-            rows.append({"model": name, "losses": losses, "rank": rank, **chosen})
+        fit = _fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        if fit and fit.auto:
+            candidates = list(enumerate(fit.auto.candidates, start=1))
+            losses = {i: candidate.loss for i, candidate in candidates}
+            rank = next((i for i, candidate in candidates if candidate.chosen), None)
+            rows.append({"model": name, "losses": losses, "rank": rank, **fit.auto.to_dict()})
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
     return {"rows": rows, "keys": keys} if rows else None
 
@@ -121,8 +125,8 @@ def missing(
 
 def _experts_of(run_uri: str, name: str, folder: str) -> list[dict[str, str]]:
     """Who answers what, of a model with experts."""
-    card = storage.read_json_or_none(storage.join(run_uri, folder, "config.json")) or {}
-    routes = card.get("training", {}).get("experts_for", {})
+    fit = _fit_of(run_uri, folder)
+    routes = (fit.experts_for if fit else None) or {}
     return [
         {"model": name, "task": task, "there": there.replace("+", " + "), "expert": expert}
         for task, by_pattern in routes.items()

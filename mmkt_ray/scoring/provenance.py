@@ -14,6 +14,7 @@ from typing import Any
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint, parse_config
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.run_file import RunFile
 
 
 def model_fingerprint(uri: str) -> str | None:
@@ -50,12 +51,12 @@ class Current:
     left_out: list[dict[str, str]] = field(default_factory=list)  # {file, command}
 
     @classmethod
-    def of(cls, run_uri: str, run: Mapping[str, Any], results: Results) -> Current:
-        """run: run.json."""
+    def of(cls, run_uri: str, run: RunFile, results: Results) -> Current:
+        """What a run holds by its results and its run.json."""
         stores = frozenset(m.store for m in results.models.values() if m.store)
         recipes = {}
-        if run.get("config"):
-            config = parse_config(run["config"])
+        if run.config:
+            config = parse_config(run.config)
             recipes = {"": recipe(config)} | {name: recipe(v) for name, v in config.expand_variants().items()}
         return cls(run_uri, stores, recipes)
 

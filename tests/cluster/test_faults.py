@@ -20,7 +20,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
-from mmkt_ray.inference.model_folder import read_card
+from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.training.trainer import train
@@ -161,7 +161,7 @@ def test_a_full_disk(reference: Store, config: Config, tmp_path: Path) -> None:
         assert not [path.name for path in written if path.suffix != ".parquet"]
         filler.unlink()
         store = extract(config, str(disk / "chaos"))
-        assert store.manifest["fingerprint"] == reference.manifest["fingerprint"]
+        assert store.manifest.fingerprint == reference.manifest.fingerprint
         assert same_features(config, disk / "chaos")
 
 

@@ -7,6 +7,7 @@ from mmkt_ray.evaluation.compare import is_stale
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about, recipe
 from mmkt_ray.scoring.results import Described, Results
+from mmkt_ray.scoring.run_file import RunFile
 from tests.evaluation.runs import make_config
 
 
@@ -19,9 +20,7 @@ def run(tmp_path):
     model = Described(**about, num_params=1, training_s=1.0, store="s1", folder="models/concat")
     about = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
     results = Results(models={"concat": model}, **about)
-    return config, str(tmp_path), Current.of(
-        str(tmp_path), {"config": config.model_dump(mode="json")}, results
-    )
+    return config, str(tmp_path), Current.of(str(tmp_path), RunFile(config=config.model_dump(mode="json")), results)
 
 
 def told(run_uri: str, current: Current, **changes):
