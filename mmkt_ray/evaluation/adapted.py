@@ -72,9 +72,10 @@ def recipe_but_for_adapting(config: Mapping[str, Any], modalities: Sequence[str]
 def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[AdaptedEncoder]:
     for name in model.record.modalities:
         adapt = model.config.get("modalities", {}).get(name, {}).get("encoder", {}).get("adapt")
-        if adapt and model.card:
-            folders = model.card.encoders[name].folders or [""]
-            uri = storage.join(run_uri, model.folder, "encoders", folders[0], "encoder.json")
+        if adapt:
+            known = model.card.encoders.get(name) if model.card else None
+            folder = known.folders[0] if known and known.folders else ""
+            uri = storage.join(run_uri, model.folder, "encoders", folder, "encoder.json")
             seconds = storage.read_json(uri).get("trained_s") if storage.exists(uri) else None
             yield AdaptedEncoder(modality=name, how=adapt["how"], trained_on=adapt["task"], seconds=seconds)
 

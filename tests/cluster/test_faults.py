@@ -115,7 +115,9 @@ def test_a_killed_training_worker(reference: Store, config: Config, tmp_path: Pa
     undisturbed, disturbed = read_card(str(tmp_path / "a")), read_card(str(tmp_path / "b"))
     assert undisturbed is not None
     assert disturbed is not None
-    assert disturbed["training"]["val"] == undisturbed["training"]["val"]
+    assert disturbed.fit is not None
+    assert undisturbed.fit is not None
+    assert disturbed.fit.val == undisturbed.fit.val
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]

@@ -9,6 +9,7 @@ from mmkt_ray.scoring.provenance import Current, about, recipe
 from mmkt_ray.scoring.results import Described, Results
 from mmkt_ray.scoring.run_file import RunFile
 from tests.evaluation.runs import make_config
+from tests.manifests import make_card
 
 
 @pytest.fixture
@@ -72,6 +73,6 @@ def metrics(fingerprint: str | None) -> ModelMetrics:
 
 def test_metrics_of_a_model_that_was_trained_anew_are_stale():
     """Catches scores of the model before beside the one after."""
-    assert is_stale(metrics("a"), {"fingerprint": "b"})
-    assert not is_stale(metrics("a"), {"fingerprint": "a"})
-    assert not is_stale(metrics(None), {})
+    assert is_stale(metrics("a"), make_card(fingerprint="b"))
+    assert not is_stale(metrics("a"), make_card(fingerprint="a"))
+    assert not is_stale(metrics(None), make_card())

@@ -299,7 +299,7 @@ def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fit
     again = train(config, store_uri, uri)
     assert fits == ["text"]
     assert not storage.exists(storage.join(uri, ".parts"))
-    assert again["experts_for"] == whole["experts_for"]
+    assert again.experts_for == whole.experts_for
     one, other = (load_model(str(tmp_path / name / "concat"))[0].state_dict() for name in ("run", "other"))
     assert all(torch.equal(one[k], other[k]) for k in one.keys() | other.keys())
 

@@ -86,7 +86,7 @@ def test_a_finished_model_is_not_trained_again_and_a_changed_one_is(make_config,
     fit_ = trainer.fit
     monkeypatch.setattr(trainer, "fit", lambda *a, **k: runs.append(1) or fit_(*a, **k))
     again = train(make_config(**{"evaluation.bootstrap_samples": 200, "name": "renamed"}), store_uri, uri)
-    assert (again["status"], runs) == ("up to date", [])
+    assert (again.status, runs) == ("up to date", [])
     assert untimed(again) == untimed(first)
     for change in (
         {"seed": 1},
