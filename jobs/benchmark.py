@@ -260,13 +260,14 @@ def pipeline(config: Config, encoders: dict[str, str], folder: Path) -> Result:
     start = time.perf_counter()
     store: Store = encode(config, str(folder), list_shards(ReadingPlan.of(config)), encoders)
     wall = time.perf_counter() - start
-    counts, manifest = store.manifest["counts"], store.manifest
-    num_rows = counts["rows"] + counts["rejects"]
-    rates = {"rows_per_s": num_rows / wall, "steady_rows_per_s": num_rows / (wall - manifest["startup_s"])}
+    counts, speed = store.manifest.counts, store.manifest.speed
+    assert speed is not None
+    num_rows = counts.rows + counts.rejects
+    rates = {"rows_per_s": num_rows / wall, "steady_rows_per_s": num_rows / (wall - speed.startup_s)}
     return (
         rates
-        | {f"{k.replace(' ', '_')}_s": v for k, v in manifest["stages"].items()}
-        | {"start_s": manifest["startup_s"], "publish_s": wall - manifest["wall_s"], "wall_s": wall}
+        | {f"{k.replace(' ', '_')}_s": v for k, v in speed.stages.items()}
+        | {"start_s": speed.startup_s, "publish_s": wall - speed.wall_s, "wall_s": wall}
     )
 
 

@@ -27,7 +27,7 @@ def score_cnn(config: Config, run_uri: str) -> dict[str, Any]:
     [(name, modality)] = [(n, m) for n, m in config.modalities.items() if m.encoder.name == "cnn"]
     task = str(modality.encoder.task)
     stores = storage.glob(storage.join(run_uri, "features", "encoded-*"))
-    folder = open_store(stores[0].path).manifest["modalities"][name]["folders"][0]
+    folder = open_store(stores[0].path).manifest.modalities[name].folders[0]
     encoder = load_fitted(build_encoder(modality.encoder), storage.join(run_uri, "encoders", folder))
     images, labels = [], []
     for shard in list_shards(ReadingPlan.of(config)):

@@ -22,9 +22,11 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
+from mmkt_ray.features.manifest import ModalityFeatures
 from mmkt_ray.features.store import Store, column_of, open_store, to_arrow, write_manifest
 from mmkt_ray.features.table import FeatureTable
-from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import load_rows, readable
 from mmkt_ray.kinds.probabilities import probability_scores
@@ -114,16 +116,19 @@ def with_rare_modality(store: Store, config: Config, uri: str) -> Store:
     """A copy of a store's rows with the modality `rare` beside."""
     rng, task = np.random.default_rng(0), config.model_tasks[0]
     classes = {name: number for number, name in enumerate(store.table([], [task]).class_names[task])}
-    for part, rows in zip(store.manifest["parts"], store.read(), strict=True):
+    checksums = {}
+    for part, rows in zip(store.manifest.parts, store.read(), strict=True):
         labels = [classes.get(name, -1) for name in rows[task].to_pylist()]
         values = rng.normal(size=(len(labels), 16)).astype(np.float32)
         values[np.arange(len(labels)), np.array(labels) % 16] += rng.random(len(labels)) < 1 / 8
         present = rng.random(len(labels)) < 0.1
         column = to_arrow(values[present], present)
-        storage.write_table(storage.join(uri, "data", part), rows.append_column(column_of(RARE), column))
-    entry = {"dim": 16, "sparse": False, "fingerprint": RARE, "folders": []}
-    manifest = {**store.manifest, "fingerprint": f"{store.manifest['fingerprint']}-{RARE}"}
-    write_manifest(uri, {**manifest, "modalities": {**store.manifest["modalities"], RARE: entry}})
+        checksums[part] = storage.write_table(storage.join(uri, "data", part), rows.append_column(column_of(RARE), column))
+    about = {"dim": 16, "sparse": False, "kind": "vector", "encoder": {"name": "identity"}, "reduce": None}
+    entry = ModalityFeatures.model_validate({**about, "fingerprint": RARE, "folders": []})
+    modalities = {**store.manifest.modalities, RARE: entry}
+    fingerprint = f"{store.manifest.fingerprint}-{RARE}"
+    write_manifest(uri, store.manifest.model_copy(update={"fingerprint": fingerprint, "checksums": checksums, "modalities": modalities}))
     return open_store(uri)
 
 
@@ -157,8 +162,11 @@ def calibration_of(uri: str, table: FeatureTable, test: FeatureTable, task: str)
 
 def held_out(uri: str, task: str) -> float:
     """A model's accuracy on held-out rows."""
-    card = read_card(uri) or {}
-    return float(card["training"]["val"]["accuracy"][task])
+    card = read_card(uri)
+    assert card is not None
+    assert card.fit is not None
+    assert card.fit.val is not None
+    return card.fit.val.metrics["accuracy"][task]
 
 
 if __name__ == "__main__":

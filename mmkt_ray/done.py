@@ -13,13 +13,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
+from mmkt_ray.record import IfAny, Record
 
 FILE = "done.json"
 NOTHING = "nothing was to be done: the run is finished"
 _NOT_RESULTS = (FILE, ".lock", ".lock.json")  # files in a run folder that come and go, or are about the others
+
+
+class StepDone(Record, frozen=True, strict=True):
+    """A step that is done."""
+
+    digest: str  # of all that decides its result
+    files: dict[str, str]  # place in the run folder -> checksum
+
+
+class RunDone(Record, frozen=True, strict=True):
+    """A whole `mmkt run`."""
+
+    digest: str | None  # of all that decides it; None: it must be done again
+    text: str  # that was printed
+
+
+class Done(Record, frozen=True, strict=True):
+    """What `done.json` holds."""
+
+    steps: dict[str, StepDone] = Field(default_factory=dict)
+    run: IfAny[RunDone] = None
 
 
 def run_folder(config: Config) -> str:
@@ -57,19 +81,20 @@ def once(
     one that is not there afterwards is no result of this step. again: do it in any case.
     """
     digest = fingerprint([code_digest(), decided_by])
-    known = steps_done(run_uri).get(step, {})
-    if not again and known.get("digest") == digest and known["files"] == _checksums(run_uri, known["files"]):
+    known = _read(run_uri).steps.get(step)
+    if not again and known and known.digest == digest and known.files == _checksums(run_uri, known.files):
         return False
     work()
     found = {place: checksum for place, checksum in _checksums(run_uri, files).items() if checksum is not None}
-    _write(run_uri, {"steps": steps_done(run_uri) | {step: {"digest": digest, "files": found}}})
+    before = _read(run_uri)
+    _write(run_uri, before.replaced(steps=before.steps | {step: StepDone(digest=digest, files=found)}))
     return True
 
 
 def steps_done(run_uri: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
-    """Step -> {digest, files {place: checksum}} of the steps whose names begin so."""
-    steps = _read(run_uri).get("steps", {})
-    return {name: about for name, about in sorted(steps.items()) if name.startswith(prefixes)}
+    """Step -> what is kept of it, JSON-able, of the steps whose names begin so."""
+    steps = _read(run_uri).steps
+    return {name: about.to_dict() for name, about in sorted(steps.items()) if name.startswith(prefixes)}
 
 
 def _checksums(run_uri: str, places: Iterable[str]) -> dict[str, str | None]:
@@ -84,14 +109,14 @@ def _checksums(run_uri: str, places: Iterable[str]) -> dict[str, str | None]:
 def told_before(config: Config) -> str | None:
     """What `mmkt run` printed when it had done all of this; None if it has not, or anything is not as it was then."""
     uri = run_folder(config)
-    known = _read(uri).get("run")
-    return known["text"] if known and known["digest"] and known["digest"] == _run_digest(config, uri) else None
+    known = _read(uri).run
+    return known.text if known and known.digest and known.digest == _run_digest(config, uri) else None
 
 
 def keep_told(config: Config, text: str) -> None:
     """Everything is done, and this is what was printed."""
     uri = run_folder(config)
-    _write(uri, {"run": {"digest": _run_digest(config, uri), "text": text}})
+    _write(uri, _read(uri).replaced(run=RunDone(digest=_run_digest(config, uri), text=text)))
 
 
 def _run_digest(config: Config, uri: str) -> str | None:
@@ -108,14 +133,13 @@ def _run_digest(config: Config, uri: str) -> str | None:
     return fingerprint([code_digest(), uri, config.model_dump(mode="json"), shards, left_out, listing(uri)])
 
 
-def _read(run_uri: str) -> dict[str, Any]:
+def _read(run_uri: str) -> Done:
     """done.json; empty if there is none, or it is damaged: then all is done again."""
     try:
-        found = storage.read_json(storage.join(run_uri, FILE))
+        return Done.read(storage.join(run_uri, FILE))
     except (FileNotFoundError, DataError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return Done()
 
 
-def _write(run_uri: str, changed: dict[str, Any]) -> None:
-    storage.write_json(storage.join(run_uri, FILE), _read(run_uri) | changed)
+def _write(run_uri: str, done: Done) -> None:
+    done.write(storage.join(run_uri, FILE))

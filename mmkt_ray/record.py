@@ -35,16 +35,22 @@ class Record(BaseModel):
         """As JSON has it."""
         return self.model_dump(exclude_unset=True)
 
+    def replaced(self, **changed: Any) -> Self:
+        """The record with other values of some fields. Raises: ValidationError if there are no such fields."""
+        return self.model_validate({**self.to_dict(), **changed})
+
     @classmethod
-    def from_dict(cls, value: Any, where: str) -> Self:
-        """The record in a JSON value; where: the file that it was read from. Raises: DataError for unknown and missing keys."""
+    def from_dict(cls, value: Any, where: str, again: str = "remove it and run the same command again") -> Self:
+        """The record in a JSON value; where: the file that it was read from; again: what to do if it is none.
+
+        Raises: DataError for unknown and missing keys.
+        """
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            faults = "; ".join(_told(dict(fault)) for fault in error.errors()[:MAX_FAULTS])
+            faults = "; ".join(_told(dict(fault)) for fault in error.errors(include_input=False)[:MAX_FAULTS])
             raise DataError(
-                f"'{where}' does not hold what this version of mmkt writes there: {faults}; remove it and run the same "
-                "command again"
+                f"'{where}' is damaged: it does not hold what this version of mmkt writes there: {faults}; {again}"
             ) from None
 
     @classmethod
@@ -65,6 +71,27 @@ class Record(BaseModel):
         storage.write_json(uri, self.to_dict())
 
 
+class SealedRecord(Record):
+    """A record that cannot be changed, of a file with the version of its schema and a checksum of its content."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    schema_version: ClassVar[int]
+    again: ClassVar[str]  # what to do about a damaged file, or one of another version; {folder}: where it lies
+
+    @classmethod
+    def read(cls, uri: str) -> Self:
+        """Raises: FileNotFoundError; OtherVersionError; DataError if the file is damaged or was changed by hand."""
+        again = cls.again.format(folder=uri.rpartition("/")[0])
+        content = storage.read_sealed(uri, cls.schema_version, again)
+        del content["schema_version"]
+        return cls.from_dict(content, uri, again)
+
+    def write(self, uri: str) -> None:
+        """Write readable JSON with version and checksum, atomically."""
+        storage.write_sealed(uri, {"schema_version": self.schema_version, **self.to_dict()})
+
+
 class OpenRecord(Record):
     """A record with keys whose names depend on the kind of task: in the file, those of the field `spread` stand beside the
     others."""
@@ -77,6 +104,8 @@ class OpenRecord(Record):
         if not isinstance(value, dict):
             return value
         own = {key: v for key, v in value.items() if key in cls.model_fields}
+        if not isinstance(own.get(cls.spread, {}), dict):
+            raise ValueError(f"{cls.spread} must be a mapping")
         own[cls.spread] = {**own.get(cls.spread, {}), **{key: v for key, v in value.items() if key not in own}}
         return own
 

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import model_fingerprint
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.run_file import Place, RunFile
 from mmkt_ray.scoring.tables import comparison_table, recommendation_text
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.gallery import write_gallery
@@ -86,30 +88,30 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
     variants = config.expand_variants()
     keys = {name: fingerprint(variant.model_dump(mode="json", include=EXTRACTED)) for name, variant in variants.items()}
     storage.make_dir(uri)
-    before = _read_card(uri).get("extracted", {})
-    with _record(config, "extract") as card:
+    before = RunFile.of(uri).extracted
+    with _record(config, "extract") as added:
         if not all(_is_there(uri, before.get(key)) for key in keys.values()):
             check_before_work(config, uri, trains)
         stores: dict[str, Store] = {}
         for name, key in keys.items():
             if key not in stores:
                 stores[key] = extract(variants[name], uri)
-        card["extracted"] = before | {key: _in_features(store) for key, store in stores.items()}
+        added.extracted = before | {key: _in_features(store) for key, store in stores.items()}
     return {name: stores[key] for name, key in keys.items()}
 
 
 def check_test(stores: dict[str, Store]) -> None:
     """Before anything is trained that is to be compared. Raises: DataError if there is nothing to compare it on."""
     for store in {s.uri: s for s in stores.values()}.values():
-        counts = store.manifest["counts"]
-        if not (num_rows := counts["by_split"].get("test")):
+        counts = store.manifest.counts
+        if not (num_rows := counts.by_split.get("test")):
             raise DataError(
                 "no sample is in the test split, on which models are compared: set samples.split.test_frac above 0, or give a "
                 "source `split: test`; `mmkt train` needs none"
             )
-        without = [task for task, by_split in sorted(counts["by_task"].items()) if not by_split.get("test")]
+        without = [task for task, by_split in sorted(counts.by_task.items()) if not by_split.get("test")]
         told = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
-        if len(without) == len(counts["by_task"]):
+        if len(without) == len(counts.by_task):
             raise DataError(
                 f"{told}, so there is nothing to compare models on: map the label column in the source of the test split, or "
                 "let samples.split draw one of labelled samples; `mmkt train` needs none"
@@ -127,38 +129,38 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
     """A model folder for each variant, with the encoders that its features came from, and one of each modality alone."""
     uri = run_folder(config)
     variants = config.expand_variants()
-    with _record(config, "train") as card, progress.stage("models", len(variants), "models") as it:
+    with _record(config, "train") as added, progress.stage("models", len(variants), "models") as it:
         for name, variant in variants.items():
             model_uri = storage.join(uri, "models", name)
             summary = train(variant, stores[name].uri, model_uri)
-            epoch, seconds = summary.get("best_epoch"), summary.get("seconds", 0.0)
-            if summary.get("status") == "up to date":
+            if summary.status == "up to date":
                 log.info("model %s is up to date", name)
             else:
-                log.info("model %s: best epoch %s, %.1f s", name, epoch, seconds)
+                log.info("model %s: best epoch %s, %.1f s", name, summary.best_epoch, summary.seconds)
             _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
             it.advance()
-        card["singles"] = {}
+        singles = dict[str, Place]()
         for store in {s.uri: s for s in stores.values()}.values():
             own = {name: variant for name, variant in variants.items() if stores[name].uri == store.uri}
             several = f" ({store.uri.rsplit('/', 1)[-1]})" if len({s.uri for s in stores.values()}) > 1 else ""
             for modality, model_uri in train_singles(own, store, storage.join(uri, "models")).items():
                 _copy_encoders(uri, model_uri, store, [modality])
-                place = {"store": _in_features(store), "model": f"models/.experts/{model_uri.rsplit('/', 1)[-1]}"}
-                card["singles"][f"only:{modality}{several}"] = place
+                place = Place(store=_in_features(store), model=f"models/.experts/{model_uri.rsplit('/', 1)[-1]}")
+                singles[f"only:{modality}{several}"] = place
+        added.singles = singles
 
 
 def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[str]) -> None:
     """Put the encoders of these modalities from a run's folder into a model's."""
     for modality in modalities:
-        for folder in store.manifest["modalities"][modality]["folders"]:
+        for folder in store.manifest.modalities[modality].folders:
             storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
 
 
 def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri = run_folder(config)
-    variants, singles = config.expand_variants(), _read_card(uri).get("singles", {})
+    variants, singles = config.expand_variants(), RunFile.of(uri).singles
     total = len(variants) + len(singles) + config.evaluation.baselines
     with _record(config, "evaluate"), progress.stage("scores", total, "models") as it:
         for name, variant in variants.items():
@@ -166,7 +168,7 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
             it.advance()
         by_place = {_in_features(store): store for store in stores.values()}
         for name, place in singles.items():
-            _evaluate(uri, place["model"], by_place[place["store"]], config.evaluation, name)
+            _evaluate(uri, place.model, by_place[place.store or ""], config.evaluation, name)
             it.advance()
         if config.evaluation.baselines:
             for store in {s.uri: s for s in stores.values()}.values():
@@ -217,7 +219,7 @@ def _compare(uri: str) -> Results:
 
 def _identity(store: Store) -> list[Any]:
     """What tells a store's content from any other's."""
-    return [store.manifest["fingerprint"], store.manifest.get("checksums")]
+    return [store.manifest.fingerprint, store.manifest.checksums]
 
 
 def study_step(config: Config, stores: dict[str, Store], results: Results) -> None:
@@ -237,7 +239,7 @@ def study_step(config: Config, stores: dict[str, Store], results: Results) -> No
                 it.advance()
             for name in fused_to_study(results) if "missing" in wanted else ():
                 about = results.models[name]
-                store = next(s for s in stores.values() if s.manifest["fingerprint"] == about.store)
+                store = next(s for s in stores.values() if s.manifest.fingerprint == about.store)
                 _missing(config, evaluated, about.folder_to_ship or about.folder, store)
             if "missing" in wanted:
                 it.advance()
@@ -311,46 +313,48 @@ def refresh_report(config: Config) -> str:
     return f"\n\nreport: {report_step(config)}"
 
 
+@dataclass
+class _Added:
+    """What a stage adds to run.json, beside its seconds."""
+
+    extracted: dict[str, str] | None = None
+    singles: dict[str, Place] | None = None
+
+
 @contextmanager
-def _record(config: Config, stage: str) -> Iterator[dict[str, Any]]:
-    """Keep the seconds of a stage that did something, and what is added to the dictionary, in run.json; a run folder that is
-    there is locked."""
-    start, added, uri = time.perf_counter(), dict[str, Any](), run_folder(config)
+def _record(config: Config, stage: str) -> Iterator[_Added]:
+    """Keep the seconds of a stage that did something, and what it adds, in run.json; a run folder that is there is locked."""
+    start, added, uri = time.perf_counter(), _Added(), run_folder(config)
     with locked(uri) if storage.exists(uri) else nullcontext(), progress.stage(stage):
         before = listing(uri)
         yield added
-        card = _read_card(uri)
-        if listing(uri) == before and card == card | added:
+        known = RunFile.of(uri)
+        changed = known.replaced(**{name: value for name, value in vars(added).items() if value is not None})
+        if listing(uri) == before and changed.to_dict() == known.to_dict():
             log.info("%s: nothing was to be done", stage)
             return
-        card |= added
-        card["seconds"][stage] = round(time.perf_counter() - start, 2)
-        storage.write_json(storage.join(uri, "run.json"), card)
+        seconds = known.seconds | {stage: round(time.perf_counter() - start, 2)}
+        changed.replaced(seconds=seconds).keep(uri)
 
 
 def _without_seconds(uri: str) -> dict[str, Any]:
     """What run.json says of the run, but for how long its stages took."""
-    return {key: value for key, value in _read_card(uri).items() if key != "seconds"}
-
-
-def _read_card(uri: str) -> dict[str, Any]:
-    """The run.json of a run folder, almost empty if there is none yet."""
-    path = storage.join(uri, "run.json")
-    return storage.read_json(path) if storage.exists(path) else {"seconds": {}}
+    return {key: value for key, value in RunFile.of(uri).to_dict().items() if key != "seconds"}
 
 
 def _write_run_json(config: Config, stores: dict[str, Store]) -> None:
     uri = run_folder(config)
-    about = {
-        "name": config.name,
-        "config": config.model_dump(mode="json"),
-        "variants": {name: {"store": _in_features(store), "model": f"models/{name}"} for name, store in stores.items()},
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "commit": read_commit(),
-        "hardware": hardware(),
-    }
-    if (card := _read_card(uri)) != card | about:
-        storage.write_json(storage.join(uri, "run.json"), card | about)
+    known = RunFile.of(uri)
+    changed = known.replaced(
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        variants={name: Place(store=_in_features(store), model=f"models/{name}") for name, store in stores.items()},
+        versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        commit=read_commit(),
+        hardware=hardware(),
+    )
+    if changed.to_dict() != known.to_dict():
+        changed.keep(uri)
 
 
 def _in_features(store: Store) -> str:

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmkt_ray import cli
+from mmkt_ray import cli, storage
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.features.store import Store
-from mmkt_ray.inference.model_folder import SCHEMA_VERSION, write_card
+from mmkt_ray.inference.model_card import CARD, Card
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from mmkt_ray.steps import check_test
 from mmkt_ray.terminal import plain
 from tests.heads import free_port
+from tests.manifests import make_manifest
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\x7f\rx"
 
@@ -117,7 +118,7 @@ def test_a_card_without_its_config(tmp_path: Path, capsys: pytest.CaptureFixture
     """Catches `KeyError: 'config'` for a card that somebody has edited."""
     (tmp_path / "model.safetensors").write_bytes(b"")
     for card in ({"spec": {}, "class_names": {}, "encoders": {}}, {}):
-        write_card(str(tmp_path), {"schema_version": SCHEMA_VERSION, "checksums": {}, **card})
+        storage.write_sealed(str(tmp_path / CARD), {"schema_version": Card.schema_version, "checksums": {}, **card})
         assert main(["predict", str(tmp_path), "x.parquet", "--out", str(tmp_path / "out")]) == 2
         assert "train again" in capsys.readouterr().err
 
@@ -143,7 +144,7 @@ def test_no_test_split_is_told_before_training() -> None:
     """Catches hours of training whose comparison then fails for want of a row."""
     counts = {"train": {"train": 3}, "whole": {"train": 3, "test": 1}}
     labels = {"thing": {"test": {"a": 1}}}
-    stores = {n: Store(n, {"counts": {"by_split": found, "by_task": labels}}) for n, found in counts.items()}
+    stores = {n: Store(n, make_manifest({"by_split": found, "by_task": labels})) for n, found in counts.items()}
     check_test({"a": stores["whole"]})
     with pytest.raises(DataError, match=r"no sample is in the test split.*test_frac"):
         check_test(stores)

@@ -99,7 +99,7 @@ def test_rates_are_those_of_the_run(make_config: MakeConfig) -> None:
     rates = rates_of(config, uri)
     assert "over 120 rows; 0 of 2 models" in rates.source
     assert rates.stages == pytest.approx(
-        {k: v / 120 for k, v in store.manifest["stages"].items()}, rel=0.02
+        {k: v / 120 for k, v in store.manifest.stages.items()}, rel=0.02
     )  # the manifest rounds rows/s
     files = [path.stat().st_size for path in Path(store.uri, "data").iterdir()]
     assert rates.store_bytes == pytest.approx(sum(files) / 120)

@@ -8,9 +8,12 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.scoring_files import score_files
+from mmkt_ray.features.manifest import Manifest
+from mmkt_ray.inference.model_card import Card
 from mmkt_ray.record import IfAny, OpenRecord, Record
 from mmkt_ray.scoring.metrics import BaselinesFile, FilesMetrics, ModelMetrics
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.run_file import RunFile
 from tests.evaluation.runs import KINDS, TAGS, draw_samples, make_config, write_run
 
 FILES = {  # file of a run -> what it holds
@@ -18,6 +21,9 @@ FILES = {  # file of a run -> what it holds
     "models/image/metrics.json": ModelMetrics,
     "baselines/union/metrics.json": BaselinesFile,
     "report/results.json": Results,
+    "models/concat/config.json": Card,
+    "features/union/manifest.json": Manifest,
+    "run.json": RunFile,
 }
 
 

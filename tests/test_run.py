@@ -20,6 +20,7 @@ from mmkt_ray.cli import main, tell_unexpected
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.prediction import NewShards, predict
+from tests.manifests import make_manifest
 from tests.shapes import png, shapes_config, write_shard, write_shards
 
 VARIANTS = {
@@ -148,7 +149,7 @@ class Counted:
 
     def __init__(self, **test_labels: int) -> None:
         by_task = {task: {"train": {"a": 9}} | ({"test": {"a": n}} if n else {}) for task, n in test_labels.items()}
-        self.manifest = {"counts": {"by_split": {"train": 9, "test": 12}, "by_task": by_task}}
+        self.manifest = make_manifest({"by_split": {"train": 9, "test": 12}, "by_task": by_task})
 
 
 def test_a_test_split_without_labels_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,7 +54,7 @@ def load(
     uri = shipped(storage.absolute(str(folder)))
     network, card = load_model(uri)
     own = dict(overrides or {})
-    trained = restrict(parse_config(card["config"]), own)
+    trained = restrict(parse_config(card.config), own)
     names = {m: m for m in trained.model_modalities}
     config = prediction_config(trained, ["rows"], 0, "manifest", names)
     folders = usable_encoders(uri, network, card, config, own, trust_code)
@@ -68,7 +68,7 @@ def load(
             if m in source.columns:
                 several = not isinstance(source.columns[m], str)
                 (parts.setdefault(m, []) if several else aliases[m]).extend(source.theirs(m))
-    return Model(uri, dict(card["class_names"]), network.to(torch.device(device)), config, encoder, reducers, aliases, parts)
+    return Model(uri, dict(card.class_names), network.to(torch.device(device)), config, encoder, reducers, aliases, parts)
 
 
 @dataclass(frozen=True)

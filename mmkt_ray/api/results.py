@@ -18,6 +18,7 @@ from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about_table
 from mmkt_ray.scoring.results import Recommended
 from mmkt_ray.scoring.results import Results as Summary
+from mmkt_ray.scoring.run_file import RunFile
 
 if TYPE_CHECKING:
     from mmkt_ray.api.model import Model
@@ -193,7 +194,7 @@ def _predictions(found: Results) -> pd.DataFrame:
 
 def _suspects(found: Results) -> pd.DataFrame:
     uri = storage.join(found.folder, "suspects.parquet")
-    if not Current.of(found.folder, {}, found.summary).holds(about_table(uri)):
+    if not Current.of(found.folder, RunFile(), found.summary).holds(about_table(uri)):
         raise DataError(f"'{uri}' is about other features than the run has now: give `mmkt run` with its config again")
     return storage.read_table(uri).to_pandas()
 

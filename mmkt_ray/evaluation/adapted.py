@@ -34,7 +34,7 @@ def _pairs(
     run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired
 ) -> Iterator[tuple[Adapted, float]]:
     """Each of them, without sentence and correction, and the confidence of its intervals."""
-    recipes = {m.name: recipe_but_for_adapting(m.card["config"], m.record.modalities) for m in models if m.card}
+    recipes = {m.name: recipe_but_for_adapting(m.config, m.record.modalities) for m in models if m.card}
     for model in models:
         encoders = list(_adapted_encoders(run_uri, model)) if model.name in recipes else []
         twins = [
@@ -71,10 +71,11 @@ def recipe_but_for_adapting(config: Mapping[str, Any], modalities: Sequence[str]
 
 def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[AdaptedEncoder]:
     for name in model.record.modalities:
-        adapt = model.card.get("config", {}).get("modalities", {}).get(name, {}).get("encoder", {}).get("adapt")
+        adapt = model.config.get("modalities", {}).get(name, {}).get("encoder", {}).get("adapt")
         if adapt:
-            folders = model.card.get("encoders", {}).get(name, {}).get("folders") or [""]
-            uri = storage.join(run_uri, model.folder, "encoders", folders[0], "encoder.json")
+            known = model.card.encoders.get(name) if model.card else None
+            folder = known.folders[0] if known and known.folders else ""
+            uri = storage.join(run_uri, model.folder, "encoders", folder, "encoder.json")
             seconds = storage.read_json(uri).get("trained_s") if storage.exists(uri) else None
             yield AdaptedEncoder(modality=name, how=adapt["how"], trained_on=adapt["task"], seconds=seconds)
 

@@ -53,7 +53,7 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesF
         parts.append(prediction_parts(part, modalities, found[name], name))
     result = BaselinesFile(
         split="test",
-        store=store.manifest.get("fingerprint"),
+        store=store.manifest.fingerprint,
         num_rows=len(part.table.sample_id),
         confidence=config.evaluation.confidence,
         bootstrap_samples=config.evaluation.bootstrap_samples,
@@ -69,7 +69,7 @@ Known = tuple[BaselineMetrics, dict[str, HeldOut | None]]  # of a baseline befor
 
 def _logreg_record(name: str, model: Logreg, store: Store, data: Rows, run_uri: str) -> Known:
     """What is known of a logistic regression before it is scored; publishes it."""
-    folder = f"models/.linear/{store.manifest['fingerprint']}/{pattern_name(model.modalities)}"
+    folder = f"models/.linear/{store.manifest.fingerprint}/{pattern_name(model.modalities)}"
     model.save(storage.join(run_uri, folder), store, storage.join(run_uri, "encoders"))
     record = BaselineMetrics(
         name=name,

@@ -31,12 +31,14 @@ from mmkt_ray.evaluation.recommend import (
     selection_scores,
     smallest_of_best,
 )
+from mmkt_ray.inference.model_card import Card, read_card
 from mmkt_ray.inference.rows import Outcomes, read_outcomes, read_predictions
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, Shared, TaskResults, Versus
+from mmkt_ray.scoring.run_file import RunFile
 
 DIFFERENT_SAMPLES = "different samples"
 NO_SINGLE = "no single modality trained"
@@ -53,7 +55,7 @@ def compare(run_uri: str) -> Results:
     Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`, and
     `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
     """
-    run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
+    run = RunFile.of(run_uri)
     models = evaluated_models(run_uri, run)
     if not models:
         raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
@@ -65,7 +67,7 @@ def compare(run_uri: str) -> Results:
     _answer(tasks, asked, confidence)
     recommended = recommend(run_uri, scored_on, tasks)
     results = Results(
-        run=run.get("name") or run_uri.rstrip("/").rpartition("/")[2],
+        run=run.name or run_uri.rstrip("/").rpartition("/")[2],
         split=models[0].record.split,
         confidence=confidence,
         models={m.name: m.describe() for m in models},
@@ -92,10 +94,15 @@ class Evaluated:
     folder: str  # relative to the run folder, or absolute
     record: ModelMetrics
     predictions_uri: str
-    card: dict[str, Any] = field(default_factory=dict)
+    card: Card | None = None  # of a trained one
     automatic: bool = False  # trained without being asked for, to compare with
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the task that was last asked for
     _held_out: dict[str, HeldOutScores | None] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As it was trained with; empty of a baseline."""
+        return self.card.config if self.card else {}
 
     @property
     def tasks(self) -> dict[str, TaskScores]:
@@ -108,7 +115,7 @@ class Evaluated:
 
     def describe(self) -> Described:
         """What the results say about a model beside its scores."""
-        model = self.card.get("config", {}).get("model", {})
+        model = self.config.get("model", {})
         fusion = model.get("fusion") or {}
         depth = f" (depth {fusion['depth']})" if fusion.get("name") == "hierarchical" else ""
         return Described(
@@ -133,7 +140,7 @@ class Evaluated:
 
     def reads(self, task: str) -> tuple[str, ...]:
         """The modalities that it reads for a task."""
-        inputs = self.card.get("config", {}).get("tasks", {}).get(task, {}).get("inputs")
+        inputs = self.config.get("tasks", {}).get(task, {}).get("inputs")
         return tuple(m for m in self.record.modalities if inputs is None or m in inputs)
 
     def kind_of(self, task: str) -> TaskKind:
@@ -157,11 +164,9 @@ class Evaluated:
         codes = np.array([vocabulary.setdefault(v, len(vocabulary)) for v in found.values], np.int32)
         pairs, which = np.unique(np.stack([found.label, found.pred]), axis=1, return_inverse=True)
         by_pair = np.array([found.kind.score_pair(found.values[y], found.values[p]) for y, p in pairs.T], float)
-        training = self.card.get("config", {}).get("training")
-        about = {"training": training, "row_metric": found.kind.row_metric}
-        scores = by_pair[which.reshape(-1)]
-        trained = self.kind == "trained"
-        return Scored(self.name, trained, self.reads(task), held_out, found.ids, codes[found.label], scores, **about)
+        labels, scores = codes[found.label], by_pair[which.reshape(-1)]
+        training, metric, trained = self.config.get("training"), found.kind.row_metric, self.kind == "trained"
+        return Scored(self.name, trained, self.reads(task), held_out, found.ids, labels, scores, training, metric)
 
     def held_out(self, task: str) -> HeldOutScores | None:
         """How right it has each held-out row, where it left their predictions."""
@@ -181,16 +186,17 @@ class Evaluated:
         return self.record.name if self.kind == "baseline" else None
 
 
-def evaluated_models(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
-    """What was evaluated in a run folder, trained models first; run: its run.json."""
-    return [*_trained(run_uri, run), *_baselines(run_uri, run)]
+def evaluated_models(run_uri: str, run: RunFile | dict[str, Any]) -> list[Evaluated]:
+    """What was evaluated in a run folder, trained models first; run: its run.json, which mmkt_ray/studies gives as JSON."""
+    told = run if isinstance(run, RunFile) else RunFile.from_dict(run, run_uri)
+    return [*_trained(run_uri, told), *_baselines(run_uri, told)]
 
 
-def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
+def _trained(run_uri: str, run: RunFile) -> list[Evaluated]:
     """Variants in the order of run.json, else the folders under models/."""
-    singles = {name: v["model"] for name, v in (run.get("singles") or {}).items()}
-    folders = {name: v["model"] for name, v in (run.get("variants") or {}).items()} | singles
-    if not run.get("variants"):
+    singles = {name: place.model for name, place in run.singles.items()}
+    folders = {name: place.model for name, place in run.variants.items()} | singles
+    if not run.variants:
         found = storage.glob(storage.join(run_uri, "models", "*", "metrics.json"), fixed=run_uri)
         names = [f.path.split("/")[-2] for f in found]
         folders = {name: f"models/{name}" for name in names} | singles
@@ -198,7 +204,7 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     for name, folder in folders.items():
         uri = storage.join(run_uri, folder)
         if record := ModelMetrics.read_or_none(storage.join(uri, "metrics.json")):
-            card = storage.read_json_or_none(storage.join(uri, "config.json")) or {}
+            card = read_card(uri)
             if is_stale(record, card):
                 continue
             predictions = storage.join(uri, f"predictions-{record.split}.parquet")
@@ -206,17 +212,17 @@ def _trained(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
     return models
 
 
-def is_stale(record: ModelMetrics, card: dict[str, Any]) -> bool:
+def is_stale(record: ModelMetrics, card: Card | None) -> bool:
     """Whether metrics are those of another model than the one that lies there now."""
-    return None not in (record.fingerprint, card.get("fingerprint")) and record.fingerprint != card["fingerprint"]
+    return card is not None and None not in (record.fingerprint, card.fingerprint) and record.fingerprint != card.fingerprint
 
 
-def _baselines(run_uri: str, run: dict[str, Any]) -> list[Evaluated]:
+def _baselines(run_uri: str, run: RunFile) -> list[Evaluated]:
     """Baselines of the stores that variants of run.json were trained on (of all, if it names none).
 
     Where there are several stores, the store's name is in theirs, without its digest if that leaves it unique.
     """
-    named = {str(v["store"]).rpartition("/")[2] for v in run.get("variants", {}).values() if "store" in v}
+    named = {place.store.rpartition("/")[2] for place in run.variants.values() if place.store}
     found_in = storage.glob(storage.join(run_uri, "baselines", "*", "metrics.json"), fixed=run_uri)
     found = [f.path.split("/")[-2] for f in found_in]
     stores = [store for store in found if store in named or not named]
@@ -352,7 +358,7 @@ def _unseen(tasks: dict[str, TaskResults]) -> str:
     return f": {', '.join(named)}" if named else ""
 
 
-def _notes(results: Results, run: dict[str, Any]) -> list[str]:
+def _notes(results: Results, run: RunFile) -> list[str]:
     """What a reader must know to read the numbers right; first whether adapting encoders paid."""
     notes = [found.sentence for found in results.adapted]
     if any(t.selected_on == "test" for t in results.tasks.values()):
@@ -365,7 +371,7 @@ def _notes(results: Results, run: dict[str, Any]) -> list[str]:
                 f"{found.best} is the best of all for {task} on the rows that models are chosen by: gradient boosting on the "
                 "table alone would do. It is a baseline that is not saved: fit scikit-learn's HistGradientBoosting to ship it."
             )
-    missing = [v for v in run.get("variants") or {} if v not in results.models]
+    missing = [name for name in run.variants if name not in results.models]
     if missing:
         notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")
     rows = [r for t in results.tasks.values() for r in t.rows]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from mmkt_ray.config import EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.conformal import coverage, fit_margins, margins_of
+from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model, save_calibration
 from mmkt_ray.inference.outputs import predict_logits, predict_table, probabilities
 from mmkt_ray.inference.rows import (
@@ -36,6 +37,7 @@ from mmkt_ray.inference.rows import (
     without_unreadable,
     write_parts,
 )
+from mmkt_ray.inference.training_record import Solved, Training
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.models import Predictor
@@ -78,9 +80,9 @@ def evaluate_model(
     """
     started = time.perf_counter()
     model, card = load_model(model_uri)
-    config = parse_config(card["config"])
+    config = parse_config(card.config)
     settings = ScoreSettings(evaluation or config.evaluation, config.seed)
-    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"], model.spec.kinds)
+    data = load_rows(store, config.model_modalities, config.model_tasks, card.class_names, model.spec.kinds)
     held = _held_out(model_uri, model, card, store, data) if split != "val" else None
     calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
     model.temperatures = {t: fitted.temperature for t, fitted in calibration.items()}
@@ -122,15 +124,15 @@ def evaluate_model(
             scores.coverage = coverage(part.table, t, proba[t], margins[t], settings.evaluation.confidence)
     record = ModelMetrics(
         split=split,
-        store=store.manifest.get("fingerprint"),
+        store=store.manifest.fingerprint,
         num_rows=len(part.table.sample_id),
         confidence=settings.evaluation.confidence,
         bootstrap_samples=settings.evaluation.bootstrap_samples,
         name=name or model_uri.rstrip("/").rpartition("/")[2],
-        fingerprint=card.get("fingerprint"),
+        fingerprint=card.fingerprint,
         modalities=list(config.model_modalities),
         num_params=sum(p.numel() for p in model.parameters()),
-        training_s=card.get("training", {}).get("seconds"),
+        training_s=card.training.seconds if isinstance(card.training, Training | Solved) else None,
         tasks=tasks,
         seconds=time.perf_counter() - started,
     )
@@ -150,9 +152,9 @@ class _Held:
     logits: Mapping[str, np.ndarray]
 
 
-def _held_out(model_uri: str, model: Predictor, card: Mapping[str, Any], store: Store, data: Rows) -> _Held | None:
+def _held_out(model_uri: str, model: Predictor, card: Card, store: Store, data: Rows) -> _Held | None:
     """The rows that a model is chosen and calibrated by; None if there are none."""
-    found = load_heldout(model_uri) if card.get("store") == store.manifest.get("fingerprint") else None
+    found = load_heldout(model_uri) if card.store == store.manifest.fingerprint else None
     if found is not None:
         return _Held(found.on, data.take(found.rows), found.logits[pattern_name(list(model.spec.modalities))])
     rows = data.readable("val")

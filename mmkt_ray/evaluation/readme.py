@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from mmkt_ray import __version__, storage
+from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.inference.model_folder import read_card, write_card
+from mmkt_ray.features.manifest import Manifest
+from mmkt_ray.inference.model_card import Card, read_card, write_card
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.tables import metric_name, metric_text
@@ -26,7 +27,7 @@ NUM_WORST = 5  # classes that are named
 MAX_NAME = 60  # characters
 
 
-def write_readme(model_uri: str, manifest: Mapping[str, Any]) -> str:
+def write_readme(model_uri: str, manifest: Manifest) -> str:
     """Write README.md of an evaluated model, and its checksum into the model's card; returns the text.
 
     manifest: of the store that it was evaluated on. Raises: DataError if the folder holds no evaluated model.
@@ -37,12 +38,12 @@ def write_readme(model_uri: str, manifest: Mapping[str, Any]) -> str:
     text = readme_text(model_uri.rstrip("/").rsplit("/", 1)[-1], card, ModelMetrics.read(metrics), manifest)
     data = text.encode()
     storage.write_bytes(storage.join(model_uri, README), data)
-    write_card(model_uri, card | {"checksums": card["checksums"] | {README: storage.checksum(data)}})
+    write_card(model_uri, card.replaced(checksums=card.checksums | {README: storage.checksum(data)}))
     return text
 
 
 def readme_text(
-    folder: str, card: Mapping[str, Any], metrics: ModelMetrics, manifest: Mapping[str, Any]
+    folder: str, card: Card, metrics: ModelMetrics, manifest: Manifest
 ) -> str:
     """The card: a YAML header, then Markdown."""
     header = yaml.safe_dump(_header(folder, card, metrics), sort_keys=False, allow_unicode=True)
@@ -51,9 +52,9 @@ def readme_text(
     return f"---\n{header}---\n\n" + "\n".join(parts) + "\n"
 
 
-def _header(folder: str, card: Mapping[str, Any], metrics: ModelMetrics) -> dict[str, Any]:
-    name = card["config"]["name"]
-    kinds = [_kind(card["config"]["modalities"][m]["kind"]) for m in metrics.modalities]
+def _header(folder: str, card: Card, metrics: ModelMetrics) -> dict[str, Any]:
+    name = card.config["name"]
+    kinds = [_kind(card.config["modalities"][m]["kind"]) for m in metrics.modalities]
     results = []
     for task, scores in metrics.tasks.items():
         found = [
@@ -77,32 +78,32 @@ def _hub_metric(metric: str) -> str:
     return metric.rpartition("_")[2] if metric.endswith(("_f1", "_precision", "_recall")) else metric
 
 
-def _opening(folder: str, card: Mapping[str, Any], metrics: ModelMetrics) -> Iterator[str]:
-    model = card["config"]["model"]
+def _opening(folder: str, card: Card, metrics: ModelMetrics) -> Iterator[str]:
+    model = card.config["model"]
     yield f"# {_text(folder)}\n"
     tasks = ", ".join(f"{_text(t)} ({_kind(s.kind)})" for t, s in metrics.tasks.items())
     yield f"Predicts {tasks} from {', '.join(map(_text, metrics.modalities))}; any of these may be missing in a row."
-    num_experts = len(card["spec"].get("experts", ()))
+    num_experts = len(card.spec.get("experts", ()))
     experts = f" Rows that lack some may be answered by {num_experts} models of fewer modalities." if num_experts else ""
     num_params, seconds = metrics.num_params or 0, metrics.training_s or 0
     yield f"Fusion: {_text(model['fusion']['name'])}; {num_params:,} parameters, trained in {seconds:.0f} s.{experts}"
-    yield f"Made by mmkt_ray {card['versions'].get('mmkt_ray', __version__)} with torch {card['versions'].get('torch', '?')}.\n"
+    yield f"Made by mmkt_ray {card.versions.mmkt_ray} with torch {card.versions.torch}.\n"
 
 
-def _data(card: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
-    counts = manifest["counts"]
+def _data(card: Card, manifest: Manifest) -> Iterator[str]:
+    counts = manifest.counts
     yield "## Data\n"
-    rows = ", ".join(f"{number:,} {split}" for split, number in counts["by_split"].items())
-    yield f"The data set `{_text(card['config']['name'])}`: {rows} rows."
-    if manifest.get("synthetic_pairs"):
+    rows = ", ".join(f"{number:,} {split}" for split, number in counts.by_split.items())
+    yield f"The data set `{_text(card.config['name'])}`: {rows} rows."
+    if manifest.synthetic_pairs:
         yield "Rows are synthetic pairs: modalities of different samples with the same label, put together."
     yield "\n| modality | kind | encoder | features | missing in train | missing in test |\n|---|---|---|---|---|---|"
-    for m, about in card["encoders"].items():
-        gone = counts.get("missing", {}).get(m, {})
-        shares = [f"{gone.get(s, 0) / max(1, counts['by_split'].get(s, 0)):.1%}" for s in ("train", "test")]
-        section = card["config"]["modalities"][m]
+    for m, about in card.encoders.items():
+        gone = counts.missing.get(m, {})
+        shares = [f"{gone.get(s, 0) / max(1, counts.by_split.get(s, 0)):.1%}" for s in ("train", "test")]
+        section = card.config["modalities"][m]
         named = section["encoder"]["name"].partition(":")[2] or section["encoder"]["name"]
-        yield f"| {_text(m)} | {_kind(section['kind'])} | {_text(named)} | {about['dim']:,} | {shares[0]} | {shares[1]} |"
+        yield f"| {_text(m)} | {_kind(section['kind'])} | {_text(named)} | {about.dim:,} | {shares[0]} | {shares[1]} |"
     yield ""
 
 
@@ -123,7 +124,7 @@ def _results(metrics: ModelMetrics) -> Iterator[str]:
     yield ""
 
 
-def _limits(metrics: ModelMetrics, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _limits(metrics: ModelMetrics, manifest: Manifest) -> Iterator[str]:
     yield "## Limits\n"
     classes = all(task_kind(scores.kind).classes for scores in metrics.tasks.values())
     always = " Its answer is one of its classes, always." if classes else ""
@@ -140,7 +141,7 @@ def _limits(metrics: ModelMetrics, manifest: Mapping[str, Any]) -> Iterator[str]
         known = {name: f1 for name, own in per_class.items() if own.support >= FEW_ROWS and (f1 := own["f1"]) is not None}
         if worst := sorted(known, key=lambda name: known[name])[:NUM_WORST]:
             yield f"- {_text(task)}: weakest classes (F1): " + ", ".join(f"{_text(n)} {known[n]:.2f}" for n in worst) + "."
-    if rejects := manifest["counts"].get("rejects"):
+    if rejects := manifest.counts.rejects:
         yield f"- {rejects:,} rows of the source could not be read and are in none of these numbers."
     yield "- No licence is stated here: that of the data, and of pretrained encoders, holds.\n"
 

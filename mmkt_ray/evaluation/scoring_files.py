@@ -17,7 +17,7 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.inference.model_folder import read_card
+from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.prediction import NewShards, predict
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
@@ -43,8 +43,10 @@ def score_files(
     Raises: ConfigError, DataError as `predict`; DataError if no row has a label.
     """
     path = predict(model_uri, inputs, out_uri, reading)
-    card = read_card(model_uri) or {}
-    config = parse_config(card["config"])
+    card = read_card(model_uri)
+    if card is None:
+        raise DataError(f"'{model_uri}' is no finished model folder of this version: run `mmkt train` with the same config")
+    config = parse_config(card.config)
     rows = storage.read_table(path)
     tasks = [t for t in config.model_tasks if f"{t}_label" in rows.column_names]
     if not tasks:
@@ -55,7 +57,7 @@ def score_files(
             f"OURS=THEIRS; the predictions are in '{path}'"
         )
     kinds = {t: config.tasks[t].kind for t in tasks}
-    scored = {t: score_task(rows, t, kinds[t], card["class_names"][t], config) for t in tasks}
+    scored = {t: score_task(rows, t, kinds[t], card.class_names[t], config) for t in tasks}
     result = FilesMetrics(
         model=model_uri,
         inputs=list(inputs),

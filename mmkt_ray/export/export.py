@@ -38,6 +38,7 @@ from mmkt_ray.export.check import (
 )
 from mmkt_ray.export.graph import ExportGraph, build_graph
 from mmkt_ray.export.inputs import Arrays
+from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.prediction import restrict, usable_encoders
 
@@ -94,11 +95,11 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
         raise ConfigError(
             f"'{model_uri}' predicts a number, '{numbers[0]}'; graphs are written of models of classes alone: use mmkt predict"
         )
-    config = restrict(parse_config(card["config"]), {})
+    config = restrict(parse_config(card.config), {})
     config = config.model_copy(update={"modalities": {m: config.modalities[m] for m in model.spec.modalities}})
     folders = usable_encoders(model_uri, model, card, config, {}, trust_code)
     graph = build_graph(model, config, folders).eval()
-    rows = check_rows(model_uri, config, graph, card["class_names"])
+    rows = check_rows(model_uri, config, graph, card.class_names)
     half = len(next(iter(rows.values.values()))) // 2
     mixed = hide_some(rows, half)
     example = graph_arrays(graph, {m: column[half - 4 : half + 4] for m, column in mixed.values.items()})
@@ -118,7 +119,7 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     return Exported(str(path), about)
 
 
-def describe(model_uri: str, graph: ExportGraph, config: Config, card: Mapping[str, Any]) -> dict[str, Any]:
+def describe(model_uri: str, graph: ExportGraph, config: Config, card: Card) -> dict[str, Any]:
     """What whoever runs the graph must know, JSON-able."""
     spec = graph.model.spec
     modalities = {}
@@ -134,7 +135,7 @@ def describe(model_uri: str, graph: ExportGraph, config: Config, card: Mapping[s
             "task": t,
             "kind": spec.kinds[t].as_json(),
             "shape": ["rows", spec.tasks[t]],
-            "classes": list(card["class_names"][t]),
+            "classes": list(card.class_names[t]),
             "meaning": "probabilities in the order of `classes`; NaN in rows without any of: " + ", ".join(spec.inputs[t]),
         }
         for t in graph.tasks

@@ -71,7 +71,7 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
         return source
     unit = {"join": "joined", "pair": "paired"}[how.name]
     plan = {
-        "source": source.manifest["fingerprint"],
+        "source": source.manifest.fingerprint,
         "combine": how.model_dump(mode="json"),
         "seed": config.seed if how.name == "pair" else 0,
     }
@@ -85,13 +85,8 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
     combined = join(index, how) if isinstance(how, JoinCombine) else pair(index, how, config.seed)
     write_parts(config, source, uri, unit, combined, index)
     rejects = pa.concat_tables([source_rejects(source), reject_table(combined.rejects)])
-    extra = {
-        "combine": how.model_dump(mode="json"),
-        "synthetic_pairs": how.name == "pair",
-        "num_conflicting_labels": combined.num_conflicts,
-    }
-    origin = Origin([unit], source=source, rejects=rejects, combined=extra)
-    return publish(uri, config, origin, source.manifest["modalities"], {})
+    origin = Origin([unit], source=source, rejects=rejects, num_conflicts=combined.num_conflicts)
+    return publish(uri, config, origin, source.manifest.modalities)
 
 
 def read_index(source: Store, modalities: list[str], tasks: list[str]) -> RowIndex:

@@ -33,6 +33,7 @@ from mmkt_ray.features.decode import decode_chunk, decoding
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, reduce_part
 from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
 from mmkt_ray.features.leakage import find_leaking
+from mmkt_ray.features.manifest import ModalityFeatures, Speed
 from mmkt_ray.features.publish import (
     Origin,
     check_budget,
@@ -88,14 +89,14 @@ def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dic
 
 def check_not_empty(store: Store) -> None:
     """Raises: DataError for a modality or a task that no row has: most likely its column is mapped to the wrong name."""
-    counts = store.manifest["counts"]
-    empty = [f"modality '{m}'" for m, by_split in counts["missing"].items() if sum(by_split.values()) == counts["rows"]]
-    empty += [f"task '{t}'" for t, by_split in counts["by_task"].items() if not by_split]
+    counts = store.manifest.counts
+    empty = [f"modality '{m}'" for m, by_split in counts.missing.items() if sum(by_split.values()) == counts.rows]
+    empty += [f"task '{t}'" for t, by_split in counts.by_task.items() if not by_split]
     if empty:
         raise DataError(
-            f"{' and '.join(empty)}: null in all {counts['rows']} rows; check what the sources' columns map it to "
+            f"{' and '.join(empty)}: null in all {counts.rows} rows; check what the sources' columns map it to "
             "(a tar suffix or a json field that is misspelt is a null, not an error)"
-            + tell_reasons(Counter(store.manifest["reject_reasons"]))
+            + tell_reasons(Counter(store.manifest.reject_reasons))
         )
 
 
@@ -125,17 +126,19 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         log.info("encoding %d of %d shards (%s)", len(todo), len(shards), ", ".join(sorted(cards)))
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {
-        m: {"dim": c["dim"], "sparse": c["sparse"], "kind": config.modalities[m].kind.name}
-        | {
-            "encoder": c["config"],
-            "reduce": None,
-            "fingerprint": c["fingerprint"],
-            "folders": [encoders[m].rsplit("/", 1)[-1]],
-        }
-        | found_in(c)
+        m: ModalityFeatures(
+            dim=c["dim"],
+            sparse=c["sparse"],
+            kind=config.modalities[m].kind.name,
+            encoder=c["config"],
+            reduce=None,
+            fingerprint=c["fingerprint"],
+            folders=[encoders[m].rsplit("/", 1)[-1]],
+            found=found_in(c),
+        )
         for m, c in cards.items()
     }
-    return publish(uri, config, Origin(units, shards, layout), modalities, stats.summary(), stats.checksums)
+    return publish(uri, config, Origin(units, shards, layout), modalities, stats.speed(), stats.checksums)
 
 
 def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
@@ -197,7 +200,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     cards = {m: read_card(uri) for m, uri in sorted(reducers.items())}
     plan = {"encoded": encoded.uri.rsplit("/", 1)[-1], "reducers": {m: c["fingerprint"] for m, c in cards.items()}}
     uri = storage.join(run_uri, "features", f"reduced-{fingerprint(plan)}")
-    units = encoded.manifest["units"]
+    units = encoded.manifest.units
     if store := published(uri, units, source=encoded):
         log.info("reduced features are up to date: %s", uri)
         return store
@@ -205,7 +208,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
         return store
     present = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
     todo = [
-        name for name in encoded.manifest["parts"] if name not in present or not same_length(encoded.uri, uri, name)
+        name for name in encoded.manifest.parts if name not in present or not same_length(encoded.uri, uri, name)
     ]
     stats = RunStats(uri)
     if todo:
@@ -220,18 +223,18 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
             parts = reduced.map_batches(partial(write_part, store_uri=uri), batch_size=1, batch_format="pyarrow")
             with progress.stage("reduce", len(todo), "parts") as shown:
                 stats.follow(parts, lambda _: shown.advance())
-    modalities = {m: dict(entry) for m, entry in encoded.manifest["modalities"].items()}
+    modalities = dict(encoded.manifest.modalities)
     for m, card in cards.items():
-        both = fingerprint([modalities[m]["fingerprint"], card["fingerprint"]])
-        folders = [*modalities[m]["folders"], reducers[m].rsplit("/", 1)[-1]]
-        modalities[m] |= {
-            "dim": card["dim"],
-            "sparse": card["sparse"],
-            "reduce": card["config"],
-            "fingerprint": both,
-            "folders": folders,
-        } | found_in(card)
-    return publish(uri, config, Origin(units, source=encoded), modalities, stats.summary(), stats.checksums)
+        own = modalities[m]
+        modalities[m] = own.replaced(
+            dim=card["dim"],
+            sparse=card["sparse"],
+            reduce=card["config"],
+            fingerprint=fingerprint([own.fingerprint, card["fingerprint"]]),
+            folders=[*own.folders, reducers[m].rsplit("/", 1)[-1]],
+            found=own.found | found_in(card),
+        )
+    return publish(uri, config, Origin(units, source=encoded), modalities, stats.speed(), stats.checksums)
 
 
 def reading_layout(config: Config) -> dict[str, Any]:
@@ -349,14 +352,13 @@ class RunStats:
         if self.lost[DAMAGE] and likely and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely)):
             check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names, estimated=True)
 
-    def summary(self) -> dict[str, Any]:
-        """For the manifest; empty when nothing was run."""
+    def speed(self) -> Speed | None:
+        """For the manifest; None when nothing was run."""
         if not self.wall_s:
-            return {}
-        rows_per_s = round((self.num_rows + num_rejected(self.lost)) / self.wall_s, 1)
-        return {
-            "stages": {k: round(v, 3) for k, v in sorted(self.seconds.items())},
-            "wall_s": round(self.wall_s, 3),
-            "startup_s": round(self.startup_s, 3),
-            "rows_per_s": rows_per_s,
-        }
+            return None
+        return Speed(
+            stages={k: round(v, 3) for k, v in sorted(self.seconds.items())},
+            wall_s=round(self.wall_s, 3),
+            startup_s=round(self.startup_s, 3),
+            rows_per_s=round((self.num_rows + num_rejected(self.lost)) / self.wall_s, 1),
+        )

@@ -170,11 +170,11 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
     """The folder of one modality's fitted reducer."""
     section = config.modalities[modality].reduce
     assert section is not None
-    units = encoded.manifest["units"]
+    units = encoded.manifest.units
     identity = [
         section.model_dump(mode="json"),
-        encoded.manifest["modalities"][modality]["fingerprint"],
-        encoded.manifest["layout"],
+        encoded.manifest.modalities[modality].fingerprint,
+        encoded.manifest.layout,
     ]
     prefix = f"{modality}-{section.name}-{fingerprint(identity, 12)}"
     if kept := find_fit(run_uri, prefix, units):
@@ -202,7 +202,7 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
             raise DataError(f"no sample of the train split has {modality}{labelled}: nothing to fit {section.name} on")
         reducer.finish(total)
     if hasattr(reducer, "name_features"):
-        folder = storage.join(run_uri, "encoders", encoded.manifest["modalities"][modality]["folders"][0])
+        folder = storage.join(run_uri, "encoders", encoded.manifest.modalities[modality].folders[0])
         encoder = load_fitted(build_encoder(config.modalities[modality].encoder), folder)
         reducer.name_features(getattr(encoder, "feature_names", []))
     _save(reducer, section, uri, units)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,8 +19,9 @@ from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit
 from mmkt_ray.features.dropping import DUPLICATE, drop_leakage, parts_of_ids, read_part, read_rejects, reject_duplicates
+from mmkt_ray.features.manifest import Counts, Manifest, ModalityFeatures, Speed, TaskClasses
 from mmkt_ray.features.spellings import merge_spellings
-from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, write_manifest
+from mmkt_ray.features.store import Store, column_of, open_store, write_manifest
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tables import NULLED
 from mmkt_ray.samples.schema import (
@@ -47,10 +48,10 @@ def published(uri: str, units: list[str], source: Store | None = None) -> Store 
         return None
     store = open_store(uri)
     there = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
-    if not there.issuperset(store.manifest["parts"]):
+    if not there.issuperset(store.manifest.parts):
         return None
-    same_source = source is None or store.manifest["source"] == source.manifest["fingerprint"]
-    return store if store.manifest["units"] == units and same_source else None
+    same_source = source is None or store.manifest.source == source.manifest.fingerprint
+    return store if store.manifest.units == units and same_source else None
 
 
 def num_rejected(lost: Counter[str]) -> int:
@@ -112,15 +113,15 @@ class Origin:
     layout: str | None = None  # see `reading_layout`; None: the source's
     source: Store | None = None  # the store that this one is made from
     rejects: pa.Table | None = None  # before the checks of publishing; None: the source's
-    combined: dict[str, Any] | None = None  # of combined samples: what the manifest says of combining
+    num_conflicts: int | None = None  # labels of combined samples that disagree; None: these are not combined
 
 
 def publish(
     uri: str,
     config: Config,
     origin: Origin,
-    modalities: dict[str, Any],
-    run_summary: dict[str, Any],
+    modalities: dict[str, ModalityFeatures],
+    speed: Speed | None = None,
     checksums: Mapping[str, str] | None = None,
 ) -> Store:
     """Write rejects.parquet and manifest.json for the parts of the origin's units, after checking ids and the reject budget.
@@ -128,16 +129,16 @@ def publish(
     checksums: of parts that were just written, others are read for theirs. Parts of other units (shards that are gone or
     changed) are moved to superseded/. Raises: DataError when too many rows are rejected or no row is left.
     """
-    units, source, extra = origin.units, origin.source, origin.combined
+    units, source, combined = origin.units, origin.source, origin.num_conflicts is not None
     parts = keep_parts(uri, units)
     known = dict(checksums or {}) | drop_rows(uri, config, origin, parts, sorted(modalities))
     kinds = {t: section.kind for t, section in sorted(config.tasks.items())}
     counts = count_rows(uri, parts, sorted(modalities), kinds)
-    if extra is None and (respelled := merge_spellings(uri, parts, counts["by_task"], kinds)):
+    if not combined and (respelled := merge_spellings(uri, parts, counts.by_task, kinds)):
         known |= respelled
         counts = count_rows(uri, parts, sorted(modalities), kinds)
-    cleaned = count_cleaned(uri, parts) if source is None else source.manifest.get("cleaned", {})
-    classes = {t: kind.class_names(counts["by_task"][t].get("train", {})) for t, kind in kinds.items()}
+    cleaned = count_cleaned(uri, parts) if source is None else source.manifest.cleaned
+    classes = {t: kind.class_names(counts.by_task[t].get("train", {})) for t, kind in kinds.items()}
     for t, kind in kinds.items():
         kind.check_classes(t, classes[t])
         kinds[t] = kind.fitted(t, train_labels(uri, parts, t))
@@ -147,37 +148,40 @@ def publish(
     reasons, lost = count_reasons(rejects), count_stages(rejects)
     num_kept = lost[MODALITY]  # they are among the rows
     if source is None:
-        check_budget(uri, config.samples, counts["rows"], lost, names)
-    if not counts["rows"]:
+        check_budget(uri, config.samples, counts.rows, lost, names)
+    if not counts.rows:
         raise DataError("no sample is left: the sources hold no readable row" + tell_reasons(reasons))
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "parts": parts,
-        "checksums": {n: known.get(n) or storage.file_checksum(storage.join(uri, "data", n)) for n in parts},
-        "units": units,
-        "layout": layout_of(origin),
-        "source": source.manifest["fingerprint"] if source is not None else None,
-        "combine": config.samples.combine.model_dump(mode="json") if extra else {"name": "union"},
-        "synthetic_pairs": False,
-        "modalities": modalities,
-        "tasks": {t: {"kind": kind.as_json(), "classes": classes[t]} for t, kind in kinds.items()},
-        "counts": counts | {"rejects": lost.total() - num_kept, "unreadable_modalities": num_kept},
-        "reject_reasons": {told.reason: told.num_rows for told in reasons[:50]},
-        "unmapped": unmapped if source is None else source.manifest.get("unmapped", {}),
-        "cleaned": cleaned,
-        **run_summary,
-        **(extra or {}),
-    }
-    manifest["fingerprint"] = fingerprint(
-        [units, modalities, counts, config.samples.combine.model_dump(mode="json") if extra else "", manifest["source"]]
-        + ([learnt] if learnt else [])
+    combine = config.samples.combine.model_dump(mode="json")
+    made_from = source.manifest.fingerprint if source is not None else None
+    about = {m: entry.to_dict() for m, entry in modalities.items()}
+    decided_by = [units, about, counts.to_dict(), combine if combined else "", made_from] + ([learnt] if learnt else [])
+    manifest = Manifest(
+        fingerprint=fingerprint(decided_by),
+        parts=parts,
+        checksums={n: known.get(n) or storage.file_checksum(storage.join(uri, "data", n)) for n in parts},
+        units=units,
+        layout=layout_of(origin),
+        source=made_from,
+        combine=combine if combined else {"name": "union"},
+        synthetic_pairs=combined and config.samples.combine.name == "pair",
+        modalities=modalities,
+        tasks={t: TaskClasses(kind=kind.as_json(), classes=classes[t]) for t, kind in kinds.items()},
+        counts=counts.replaced(rejects=lost.total() - num_kept, unreadable_modalities=num_kept),
+        reject_reasons={told.reason: told.num_rows for told in reasons[:50]},
+        unmapped=unmapped if source is None else source.manifest.unmapped,
+        cleaned=cleaned,
+        num_conflicting_labels=origin.num_conflicts,
+        stages=speed.stages if speed else None,
+        wall_s=speed.wall_s if speed else None,
+        startup_s=speed.startup_s if speed else None,
+        rows_per_s=speed.rows_per_s if speed else None,
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
     audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
     audited |= {"spellings": spellings(config, cleaned), "nulled": nulled(cleaned)}
     storage.write_json(storage.join(uri, "audit.json"), audited)
     write_manifest(uri, manifest)
-    log.info("published %s: %s", uri, tell_counts(counts["rows"], lost))
+    log.info("published %s: %s", uri, tell_counts(counts.rows, lost))
     if unmapped:
         log.info("members of archives that no column maps: %s", tell_unmapped(unmapped))
     return Store(uri, manifest)
@@ -203,7 +207,7 @@ def drop_rows(uri: str, config: Config, origin: Origin, parts: list[str], modali
         for together in parts_of_ids(config, parts, origin.shards):
             rewritten |= reject_duplicates(uri, together)
     paired = config.samples.combine.name != "union"
-    is_whole = origin.combined is not None if paired else origin.source is None  # the rows are samples, and decided here
+    is_whole = origin.num_conflicts is not None if paired else origin.source is None  # the rows are samples, and decided here
     if config.samples.drop_leakage and is_whole:
         rewritten |= drop_leakage(uri, parts, modalities)
     return rewritten
@@ -223,7 +227,7 @@ def layout_of(origin: Origin) -> str:
     """That of the origin, or of its source."""
     if origin.layout is not None:
         return origin.layout
-    return str(origin.source.manifest["layout"]) if origin.source is not None else ""
+    return origin.source.manifest.layout if origin.source is not None else ""
 
 
 def collect_rejects(uri: str, parts: list[str], names: dict[str, str]) -> pa.Table:
@@ -244,7 +248,7 @@ def source_rejects(source: Store) -> pa.Table:
     return read_rejects(storage.join(source.uri, "rejects.parquet"))
 
 
-def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping[str, TaskKind]) -> dict[str, Any]:
+def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping[str, TaskKind]) -> Counts:
     """Rows per split, per task and class, and per missing modality; one part in memory at a time."""
     by_split: Counter[str] = Counter()
     by_task: dict[str, dict[str, Counter[str]]] = {t: {} for t in tasks}
@@ -261,12 +265,12 @@ def count_rows(uri: str, parts: list[str], modalities: list[str], tasks: Mapping
                     by_task[task].setdefault(pair["split"], Counter())[pair["label"]] += pair["count_all"]
         for modality in modalities:
             missing[modality].update(split.filter(table.column(column_of(modality)).is_null()).to_pylist())
-    return {
-        "rows": sum(by_split.values()),
-        "by_split": dict(sorted(by_split.items())),
-        "by_task": {t: {s: dict(sorted(c.items())) for s, c in sorted(v.items())} for t, v in by_task.items()},
-        "missing": {m: dict(sorted(c.items())) for m, c in missing.items()},
-    }
+    return Counts(
+        rows=sum(by_split.values()),
+        by_split=dict(sorted(by_split.items())),
+        by_task={t: {s: dict(sorted(c.items())) for s, c in sorted(v.items())} for t, v in by_task.items()},
+        missing={m: dict(sorted(c.items())) for m, c in missing.items()},
+    )
 
 
 def train_labels(uri: str, parts: list[str], task: str) -> Iterator[pa.ChunkedArray]:

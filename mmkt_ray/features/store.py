@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +23,13 @@ from mmkt_ray import storage
 from mmkt_ray.config import SPLITS, Config
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.features.manifest import MANIFEST, Manifest
 from mmkt_ray.features.table import FeatureTable, Ids, concat_tables
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 
 __all__ = ["FeatureTable", "Store", "concat_tables", "open_store"]
 
-SCHEMA_VERSION = 2  # 2: checksums
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
 
 
@@ -98,28 +97,27 @@ class Store:
     """An opened, complete feature store."""
 
     uri: str
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     def parts(self) -> list[str]:
         """URIs of the data files, in the order of the shards that they came from."""
-        return [storage.join(self.uri, "data", name) for name in self.manifest["parts"]]
+        return [storage.join(self.uri, "data", name) for name in self.manifest.parts]
 
     def dim(self, modality: str) -> int:
         """Feature width of a modality."""
-        return int(self.manifest["modalities"][modality]["dim"])
+        return self.manifest.modalities[modality].dim
 
     def kind(self, task: str) -> TaskKind:
         """Kind of a task."""
-        return task_kind(self.manifest["tasks"][task]["kind"])
+        return task_kind(self.manifest.tasks[task].kind)
 
     def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The parts one after another, with some or all columns. Raises: DataError for a part that is damaged or gone.
 
         A process compares a part with its checksum once, when it reads it first, for which the part is read as a whole.
         """
-        checksums = self.manifest.get("checksums", {})
-        for name, uri in zip(self.manifest["parts"], self.parts(), strict=True):
-            expected = checksums.get(name)
+        for name, uri in zip(self.manifest.parts, self.parts(), strict=True):
+            expected = self.manifest.checksums.get(name)
             try:
                 yield storage.read_table(uri, columns, expected=None if (uri, expected) in _COMPARED else expected)
             except FileNotFoundError:
@@ -128,12 +126,13 @@ class Store:
 
     def table(self, modalities: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> FeatureTable:
         """Load features and labels. Raises: ConfigError for a modality or task that the store does not have."""
-        modalities = sorted(self.manifest["modalities"]) if modalities is None else sorted(modalities)
-        tasks = sorted(self.manifest["tasks"]) if tasks is None else sorted(tasks)
-        for what, names, known in (("modality", modalities, "modalities"), ("task", tasks, "tasks")):
+        about = self.manifest
+        modalities = sorted(about.modalities) if modalities is None else sorted(modalities)
+        tasks = sorted(about.tasks) if tasks is None else sorted(tasks)
+        for what, names, known in (("modality", modalities, [*about.modalities]), ("task", tasks, [*about.tasks])):
             for name in names:
-                if name not in self.manifest[known]:
-                    raise ConfigError(f"the store has no {what} '{name}': {nearest(name, self.manifest[known])}")
+                if name not in known:
+                    raise ConfigError(f"the store has no {what} '{name}': {nearest(name, known)}")
         return concat_tables(self.tables(modalities, tasks))
 
     def tables(self, modalities: Sequence[str], tasks: Sequence[str]) -> Iterator[FeatureTable]:
@@ -144,14 +143,14 @@ class Store:
     def copy_encoders(self, modalities: Iterable[str], run_uri: str, model_uri: str) -> None:
         """Put the run's encoders that these features came from into a model's folder, which predicts by itself then."""
         for modality in modalities:
-            for folder in self.manifest["modalities"][modality]["folders"]:
+            for folder in self.manifest.modalities[modality].folders:
                 storage.copy_folder(
                     storage.join(run_uri, "encoders", folder), storage.join(model_uri, "encoders", folder)
                 )
 
     def _load(self, rows: pa.Table, modalities: Sequence[str], tasks: Sequence[str]) -> FeatureTable:
         loaded = {m: from_arrow(rows.column(column_of(m)), self.dim(m)) for m in modalities}
-        class_names = {t: list(self.manifest["tasks"][t]["classes"]) for t in tasks}
+        class_names = {t: list(self.manifest.tasks[t].classes) for t in tasks}
         return FeatureTable(
             sample_id=Ids.of(rows.column("sample_id")),
             split=np.array(SPLITS, dtype=object)[pc.index_in(rows.column("split"), pa.array(SPLITS)).to_numpy()],
@@ -165,16 +164,13 @@ class Store:
 def open_store(uri: str) -> Store:
     """Open a published store. Raises: DataError if it is none, is unfinished, or is of another schema version."""
     try:
-        manifest = storage.read_sealed(
-            storage.join(uri, "manifest.json"), SCHEMA_VERSION, f"remove the folder '{uri}' and run the same command again"
-        )
+        return Store(uri, Manifest.read(storage.join(uri, MANIFEST)))
     except FileNotFoundError:
         raise DataError(
             f"'{uri}' is no finished feature store (no manifest.json): run `mmkt extract` with the same config"
         ) from None
-    return Store(uri, manifest)
 
 
-def write_manifest(uri: str, manifest: dict[str, Any]) -> None:
+def write_manifest(uri: str, manifest: Manifest) -> None:
     """Publish a store: from now on `open_store` opens it."""
-    storage.write_sealed(storage.join(uri, "manifest.json"), manifest)
+    manifest.write(storage.join(uri, MANIFEST))

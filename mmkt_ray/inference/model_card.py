@@ -1,16 +1,21 @@
-"""What a model's card must be before anything is built from it: a model folder is data, and may come from anyone."""
+"""What a model's card holds, and must be before anything is built from it: a model folder is data, and may come from anyone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mmkt_ray import storage
 from mmkt_ray.config import SCHEMES, FusionConfig
-from mmkt_ray.errors import DataError
+from mmkt_ray.errors import DataError, OtherVersionError
+from mmkt_ray.features.manifest import ModalityFeatures
+from mmkt_ray.inference.training_record import AnyTraining, Training
 from mmkt_ray.kinds.tasks import task_kind
+from mmkt_ray.record import IfAny, Record, SealedRecord
 
+CARD = "config.json"  # in the model's folder
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, Field(ge=1)]
 
@@ -91,43 +96,74 @@ class _Experts(_Strict):
         return self
 
 
-class _Features(BaseModel):
-    """What the card says of one modality's features and of their encoder."""
+class Versions(Record, frozen=True, strict=True):
+    """What made a model."""
 
-    dim: Size
-    fingerprint: str | None = None
-    folders: list[Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]] = Field(default=[], max_length=2)
+    mmkt_ray: str
+    torch: str
+    python: str
 
 
-class _Card(BaseModel):
-    """The keys that are used; others may be there."""
+class Card(SealedRecord):
+    """What a model folder's `config.json` holds: with the weights, all that is needed to use the model."""
 
-    spec: dict[str, Any]
+    schema_version: ClassVar[int] = 3  # 3: checksums
+    again: ClassVar[str] = "remove the folder and train again"
+
+    checksums: dict[str, str]  # of the other files
+    spec: dict[str, Any]  # of the model, as its `to_dict` gave it; `check_card` checks it
     class_names: dict[str, list[str]]
-    encoders: dict[str, _Features]
-    config: dict[str, Any]
-    checksums: dict[str, str]
-    temperatures: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    margins: dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
+    store: str | None  # the fingerprint of the features that it learnt from
+    encoders: dict[str, ModalityFeatures]
+    config: dict[str, Any]  # as the run had it
+    versions: Versions
+    fingerprint: IfAny[str] = None  # of all that decides the weights
+    training: IfAny[AnyTraining] = None
+    temperatures: IfAny[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = None  # by task
+    margins: IfAny[dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]] = None
+
+    @property
+    def fit(self) -> Training | None:
+        """How it was trained; None of baselines and ensembles."""
+        return self.training if isinstance(self.training, Training) else None
+
+    def __getitem__(self, key: str) -> Any:
+        """As in the file. Only mmkt_ray/studies asks so; use the fields."""
+        return self.to_dict()[key]
 
 
-def check_card(uri: str, card: Mapping[str, Any]) -> None:
-    """Raises: DataError for a card that names anything but plain values that agree with each other."""
+def write_card(uri: str, card: Card) -> None:
+    """Write the card of a model folder."""
+    card.write(storage.join(uri, CARD))
+
+
+def read_card(uri: str) -> Card | None:
+    """The card of a published model; None if there is none, or one of another schema version, which is trained again.
+
+    Raises: DataError if it is damaged.
+    """
     try:
-        found = _Card.model_validate(card)
-        shape = _Ensemble if "members" in found.spec else _Experts if "experts" in found.spec else _Spec
-        spec = shape.model_validate(found.spec)
+        return Card.read(storage.join(uri, CARD))
+    except (FileNotFoundError, OtherVersionError):
+        return None
+
+
+def check_card(uri: str, card: Card) -> None:
+    """Raises: DataError for a card that describes no model, or whose parts do not agree with each other."""
+    shape = _Ensemble if "members" in card.spec else _Experts if "experts" in card.spec else _Spec
+    try:
+        spec = shape.model_validate(card.spec)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise _damaged(uri, f"{where}: {first['msg']}") from None
+        raise _damaged(uri, f"spec.{where}: {first['msg']}") from None
     for one in _parts(spec):
         for task, number in one.tasks.items():
-            names = found.class_names.get(task, [])
+            names = card.class_names.get(task, [])
             if not len(names) == len(set(names)) == number:
                 raise _damaged(uri, f"class_names.{task} must be {number} different names")
         for m, given in one.modalities.items():
-            if m not in found.encoders or found.encoders[m].dim != given.dim:
+            if m not in card.encoders or card.encoders[m].dim != given.dim:
                 raise _damaged(uri, f"encoders.{m} does not give {given.dim} features")
 
 

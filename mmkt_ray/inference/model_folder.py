@@ -20,96 +20,84 @@ from safetensors.torch import save as save_tensors
 
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import Config
-from mmkt_ray.errors import DataError, OtherVersionError, UserError
-from mmkt_ray.inference.model_card import check_card
+from mmkt_ray.errors import DataError, UserError
+from mmkt_ray.features.manifest import Manifest
+from mmkt_ray.inference.model_card import CARD, Card, Versions, check_card, read_card, write_card
+from mmkt_ray.inference.training_record import AnyTraining
 from mmkt_ray.models import Predictor, build_model
 
-SCHEMA_VERSION = 3  # 3: checksums
+WEIGHTS = "model.safetensors"
 
 
 def save_model(
-    uri: str, model: Predictor, config: Config, store_manifest: Mapping[str, Any], extra: Mapping[str, Any]
+    uri: str,
+    model: Predictor,
+    config: Config,
+    manifest: Manifest,
+    training: AnyTraining,
+    fingerprint: str | None = None,
 ) -> None:
-    """Publish a model. `extra` (JSON-able) goes into the card as it is, e.g. the training's fingerprint and summary."""
+    """Publish a model. manifest: of the store that it learnt from; fingerprint: of all that decided its weights."""
     spec = model.spec
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     data = save_tensors(weights)
-    card = {
-        "schema_version": SCHEMA_VERSION,
-        "checksums": {"model.safetensors": storage.checksum(data)},
-        "spec": spec.to_dict(),
-        "class_names": {t: list(store_manifest["tasks"][t]["classes"]) for t in spec.tasks},
-        "store": store_manifest.get("fingerprint"),
-        "encoders": {m: store_manifest["modalities"][m] for m in spec.modalities},
-        "config": config.model_dump(mode="json"),
-        "versions": {"mmkt_ray": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        **extra,
-    }
-    storage.remove(storage.join(uri, "config.json"))  # an older model's card must never stand beside new weights
-    storage.write_bytes(storage.join(uri, "model.safetensors"), data)
+    card = Card(
+        checksums={WEIGHTS: storage.checksum(data)},
+        spec=spec.to_dict(),
+        class_names={t: list(manifest.tasks[t].classes) for t in spec.tasks},
+        store=manifest.fingerprint,
+        encoders={m: manifest.modalities[m] for m in spec.modalities},
+        config=config.model_dump(mode="json"),
+        versions=Versions(mmkt_ray=__version__, torch=str(torch.__version__), python=platform.python_version()),
+        fingerprint=fingerprint,
+        training=training,
+    )
+    storage.remove(storage.join(uri, CARD))  # an older model's card must never stand beside new weights
+    storage.write_bytes(storage.join(uri, WEIGHTS), data)
     write_card(uri, card)
 
 
 def copy_model(source: str, target: str) -> None:
     """Publish a model at another place too, where none of another fingerprint may lie."""
-    for name in ("heldout.safetensors", "model.safetensors", "config.json"):
+    for name in ("heldout.safetensors", WEIGHTS, CARD):
         if name != "heldout.safetensors" or storage.exists(storage.join(source, name)):
             storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
 def save_calibration(uri: str, model: Predictor) -> None:
     """Put the model's temperatures and margins into its card, for prediction to use from now on."""
-    card, own = read_card(uri), {"temperatures": dict(model.temperatures), "margins": dict(model.margins)}
-    if card is not None and any(card.get(key, {}) != value for key, value in own.items()):
-        write_card(uri, card | own)
+    card, own = read_card(uri), (dict(model.temperatures), dict(model.margins))
+    if card is not None and (card.temperatures or {}, card.margins or {}) != own:
+        write_card(uri, card.replaced(temperatures=own[0], margins=own[1]))
 
 
-def write_card(uri: str, card: Mapping[str, Any]) -> None:
-    """Write `config.json` with the checksum of its content."""
-    storage.write_sealed(storage.join(uri, "config.json"), dict(card))
-
-
-def read_card(uri: str) -> dict[str, Any] | None:
-    """The card of a published model; None if there is none, or one of another schema version, which is trained again.
-
-    Raises: DataError if it is damaged.
-    """
-    try:
-        return _read_card(uri)
-    except (FileNotFoundError, OtherVersionError):
-        return None
-
-
-def _read_card(uri: str) -> dict[str, Any]:
-    return storage.read_sealed(storage.join(uri, "config.json"), SCHEMA_VERSION, "remove the folder and train again")
-
-
-def load_model(uri: str) -> tuple[Predictor, dict[str, Any]]:
-    """The model in eval mode, on the CPU, and its card (`class_names`, `encoders`, `config`, `temperatures`, ..).
+def load_model(uri: str) -> tuple[Predictor, Card]:
+    """The model in eval mode, on the CPU, and its card.
 
     Raises: DataError if the folder is missing, unfinished, damaged, or of another schema version.
     """
     try:
-        card = _read_card(uri)
+        card = Card.read(storage.join(uri, CARD))
     except FileNotFoundError:
         raise DataError(
             f"'{uri}' is no finished model folder (no config.json): run `mmkt train` with the same config"
         ) from None
     check_card(uri, card)
-    card["config"].get("samples", {}).setdefault("decode", "exact")  # as it was before a config could tell
+    if isinstance(samples := card.config.get("samples"), dict):
+        samples.setdefault("decode", "exact")  # as it was before a config could tell
     try:
-        weights = storage.join(uri, "model.safetensors")
+        weights = storage.join(uri, WEIGHTS)
         data = storage.read_bytes(weights)
-        storage.check_bytes(weights, data, card["checksums"].get("model.safetensors", ""))
-        model = _with_weights(card["spec"], load_tensors(data))
+        storage.check_bytes(weights, data, card.checksums.get(WEIGHTS, ""))
+        model = _with_weights(card.spec, load_tensors(data))
     except UserError:
         raise
     except FileNotFoundError:
         raise DataError(f"'{uri}' has no model.safetensors: remove the folder and train again") from None
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
-    model.temperatures = dict(card.get("temperatures", {}))
-    model.margins = dict(card.get("margins", {}))
+    model.temperatures = dict(card.temperatures or {})
+    model.margins = dict(card.margins or {})
     return model.eval(), card
 
 

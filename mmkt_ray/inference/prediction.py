@@ -22,8 +22,10 @@ from mmkt_ray.config.training import ExtractConfig
 from mmkt_ray.encoders.build import found_in
 from mmkt_ray.encoders.build import read_card as read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.features.manifest import ModalityFeatures
 from mmkt_ray.features.store import Store
 from mmkt_ray.inference.conformal import margins_of
+from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.output import Output, classes_metadata, write_output
 from mmkt_ray.inference.outputs import predict_table
@@ -86,22 +88,22 @@ def predict(
     model_uri = shipped(model_uri)
     model, card = load_model(model_uri)
     own, columns = reading.own, reading.columns
-    trained = restrict(parse_config(card["config"]), own)
-    config = prediction_config(trained, inputs, reading.like, reading.reader, columns, sorted(card["class_names"]))
+    trained = restrict(parse_config(card.config), own)
+    config = prediction_config(trained, inputs, reading.like, reading.reader, columns, sorted(card.class_names))
     folders = usable_encoders(model_uri, model, card, config, own, reading.trust_code)
     config = settle_columns(config, columns)
     tell_lacking(config, folders)
     out_uri = storage.absolute(out_uri)
     with locked(out_uri):
         path = _predict(config, model, card, folders, out_uri, columns)
-        classes = card["class_names"]
+        classes = card.class_names
         return path if output is None or output.is_plain else write_output(path, config, classes, output)
 
 
 def _predict(
     config: Config,
     model: Predictor,
-    card: Mapping[str, Any],
+    card: Card,
     folders: Mapping[str, list[str]],
     out_uri: str,
     named: Mapping[str, str],
@@ -115,13 +117,13 @@ def _predict(
     store = combine(config, out_uri, store)
     absent = tell_absent(config, store, named)
     path = storage.join(out_uri, "predictions.parquet")
-    write_predictions(path, model, store, card["class_names"])
+    write_predictions(path, model, store, card.class_names)
     storage.write_bytes(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
-    counts = store.manifest["counts"]
+    counts = store.manifest.counts
     told = "%d predicted, %d of them without a modality that could not be read; %d rejected%s"
-    log.info(told, counts["rows"], counts["unreadable_modalities"], counts["rejects"], absent)
+    log.info(told, counts.rows, counts.unreadable_modalities, counts.rejects, absent)
     return path
 
 
@@ -156,7 +158,7 @@ def restrict(config: Config, own: Mapping[str, Any]) -> Config:
 def usable_encoders(
     model_uri: str,
     model: Predictor,
-    card: Mapping[str, Any],
+    card: Card,
     config: Config,
     own: Mapping[str, Any],
     trust_code: bool,
@@ -166,7 +168,7 @@ def usable_encoders(
         check_encoders(config, own)
     if config.modalities.keys() != model.spec.modalities.keys():
         raise DataError(f"'{model_uri}/config.json' is damaged: config and spec name different modalities; train again")
-    folders = {m: encoder_folders(storage.absolute(model_uri), m, card["encoders"][m]) for m in config.modalities}
+    folders = {m: encoder_folders(storage.absolute(model_uri), m, card.encoders[m]) for m in config.modalities}
     for m, modality in config.modalities.items():
         if not any(key.startswith(f"modalities.{m}.encoder") for key in own):
             check_options(folders[m][0], modality.encoder.model_dump(mode="json"))
@@ -190,20 +192,20 @@ def check_encoders(config: Config, own: Mapping[str, Any]) -> None:
                 )
 
 
-def encoder_folders(model_uri: str, modality: str, about: Mapping[str, Any]) -> list[str]:
+def encoder_folders(model_uri: str, modality: str, about: ModalityFeatures) -> list[str]:
     """Folders of a modality's encoder and, where it has one, its reducer. about: the model's card on the modality.
 
     Raises: DataError if they lead out of the model's folder, or are not those that the model was trained with.
     """
     saved = storage.join(model_uri, "encoders")
-    folders = [storage.join(saved, name) for name in about["folders"]]
+    folders = [storage.join(saved, name) for name in about.folders]
     for folder in folders:
         if "://" not in folder and os.path.dirname(os.path.realpath(folder)) != os.path.realpath(saved):
             raise DataError(f"'{folder}' is a link out of the model's folder: copy what it leads to in its place")
     if not folders:
         raise DataError(f"'{model_uri}' has no encoder of '{modality}': copy the model's folder again as a whole")
     found = [read_encoder_card(folder)["fingerprint"] for folder in folders]
-    if (found[0] if len(found) == 1 else fingerprint(found)) != about["fingerprint"]:
+    if (found[0] if len(found) == 1 else fingerprint(found)) != about.fingerprint:
         raise DataError(
             f"the encoder of '{modality}' in '{saved}' is not the one that the model was trained with: copy the folder "
             "again as a whole, or train again"
@@ -324,8 +326,8 @@ def tell_absent(config: Config, store: Store, named: Mapping[str, str]) -> str:
 
     Raises: DataError for one that the user named and that no row has.
     """
-    num_rows, told = store.manifest["counts"]["rows"], ""
-    for modality, by_split in sorted(store.manifest["counts"]["missing"].items()):
+    num_rows, told = store.manifest.counts.rows, ""
+    for modality, by_split in sorted(store.manifest.counts.missing.items()):
         absent = sum(by_split.values())
         if absent == num_rows and modality in named:
             plan = ReadingPlan.of(config)

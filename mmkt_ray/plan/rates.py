@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.base import Encoder
 from mmkt_ray.encoders.build import build_encoder
-from mmkt_ray.errors import ConfigError
-from mmkt_ray.inference.model_folder import read_card
+from mmkt_ray.errors import ConfigError, OtherVersionError
+from mmkt_ray.features.manifest import MANIFEST, Manifest, Speed
+from mmkt_ray.features.store import open_store
+from mmkt_ray.inference.model_card import read_card
 
 # Per sample, docs/performance.md and docs/scale.md; 2 cores, AVX-512 bf16, no GPU. Images of 32 x 32 pixels: decoding grows
 # with the pixels of an image, so a run of one's own tells more.
@@ -65,19 +66,19 @@ class Rates:
 def rates_of(config: Config, run_uri: str) -> Rates:
     """Measured by the run where it has features, else by default. Raises: ConfigError for an encoder without either."""
     stores = read_stores(run_uri)
-    encoded = largest(s for s in stores if "read" in s["stages"] and same_encoders(config, s))
+    encoded = largest(s for s in stores if "read" in s.speed.stages and same_encoders(config, s.manifest))
     if encoded is None:
         return defaults(config)
-    reduced = largest(s for s in stores if "reduce" in s["stages"] and s["source"] == encoded["fingerprint"])
-    split = encoded["counts"]["by_split"]
+    reduced = largest(s for s in stores if "reduce" in s.speed.stages and s.manifest.source == encoded.manifest.fingerprint)
+    split = encoded.manifest.counts.by_split
     epochs = {name: read_epoch_s(run_uri, name) for name in config.expand_variants()}
     return Rates(
-        {stage: seconds / rows_done(encoded) for stage, seconds in encoded["stages"].items()},
-        sum(reduced["stages"].values()) / rows_done(reduced) if reduced else reduce_s(config),
+        {stage: seconds / encoded.rows_done for stage, seconds in encoded.speed.stages.items()},
+        sum(reduced.speed.stages.values()) / reduced.rows_done if reduced else reduce_s(config),
         {name: seconds / max(1, split.get("train", 0)) if seconds else TRAIN_S for name, seconds in epochs.items()},
         split.get("train", 0) / sum(split.values()),
-        sum(store["bytes"] / store["counts"]["rows"] for store in (encoded, reduced) if store),
-        f"this run's own, over {rows_done(encoded):,.0f} rows; {sum(map(bool, epochs.values()))} of {len(epochs)} models trained",
+        sum(store.row_bytes for store in (encoded, reduced) if store),
+        f"this run's own, over {encoded.rows_done:,.0f} rows; {sum(map(bool, epochs.values()))} of {len(epochs)} models trained",
     )
 
 
@@ -98,40 +99,59 @@ def defaults(config: Config) -> Rates:
     return Rates(stages, reduce_s(config), train, train_frac, stored_bytes(config), where)
 
 
-def read_stores(run_uri: str) -> list[dict[str, Any]]:
-    """Manifests of the run's feature stores that were made in one go, with the bytes of their parts."""
+@dataclass(frozen=True)
+class Timed:
+    """A store that says how long it took."""
+
+    manifest: Manifest
+    speed: Speed
+    num_bytes: int  # of its parts
+
+    @property
+    def rows_done(self) -> float:
+        """Rows that the seconds are of: fewer than the store has where that went on from an earlier extraction."""
+        speed, counts = self.speed, self.manifest.counts
+        done, rounding = speed.rows_per_s * speed.wall_s, 0.05 * speed.wall_s + 1
+        rows = counts.rows + counts.rejects
+        return float(rows if abs(done - rows) < rounding else done)
+
+    @property
+    def row_bytes(self) -> float:
+        """Of a row."""
+        return self.num_bytes / self.manifest.counts.rows
+
+
+def read_stores(run_uri: str) -> list[Timed]:
+    """The run's feature stores whose making was timed; those of another version of this package are left out."""
     found = []
-    for info in storage.list_files(storage.join(run_uri, "features"), "manifest.json", recursive=True):
+    for info in storage.list_files(storage.join(run_uri, "features"), MANIFEST, recursive=True):
         uri = storage.join(run_uri, "features", info.path.split("/")[-2])
-        manifest = {"stages": {}, **storage.read_json(storage.join(uri, "manifest.json"))}
+        try:
+            manifest = open_store(uri).manifest
+        except OtherVersionError:
+            continue
         files = storage.list_files(storage.join(uri, "data"), "*.parquet")
-        found.append(manifest | {"bytes": sum(file.size for file in files)})
+        if manifest.speed is not None:
+            found.append(Timed(manifest, manifest.speed, sum(file.size for file in files)))
     return found
 
 
-def largest(stores: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def largest(stores: Iterable[Timed]) -> Timed | None:
     """The one whose rates are over most rows."""
-    return max(stores, key=rows_done, default=None)
+    return max(stores, key=lambda store: store.rows_done, default=None)
 
 
-def rows_done(store: dict[str, Any]) -> float:
-    """Rows that the seconds are of: fewer than the store has where that went on from an earlier extraction."""
-    done, rounding = store["rows_per_s"] * store["wall_s"], 0.05 * store["wall_s"] + 1
-    rows = store["counts"]["rows"] + store["counts"]["rejects"]
-    return float(rows if abs(done - rows) < rounding else done)
-
-
-def same_encoders(config: Config, store: dict[str, Any]) -> bool:
+def same_encoders(config: Config, manifest: Manifest) -> bool:
     """Whether a store's features are those that the config asks for."""
     asked = {name: modality.encoder.model_dump(mode="json") for name, modality in config.modalities.items()}
-    return asked == {name: entry["encoder"] for name, entry in store["modalities"].items()}
+    return asked == {name: entry.encoder for name, entry in manifest.modalities.items()}
 
 
 def read_epoch_s(run_uri: str, variant: str) -> float:
     """Mean seconds of an epoch of the run's model; 0 if it is not trained."""
-    card = read_card(storage.join(run_uri, "models", variant)) or {}
-    history = card.get("training", {}).get("history", [])
-    return sum(epoch["seconds"] for epoch in history) / len(history) if history else 0.0
+    card = read_card(storage.join(run_uri, "models", variant))
+    history = card.fit.history if card and card.fit else []
+    return sum(epoch.seconds for epoch in history) / len(history) if history else 0.0
 
 
 def widths(config: Config) -> dict[str, list[int]]:

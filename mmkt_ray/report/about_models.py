@@ -11,6 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.training_record import Training
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.metrics import Probabilities
@@ -102,13 +104,9 @@ def parameters(run_uri: str, results: Results) -> Parameters | None:
     """Numbers of trained parameters by part of each trained model."""
     rows = []
     for name, about in results.models.items():
-        card = (
-            (storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {})
-            if about.kind == "trained"
-            else {}
-        )
-        if parts := card.get("training", {}).get("num_params_by_part"):
-            rows.append(ModelParameters(name, about, parts))
+        fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        if fit and fit.num_params_by_part:
+            rows.append(ModelParameters(name, about, fit.num_params_by_part))
     columns = list(dict.fromkeys(part for row in rows for part in row.parts))
     order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads"]
     columns = sorted(columns, key=lambda c: order.index(c) if c in order else len(order))
@@ -119,11 +117,17 @@ def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
     """What `training.auto` chose for each trained model, and the scores by which."""
     rows = []
     for name, about in results.models.items():
-        card = storage.read_json_or_none(storage.join(run_uri, about.folder, "config.json")) or {}
-        chosen = card.get("training", {}).get("auto") if about.kind == "trained" else None
-        if chosen:
-            losses = {i: c["loss"] for i, c in enumerate(chosen["candidates"], start=1)}
-            rank = next((i for i, c in enumerate(chosen["candidates"], start=1) if c["chosen"]), None)
-            rows.append({"model": name, "losses": losses, "rank": rank, **chosen})
+        fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        if fit and fit.auto:
+            candidates = list(enumerate(fit.auto.candidates, start=1))
+            losses = {i: candidate.loss for i, candidate in candidates}
+            rank = next((i for i, candidate in candidates if candidate.chosen), None)
+            rows.append({"model": name, "losses": losses, "rank": rank, **fit.auto.to_dict()})
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
     return {"rows": rows, "keys": keys} if rows else None
+
+
+def fit_of(run_uri: str, folder: str) -> Training | None:
+    """How a model of the run was trained; None where that is not known."""
+    card = read_card(storage.join(run_uri, folder))
+    return card.fit if card else None

@@ -18,6 +18,7 @@ from mmkt_ray.features.audit import Audit, LabelIssues
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
+from mmkt_ray.report.about_models import fit_of
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.provenance import Current, about_table
 from mmkt_ray.scoring.results import Answer, Results
@@ -160,8 +161,8 @@ def missing(current: Current, results: Results, colors: Mapping[str, str], figur
 
 def _experts_of(run_uri: str, name: str, folder: str) -> list[Route]:
     """Who answers what, of a model with experts."""
-    card = storage.read_json_or_none(storage.join(run_uri, folder, "config.json")) or {}
-    routes = card.get("training", {}).get("experts_for", {})
+    fit = fit_of(run_uri, folder)
+    routes = (fit.experts_for if fit else None) or {}
     return [
         Route(name, task, there.replace("+", " + "), expert)
         for task, by_pattern in routes.items()

@@ -21,6 +21,9 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import compare
+from mmkt_ray.features.manifest import MANIFEST, Manifest
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.training_record import Epoch
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import about_models, findings, plots, searched, words
 from mmkt_ray.report.colors import css, model_colors
@@ -29,6 +32,7 @@ from mmkt_ray.report.html import render
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
 from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, TaskResults
+from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.scoring.tables import kind_text, path_of, predict_command, same_samples
 from mmkt_ray.studies.gallery_results import Gallery
 
@@ -52,7 +56,7 @@ def build_report(run_uri: str) -> str:
     Raises: DataError if nothing was evaluated in the folder.
     """
     results = compare(run_uri)
-    run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
+    run = RunFile.of(run_uri)
     models = {name: _read_model(run_uri, m) for name, m in results.models.items()}
     reads = {name: m.modalities for name, m in results.models.items()}
     colors = model_colors(reads)
@@ -80,9 +84,7 @@ def build_report(run_uri: str) -> str:
         "left_out": current.left_out,
         "data": [_data_card(store, names, run_uri) for store, names in stores.items()],
         "run": run,
-        "config_yaml": yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True)
-        if run.get("config")
-        else None,
+        "config_yaml": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else None,
         "colors": colors,
         "group_titles": GROUP_TITLES,
         "number_group_titles": NUMBER_GROUP_TITLES,
@@ -117,7 +119,7 @@ class ShownModel:
     """A model's files; empty where there are none."""
 
     tasks: Mapping[str, TaskScores]
-    history: list[dict[str, Any]]  # epochs
+    history: list[Epoch]
     gallery: Gallery | None
 
 
@@ -126,8 +128,8 @@ def _read_model(run_uri: str, described: Described) -> ShownModel:
     metrics = storage.join(uri, "metrics.json")
     if described.kind == "baseline":
         return ShownModel(BaselinesFile.read(metrics).models[described.name].tasks, [], None)
-    record, card = ModelMetrics.read_or_none(metrics), storage.read_json_or_none(storage.join(uri, "config.json")) or {}
-    history = card.get("training", {}).get("history") or []
+    record, card = ModelMetrics.read_or_none(metrics), read_card(uri)
+    history = card.fit.history if card and card.fit else []
     gallery = Gallery.read_or_none(storage.join(uri, "gallery.json"))
     return ShownModel(record.tasks if record else {}, history, gallery)
 
@@ -262,23 +264,24 @@ def _number_figures(
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-def _stores(run: dict[str, Any], results: Results) -> dict[str, list[str]]:
+def _stores(run: RunFile, results: Results) -> dict[str, list[str]]:
     """Store folder -> the variants that use it."""
     stores: dict[str, list[str]] = {}
-    for name, variant in (run.get("variants") or {}).items():
-        if name in results.models and variant.get("store"):
-            stores.setdefault(variant["store"], []).append(name)
+    for name, place in run.variants.items():
+        if name in results.models and place.store:
+            stores.setdefault(place.store, []).append(name)
     return stores
 
 
 def _data_card(store: str, variants: list[str], run_uri: str) -> dict[str, Any]:
     """What the page tells about a feature store; `manifest` is None if it is not there."""
-    manifest = storage.read_json_or_none(storage.join(run_uri, store, "manifest.json"))
-    counts = (manifest or {}).get("counts", {})
-    found = {s for by in [counts.get("by_split", {}), *counts.get("missing", {}).values()] for s in by}
-    found |= {s for by_split in counts.get("by_task", {}).values() for s in by_split}
+    manifest = Manifest.read_or_none(storage.join(run_uri, store, MANIFEST))
+    shown: dict[str, Any] = {"store": store, "variants": variants, "manifest": manifest}
+    if manifest is None:
+        return shown
+    counts = manifest.counts
+    found = {s for by in [counts.by_split, *counts.missing.values()] for s in by}
+    found |= {s for by_split in counts.by_task.values() for s in by_split}
     splits = [s for s in ("train", "val", "test") if s in found] + sorted(found - {"train", "val", "test"})
-    tasks = (manifest or {}).get("tasks", {})
-    with_classes = [t for t, about in tasks.items() if task_kind(about["kind"]).classes]
-    shown = {"store": store, "variants": variants, "manifest": manifest, "counts": counts, "splits": splits}
-    return {**shown, "with_classes": with_classes}
+    with_classes = [t for t, about in manifest.tasks.items() if task_kind(about.kind).classes]
+    return {**shown, "counts": counts, "splits": splits, "with_classes": with_classes}

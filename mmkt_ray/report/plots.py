@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from mmkt_ray.inference.training_record import Epoch
 from mmkt_ray.report import svg
 from mmkt_ray.report.colors import ACCENT, INK, LINE, ON_ACCENT, ON_MIDDLE, PAGE
 from mmkt_ray.report.svg import tip
@@ -153,7 +154,7 @@ def differences(rows: Sequence[ModelScores], main: Mapping[str, str], colors: Ma
 
 
 def learning_curves(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    histories: Mapping[str, Sequence[Epoch]],
     task: str,
     main: Mapping[str, str],
     colors: Mapping[str, str],
@@ -161,7 +162,7 @@ def learning_curves(
 ) -> str:
     """Loss (train dashed, val solid) above, the main metric of `task` on val below where there is any, over epochs.
 
-    histories: model -> epochs as training wrote them: {epoch, train_loss, val: {loss, <metric>: {task}} or None}.
+    histories: model -> epochs as training wrote them.
     """
     with_score = has_val(histories, task, main["name"])
     num, train = with_loss + with_score, "--" if with_score else "-"
@@ -171,10 +172,11 @@ def learning_curves(
         for number, (name, history) in enumerate(histories.items()):
             line = LINE_STYLES[number // 10 % len(LINE_STYLES)]
             if with_loss:
-                _curve(panels[0], _series(history, ("train_loss",)), f"{name}, train loss", colors[name], train)
-                _curve(panels[0], _series(history, ("val", "loss")), f"{name}, val loss", colors[name], line)
+                _curve(panels[0], _series(history, lambda epoch: epoch.train_loss), f"{name}, train loss", colors[name], train)
+                val_losses = _series(history, lambda epoch: epoch.val.loss if epoch.val else None)
+                _curve(panels[0], val_losses, f"{name}, val loss", colors[name], line)
             if with_score:
-                epochs, scores = _series(history, ("val", main["name"], task))
+                epochs, scores = _series(history, lambda epoch: epoch.score(main["name"], task))
                 series = (epochs, [100 * s for s in scores])
                 _curve(panels[-1], series, f"{name}, val {main['title']} in %", colors[name], line)
             panels[-1].plot([], [], color=colors[name], linestyle=line, label=name)
@@ -191,9 +193,9 @@ def learning_curves(
     return draw(0.8 + 1.8 * num + 0.12 * len(histories), paint)
 
 
-def has_val(histories: Mapping[str, Sequence[Mapping[str, Any]]], task: str, metric: str) -> bool:
+def has_val(histories: Mapping[str, Sequence[Epoch]], task: str, metric: str) -> bool:
     """Whether any epoch was scored on val."""
-    return any(_series(history, ("val", metric, task))[0] for history in histories.values())
+    return any(_series(history, lambda epoch: epoch.score(metric, task))[0] for history in histories.values())
 
 
 def _curve(axes: Axes, series: tuple[list[int], list[float]], name: str, color: str, line: str) -> None:
@@ -314,13 +316,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _series(history: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
+def _series(history: Sequence[Epoch], value_of: Callable[[Epoch], float | None]) -> tuple[list[int], list[float]]:
     """Epochs and values of those epochs that have one."""
-    points = []
-    for number, record in enumerate(history, start=1):
-        value: Any = record
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            points.append((record.get("epoch", number), float(value)))
+    points = [(epoch.epoch, value) for epoch in history if (value := value_of(epoch)) is not None]
     return [p[0] for p in points], [p[1] for p in points]

@@ -14,6 +14,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.answers import Difference, paired_test
 from mmkt_ray.evaluation.compare import Evaluated, is_stale
+from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
@@ -60,7 +61,7 @@ def chosen_model(uri: str) -> Evaluated:
             raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
         uri = storage.join(uri, folder)
     record = ModelMetrics.read_or_none(storage.join(uri, "metrics.json"))
-    card = storage.read_json_or_none(storage.join(uri, "config.json"))
+    card = read_card(uri)
     if record is None or card is None or is_stale(record, card):
         raise DataError(f"'{uri}' holds no evaluated model: run `mmkt evaluate` (or `mmkt run`) first")
     parts = uri.rstrip("/").split("/")

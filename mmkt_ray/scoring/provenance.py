@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -16,6 +16,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint, parse_config
 from mmkt_ray.record import About, IfAny, Record
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.run_file import RunFile
 
 
 class Study(Record, frozen=True):
@@ -81,12 +82,12 @@ class Current:
     left_out: list[LeftOut] = field(default_factory=list)
 
     @classmethod
-    def of(cls, run_uri: str, run: Mapping[str, Any], results: Results) -> Current:
-        """run: run.json."""
+    def of(cls, run_uri: str, run: RunFile, results: Results) -> Current:
+        """What a run holds by its results and its run.json."""
         stores = frozenset(m.store for m in results.models.values() if m.store)
         recipes = {}
-        if run.get("config"):
-            config = parse_config(run["config"])
+        if run.config:
+            config = parse_config(run.config)
             recipes = {"": recipe(config)} | {name: recipe(v) for name, v in config.expand_variants().items()}
         return cls(run_uri, stores, recipes)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from mmkt_ray import cluster
 from mmkt_ray.config import SearchConfig
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.training_record import Ensembled, Member
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.leaderboard import overrides_of
@@ -55,12 +55,9 @@ def select_ensemble(
 
 def build_ensemble(
     space: Space, settings: SearchConfig, rows: pd.DataFrame, table: FeatureTable
-) -> tuple[EnsembleModel, dict[str, Any]] | tuple[None, None]:
+) -> tuple[EnsembleModel, Ensembled] | tuple[None, None]:
     """The ensemble of `settings.ensemble` picks among the leaderboard's best that have every task, trained again in stacks,
-    and what it is; None where there is no such candidate:
-
-    `val` (its score), `best_member_val`, `library` (how many it was picked from), `members` [{candidate, picks}].
-    """
+    and what it is; None where there is no such candidate."""
     every = set(space.config.model_tasks)
     whole = np.array([set(overrides_of(row).get("model.tasks") or every) == every for _, row in rows.iterrows()], bool)
     best = rows[rows["score"].notna() & whole].sort_values("score", ascending=False, kind="stable")[:NUM_CANDIDATES]
@@ -77,12 +74,12 @@ def build_ensemble(
     picks, value = select_ensemble(library, score, settings.ensemble)
     counts = Counter(picks)
     spec = EnsembleSpec(tuple(models[i].spec for i in counts), tuple(counts.values()))
-    about = {
-        "val": value,
-        "best_member_val": max(score(p) for p in library),
-        "library": len(library),
-        "members": [{"candidate": best.iloc[i]["candidate"], "picks": n} for i, n in counts.items()],
-    }
+    about = Ensembled(
+        val=value,
+        best_member_val=max(score(p) for p in library),
+        library=len(library),
+        members=[Member(candidate=best.iloc[i]["candidate"], picks=n) for i, n in counts.items()],
+    )
     return EnsembleModel(spec, [models[i] for i in counts]).eval(), about
 
 

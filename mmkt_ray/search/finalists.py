@@ -23,7 +23,8 @@ from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.model_card import Card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.kinds.labels import Labels
@@ -119,11 +120,12 @@ def tell(
     finalists: dict[str, dict[str, Any]] = {}
     models, mean_val = {}, {}
     for role, uris in folders.items():
-        cards = [read_card(uri) or {} for uri in uris]
-        own = parse_config(cards[0]["config"])
-        by_seed = [score(card["training"]["val"]) for card in cards]
+        loaded = [load_model(uri) for uri in uris]
+        cards = [card for _, card in loaded]
+        own = parse_config(cards[0].config)
+        by_seed = [score(_val_of(card)) for card in cards]
         mean_val[role] = float(np.mean(by_seed))
-        models[role] = _Predictions(own, score.extra, predict_seeds([load_model(uri)[0] for uri in uris], test))
+        models[role] = _Predictions(own, score.extra, predict_seeds([model for model, _ in loaded], test))
         finalists[role] = {
             "modalities": list(own.model_modalities),
             "tasks": list(own.model_tasks),
@@ -144,6 +146,13 @@ def tell(
         told["ensemble_test"] = _compare(config, test, [together])
         told["ensemble_versus_winner"] = _compare(config, test, [together, models[winner]])
     return told
+
+
+def _val_of(card: Card) -> dict[str, Any]:
+    """What the model scored on val, which a search has."""
+    assert card.fit is not None
+    assert card.fit.val is not None
+    return card.fit.val.to_dict()
 
 
 @dataclass(frozen=True)

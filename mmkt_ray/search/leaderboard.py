@@ -4,10 +4,8 @@
                                                   A part with candidates of status `running` is of a trial that goes on, or died
     <run>/search/leaderboard.parquet              all candidates of this search, in the order of the trials
 
-Columns: candidate, trial, reference, architecture, modalities, fusion, overrides (JSON of all that was chosen), one for
-each searched key (null where it does not apply), score, first_score (after the first rung), loss, accuracy.<task>,
-macro_f1.<task>, <metric of the objective>.<task>, epochs, best_epoch, seconds, status (finished | stopped | diverged |
-failed | out_of_memory), reason, finished_at (seconds since the start). A log loss is negated, so that higher is better.
+Columns: those of `Row`, one for each searched key (null where it does not apply), and one for each metric and task,
+accuracy.<task> say. A log loss is negated, so that higher is better.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -25,11 +23,41 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, ParameterConfig
+from mmkt_ray.record import OpenRecord
 from mmkt_ray.scoring.objective import COUNTED, Score
 from mmkt_ray.search.halving import Candidate
 from mmkt_ray.search.space import Overrides, Space, label_of, text_of
 
 NUMBERS = {"epochs": pa.int32(), "best_epoch": pa.int32(), "seconds": pa.float64(), "finished_at": pa.float64()}
+
+
+class Row(OpenRecord, frozen=True):
+    """What is known of a candidate."""
+
+    spread: ClassVar[str] = "further"
+
+    candidate: str
+    trial: int
+    reference: str | None
+    architecture: str  # in words
+    modalities: str | None  # `image+text`; None: the architecture is impossible
+    fusion: str | None
+    overrides: str  # JSON of all that was chosen
+    score: float | None
+    first_score: float | None  # after the first rung
+    loss: float | None
+    epochs: int
+    best_epoch: int
+    seconds: float
+    status: str  # running | finished | stopped | diverged | failed | out_of_memory
+    reason: str | None
+    finished_at: float  # seconds since the start
+    further: dict[str, Any]  # searched key, or `<metric>.<task>` -> value
+
+    @property
+    def chosen(self) -> Overrides:
+        """What was chosen."""
+        return dict(json.loads(self.overrides))
 
 
 @dataclass(frozen=True)
@@ -74,40 +102,42 @@ class Leaderboard:
         candidates: Sequence[Candidate],
     ) -> None:
         """What is known of a trial's candidates by now. config: of the architecture, None if it has none."""
-        about = {
-            "trial": trial,
-            "reference": reference,
-            "architecture": f"reference: {reference}" if reference else label_of(architecture),
-            "modalities": "+".join(config.model_modalities) if config else None,
-            "fusion": config.model.fusion.name if config else None,
-        }
         rows = [
-            {**about, "candidate": f"{trial}-{i}", **self._row(architecture, c)}
+            Row(
+                candidate=f"{trial}-{i}",
+                trial=trial,
+                reference=reference,
+                architecture=f"reference: {reference}" if reference else label_of(architecture),
+                modalities="+".join(config.model_modalities) if config else None,
+                fusion=config.model.fusion.name if config else None,
+                overrides=json.dumps({**architecture, **c.member}),
+                score=c.score if np.isfinite(c.score) else None,
+                first_score=c.first_score if np.isfinite(c.first_score) else None,
+                loss=c.val["loss"] if c.val is not None else None,
+                epochs=c.epochs,
+                best_epoch=c.best_epoch,
+                seconds=c.seconds,
+                status=c.status,
+                reason=c.reason,
+                finished_at=c.finished_at,
+                further=self._further({**architecture, **c.member}, c.val or {}),
+            )
             for i, c in enumerate(candidates)
             if c.epochs or c.status != "running"
         ]
         if rows:
             uri = storage.join(self.parts_uri, f"{self.digest}-{trial:06d}.parquet")
-            storage.write_table(uri, pa.Table.from_pylist(rows, self.schema))
+            storage.write_table(uri, pa.Table.from_pylist([row.to_dict() for row in rows], self.schema))
 
-    def _row(self, architecture: Overrides, candidate: Candidate) -> dict[str, Any]:
-        overrides = {**architecture, **candidate.member}
-        row: dict[str, Any] = {
-            "overrides": json.dumps(overrides),
-            "score": candidate.score if np.isfinite(candidate.score) else None,
-            "first_score": candidate.first_score if np.isfinite(candidate.first_score) else None,
-            **{name: getattr(candidate, name) for name in NUMBERS},
-            "status": candidate.status,
-            "reason": candidate.reason,
-        }
+    def _further(self, overrides: Overrides, val: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of searched keys and metrics."""
+        found = {}
         for key, parameter in self.space.parameters.items():
             if key in overrides:
-                row[key] = text_of(overrides[key]) if arrow_type(parameter) == pa.string() else overrides[key]
-        if candidate.val is not None:
-            row["loss"] = candidate.val["loss"]
-            for metric in self.metrics:
-                row |= {f"{metric}.{t}": value for t, value in candidate.val.get(metric, {}).items()}
-        return row
+                found[key] = text_of(overrides[key]) if arrow_type(parameter) == pa.string() else overrides[key]
+        for metric in self.metrics:
+            found |= {f"{metric}.{t}": value for t, value in val.get(metric, {}).items()}
+        return found
 
     def parts(self) -> Iterator[pa.Table]:
         """The parts there are, one after another."""
@@ -140,12 +170,12 @@ class Leaderboard:
         """The trials on disk."""
         found = []
         for part in self.parts():
-            row = part.slice(0, 1).to_pylist()[0]
-            chosen = {} if row["reference"] else overrides_of(row)
+            row = Row.model_validate(part.slice(0, 1).to_pylist()[0])
+            chosen = {} if row.reference else row.chosen
             architecture = {key: chosen[key] for key in self.space.architecture if key in chosen}
             best = pc.max(part["score"]).as_py()
             score = self.score.worst if best is None else best
-            found.append(Known(row["trial"], row["reference"], architecture, score, not is_running(part)))
+            found.append(Known(row.trial, row.reference, architecture, score, not is_running(part)))
         return found
 
     def progress(self) -> tuple[int, float]:

@@ -96,16 +96,16 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         | {"metric": Score.of(space.config.training.objective, space.config.task_kinds).name},
         "overrides": chosen,
         "compared_with": compared,
-        "ensemble": about,
-        "about": provenance.about(run_uri, (), [store.manifest["fingerprint"]]).to_dict(),
+        "ensemble": about.to_dict() if about else None,
+        "about": provenance.about(run_uri, (), [store.manifest.fingerprint]).to_dict(),
         **told,
     }
     if told["winner"] is not None:
         publish_winner(told, store, run_uri)
-    if ensemble is not None:
+    if ensemble is not None and about is not None:
         uri_of_it = storage.join(run_uri, "models", "search_ensemble")
         alone = space.config.with_overrides({"model.experts": False})  # an ensemble has none beside it
-        save_model(uri_of_it, ensemble, alone, store.manifest, {"training": about})
+        save_model(uri_of_it, ensemble, alone, store.manifest, about)
         store.copy_encoders(ensemble.spec.modalities, run_uri, uri_of_it)
     storage.write_json(storage.join(uri, "report.json"), search_insight(space, rows))
     write_study(uri, space, rows)
@@ -191,7 +191,7 @@ def search_digest(space: Space, settings: SearchConfig, store: Store) -> str:
     if config.training.exclude:  # what the file says, wherever it lies
         base["training"]["exclude"] = read_excluded(config.training.exclude).tolist()
     parts = {
-        "store": store.manifest["fingerprint"],
+        "store": store.manifest.fingerprint,
         "space": {key: p.model_dump(mode="json") for key, p in space.parameters.items()},
         "base": base,
         "widths": {m: config.modalities[m].hidden_dim for m in config.model_modalities},

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.rows import readable
+from mmkt_ray.inference.training_record import Choice, Setting, Tried
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
@@ -50,20 +51,6 @@ MIN_STEPS, MIN_EPOCHS = 150, 5  # of the first candidate
 SCREENING_PARTS = 2  # parts that all candidates are judged on; the chosen one then holds out every part
 FEW_ROWS = 10_000  # train rows that candidates learn from at most; up to so many a model is trained in a stack as well
 BATCH_SIZES = ((10_000, 128), (50_000, 256), (math.inf, 512))  # up to so many train rows
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen, and why."""
-
-    settings: dict[str, Any]  # dotted key -> value, for `Config.with_overrides`
-    candidates: list[dict[str, Any]]  # each: settings, loss (held-out, relative to the class frequencies'), chosen
-    on: str  # cv | val
-    num_rows: int  # held-out rows that the candidates were judged on
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {"settings": self.settings, "candidates": self.candidates, "on": self.on, "num_rows": self.num_rows}
 
 
 def is_plain(config: Config) -> bool:
@@ -121,9 +108,9 @@ def batch_size(config: Config, num_rows: int) -> int:
     return next(size for limit, size in BATCH_SIZES if num_rows < limit)
 
 
-def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -> dict[str, Any]:
+def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -> dict[str, Setting]:
     """A candidate's values of the keys that the config leaves open, for so many train rows."""
-    values: dict[str, Any] = {**BASE, **(SMALL if num_rows < SMALL_ROWS else {}), **candidate}
+    values: dict[str, Setting] = {**BASE, **(SMALL if num_rows < SMALL_ROWS else {}), **candidate}
     rows_per_step = batch_size(config, num_rows)
     base_steps = max(MIN_STEPS, MIN_EPOCHS * math.ceil(num_rows / rows_per_step))
     values["training.steps"] = round(values["training.steps"] * base_steps)
@@ -133,7 +120,7 @@ def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -
     return {key: values[key] for key in config.training.auto} | without_meaning(config)
 
 
-def for_depth(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+def for_depth(config: Config, settings: dict[str, Setting]) -> dict[str, Setting]:
     """What was chosen for `screening_config`, for the config's own model: fusion in several layers has twice the steps, and
     drops out no more than DEEP_DROPOUT in each of them."""
     fusion = config.model.fusion
@@ -147,20 +134,20 @@ def for_depth(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def usual_settings(config: Config) -> dict[str, Any]:
+def usual_settings(config: Config) -> dict[str, Setting]:
     """Those of the first candidate for what the config leaves open, where nothing is chosen by data: for all but the batch
     size, and for steps at least MIN_STEPS."""
     steps = {"training.steps": MIN_STEPS} if "training.steps" in config.training.auto else {}
     return {key: BASE[key] for key in config.training.auto if key in MEMBER_KEYS} | steps | without_meaning(config)
 
 
-def without_meaning(config: Config) -> dict[str, Any]:
+def without_meaning(config: Config) -> dict[str, Setting]:
     """The open settings that a task of the model can't have, label smoothing of a number say, as none."""
     refused = {f"training.{setting}" for kind in config.task_kinds.values() for setting in kind.cannot}
     return {key: 0.0 for key in config.training.auto if key in refused}
 
 
-def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+def with_settings(config: Config, settings: Mapping[str, Setting | None]) -> Config:
     """The config with nothing left to choose."""
     return config.with_overrides({**settings, "training.auto": []})
 
@@ -184,7 +171,7 @@ def choose(
     parts = range(min(SCREENING_PARTS, folds.num_held))
     tried = unique([settings_of(config, c, num_rows) for c in CANDIDATES])
     if len(tried) == 1 or not any(folds.held(p).any() for p in parts):
-        return Choice(tried[0], [], folds.on, 0), None
+        return Choice(settings=tried[0], candidates=[], on=folds.on, num_rows=0), None
     few = drawn(whole, folds, FEW_ROWS)
     stack_rows = len(training_rows(config, few, {})[1])
     stacked = unique([settings_of(config, c, stack_rows) for c in CANDIDATES])
@@ -194,14 +181,14 @@ def choose(
     losses = np.stack([row_losses(config, table, folds, parts, logits[every]) for logits in found])
     best = choose_candidate(losses)
     records = [
-        {"settings": s, "loss": float(mean), "chosen": i == best}
+        Tried(settings=s, loss=float(mean), chosen=i == best)
         for i, (s, mean) in enumerate(zip(tried, losses.mean(axis=1), strict=True))
     ]
     heldout = None if few is not whole else held_out_rows(table, folds, parts, found[best])
-    return Choice(tried[best], records, folds.on, losses.shape[1]), heldout
+    return Choice(settings=tried[best], candidates=records, on=folds.on, num_rows=losses.shape[1]), heldout
 
 
-def unique(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def unique(settings: Sequence[dict[str, Setting]]) -> list[dict[str, Setting]]:
     """Without repetitions, in their order."""
     return [s for i, s in enumerate(settings) if s not in settings[:i]]
 

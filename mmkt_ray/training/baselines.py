@@ -22,6 +22,7 @@ from mmkt_ray.inference.rows import (
     readable,
     without_unreadable,
 )
+from mmkt_ray.inference.training_record import Penalty, Solved
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.scoring.heldout import pattern_name, save_heldout
 from mmkt_ray.training.linear import LinearFit, fit_linear
@@ -123,10 +124,11 @@ class Logreg:
     def save(self, uri: str, store: Store, encoders_uri: str) -> None:
         """Publish it as a model folder, with the encoders of its modalities, so that raw samples can be predicted."""
         manifest, fit = store.manifest, self.fit
-        parts = {"store": manifest["fingerprint"], "config": self.config.model_dump(mode="json"), "l2": fit.l2}
-        training = {"seconds": fit.seconds, "l2": fit.l2, "path": fit.path, "num_params": self.num_params}
+        parts = {"store": manifest.fingerprint, "config": self.config.model_dump(mode="json"), "l2": fit.l2}
+        path = [Penalty.model_validate(step) for step in fit.path]
+        training = Solved(seconds=fit.seconds, l2=fit.l2, path=path, num_params=self.num_params)
         for m in self.modalities:
-            for folder in manifest["modalities"][m].get("folders", []):
+            for folder in manifest.modalities[m].folders:
                 storage.copy_folder(storage.join(encoders_uri, folder), storage.join(uri, "encoders", folder))
         save_heldout(uri, fit.heldout)
-        save_model(uri, fit.model, self.config, manifest, {"fingerprint": fingerprint(parts), "training": training})
+        save_model(uri, fit.model, self.config, manifest, training, fingerprint(parts))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,10 @@ from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, DataError, UserError
 from mmkt_ray.features.store import FeatureTable, Store, open_store
-from mmkt_ray.inference.model_folder import copy_model, load_model, read_card, save_model
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.model_folder import copy_model, load_model, save_model
 from mmkt_ray.inference.rows import readable
+from mmkt_ray.inference.training_record import Choice, Epoch, LinearPath, Outcome, Training, ValScores
 from mmkt_ray.models import ExpertModel
 from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
@@ -31,7 +33,6 @@ from mmkt_ray.training.auto import (
     BASE,
     CANDIDATES,
     FEW_ROWS,
-    Choice,
     choose,
     for_depth,
     is_plain,
@@ -51,10 +52,10 @@ from mmkt_ray.training.experts import (
 )
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
-from mmkt_ray.training.loop import FitResult, fit
+from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.imbalance import read_excluded
 from mmkt_ray.training.methods.transfer import load_knowledge, source_uris
-from mmkt_ray.training.validation import summarise as summarise_tallies
+from mmkt_ray.training.validation import summarise
 
 log = logging.getLogger(__name__)
 
@@ -71,16 +72,12 @@ def train(
     model_uri: str,
     folder: str | None = None,
     run: Run = cluster.run_on_workers,
-) -> dict[str, Any]:
+) -> Outcome:
     """Fit `config`'s model to the store and publish it as `model_uri`; a model of the same fingerprint is left as it is.
 
     folder: where the models lie that `training.transfer` names, and experts; None: beside this one. run: what does the work.
     The same command resumes a killed run.
 
-    Returns: `status` (trained | up to date), `fingerprint`, `best_epoch`, `val` (its scores or None), `seconds`, `num_params`,
-    `num_params_by_part`, `num_workers`, `device`, `history` (per epoch: epoch, train_loss, val, seconds). Of a model with
-    experts these are the fused part's, `seconds` and `num_params` the sums over all parts, those that it shares included, and
-    `experts_for` says who answers what, see `ExpertSpec.routes`.
     Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
     """
     # workers have another current folder
@@ -93,10 +90,10 @@ def train(
     if is_trained(model_uri, digest):
         for left in (".train", ".parts"):  # by a run that was killed just after it published
             storage.remove_folder(storage.join(model_uri, left))
-        return {**(read_card(model_uri) or {})["training"], "status": "up to date"}
+        return _outcome(_trained(model_uri), "up to date")
     storage.make_dir(model_uri)
     if has_experts(config):
-        return {**_train_with_experts(config, store, model_uri, folder, run), "status": "trained"}
+        return _outcome(_train_with_experts(config, store, model_uri, folder, run), "trained")
     scratch = storage.join(model_uri, ".train")
     choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
     job = Job(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
@@ -104,7 +101,19 @@ def train(
         _ask(run, hold_out_on_worker, job, 1)
     outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
-    return {**outcome, "status": "trained"}
+    return _outcome(outcome, "trained")
+
+
+def _outcome(training: Training, status: str) -> Outcome:
+    return Outcome.model_validate({**training.to_dict(), "status": status})
+
+
+def _trained(uri: str) -> Training:
+    """How the model that lies there was trained. Raises: DataError if there is none."""
+    card = read_card(uri)
+    if card is None or card.fit is None:
+        raise DataError(f"there is no trained model in '{uri}': remove the folder and train again")
+    return card.fit
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
     """
     asked = screening_config(config)
     about = {
-        "store": store.manifest["fingerprint"],
+        "store": store.manifest.fingerprint,
         "modalities": asked.model_modalities,
         "tasks": {t: asked.tasks[t].model_dump(mode="json") for t in asked.model_tasks},
         "model": model_identity(asked),
@@ -167,13 +176,13 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
     }
     folder = storage.join(store.uri, "settings", fingerprint(about))
     if storage.exists(f"{folder}.json"):
-        choice = Choice(**storage.read_json(f"{folder}.json"))
+        choice = Choice.read(f"{folder}.json")
     else:
         choice, heldout = _ask(run, choose_on_worker, Job(config, None, store.uri, "", "", "", ""), 1)
         if heldout is not None:
             save_heldout(folder, heldout)
-        storage.write_json(f"{folder}.json", choice.to_dict())
-    return replace(choice, settings=for_depth(config, choice.settings)), folder
+        choice.write(f"{folder}.json")
+    return choice.replaced(settings=for_depth(config, choice.settings)), folder
 
 
 def choose_on_worker(
@@ -205,17 +214,18 @@ def _table(config: Config, store_uri: str) -> FeatureTable:
 
 def is_trained(uri: str, digest: str) -> bool:
     """Whether a whole model of this fingerprint lies there."""
-    card = read_card(uri) or {}
-    return card.get("fingerprint") == digest and storage.exists(storage.join(uri, "model.safetensors"))
+    card = read_card(uri)
+    return card is not None and card.fingerprint == digest and storage.exists(storage.join(uri, "model.safetensors"))
 
 
-def _train_with_experts(config: Config, store: Store, model_uri: str, folder: str, run: Run) -> dict[str, Any]:
+def _train_with_experts(config: Config, store: Store, model_uri: str, folder: str, run: Run) -> Training:
     """The fused model and the experts that are not there yet one after the other, then all of them as one."""
     scratch = storage.join(model_uri, ".parts")
     own = config.with_overrides({"model.experts": False})
     fused_uri = _find(own, store, folder) or storage.join(scratch, "fused")
-    summary = train(own, store.uri, fused_uri, folder, run)
-    experts, parts = dict[str, str](), {}
+    train(own, store.uri, fused_uri, folder, run)
+    fused = _trained(fused_uri)
+    experts, parts = dict[str, str](), dict[str, Training]()
     columns = (config.model_modalities, config.model_tasks)  # read twice, so that no table lies here while others train
     for name, expert in expert_configs(config, store.table(*columns)).items():
         try:
@@ -223,27 +233,28 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
         except (ConfigError, DataError) as error:
             log.warning("no expert of %s: %s", name, error)
             continue
-        parts[name] = (read_card(experts[name]) or {})["training"]
+        parts[name] = _trained(experts[name])
     table = store.table(*columns)
     known = {name: judged(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
     model, heldout = join_experts(known.pop(""), known, table)
     routes = model.spec.routes if isinstance(model, ExpertModel) else {}
     answering = sorted({m for by_pattern in routes.values() for m in by_pattern.values()})
-    by_part = summary["num_params_by_part"] | {f"expert.{m}": parts[m]["num_params"] for m in answering}
-    summary = {k: v for k, v in summary.items() if k != "status"} | {
-        "fingerprint": training_fingerprint(config, store, folder),
-        "seconds": summary["seconds"] + sum(part["seconds"] for part in parts.values()),
-        "num_params": sum(by_part.values()),
-        "num_params_by_part": by_part,
-        "experts_for": routes,
-    }
-    extra = {"fingerprint": summary["fingerprint"], "training": summary}
+    by_part = fused.num_params_by_part | {f"expert.{m}": parts[m].num_params for m in answering}
+    val = fused.val
     if load_heldout(fused_uri) is not None:
-        summary["val"] = heldout_scores(heldout, config, table)
+        val = heldout_scores(heldout, config, table)
         save_heldout(model_uri, heldout)
-    save_model(model_uri, model, config, store.manifest, extra)
+    training = fused.replaced(
+        fingerprint=training_fingerprint(config, store, folder),
+        seconds=fused.seconds + sum(part.seconds for part in parts.values()),
+        num_params=sum(by_part.values()),
+        num_params_by_part=by_part,
+        experts_for=routes,
+        val=val,
+    )
+    save_model(model_uri, model, config, store.manifest, training, training.fingerprint)
     storage.remove_folder(scratch)
-    return summary
+    return training
 
 
 def _model(uri: str) -> Any:
@@ -272,7 +283,7 @@ def train_expert(config: Config, store: Store, scratch: str, folder: str, run: R
     """Where the expert lies: as a variant of the run or among its experts, to which it is added if it is new."""
     if found := _find(config, store, folder):
         return found
-    digest = train(config, store.uri, scratch, folder, run)["fingerprint"]
+    digest = train(config, store.uri, scratch, folder, run).fingerprint
     uri = storage.join(folder, ".experts", digest)
     copy_model(scratch, uri)
     return uri
@@ -299,10 +310,10 @@ def training_fingerprint(config: Config, store: Store, folder: str) -> str:
             raise DataError(
                 f"training.transfer names '{name}', but there is no trained model at '{uri}': train it first"
             )
-        sources[name] = card["fingerprint"]
+        sources[name] = card.fingerprint
     widths = {m: config.modalities[m].hidden_dim for m in config.model_modalities}
     parts = {
-        "store": store.manifest["fingerprint"],
+        "store": store.manifest.fingerprint,
         "modalities": widths,
         "tasks": config.model_tasks,
         "model": model_identity(config),
@@ -315,15 +326,15 @@ def training_fingerprint(config: Config, store: Store, folder: str) -> str:
     return fingerprint(parts)
 
 
-def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
-    """One worker's part: the summary, or the user's error as a value, because raised it would be tried again as a crash."""
+def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Training | UserError:
+    """One worker's part: what the card keeps, or the user's error as a value: raised, it would be tried again as a crash."""
     try:
         return _train_on_worker(job, rank, world_size, device)
     except UserError as error:  # a full disk among them
         return error
 
 
-def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> dict[str, Any]:
+def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Training:
     config, store = job.settled, open_store(job.store_uri)
     checkpoint = FileCheckpoint(storage.join(job.scratch, f"{job.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
     report = progress_log() if rank == 0 else None
@@ -334,9 +345,9 @@ def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device)
         raise error
     heldout = load_heldout(job.scratch) if job.holds_out else None
     world = World(rank, world_size, device)
-    about: dict[str, Any] = {}
+    path = None
     if is_linear(config):
-        result, heldout, about["linear"] = linear_result(config, table)
+        result, heldout, path = linear_result(config, table)
     elif in_stack:
         result, heldout = fit_and_hold_out(config, table, device, job.known())
         if report:
@@ -344,30 +355,37 @@ def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device)
     else:
         whole = as_train(table) if heldout else table
         result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
-    summary = summarise(result, job.fingerprint, world_size, device) | about
-    if job.choice:
-        summary["auto"] = job.choice.to_dict()
-    if heldout:
-        summary["val"] = heldout_scores(heldout, config, table)
+    training = Training(
+        fingerprint=job.fingerprint,
+        best_epoch=result.best_epoch,
+        val=heldout_scores(heldout, config, table) if heldout else ValScores.model_validate(result.val) if result.val else None,
+        seconds=result.seconds,
+        num_params=sum(result.num_parameters.values()),
+        num_params_by_part=result.num_parameters,
+        num_workers=world_size,
+        device=device.type,
+        history=[Epoch.model_validate(record) for record in result.history],
+        auto=job.choice,
+        linear=LinearPath.model_validate(path) if path else None,
+    )
     if rank == 0:
         if heldout:
             save_heldout(job.model_uri, heldout)
         else:
             storage.remove(storage.join(job.model_uri, HELDOUT_FILE))
-        extra = {"fingerprint": job.fingerprint, "training": summary}
-        save_model(job.model_uri, result.model, job.config, store.manifest, extra)
-    return summary
+        save_model(job.model_uri, result.model, job.config, store.manifest, training, job.fingerprint)
+    return training
 
 
-def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> dict[str, Any]:
-    """The scores of `validate` on held-out rows, and how they were held out (`on`)."""
+def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> ValScores:
+    """The scores of `validate` on held-out rows, and how these were held out."""
     logits = heldout.logits[pattern_name(config.model_modalities)]
     tallies = {}
     for t, values in logits.items():
         able = readable(table, config.task_inputs(t))[heldout.rows]
         labels = table.labels[t][heldout.rows[able]].tensors()
         tallies[t] = labels.kind.tally(torch.from_numpy(values[able]), labels).numpy()
-    return {"on": heldout.on, **summarise_tallies(tallies, table.kinds)}
+    return ValScores.model_validate({"on": heldout.on, **summarise(tallies, table.kinds)})
 
 
 def progress_log() -> Callable[[dict[str, Any]], None]:
@@ -383,18 +401,3 @@ def progress_log() -> Callable[[dict[str, Any]], None]:
         log.info("epoch %d/%d: loss %.3f%s", record["epoch"], record["num_epochs"], record["train_loss"], score)
 
     return tell
-
-
-def summarise(result: FitResult, digest: str, num_workers: int, device: torch.device) -> dict[str, Any]:
-    """What `train` returns and the model's card keeps, but for the status."""
-    return {
-        "fingerprint": digest,
-        "best_epoch": result.best_epoch,
-        "val": result.val,
-        "seconds": result.seconds,
-        "num_params": sum(result.num_parameters.values()),
-        "num_params_by_part": result.num_parameters,
-        "num_workers": num_workers,
-        "device": device.type,
-        "history": result.history,
-    }

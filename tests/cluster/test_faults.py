@@ -20,7 +20,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
-from mmkt_ray.inference.model_folder import read_card
+from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.training.trainer import train
@@ -115,7 +115,9 @@ def test_a_killed_training_worker(reference: Store, config: Config, tmp_path: Pa
     undisturbed, disturbed = read_card(str(tmp_path / "a")), read_card(str(tmp_path / "b"))
     assert undisturbed is not None
     assert disturbed is not None
-    assert disturbed["training"]["val"] == undisturbed["training"]["val"]
+    assert disturbed.fit is not None
+    assert undisturbed.fit is not None
+    assert disturbed.fit.val == undisturbed.fit.val
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
@@ -161,7 +163,7 @@ def test_a_full_disk(reference: Store, config: Config, tmp_path: Path) -> None:
         assert not [path.name for path in written if path.suffix != ".parquet"]
         filler.unlink()
         store = extract(config, str(disk / "chaos"))
-        assert store.manifest["fingerprint"] == reference.manifest["fingerprint"]
+        assert store.manifest.fingerprint == reference.manifest.fingerprint
         assert same_features(config, disk / "chaos")
 
 

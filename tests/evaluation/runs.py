@@ -20,7 +20,6 @@ from mmkt_ray.evaluation.baselines import evaluate_baselines
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.features.store import (
-    SCHEMA_VERSION,
     Store,
     column_of,
     open_store,
@@ -31,6 +30,7 @@ from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.studies.gallery import write_gallery
 from mmkt_ray.training.loop import fit
+from tests.manifests import make_manifest, make_training
 
 THINGS = ("bird", "boat", "car", "cat")
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 30, 30)}
@@ -115,8 +115,7 @@ def write_store(
             for name in label if isinstance(label, list) else [label] if label is not None else []:
                 counts = by_task.setdefault(task, {}).setdefault(split, {})
                 counts[name] = counts.get(name, 0) + 1
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
+    about = {
         "fingerprint": uri.rsplit("/", 1)[-1],
         "parts": ["part-0.parquet"],
         "synthetic_pairs": synthetic_pairs,
@@ -143,6 +142,7 @@ def write_store(
         "counts": {
             "rows": len(splits),
             "rejects": 3,
+            "unreadable_modalities": 0,
             "by_split": {s: int((splits == s).sum()) for s in ("train", "val", "test")},
             "by_task": by_task,
             "missing": {
@@ -151,9 +151,12 @@ def write_store(
             },
         },
         "reject_reasons": {"cannot decode image": 2, "duplicate sample_id": 1},
+        "stages": {"read": 1.0},
+        "wall_s": 1.0,
+        "startup_s": 0.1,
         "rows_per_s": 1234.5,
     }
-    write_manifest(uri, manifest)
+    write_manifest(uri, make_manifest(**about))
     return open_store(uri)
 
 
@@ -187,8 +190,8 @@ def write_shards(folder: Path, samples: Mapping[str, Any]) -> None:
 def train_variant(config: Config, store: Store, model_uri: str) -> None:
     """Fit and publish one model, as training does without Ray."""
     result = fit(config, store.table(config.model_modalities, config.model_tasks))
-    training = {"history": result.history, "seconds": result.seconds, "val": result.val}
-    save_model(model_uri, result.model, config, store.manifest, {"training": training})
+    training = make_training(history=result.history, seconds=result.seconds, val=result.val)
+    save_model(model_uri, result.model, config, store.manifest, training)
 
 
 def write_run(folder: Path, config: Config, samples: Mapping[str, Any], **store_options: Any) -> str:

@@ -8,6 +8,7 @@ from mmkt_ray.evaluation.adapted import adaptations
 from mmkt_ray.evaluation.compare import Evaluated
 from mmkt_ray.scoring.metrics import ModelMetrics, TaskScores
 from mmkt_ray.scoring.results import Shared, Versus
+from tests.manifests import make_card
 
 MINILM = {"kind": "text", "encoder": {"name": "minilm", "max_tokens": 64}, "reduce": None}
 TUNED = {**MINILM, "encoder": {**MINILM["encoder"], "adapt": {"task": "thing", "how": "lora"}}}
@@ -19,7 +20,7 @@ def model(name: str, modalities: dict[str, Any], **settings: Any) -> Evaluated:
     scores = TaskScores(kind="multiclass", num_rows=500, class_names=["a"], intervals={}, values={})
     about = {"name": name, "modalities": list(modalities), "tasks": {"thing": scores}}
     record = ModelMetrics(split="test", num_rows=500, confidence=0.95, **about)
-    return Evaluated(name, "trained", f"models/{name}", record, "", {"config": config, "encoders": {}})
+    return Evaluated(name, "trained", f"models/{name}", record, "", make_card(config=config))
 
 
 def paired(value: float, p: float) -> Any:

@@ -24,7 +24,8 @@ from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
 from mmkt_ray.features import table as table_module
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference import rows as rows_module
-from mmkt_ray.inference.model_folder import load_model, write_card
+from mmkt_ray.inference.model_card import read_card, write_card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
@@ -163,7 +164,7 @@ def test_each_subset_has_all_metrics_of_its_own(finished, task, subset):
     folder = str(finished / "models" / "concat")
     found = storage.read_json(f"{folder}/metrics.json")["tasks"][task]["subsets"]["+".join(subset)]["metrics"]
     model, card = load_model(folder)
-    data = load_rows(open_store(str(finished / "features" / "union")), ["image", "text"], [task], card["class_names"])
+    data = load_rows(open_store(str(finished / "features" / "union")), ["image", "text"], [task], card.class_names)
     there = np.any([data.table.present[m] for m in subset], axis=0)
     table = data.table.take(np.flatnonzero((data.table.split == "test") & (data.table.labels[task].labelled) & there))
     nothing = np.zeros(len(table.sample_id), bool)
@@ -195,7 +196,7 @@ def test_a_model_is_scored_in_its_own_classes_whatever_the_store_calls_them(run,
     row = other["split"].index("train")
     other["thing"][row] = "aardvark"  # sorts before all others
     store = write_store(str(tmp_path / "other"), other)
-    assert store.manifest["tasks"]["thing"]["classes"][0] == "aardvark"
+    assert store.manifest.tasks["thing"].classes[0] == "aardvark"
     after = evaluate_model(str(run / "models" / "concat"), store)
     assert after.tasks["thing"].confusion == before["tasks"]["thing"]["confusion"]
     assert after.store == "other"
@@ -253,9 +254,8 @@ def test_errors_say_what_to_do(run, samples, tmp_path):
         {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in load_file(weights).items()},
         weights,
     )
-    card = storage.read_json(str(run / "models" / "image" / "config.json"))
-    card["checksums"]["model.safetensors"] = storage.file_checksum(str(weights))
-    write_card(str(run / "models" / "image"), card)
+    card = read_card(str(run / "models" / "image"))
+    write_card(str(run / "models" / "image"), card.replaced(checksums={"model.safetensors": storage.file_checksum(str(weights))}))
     with pytest.raises(DataError, match="NaN or infinite weights"):
         evaluate_model(str(run / "models" / "image"), store)
     with pytest.raises(DataError, match="nothing is evaluated"):
@@ -297,7 +297,7 @@ def test_a_baseline_is_shipped_as_a_model_that_says_the_same(finished):
     val = record["models"]["logreg:image+text"]["tasks"]["thing"]["val"]
     assert (val["num_rows"], val["on"]) == ((y >= 0).sum(), "cv")
     assert val["accuracy"] == pytest.approx((z.argmax(axis=1) == y)[y >= 0].mean())
-    assert card["training"]["l2"].keys() == {"thing", "colour"}
+    assert card.training.l2.keys() == {"thing", "colour"}
 
 
 def test_the_difference_is_paired_over_shared_samples(finished):

@@ -9,6 +9,7 @@ import yaml
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.readme import _text, readme_text, write_readme
+from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.scoring.metrics import ModelMetrics
 from tests.evaluation.runs import draw_samples, make_config, write_run
@@ -21,7 +22,7 @@ def run(tmp_path_factory):
 
 
 def read(run):
-    manifest = storage.read_json(str(run / "features/union/manifest.json"))
+    manifest = open_store(str(run / "features/union")).manifest
     return manifest, write_readme(str(run / "models/concat"), manifest)
 
 
@@ -40,7 +41,7 @@ def test_header_is_yaml_with_the_metrics_of_evaluation(run):
 def test_the_model_still_loads_and_its_card_has_the_checksum(run):
     _, text = read(run)
     _, card = load_model(str(run / "models/concat"))
-    assert card["checksums"]["README.md"] == storage.checksum(text.encode())
+    assert card.checksums["README.md"] == storage.checksum(text.encode())
     assert (run / "models/concat/README.md").read_text() == text
 
 
@@ -51,7 +52,7 @@ def test_no_place_of_this_machine_is_told(run):
     assert "/tmp" not in text
     assert "parquet'" not in text
     assert "3 rows of the source could not be read" in text
-    assert manifest["counts"]["rejects"] == 3
+    assert manifest.counts.rejects == 3
 
 
 def test_names_cannot_break_the_page():
@@ -65,7 +66,7 @@ def test_limits_name_few_rows_and_unseen_classes(run):
     _, card = load_model(str(run / "models/concat"))
     metrics.tasks["thing"].num_unseen = 7
     metrics.tasks["thing"].per_class["cat"].support = 2
-    text = readme_text("concat", card, metrics, manifest | {"synthetic_pairs": True})
+    text = readme_text("concat", card, metrics, manifest.replaced(synthetic_pairs=True))
     assert "thing: 7 test rows are of classes that it never saw" in text
     assert "1 of 4 classes have fewer than 10 test rows" in text
     assert "synthetic pairs" in text

@@ -105,7 +105,7 @@ def test_leaking_rows_are_left_out_on_request_and_accounted_for(tmp_path: Path, 
         ("d", "shard", "leakage"),
         ("f", "shard", "leakage"),
     ]
-    assert store.manifest["counts"]["rows"] + store.manifest["counts"]["rejects"] == 7
+    assert store.manifest.counts.rows + store.manifest.counts.rejects == 7
     assert storage.read_json(f"{store.uri}/audit.json")["samples"]["num_leaking"] == 0
 
 
@@ -115,13 +115,13 @@ def test_a_publishing_that_broke_off_tells_each_row_once(tmp_path: Path, make_co
     store = publish_parts(config, str(tmp_path / "s"), FIRST, SECOND)
     write_part(config, store.uri, f"{SHARD.unit}-000001-end.parquet", SECOND)
     store = publish(store.uri, config, Origin([SHARD.unit], layout="l"), MODALITIES, {})
-    assert store.manifest["counts"]["rejects"] == 2
+    assert store.manifest.counts.rejects == 2
 
 
 def test_nothing_is_left_out_without_being_asked(tmp_path: Path, make_config: MakeConfig) -> None:
     """Catches rows that vanish from sets that repeat texts by design."""
     store = publish_parts(make_config(), str(tmp_path / "s"), FIRST, SECOND)
-    assert store.manifest["counts"]["rows"] == 7
+    assert store.manifest.counts.rows == 7
 
 
 def test_long_groups_and_many_groups_are_cut(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -174,7 +174,7 @@ def test_a_binary_task_with_three_classes_is_refused(tmp_path: Path, make_config
         publish_parts(make_config(tasks__colour__kind="binary"), str(tmp_path / "s"), rows)
     rows[2] = ("s2", "test", 2, 2, "blue")
     store = publish_parts(make_config(tasks__colour__kind="binary"), str(tmp_path / "t"), rows)
-    assert store.manifest["tasks"]["colour"] == {"kind": "binary", "classes": ["green", "red"]}
+    assert store.manifest.tasks["colour"].to_dict() == {"kind": "binary", "classes": ["green", "red"]}
 
 
 def test_multilabel_counts_each_class_of_each_row(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -187,8 +187,8 @@ def test_multilabel_counts_each_class_of_each_row(tmp_path: Path, make_config: M
         ("e", "test", 3, 3, None),
     ]
     store = publish_parts(make_config(tasks__colour__kind="multilabel"), str(tmp_path / "s"), rows)
-    assert store.manifest["counts"]["by_task"]["colour"] == {"test": {"green": 1}, "train": {"blue": 2, "red": 2}}
-    assert store.manifest["tasks"]["colour"]["classes"] == ["blue", "red"]
+    assert store.manifest.counts.by_task["colour"] == {"test": {"green": 1}, "train": {"blue": 2, "red": 2}}
+    assert store.manifest.tasks["colour"].classes == ["blue", "red"]
     conflicts = storage.read_json(f"{store.uri}/audit.json")["conflicts"]["colour"]
     assert [[s["sample_id"] for s in e["samples"]] for e in conflicts["examples"]] == [["c", "d"]]
 
@@ -244,4 +244,4 @@ def test_what_was_cleaned_is_counted_in_the_manifest(tmp_path: Path, make_config
     """Catches normalisation that nobody hears of."""
     rows: list[Sample] = [("a!", "train", 1, 1, "red"), ("b", "train", 2, 2, "red"), ("c!", "test", 3, 3, "red")]
     store = publish_parts(make_config(), str(tmp_path / "s"), rows)
-    assert store.manifest["cleaned"] == {"text: control characters": 2}
+    assert store.manifest.cleaned == {"text: control characters": 2}

@@ -185,5 +185,5 @@ def test_join_end_to_end_gathers_the_right_features(shapes: Path, make_config: C
     expected = pd.concat([t.to_pandas() for t in plain.read()]).drop_duplicates("sample_id").set_index("sample_id")
     for key in ("s60", "s119"):
         assert np.array_equal(table.loc[key, "image_features"], expected.loc[key, "image_features"])
-    assert store.manifest["combine"] == {"name": "join", "how": "outer"}
-    assert store.manifest["synthetic_pairs"] is False
+    assert store.manifest.combine == {"name": "join", "how": "outer"}
+    assert store.manifest.synthetic_pairs is False

@@ -21,6 +21,7 @@ from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import open_store
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
+from tests.manifests import make_manifest
 from tests.shapes import png, write_shard
 
 MakeConfig = Callable[..., Config]
@@ -217,12 +218,12 @@ def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config
         for batch in read_shard({k: [v] for k, v in vars(shard).items()}, ReadingPlan.of(config), done={}):
             told = write_part(encode(batch), uri)
             checksums[told["name"][0]] = told["checksum"][0]
-    about = {m: {"dim": e.dim, "sparse": False} for m, e in encode.encoders.items()}
+    about = make_manifest(modalities={m: {"dim": e.dim} for m, e in encode.encoders.items()}).modalities
     units = [shard.unit for shard in shards]
-    store = publish(uri, config, Origin(units, layout="x"), about, {}, checksums)
-    assert store.manifest["counts"]["rows"] == 124
-    assert store.manifest["checksums"] != checksums  # rows were taken out of some
+    store = publish(uri, config, Origin(units, layout="x"), about, checksums=checksums)
+    assert store.manifest.counts.rows == 124
+    assert store.manifest.checksums != checksums  # rows were taken out of some
     rows = pa.concat_tables(open_store(uri).read())
     assert len(set(rows.column("sample_id").to_pylist())) == 124
     assert set(rows.column("colour").to_pylist()) == {"red", "green", "blue", "1"}
-    assert publish(uri, config, Origin(units, layout="x"), about, {}).manifest["checksums"] == store.manifest["checksums"]
+    assert publish(uri, config, Origin(units, layout="x"), about).manifest.checksums == store.manifest.checksums

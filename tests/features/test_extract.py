@@ -64,10 +64,10 @@ def test_chunks_in_flight_give_the_same_store(
 def test_every_row_arrives_and_any_reader_opens_it(extracted: Path, make_config: MakeConfig) -> None:
     """Rows lost between stages; a store that only Ray can read."""
     store = run(make_config())
-    counts = store.manifest["counts"]
-    assert counts["rows"] == 120
-    assert sum(counts["by_split"].values()) == 120
-    assert store.manifest["tasks"]["colour"]["classes"] == ["blue", "green", "red"]
+    counts = store.manifest.counts
+    assert counts.rows == 120
+    assert sum(counts.by_split.values()) == 120
+    assert store.manifest.tasks["colour"].classes == ["blue", "green", "red"]
     table = contents(store)
     assert table.column("sample_id").to_pylist() == sorted(f"s{i}" for i in range(120))
     folder = f"{store.uri}/data"
@@ -108,9 +108,9 @@ def test_new_shard_costs_only_its_own_work(extracted: Path, make_config: MakeCon
     times = mtimes(before)
     write_shard(extracted / "data" / "shapes" / "9.parquet", 120, 40)
     after = run(make_config())
-    assert after.manifest["counts"]["rows"] == 160
+    assert after.manifest.counts.rows == 160
     assert {p: t for p, t in mtimes(after).items() if p in times} == times
-    assert after.manifest["modalities"]["text"] == before.manifest["modalities"]["text"]
+    assert after.manifest.modalities["text"] == before.manifest.modalities["text"]
 
 
 def test_changed_shard_replaces_its_parts(extracted: Path, make_config: MakeConfig) -> None:
@@ -121,7 +121,7 @@ def test_changed_shard_replaces_its_parts(extracted: Path, make_config: MakeConf
     write_shard(shard, 80, 10)
     os.utime(shard, ns=(before + 10**9, before + 10**9))  # later by more than any file system rounds
     store = run(make_config())
-    assert store.manifest["counts"]["rows"] == 90
+    assert store.manifest.counts.rows == 90
     assert len(pd.read_parquet(f"{store.uri}/data")) == 90
 
 
@@ -130,8 +130,8 @@ def test_another_image_encoder_leaves_text_alone(extracted: Path, make_config: M
     before = run(make_config())
     after = run(make_config(modalities__image__encoder__image_size=24))
     assert after.uri != before.uri
-    assert "encode image" in after.manifest["stages"]
-    assert "encode text" not in after.manifest["stages"]
+    assert "encode image" in after.manifest.stages
+    assert "encode text" not in after.manifest.stages
     text = column_of("text")
     assert contents(after).column(text).equals(contents(before).column(text))
     assert not contents(after).column(column_of("image")).equals(contents(before).column(column_of("image")))
@@ -158,8 +158,8 @@ def test_bad_rows_are_rejected_with_reasons_and_nothing_else_is_lost(shapes: Pat
     assert rejects.loc["bad5", "reason"].startswith("image: ")
     assert rejects.loc["bad5", "source"] == "shapes/bad.parquet"
     assert "duplicate" in rejects.loc["s0", "reason"]
-    counts = store.manifest["counts"]
-    assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (128, 2, 2)
+    counts = store.manifest.counts
+    assert (counts.rows, counts.rejects, counts.unreadable_modalities) == (128, 2, 2)
     rows = pd.read_parquet(f"{store.uri}/data").set_index("sample_id")
     assert len(rows) == 128
     assert rows.loc["bad5", "image_features"] is None
@@ -175,8 +175,8 @@ def test_unreadable_files_and_texts_cost_their_modality(shapes: Path, make_confi
     }
     write_shard(shapes / "data" / "shapes" / "odd.parquet", 200, 5, **columns)
     store = run(make_config(samples__max_reject_frac=0.1))
-    counts = store.manifest["counts"]
-    assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (123, 2, 2)
+    counts = store.manifest.counts
+    assert (counts.rows, counts.rejects, counts.unreadable_modalities) == (123, 2, 2)
     rejects = pd.read_parquet(f"{store.uri}/rejects.parquet").set_index("sample_id")
     assert rejects["stage"].to_dict() == {"s201": "modality", "s202": "modality", "s203": "read", "s204": "read"}
     assert rejects.loc["s201", "reason"].startswith("image: no file 'gone.png'")
@@ -195,8 +195,8 @@ def test_reject_budget_stops_the_job(shapes: Path, make_config: MakeConfig) -> N
     told = r"0 of 160 rows were rejected and 40 lost a modality.*frequent: 40 x image: not a read.*\(first: s200 in shapes/bad"
     with pytest.raises(DataError, match=told):
         run(make_config())
-    counts = run(make_config(samples__max_reject_frac=0.5)).manifest["counts"]
-    assert (counts["rows"], counts["rejects"], counts["unreadable_modalities"]) == (160, 0, 40)
+    counts = run(make_config(samples__max_reject_frac=0.5)).manifest.counts
+    assert (counts.rows, counts.rejects, counts.unreadable_modalities) == (160, 0, 40)
 
 
 def test_reject_budget_says_why_while_it_runs(
@@ -226,7 +226,7 @@ def test_missing_modalities_and_labels_are_nulls(shapes: Path, make_config: Make
     assert (table.present["image"] == ~text_only).all()
     assert table.present["text"].all()
     assert not table.labels["colour"].labelled[text_only].any()
-    assert sum(store.manifest["counts"]["missing"]["image"].values()) == 40
+    assert sum(store.manifest.counts.missing["image"].values()) == 40
 
 
 def test_nothing_fitted_knows_the_test_split(shapes: Path, make_config: MakeConfig) -> None:
@@ -239,11 +239,11 @@ def test_nothing_fitted_knows_the_test_split(shapes: Path, make_config: MakeConf
     reduce_ = {"name": "standardize"}
     with_planted = run(make_config(samples__sources=sources, modalities__image__reduce=reduce_))
     without = run(make_config(samples__sources=sources[:1], modalities__image__reduce=reduce_, name="without"))
-    folders = [with_planted.manifest["modalities"][m]["folders"] for m in ("text", "image")]
+    folders = [with_planted.manifest.modalities[m].folders for m in ("text", "image")]
     vocabulary, scaler = (Path(make_config().run_root) / "shapes" / "encoders" / f[-1] for f in folders)
     assert b"plantedterm" not in (vocabulary / "state.safetensors").read_bytes()
     other = (
-        Path(make_config().run_root) / "without" / "encoders" / without.manifest["modalities"]["image"]["folders"][-1]
+        Path(make_config().run_root) / "without" / "encoders" / without.manifest.modalities["image"].folders[-1]
     )
     assert (scaler / "state.safetensors").read_bytes() == (other / "state.safetensors").read_bytes()
 
@@ -264,8 +264,8 @@ def test_no_encoder_has_seen_the_rows_that_leak(shapes: Path, make_config: MakeC
     ]
     config = make_config(samples__sources=sources, samples__drop_leakage=True, samples__split__val_frac=0.0)
     store = run(config)
-    assert (store.manifest["counts"]["rows"], store.manifest["counts"]["rejects"]) == (126, 6)
-    kept = Path(config.run_root) / "shapes" / "encoders" / store.manifest["modalities"]["text"]["folders"][0]
+    assert (store.manifest.counts.rows, store.manifest.counts.rejects) == (126, 6)
+    kept = Path(config.run_root) / "shapes" / "encoders" / store.manifest.modalities["text"].folders[0]
     assert b"plantedterm" not in (kept / "state.safetensors").read_bytes()
     seen = fit_encoder(config, str(shapes / "seen"), "text", list_shards(ReadingPlan.of(config)), {})
     assert b"plantedterm" in (Path(seen) / "state.safetensors").read_bytes()
@@ -296,7 +296,7 @@ def test_an_empty_shard_and_a_shard_that_is_no_parquet(shapes: Path, make_config
     with pytest.raises(DataError, match=r"40 of about 200 rows were rejected \(about 40 of them in damaged shards.*junk.parquet"):
         run(make_config(samples__max_reject_frac=0.05))
     store = run(make_config(samples__max_reject_frac=0.25))
-    assert store.manifest["counts"] | {"rows": 120, "rejects": 40} == store.manifest["counts"]
+    assert (store.manifest.counts.rows, store.manifest.counts.rejects) == (120, 40)
 
 
 def test_a_modality_or_task_that_is_null_everywhere_is_told(shapes: Path, make_config: MakeConfig) -> None:
@@ -354,7 +354,7 @@ def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig
     assert store.uri == str(data.parent)
     quiet = run(config.model_copy(update={"name": "quiet"}))
     assert contents(store).equals(contents(quiet))
-    assert store.manifest["fingerprint"] == quiet.manifest["fingerprint"]
+    assert store.manifest.fingerprint == quiet.manifest.fingerprint
 
 
 def num_parts(data: Path) -> int:

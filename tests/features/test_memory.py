@@ -25,6 +25,7 @@ from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.training.batches import feature_statistics
+from tests.manifests import make_manifest
 
 MakeConfig = Callable[..., Config]
 ROWS, DIM = 1000, 64
@@ -115,7 +116,7 @@ def test_joining_holds_ids_keys_and_row_numbers(stores: dict[int, str]) -> None:
     """Catches features, or a string for each repeated split and label, held while rows are matched."""
 
     def work(uri: str) -> None:
-        source = Store(uri, {"parts": [f.base_name for f in storage.list_files(f"{uri}/data")]})
+        source = Store(uri, make_manifest(parts=[f.base_name for f in storage.list_files(f"{uri}/data")]))
         join(read_index(source, ["image", "text"], ["colour"]), JoinCombine())
 
     assert bytes_per_row(stores, work) < 440

@@ -55,7 +55,7 @@ def test_poison_is_quarantined_and_the_rest_arrives(tmp_path: Path, make_config:
     assert rejects.loc["s50", "source"] == "shapes/40.parquet"
     write_shards(tmp_path / "data" / "shapes", dict.fromkeys(POISONS, None) | {81: png("red", 81)})
     assert features(store).equals(features(extract(config, str(tmp_path / "clean"))))
-    assert store.manifest["counts"]["rows"] == 119
+    assert store.manifest.counts.rows == 119
 
 
 def test_the_time_limit_is_no_part_of_what_features_are(make_config: MakeConfig) -> None:

@@ -149,7 +149,7 @@ def test_audio_goes_the_way_of_images(shapes: Path, make_config: Callable[..., C
     store = extract(config, str(shapes / "run"))
     table = store.table(["sound"])
     assert table.features["sound"].shape == (119, 32)
-    assert store.manifest["counts"]["rejects"] == 1
+    assert store.manifest.counts.rejects == 1
     train, test = table.rows("train"), table.rows("test")
     features, labels = table.features["sound"], table.labels["colour"].values
     centres = np.stack([features[train][labels[train] == c].mean(0) for c in range(3)])

@@ -38,9 +38,9 @@ def test_spellings_that_meet_are_one_class(tmp_path: Path, make_config: MakeConf
     texts = [str(v) if v == v else None for v in train], [str(v) for v in test]
     store = publish_parts(make_config(), str(tmp_path / "s"), rows("a", "train", texts[0]), rows("b", "test", texts[1]))
     expected = Counter(pd.concat([pd.Series(train).dropna(), pd.Series(test)]).astype(int).astype(str))
-    counts = store.manifest["counts"]["by_task"]["colour"]
+    counts = store.manifest.counts.by_task["colour"]
     assert Counter(counts["train"]) + Counter(counts["test"]) == expected
-    assert store.manifest["tasks"]["colour"]["classes"] == ["0", "1", "2"]
+    assert store.manifest.tasks["colour"].classes == ["0", "1", "2"]
     told = storage.read_json(f"{store.uri}/audit.json")["spellings"]
     assert told == {f"colour: '{i}.0' read as '{i}'": 1 for i in range(3)}
     labels = pa.concat_tables(store.read(["colour"])).column(0).to_pylist()
@@ -60,7 +60,7 @@ def test_spellings_that_meet_are_one_class(tmp_path: Path, make_config: MakeConf
 def test_what_meets_no_other_spelling_keeps_its_own(tmp_path, make_config, classes, expected) -> None:
     """Catches versions that lose their zero, and classes of one task in two styles."""
     store = publish_parts(make_config(), str(tmp_path / "s"), rows("a", "train", classes))
-    assert store.manifest["tasks"]["colour"]["classes"] == expected
+    assert store.manifest.tasks["colour"].classes == expected
     assert bool(storage.read_json(f"{store.uri}/audit.json")["spellings"]) == (set(expected) != set(classes))
 
 
@@ -71,7 +71,7 @@ def test_lists_of_classes_and_a_second_publishing(tmp_path: Path, make_config: M
     store = publish_parts(config, str(tmp_path / "s"), train)
     assert pa.concat_tables(store.read(["colour"])).column(0).to_pylist() == [["1"], ["2"], None]
     again = publish_parts(config, str(tmp_path / "s"), train)
-    assert again.manifest["cleaned"] == store.manifest["cleaned"] == {
+    assert again.manifest.cleaned == store.manifest.cleaned == {
         "colour: '1.0' read as '1'": 1,
         "colour: '2.0' read as '2'": 1,
     }  # fmt: skip

@@ -10,10 +10,10 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.manifest import MANIFEST, Manifest
 from mmkt_ray.features.publish import published
 from mmkt_ray.features.store import (
     _COMPARED,
-    SCHEMA_VERSION,
     Store,
     column_of,
     from_arrow,
@@ -24,6 +24,7 @@ from mmkt_ray.features.store import (
 from mmkt_ray.kinds.spelling import sort_classes
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from tests.labels import MISSING, UNSEEN, codes_of
+from tests.manifests import make_manifest
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -97,8 +98,7 @@ def write_store(uri: str) -> Store:
         ids = [f"{number}-{i}" for i in range(200)]
         table = pa.table({"sample_id": ids, "split": ["train"] * 200, column_of("image"): column})
         checksums[f"{number}.parquet"] = storage.write_table(f"{uri}/data/{number}.parquet", table)
-    about = {"parts": sorted(checksums), "checksums": checksums, "modalities": {"image": {"dim": 8}}, "tasks": {}}
-    write_manifest(uri, {"schema_version": SCHEMA_VERSION, **about})
+    write_manifest(uri, make_manifest(parts=sorted(checksums), checksums=checksums, modalities={"image": {"dim": 8}}))
     return open_store(uri)
 
 
@@ -138,15 +138,29 @@ def test_a_manifest_that_was_changed_or_is_of_an_older_version_says_what_to_do(t
     path.write_text(path.read_text().replace('"dim": 8', '"dim": 9'))
     with pytest.raises(DataError, match=r"damaged or was changed by hand.*remove the folder"):
         open_store(store.uri)
-    write_manifest(store.uri, {**store.manifest, "schema_version": 1})
+    storage.write_sealed(str(path), {**store.manifest.to_dict(), "schema_version": 1})
     with pytest.raises(DataError, match=r"schema version 1, this is 2: remove the folder.*run the same command again"):
         open_store(store.uri)
+
+
+def test_a_manifest_with_a_key_misspelt_or_missing_names_it(tmp_path):
+    """Catches a store read with a default in the place of what its manifest was to say."""
+    store = write_store(str(tmp_path))
+    about = store.manifest.to_dict()
+    for changed, told in (
+        (about | {"unitz": []}, "unknown key 'unitz'"),
+        ({k: v for k, v in about.items() if k != "layout"}, "'layout' is missing"),
+        (about | {"modalities": {"image": about["modalities"]["image"] | {"dim": "8"}}}, "'modalities.image.dim'"),
+    ):
+        storage.write_sealed(str(tmp_path / MANIFEST), {**changed, "schema_version": Manifest.schema_version})
+        with pytest.raises(DataError, match=rf"manifest\.json' is damaged.*{told}.*remove the folder '{tmp_path}'"):
+            open_store(store.uri)
 
 
 def test_a_part_that_is_gone_is_made_anew(tmp_path):
     """A store that is up to date without the damaged part that its user was told to remove."""
     store = write_store(str(tmp_path))
-    write_manifest(store.uri, store.manifest | {"units": ["u"], "source": None})
+    write_manifest(store.uri, store.manifest.replaced(units=["u"]))
     assert published(store.uri, ["u"]) is not None
     (tmp_path / "data" / "0.parquet").unlink()
     assert published(store.uri, ["u"]) is None

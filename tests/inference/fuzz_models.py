@@ -35,12 +35,13 @@ from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import UserError
 from mmkt_ray.features.encode import encode_column
 from mmkt_ray.features.store import FeatureTable, from_arrow
-from mmkt_ray.inference.model_folder import load_model, save_model
+from mmkt_ray.inference.model_folder import load_model, save_calibration, save_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.prediction import finite, prediction_config, restrict, usable_encoders
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.models.experts import ExpertModel, ExpertSpec
+from tests.manifests import make_manifest, make_training
 from tests.samples.fuzz_worker import Watch, peak_bytes
 
 GROWTH_BYTES = 300_000_000
@@ -62,7 +63,7 @@ def answer(folder: Path) -> Answer:
     """What `mmkt predict` makes of six samples, but for the readers and Ray. Raises: UserError."""
     uri = str(folder)
     model, card = load_model(uri)
-    config = prediction_config(restrict(parse_config(card["config"]), {}), ["new.parquet"], 0, None, {})
+    config = prediction_config(restrict(parse_config(card.config), {}), ["new.parquet"], 0, None, {})
     folders = usable_encoders(uri, model, card, config, {}, trust_code=False)
     features, present = {}, {}
     for m, modality in config.modalities.items():
@@ -76,8 +77,8 @@ def answer(folder: Path) -> Answer:
             features[m] = load_reducer(reducer).encode(features[m])
     ids = np.arange(len(TEXTS)).astype(str).astype(object)
     split = np.full(len(ids), "test", dtype=object)
-    table = FeatureTable(ids, split, features, present, {}, card["class_names"])
-    return finite(predict_table(model, table)), {t: card["class_names"][t] for t in model.spec.tasks}
+    table = FeatureTable(ids, split, features, present, {}, card.class_names)
+    return finite(predict_table(model, table)), {t: card.class_names[t] for t in model.spec.tasks}
 
 
 def check_answer(found: Answer, right: Answer, forged: bool) -> str:
@@ -158,8 +159,10 @@ def write_folder(folder: Path, config: Config, kind: str) -> None:
         expert = new(config.with_overrides({"model.modalities": ["text"]}))
         spec = ExpertSpec(model.spec, {"text": expert.spec}, {"thing": {"text": "text"}})
         model = ExpertModel(spec, model, {"text": expert})
-    manifest = {"modalities": entries, "tasks": {t: {"classes": names} for t, names in classes.items()}}
-    save_model(str(folder), model.eval(), config, manifest, {"temperatures": {"thing": 1.5}, "training": {"seconds": 1}})
+    manifest = make_manifest(modalities=entries, tasks={t: {"classes": names} for t, names in classes.items()})
+    save_model(str(folder), model.eval(), config, manifest, make_training())
+    model.temperatures = {"thing": 1.5}
+    save_calibration(str(folder), model)
 
 
 SEEDS: dict[str, dict[str, Any]] = {

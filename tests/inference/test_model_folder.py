@@ -17,14 +17,16 @@ from mmkt_ray.inference.model_folder import load_model, read_card, save_model, w
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel, build_spec
 from tests.labels import labels_of
+from tests.manifests import make_manifest, make_training
 
-MANIFEST = {
-    "modalities": {
+MANIFEST = make_manifest(
+    modalities={
         "image": {"dim": 8, "fingerprint": "abc", "folders": ["image-1"]},
-        "text": {"dim": 30, "fingerprint": "def", "folders": []},
+        "text": {"dim": 30, "sparse": True, "kind": "text", "fingerprint": "def"},
     },
-    "tasks": {"topic": {"classes": ["x", "y", "z"]}, "unused": {"classes": ["p", "q"]}},
-}
+    tasks={"topic": {"classes": ["x", "y", "z"]}, "unused": {"classes": ["p", "q"]}},
+)
+ENCODERS = {m: about.to_dict() for m, about in MANIFEST.modalities.items()}
 N = 50
 
 
@@ -73,7 +75,7 @@ def table():
 
 @pytest.fixture
 def folder(tmp_path, model, config):
-    save_model(str(tmp_path / "model"), model, config, MANIFEST, {"fingerprint": "f00", "training": {"seconds": 1.0}})
+    save_model(str(tmp_path / "model"), model, config, MANIFEST, make_training(seconds=2.0), "f00")
     return tmp_path / "model"
 
 
@@ -86,24 +88,20 @@ def test_a_loaded_model_predicts_the_same(folder, model, table):
 def test_the_card_says_all_that_is_needed_to_use_the_model(folder, config):
     """Class names of tasks that the model does not predict; encoders missing; a config that does not parse again."""
     _, card = load_model(str(folder))
-    assert card["class_names"] == {"topic": ["x", "y", "z"]}
-    assert card["encoders"] == MANIFEST["modalities"]
-    assert parse_config(card["config"]) == config
-    assert (card["fingerprint"], card["training"], card["versions"]["mmkt_ray"]) == (
-        "f00",
-        {"seconds": 1.0},
-        __version__,
-    )
+    assert card.class_names == {"topic": ["x", "y", "z"]}
+    assert card.encoders == MANIFEST.modalities
+    assert parse_config(card.config) == config
+    assert (card.fingerprint, card.fit.seconds, card.versions.mmkt_ray) == ("f00", 2.0, __version__)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_model_of_before_there_was_a_choice_decodes_exactly(folder):
     """Catches photos that are scaled for a model which has learnt from every pixel."""
-    card = json.loads((folder / "config.json").read_text())
-    assert load_model(str(folder))[1]["config"]["samples"]["decode"] == "scaled"
-    card["config"]["samples"].pop("decode")
+    card = read_card(str(folder))
+    assert load_model(str(folder))[1].config["samples"]["decode"] == "scaled"
+    card.config["samples"].pop("decode")
     write_card(str(folder), card)
-    assert load_model(str(folder))[1]["config"]["samples"]["decode"] == "exact"
+    assert load_model(str(folder))[1].config["samples"]["decode"] == "exact"
 
 
 def cut_weights(folder):
@@ -113,7 +111,7 @@ def cut_weights(folder):
 
 def change_card(folder, key, value):
     """As somebody would who knows of the checksum."""
-    write_card(str(folder), {**json.loads((folder / "config.json").read_text()), key: value})
+    storage.write_sealed(str(folder / "config.json"), {**json.loads((folder / "config.json").read_text()), key: value})
 
 
 def flip(path, position):
@@ -177,6 +175,10 @@ def change_spec(folder, **changes):
     change_card(folder, "spec", {**json.loads((folder / "config.json").read_text())["spec"], **changes})
 
 
+def with_folder(name):
+    return ENCODERS | {"image": ENCODERS["image"] | {"folders": [name]}}
+
+
 FUSION = {"name": "hierarchical", "depth": 2, "fuse": "concat", "rank": 16, "num_heads": 4, "combine": "learned"}
 
 
@@ -188,8 +190,11 @@ FUSION = {"name": "hierarchical", "depth": 2, "fuse": "concat", "rank": 16, "num
         lambda f: change_card(f, "class_names", {"topic": ["x", "y"]}),
         lambda f: change_card(f, "class_names", {"topic": ["x", "y", "x"]}),
         lambda f: change_card(f, "temperatures", {"topic": 0.0}),
-        lambda f: change_card(f, "encoders", {**MANIFEST["modalities"], "image": {"dim": 8, "folders": ["../../x"]}}),
-        lambda f: change_card(f, "encoders", {**MANIFEST["modalities"], "image": {"dim": 8, "folders": ["/x"]}}),
+        lambda f: change_card(f, "encoders", with_folder("../../x")),
+        lambda f: change_card(f, "encoders", with_folder("/x")),
+        lambda f: change_card(f, "encoders", ENCODERS | {"image": ENCODERS["image"] | {"found": 5}}),
+        lambda f: change_card(f, "config", []),
+        lambda f: change_card(f, "training", {"members": 10**9}),
         lambda f: change_spec(f, hidden_dim=10**9),  # 8 TB, if it were made before it is compared
         lambda f: change_spec(f, num_experts=10**9),
         lambda f: change_spec(f, fusion=FUSION | {"depth": 10**9}),
@@ -227,8 +232,18 @@ def test_new_weights_never_stand_beside_an_old_card(folder, model, config, monke
     """A run killed between two writes, whose folder then says "up to date" for a config that it does not hold."""
     monkeypatch.setattr(storage, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        save_model(str(folder), model, config, MANIFEST, {"fingerprint": "f01"})
+        save_model(str(folder), model, config, MANIFEST, make_training(), "f01")
     assert read_card(str(folder)) is None
+
+
+def test_a_key_that_this_version_does_not_know_is_named(folder):
+    """A card of another tool, or with a key misspelt by hand, that is used as if it were whole."""
+    training = json.loads((folder / "config.json").read_text())["training"]
+    misspelt, cut = {**training, "best_epok": 1}, {"history": []}
+    for changed, told in ((misspelt, "unknown key 'training.model.best_epok'"), (cut, "'training.model.seconds' is missing")):
+        change_card(folder, "training", changed)
+        with pytest.raises(DataError, match=rf"config\.json'.*{told}.*remove the folder and train again"):
+            read_card(str(folder))
 
 
 def test_no_folder_is_no_card(tmp_path):

@@ -22,6 +22,7 @@ from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 from tests.evaluation.runs import make_config
+from tests.manifests import make_manifest, make_training
 
 
 def read_new(
@@ -118,8 +119,8 @@ def write_model(folder: Path, config: Config) -> Path:
     sparse = {"image": False, "text": config.modalities["text"].encoder.name == "tfidf"}
     dims = {m: e["dim"] for m, e in entries.items()}
     spec = build_spec(config, dims, sparse, {"thing": 2, "colour": 2})
-    classes = {t: {"classes": ["a", "b"]} for t in ("thing", "colour")}
-    save_model(str(folder), MultimodalModel(spec), config, {"modalities": entries, "tasks": classes}, {})
+    manifest = make_manifest(modalities=entries, tasks={t: {"classes": ["a", "b"]} for t in ("thing", "colour")})
+    save_model(str(folder), MultimodalModel(spec), config, manifest, make_training())
     return folder
 
 
@@ -223,13 +224,14 @@ def test_a_named_column_that_is_nowhere_is_an_error(config, tmp_path, suffix):
 def test_what_most_rows_lack_is_told(config, tmp_path, caplog, write_tar):
     """Catches a modality that is dropped without a word, and one that a suffix names and no member has."""
     write_tar(tmp_path / "a.tar", [("1.txt", b"a car"), ("1.PNG", b"png")])
-    counts = {"rows": 3, "missing": {"image": {"test": 2}, "text": {"test": 1}}}
-    store = Store(str(tmp_path), {"counts": counts})
-    columns = {"text": "txt", "image": "png"}
+    def store_without(images: int, texts: int) -> Store:
+        return Store(str(tmp_path), make_manifest({"rows": 3, "missing": {"image": {"test": images}, "text": {"test": texts}}}))
+
+    store, columns = store_without(2, 1), {"text": "txt", "image": "png"}
     new = prediction_config(config, [str(tmp_path / "a.tar")], 0, "webdataset", columns)
     assert tell_absent(new, store, columns) == "; image is absent in 2 of 3 rows"
     assert "image is absent in 2 of 3 rows" in caplog.text
-    counts["missing"] = {"image": {"test": 3}, "text": {"test": 0}}
+    store = store_without(3, 0)
     assert "3 of 3" in tell_absent(new, store, {})
     assert "3 of 3" in tell_absent(new, store, columns)  # the suffix is there, though its members cannot be read
     columns = {"text": "txt", "image": "jpg"}

@@ -42,7 +42,7 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     assert "report: " in run(config)
     (store_uri,) = (tmp_path / "runs" / "shapes" / "features").glob("encoded-*")
     store = open_store(str(store_uri))
-    assert store.manifest["tasks"]["colour"] == {"kind": KIND, "classes": ["BL", "GR", "RE"]}
+    assert store.manifest.tasks["colour"].to_dict() == {"kind": KIND, "classes": ["BL", "GR", "RE"]}
     assert store.table().kinds == {"colour": task_kind(KIND)}
     model_uri = f"{tmp_path}/runs/shapes/models/model"
     assert storage.read_json(f"{model_uri}/config.json")["spec"]["kinds"] == {"colour": KIND}

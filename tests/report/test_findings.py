@@ -11,7 +11,7 @@ from mmkt_ray import storage
 from mmkt_ray.api.results import results
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import open_store
-from mmkt_ray.inference.model_folder import write_card
+from mmkt_ray.inference.model_card import read_card, write_card
 from mmkt_ray.record import About
 from mmkt_ray.report import about_models, curves, findings
 from mmkt_ray.report.page import build_report
@@ -21,6 +21,7 @@ from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.missing import missing_curves
 from mmkt_ray.studies.scores import transferability
 from mmkt_ray.studies.transfer_results import Gain, Transfers
+from tests.manifests import make_training
 from tests.report.pages import HOSTILE, Elements, audit_of
 
 pytestmark = pytest.mark.slow
@@ -43,10 +44,10 @@ def told(finished, tmp_path_factory) -> Path:
     insights(str(run), stores)
     transferability(str(run), stores)
     missing_curves(str(run / "models" / "concat"), store, str(run), num_seeds=1)
-    card = storage.read_json(str(run / "models" / "concat" / "config.json"))
-    card["training"]["num_params_by_part"] = {"level_1": 1200, "heads": 34}
-    card["training"]["experts_for"] = {"thing": {"image": "image"}}
-    write_card(str(run / "models" / "concat"), card)
+    card = read_card(str(run / "models" / "concat"))
+    parts, routes = {"level_1": 1200, "heads": 34}, {"thing": {"image": "image"}}
+    training = card.training.replaced(num_params_by_part=parts, experts_for=routes)
+    write_card(str(run / "models" / "concat"), card.replaced(training=training))
     cells = [
         transfer_cell("image:thing", "text:thing", -0.031),
         transfer_cell("text:thing", "image:thing", 0.05, "frozen"),
@@ -154,11 +155,12 @@ def test_parameters_are_counted_by_part(told):
     """Catches counts of a part that not every model has, and levels out of order."""
     about = {"kind": "trained", "name": "n", "modalities": ["a"], "fusion": None, "sharing": "task", "store": None}
     about |= {"num_params": 1, "training_s": 1.0}
+    card = read_card(str(told / "models" / "concat"))
     for name, parts in (
         ("small", {"heads": 5, "level_1": 2}),
         ("big", {"heads": 5, "level_2": 9, "level_1": 2, "fusion": 1}),
     ):
-        storage.write_json(str(told / "other" / name / "config.json"), {"training": {"num_params_by_part": parts}})
+        write_card(str(told / "other" / name), card.replaced(training=make_training(num_params_by_part=parts)))
     models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")}
     models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
     rest = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
@@ -195,8 +197,8 @@ def test_curves_with_undefined_points_are_drawn():
 def test_what_is_out_of_date_is_left_out_and_named(told, tmp_path):
     """Catches curves of a model that is no longer there beside the scores of the one that is."""
     run = Path(shutil.copytree(told, tmp_path / "run"))
-    card = storage.read_json(str(run / "models" / "concat" / "config.json"))
-    storage.write_json(str(run / "models" / "concat" / "config.json"), card | {"fingerprint": "another"})
+    card = read_card(str(run / "models" / "concat"))
+    write_card(str(run / "models" / "concat"), card.replaced(fingerprint="another"))
     page = Elements(Path(build_report(str(run))).read_text(encoding="utf-8"))
     ids = {a["id"] for _, a in page.tags if "id" in a}
     assert not ids & {"missing", "knowledge"}

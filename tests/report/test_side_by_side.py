@@ -9,8 +9,10 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.inference.model_card import write_card
 from mmkt_ray.report.side_by_side import against, as_page, chosen_model, compare_models, compare_runs
 from mmkt_ray.scoring.intervals import exact_p
+from tests.manifests import make_card
 
 
 def write_model(folder: Path, ids, labels, preds, names=("a", "b")) -> str:
@@ -22,7 +24,7 @@ def write_model(folder: Path, ids, labels, preds, names=("a", "b")) -> str:
     record = {"name": "m", "split": "test", "confidence": 0.95, "bootstrap_samples": 100, "modalities": ["text"]}
     record |= {"num_rows": len(ids)}
     storage.write_json(str(uri / "metrics.json"), record | {"tasks": {"t": scores}})
-    storage.write_json(str(uri / "config.json"), {"config": {"tasks": {"t": {"inputs": None}}}})
+    write_card(str(uri), make_card(config={"tasks": {"t": {"inputs": None}}}))
     table = pa.table({"sample_id": ids, "split": ["test"] * len(ids), "t_label": labels, "t_pred": preds})
     pq.write_table(table, uri / "predictions-test.parquet")
     return str(uri)

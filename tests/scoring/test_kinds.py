@@ -132,8 +132,8 @@ def test_calibration_is_kept_in_the_card_and_used_everywhere(finished, store, tm
         assert fitted.before.log_loss == pytest.approx(plain.tasks[task]["log_loss"])
         assert fitted.after.log_loss == found["log_loss"] < fitted.before.log_loss
         assert found["accuracy"] == plain.tasks[task]["accuracy"]
-        assert card["temperatures"][task] == fitted.temperature
-    write_predictions(str(tmp_path / "p.parquet"), model, store, card["class_names"])
+        assert card.temperatures[task] == fitted.temperature
+    write_predictions(str(tmp_path / "p.parquet"), model, store, card.class_names)
     new, old = (
         {r["sample_id"]: r["tags_proba"] for r in pq.read_table(path).to_pylist()}
         for path in (tmp_path / "p.parquet", f"{uri}/predictions-test.parquet")
@@ -141,6 +141,6 @@ def test_calibration_is_kept_in_the_card_and_used_everywhere(finished, store, tm
     assert all(np.allclose(new[i], p, atol=1e-6) for i, p in old.items())
     evaluate_model(uri, store, evaluation=raw)
     model, card = load_model(uri)
-    assert card["temperatures"] == model.temperatures == {}
+    assert card.temperatures == model.temperatures == {}
     before = predict_table(model, store.table(config.model_modalities, config.model_tasks))["tags"]
     assert not np.allclose(before[:20], np.stack([new[f"s{i}"] or [np.nan] * 4 for i in range(20)]), atol=1e-3)

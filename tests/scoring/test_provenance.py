@@ -7,7 +7,9 @@ from mmkt_ray.evaluation.compare import is_stale
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.provenance import Current, LeftOut, Study, about, recipe
 from mmkt_ray.scoring.results import Described, Results
+from mmkt_ray.scoring.run_file import RunFile
 from tests.evaluation.runs import make_config
+from tests.manifests import make_card
 
 
 @pytest.fixture
@@ -19,9 +21,7 @@ def run(tmp_path):
     model = Described(**about, num_params=1, training_s=1.0, store="s1", folder="models/concat")
     about = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
     results = Results(models={"concat": model}, **about)
-    return config, str(tmp_path), Current.of(
-        str(tmp_path), {"config": config.model_dump(mode="json")}, results
-    )
+    return config, str(tmp_path), Current.of(str(tmp_path), RunFile(config=config.model_dump(mode="json")), results)
 
 
 def told(run_uri: str, current: Current, **changes):
@@ -73,6 +73,6 @@ def metrics(fingerprint: str | None) -> ModelMetrics:
 
 def test_metrics_of_a_model_that_was_trained_anew_are_stale():
     """Catches scores of the model before beside the one after."""
-    assert is_stale(metrics("a"), {"fingerprint": "b"})
-    assert not is_stale(metrics("a"), {"fingerprint": "a"})
-    assert not is_stale(metrics(None), {})
+    assert is_stale(metrics("a"), make_card(fingerprint="b"))
+    assert not is_stale(metrics("a"), make_card(fingerprint="a"))
+    assert not is_stale(metrics(None), make_card())

@@ -8,7 +8,8 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.features.store import SCHEMA_VERSION, Store, column_of, open_store, to_arrow, write_manifest
+from mmkt_ray.features.store import Store, column_of, open_store, to_arrow, write_manifest
+from tests.manifests import make_manifest
 
 MODALITIES, DIM, NUM_ROWS = ("image", "text"), 6, 400
 CLASSES = {"mood": ["bad", "good"], "topic": ["x", "y", "z"]}
@@ -70,13 +71,7 @@ def store(tmp_path_factory) -> Store:
         present = rng.random(NUM_ROWS) < 0.9
         columns[column_of(m)] = to_arrow(values[present], present)
     storage.write_table(storage.join(uri, "data", "part-0.parquet"), pa.table(columns))
-    about = {"dim": DIM, "sparse": False, "folders": []}
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": "drawn",
-        "parts": ["part-0.parquet"],
-        "modalities": {m: dict(about) for m in MODALITIES},
-        "tasks": {task: {"kind": "multiclass", "classes": names} for task, names in CLASSES.items()},
-    }
-    write_manifest(uri, manifest)
+    modalities = {m: {"dim": DIM} for m in MODALITIES}
+    tasks = {task: {"classes": names} for task, names in CLASSES.items()}
+    write_manifest(uri, make_manifest(parts=["part-0.parquet"], modalities=modalities, tasks=tasks))
     return open_store(uri)

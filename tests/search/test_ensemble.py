@@ -114,7 +114,7 @@ def test_the_ensemble_is_at_least_as_good_on_val_as_its_best_member(space, make_
     board.publish()
     rows = board.read()
     ensemble, about = build_ensemble(space, search, rows, store.table())
-    assert about["val"] >= about["best_member_val"]
-    assert {m["candidate"] for m in about["members"]} <= set(rows["candidate"])
-    assert 1 <= sum(m["picks"] for m in about["members"]) <= 6
+    assert about.val >= about.best_member_val
+    assert {m.candidate for m in about.members} <= set(rows["candidate"])
+    assert 1 <= sum(m.picks for m in about.members) <= 6
     assert set(predict_table(ensemble, store.table())) == {"mood", "topic"}

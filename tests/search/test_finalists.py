@@ -28,7 +28,7 @@ def test_a_finalist_has_experts_and_takes_one_core(make_config, store, tmp_path)
     model, card = load_model(uri)
     assert isinstance(model, ExpertModel)
     assert set(model.spec.routes["topic"]) >= {"image", "text"}
-    assert card["fingerprint"] == training_fingerprint(config, store, str(tmp_path))
+    assert card.fingerprint == training_fingerprint(config, store, str(tmp_path))
     assert storage.exists(storage.join(str(tmp_path), ".experts"))
 
 
@@ -61,5 +61,5 @@ def test_finalists_of_different_tasks_are_compared_on_those_that_both_have(make_
     assert result["versus"]["alone"].keys() == {"topic"}
     assert set(result["versus"]["alone"]["topic"]) == {"num_rows", "accuracy", "macro_f1", "balanced_accuracy"}
     card = load_model(folders["alone"][0])[1]
-    val = [record["val"]["balanced_accuracy"]["topic"] for record in card["training"]["history"]]
-    assert card["training"]["best_epoch"] == val.index(max(val)) + 1
+    val = [epoch.score("balanced_accuracy", "topic") for epoch in card.fit.history]
+    assert card.fit.best_epoch == val.index(max(val)) + 1

@@ -81,7 +81,7 @@ def test_the_winner_is_a_model_folder(found, store):
     _, run_uri, result = found
     model, card = load_model(f"{run_uri}/models/search_winner")
     best = result["finalists"][result["winner"]]
-    assert card["training"]["val"]["score"] == pytest.approx(max(best["val_by_seed"]))
+    assert card.fit.val.score == pytest.approx(max(best["val_by_seed"]))
     table = store.table(model.spec.modalities, list(model.spec.tasks))
     assert np.isfinite(predict_table(model, table)["mood"]).all()
 

@@ -13,7 +13,7 @@ from mmkt_ray.evaluation.answers import paired_test
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.sentences import answer_sentence
 from mmkt_ray.features.store import open_store
-from mmkt_ray.inference.model_folder import write_card
+from mmkt_ray.inference.model_card import read_card, write_card
 from mmkt_ray.inference.rows import subsets
 from mmkt_ray.kinds.tasks import Multilabel
 from mmkt_ray.scoring.intervals import holm
@@ -254,8 +254,8 @@ def test_without_unimodal_variants_the_baselines_answer_and_say_so(run, tmp_path
 def test_unequal_training_is_told(run, tmp_path):
     """Catches a gain of more epochs sold as a gain of a modality, and a caveat where there is none."""
     copy = str(shutil.copytree(run, tmp_path / "run"))
-    card = storage.read_json(copy + "/models/text/config.json")
-    card["config"]["training"]["epochs"] = 2
+    card = read_card(copy + "/models/text")
+    card.config["training"]["epochs"] = 2
     write_card(copy + "/models/text", card)
     answers = insights(copy, stores_of(run)).tasks["colour"].answers
     differs = {a.rest: a.differs for a in answers}

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import Store, open_store
-from mmkt_ray.inference.model_folder import load_model, write_card
+from mmkt_ray.inference.model_card import read_card, write_card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.studies import missing
 from mmkt_ray.studies.missing import missing_curves
@@ -104,9 +105,8 @@ def test_a_model_below_the_best_of_what_is_there_is_told(run, store):
         if "heads" in name or "fusions" in name:
             value.data.zero_()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, f"{uri}/model.safetensors")
-    card = storage.read_json(f"{uri}/config.json")
-    card["checksums"]["model.safetensors"] = storage.file_checksum(f"{uri}/model.safetensors")
-    write_card(uri, card)
+    checksums = {"model.safetensors": storage.file_checksum(f"{uri}/model.safetensors")}
+    write_card(uri, read_card(uri).replaced(checksums=checksums))
     found = missing_curves(uri, store, str(run), rates=(0.0, 1.0))
     (text,) = [a.text for a in found.answers if (a.hidden, a.task) == ("image", "thing")]
     assert "points" in text

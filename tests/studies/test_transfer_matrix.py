@@ -87,8 +87,8 @@ def test_nodes_are_those_that_the_rows_carry(make_config, store):
 def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
     """Catches seeds that change nothing, variants compared on rows that one of them can't read, and models of seeds that cannot
     predict because their encoders are not with them."""
-    encoders = {m: entry | {"folders": [f"{m}-1"]} for m, entry in store.manifest["modalities"].items()}
-    store = replace(store, manifest=store.manifest | {"modalities": encoders})
+    encoders = {m: entry.replaced(folders=[f"{m}-1"]) for m, entry in store.manifest.modalities.items()}
+    store = replace(store, manifest=store.manifest.replaced(modalities=encoders))
     for m in encoders:
         storage.write_bytes(str(tmp_path / "encoders" / f"{m}-1" / "encoder.json"), m.encode())
     variants = {"image": {"model.modalities": ["image"]}, "both": {}}

@@ -11,7 +11,8 @@ import torch
 from mmkt_ray.config import load_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable, open_store
-from mmkt_ray.inference.model_folder import load_model, read_card
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.tasks import Multiclass
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
@@ -215,18 +216,18 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
     summary = train(config, store, uri)
     train(config.with_overrides({"training.seed": 5}), store, str(tmp_path / "other"))
     assert len(asked) == 1
-    assert summary["auto"]["settings"].keys() == {"training.lr", "model.dropout", "training.batch_size_per_worker"}
-    assert read_card(uri)["training"]["auto"] == summary["auto"]
-    assert summary["val"]["on"] == "cv"
+    assert summary.auto.settings.keys() == {"training.lr", "model.dropout", "training.batch_size_per_worker"}
+    assert read_card(uri).fit.auto == summary.auto
+    assert summary.val.on == "cv"
     held = load_heldout(uri)
     assert held is not None
     assert set(held.logits) == {"image", "text", "image+text"}
     every = open_store(store).table()
-    expected = fit(with_settings(config, summary["auto"]["settings"]), as_train(every)).model
+    expected = fit(with_settings(config, summary.auto.settings), as_train(every)).model
     for t, proba in predict_table(load_model(uri)[0], every).items():
         np.testing.assert_allclose(proba, predict_table(expected, every)[t], atol=1e-3)
-    assert [r["epoch"] for r in summary["history"]] == list(range(1, summary["best_epoch"] + 1))
-    assert train(config, store, uri)["status"] == "up to date"
+    assert [epoch.epoch for epoch in summary.history] == list(range(1, summary.best_epoch + 1))
+    assert train(config, store, uri).status == "up to date"
 
 
 def test_what_is_known_of_held_out_parts_is_not_trained_again(make_auto, table, monkeypatch):

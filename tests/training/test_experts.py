@@ -12,7 +12,8 @@ from scipy.stats import binomtest, ttest_rel
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable, open_store
-from mmkt_ray.inference.model_folder import load_model, read_card, write_card
+from mmkt_ray.inference.model_card import read_card, write_card
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_logits, predict_table
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
@@ -257,15 +258,15 @@ def test_variants_share_their_experts(make_config, store_uri, table, tmp_path, f
     train(base.with_overrides({"model.fusion": "gated", "model.missing": "mean"}), store_uri, uri["gated"])
     train(base.with_overrides({"model.experts": False}), store_uri, uri["plain"])
     assert fits[3:] == ["image+text", "image+text"]
-    assert train(base, store_uri, uri["concat"])["status"] == "up to date"
+    assert train(base, store_uri, uri["concat"]).status == "up to date"
     assert sorted(p.name for p in Path(uri["concat"]).iterdir()) == ["config.json", "model.safetensors"]
     assert len(list((tmp_path / ".experts").iterdir())) == 1
 
     model, card = load_model(uri["concat"])
     assert isinstance(model, ExpertModel)
-    assert summary["num_params"] == sum(p.numel() for p in model.parameters())
-    assert summary["num_params"] == sum(summary["num_params_by_part"].values())
-    assert summary["experts_for"] == model.spec.routes == card["training"]["experts_for"]
+    assert summary.num_params == sum(p.numel() for p in model.parameters())
+    assert summary.num_params == sum(summary.num_params_by_part.values())
+    assert summary.experts_for == model.spec.routes == card.fit.experts_for
     every = open_store(store_uri).table()
     (image_uri,) = (tmp_path / ".experts").iterdir()
     alone = {"image": load_model(str(image_uri))[0], "text": load_model(uri["text_only"])[0]}
@@ -298,7 +299,7 @@ def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fit
     again = train(config, store_uri, uri)
     assert fits == ["text"]
     assert not storage.exists(storage.join(uri, ".parts"))
-    assert again["experts_for"] == whole["experts_for"]
+    assert again.experts_for == whole.experts_for
     one, other = (load_model(str(tmp_path / name / "concat"))[0].state_dict() for name in ("run", "other"))
     assert all(torch.equal(one[k], other[k]) for k in one.keys() | other.keys())
 
@@ -345,7 +346,7 @@ def test_a_teacher_is_asked_with_its_experts_and_the_students_experts_have_none(
     train(base, store_uri, str(tmp_path / "teacher"))
     fits.clear()
     student = base.with_overrides({"training.transfer.teachers": ["teacher"]})
-    assert train(student, store_uri, str(tmp_path / "student"))["status"] == "trained"
+    assert train(student, store_uri, str(tmp_path / "student")).status == "trained"
     assert fits == ["image+text"]
 
 
@@ -364,8 +365,8 @@ def test_a_model_of_an_earlier_kind_says_train_again(make_config, store_uri, tmp
     uri = str(tmp_path / "model")
     train(make_config(**{"training.epochs": 1}), store_uri, uri)
     card = read_card(uri)
-    assert build_model(card["spec"]).spec.to_dict() == card["spec"]
-    card["spec"]["routes"] = {"topic": ["image", "text"]}
+    assert build_model(card.spec).spec.to_dict() == card.spec
+    card.spec["routes"] = {"topic": ["image", "text"]}
     write_card(uri, card)
     with pytest.raises(DataError, match="train again"):
         load_model(uri)

@@ -9,7 +9,7 @@ import torch
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError, ResourceError
-from mmkt_ray.features.store import SCHEMA_VERSION, column_of, open_store, to_arrow, write_manifest
+from mmkt_ray.features.store import column_of, open_store, to_arrow, write_manifest
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training import trainer
@@ -18,6 +18,7 @@ from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.validation import validate
 from tests.labels import codes_of
+from tests.manifests import make_manifest
 
 
 def write_store(uri, table, mood=None):
@@ -33,8 +34,7 @@ def write_store(uri, table, mood=None):
     rows = pa.table({"sample_id": pa.array(table.sample_id), "split": pa.array(table.split), **features, **labels})
     storage.write_table(f"{uri}/data/part-0.parquet", rows.slice(0, 100))
     storage.write_table(f"{uri}/data/part-1.parquet", rows.slice(100))
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
+    about = {
         "fingerprint": f"store-{mood}",
         "parts": ["part-0.parquet", "part-1.parquet"],
         "modalities": {m: {"dim": f.shape[1], "fingerprint": m, "folders": []} for m, f in table.features.items()},
@@ -43,7 +43,7 @@ def write_store(uri, table, mood=None):
             for t, c in table.class_names.items()
         },
     }
-    write_manifest(uri, manifest)
+    write_manifest(uri, make_manifest(**about))
     return uri
 
 
@@ -59,8 +59,9 @@ def one_thread(monkeypatch):
 
 
 def untimed(summary):
-    record = {k: v for k, v in summary.items() if k not in ("status", "seconds", "history")}
-    return record | {"history": [{k: v for k, v in h.items() if k != "seconds"} for h in summary["history"]]}
+    about = summary.to_dict()
+    record = {k: v for k, v in about.items() if k not in ("status", "seconds", "history")}
+    return record | {"history": [{k: v for k, v in h.items() if k != "seconds"} for h in about["history"]]}
 
 
 def test_one_worker_trains_here_and_publishes(make_config, store_uri, tmp_path):
@@ -68,9 +69,9 @@ def test_one_worker_trains_here_and_publishes(make_config, store_uri, tmp_path):
     config, uri = make_config(), str(tmp_path / "model")
     summary = train(config, store_uri, uri)
     model, card = load_model(uri)
-    assert (summary["status"], summary["num_workers"], len(summary["history"])) == ("trained", 1, 4)
-    assert summary["num_params"] == sum(p.numel() for p in model.parameters())
-    assert untimed(card["training"]) == untimed(summary)
+    assert (summary.status, summary.num_workers, len(summary.history)) == ("trained", 1, 4)
+    assert summary.num_params == sum(p.numel() for p in model.parameters())
+    assert untimed(card.training) == untimed(summary)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     table = open_store(store_uri).table(config.model_modalities, config.model_tasks)
     expected = predict_table(fit(config, table).model, table)
@@ -85,7 +86,7 @@ def test_a_finished_model_is_not_trained_again_and_a_changed_one_is(make_config,
     fit_ = trainer.fit
     monkeypatch.setattr(trainer, "fit", lambda *a, **k: runs.append(1) or fit_(*a, **k))
     again = train(make_config(**{"evaluation.bootstrap_samples": 200, "name": "renamed"}), store_uri, uri)
-    assert (again["status"], runs) == ("up to date", [])
+    assert (again.status, runs) == ("up to date", [])
     assert untimed(again) == untimed(first)
     for change in (
         {"seed": 1},
@@ -95,7 +96,7 @@ def test_a_finished_model_is_not_trained_again_and_a_changed_one_is(make_config,
         {"modalities.text.hidden_dim": 4},
     ):
         runs.clear()
-        assert train(make_config(**change), store_uri, uri)["status"] == "trained", change
+        assert train(make_config(**change), store_uri, uri).status == "trained", change
         assert runs == [1]
 
 
@@ -145,14 +146,14 @@ def test_two_ray_workers_train_one_model(make_config, store_uri, tmp_path, ray_l
     uri = str(tmp_path / "model")
     summary = train(config, store_uri, uri)
     model, card = load_model(uri)
-    assert (summary["status"], summary["num_workers"]) == ("trained", 2)
-    assert card["training"] == {k: v for k, v in summary.items() if k != "status"}
+    assert (summary.status, summary.num_workers) == ("trained", 2)
+    assert card.training.to_dict() | {"status": "trained"} == summary.to_dict()
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     table = open_store(store_uri).table(config.model_modalities, config.model_tasks)
     scores = validate(model, table, usable_rows(table, "val"), World())
-    assert (scores["accuracy"], scores["macro_f1"]) == (summary["val"]["accuracy"], summary["val"]["macro_f1"])
+    assert (scores["accuracy"], scores["macro_f1"]) == (summary.val.metrics["accuracy"], summary.val.metrics["macro_f1"])
     again = train(config, store_uri, uri)
-    assert again == {**summary, "status": "up to date"}
+    assert again == summary.replaced(status="up to date")
 
 
 @pytest.mark.parametrize("wanted", ["fused", "expert"])

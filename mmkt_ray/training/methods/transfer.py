@@ -59,7 +59,7 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
     loaded = {}
     for name, uri in source_uris(transfer, folder).items():
         model, card = load_model(uri)
-        loaded[name] = Source(model, card["class_names"])
+        loaded[name] = Source(model, card.class_names)
     return Knowledge({m: loaded[n] for m, n in transfer.init.items()}, tuple(loaded[n] for n in transfer.teachers))
 
 
