@@ -128,7 +128,8 @@ def with_rare_modality(store: Store, config: Config, uri: str) -> Store:
     entry = ModalityFeatures.model_validate({**about, "fingerprint": RARE, "folders": []})
     modalities = {**store.manifest.modalities, RARE: entry}
     fingerprint = f"{store.manifest.fingerprint}-{RARE}"
-    write_manifest(uri, store.manifest.model_copy(update={"fingerprint": fingerprint, "checksums": checksums, "modalities": modalities}))
+    changed = {"fingerprint": fingerprint, "checksums": checksums, "modalities": modalities}
+    write_manifest(uri, store.manifest.model_copy(update=changed))
     return open_store(uri)
 
 
