@@ -261,7 +261,7 @@ def test_unequal_training_is_told(run, tmp_path):
     differs = {a.rest: a.differs for a in answers}
     assert differs.pop("text") == {"epochs": [6, 2]}
     assert set(map(str, differs.values())) == {"{}"}
-    assert ["Their training differs" in a["sentence"] for a in answers] == [bool(a["differs"]) for a in answers]
+    assert ["Their training differs" in a.sentence for a in answers] == [bool(a.differs) for a in answers]
 
 
 def test_every_subset_of_three_is_asked_once():
