@@ -31,6 +31,7 @@ CLEANER = "PlacementGroupCleanerCallback"  # reason: see `trainer_class`
 # Reason: a command that ends at once must stop Ray's servers before the others, and Ray gives out no process numbers.
 SERVERS = {"raylet", "gcs_server"}  # names of processes
 OWN_SCRIPT = "MMKT_RAY_SETUP_WORKER"  # an environment variable of ours, see `workers_from`
+NONE_AHEAD = {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}  # reason: see `workers_from`
 WORKER_MODULES = (  # reason: what a worker and an actor of Ray Data import, for `workers_from`
     "ray._private.workers.default_worker",
     "ray.data._internal.execution.operators.actor_pool_map_operator",
@@ -86,10 +87,11 @@ def without_dashboard() -> Iterator[None]:
 @contextmanager
 def workers_from(script: str, environment: dict[str, str]) -> Iterator[None]:
     """A Ray that starts meanwhile starts its workers by that Python file, in an environment with these variables and the file
-    that Ray itself would take, as OWN_SCRIPT.
+    that Ray itself would take, as OWN_SCRIPT; none before it is needed.
 
     Reason: Ray starts a new interpreter for each worker. It can have that import ahead
-    (https://github.com/ray-project/ray/pull/33572), but cannot share what is imported.
+    (https://github.com/ray-project/ray/pull/33572), but cannot share what is imported. It starts some workers as the driver
+    connects and has that wait for them: for ever, if they take longer than a minute.
     """
     from ray._private import services
 
@@ -97,7 +99,7 @@ def workers_from(script: str, environment: dict[str, str]) -> Iterator[None]:
 
     def start_raylet(*args: Any, **options: Any) -> Any:
         call = inspect.signature(start).bind(*args, **options)
-        own = {OWN_SCRIPT: call.arguments["setup_worker_path"]}
+        own = {OWN_SCRIPT: call.arguments["setup_worker_path"], **NONE_AHEAD}
         call.arguments["setup_worker_path"] = script
         call.arguments["env_updates"] = {**(call.arguments.get("env_updates") or {}), **environment, **own}
         return start(*call.args, **call.kwargs)

@@ -52,6 +52,8 @@ def test_patches_are_where_ray_looks_and_are_taken_back() -> None:
     assert "services.start_raylet(" in inspect.getsource(node.Node.start_raylet)
     assert {"setup_worker_path", "env_updates"} <= inspect.signature(services.start_raylet).parameters.keys()
     assert "utils.get_dashboard_dependency_error()" in inspect.getsource(services.start_raylet)
+    raylet = Path(services.RAYLET_EXECUTABLE).read_bytes()
+    assert all(name.removeprefix("RAY_").encode() in raylet for name in ray_private.NONE_AHEAD)
 
     def state() -> tuple[object, ...]:
         patched = (node.Node.start_api_server, node.Node.start_monitor, utils.set_sigterm_handler, services.start_raylet)

@@ -134,7 +134,10 @@ def become(request: dict[str, Any], connection: socket.socket, streams: list[int
         Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"])
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # as a new interpreter has it: another one in each worker
-    connection.sendall(b"1")  # it stays open to this process's end, for which the stand-in waits
+    try:
+        connection.sendall(b"1")  # it stays open to this process's end, for which the stand-in waits
+    except BrokenPipeError:
+        return  # Ray has given the stand-in up
     sys.argv[:] = arguments = request["arguments"]
     sys.path[0] = os.path.dirname(arguments[0])
     runpy.run_path(arguments[0], run_name="__main__")
