@@ -39,15 +39,15 @@ from mmkt_ray.training.auto import (
     screening_config,
     with_settings,
 )
-from mmkt_ray.training.batches import World
+from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.experts import (
     expert_configs,
     has_experts,
     join_experts,
-    judged,
     model_identity,
     single_configs,
+    with_heldout,
 )
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
@@ -99,17 +99,17 @@ def train(
         return {**_train_with_experts(config, store, model_uri, folder, run), "status": "trained"}
     scratch = storage.join(model_uri, ".train")
     choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
-    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
-    if job.holds_out and config.training.num_workers > 1:
-        _ask(run, hold_out_on_worker, job, 1)
-    outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
+    args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
+    if args.holds_out and config.training.num_workers > 1:
+        _ask(run, hold_out_on_worker, args, 1)
+    outcome = _ask(run, train_on_worker, args, 1 if is_linear(args.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
     return {**outcome, "status": "trained"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker is told."""
+class WorkerArgs:
+    """What a worker is given."""
 
     config: Config
     choice: Choice | None  # of the settings that the config leaves open
@@ -140,9 +140,9 @@ class Job:
         return load_heldout(self.settings) if self.settings and is_screened(self.config) else None
 
 
-def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
+def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int) -> Any:
     """Have the workers do it. Raises: the user's error, which they return as a value."""
-    outcome = run(loop, job, num_workers, job.scratch)
+    outcome = run(loop, args, num_workers, args.scratch)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -169,7 +169,7 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
     if storage.exists(f"{folder}.json"):
         choice = Choice(**storage.read_json(f"{folder}.json"))
     else:
-        choice, heldout = _ask(run, choose_on_worker, Job(config, None, store.uri, "", "", "", ""), 1)
+        choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
         if heldout is not None:
             save_heldout(folder, heldout)
         storage.write_json(f"{folder}.json", choice.to_dict())
@@ -177,25 +177,25 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
 
 
 def choose_on_worker(
-    job: Job, rank: int, world_size: int, device: torch.device
+    args: WorkerArgs, rank: int, world_size: int, device: torch.device
 ) -> tuple[Choice, HeldOut | None] | UserError:
     """One worker's part of `settle`."""
     try:
-        return choose(job.config, _table(job.config, job.store_uri), device)
+        return choose(args.config, _table(args.config, args.store_uri), device)
     except UserError as error:
         return error
 
 
-def hold_out_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> UserError | None:
+def hold_out_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> UserError | None:
     """Predictions of held-out rows into the scratch folder, unless they are there."""
-    if storage.exists(storage.join(job.scratch, HELDOUT_FILE)):
+    if storage.exists(storage.join(args.scratch, HELDOUT_FILE)):
         return None
     try:
-        found = hold_out(job.settled, _table(job.config, job.store_uri), device, job.known())
+        found = hold_out(args.settled, _table(args.config, args.store_uri), device, args.known())
     except UserError as error:
         return error
     if found is not None:
-        save_heldout(job.scratch, found)
+        save_heldout(args.scratch, found)
     return None
 
 
@@ -225,7 +225,7 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
             continue
         parts[name] = (read_card(experts[name]) or {})["training"]
     table = store.table(*columns)
-    known = {name: judged(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
+    known = {name: with_heldout(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
     model, heldout = join_experts(known.pop(""), known, table)
     routes = model.spec.routes if isinstance(model, ExpertModel) else {}
     answering = sorted({m for by_pattern in routes.values() for m in by_pattern.values()})
@@ -315,43 +315,43 @@ def training_fingerprint(config: Config, store: Store, folder: str) -> str:
     return fingerprint(parts)
 
 
-def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
+def train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> dict[str, Any] | UserError:
     """One worker's part: the summary, or the user's error as a value, because raised it would be tried again as a crash."""
-    config, store = job.settled, open_store(job.store_uri)
-    checkpoint = FileCheckpoint(storage.join(job.scratch, f"{job.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
+    config, store = args.settled, open_store(args.store_uri)
+    checkpoint = FileCheckpoint(storage.join(args.scratch, f"{args.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
     report = progress_log() if rank == 0 else None
     try:
-        knowledge = load_knowledge(config.training.transfer, job.folder)
+        knowledge = load_knowledge(config.training.transfer, args.folder)
         table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
-        in_stack = job.in_stack(table)
-        if job.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(job, 0, 1, device)):
+        in_stack = args.in_stack(table)
+        if args.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(args, 0, 1, device)):
             return error
-        heldout = load_heldout(job.scratch) if job.holds_out else None
-        world = World(rank, world_size, device)
+        heldout = load_heldout(args.scratch) if args.holds_out else None
+        worker = Worker(rank, world_size, device)
         about: dict[str, Any] = {}
         if is_linear(config):
             result, heldout, about["linear"] = linear_result(config, table)
         elif in_stack:
-            result, heldout = fit_and_hold_out(config, table, device, job.known())
+            result, heldout = fit_and_hold_out(config, table, device, args.known())
             if report:
                 report({**result.history[-1], "num_epochs": len(result.history)})
         else:
             whole = as_train(table) if heldout else table
-            result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
+            result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
     except UserError as error:
         return error
-    summary = summarise(result, job.fingerprint, world_size, device) | about
-    if job.choice:
-        summary["auto"] = job.choice.to_dict()
+    summary = summarise(result, args.fingerprint, world_size, device) | about
+    if args.choice:
+        summary["auto"] = args.choice.to_dict()
     if heldout:
         summary["val"] = heldout_scores(heldout, config, table)
     if rank == 0:
         if heldout:
-            save_heldout(job.model_uri, heldout)
+            save_heldout(args.model_uri, heldout)
         else:
-            storage.remove(storage.join(job.model_uri, HELDOUT_FILE))
-        extra = {"fingerprint": job.fingerprint, "training": summary}
-        save_model(job.model_uri, result.model, job.config, store.manifest, extra)
+            storage.remove(storage.join(args.model_uri, HELDOUT_FILE))
+        extra = {"fingerprint": args.fingerprint, "training": summary}
+        save_model(args.model_uri, result.model, args.config, store.manifest, extra)
     return summary
 
 
