@@ -24,20 +24,20 @@ def measure_population(check: Check) -> dict[str, Any]:
         config, table, parts = heads_to_train(check)
     except ImportError as error:
         raise LeftOut(f"no {error.name}") from None
-    fit, predict_table, population_of, world = parts
+    fit, predict_table, start_population, worker = parts
     num, epochs = (4, 1) if check.small else (1024, 3)
     members = [{"training.lr": 1e-4 * 100 ** (i / num), "training.weight_decay": 0.01 * (i % 5)} for i in range(num)]
     config = config.with_overrides({"training.epochs": epochs})
-    population_of(config, table, members[:2], check.device).train(1)  # kernels are loaded
+    start_population(config, table, members[:2], check.device).train(1)  # kernels are loaded
     check.wait()
     start = time.perf_counter()
-    stack = population_of(config, table, members, check.device)
+    stack = start_population(config, table, members, check.device)
     stack.train(epochs)
     check.wait()
     stack_s = time.perf_counter() - start
     start, singles = time.perf_counter(), 0
     while singles < num and (time.perf_counter() - start < check.seconds / 3 or not singles):
-        fit(config.with_overrides(members[singles]), table, world=world(device=check.device))
+        fit(config.with_overrides(members[singles]), table, worker=worker(device=check.device))
         singles += 1
     single_s = (time.perf_counter() - start) / singles
     differs = 0.0
@@ -57,7 +57,7 @@ def heads_to_train(check: Check) -> tuple[Any, Any, tuple[Any, ...]]:
     from mmkt_ray.inference.outputs import predict_table
     from mmkt_ray.kinds.labels import Labels
     from mmkt_ray.kinds.tasks import task_kind
-    from mmkt_ray.training.batches import World
+    from mmkt_ray.training.batches import Worker
     from mmkt_ray.training.loop import fit
     from mmkt_ray.training.population import Population
 
@@ -87,7 +87,7 @@ def heads_to_train(check: Check) -> tuple[Any, Any, tuple[Any, ...]]:
         {"topic": Labels(task_kind("multiclass"), topic, everywhere, everywhere)},
         {"topic": [str(i) for i in range(10)]},
     )
-    return config, table, (fit, predict_table, Population, World)
+    return config, table, (fit, predict_table, Population.start, Worker)
 
 
 # --- pretraining --------------------

@@ -36,7 +36,7 @@ EXACT_WIDTH = 4096  # up to this width D x D matrices are cheap and sparse chunk
 
 
 @dataclass(frozen=True)
-class Moments:
+class CentredMoments:
     """Count, mean and centred second moment of rows, float64."""
 
     num_rows: int
@@ -157,23 +157,23 @@ class _CentringReducer(Reducer, ABC):
 
     @abstractmethod
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
-        """Second moment of centred rows (B, D), as in Moments: (D,) or (D, D)."""
+        """Second moment of centred rows (B, D), as in CentredMoments: (D,) or (D, D)."""
 
-    def partial(self, features: Features) -> Moments:
-        """Moments of one chunk (B, D)."""
+    def partial(self, features: Features) -> CentredMoments:
+        """CentredMoments of one chunk (B, D)."""
         dense = self._dense(features)
         mean = dense.mean(axis=0) if len(dense) else np.zeros(dense.shape[1])
-        return Moments(len(dense), mean, self._scatter(dense - mean))
+        return CentredMoments(len(dense), mean, self._scatter(dense - mean))
 
-    def merge(self, parts: list[Moments]) -> Moments:
-        """Moments of all rows: what Chan, Golub & LeVeque (1979) do for two parts, for any number at once."""
+    def merge(self, parts: list[CentredMoments]) -> CentredMoments:
+        """CentredMoments of all rows: what Chan, Golub & LeVeque (1979) do for two parts, for any number at once."""
         self._check_parts(parts)
         num_rows = sum(part.num_rows for part in parts)
         shares = np.array([part.num_rows for part in parts]) / max(num_rows, 1)
         mean = shares @ np.stack([part.mean for part in parts])
         offsets = np.stack([np.sqrt(part.num_rows) * (part.mean - mean) for part in parts])
         within = sum((part.scatter for part in parts[1:]), parts[0].scatter)
-        return Moments(num_rows, mean, within + self._scatter(offsets))
+        return CentredMoments(num_rows, mean, within + self._scatter(offsets))
 
     def _dense(self, features: Features) -> np.ndarray:
         """The chunk as (B, D) float64. Raises: DataError where sparse features are too wide for that."""
@@ -210,7 +210,7 @@ class PcaReducer(_CentringReducer):
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
         return centred.T @ centred
 
-    def finish(self, total: Moments) -> None:
+    def finish(self, total: CentredMoments) -> None:
         """Raises: DataError if `dim` exceeds the rank, or values are not finite."""
         self._check_finite(total.scatter)
         values, vectors, rank = _largest_eigenvectors(total.scatter, self.dim)
@@ -250,7 +250,7 @@ class Standardizer(_CentringReducer):
         if not (self._tensors["scale"] > 0).all():
             raise ValueError("scale is not above 0 throughout")
 
-    def finish(self, total: Moments) -> None:
+    def finish(self, total: CentredMoments) -> None:
         """Raises: DataError if there are no rows, or values are not finite."""
         self._check_parts([total] if total.num_rows else [])
         self._check_finite(total.scatter)

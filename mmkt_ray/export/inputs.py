@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
-from mmkt_ray.models import Features, SparseBatch
+from mmkt_ray.models import FeatureBatch, SparseBatch
 from mmkt_ray.models.sparse import sparse_matmul
 
 Arrays = dict[str, np.ndarray]
@@ -59,7 +59,7 @@ class GraphInputs(nn.Module):
         """Decoded values (B,), None where a row has none -> the inputs."""
         raise NotImplementedError
 
-    def forward(self, tensors: Tensors, present: Tensor) -> Features:
+    def forward(self, tensors: Tensors, present: Tensor) -> FeatureBatch:
         """The inputs, present (B,) bool -> features (B, D); what absent rows have does not matter."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class PixelInputs(GraphInputs):
         found: Tensor = (self.encoder if self.network is None else self.network).features(pixels)
         return found
 
-    def forward(self, tensors: Tensors, present: Tensor) -> Features:
+    def forward(self, tensors: Tensors, present: Tensor) -> FeatureBatch:
         return self.features(tensors[self.name("pixels")])
 
 
@@ -169,7 +169,7 @@ class TokenInputs(GraphInputs):
             ids[row, : len(own)], mask[row, : max(1, len(own))] = own, 1
         return {self.name("ids"): ids, self.name("mask"): mask}
 
-    def forward(self, tensors: Tensors, present: Tensor) -> Features:
+    def forward(self, tensors: Tensors, present: Tensor) -> FeatureBatch:
         return self.encoder.pooled(tensors[self.name("ids")], tensors[self.name("mask")])
 
 
@@ -196,7 +196,7 @@ class FeatureInputs(GraphInputs):
             features[there] = self.encoder.encode([values[i] for i in there])
         return {self.name("features"): features}
 
-    def forward(self, tensors: Tensors, present: Tensor) -> Features:
+    def forward(self, tensors: Tensors, present: Tensor) -> FeatureBatch:
         return tensors[self.name("features")]
 
 
@@ -218,7 +218,7 @@ class SparseInputs(FeatureInputs):
         rows, columns = there[features.row], features.col.astype(np.int64)
         return {self.name("rows"): rows, self.name("columns"): columns, self.name("values"): features.data}
 
-    def forward(self, tensors: Tensors, present: Tensor) -> Features:
+    def forward(self, tensors: Tensors, present: Tensor) -> FeatureBatch:
         rows, columns, values = (tensors[self.name(part)] for part in ("rows", "columns", "values"))
         offsets = torch.zeros(present.shape[0] + 1, dtype=torch.int64)  # tell the number of rows alone
         return SparseBatch(columns, offsets, values, rows)
@@ -271,7 +271,7 @@ class LinearReduction(nn.Module):
         shift = None if mean is None or weight is None else -(mean @ weight)
         self.register_buffer("shift", None if shift is None else torch.from_numpy(np.float32(shift)))
 
-    def forward(self, x: Features) -> Tensor:
+    def forward(self, x: FeatureBatch) -> Tensor:
         if isinstance(x, SparseBatch):
             if self.weight is not None:
                 product = sparse_matmul(x, self.weight)
@@ -298,7 +298,7 @@ class Selection(nn.Module):
         self.register_buffer("columns", columns)
         self.register_buffer("place", place)
 
-    def forward(self, x: Features) -> Features:
+    def forward(self, x: FeatureBatch) -> FeatureBatch:
         if not isinstance(x, SparseBatch):
             return x[:, self.columns]
         place = self.place[x.indices]

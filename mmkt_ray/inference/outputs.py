@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import Features, Predictor, PredictorSpec, SparseBatch
+from mmkt_ray.models import FeatureBatch, Predictor, PredictorSpec, SparseBatch
 
 
 def model_inputs(
@@ -23,12 +23,12 @@ def model_inputs(
     modalities: Iterable[str],
     device: torch.device,
     drop: Collection[str] = (),
-) -> tuple[dict[str, Features], dict[str, Tensor]]:
+) -> tuple[dict[str, FeatureBatch], dict[str, Tensor]]:
     """Some rows as what `MultimodalModel.forward` takes: features and presence by modality, on a device.
 
     Modalities in `drop` count as absent in every row.
     """
-    features: dict[str, Features] = {}
+    features: dict[str, FeatureBatch] = {}
     present: dict[str, Tensor] = {}
     for m in modalities:
         batch = table.features[m][rows]

@@ -5,12 +5,12 @@ from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.predictor import Predictor, PredictorSpec, build_model, fused_part
 from mmkt_ray.models.sparse import SparseBatch
 from mmkt_ray.models.spec import InputSpec, ModelSpec, build_spec
-from mmkt_ray.models.towers import Features
+from mmkt_ray.models.towers import FeatureBatch
 
 __all__ = [
     "ExpertModel",
     "ExpertSpec",
-    "Features",
+    "FeatureBatch",
     "InputSpec",
     "ModelSpec",
     "MultimodalModel",

@@ -16,7 +16,7 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models.containers import ModuleList
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.spec import InputSpec, ModelSpec
-from mmkt_ray.models.towers import Features
+from mmkt_ray.models.towers import FeatureBatch
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EnsembleModel(nn.Module):
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
-    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel. Logits whose probabilities are the mean of the members'."""
         logits = [member(features, present) for member in self.members]
         found = {}

@@ -19,7 +19,7 @@ from mmkt_ray.models.containers import ModuleDict
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.spec import InputSpec, ModelSpec
-from mmkt_ray.models.towers import Features
+from mmkt_ray.models.towers import FeatureBatch
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ExpertModel(nn.Module):
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
-    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See MultimodalModel: logits (B, C) by task."""
         found = self.fused(features, present)
         answering = {t: self._answering(t, present) for t in self.tables}

@@ -21,9 +21,9 @@ from mmkt_ray.models.dropout import Dropout
 from mmkt_ray.models.layers import Linear, NormDropout, linear, masked, norm_drop
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.sparse import SparseLinear
-from mmkt_ray.models.towers import ConcatLinear, Features, Width, make_linear
+from mmkt_ray.models.towers import ConcatLinear, FeatureBatch, Width, make_linear
 
-Parts = Mapping[str, Features]  # name -> (B, D_name)
+Parts = Mapping[str, FeatureBatch]  # name -> (B, D_name)
 Masks = Mapping[str, Tensor]  # name -> (B,) bool; a part without an entry is present in all rows
 Options = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Fuse(nn.Module):
         __call__ = forward
 
 
-class Concat(Fuse):
+class ConcatFuse(Fuse):
     """Concatenation, linear, layer norm, ReLU, dropout."""
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
@@ -155,7 +155,7 @@ class Attention(Fuse):
 
 
 FUSES: dict[str, type[Fuse]] = {
-    "concat": Concat,
+    "concat": ConcatFuse,
     "sum": Sum,
     "gated": Gated,
     "low_rank_bilinear": LowRankBilinear,
@@ -214,7 +214,7 @@ def stack_masks(names: Sequence[str], parts: Parts, present: Masks) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*masks), dim=-1)
 
 
-def everywhere(part: Features) -> Tensor:
+def everywhere(part: FeatureBatch) -> Tensor:
     """Present in all rows: (B,) bool."""
     rows = part.new_empty(part.shape[-2]) if isinstance(part, Tensor) else part.offsets[1:]
     return torch.ones_like(rows, dtype=torch.bool)

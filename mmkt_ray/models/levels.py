@@ -19,7 +19,7 @@ from mmkt_ray.models.layers import Linear
 from mmkt_ray.models.sharing import SCHEMES, Pair, module_name
 from mmkt_ray.models.sparse import SparseLinear
 from mmkt_ray.models.spec import ModelSpec
-from mmkt_ray.models.towers import Features, Tower, Width, make_linear
+from mmkt_ray.models.towers import FeatureBatch, Tower, Width, make_linear
 
 Path = tuple[object, ...]  # (modality, key at level 1, key at level 2, ..): pairs with equal paths carry equal signals
 
@@ -53,7 +53,7 @@ class Level(nn.Module):
                 self.steps.append((source, adapter, tower, target))
                 self.widths[target] = Width(out_dim)
 
-    def forward(self, signals: Mapping[Path, Features]) -> dict[Path, Tensor]:
+    def forward(self, signals: Mapping[Path, FeatureBatch]) -> dict[Path, Tensor]:
         """signals: path -> (B, D). Returns this level's paths -> (B, H)."""
         outputs: dict[Path, Tensor] = {}
         for source, adapter, tower, target in self.steps:
@@ -109,7 +109,7 @@ class CrossStitchLevel(Level):
             {module_name(m): CrossStitch(len(found)) for m, found in self.readers.items()}
         )
 
-    def forward(self, signals: Mapping[Path, Features]) -> dict[Path, Tensor]:
+    def forward(self, signals: Mapping[Path, FeatureBatch]) -> dict[Path, Tensor]:
         outputs = super().forward(signals)
         for m, readers in self.readers.items():
             mixed = self.mixing[module_name(m)](torch.stack([outputs[path] for path in readers], dim=-2))
@@ -149,7 +149,7 @@ class ExpertsLevel(nn.Module):
         for pair, source in self.sources.items():
             self.gates[module_name(*pair)] = make_linear(widths[source], spec.num_experts)
 
-    def forward(self, signals: Mapping[Path, Features]) -> dict[Path, Tensor]:
+    def forward(self, signals: Mapping[Path, FeatureBatch]) -> dict[Path, Tensor]:
         """signals: path -> (B, D). Returns this level's paths -> (B, H)."""
         opinions: dict[Path, Tensor] = {}  # signal in -> (B, E, H)
         for source in dict.fromkeys(self.sources.values()):

@@ -28,7 +28,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.models.containers import ModuleDict
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.sparse import SparseBatch, sparse_matmul
-from mmkt_ray.models.towers import Features, Width
+from mmkt_ray.models.towers import FeatureBatch, Width
 
 FILLS = ("mean", "zero", "token", "generate")  # the strategies after which an absent modality counts as present
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the ridge, times the mean squared norm of a row
@@ -76,7 +76,7 @@ class LinearMap(nn.Module):
         self.register_buffer("weight", torch.zeros(width.dim, out_dim))
         self.register_buffer("bias", torch.zeros(out_dim))
 
-    def forward(self, x: Features) -> Tensor:
+    def forward(self, x: FeatureBatch) -> Tensor:
         product = sparse_matmul(x, self.weight) if isinstance(x, SparseBatch) else x @ self.weight
         return product + self.bias
 
@@ -101,7 +101,7 @@ class Generators(nn.Module):
             for source in names:
                 self.maps[module_name(target, source)] = LinearMap(widths[source], widths[target].dim)
 
-    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """features: standardised, (B, D_m). Returns target -> (B, D_target), zeros (the mean) where no source is there."""
         generated = {}
         for target, names in self.sources.items():

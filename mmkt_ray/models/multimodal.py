@@ -27,9 +27,9 @@ from mmkt_ray.models.levels import LEVELS, AnyLevel, Path
 from mmkt_ray.models.missing import FILLS, Generators, fill_presence, hide_modalities
 from mmkt_ray.models.sharing import Pair, module_name, shares_tasks
 from mmkt_ray.models.spec import ModelSpec, generator_sources
-from mmkt_ray.models.towers import Features, InputStage, Width
+from mmkt_ray.models.towers import FeatureBatch, InputStage, Width
 
-Signals = Mapping[Pair, Features]  # (task, modality) -> (B, H)
+Signals = Mapping[Pair, FeatureBatch]  # (task, modality) -> (B, H)
 
 
 class MultimodalModel(nn.Module):
@@ -106,7 +106,7 @@ class MultimodalModel(nn.Module):
             scaled[m] = features[m] / std if self.spec.modalities[m].sparse else (features[m] - mean) / std
         self.generators.fit(scaled, present)
 
-    def forward(self, features: Mapping[str, Features], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """features: modality -> (B, D_m) tensor or SparseBatch; present: modality -> (B,) bool.
 
         Returns task -> logits (B, C), of a stack (P, B, C). What an absent modality's features hold has no influence.
@@ -117,7 +117,7 @@ class MultimodalModel(nn.Module):
         __call__ = forward
 
     def encode(
-        self, features: Mapping[str, Features], present: Mapping[str, Tensor]
+        self, features: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]
     ) -> tuple[Signals, dict[str, Tensor]]:
         """What the towers hand to the fusion, and which modalities count as present there: modality -> (B,) bool.
 
@@ -129,7 +129,7 @@ class MultimodalModel(nn.Module):
             present = hide_modalities(present, self.modality_dropout, self.reads.values())
         scaled = {m: self.input_stage(m).standardize(features[m], present[m]) for m in present}
         generated = self.generators(scaled, present)
-        signals: Mapping[Path, Features] = {
+        signals: Mapping[Path, FeatureBatch] = {
             (m,): self.input_stage(m)(scaled[m], present[m], generated.get(m)) for m in present
         }
         for level in self.levels:

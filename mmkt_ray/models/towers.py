@@ -20,7 +20,7 @@ from mmkt_ray.models.layers import Linear, add_products, masked, norm_drop
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.models.sparse import SparseBatch, SparseLinear, append_column, keep_rows
 
-Features: TypeAlias = Tensor | SparseBatch
+FeatureBatch: TypeAlias = Tensor | SparseBatch
 
 
 class Width(NamedTuple):
@@ -55,7 +55,7 @@ class ConcatLinear(nn.Module):
         """The linear map of one part."""
         return self.parts[module_name(name)]
 
-    def forward(self, parts: Mapping[str, Features], present: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, parts: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> Tensor:
         """parts: name -> (B, D_name); present: name -> (B,) bool, all rows where a name is missing. Returns (B, H)."""
         names = sorted(parts)
         total: Tensor = self.bias
@@ -99,13 +99,13 @@ class InputStage(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, 1.0))
 
-    def standardize(self, x: Features, present: Tensor) -> Features:
+    def standardize(self, x: FeatureBatch, present: Tensor) -> FeatureBatch:
         """x: (B, D); present: (B,) bool. The features at unit scale, zeros in absent rows, whatever these hold."""
         if isinstance(x, SparseBatch):
             return keep_rows(x._replace(values=x.values / self.std), present)
         return torch.where(present[..., None], (x - self.mean) / self.std, 0.0)
 
-    def forward(self, x: Features, present: Tensor, generated: Tensor | None = None) -> Features:
+    def forward(self, x: FeatureBatch, present: Tensor, generated: Tensor | None = None) -> FeatureBatch:
         """x: what `standardize` returned; generated: (B, D) for absent rows. Returns signals of `self.width`."""
         if isinstance(x, SparseBatch):
             x = x._replace(values=self.dropout.of_values(x.values))
@@ -131,7 +131,7 @@ class Tower(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Features) -> Tensor:
+    def forward(self, x: FeatureBatch) -> Tensor:
         return norm_drop(self.linear(x), self.norm, self.dropout, relu=True)
 
     if TYPE_CHECKING:

@@ -47,7 +47,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str
 GRACE_S = 10.0  # the child keeps the limit itself; if it does not, the parent ends it this much later
 
 
-class Outcome(NamedTuple):
+class DecodedSample(NamedTuple):
     """A decoded sample."""
 
     value: Any  # of the kind; an array of the size that was asked for
@@ -68,7 +68,7 @@ def decode_samples(
     size: InputSize | None = None,
     into: np.ndarray | None = None,
     num_children: int = 1,
-) -> Iterator[Outcome | Broken]:
+) -> Iterator[DecodedSample | Broken]:
     """Decode encoded samples of one kind, as bytes or buffers, in order; never hangs, never dies of one.
 
     size: images of this size, as an encoder reads them; None: values of the kind. into: (N, ..) uint8, of which each sample's
@@ -137,7 +137,7 @@ def _send(group: _Group, order: _Order) -> _Sent:
     return group, decoder
 
 
-def _outcomes(sent: _Sent, order: _Order) -> Iterator[Outcome | Broken]:
+def _outcomes(sent: _Sent, order: _Order) -> Iterator[DecodedSample | Broken]:
     """Of what was sent; what a child dies of is tried again, what it only lost too."""
     work: deque[_Group] = deque()
     while True:
@@ -236,7 +236,7 @@ class Decoder:
         while rest:
             rest = rest[os.write(self.requests, rest) :]
 
-    def receive(self, group: _Group, order: _Order) -> Iterator[Outcome | Broken]:
+    def receive(self, group: _Group, order: _Order) -> Iterator[DecodedSample | Broken]:
         """Outcomes one by one. Raises: _ChildDied."""
         for i in range(len(group.samples)):
             is_decoded, note_bytes, number, digest, code, num_axes, *lengths = REPLY.unpack(self._read(REPLY.size))
@@ -249,7 +249,7 @@ class Decoder:
                 array.reshape(-1)[:] = self.rows[i * array.nbytes : (i + 1) * array.nbytes]
             else:
                 self._fill(array)
-            yield Outcome(array if order.size is not None else order.kind.from_decoder(array, number), note, digest)
+            yield DecodedSample(array if order.size is not None else order.kind.from_decoder(array, number), note, digest)
 
     def _read(self, num_bytes: int) -> bytes:
         data = self.replies.read(num_bytes)

@@ -33,7 +33,7 @@ from mmkt_ray.search.insight import search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.space import Space, build_space, label_of, values_of
 from mmkt_ray.search.study import write_study
-from mmkt_ray.search.trial import Job, constant_by_task, search_score, stacks_per_trial
+from mmkt_ray.search.trial import SearchContext, constant_by_task, search_score, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
 from mmkt_ray.training.auto import usual_settings, with_settings
 from mmkt_ray.training.methods.imbalance import read_excluded
@@ -165,18 +165,18 @@ def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, tabl
     """Run trials until there are enough candidates or the time is up; the leaderboard is there however it ends."""
     num_architectures = sum(1 for _ in islice(space.architectures(), settings.max_candidates))
     num_done, elapsed = leaderboard.progress()
-    job = Job(
+    context = SearchContext(
         space, settings, leaderboard, stacks_per_trial(settings, num_architectures), started_at=time.time() - elapsed
     )
     ended = {trial.reference for trial in leaderboard.trials() if trial.ended}
-    num_trials = max(0, math.ceil((settings.max_candidates - num_done) / job.candidates_per_trial))
+    num_trials = max(0, math.ceil((settings.max_candidates - num_done) / context.candidates_per_trial))
     num_trials += len(space.references().keys() - ended)  # which come on top
     budget = None if settings.time_budget_s is None else settings.time_budget_s - elapsed
     if num_done:
         log.info("%d candidates are there from before", num_done)
     try:
         if num_trials > 0 and (budget is None or budget > 0):
-            run_trials(job, table, num_trials, budget)
+            run_trials(context, table, num_trials, budget)
     finally:
         leaderboard.publish()
 

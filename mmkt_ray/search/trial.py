@@ -25,7 +25,7 @@ PART_INTERVAL_S = 5.0  # a killed trial loses no more than its stack and this
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchContext:
     """What every trial needs beside its architecture and the features."""
 
     space: Space
@@ -70,7 +70,7 @@ class Trial:
 
     def __init__(
         self,
-        job: Job,
+        context: SearchContext,
         table: FeatureTable,
         number: int,
         architecture: Overrides,
@@ -78,11 +78,11 @@ class Trial:
         device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
     ) -> None:
         """number: another one for each trial of a search; it decides the draws. reference: the name, if it is one."""
-        self.job, self.table, self.device = job, table, device
+        self.context, self.table, self.device = context, table, device
         self.number, self.architecture, self.reference = number, architecture, reference
-        space, search = job.space, job.search
+        space, search = context.space, context.search
         self.score = search_score(space, table)
-        members = space.draw_members(architecture, job.candidates_per_trial, [space.config.seed, number])
+        members = space.draw_members(architecture, context.candidates_per_trial, [space.config.seed, number])
         self.written_s = time.monotonic()
         self.config: Config | None = None
         try:
@@ -101,7 +101,7 @@ class Trial:
 
     def clock(self) -> float:
         """Seconds since the search began."""
-        return time.time() - self.job.started_at
+        return time.time() - self.context.started_at
 
     def step(self) -> dict[str, Any]:
         """Run a rung. What an architecture raises is its own failure, written down with its candidates.
@@ -117,7 +117,7 @@ class Trial:
             halving.fail(f"{type(error).__name__}: {error}")
         self.write()
         result = {"score": max(halving.best, self.score.worst), "candidates": len(halving.candidates), "done": halving.done}
-        return result if self.reference else {**result, "budget": self.job.search.eta ** max(0, halving.rung - 1)}
+        return result if self.reference else {**result, "budget": self.context.search.eta ** max(0, halving.rung - 1)}
 
     def write_sometimes(self) -> None:
         """Write the part if the last time is a while ago."""
@@ -128,4 +128,4 @@ class Trial:
         """Write the part of this trial."""
         self.written_s = time.monotonic()
         candidates = self.halving.candidates
-        self.job.leaderboard.write_part(self.number, self.reference, self.architecture, self.config, candidates)
+        self.context.leaderboard.write_part(self.number, self.reference, self.architecture, self.config, candidates)

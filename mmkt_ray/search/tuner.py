@@ -34,7 +34,7 @@ from mmkt_ray.config import ParameterConfig, seed_32
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.space import Overrides, Space, text_of, values_of
-from mmkt_ray.search.trial import Job, Trial
+from mmkt_ray.search.trial import SearchContext, Trial
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +44,21 @@ LOG_INTERVAL_S = COUNT_INTERVAL_S = 10.0
 class PopulationTrial(tune.Trainable):
     """A trial as Tune drives it; a step is a rung."""
 
-    def setup(self, config: dict[str, Any], *, job: Job, table: FeatureTable) -> None:
-        """job, table: from the object store, shared by all trials of a node."""
+    def setup(self, config: dict[str, Any], *, context: SearchContext, table: FeatureTable) -> None:
+        """context, table: from the object store, shared by all trials of a node."""
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self.job, self.table = job, table
+        self.context, self.table = context, table
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1 / job.search.trials_per_gpu)
+            torch.cuda.set_per_process_memory_fraction(1 / context.search.trials_per_gpu)
         cluster.keep_freed_memory()
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The actor takes the next trial."""
-        architecture, reference = architecture_of(self.job.space, new_config), new_config["reference"]
-        self.trial = Trial(self.job, self.table, new_config["number"], architecture, reference, self.device)
+        architecture, reference = architecture_of(self.context.space, new_config), new_config["reference"]
+        self.trial = Trial(self.context, self.table, new_config["number"], architecture, reference, self.device)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -156,10 +156,10 @@ def plan(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[in
     return sorted(turns.items(), key=lambda item: item[0])
 
 
-def build_sampler(job: Job, num_trials: int) -> OptunaSearch:
+def build_sampler(context: SearchContext, num_trials: int) -> OptunaSearch:
     """Optuna's searcher, told of the trials that are on disk; first come those of the plan."""
-    space = job.space
-    known = job.leaderboard.trials()
+    space = context.space
+    known = context.leaderboard.trials()
     turns = plan(space, known, num_trials)
     next_number = max([t.number for t in known] + [number for number, _ in turns], default=-1) + 1
     with warnings.catch_warnings():
@@ -193,7 +193,7 @@ def frozen_trial(space: Space, chosen: Mapping[str, Any], score: float) -> optun
     )
 
 
-def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> None:
+def run_trials(context: SearchContext, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> None:
     """Search on with so many trials; all that they find is in the leaderboard's parts.
 
     An interrupt goes up at Tune's next step: parts are whole at any time.
@@ -204,10 +204,10 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the parts are the record
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # a table of its own on stdout
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that these loggers' files are not there
-    search = job.search
+    search = context.search
     trials_per_gpu = search.trials_per_gpu if resources.num_gpus else None
     trainable = tune.with_resources(
-        tune.with_parameters(PopulationTrial, job=job, table=table),
+        tune.with_parameters(PopulationTrial, context=context, table=table),
         {"cpu": 1, "gpu": 1 / trials_per_gpu if trials_per_gpu else 0},
     )
     scheduler = AsyncHyperBandScheduler(
@@ -218,9 +218,9 @@ def run_trials(job: Job, table: FeatureTable, num_trials: int, time_budget_s: fl
         reduction_factor=search.eta,
         stop_last_trials=False,
     )
-    searcher = build_sampler(job, num_trials)
+    searcher = build_sampler(context, num_trials)
     limiter = ConcurrencyLimiter(searcher, num_concurrent(resources, trials_per_gpu))
-    watcher = Watcher(limiter, trials_per_gpu, job.leaderboard)
+    watcher = Watcher(limiter, trials_per_gpu, context.leaderboard)
     with tempfile.TemporaryDirectory(prefix="mmkt-search-") as scratch, watcher.take_interrupts():
         results = tune.Tuner(
             trainable,

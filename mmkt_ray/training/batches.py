@@ -15,22 +15,22 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from mmkt_ray.encoders.base import Features as TableFeatures
+from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.models import Features
+from mmkt_ray.models import FeatureBatch
 
 STATISTICS_ROWS = 8192  # in memory at a time
 
 
 @dataclass(frozen=True)
-class World:
+class Worker:
     """Which of how many processes this is, and where it computes."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  (immutable)
 
 
@@ -45,7 +45,7 @@ class Mixed(NamedTuple):
 class Batch:
     """One rank's share of one step. The labels of the whole step come along, so that no rank has to ask the others."""
 
-    features: dict[str, Features]  # modality -> (B, D)
+    features: dict[str, FeatureBatch]  # modality -> (B, D)
     present: dict[str, Tensor]  # modality -> (B,) bool
     labels: dict[str, Labels]  # task -> of B rows, as tensors
     step_present: dict[str, Tensor]  # modality -> (R * B,) bool, of all ranks
@@ -102,7 +102,7 @@ def complete_rows(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     return complete
 
 
-def feature_statistics(features: TableFeatures, present: np.ndarray) -> tuple[Tensor, Tensor]:
+def feature_statistics(features: Features, present: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) over the present rows; of sparse features 0 and the root mean square of the
     non-zero values, both (). Population statistics, in float64; ones and zeros where there is no row."""
     rows = np.flatnonzero(present)
@@ -135,20 +135,20 @@ class EpochBatches:
         rows: np.ndarray,
         batch_size_per_worker: int,
         seed: int,
-        world: World,
+        worker: Worker,
         weights: np.ndarray | None = None,
         targets: dict[str, np.ndarray] | None = None,
     ) -> None:
         """targets: task -> (N, C) what teachers say of the table's first N rows, NaN where they say nothing."""
-        self.table, self.rows, self.seed, self.world = table, rows, seed, world
+        self.table, self.rows, self.seed, self.worker = table, rows, seed, worker
         self.targets = targets or {}
         self.chances = None if weights is None else weights / weights.sum()
-        self.num_steps = math.ceil(len(rows) / (batch_size_per_worker * world.size))
-        self.batch_size = math.ceil(len(rows) / (max(1, self.num_steps) * world.size))
+        self.num_steps = math.ceil(len(rows) / (batch_size_per_worker * worker.world_size))
+        self.batch_size = math.ceil(len(rows) / (max(1, self.num_steps) * worker.world_size))
 
     def order(self, epoch: int) -> np.ndarray:
         """Row indices (steps, R, B) of an epoch: what every rank reads at every step."""
-        shape = (self.num_steps, self.world.size, self.batch_size)
+        shape = (self.num_steps, self.worker.world_size, self.batch_size)
         rng = np.random.default_rng([self.seed, epoch])
         if self.chances is not None:
             return rng.choice(self.rows, size=shape, p=self.chances)
@@ -157,18 +157,18 @@ class EpochBatches:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""
         for step in self.order(epoch):
-            batch = self.read(step[self.world.rank], step.ravel())
+            batch = self.read(step[self.worker.rank], step.ravel())
             yield self._with_targets(batch, step) if self.targets else batch
 
     def read(self, rows: np.ndarray, step_rows: np.ndarray | None = None) -> Batch:
         """A batch of these rows, within a step of `step_rows`; None: they are the step."""
-        return read_batch(self.table, rows, rows if step_rows is None else step_rows, self.world.device)
+        return read_batch(self.table, rows, rows if step_rows is None else step_rows, self.worker.device)
 
     def _with_targets(self, batch: Batch, step: np.ndarray) -> Batch:
         """step: (R, B) row indices."""
-        device, num_rows = self.world.device, len(next(iter(self.targets.values())))
+        device, num_rows = self.worker.device, len(next(iter(self.targets.values())))
         known = {t: ~np.isnan(y[:, 0]) for t, y in self.targets.items()}
-        mine, ours = step[self.world.rank], step.ravel()[step.ravel() < num_rows]
+        mine, ours = step[self.worker.rank], step.ravel()[step.ravel() < num_rows]
         targets = {t: np.where((mine < num_rows)[:, None], y[mine % num_rows], np.nan) for t, y in self.targets.items()}
         return replace(
             batch,

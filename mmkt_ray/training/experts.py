@@ -160,14 +160,14 @@ def chosen_as_before(config: Config, changed: Config) -> Config:
 
 
 @dataclass(frozen=True)
-class Judged:
+class HeldOutModel:
     """A trained model and what is known of it on held-out rows."""
 
     model: MultimodalModel
     heldout: HeldOut
 
 
-def judged(model: MultimodalModel, heldout: HeldOut | None, table: FeatureTable) -> Judged:
+def with_heldout(model: MultimodalModel, heldout: HeldOut | None, table: FeatureTable) -> HeldOutModel:
     """A model with its held-out predictions; where it has none, those of the val rows."""
     if heldout is None:
         rows = np.flatnonzero((table.split == "val") & readable(table, list(model.spec.modalities)))
@@ -176,11 +176,11 @@ def judged(model: MultimodalModel, heldout: HeldOut | None, table: FeatureTable)
             hidden = set(model.spec.modalities) - set(given)
             logits[pattern_name(given)] = predict_logits(model, part, drop=hidden) if len(rows) else {}
         heldout = HeldOut("val", rows, logits)
-    return Judged(model, heldout)
+    return HeldOutModel(model, heldout)
 
 
 def join_experts(
-    fused: Judged, experts: Mapping[str, Judged], table: FeatureTable
+    fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable
 ) -> tuple[MultimodalModel | ExpertModel, HeldOut]:
     """One model of the fused one and of those experts that answer some rows, see `choose_routes`, and what the whole says of
     held-out rows."""
@@ -194,7 +194,7 @@ def join_experts(
     return whole, joint_heldout(fused, chosen, routes, table)
 
 
-def choose_routes(fused: Judged, experts: Mapping[str, Judged], table: FeatureTable) -> dict[str, dict[str, str]]:
+def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable) -> dict[str, dict[str, str]]:
     """task -> {what a row has of the task's modalities, joined by +: the expert that answers it}.
 
     For each set of the modalities that a row may have, all of them included. Who has learnt from just these answers: the
@@ -243,7 +243,7 @@ def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
     return bool(min(p, p_loss) < alpha)
 
 
-def row_scores_of(judged: Judged, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
+def row_scores_of(judged: HeldOutModel, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
     """(2, N) score of each held-out row, see `TaskKind.row_scores`, and its log loss at the temperature that suits all of
     them best, 0 for a class that train lacks; NaN for all other rows. given: what the model may see."""
     found = np.full((2, len(table.split)), np.nan)
@@ -263,7 +263,7 @@ def row_scores_of(judged: Judged, table: FeatureTable, task: str, given: Sequenc
 
 
 def joint_heldout(
-    fused: Judged, experts: Mapping[str, Judged], routes: Mapping[str, Mapping[str, str]], table: FeatureTable
+    fused: HeldOutModel, experts: Mapping[str, HeldOutModel], routes: Mapping[str, Mapping[str, str]], table: FeatureTable
 ) -> HeldOut:
     """What the whole model says of the fused model's held-out rows: each by the part that answers it."""
     rows, logits = fused.heldout.rows, dict[str, dict[str, np.ndarray]]()

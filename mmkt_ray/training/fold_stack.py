@@ -25,7 +25,7 @@ from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import FitResult, diverged, seed_of, spec_of
 from mmkt_ray.training.model_stack import MEMBER_KEYS, ModelStack
-from mmkt_ray.training.optimizer import rate
+from mmkt_ray.training.optimizer import lr_factor
 
 WHOLE = -2  # the part of a member that leaves no row out
 STACK_BYTES = 1.5e9  # weights, gradients and averages of the members that train at once
@@ -208,7 +208,7 @@ class FoldStack:
         losses = objective.losses(logits, batch.labels, totals, seen)
         total = torch.stack(list(losses.values())).sum(dim=0)
         num_steps = live.run.batches.num_steps
-        schedule = torch.tensor([rate(step, self.epochs[i] * num_steps) for i in members], device=total.device)
+        schedule = torch.tensor([lr_factor(step, self.epochs[i] * num_steps) for i in members], device=total.device)
         live.update(torch.autograd.grad(total.sum(), list(parameters.values())), step, schedule)
         return total.detach()
 
@@ -220,7 +220,7 @@ class FoldStack:
         state = {n: p[member] for n, p in self.stack.views(self.stack.weights).items()}
         hidden = set(model.spec.modalities) - set(given)
         for start in range(0, len(rows), 1024):
-            inputs = model_inputs(run.table, rows[start : start + 1024], model.spec.modalities, run.world.device, hidden)
+            inputs = model_inputs(run.table, rows[start : start + 1024], model.spec.modalities, run.worker.device, hidden)
             logits: Logits = functional_call(model, state, inputs)
             for t, z in logits.items():
                 found.setdefault(t, []).append(z.cpu().numpy())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import Features, MultimodalModel
+from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.models.sharing import module_name
-from mmkt_ray.training.batches import Batch, World
+from mmkt_ray.training.batches import Batch, Worker
 from mmkt_ray.training.methods.task_weighting import TaskWeighting
 from mmkt_ray.training.objective import Objective
 
@@ -25,12 +25,12 @@ Logits = dict[str, Tensor]  # task -> (B, C)
 class Learner(nn.Module):
     """Base: the model and the weights of its tasks, no balance."""
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
         super().__init__()
         self.model, self.weighting = model, weighting
-        self.objective, self.world = objective, world
+        self.objective, self.worker = objective, worker
 
-    def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> Any:
+    def forward(self, features: dict[str, FeatureBatch], present: dict[str, Tensor]) -> Any:
         """What `gradients` needs of a batch: here the logits. See `MultimodalModel.forward`."""
         return self.model(features, present)
 
@@ -45,7 +45,7 @@ class Learner(nn.Module):
         """Weigh the tasks' losses and go back through them; the sum ()."""
         loss = self.weigh(losses, batch)
         # DDP takes the mean over ranks, the step's loss is the sum of their parts
-        (loss * self.world.size).backward()
+        (loss * self.worker.world_size).backward()
         return loss.detach()
 
     def weigh(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -63,8 +63,8 @@ class Learner(nn.Module):
 class UnimodalHeads(Learner):
     """Base of those that train a linear head on the signal of each modality beside the fused model."""
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
-        super().__init__(model, objective, weighting, world)
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, objective, weighting, worker)
         spec = model.spec
         if not spec.schemes:
             raise ConfigError(
@@ -77,7 +77,7 @@ class UnimodalHeads(Learner):
                 self.heads[module_name(t, m)] = nn.Linear(spec.tower_dim(spec.schemes[-1], m), spec.tasks[t])
 
     def forward(
-        self, features: dict[str, Features], present: dict[str, Tensor]
+        self, features: dict[str, FeatureBatch], present: dict[str, Tensor]
     ) -> tuple[Logits, dict[str, Logits], dict[str, Tensor]]:
         """The fused logits, those of the unimodal heads (modality -> task -> (B, C)), and what `encode` says is present."""
         signals, seen = self.model.encode(features, present)

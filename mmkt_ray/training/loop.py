@@ -26,15 +26,15 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.scoring.heldout import as_train
 from mmkt_ray.scoring.objective import Score
-from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
+from mmkt_ray.training.batches import EpochBatches, Worker, complete_rows, feature_statistics, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
 from mmkt_ray.training.methods.augment import augment_batch, check_augment
 from mmkt_ray.training.methods.balance import LEARNERS
-from mmkt_ray.training.methods.imbalance import add_synthetic, balanced_chances, keep_labels, leave_out, read_excluded
+from mmkt_ray.training.methods.imbalance import add_synthetic, keep_labels, leave_out, read_excluded, sampling_weights
 from mmkt_ray.training.methods.task_weighting import TASK_WEIGHTINGS
 from mmkt_ray.training.methods.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
 from mmkt_ray.training.objective import Distillation, Objective
-from mmkt_ray.training.optimizer import build_optimizer, rate
+from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.validation import validate
 
 Report = Callable[[dict[str, Any]], None]
@@ -56,30 +56,30 @@ def fit(
     config: Config,
     table: FeatureTable,
     *,
-    world: World = World(),  # noqa: B008  (immutable)
+    worker: Worker = Worker(),  # noqa: B008  (immutable)
     knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Fit the model that `config` describes to the train split of `table`.
 
-    With `world.size` > 1, torch.distributed is initialised and every rank calls with the same config and table. The same
-    seed and world give the same bits on a CPU. `report` gets each epoch's record, on every rank. `knowledge` holds the models
-    that `training.transfer` names; the table has what the teachers among them read.
+    With `worker.world_size` > 1, torch.distributed is initialised and every rank calls with the same config and table. The
+    same seed and number of workers give the same bits on a CPU. `report` gets each epoch's record, on every rank.
+    `knowledge` holds the models that `training.transfer` names; the table has what the teachers among them read.
 
     Raises:
         ConfigError: the table lacks a modality or a task of the model; the loss is no number.
         DataError: a task has nothing to learn in the train split.
     """
-    cuda = [world.device] if world.device.type == "cuda" else []
+    cuda = [worker.device] if worker.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the caller's random state stays as it was
-        run = Fitting(config, table, world, knowledge)
+        run = Fitting(config, table, worker, knowledge)
         saved = checkpoint.load() if checkpoint else None
         if saved is not None:
             run.load_state(*saved)
         while not run.finished:
             record = run.run_epoch()
-            if checkpoint is not None and world.rank == 0:
+            if checkpoint is not None and worker.rank == 0:
                 checkpoint.save(*run.state())
             if report is not None:
                 report(record)
@@ -141,17 +141,17 @@ class Fitting:
         self,
         config: Config,
         table: FeatureTable,
-        world: World,
+        worker: Worker,
         knowledge: Knowledge = Knowledge(),  # noqa: B008  (immutable)
     ) -> None:
-        self.training, self.seed, self.world = config.training, config.training_seed, world
+        self.training, self.seed, self.worker = config.training, config.training_seed, worker
         self.score = Score.of(self.training.objective, config.task_kinds)
         targets = distillation_targets(knowledge, table, config.model_tasks, self.training.transfer.temperature)
         table = narrow(table, config.model_modalities, config.model_tasks)
         check_augment(self.training.augment, {m: sp.issparse(f) for m, f in table.features.items()})
         table, train_rows = training_rows(config, table, targets)
         torch.manual_seed(self.seed)
-        self.model = build_model(config, table).to(world.device)
+        self.model = build_model(config, table).to(worker.device)
         self.taken_over = take_over(self.model, knowledge)  # stage by stage
         self.stds = {m: self.model.input_stage(m).std for m in table.features}
         if self.training.generate:
@@ -167,15 +167,15 @@ class Fitting:
             train_rows,
             self.training.batch_size_per_worker,
             self.seed,
-            world,
-            weights=balanced_chances(table, train_rows) if self.training.resample else None,
+            worker,
+            weights=sampling_weights(table, train_rows) if self.training.resample else None,
             targets=targets,
         )
-        objective = build_objective(config, table, train_rows, world)
+        objective = build_objective(config, table, train_rows, worker)
         spec = self.model.spec
-        weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, world)
-        self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, world).to(world.device)
-        self.net = parallel(self.learner, world)
+        weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, worker)
+        self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, worker).to(worker.device)
+        self.net = parallel(self.learner, worker)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}  # the best epoch's weights; empty without a val split
@@ -205,7 +205,7 @@ class Fitting:
             raise diverged(self.training.lr, train_loss, epoch)
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
         rows, extra = self.val_rows, self.score.extra
-        val = validate(self.model, self.table, rows, self.world, metric=extra) if len(rows) else None
+        val = validate(self.model, self.table, rows, self.worker, metric=extra) if len(rows) else None
         record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
         best = self.history[self.best_epoch - 1]["val"] if self.best_epoch else None
         top = max((self.score(r["val"]) for r in self.history if r["val"]), default=-math.inf)
@@ -218,20 +218,20 @@ class Fitting:
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the train rows; the mean loss of its steps over all ranks."""
         # a seed of its own for every epoch and rank: dropout needs no generator state kept for a resume
-        torch.manual_seed(seed_of(self.seed, epoch, self.world.rank))
+        torch.manual_seed(seed_of(self.seed, epoch, self.worker.rank))
         self.learner.begin_epoch(seed_of(self.seed, epoch))
         self.net.train()
-        total = torch.zeros((), device=self.world.device)
+        total = torch.zeros((), device=self.worker.device)
         num_steps = self.batches.num_steps
         frozen = self._frozen(epoch)
         for step, batch in enumerate(self.batches.epoch(epoch), start=(epoch - 1) * num_steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.training.lr * rate(step, self.num_epochs * num_steps)
+                group["lr"] = self.training.lr * lr_factor(step, self.num_epochs * num_steps)
             total += self.learner.gradients(self.net, augment_batch(batch, self.training.augment, self.stds))
             freeze(frozen)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if self.world.size > 1:
+        if self.worker.world_size > 1:
             dist.all_reduce(total)
         return total.item() / num_steps
 
@@ -252,7 +252,7 @@ class Fitting:
     def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Take back what `state` returned."""
         self.learner.load_state_dict(_under("learner.", tensors))
-        self.best = {name: value.to(self.world.device) for name, value in _under("best.", tensors).items()}
+        self.best = {name: value.to(self.worker.device) for name, value in _under("best.", tensors).items()}
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", tensors).items():
             index, name = key.split(".")
@@ -304,7 +304,7 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
     return model
 
 
-def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world: World) -> Objective:
+def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, worker: Worker) -> Objective:
     """The losses of the tasks, with the class frequencies of `rows`."""
     return Objective.of(
         {t: labels.kind.count(labels[rows], table.width(t)) for t, labels in table.labels.items()},
@@ -314,7 +314,7 @@ def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, world
         logit_adjustment=config.training.logit_adjustment,
         loss_weights={t: config.tasks[t].loss_weight for t in table.labels},
         distillation=Distillation(config.training.transfer.distill_weight, config.training.transfer.temperature),
-    ).to(world.device)
+    ).to(worker.device)
 
 
 def diverged(lr: float, loss: float, epoch: int) -> ConfigError:
@@ -327,11 +327,11 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def parallel(learner: nn.Module, world: World) -> nn.Module:
+def parallel(learner: nn.Module, worker: Worker) -> nn.Module:
     """The learner, averaging gradients over ranks where there are several."""
-    if world.size == 1:
+    if worker.world_size == 1:
         return learner
-    device_ids = [world.device] if world.device.type == "cuda" else None
+    device_ids = [worker.device] if worker.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(learner, device_ids=device_ids, gradient_as_bucket_view=True)
 
 

@@ -21,8 +21,8 @@ from torch.func import functional_call
 
 from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.models import Features, MultimodalModel
-from mmkt_ray.training.batches import World
+from mmkt_ray.models import FeatureBatch, MultimodalModel
+from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.learner import Logits
 from mmkt_ray.training.loop import Fitting, build_objective, spec_of
 from mmkt_ray.training.objective import Objective
@@ -59,13 +59,13 @@ class ModelStack:
         cls, config: Config, table: FeatureTable, members: Sequence[Mapping[str, Any]], device: torch.device
     ) -> ModelStack:
         """members: overrides of some of MEMBER_KEYS each; what they leave out is the config's. Raises: as `fit`."""
-        run = Fitting(config, table, World(device=device))
+        run = Fitting(config, table, Worker(device=device))
         layout = sorted(run.model.named_parameters(), key=lambda item: item[1].ndim < 2)
         weights = torch.cat([p.detach().flatten() for _, p in layout]).expand(len(members), -1).clone()
         return cls(
             config,
             run,
-            build_objective(config, run.table, run.train_rows, run.world),
+            build_objective(config, run.table, run.train_rows, run.worker),
             layout,
             {name: f"model.{field}" for name, field in run.model.dropout_rates().items()},
             {key: _column(config, members, key).to(device) for key in MEMBER_KEYS},
@@ -113,7 +113,7 @@ class ModelStack:
         self,
         model: MultimodalModel,
         parameters: Mapping[str, Tensor],
-        features: Mapping[str, Features],
+        features: Mapping[str, FeatureBatch],
         present: Mapping[str, Tensor],
     ) -> Logits:
         """Each member's logits, task -> (P, B, C). model: `run.model`, in the mode that is wanted."""

@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.o
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def rate(step: int, num_steps: int) -> float:
+def lr_factor(step: int, num_steps: int) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
     warmup = max(1, round(WARMUP_FRAC * num_steps))
     if step < warmup:

@@ -23,7 +23,7 @@ from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.loop import is_better, seed_of
 from mmkt_ray.training.model_stack import MEMBER_KEYS, ModelStack
-from mmkt_ray.training.optimizer import rate
+from mmkt_ray.training.optimizer import lr_factor
 from mmkt_ray.training.validation import summarise, task_scores
 
 
@@ -85,13 +85,13 @@ class Population:
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
             losses = objective.of_batch(stack.forward(model, parameters, batch.features, batch.present), batch)
             total = torch.stack(list(losses.values())).sum()
-            stack.update(torch.autograd.grad(total, list(parameters.values())), step, rate(step, num_steps))
+            stack.update(torch.autograd.grad(total, list(parameters.values())), step, lr_factor(step, num_steps))
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Score all members on the val rows; keep the weights of those that are better than before."""
         stack, run = self.stack, self.stack.run
-        model, table, rows, device = run.model.eval(), run.table, run.val_rows, run.world.device
+        model, table, rows, device = run.model.eval(), run.table, run.val_rows, run.worker.device
         parameters = stack.views(stack.weights)
         tallies: list[dict[str, np.ndarray]] = [{} for _ in self.members]
         metric, kept = self.score.extra, dict[str, list[Tensor]]()

@@ -40,15 +40,15 @@ from mmkt_ray.training.auto import (
     screening_config,
     with_settings,
 )
-from mmkt_ray.training.batches import World
+from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.experts import (
     expert_configs,
     has_experts,
     join_experts,
-    judged,
     model_identity,
     single_configs,
+    with_heldout,
 )
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
@@ -96,10 +96,10 @@ def train(
         return _outcome(_train_with_experts(config, store, model_uri, folder, run), "trained")
     scratch = storage.join(model_uri, ".train")
     choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
-    job = Job(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
-    if job.holds_out and config.training.num_workers > 1:
-        _ask(run, hold_out_on_worker, job, 1)
-    outcome = _ask(run, train_on_worker, job, 1 if is_linear(job.settled) else config.training.num_workers)
+    args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
+    if args.holds_out and config.training.num_workers > 1:
+        _ask(run, hold_out_on_worker, args, 1)
+    outcome = _ask(run, train_on_worker, args, 1 if is_linear(args.settled) else config.training.num_workers)
     storage.remove_folder(scratch)
     return _outcome(outcome, "trained")
 
@@ -117,8 +117,8 @@ def _trained(uri: str) -> Training:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker is told."""
+class WorkerArgs:
+    """What a worker is given."""
 
     config: Config
     choice: Choice | None  # of the settings that the config leaves open
@@ -149,9 +149,9 @@ class Job:
         return load_heldout(self.settings) if self.settings and is_screened(self.config) else None
 
 
-def _ask(run: Run, loop: Callable[..., Any], job: Job, num_workers: int) -> Any:
+def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int) -> Any:
     """Have the workers do it. Raises: the user's error, which they return as a value."""
-    outcome = run(loop, job, num_workers, job.scratch)
+    outcome = run(loop, args, num_workers, args.scratch)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -178,7 +178,7 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
     if storage.exists(f"{folder}.json"):
         choice = Choice.read(f"{folder}.json")
     else:
-        choice, heldout = _ask(run, choose_on_worker, Job(config, None, store.uri, "", "", "", ""), 1)
+        choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
         if heldout is not None:
             save_heldout(folder, heldout)
         choice.write(f"{folder}.json")
@@ -186,23 +186,23 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
 
 
 def choose_on_worker(
-    job: Job, rank: int, world_size: int, device: torch.device
+    args: WorkerArgs, rank: int, world_size: int, device: torch.device
 ) -> tuple[Choice, HeldOut | None] | UserError:
     """One worker's part of `settle`."""
     try:
-        return choose(job.config, _table(job.config, job.store_uri), device)
+        return choose(args.config, _table(args.config, args.store_uri), device)
     except UserError as error:
         return error
 
 
-def hold_out_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> UserError | None:
+def hold_out_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> UserError | None:
     """Predictions of held-out rows into the scratch folder, unless they are there."""
-    if storage.exists(storage.join(job.scratch, HELDOUT_FILE)):
+    if storage.exists(storage.join(args.scratch, HELDOUT_FILE)):
         return None
     try:
-        found = hold_out(job.settled, _table(job.config, job.store_uri), device, job.known())
+        found = hold_out(args.settled, _table(args.config, args.store_uri), device, args.known())
         if found is not None:
-            save_heldout(job.scratch, found)
+            save_heldout(args.scratch, found)
     except UserError as error:
         return error
     return None
@@ -235,7 +235,7 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
             continue
         parts[name] = _trained(experts[name])
     table = store.table(*columns)
-    known = {name: judged(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
+    known = {name: with_heldout(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
     model, heldout = join_experts(known.pop(""), known, table)
     routes = model.spec.routes if isinstance(model, ExpertModel) else {}
     answering = sorted({m for by_pattern in routes.values() for m in by_pattern.values()})
@@ -326,37 +326,37 @@ def training_fingerprint(config: Config, store: Store, folder: str) -> str:
     return fingerprint(parts)
 
 
-def train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Training | UserError:
+def train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> Training | UserError:
     """One worker's part: what the card keeps, or the user's error as a value: raised, it would be tried again as a crash."""
     try:
-        return _train_on_worker(job, rank, world_size, device)
+        return _train_on_worker(args, rank, world_size, device)
     except UserError as error:  # a full disk among them
         return error
 
 
-def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device) -> Training:
-    config, store = job.settled, open_store(job.store_uri)
-    checkpoint = FileCheckpoint(storage.join(job.scratch, f"{job.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
+def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> Training:
+    config, store = args.settled, open_store(args.store_uri)
+    checkpoint = FileCheckpoint(storage.join(args.scratch, f"{args.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
     report = progress_log() if rank == 0 else None
-    knowledge = load_knowledge(config.training.transfer, job.folder)
+    knowledge = load_knowledge(config.training.transfer, args.folder)
     table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
-    in_stack = job.in_stack(table)
-    if job.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(job, 0, 1, device)):
+    in_stack = args.in_stack(table)
+    if args.holds_out and world_size == 1 and not in_stack and (error := hold_out_on_worker(args, 0, 1, device)):
         raise error
-    heldout = load_heldout(job.scratch) if job.holds_out else None
-    world = World(rank, world_size, device)
+    heldout = load_heldout(args.scratch) if args.holds_out else None
+    worker = Worker(rank, world_size, device)
     path = None
     if is_linear(config):
         result, heldout, path = linear_result(config, table)
     elif in_stack:
-        result, heldout = fit_and_hold_out(config, table, device, job.known())
+        result, heldout = fit_and_hold_out(config, table, device, args.known())
         if report:
             report({**result.history[-1], "num_epochs": len(result.history)})
     else:
         whole = as_train(table) if heldout else table
-        result = fit(config, whole, world=world, knowledge=knowledge, report=report, checkpoint=checkpoint)
+        result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
     training = Training(
-        fingerprint=job.fingerprint,
+        fingerprint=args.fingerprint,
         best_epoch=result.best_epoch,
         val=heldout_scores(heldout, config, table) if heldout else ValScores.model_validate(result.val) if result.val else None,
         seconds=result.seconds,
@@ -365,15 +365,15 @@ def _train_on_worker(job: Job, rank: int, world_size: int, device: torch.device)
         num_workers=world_size,
         device=device.type,
         history=[Epoch.model_validate(record) for record in result.history],
-        auto=job.choice,
+        auto=args.choice,
         linear=LinearPath.model_validate(path) if path else None,
     )
     if rank == 0:
         if heldout:
-            save_heldout(job.model_uri, heldout)
+            save_heldout(args.model_uri, heldout)
         else:
-            storage.remove(storage.join(job.model_uri, HELDOUT_FILE))
-        save_model(job.model_uri, result.model, job.config, store.manifest, training, job.fingerprint)
+            storage.remove(storage.join(args.model_uri, HELDOUT_FILE))
+        save_model(args.model_uri, result.model, args.config, store.manifest, training, args.fingerprint)
     return training
 
 

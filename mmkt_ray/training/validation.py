@@ -18,7 +18,7 @@ from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.objective import metric_score
-from mmkt_ray.training.batches import World
+from mmkt_ray.training.batches import Worker
 
 
 @torch.inference_mode()
@@ -26,7 +26,7 @@ def validate(
     model: MultimodalModel,
     table: FeatureTable,
     rows: np.ndarray,
-    world: World,
+    worker: Worker,
     batch_size: int = 1024,
     metric: str | None = None,
 ) -> dict[str, Any]:
@@ -38,22 +38,22 @@ def validate(
     rows are then in memory.
     """
     tallies = {
-        t: torch.zeros(model.spec.kinds[t].tally_size(c), dtype=torch.float64, device=world.device)
+        t: torch.zeros(model.spec.kinds[t].tally_size(c), dtype=torch.float64, device=worker.device)
         for t, c in model.spec.tasks.items()
     }
-    kept = {t: torch.zeros(len(rows), c, device=world.device) for t, c in model.spec.tasks.items() if metric}
-    mine = np.arange(world.rank, len(rows), world.size)
+    kept = {t: torch.zeros(len(rows), c, device=worker.device) for t, c in model.spec.tasks.items() if metric}
+    mine = np.arange(worker.rank, len(rows), worker.world_size)
     model.eval()
     for start in range(0, len(mine), batch_size):
         here = mine[start : start + batch_size]
         batch = rows[here]
-        logits = model(*model_inputs(table, batch, model.spec.modalities, world.device))
+        logits = model(*model_inputs(table, batch, model.spec.modalities, worker.device))
         for t, tally in tallies.items():
-            labels = table.labels[t][batch].tensors(world.device)
+            labels = table.labels[t][batch].tensors(worker.device)
             tally += labels.kind.tally(logits[t], labels)
         for t, values in kept.items():
-            values[torch.from_numpy(here).to(world.device)] = logits[t]
-    if world.size > 1:
+            values[torch.from_numpy(here).to(worker.device)] = logits[t]
+    if worker.world_size > 1:
         for _, values in [*sorted(tallies.items()), *sorted(kept.items())]:
             dist.all_reduce(values)  # of the logits too: each row is 0 on all ranks but one
     found = summarise({t: tally.cpu().numpy() for t, tally in tallies.items()}, model.spec.kinds)

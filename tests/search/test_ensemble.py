@@ -13,7 +13,7 @@ from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.ensemble import build_ensemble, quick_scores, select_ensemble, train_again
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import build_space
-from mmkt_ray.search.trial import Job, Trial
+from mmkt_ray.search.trial import SearchContext, Trial
 from tests.labels import codes_of
 
 CANDIDATES = [
@@ -106,7 +106,7 @@ def test_the_ensemble_is_at_least_as_good_on_val_as_its_best_member(space, make_
     """Catches a selection that does not start from the best candidate, and members that are not on the leaderboard."""
     search = make_config(**{"search.ensemble": 6}).search
     board = Leaderboard(str(tmp_path), space, "digest")
-    job = Job(space, search, board, num_stacks=1, started_at=0.0)
+    job = SearchContext(space, search, board, num_stacks=1, started_at=0.0)
     for number, fusion in enumerate(("concat", "gated")):
         trial = Trial(job, store.table(), number, {"model.fusion.name": fusion})
         while not trial.halving.done:

@@ -13,7 +13,7 @@ from mmkt_ray.search.insight import anytime_curve, importance, search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import search_digest
 from mmkt_ray.search.space import build_space
-from mmkt_ray.search.trial import Job, Trial, stacks_per_trial
+from mmkt_ray.search.trial import SearchContext, Trial, stacks_per_trial
 
 HIERARCHICAL = {"model.fusion.name": "hierarchical", "model.fusion.depth": 2, "model.sharing": "task"}
 CONCAT = {"model.fusion.name": "concat", "model.sharing": "task_modality"}
@@ -22,7 +22,7 @@ CONCAT = {"model.fusion.name": "concat", "model.sharing": "task_modality"}
 def make_job(config, store, folder):
     space = build_space(config)
     leaderboard = Leaderboard(str(folder / "search"), space, search_digest(space, config.search, store))
-    return Job(space, config.search, leaderboard, num_stacks=1, started_at=time.time())
+    return SearchContext(space, config.search, leaderboard, num_stacks=1, started_at=time.time())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.search import check_features, check_search, notes_of, search_digest
 from mmkt_ray.search.space import build_space
-from mmkt_ray.search.trial import Job, Trial, search_score
+from mmkt_ray.search.trial import SearchContext, Trial, search_score
 from mmkt_ray.search.tuner import Proposals, architecture_of, build_sampler, plan
 from tests.labels import codes_of
 
@@ -38,7 +38,7 @@ def test_optuna_proposes_what_is_planned(make_config, store, tmp_path):
     """Catches a plan that Tune's searcher does not follow: a reference for a candidate, or the other way round."""
     config = make_config()
     space = build_space(config)
-    job = Job(space, config.search, Leaderboard(str(tmp_path), space, "digest"), 1, 0.0)
+    job = SearchContext(space, config.search, Leaderboard(str(tmp_path), space, "digest"), 1, 0.0)
     for num_trials in (5, 20):
         searcher = build_sampler(job, num_trials)
         proposed = [searcher.suggest(f"t{i}") for i in range(num_trials)]
@@ -103,7 +103,7 @@ def test_candidates_are_chosen_by_the_metric_asked_for(make_config, store, tmp_p
     config = make_config(**{"search.objective": objective, "training.epochs": 3, "search.max_candidates": 6})
     space = build_space(config)
     board = Leaderboard(str(tmp_path), space, search_digest(space, config.search, store))
-    trial = Trial(Job(space, config.search, board, 1, 0.0), store.table(), 0, {"model.fusion.name": "concat"})
+    trial = Trial(SearchContext(space, config.search, board, 1, 0.0), store.table(), 0, {"model.fusion.name": "concat"})
     while not trial.halving.done:
         trial.step()
     board.publish()

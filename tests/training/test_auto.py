@@ -18,10 +18,10 @@ from mmkt_ray.kinds.tasks import Multiclass
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
 from mmkt_ray.training import auto, trainer
 from mmkt_ray.training.auto import choose, choose_candidate, for_depth, screening_config, settings_of, with_settings
-from mmkt_ray.training.batches import World
+from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.fold_stack import WHOLE, FoldStack, fit_and_hold_out, hold_out
 from mmkt_ray.training.loop import Fitting, fit, seed_of
-from mmkt_ray.training.optimizer import build_optimizer, rate
+from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.trainer import train
 from tests.labels import coded, codes_of, labels_of
 from tests.training.test_trainer import write_store
@@ -150,7 +150,7 @@ def test_a_member_is_what_it_would_be_alone(make_auto, table):
 
 def alone(config, table, fold, part):
     """A model trained by hand on all rows but a part."""
-    run = Fitting(config, table, World())
+    run = Fitting(config, table, Worker())
     optimizer, objective = build_optimizer(run.model, config.training.lr, config.training.weight_decay), run.learner.objective
     num_steps = run.batches.num_steps
     num_epochs = math.ceil(config.training.steps / num_steps)
@@ -163,7 +163,7 @@ def alone(config, table, fold, part):
             logits = run.model.train()(batch.features, batch.present)
             losses = objective.losses(logits, batch.labels, totals, seen)
             for group in optimizer.param_groups:
-                group["lr"] = config.training.lr * rate(step, num_epochs * num_steps)
+                group["lr"] = config.training.lr * lr_factor(step, num_epochs * num_steps)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()

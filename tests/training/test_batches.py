@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.training.batches import EpochBatches, World, complete_rows, feature_statistics, narrow, usable_rows
+from mmkt_ray.training.batches import EpochBatches, Worker, complete_rows, feature_statistics, narrow, usable_rows
 
 
 @given(
@@ -18,7 +18,7 @@ from mmkt_ray.training.batches import EpochBatches, World, complete_rows, featur
 def test_every_row_is_read_and_every_rank_steps_equally_often(num_rows, batch_size, num_ranks, epoch):
     """A dropped rest, a rank with a step more (DDP then hangs), a batch above the size asked for, many rows read twice."""
     rows = np.arange(100, 100 + num_rows)
-    batches = EpochBatches(None, rows, batch_size, 0, World(0, num_ranks))
+    batches = EpochBatches(None, rows, batch_size, 0, Worker(0, num_ranks))
     order = batches.order(epoch)
     assert order.shape == (batches.num_steps, num_ranks, batches.batch_size)
     assert batches.batch_size <= batch_size
@@ -31,7 +31,7 @@ def test_the_order_changes_with_the_epoch_and_the_seed_only():
     """The same order in each epoch; ranks that shuffle differently and so read rows twice."""
     rows = np.arange(50)
     order = {
-        (s, e, r): EpochBatches(None, rows, 8, s, World(r, 2)).order(e).tolist()
+        (s, e, r): EpochBatches(None, rows, 8, s, Worker(r, 2)).order(e).tolist()
         for s in (0, 1)
         for e in (1, 2)
         for r in (0, 1)
@@ -45,7 +45,7 @@ def test_a_batch_holds_the_rows_features_presence_and_labels(table):
     """Labels of other rows than the features; sparse rows cut at the wrong place; another rank's rows."""
     rows = usable_rows(table, "train")
     for rank in (0, 1):
-        batches = EpochBatches(table, rows, 32, 0, World(rank, 2))
+        batches = EpochBatches(table, rows, 32, 0, Worker(rank, 2))
         for step, batch in zip(batches.order(3), batches.epoch(3), strict=True):
             mine = step[rank]
             assert np.array_equal(batch.features["image"], table.features["image"][mine])
@@ -96,11 +96,11 @@ def test_a_column_that_the_store_lacks_is_named(table):
 def test_weighted_rows_come_up_by_their_weights_and_the_epoch_stays_as_long():
     """Catches weights of other rows, ranks that draw on their own, and an epoch of another length."""
     rows, weights = np.array([5, 7, 9]), np.array([0.0, 1.0, 3.0])
-    batches = [EpochBatches(None, np.tile(rows, 400), 50, 0, World(r, 2), np.tile(weights, 400)) for r in (0, 1)]
+    batches = [EpochBatches(None, np.tile(rows, 400), 50, 0, Worker(r, 2), np.tile(weights, 400)) for r in (0, 1)]
     assert np.array_equal(batches[0].order(3), batches[1].order(3))
     assert not np.array_equal(batches[0].order(3), batches[0].order(4))
     drawn = batches[0].order(1)
-    assert drawn.shape == EpochBatches(None, np.tile(rows, 400), 50, 0, World(0, 2)).order(1).shape
+    assert drawn.shape == EpochBatches(None, np.tile(rows, 400), 50, 0, Worker(0, 2)).order(1).shape
     assert (drawn != 5).all()
     assert (drawn == 9).mean() == pytest.approx(0.75, abs=0.05)
 
@@ -121,7 +121,7 @@ def test_teachers_targets_follow_their_rows(table):
     targets = np.random.default_rng(0).random((num_rows - 20, 3)).astype(np.float32)
     targets[:9] = np.nan
     for rank in (0, 1):
-        batches = EpochBatches(table, rows, 40, 0, World(rank, 2), targets={"topic": targets})
+        batches = EpochBatches(table, rows, 40, 0, Worker(rank, 2), targets={"topic": targets})
         for step, batch in zip(batches.order(1), batches.epoch(1), strict=True):
             padded = np.concatenate([targets, np.full((20, 3), np.nan, np.float32)])
             np.testing.assert_array_equal(batch.targets["topic"], padded[step[rank]])

@@ -27,8 +27,8 @@ from mmkt_ray.training.experts import (
     expert_configs,
     expert_sets,
     join_experts,
-    judged,
     model_identity,
+    with_heldout,
 )
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train, training_fingerprint
@@ -74,8 +74,8 @@ def trio():
     known = np.where(says & table.present["text"], proba["text"]["a"].argmax(axis=1), a)
     sets = np.where((says & table.present["image"])[:, None], proba["image"]["b"] >= 0.5, b).astype(np.int8)
     table = replace(table, labels=coded({"a": known, "b": sets}))
-    whole = judged(MultimodalModel(fused).eval(), None, table)
-    return whole, {m: judged(model, None, table) for m, model in alone.items()}, table
+    whole = with_heldout(MultimodalModel(fused).eval(), None, table)
+    return whole, {m: with_heldout(model, None, table) for m, model in alone.items()}, table
 
 
 def f1(labels, proba):
@@ -163,8 +163,8 @@ def test_without_val_rows_who_learnt_from_just_these_answers(trio):
     """Catches a choice by the mean of nothing."""
     fused, experts, table = trio
     blind = replace(table, split=np.full(len(table.split), "train", dtype=object))
-    none = judged(fused.model, None, blind)
-    routes = choose_routes(none, {m: judged(e.model, None, blind) for m, e in experts.items()}, blind)
+    none = with_heldout(fused.model, None, blind)
+    routes = choose_routes(none, {m: with_heldout(e.model, None, blind) for m, e in experts.items()}, blind)
     assert routes == {"a": {m: m for m in DIMS}, "b": {"audio": "audio", "image": "image"}}
 
 

@@ -15,11 +15,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.training.batches import World, narrow
+from mmkt_ray.training.batches import Worker, narrow
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.loop import Fitting, fit
 from mmkt_ray.training.methods.transfer import Knowledge, Source
-from mmkt_ray.training.optimizer import build_optimizer, rate
+from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.validation import validate
 from tests.labels import MISSING, UNSEEN, codes_of, labels_of
 
@@ -96,7 +96,7 @@ def test_validation_scores_are_scikit_learns(make_config, table):
     result = fit(make_config(), table)
     val = table.take(table.rows("val"))
     readable = val.present["image"] | val.present["text"]
-    scores = validate(result.model, table, readable_val_rows(table), World(), batch_size=7)
+    scores = validate(result.model, table, readable_val_rows(table), Worker(), batch_size=7)
     assert (codes_of(val.labels["mood"]) == UNSEEN).any()
     for t, proba in predict_table(result.model, val).items():
         kept = readable & val.labels[t].labelled
@@ -115,7 +115,7 @@ def test_the_best_epoch_is_kept_and_patience_stops(make_config, table):
     assert len(scores) < 40
     kept = scores[result.best_epoch - 1]
     assert kept > max(scores) - 0.5 * np.sqrt(0.25 / len(readable_val_rows(table)))
-    assert validate(result.model, table, readable_val_rows(table), World())["score"] == pytest.approx(kept)
+    assert validate(result.model, table, readable_val_rows(table), Worker())["score"] == pytest.approx(kept)
 
 
 def test_of_level_epochs_the_one_with_the_lower_loss_is_kept(make_config, table):
@@ -179,7 +179,7 @@ def test_biases_and_norms_are_not_decayed(make_config, table):
 
 def test_the_learning_rate_warms_up_and_comes_down():
     """A first step of rate zero or a schedule longer than the run."""
-    rates = [rate(step, 100) for step in range(100)]
+    rates = [lr_factor(step, 100) for step in range(100)]
     assert np.argmax(rates) == 4
     assert rates[4] == 1
     assert rates[0] == 0.2
@@ -199,11 +199,11 @@ def fit_as_rank(rank, port, configs, table, queue):
     """One of two workers; they meet at the port."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        world, rows = World(rank, 2), np.flatnonzero(table.split == "val")
+        worker, rows = Worker(rank, 2), np.flatnonzero(table.split == "val")
         for config in configs:
-            result = fit(config, table, world=world)
-            assert_equal_runs(result, fit(config, table, world=world))
-            scores = validate(result.model, table, rows, world)
+            result = fit(config, table, worker=worker)
+            assert_equal_runs(result, fit(config, table, worker=worker))
+            scores = validate(result.model, table, rows, worker)
             queue.put((weights(result), without_seconds(result.history), scores))
     finally:
         dist.destroy_process_group()
@@ -231,7 +231,7 @@ def test_two_workers_count_and_learn_like_one(make_config, table, free_port):
         for name, value in weights(one).items():
             np.testing.assert_allclose(first[name], value, atol=5e-4, err_msg=f"{config.training.balance} {name}")
         one.model.load_state_dict({k: torch.from_numpy(v) for k, v in first.items()})
-        alone = validate(one.model, table, np.flatnonzero(table.split == "val"), World())
+        alone = validate(one.model, table, np.flatnonzero(table.split == "val"), Worker())
         assert (alone["accuracy"], alone["macro_f1"]) == (scores["accuracy"], scores["macro_f1"])
         assert alone["loss"] == pytest.approx(scores["loss"])
     worker.join(timeout=60)
@@ -280,15 +280,15 @@ def test_missing_drop_trains_on_complete_rows_and_validates_on_all(make_config, 
     config = make_config(**{"model.missing": "drop"})
     complete = table.present["image"] & table.present["text"]
     kept = table.take(np.flatnonzero((table.split != "train") | complete))
-    run = Fitting(config, table, World())
+    run = Fitting(config, table, Worker())
     assert complete[run.train_rows].all()
-    assert len(run.val_rows) == len(Fitting(make_config(), kept, World()).val_rows)
+    assert len(run.val_rows) == len(Fitting(make_config(), kept, Worker()).val_rows)
     assert not complete[run.val_rows].all()
 
 
 def test_fewer_labels_are_fewer_rows_and_not_fewer_val_rows(make_config, table):
     """Catches labels taken from the val split, and rows without any label left that still count in an epoch."""
-    run, whole = (Fitting(make_config(**{"training.label_frac": f}), table, World()) for f in (0.1, 1.0))
+    run, whole = (Fitting(make_config(**{"training.label_frac": f}), table, Worker()) for f in (0.1, 1.0))
     assert len(run.train_rows) < 0.25 * len(whole.train_rows)
     assert np.array_equal(run.val_rows, whole.val_rows)
     for t in table.labels:
@@ -316,7 +316,7 @@ def test_synthetic_rows_are_trained_on_and_do_not_shift_the_statistics(make_conf
     topic = codes_of(table.labels["topic"])
     labels = {**table.labels, "topic": labels_of(np.where((topic == 2) & (np.arange(420) % 2 > 0), 0, topic))}
     rare = dataclasses.replace(table, labels=labels)
-    run, plain = (Fitting(make_config(**{"training.generate": m}), rare, World()) for m in (method, None))
+    run, plain = (Fitting(make_config(**{"training.generate": m}), rare, Worker()) for m in (method, None))
     counts = table.kinds["topic"].count(run.table.labels["topic"][run.train_rows], 3)
     assert np.ptp(counts) <= 4, "rounded in each presence pattern"
     assert set(run.batches.order(1).ravel()) == set(run.train_rows)
@@ -365,11 +365,11 @@ def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config,
 
     def moved(tuning, epochs):
         options = {"training.transfer.tuning": tuning, "training.transfer.init": {"image": "x"}, "model.num_levels": 2}
-        run = Fitting(make_config(**options), table, World(), Knowledge(init={"image": source}))
+        run = Fitting(make_config(**options), table, Worker(), Knowledge(init={"image": source}))
         for _ in range(epochs):
             run.run_epoch()
-        now = run.model.state_dict()
-        stages = [[n for n in names if n in start] for names in run.taken_over]
+        now, name_of = run.model.state_dict(), {p: name for name, p in run.model.named_parameters()}
+        stages = [[name_of[p] for p in stage if name_of[p] in start] for stage in run.taken_over]
         return [any(not torch.equal(now[n], start[n]) for n in names) for names in stages]
 
     assert moved("finetune", 1) == [False, True, True], "the input stage has statistics only"

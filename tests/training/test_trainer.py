@@ -13,7 +13,7 @@ from mmkt_ray.features.store import column_of, open_store, to_arrow, write_manif
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training import trainer
-from mmkt_ray.training.batches import World, usable_rows
+from mmkt_ray.training.batches import Worker, usable_rows
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.validation import validate
@@ -132,7 +132,7 @@ def test_more_workers_than_the_cluster_has_are_refused(make_config, store_uri, t
 def test_an_error_of_the_user_crosses_processes_as_a_value(make_config, table, tmp_path):
     """A user's error raised in a Ray Train worker: retried twice as a crash, then shown with Ray's traceback around it."""
     hopeless = write_store(str(tmp_path / "store"), table, mood="same")
-    job = trainer.Job(make_config(), None, hopeless, "", str(tmp_path), "f00", str(tmp_path))
+    job = trainer.WorkerArgs(make_config(), None, hopeless, "", str(tmp_path), "f00", str(tmp_path))
     outcome = trainer.train_on_worker(job, 0, 1, torch.device("cpu"))
     assert isinstance(pickle.loads(pickle.dumps(outcome)), DataError)
     with pytest.raises(DataError, match="'mood'"):
@@ -150,7 +150,7 @@ def test_two_ray_workers_train_one_model(make_config, store_uri, tmp_path, ray_l
     assert card.training.to_dict() | {"status": "trained"} == summary.to_dict()
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     table = open_store(store_uri).table(config.model_modalities, config.model_tasks)
-    scores = validate(model, table, usable_rows(table, "val"), World())
+    scores = validate(model, table, usable_rows(table, "val"), Worker())
     assert (scores["accuracy"], scores["macro_f1"]) == (summary.val.metrics["accuracy"], summary.val.metrics["macro_f1"])
     again = train(config, store_uri, uri)
     assert again == summary.replaced(status="up to date")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmkt_ray.config import AugmentConfig
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.models import Features, SparseBatch
+from mmkt_ray.models import FeatureBatch, SparseBatch
 from mmkt_ray.training.batches import Batch, Mixed
 
 
@@ -87,7 +87,7 @@ def mix_rows(batch: Batch, alpha: float) -> Batch:
     return replace(batch, features=features, mixed=mixed, targets=targets)
 
 
-def mix_features(x: Features, partner: Tensor, share: Tensor) -> Features:
+def mix_features(x: FeatureBatch, partner: Tensor, share: Tensor) -> FeatureBatch:
     """(1 - share) x + share x[partner], row by row. x: (B, D); partner, share: (B,)."""
     if not isinstance(x, SparseBatch):
         return torch.lerp(x, x[partner], share[:, None])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
-from mmkt_ray.models import Features, MultimodalModel
-from mmkt_ray.training.batches import Batch, World
+from mmkt_ray.models import FeatureBatch, MultimodalModel
+from mmkt_ray.training.batches import Batch, Worker
 from mmkt_ray.training.learner import Learner, Logits, UnimodalHeads, own_parameters
 from mmkt_ray.training.methods.task_weighting import TaskWeighting
 from mmkt_ray.training.objective import Objective
@@ -38,16 +38,16 @@ class OgmGe(Learner):
 
     ALPHA = 0.5
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
-        super().__init__(model, objective, weighting, world)
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, objective, weighting, worker)
         self.own = own_parameters(model)
-        self.noise = torch.Generator(world.device)
+        self.noise = torch.Generator(worker.device)
 
     def begin_epoch(self, seed: int) -> None:
         """See Learner."""
         self.noise.manual_seed(seed)  # the same noise on all ranks, or they would drift apart
 
-    def forward(self, features: dict[str, Features], present: dict[str, Tensor]) -> tuple[Logits, dict[str, Logits]]:
+    def forward(self, features: dict[str, FeatureBatch], present: dict[str, Tensor]) -> tuple[Logits, dict[str, Logits]]:
         """The logits, and those of each modality alone, which carry no gradient: modality -> task -> (B, C)."""
         signals, seen = self.model.encode(features, present)
         alone = {}
@@ -70,14 +70,14 @@ class OgmGe(Learner):
         """Summed probability of the right answer and number of rows, over all ranks: (T, M) each."""
         several = torch.stack(list(batch.present.values())).sum(dim=0) > 1
         spec = self.model.spec
-        sums = torch.zeros(2, len(spec.tasks), len(alone), device=self.world.device)
+        sums = torch.zeros(2, len(spec.tasks), len(alone), device=self.worker.device)
         for i, t in enumerate(sorted(spec.tasks)):
             for j, m in enumerate(alone):
                 if m in spec.inputs[t]:
                     there = several & batch.present[m] & batch.labels[t].known
                     right = spec.kinds[t].right_probability(alone[m][t], batch.labels[t])
                     sums[0, i, j], sums[1, i, j] = torch.where(there, right, 0.0).sum(), there.sum()
-        if self.world.size > 1:
+        if self.worker.world_size > 1:
             dist.all_reduce(sums)
         return sums[0], sums[1]
 
@@ -126,8 +126,8 @@ class GradientBlending(UnimodalHeads):
     shares: Tensor
     before: Tensor
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
-        super().__init__(model, objective, weighting, world)
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, objective, weighting, worker)
         spec = model.spec
         exists = torch.tensor([[True, *(m in spec.inputs[t] for m in self.modalities)] for t in sorted(spec.tasks)])
         self.register_buffer("exists", exists, persistent=False)  # (T, 1 + M): the fused head, then one per modality
@@ -160,12 +160,12 @@ class GradientBlending(UnimodalHeads):
     def _head_losses(self, table: FeatureTable, rows: np.ndarray, batch_size: int = 1024) -> Tensor:
         """Mean loss of each head over the rows of a split, over all ranks: (T, 1 + M)."""
         self.eval()
-        sums = torch.zeros(2, *self.exists.shape, device=self.world.device)
-        mine = rows[self.world.rank :: self.world.size]
+        sums = torch.zeros(2, *self.exists.shape, device=self.worker.device)
+        mine = rows[self.worker.rank :: self.worker.world_size]
         for start in range(0, len(mine), batch_size):
-            features, present = model_inputs(table, mine[start : start + batch_size], table.features, self.world.device)
+            features, present = model_inputs(table, mine[start : start + batch_size], table.features, self.worker.device)
             here = mine[start : start + batch_size]
-            labels = {t: y[here].tensors(self.world.device) for t, y in table.labels.items()}
+            labels = {t: y[here].tensors(self.worker.device) for t, y in table.labels.items()}
             batch = Batch(features, present, labels, present, labels)
             logits, alone, seen = self(features, present)
             heads = [(logits, batch), *((alone[m], batch.restrict(m, seen[m])) for m in self.modalities)]
@@ -175,7 +175,7 @@ class GradientBlending(UnimodalHeads):
                 for i, t in enumerate(sorted(logits)):
                     if t in losses:
                         sums[:, i, k] += torch.stack([losses[t], totals[t]])
-        if self.world.size > 1:
+        if self.worker.world_size > 1:
             dist.all_reduce(sums)
         return sums[0] / sums[1].clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -205,8 +205,8 @@ class MMPareto(UnimodalHeads):
     out again.
     """
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, world: World) -> None:
-        super().__init__(model, objective, weighting, world)
+    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, objective, weighting, worker)
         self.own = own_parameters(model)
 
     def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
@@ -234,7 +234,7 @@ class MMPareto(UnimodalHeads):
         """Of the step's loss, of which `loss` is this rank's part, where it reaches the parameter."""
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-        if self.world.size > 1:
+        if self.worker.world_size > 1:
             for gradient in gradients.values():
                 dist.all_reduce(gradient)
         return gradients

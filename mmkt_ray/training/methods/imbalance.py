@@ -71,7 +71,7 @@ def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float
 # --- drawn more often ------------------------------------------------------------------------------------------------
 
 
-def balanced_chances(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
+def sampling_weights(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     """How often each row is to be drawn, relative to the others: (len(rows),).
 
     The mean over its labelled tasks, see `TaskKind.draw_weights`. With one task every class so comes up equally often; with
@@ -119,7 +119,7 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
                 if num_rows:
                     made = make_rows(table, group, modalities, num_rows, method, rng)
                     pieces.append(synthetic_table(table, made, task, code, sum(len(p.split) for p in pieces)))
-    grown = concat_tables(pieces)
+    grown = append_rows(pieces)
     return grown, np.concatenate([rows, np.arange(len(table.split), len(grown.split))])
 
 
@@ -213,7 +213,7 @@ def synthetic_table(table: FeatureTable, made: dict[str, Features], task: str, c
     )
 
 
-def concat_tables(tables: list[FeatureTable]) -> FeatureTable:
+def append_rows(tables: list[FeatureTable]) -> FeatureTable:
     """One table of the rows of several with the same columns."""
     first = tables[0]
     features: dict[str, Features] = {}

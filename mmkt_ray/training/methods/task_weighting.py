@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel
-from mmkt_ray.training.batches import World
+from mmkt_ray.training.batches import Worker
 
 
 class TaskWeighting(nn.Module):
     """Base, and `sum`: every task counts alike."""
 
-    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
+    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], worker: Worker) -> None:
         """num_classes: task -> K; kinds: of the tasks."""
         super().__init__()
-        self.tasks, self.world = sorted(num_classes), world
+        self.tasks, self.worker = sorted(num_classes), worker
 
     def factors(self) -> Tensor:
         """(T,) what each task's loss is multiplied by."""
-        return torch.ones(len(self.tasks), device=self.world.device)
+        return torch.ones(len(self.tasks), device=self.worker.device)
 
     def forward(self, losses: Mapping[str, Tensor], labelled: Mapping[str, Tensor], model: MultimodalModel) -> Tensor:
         """The loss () to minimise. labelled: task -> () bool, the step has labels of it, on whatever rank."""
@@ -43,8 +43,8 @@ class Uncertainty(TaskWeighting):
     in the step leaves its s alone. Source: Kendall et al. 2018 (https://arxiv.org/abs/1705.07115), for classification.
     """
 
-    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
-        super().__init__(num_classes, kinds, world)
+    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], worker: Worker) -> None:
+        super().__init__(num_classes, kinds, worker)
         self.log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
 
     def factors(self) -> Tensor:
@@ -54,7 +54,7 @@ class Uncertainty(TaskWeighting):
     def forward(self, losses: Mapping[str, Tensor], labelled: Mapping[str, Tensor], model: MultimodalModel) -> Tensor:
         """See TaskWeighting."""
         there = torch.stack([labelled[t] for t in self.tasks])
-        penalty = torch.where(there, self.log_variances / 2, 0.0).sum() / self.world.size  # of all ranks together
+        penalty = torch.where(there, self.log_variances / 2, 0.0).sum() / self.worker.world_size  # of all ranks together
         return super().forward(losses, labelled, model) + penalty
 
 
@@ -71,8 +71,8 @@ class GradNorm(TaskWeighting):
     chance_losses: Tensor
     weights: Tensor
 
-    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], world: World) -> None:
-        super().__init__(num_classes, kinds, world)
+    def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], worker: Worker) -> None:
+        super().__init__(num_classes, kinds, worker)
         if len(self.tasks) < 2:
             raise ConfigError(
                 "training.task_weighting: gradnorm balances several tasks, and the model has one: use sum"
@@ -92,7 +92,7 @@ class GradNorm(TaskWeighting):
         self.shared = self.shared or shared_parameters(model, losses)
         norms = self._norms(losses)
         values = torch.stack([losses[t].detach() for t in self.tasks])
-        if self.world.size > 1:
+        if self.worker.world_size > 1:
             dist.all_reduce(values)
         there = torch.stack([labelled[t] for t in self.tasks])
         moved = move_weights(self.weights, norms, values / self.chance_losses, there, self.ALPHA, self.RATE)
@@ -104,7 +104,7 @@ class GradNorm(TaskWeighting):
         norms = []
         for t in self.tasks:
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(losses[t], self.shared, retain_graph=True)])
-            if self.world.size > 1:
+            if self.worker.world_size > 1:
                 dist.all_reduce(gradient)
             norms.append(gradient.norm())
         return torch.stack(norms)

@@ -9,7 +9,7 @@ import torch
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.models import MultimodalModel
-from mmkt_ray.training.batches import World, read_batch, usable_rows
+from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.learner import Learner, own_parameters
 from mmkt_ray.training.loop import Fitting, fit, spec_of
@@ -35,8 +35,8 @@ def make_learner(cls, config, table):
     torch.manual_seed(0)
     spec = spec_of(config, table)
     counts = {t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}
-    weighting = TaskWeighting(spec.tasks, spec.kinds, World())
-    learner = cls(MultimodalModel(spec), Objective.of(counts, table.kinds), weighting, World())
+    weighting = TaskWeighting(spec.tasks, spec.kinds, Worker())
+    learner = cls(MultimodalModel(spec), Objective.of(counts, table.kinds), weighting, Worker())
     return learner.train()
 
 
@@ -158,7 +158,7 @@ def test_the_loss_is_the_blend_of_all_heads(make_config, table):
 def test_shares_are_looked_at_again_and_stay_even_without_val(make_config, table):
     """Catches shares that never move, and a crash where there is no val split."""
     config = make_config(**{"training.balance": "gradient_blending", "training.epochs": 6})
-    run = Fitting(config, table, World())
+    run = Fitting(config, table, Worker())
     even = run.learner.shares.clone()
     torch.testing.assert_close(even, torch.full((2, 3), 1 / 3))
     while not run.finished:
@@ -166,7 +166,7 @@ def test_shares_are_looked_at_again_and_stay_even_without_val(make_config, table
     assert not torch.allclose(run.learner.shares, even)
     torch.testing.assert_close(run.learner.shares.sum(dim=1), torch.ones(2))
     assert (run.learner.shares > 0.03).all()
-    blind = Fitting(config, table.take(np.flatnonzero(table.split != "val")), World())
+    blind = Fitting(config, table.take(np.flatnonzero(table.split != "val")), Worker())
     while not blind.finished:
         blind.run_epoch()
     assert torch.equal(blind.learner.shares, even)

@@ -14,10 +14,10 @@ from mmkt_ray.training.batches import usable_rows
 from mmkt_ray.training.methods.imbalance import (
     GROWTH,
     add_synthetic,
-    balanced_chances,
     keep_labels,
     leave_out,
     read_excluded,
+    sampling_weights,
 )
 from tests.labels import MISSING, coded, codes_of
 
@@ -109,9 +109,9 @@ def test_chances_are_those_of_a_plain_loop_and_even_out_one_task():
             none = ((tags == 0).all(axis=1)).sum()
             parts.append(np.mean([1 / (tags[:, c] == 1).sum() for c in positive]) if len(positive) else 1 / none)
         expected.append(np.mean(parts))
-    np.testing.assert_allclose(balanced_chances(table, rows), expected)
+    np.testing.assert_allclose(sampling_weights(table, rows), expected)
     alone = dataclasses.replace(table, labels={"shape": table.labels["shape"]})
-    chances = balanced_chances(alone, np.arange(260))
+    chances = sampling_weights(alone, np.arange(260))
     np.testing.assert_allclose(np.bincount(table.labels["shape"].values, chances), 1.0)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.tasks import Binary, Multiclass
 from mmkt_ray.models import MultimodalModel
-from mmkt_ray.training.batches import World, read_batch, usable_rows
+from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.loop import fit, spec_of
 from mmkt_ray.training.methods.task_weighting import (
     GradNorm,
@@ -27,12 +27,12 @@ BOTH = {"mood": torch.tensor(True), "topic": torch.tensor(True)}
 
 def test_sum_is_the_sum():
     """Catches a mean, which would change the meaning of the learning rate with the number of tasks."""
-    torch.testing.assert_close(TaskWeighting(TASKS, KINDS, World())(LOSSES, BOTH, None), torch.tensor(2.7))
+    torch.testing.assert_close(TaskWeighting(TASKS, KINDS, Worker())(LOSSES, BOTH, None), torch.tensor(2.7))
 
 
 def test_uncertainty_settles_where_the_formula_has_its_minimum():
     """Catches a missing regulariser (weights fall to zero) or a wrong factor: the minimum is at exp(s) = 2 loss."""
-    weighting = Uncertainty(TASKS, KINDS, World())
+    weighting = Uncertainty(TASKS, KINDS, Worker())
     optimizer = torch.optim.SGD(weighting.parameters(), lr=0.5)
     for _ in range(300):
         optimizer.zero_grad()
@@ -46,7 +46,7 @@ def test_uncertainty_settles_where_the_formula_has_its_minimum():
 
 def test_a_task_without_labels_keeps_its_uncertainty():
     """Catches a rarely labelled task whose weight grows in every step that does not have it."""
-    weighting = Uncertainty(TASKS, KINDS, World())
+    weighting = Uncertainty(TASKS, KINDS, Worker())
     losses = {"mood": torch.tensor(0.0), "topic": torch.tensor(2.0)}
     weighting(losses, {**BOTH, "mood": torch.tensor(False)}, None).backward()
     assert weighting.log_variances.grad[0] == 0
@@ -79,7 +79,7 @@ def test_gradnorm_measures_the_gradient_of_the_shared_parameters():
     """Catches norms of weighted losses, or of other parameters, and weights in the loss that move before the backward pass."""
     shared = nn.Linear(3, 2)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    weighting = GradNorm(TASKS, KINDS, World())
+    weighting = GradNorm(TASKS, KINDS, Worker())
     weighting.shared = [shared.weight]
     weighting.weights.copy_(torch.tensor([1.5, 0.5]))
     losses = {"mood": shared(x)[:, 0].square().mean(), "topic": 3 * shared(x)[:, 1].square().mean()}
