@@ -186,10 +186,9 @@ class Evaluated:
         return self.record.name if self.kind == "baseline" else None
 
 
-def evaluated_models(run_uri: str, run: RunFile | dict[str, Any]) -> list[Evaluated]:
-    """What was evaluated in a run folder, trained models first; run: its run.json, which mmkt_ray/studies gives as JSON."""
-    told = run if isinstance(run, RunFile) else RunFile.from_dict(run, run_uri)
-    return [*_trained(run_uri, told), *_baselines(run_uri, told)]
+def evaluated_models(run_uri: str, run: RunFile) -> list[Evaluated]:
+    """What was evaluated in a run folder, trained models first."""
+    return [*_trained(run_uri, run), *_baselines(run_uri, run)]
 
 
 def _trained(run_uri: str, run: RunFile) -> list[Evaluated]:

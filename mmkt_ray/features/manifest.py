@@ -86,11 +86,3 @@ class Manifest(SealedRecord):
         if self.stages is None or self.wall_s is None or self.startup_s is None or self.rows_per_s is None:
             return None
         return Speed(stages=self.stages, wall_s=self.wall_s, startup_s=self.startup_s, rows_per_s=self.rows_per_s)
-
-    def __getitem__(self, key: str) -> Any:
-        """As in the file. Only mmkt_ray/studies asks so; use the fields."""
-        return self.to_dict()[key]
-
-    def get(self, key: str) -> Any:
-        """The same; None if there is no such key."""
-        return self.to_dict().get(key)

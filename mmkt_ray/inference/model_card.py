@@ -127,10 +127,6 @@ class Card(SealedRecord):
         """How it was trained; None of baselines and ensembles."""
         return self.training if isinstance(self.training, Training) else None
 
-    def __getitem__(self, key: str) -> Any:
-        """As in the file. Only mmkt_ray/studies asks so; use the fields."""
-        return self.to_dict()[key]
-
 
 def write_card(uri: str, card: Card) -> None:
     """Write the card of a model folder."""

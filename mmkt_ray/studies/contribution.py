@@ -76,11 +76,11 @@ def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[st
     """
     model, card = load_model(model_uri)
     model = fused_part(model)  # an expert would answer for what the fused model knows
-    config = parse_config(card["config"])
+    config = parse_config(card.config)
     inputs = {t: config.task_inputs(t) for t in config.model_tasks if len(config.task_inputs(t)) > 1}
     if not inputs:
         return {}
-    data = load_rows(store, config.model_modalities, config.model_tasks, card["class_names"], model.spec.kinds)
+    data = load_rows(store, config.model_modalities, config.model_tasks, card.class_names, model.spec.kinds)
     train, part = data.table.take(data.table.rows("train")), data.take(data.readable(split)).table
     given = {}
     for subset in subsets(config.model_modalities)[1:]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
+from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.rows import read_parts
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.modalities import ModalityKind
@@ -36,11 +37,11 @@ def write_gallery(model_uri: str, split: str = "test") -> Gallery:
 
     Raises: DataError if the model was not evaluated on the split.
     """
-    card = storage.read_json_or_none(storage.join(model_uri, "config.json"))
+    card = read_card(model_uri)
     uri = storage.join(model_uri, f"predictions-{split}.parquet")
     if card is None or not storage.exists(uri):
         raise DataError(f"no predictions on '{split}' in '{model_uri}': run `mmkt evaluate` first")
-    config = parse_config(card["config"])
+    config = parse_config(card.config)
     found = {t: _candidates(uri, t, config.tasks[t].kind) for t in config.model_tasks}
     groups = {t: predicted.groups() for t, predicted in found.items()}
     chosen = [i for t, rows in groups.items() for group in rows.values() for i in found[t].ids[group].tolist()]
@@ -49,7 +50,7 @@ def write_gallery(model_uri: str, split: str = "test") -> Gallery:
         split=split,
         tasks={
             t: {
-                name: [found[t].sample(int(i), card["class_names"][t], inputs) for i in group]
+                name: [found[t].sample(int(i), card.class_names[t], inputs) for i in group]
                 for name, group in rows.items()
             }
             for t, rows in groups.items()

@@ -69,7 +69,7 @@ def find_label_issues(store: Store, config: Config, out_uri: str) -> LabelIssues
     columns = [*SCHEMA, *((f"{m}_confidence", pa.float32()) for m in sorted(table.features))]
     frame = pd.concat([pd.DataFrame(columns=[name for name, _ in columns]), *frames])
     frame = frame.sort_values("score", ascending=False, kind="stable")
-    about = provenance.about(out_uri.rpartition("/")[0], (), [store.manifest["fingerprint"]])  # no model is asked
+    about = provenance.about(out_uri.rpartition("/")[0], (), [store.manifest.fingerprint])  # no model is asked
     table_of_issues = pa.Table.from_pandas(frame, pa.schema(columns), preserve_index=False)
     storage.write_table(out_uri, with_about(table_of_issues, about))
     first = frame.head(NUM_LISTED)

@@ -33,6 +33,7 @@ from mmkt_ray.record import About
 from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.intervals import SHARE, difference_bounds, holm, paired_p, percentiles, resampled_scores
 from mmkt_ray.scoring.metrics import PointScores
+from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.studies.missing_results import (
     ANY,
     Curve,
@@ -64,14 +65,14 @@ def missing_curves(
     the model was trained. Raises: ConfigError if the model reads one modality only; DataError as `load_model`.
     """
     model, card = load_model(model_uri)
-    config = parse_config(card["config"])
+    config = parse_config(card.config)
     modalities = config.model_modalities
     if len(modalities) < 2:
         raise ConfigError(f"'{model_uri}' reads {modalities[0]} only: without it there is nothing left to predict from")
-    data = load_rows(store, modalities, config.model_tasks, card["class_names"], model.spec.kinds)
+    data = load_rows(store, modalities, config.model_tasks, card.class_names, model.spec.kinds)
     part = data.take(data.readable(split))
-    run = storage.read_json_or_none(storage.join(run_uri, "run.json")) or {}
-    singles = [m for m in evaluated_models(run_uri, run) if m.record.store == store.manifest.get("fingerprint")]
+    run = RunFile.of(run_uri)
+    singles = [m for m in evaluated_models(run_uri, run) if m.record.store == store.manifest.fingerprint]
     best = {t: _best_singles(singles, part, t, config.task_inputs(t)) for t in config.model_tasks}
     whole = predict_table(model, part.table)
     inputs = {t: config.task_inputs(t) for t in config.model_tasks}
@@ -92,7 +93,7 @@ def _about(model_uri: str, run_uri: str, store: Store, best: Mapping[str, Mappin
     """The model and the trained ones that it is measured by."""
     place = storage.absolute(model_uri).removeprefix(storage.absolute(run_uri).rstrip("/") + "/")
     folders = {single.folder for by_modality in best.values() for single in by_modality.values() if single.folder}
-    return provenance.about(run_uri, {place, *folders}, [store.manifest.get("fingerprint")])
+    return provenance.about(run_uri, {place, *folders}, [store.manifest.fingerprint])
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def missing_over_seeds(
         folders = [storage.join(run_uri, "seeds", str(seed)) for seed in seeds]
         models = [_predictions(name, variants[name], single, stores[name], folder) for folder in folders]
         places = [storage.join("seeds", str(seed), n) for seed in seeds for n in (name, *single)]
-        about = provenance.about(run_uri, places, [stores[name].manifest["fingerprint"]])
+        about = provenance.about(run_uri, places, [stores[name].manifest.fingerprint])
         subject = Subject(name, "test", variants[name].model_modalities, about)
         draws = Draws.of(config.evaluation, variants[name].seed, num_seeds=len(seeds))
         found[name] = curves_of(subject, models, variants[name], draws)

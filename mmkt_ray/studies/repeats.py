@@ -71,7 +71,8 @@ def repeat(
             stores[name].copy_encoders(variant.model_modalities, run_uri, uri)
             model, card = load_model(uri)
             for task in variant.model_tasks:
-                held_out = ((card["training"]["val"] or {}).get(model.spec.kinds[task].main) or {}).get(task)
+                val = card.fit.val if card.fit else None
+                held_out = val.metrics.get(model.spec.kinds[task].main, {}).get(task) if val else None
                 _add_seed(model, table, task, variant, found.setdefault(task, {}), name, held_out)
         log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
@@ -79,7 +80,7 @@ def repeat(
     result = Seeds(
         seeds=seeds,
         against=against,
-        about=provenance.about(run_uri, (), (s.manifest["fingerprint"] for s in stores.values()), variants),
+        about=provenance.about(run_uri, (), (s.manifest.fingerprint for s in stores.values()), variants),
         tasks={t: compare_seeds(config, by_name, candidates) for t, by_name in sorted(found.items()) if by_name},
     )
     result.write(storage.join(run_uri, "seeds.json"))

@@ -61,7 +61,7 @@ def transferability(run_uri: str, stores: Mapping[str, Store]) -> Transferabilit
         cka=found.cka,
         leep=_leep_cells(run_uri, results) if results else [],
         skipped=found.skipped,
-        about=provenance.about(run_uri, trained, (s.manifest.get("fingerprint") for s in stores.values())),
+        about=provenance.about(run_uri, trained, (s.manifest.fingerprint for s in stores.values())),
         seconds=time.perf_counter() - started,
     )
     scored.write(storage.join(run_uri, "transferability.json"))
@@ -80,7 +80,7 @@ class _Found:
 def _score_store(store: Store, found: _Found, results: Results | None, variants: Sequence[str]) -> None:
     """Add one store's scores to `found`."""
     name = store.uri.rstrip("/").rpartition("/")[2]
-    about = store.manifest["modalities"]
+    about = store.manifest.modalities
     groups, scale = _survey(store)
     for subset in _sets(sorted(about)):
         width = sum(store.dim(m) for m in subset)
@@ -99,7 +99,7 @@ def _score_store(store: Store, found: _Found, results: Results | None, variants:
                 features = FeatureSet(
                     store=name,
                     modalities=list(subset),
-                    encoders={m: about[m]["encoder"]["name"] for m in subset},
+                    encoders={m: about[m].encoder["name"] for m in subset},
                     num_rows=moments.num_rows,
                     dim=width,
                     logme=logme(moments, columns[task]),
@@ -123,8 +123,8 @@ def _sets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _survey(store: Store) -> tuple[list[tuple[str, ...]], dict[str, float]]:
     """Tasks of classes that are labelled on the same train rows, group by group, and each modality's root mean square length."""
-    modalities = sorted(store.manifest["modalities"])
-    tasks = [t for t in sorted(store.manifest["tasks"]) if store.kind(t).classes]
+    modalities = sorted(store.manifest.modalities)
+    tasks = [t for t in sorted(store.manifest.tasks) if store.kind(t).classes]
     masks: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
     squares, rows = dict.fromkeys(modalities, 0.0), dict.fromkeys(modalities, 0)
     for table in store.tables(modalities, tasks):
@@ -146,7 +146,7 @@ def _collect(
     store: Store, subset: Sequence[str], tasks: Sequence[str], scale: Mapping[str, float]
 ) -> tuple[Moments | None, dict[str, slice]]:
     """Moments of the train rows that have the whole subset and a label for each of the tasks, and each task's columns."""
-    sizes = [store.kind(t).width(store.manifest["tasks"][t]["classes"]) for t in tasks]
+    sizes = [store.kind(t).width(store.manifest.tasks[t].classes) for t in tasks]
     ends = np.cumsum(sizes, dtype=int).tolist()
     columns = {t: slice(end - size, end) for t, end, size in zip(tasks, ends, sizes, strict=True)}
     moments: Moments | None = None

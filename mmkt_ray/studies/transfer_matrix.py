@@ -74,7 +74,7 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> Transfers:
 
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
-    about = provenance.about(run_uri, (), [store.manifest["fingerprint"]], {"": config})
+    about = provenance.about(run_uri, (), [store.manifest.fingerprint], {"": config})
     config = with_settings(config, usual_settings(config))  # the same for all cells, or gains would be those of settings
     config = config.with_overrides({"model.experts": False})  # what towers know is asked, and an expert has its own
     if config.training.exclude:  # workers have another current folder

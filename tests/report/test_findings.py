@@ -221,7 +221,7 @@ def issues_run(told: Path, folder: Path, about: About | None) -> Path:
 def test_label_issues_of_other_features_are_left_out_and_named(told, tmp_path, others):
     """Catches rows called wrong by features that are no more, shown as the present ones; and those of present features left
     out."""
-    store = open_store(str(told / "features" / "union")).manifest["fingerprint"]
+    store = open_store(str(told / "features" / "union")).manifest.fingerprint
     run = issues_run(told, tmp_path / "run", About(stores=["of other features" if others else store]))
     text = text_of(Elements(Path(build_report(str(run))).read_text(encoding="utf-8")))
     assert ("looks likebird" in text) == (not others)

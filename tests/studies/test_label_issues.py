@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class TableStore:
     """A store whose rows are already in memory."""
 
     def __init__(self, uri: Path, table: FeatureTable) -> None:
-        self.uri, self.rows, self.manifest = str(uri), table, {"fingerprint": "s1"}
+        self.uri, self.rows, self.manifest = str(uri), table, SimpleNamespace(fingerprint="s1")
 
     def table(self, modalities: list[str], tasks: list[str]) -> FeatureTable:
         return self.rows
