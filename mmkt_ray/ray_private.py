@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Reason: these print a line or more at every start (that a token was made, which ignore file was read), and have no switch.
@@ -121,6 +122,30 @@ def worker_environment() -> dict[str, str]:
     """
     told = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
     return told | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+
+
+@contextmanager
+def randomness_unspent() -> Iterator[None]:
+    """Imports meanwhile draw no ids from the generator of Ray's C++ code.
+
+    Reason: Ray Data's actor classes draw theirs as they are imported. Forks of a process that has drawn one would draw the
+    same ids as each other from then on, those of objects too.
+    """
+    from ray import actor
+
+    own = actor.ActorClassID
+    actor.ActorClassID = SimpleNamespace(from_random=lambda: own(os.urandom(own.nil().size())))
+    try:
+        yield
+    finally:
+        actor.ActorClassID = own
+
+
+def random_id() -> bytes:
+    """One of those that Ray's C++ code draws."""
+    import ray
+
+    return bytes(ray.ObjectRef.from_random().binary())
 
 
 def set_variables(variables: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mmkt_ray.features.manifest import Manifest
+from mmkt_ray.features.manifest import Manifest, ModalityFeatures
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.training_record import Training
 
@@ -24,6 +24,11 @@ ABOUT: dict[str, Any] = {
     "unmapped": {},
     "cleaned": {},
 }
+
+
+def make_features(**about: Any) -> ModalityFeatures:
+    """A modality's entry in a manifest, filled in the same way."""
+    return ModalityFeatures.model_validate(FEATURES | about)
 
 
 def make_manifest(counts: Mapping[str, Any] | None = None, **about: Any) -> Manifest:

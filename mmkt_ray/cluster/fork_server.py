@@ -11,7 +11,6 @@ It ends with the process that started it.
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkt_ray.cluster import forked_worker
-from mmkt_ray.ray_private import WORKER_MODULES, set_variables, worker_environment
+from mmkt_ray.ray_private import WORKER_MODULES, random_id, set_variables, worker_environment
 
 FILE = "fork-server"  # the socket, in the session's folder
 PRELOADED = (  # what actors that encode, and the tasks around them, import
@@ -39,10 +38,17 @@ PRELOADED = (  # what actors that encode, and the tasks around them, import
     "mmkt_ray.features.extract",
     "mmkt_ray.kinds.images",
 )
-START = (  # the driver may have found the package by a path of its own, which is not that of a worker
-    "import json, sys; own, told = [*sys.path], json.loads(sys.argv[1]); sys.path[:] = told['path']; "
-    "from mmkt_ray.cluster.fork_server import serve; serve(own, told['modules'], told['listener'])"
-)
+# The driver may have found the package by a path of its own, which is not that of a worker.
+START = """
+import importlib, json, sys
+own, told = [*sys.path], json.loads(sys.argv[1])
+sys.path[:] = told["path"]
+from mmkt_ray.ray_private import randomness_unspent
+with randomness_unspent():
+    for name in ("mmkt_ray.cluster.fork_server", *told["modules"]):
+        importlib.import_module(name)
+sys.modules["mmkt_ray.cluster.fork_server"].serve(own, told["listener"])
+"""
 MAX_REQUEST_BYTES = 1 << 20
 
 _servers: list[subprocess.Popen[bytes]] = []  # that this process has started: each ends as its pipe is closed
@@ -70,14 +76,14 @@ def fork_server(folder: str, modules: Sequence[str] = PRELOADED) -> tuple[str, d
     return forked_worker.__file__, {forked_worker.SOCKET: path}
 
 
-def serve(worker_path: list[str], modules: list[str], listening: int) -> None:
-    """Import, then fork until the driver has ended. Returns in each worker, when that has ended.
+def serve(worker_path: list[str], listening: int) -> None:
+    """Fork until the driver has ended. Returns in each worker, when that has ended.
 
     worker_path: `sys.path` of a worker. listening: number of the socket's file.
     """
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)  # its only thread is jemalloc's
-    for name in modules:
-        importlib.import_module(name)
+    if not forks_differ():  # Ray starts its workers in its own way, see forked_worker.py
+        return
     sys.path[:] = worker_path
     gc.collect()
     gc.freeze()  # the collector of a fork writes to none of these pages
@@ -89,6 +95,21 @@ def serve(worker_path: list[str], modules: list[str], listening: int) -> None:
             become(*request)
             return
         close(*request[1:])
+
+
+def forks_differ() -> bool:
+    """Whether forks of this process draw ids of their own."""
+    drawn = set()
+    for _ in range(2):
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(writing, random_id())
+            os._exit(0)
+        os.close(writing)
+        drawn.add(os.read(reading, 1024))
+        os.close(reading)
+        os.waitpid(child, 0)
+    return len(drawn) == 2
 
 
 Request = tuple[dict[str, Any], socket.socket, list[int]]

@@ -60,11 +60,12 @@ def test_rows_that_lack_something(fitted: mm.MultimodalClassifier) -> None:
 def test_numbers_are_predicted_in_their_own_unit(ray_local: None) -> None:
     """Catches answers on the transformed scale, the seven classes that seven different numbers would make, and a row without
     anything that has no answer."""
-    rows, prices = frame(90), {"red": 1.0, "green": 10.0, "blue": 100.0}
+    rows, new = (rows.assign(title=rows["title"].str.split(",").str[0]) for rows in (frame(90), frame(12, start=100)))
+    prices = {"red": 1.0, "green": 10.0, "blue": 100.0}
     noise = np.random.default_rng(0).normal(0, 0.05, len(rows))
     y = rows.pop("colour").map(prices).to_numpy() * np.exp(noise)
-    model = mm.MultimodalRegressor(encoders=ENCODERS, settings=QUICK, transform="log").fit(rows, y)
-    new = frame(12, start=100)
+    settings = {"model": {"num_levels": 0, "experts": False}}
+    model = mm.MultimodalRegressor(encoders=ENCODERS, settings=settings, transform="log").fit(rows, y)
     truth = new.pop("colour").map(prices).to_numpy()
     assert model.score(new, truth) > 0.9
     np.testing.assert_allclose(np.log(model.predict(new)), np.log(truth), atol=0.5)

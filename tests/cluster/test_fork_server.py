@@ -115,3 +115,18 @@ def test_workers_know_the_token_that_ray_turns_on_by_itself(tmp_path: Path) -> N
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", RAY_OF_ITS_OWN], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["answered"], done.stderr
+
+
+IDS = """
+import mmkt_ray.cluster.fork_server as server
+server.serve = lambda *_: print(server.forks_differ(), server.random_id() and server.forks_differ())
+"""
+
+
+@pytest.mark.slow
+def test_each_fork_draws_ids_of_its_own() -> None:
+    """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the other's."""
+    told = json.dumps({"path": sys.path, "modules": PRELOADED, "listener": 0})
+    code = fork_server.START.replace("sys.modules[", f"exec({IDS!r})\nsys.modules[")
+    done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "False"], done.stderr

@@ -27,12 +27,13 @@ from mmkt_ray.kinds.content import hash_array, hash_text
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.schema import Shard
+from tests.manifests import make_features
 from tests.shapes import png, write_shard
 
 MakeConfig = Callable[..., Config]
 Sample = tuple[str, str, int | None, int | None, Any]  # id, split, hash of the image, of the text, label
 SHARD = Shard(0, "", "shard", "")
-MODALITIES = {m: {"dim": 2, "sparse": False, "kind": m, "fingerprint": m} for m in ("image", "text")}
+MODALITIES = {m: make_features(dim=2, kind=m, fingerprint=m) for m in ("image", "text")}
 
 
 def write_part(config: Config, uri: str, name: str, rows: list[Sample]) -> None:

@@ -25,12 +25,12 @@ from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.training.batches import feature_statistics
-from tests.manifests import make_manifest
+from tests.manifests import make_features, make_manifest
 
 MakeConfig = Callable[..., Config]
 ROWS, DIM = 1000, 64
 WIDTHS = {"image": (DIM, False), "text": (500, True)}
-ENTRIES = {m: {"dim": d, "sparse": s, "kind": m, "fingerprint": m} for m, (d, s) in WIDTHS.items()}
+ENTRIES = {m: make_features(dim=d, sparse=s, kind=m, fingerprint=m) for m, (d, s) in WIDTHS.items()}
 POOLS: list[pa.MemoryPool] = []  # kept: what a block leaves is given back to its pool
 
 

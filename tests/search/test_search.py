@@ -154,7 +154,8 @@ def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, 
     finally:
         over.set()
         signal.signal(signal.SIGINT, handler)
-    assert len(board.read()) == sum(len(part) for part in board.parts()) > 0
+    before = sum(len(part) for part in board.parts())
+    assert 0 < before <= len(board.read()) <= sum(len(part) for part in board.parts())  # a trial may end with its last part
     assert all(overrides_of(row) for _, row in board.read().iterrows())
 
 

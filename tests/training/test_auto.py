@@ -190,7 +190,7 @@ def test_a_candidate_that_learns_nothing_is_not_chosen(make_auto, table, monkeyp
     config = make_auto(**{"training.auto": ["training.lr"], "training.steps": 30})
     choice, heldout = choose(config, table)
     assert choice.settings == {"training.lr": 0.02}
-    assert [record["chosen"] for record in choice.candidates] == [False, True, False]
+    assert [record.chosen for record in choice.candidates] == [False, True, False]
     assert (choice.on, choice.num_rows > 100) == ("cv", True)
     every = hold_out(with_settings(config, choice.settings), table)
     known = np.isin(every.rows, heldout.rows)

@@ -337,7 +337,7 @@ def test_the_fused_part_is_what_transfer_and_shapley_values_see(make_config, sto
     assert all(torch.equal(student[name], bare.state_dict()[name]) for name in names)
     store = open_store(store_uri)
     with_experts, without = shapley_values(experts, store), shapley_values(plain, store)
-    assert {t: v["accuracy"] for t, v in with_experts.items()} == {t: v["accuracy"] for t, v in without.items()}
+    assert {t: v.shares["accuracy"] for t, v in with_experts.items()} == {t: v.shares["accuracy"] for t, v in without.items()}
 
 
 def test_a_teacher_is_asked_with_its_experts_and_the_students_experts_have_none(make_config, store_uri, tmp_path, fits):

@@ -289,7 +289,7 @@ class _Run:
         for i, part in enumerate(parts):
             last, replica = i == len(parts) - 1, self.replica
             with nullcontext() if last or not isinstance(replica, DistributedDataParallel) else replica.no_sync():
-                loss, found = self._loss(part if len(part) else rows[:1], (number, training.rank, i))
+                loss, found = self._loss(part if len(part) else rows[:1], rows, number)
                 # DDP takes the mean over workers, whose shares of a batch may differ by one value.
                 (loss * (training.world_size / len(rows) * bool(len(part)))).backward()
             totals += found * bool(len(part))
@@ -307,14 +307,22 @@ class _Run:
         factor = min((number + 1) / rise, (total - number) / max(1, total - rise), 1.0)
         yield from (peak * factor for peak in self.peaks)
 
-    def _loss(self, rows: np.ndarray, step: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-        """Summed loss of rows; and loss, hits, number of rows (3,). step: of training, where values are augmented."""
-        rows = np.sort(rows)
-        x, y = (torch.from_numpy(column[rows]).to(self.training.device) for column in (self.data.values, self.data.labels))
+    def _loss(self, rows: np.ndarray, batch: np.ndarray | None = None, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of rows; and loss, hits, number of rows (3,).
+
+        batch: all rows of a training step, of which these are some: they are augmented as one, by the step's number alone, so
+        that a row looks the same however many workers share the step.
+        """
+        rows, device = np.sort(rows), self.training.device
+        y = torch.from_numpy(self.data.labels[rows]).to(device)
         net: nn.Module = self.net
         smoothing = 0.0
-        if step is not None:
-            x, net, smoothing = self.augmented(x, (self.training.seed, *step)), self.replica, self.section.label_smoothing
+        if batch is None:
+            x = torch.from_numpy(self.data.values[rows]).to(device)
+        else:
+            batch, net, smoothing = np.sort(batch), self.replica, self.section.label_smoothing
+            whole = torch.from_numpy(self.data.values[batch]).to(device)
+            x = self.augmented(whole, (self.training.seed, number))[torch.from_numpy(np.searchsorted(batch, rows)).to(device)]
         with autocast(self.training.device, self.precision):
             logits = net(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="sum")
