@@ -15,6 +15,8 @@ import yaml
 from tests.cluster.conftest import LOGIN, ROOT, STORAGE, Host
 from tests.shapes import write_shard
 
+import psutil  # isort: skip  (Ray ships it)
+
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 JOBS_ADDRESS = "http://127.0.0.1:8265"
@@ -89,13 +91,14 @@ def ray_processes(host: Host) -> str:
 def other_ray(ray_local) -> Iterator[None]:
     """A Ray that was here before, and must be here afterwards: a raylet of another number would be another Ray."""
 
-    @ray.remote
-    def raylet_pid() -> int:
-        return os.getppid()
+    def raylets() -> list[int]:
+        return [child.pid for child in psutil.Process().children() if child.name() == "raylet"]
 
-    before = ray.get(raylet_pid.remote())
+    before = raylets()
+    assert before
     yield
-    assert ray.get(raylet_pid.remote(), timeout=60) == before
+    assert raylets() == before
+    assert ray.get(ray.remote(lambda: "answered").remote(), timeout=60) == "answered"
 
 
 @pytest.fixture
