@@ -31,6 +31,7 @@ def no_obeyed(text: str) -> bool:
     return not [c for c in text if (c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cs")) or c in "\u202e\u2066"]
 
 
+@pytest.mark.slow
 def test_control_characters_are_spelled_out(tmp_path: Path) -> None:
     """Catches a file's name, a config's value or a library's error that clears the screen or writes into the terminal."""
     folder = tmp_path / EVIL.replace("/", "")

@@ -23,6 +23,7 @@ from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from tests.inference.fuzz_models import SEEDS, make_config, write_folder
 from tests.models.examples import make_spec
 
+pytestmark = pytest.mark.slow
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="the extra `export` is not installed",

@@ -62,6 +62,7 @@ def test_a_signal_inside_a_finalizer_is_not_lost(signum: signal.Signals, status:
     assert (done.returncode, done.stdout, done.stderr) == (status, "", SAID)
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_a_command_that_hangs() -> None:
     """Catches a command that cannot be ended from the keyboard, because its main thread waits in C code for a lock."""
     command = [sys.executable, "-c", HANGS]

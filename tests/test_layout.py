@@ -178,6 +178,7 @@ def faults(rule: Rule, *folders: str) -> list[str]:
     return [fault for path in files for fault in rule(path.read_text(), path.relative_to(ROOT))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [upward_imports, ray_imports, private_ray, foreign_imports_of_models, many_parameters])
 def test_the_package_keeps_the_rule(rule):
     assert not faults(rule, PACKAGE)

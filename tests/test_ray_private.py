@@ -32,6 +32,7 @@ def test_loggers_and_texts_are_those_of_this_ray() -> None:
     assert {logging.getLogger(name).level for name in ray_private.TALKATIVE} == {logging.ERROR}
 
 
+@pytest.mark.slow
 def test_no_escape_code_ends_a_command() -> None:
     """Catches a code on the last line of a terminal, also where Ray's own colours are loaded only after it was asked for none."""
     code = "from mmkt_ray import ray_private; ray_private.quieten(); import ray.autoscaler._private.cli_logger; print('done')"

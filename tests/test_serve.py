@@ -22,7 +22,10 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 
 MISSING = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the extra `serve` is not installed: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"the extra `serve` is not installed: {MISSING}"),
+]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

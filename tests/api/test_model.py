@@ -240,6 +240,7 @@ except AttributeError as error:
 """
 
 
+@pytest.mark.slow
 def test_import_is_light_and_prediction_knows_no_ray(folder: Path) -> None:
     """Catches an import at the top that makes `import mmkt_ray` take seconds, or a service start a cluster."""
     done = subprocess.run([sys.executable, "-c", LIGHT, str(folder)], capture_output=True, text=True, check=False, timeout=120)

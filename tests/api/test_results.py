@@ -10,6 +10,8 @@ import mmkt_ray as mm
 from mmkt_ray.errors import ConfigError, DataError
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:

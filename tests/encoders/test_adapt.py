@@ -18,6 +18,7 @@ from tests.encoders.tiny_networks import WORDS, image_folder, sound_folder, text
 
 pytest.importorskip("transformers", reason="the extra `pretrained` is not installed")
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 CLASSES = ["even", "odd"]
 
@@ -114,7 +115,7 @@ def test_an_adapted_encoder_tells_classes_apart_that_the_frozen_one_mixes(folder
     frozen, encoder = build_encoder(section(folder).model_copy(update={"adapt": None})), build_encoder(config)
     values, labels, _ = data(encoder)
     tensors = encoder.train(values, labels, CLASSES, Training(0, CPU, 0, 1, None, lambda *_: None))
-    assert separation(fitted(config, tensors)) > 2 * separation(frozen)
+    assert separation(fitted(config, tensors)) > 1.5 * separation(frozen)
 
 
 def test_a_killed_training_goes_on_from_its_last_epoch(folder: Path):

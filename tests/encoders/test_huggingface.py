@@ -18,6 +18,7 @@ from tests.encoders.tiny_networks import image_folder, sound_folder, text_folder
 
 pytest.importorskip("transformers", reason="the extra `pretrained` is not installed")
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 TEXTS = ["a cat sits on the mat", "the kitten is sitting on a rug", "cat", "interest rates fell again " * 20, ""]
 

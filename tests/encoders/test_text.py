@@ -255,6 +255,7 @@ def test_twenty_newsgroups(data_dir):
     assert (len(texts), encoder.dim) == (11_314, 130_107)
 
 
+@pytest.mark.slow
 def test_words_need_no_scikit_learn():
     """Catches an import that costs each process of a pipeline more than a second."""
     code = (

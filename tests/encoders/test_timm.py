@@ -29,6 +29,7 @@ def expected_of(model: Any) -> np.ndarray:
         return torch.stack([model.eval()(transform(Image.fromarray(p))[None])[0] for p in pictures()]).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "vit_tiny_patch16_224", "resnet10t"])
 def test_features_are_timms(architecture: str, tmp_path: Path):
     """Catches another crop, mean or std than the network's settings say, a width that is not what comes out, a classifier."""

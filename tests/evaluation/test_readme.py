@@ -14,6 +14,8 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.scoring.metrics import ModelMetrics
 from tests.evaluation.runs import draw_samples, make_config, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -100,6 +100,7 @@ def bytes_per_row(stores: dict[int, str], work: Callable[[str], object]) -> floa
     return (peaks[1] - peaks[0]) / ((many - few) * ROWS)
 
 
+@pytest.mark.slow
 def test_publishing_holds_hashes_only(stores: dict[int, str], make_config: MakeConfig) -> None:
     """Catches a driver that holds the ids, the labels or the features of all samples while it closes a store."""
     config = make_config()
@@ -112,6 +113,7 @@ def test_looking_for_duplicates_holds_hashes_once(stores: dict[int, str]) -> Non
     assert bytes_per_row(stores, lambda uri: audit(uri, names[uri], ["image", "text"], ["colour"])) < 80
 
 
+@pytest.mark.slow
 def test_joining_holds_ids_keys_and_row_numbers(stores: dict[int, str]) -> None:
     """Catches features, or a string for each repeated split and label, held while rows are matched."""
 

@@ -68,6 +68,7 @@ def test_a_shard_that_kills_its_reader_loses_a_row_group(tmp_path: Path, make_co
     assert len(rows) == 110
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 25])
 def test_a_child_reads_what_its_parent_would_have_read(
     tmp_path: Path, make_config: MakeConfig, limit: int | None
@@ -93,6 +94,7 @@ def test_a_child_reads_what_its_parent_would_have_read(
     )
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_kind_keeps_what_was_read(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +131,7 @@ def large_blocks(tmp_path: Path, make_config: MakeConfig) -> Reading:
     return one_reading(make_config())
 
 
+@pytest.mark.slow
 def test_a_parent_that_takes_its_time_loses_nothing(large_blocks: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a child that ends because whoever wants its blocks is busy, and rows that are called lost for that."""
     monkeypatch.setenv(TIMEOUT, "3")  # for a block of 3 MB: much, also on a busy machine
@@ -167,6 +170,7 @@ def test_a_file_of_no_row_group_is_an_empty_shard(tmp_path: Path, make_config: M
     assert list(read_isolated(one_reading(make_config()))) == []
 
 
+@pytest.mark.slow
 def test_what_is_behind_the_limit_is_not_read(tmp_path: Path, make_config: MakeConfig) -> None:
     """Catches damage, or a crash, that costs a reject though the source's limit ends before it."""
     path = tmp_path / "data" / "shapes" / "0.parquet"

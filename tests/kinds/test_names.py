@@ -33,6 +33,7 @@ def asked_by_name(source: str, names: set[str]) -> Iterator[int]:
             yield node.lineno
 
 
+@pytest.mark.slow
 def test_no_other_code_asks_for_a_name() -> None:
     """Catches the first of thirteen files that would have to know a new kind or a new encoder."""
     names = {*MODALITY_KINDS, *ENCODERS, *REDUCERS}

@@ -36,6 +36,7 @@ def asked(source: str) -> Iterator[int]:
             yield node.lineno
 
 
+@pytest.mark.slow
 def test_no_other_code_asks() -> None:
     """Catches the first of fifty files that would have to know a new kind of task."""
     rooms = {"kinds", "init"}  # init proposes kinds

@@ -20,6 +20,7 @@ from mmkt_ray.samples import addresses
 from mmkt_ray.samples.addresses import Fetcher, find_addresses, is_public, shown
 from tests.shapes import png
 
+pytestmark = pytest.mark.slow
 COLUMNS = {"sample_id": "id", "image": "image", "label": "label"}
 
 

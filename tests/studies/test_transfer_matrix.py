@@ -45,6 +45,7 @@ def test_each_pair_gets_the_methods_that_make_sense(source, target, methods):
     assert set(methods_for(source, target)) == methods
 
 
+@pytest.mark.slow
 def test_the_matrix_tells_what_helps(make_config, store, tmp_path, monkeypatch):
     """Catches gains over other seeds' scratch runs, transfer without the source's knowledge, and a rerun that fits again."""
     config = make_config(

@@ -82,6 +82,7 @@ def learnt(table):
     return np.isin(table.split, ["train", "val"]) & np.any(list(table.present.values()), axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_weights", [None, "balanced"])
 @pytest.mark.parametrize("modalities", [("image",), ("text",), ("wide",), ("image", "text", "wide")])
 @pytest.mark.parametrize("l2", [0.05, 5.0])
@@ -145,6 +146,7 @@ def test_held_out_logits_are_of_models_that_have_not_seen_the_row(table):
     assert np.isfinite(predict_logits(found.model, hidden)["three"]).all()
 
 
+@pytest.mark.slow
 def test_absent_and_constant_classes_get_finite_unlikely_logits(table):
     """Catches a bias that runs off to infinity: a class that a fold lacks, a class that no row or every row has."""
     three, tags = (codes_of(table.labels[t]) for t in ("three", "tags"))
@@ -167,6 +169,7 @@ def test_absent_and_constant_classes_get_finite_unlikely_logits(table):
     assert (predict_table(fit_linear(config_of(tasks=["three"]), without).model, table)["three"][:, 2] < 0.05).all()
 
 
+@pytest.mark.slow
 def test_labels_of_test_rows_do_not_matter_and_one_class_is_refused(table):
     """Catches a leak from test, and a task with nothing to learn that is fitted all the same."""
     test = table.split == "test"
@@ -178,6 +181,7 @@ def test_labels_of_test_rows_do_not_matter_and_one_class_is_refused(table):
         fit_linear(config_of(tasks=["three"]), replace(table, labels=table.labels | coded({"three": np.zeros(300, np.int64)})))
 
 
+@pytest.mark.slow
 def test_the_result_reads_like_any_fit(table):
     """Catches val scores of rows that were learnt from: there they would be much better."""
     result, heldout, extra = linear_result(config_of(training__l2=None), table)
@@ -209,6 +213,7 @@ def test_what_is_linear():
         assert not is_linear(config_of().with_overrides({key: value})), key
 
 
+@pytest.mark.slow
 def test_fits_side_by_side_are_each_fit_alone():
     """Catches step lengths or pairs of L-BFGS that leak from one fold, or one class, into another."""
     rng = np.random.default_rng(1)

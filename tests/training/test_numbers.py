@@ -90,6 +90,7 @@ def test_methods_of_training_work_with_numbers(overrides: dict) -> None:
     assert r2_on_test(fit(config_of(table, model__experts=False, **overrides), table).model, table) > 0.5
 
 
+@pytest.mark.slow
 def test_baselines_choose_and_stack() -> None:
     """Catches a ridge on raw prices, a choice of settings by a log loss that numbers lack, and members whose losses mix."""
     table = prices()

@@ -230,6 +230,7 @@ def test_each_modalitys_own_towers_get_the_combination_and_the_rest_the_sum(make
 # --- every strategy --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(make_config, table, tmp_path, strategy):
     """Catches heads, shares, losses of the last look or noise that a checkpoint does not hold; also the same seed's bits."""
