@@ -34,7 +34,7 @@ from mmkt_ray.scoring.calibration import fit_temperatures
 from mmkt_ray.scoring.heldout import load_heldout, pattern_name
 from mmkt_ray.scoring.seeds import mean_interval
 from mmkt_ray.steps import extract_step, run_folder
-from mmkt_ray.training.baselines import baseline_name, fit_baselines
+from mmkt_ray.training.baselines import baseline_name, fit_logregs
 from mmkt_ray.training.trainer import train, train_singles
 
 RARE = "rare"
@@ -71,7 +71,7 @@ def measure(config: Config, num_seeds: int) -> Iterator[str]:
     store = extract_step(config)["model"]
     uris = [fit_all(config, store, seed) for seed in range(num_seeds)]
     data = load_rows(store, config.model_modalities, config.model_tasks)
-    regressions = fit_baselines(config, data.table)[1]
+    regressions = fit_logregs(config, data.table)
     for t in config.model_tasks:
         rows = data.table.labels[t].labelled & readable(data.table, config.task_inputs(t))
         test = data.table.take(np.flatnonzero(rows & (data.table.split == "test")))

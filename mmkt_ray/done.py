@@ -8,7 +8,8 @@ shards' identities, a listing of the run folder and what was printed: if nothing
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,23 +73,41 @@ def listing(run_uri: str) -> dict[str, list[int]]:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def once(
-    run_uri: str, step: str, decided_by: Any, work: Callable[[], Any], files: Iterable[str], again: bool = False
-) -> bool:
-    """Do a step, unless it was done from the same before and its files are as it left them; returns whether it did it.
+@dataclass(frozen=True)
+class Step:
+    """A step of a run.
 
     decided_by: JSON-able, all that decides the result, but for the code. files: that it writes, by place in the run folder;
-    one that is not there afterwards is no result of this step. again: do it in any case.
+    one that is not there afterwards is no result of this step.
     """
-    digest = fingerprint([code_digest(), decided_by])
-    known = _read(run_uri).steps.get(step)
-    if not again and known and known.digest == digest and known.files == _checksums(run_uri, known.files):
-        return False
-    work()
-    found = {place: checksum for place, checksum in _checksums(run_uri, files).items() if checksum is not None}
-    before = _read(run_uri)
-    _write(run_uri, before.replaced(steps=before.steps | {step: StepDone(digest=digest, files=found)}))
-    return True
+
+    run_uri: str
+    name: str
+    decided_by: Any
+    files: Sequence[str]
+
+    def is_done(self) -> bool:
+        """Whether it was done from the same before, and its files are as it left them."""
+        known = _read(self.run_uri).steps.get(self.name)
+        return known is not None and known.digest == self._digest() and known.files == _checksums(self.run_uri, known.files)
+
+    def keep(self) -> None:
+        """It has just been done."""
+        found = {place: checksum for place, checksum in _checksums(self.run_uri, self.files).items() if checksum is not None}
+        before = _read(self.run_uri)
+        done = StepDone(digest=self._digest(), files=found)
+        _write(self.run_uri, before.replaced(steps=before.steps | {self.name: done}))
+
+    def once(self, work: Callable[[], Any], again: bool = False) -> bool:
+        """Do it, unless it is done; again: in any case. Returns whether it did it."""
+        if not again and self.is_done():
+            return False
+        work()
+        self.keep()
+        return True
+
+    def _digest(self) -> str:
+        return fingerprint([code_digest(), self.decided_by])
 
 
 def steps_done(run_uri: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from mmkt_ray import cluster, progress, storage
+from mmkt_ray.cluster.side_by_side import Call, SideBySide
 from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
-from mmkt_ray.done import NOTHING, keep_told, listing, once, run_folder, steps_done, told_before
+from mmkt_ray.done import NOTHING, Step, keep_told, listing, run_folder, steps_done, told_before
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.baselines import evaluate_baselines
+from mmkt_ray.evaluation.baselines import evaluate_baselines, logreg_calls
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.evaluation.readme import README, write_readme
@@ -49,7 +50,8 @@ from mmkt_ray.studies.seeds_results import seeds_table
 from mmkt_ray.studies.transfer_matrix import transfer_matrix
 from mmkt_ray.studies.transfer_results import transfer_table
 from mmkt_ray.tracking import check_tracking, track
-from mmkt_ray.training.trainer import train, train_singles
+from mmkt_ray.training.trainer import train_singles
+from mmkt_ray.training.variants import train_variants
 
 log = logging.getLogger(__name__)
 
@@ -130,14 +132,12 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
     uri = run_folder(config)
     variants = config.expand_variants()
     with _record(config, "train") as added, progress.stage("models", len(variants), "models") as it:
-        for name, variant in variants.items():
-            model_uri = storage.join(uri, "models", name)
-            summary = train(variant, stores[name].uri, model_uri)
+        for name, summary in train_variants(variants, stores, storage.join(uri, "models")):
             if summary.status == "up to date":
                 log.info("model %s is up to date", name)
             else:
                 log.info("model %s: best epoch %s, %.1f s", name, summary.best_epoch, summary.seconds)
-            _copy_encoders(uri, model_uri, stores[name], variant.model_modalities)
+            _copy_encoders(uri, storage.join(uri, "models", name), stores[name], variants[name].model_modalities)
             it.advance()
         singles = dict[str, Place]()
         for store in {s.uri: s for s in stores.values()}.values():
@@ -159,20 +159,28 @@ def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[
 
 def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
-    uri = run_folder(config)
-    variants, singles = config.expand_variants(), RunFile.of(uri).singles
-    total = len(variants) + len(singles) + config.evaluation.baselines
+    uri, by_uri = run_folder(config), {s.uri: s for s in stores.values()}
+    scored = {f"evaluate {place}": (step, call) for place, step, call in _to_evaluate(config, stores)}
+    fitted = {store_uri: _baselines_step(config, store) for store_uri, store in by_uri.items() if config.evaluation.baselines}
+    total = len(scored) + len(fitted)
     with _record(config, "evaluate"), progress.stage("scores", total, "models") as it:
-        for name, variant in variants.items():
-            _evaluate(uri, f"models/{name}", stores[name], variant.evaluation, name)
-            it.advance()
-        by_place = {_in_features(store): store for store in stores.values()}
-        for name, place in singles.items():
-            _evaluate(uri, place.model, by_place[place.store or ""], config.evaluation, name)
-            it.advance()
-        if config.evaluation.baselines:
-            for store in {s.uri: s for s in stores.values()}.values():
-                _baselines(config, store)
+        calls, logregs = dict[str, Call](), dict[str, dict[str, Any]]()
+        for store_uri in (u for u, step in fitted.items() if not step.is_done()):
+            logregs[store_uri] = {}
+            calls |= {f"{store_uri} {name}": c for name, c in logreg_calls(config, by_uri[store_uri]).items()}
+        calls |= {name: call for name, (step, call) in scored.items() if not step.is_done()}
+        it.advance(total - len(logregs) - len(scored.keys() & calls.keys()))
+        for name, value in SideBySide(calls, of=total):
+            if name in scored:
+                scored[name][0].keep()
+                it.advance()
+            else:
+                store_uri, _, baseline = name.rpartition(" ")
+                logregs[store_uri][baseline] = value
+        for store_uri, found in logregs.items():
+            step = fitted[store_uri]
+            evaluate_baselines(config, by_uri[store_uri], storage.join(uri, step.name), found)
+            step.keep()
             it.advance()
         _write_run_json(config, stores)
         results = _compare(uri)
@@ -180,40 +188,41 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
         if (main := results.main) is not None and main in stores:
             model_uri = storage.join(uri, "models", main)
             decided_by = steps_done(uri, (f"evaluate models/{main}",))
-            once(uri, f"gallery {main}", decided_by, lambda: write_gallery(model_uri), [f"models/{main}/gallery.json"])
+            Step(uri, f"gallery {main}", decided_by, [f"models/{main}/gallery.json"]).once(lambda: write_gallery(model_uri))
         return results
 
 
-def _evaluate(uri: str, folder: str, store: Store, evaluation: EvaluationConfig, name: str) -> None:
-    """Score a model of the run, unless this very model was scored just so."""
-    model_uri = storage.join(uri, folder)
-    decided_by = [model_fingerprint(model_uri), _identity(store), evaluation.model_dump(mode="json"), name]
-    names = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet", README)
+def _to_evaluate(config: Config, stores: dict[str, Store]) -> Iterator[tuple[str, Step, Call]]:
+    """Place of each model of the run, the step that scores it, and the call that does it."""
+    uri, by_place = run_folder(config), {_in_features(store): store for store in stores.values()}
+    models = [(name, f"models/{name}", stores[name], v.evaluation) for name, v in config.expand_variants().items()]
+    for name, place in RunFile.of(uri).singles.items():
+        models.append((name, place.model, by_place[place.store or ""], config.evaluation))
+    files = ("config.json", "metrics.json", "predictions-test.parquet", "predictions-heldout.parquet", README)
+    for name, folder, store, evaluation in models:
+        model_uri = storage.join(uri, folder)
+        decided_by = [model_fingerprint(model_uri), _identity(store), evaluation.model_dump(mode="json"), name]
+        step = Step(uri, f"evaluate {folder}", decided_by, [f"{folder}/{file}" for file in files])
+        yield folder, step, Call(_evaluate, (model_uri, store, evaluation, name))
 
-    def work() -> None:
-        evaluate_model(model_uri, store, evaluation=evaluation, name=name)
-        write_readme(model_uri, store.manifest)
 
-    once(uri, f"evaluate {folder}", decided_by, work, [f"{folder}/{file}" for file in names])
+def _evaluate(model_uri: str, store: Store, evaluation: EvaluationConfig, name: str) -> None:
+    evaluate_model(model_uri, store, evaluation=evaluation, name=name)
+    write_readme(model_uri, store.manifest)
 
 
-def _baselines(config: Config, store: Store) -> None:
-    """Fit and score the baselines of a store, unless that was done."""
+def _baselines_step(config: Config, store: Store) -> Step:
+    """The step that fits and scores the baselines of a store."""
     uri, folder = run_folder(config), f"baselines/{store.uri.rsplit('/', 1)[-1]}"
     settings = config.model_dump(mode="json", include={"evaluation", "tasks", "seed"})
-    once(
-        uri,
-        folder,
-        [_identity(store), sorted(config.modalities), settings],
-        lambda: evaluate_baselines(config, store, storage.join(uri, folder)),
-        [f"{folder}/metrics.json", f"{folder}/predictions-test.parquet"],
-    )
+    decided_by = [_identity(store), sorted(config.modalities), settings]
+    return Step(uri, folder, decided_by, [f"{folder}/metrics.json", f"{folder}/predictions-test.parquet"])
 
 
 def _compare(uri: str) -> Results:
     """The comparison of all that was evaluated, made again only if that has changed."""
     decided_by = [steps_done(uri, ("evaluate ", "baselines/")), _without_seconds(uri)]
-    once(uri, "compare", decided_by, lambda: compare(uri), ["report/results.json"])
+    Step(uri, "compare", decided_by, ["report/results.json"]).once(lambda: compare(uri))
     return Results.read(storage.join(uri, "report", "results.json"))
 
 
@@ -224,45 +233,38 @@ def _identity(store: Store) -> list[Any]:
 
 def study_step(config: Config, stores: dict[str, Store], results: Results) -> None:
     """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads."""
-    uri, wanted, main = run_folder(config), config.evaluation.studies, results.main or ""
+    wanted = config.evaluation.studies
     with _record(config, "study"):
-        evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
-        with progress.stage("studies", len(wanted), "studies") as it:
-            if "insight" in wanted:
-                once(uri, "insight", evaluated, lambda: insights(uri, stores), ["insight.json"])
-                it.advance()
-            if "scores" in wanted:
-                once(uri, "scores", evaluated, lambda: transferability(uri, stores), ["transferability.json"])
-                it.advance()
-            if "suspects" in wanted:
-                _label_issues(config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values())), uri)
-                it.advance()
-            for name in fused_to_study(results) if "missing" in wanted else ():
-                about = results.models[name]
-                store = next(s for s in stores.values() if s.manifest.fingerprint == about.store)
-                _missing(config, evaluated, about.folder_to_ship or about.folder, store)
-            if "missing" in wanted:
+        studies = [(step, call) for study, step, call in _studies(config, stores, results) if study in wanted]
+        todo = {step.name: (step, call) for step, call in studies if not step.is_done()}
+        with progress.stage("studies", len(studies), "studies") as it:
+            it.advance(len(studies) - len(todo))
+            for name, _ in SideBySide({name: call for name, (_, call) in todo.items()}, of=len(studies)):
+                todo[name][0].keep()
                 it.advance()
 
 
-def _label_issues(config: Config, store: Store, uri: str) -> None:
-    """Look for label issues, unless that was done. config: of the main variant, or of all if a baseline is best."""
-    decided_by = [_identity(store), config.model_dump(mode="json", include={"modalities", "tasks", "seed"})]
-    out = storage.join(uri, "suspects.parquet")
-    files = ["suspects.parquet", f"{_in_features(store)}/audit.json"]
-    once(uri, "suspects", decided_by, lambda: find_label_issues(store, config, out), files)
+def _studies(config: Config, stores: dict[str, Store], results: Results) -> Iterator[tuple[str, Step, Call]]:
+    """Name of each study, the step that it is, and the call that does it; there may be several of a name."""
+    uri, main = run_folder(config), results.main or ""
+    evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]
+    yield "insight", Step(uri, "insight", evaluated, ["insight.json"]), Call(insights, (uri, stores))
+    yield "scores", Step(uri, "scores", evaluated, ["transferability.json"]), Call(transferability, (uri, stores))
+    variant, store = config.expand_variants().get(main) or config, stores.get(main) or next(iter(stores.values()))
+    decided_by = [_identity(store), variant.model_dump(mode="json", include={"modalities", "tasks", "seed"})]
+    files, out = ["suspects.parquet", f"{_in_features(store)}/audit.json"], storage.join(uri, "suspects.parquet")
+    yield "suspects", Step(uri, "suspects", decided_by, files), Call(find_label_issues, (store, variant, out))
+    for name in fused_to_study(results):
+        about = results.models[name]
+        folder = about.folder_to_ship or about.folder
+        store = next(s for s in stores.values() if s.manifest.fingerprint == about.store)
+        settings = config.evaluation.model_dump(mode="json")
+        step = Step(uri, f"missing {folder}", [evaluated, settings], [f"{folder}/missing.json"])
+        yield "missing", step, Call(_missing, (storage.join(uri, folder), store, uri, config.evaluation))
 
 
-def _missing(config: Config, evaluated: Any, folder: str, store: Store) -> None:
-    """The curves of one model without its modalities, unless they are there."""
-    uri = run_folder(config)
-    once(
-        uri,
-        f"missing {folder}",
-        [evaluated, config.evaluation.model_dump(mode="json")],
-        lambda: missing_curves(storage.join(uri, folder), store, uri, evaluation=config.evaluation),
-        [f"{folder}/missing.json"],
-    )
+def _missing(model_uri: str, store: Store, run_uri: str, evaluation: EvaluationConfig) -> None:
+    missing_curves(model_uri, store, run_uri, evaluation=evaluation)
 
 
 def scores_step(config: Config, stores: dict[str, Store]) -> str:
@@ -302,7 +304,7 @@ def report_step(config: Config, again: bool = True) -> str:
     with _record(config, "report"):
         shown = {place: about for place, about in listing(uri).items() if not place.startswith(("report/", "run.json"))}
         files = ["report/index.html", "report/results.json"]
-        once(uri, "report", [shown, _without_seconds(uri)], lambda: build_report(uri), files, again)
+        Step(uri, "report", [shown, _without_seconds(uri)], files).once(lambda: build_report(uri), again)
         return storage.join(uri, "report", "index.html")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.done import once, run_folder
+from mmkt_ray.done import Step, run_folder
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.scoring.results import Results
 
@@ -54,7 +54,8 @@ def track(config: Config, results: Results) -> None:
     for tracker, place in _wanted(config).items():
         for model in tracked_models(config, results):
             decided_by = [model.identity, os.path.abspath(place)]
-            once(uri, f"tracking {tracker} {model.name}", decided_by, _writer(tracker, place, config.name, model), [])
+            step = Step(uri, f"tracking {tracker} {model.name}", decided_by, [])
+            step.once(_writer(tracker, place, config.name, model))
 
 
 def _wanted(config: Config) -> dict[str, str]:

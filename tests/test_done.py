@@ -23,7 +23,7 @@ class Step:
         (self.folder / "result.json").write_text('{"a": 1}')
 
     def ask(self, settings: object, again: bool = False) -> bool:
-        return done.once(str(self.folder), "step", settings, self, ["result.json", "optional.json"], again)
+        return done.Step(str(self.folder), "step", settings, ["result.json", "optional.json"]).once(self, again)
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_other_code_does_its_steps_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_step_that_breaks_off_is_not_done(tmp_path: Path) -> None:
     """A step that is written down before its work has ended."""
     with pytest.raises(ZeroDivisionError):
-        done.once(str(tmp_path), "step", 1, lambda: 1 / 0, ["result.json"])
+        done.Step(str(tmp_path), "step", 1, ["result.json"]).once(lambda: 1 / 0)
     assert Step(tmp_path).ask(1)
 
 

@@ -29,7 +29,7 @@ from mmkt_ray.cluster import forked_worker
 from mmkt_ray.ray_private import WORKER_MODULES, random_id, set_variables, worker_environment
 
 FILE = "fork-server"  # the socket, in the session's folder
-PRELOADED = (  # what actors that encode, and the tasks around them, import
+PRELOADED = (  # what actors that encode, the tasks around them, and those that train import
     *WORKER_MODULES,
     "pandas",
     "scipy.sparse",
@@ -37,6 +37,8 @@ PRELOADED = (  # what actors that encode, and the tasks around them, import
     "torch",
     "mmkt_ray.features.extract",
     "mmkt_ray.kinds.images",
+    "mmkt_ray.evaluation.baselines",
+    "mmkt_ray.training.trainer",
 )
 # The driver may have found the package by a path of its own, which is not that of a worker.
 START = """

@@ -13,18 +13,40 @@ import torch
 
 from mmkt_ray import storage
 from mmkt_ray.cluster import cores
+from mmkt_ray.cluster.side_by_side import Call
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, part_of, scores_of_task
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, write_parts
 from mmkt_ray.scoring.heldout import make_folds, pattern_name
 from mmkt_ray.scoring.metrics import BaselineMetrics, BaselinesFile, HeldOut
-from mmkt_ray.training.baselines import BOOSTING, MAJORITY, Logreg, Majority, fit_baselines
+from mmkt_ray.training.baselines import (
+    BOOSTING,
+    MAJORITY,
+    Logreg,
+    Majority,
+    fit_logregs,
+    fit_majorities,
+    logreg_configs,
+)
 from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
+from mmkt_ray.training.linear import fit_linear
 
 
-def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesFile:
-    """Fit the baselines on a store's train and val rows and score them on `test`.
+def logreg_calls(config: Config, store: Store) -> dict[str, Call]:
+    """Name -> the call that fits a logistic regression of the store, which returns a `Logreg`; the widest come first."""
+    modalities, tasks = sorted(config.modalities), sorted(config.tasks)
+    found = logreg_configs(config, load_rows(store, modalities, tasks).table)
+    return {name: Call(_fit_logreg, (own, store.uri, modalities, tasks)) for name, own in reversed(found.items())}
+
+
+def _fit_logreg(own: Config, store_uri: str, modalities: list[str], tasks: list[str]) -> Logreg:
+    return Logreg(own, fit_linear(own, load_rows(open_store(store_uri), modalities, tasks).table))
+
+
+def evaluate_baselines(config: Config, store: Store, out_uri: str, fitted: Mapping[str, Logreg] | None = None) -> BaselinesFile:
+    """Fit the baselines on a store's train and val rows and score them on `test`. fitted: of `logreg_calls`; else they are
+    fitted here.
 
     Writes `<out_uri>/metrics.json`, without subsets and patterns, `<out_uri>/predictions-test.parquet` with one more column,
     `model`, and each logistic regression as a model folder. Returns what metrics.json holds. Raises: DataError if the split
@@ -32,10 +54,12 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesF
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
     settings = ScoreSettings(config.evaluation, config.seed)
-    torch.set_num_threads(cores())  # as training does: the same bits whether or not a model was trained in this process
+    torch.set_num_threads(cores())  # the same bits whether or not a model was trained in this process
     data = load_rows(store, modalities, tasks)
     part = part_of(data, store, "test")
-    majorities, fitted = fit_baselines(config, data.table)
+    majorities = fit_majorities(config, data.table)
+    if fitted is None:
+        fitted = fit_logregs(config, data.table)
     run_uri = out_uri.rpartition("/baselines/")[0] or out_uri
     found: dict[str, Proba] = {name: model.predict(part.table) for name, model in fitted.items()}
     known = {name: _logreg_record(name, model, store, data, run_uri) for name, model in fitted.items()}

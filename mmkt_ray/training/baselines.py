@@ -36,31 +36,44 @@ def baseline_name(modalities: Sequence[str]) -> str:
     return "logreg:" + pattern_name(modalities)
 
 
-def fit_baselines(config: Config, table: FeatureTable) -> tuple[dict[str, Majority], dict[str, Logreg]]:
-    """The baselines of the tasks in the table: task -> Majority, and name -> Logreg.
+def fit_logregs(config: Config, table: FeatureTable) -> dict[str, Logreg]:
+    """Name -> Logreg, see `logreg_configs`."""
+    return {name: Logreg(own, fit_linear(own, table)) for name, own in logreg_configs(config, table).items()}
 
-    A logistic regression for each modality, and for all that a task reads: "logreg:<modality>", "logreg:<all joined by
-    +>". For a task, a modality that none of its labelled train rows has is left out, so is the concatenation of fewer than
-    two, and rows with one class only, which teach nothing. Tasks without labelled train rows have none.
+
+def fit_majorities(config: Config, table: FeatureTable) -> dict[str, Majority]:
+    """Task -> Majority; tasks without labelled train rows have none."""
+    found = {}
+    for t, (rows, there) in _taught(config, table).items():
+        found[t] = Majority.fit(table.labels[t][rows], table.width(t), there)
+    return found
+
+
+def logreg_configs(config: Config, table: FeatureTable) -> dict[str, Config]:
+    """Name -> the config of logistic regression on each modality, "logreg:<modality>", and on all that a task reads,
+    "logreg:<all joined by +>".
+
+    For a task, a modality that none of its labelled train rows has is left out, so is the concatenation of fewer than two,
+    and rows with one class only, which teach nothing.
     """
-    majorities: dict[str, Majority] = {}
     tasks: dict[tuple[str, ...], list[str]] = {}  # modalities -> tasks
-    for t in sorted(table.labels):
-        labels = table.labels[t]
-        rows = np.flatnonzero((table.split == "train") & labels.known)
-        if not len(rows):
-            continue
-        read = config.tasks[t].inputs or sorted(table.features)
-        there = [m for m in sorted(read) if table.present[m][rows].any()]
-        majorities[t] = Majority.fit(labels[rows], table.width(t), there)
+    for t, (_, there) in _taught(config, table).items():
         for modalities in dict.fromkeys([*((m,) for m in there), *([tuple(there)] if there else [])]):
             if can_learn(logreg_config(config, modalities, [t]), table):
                 tasks.setdefault(modalities, []).append(t)
-    fitted = {}
-    for modalities in sorted(tasks, key=lambda names: (len(names), names)):
-        own = logreg_config(config, modalities, tasks[modalities])
-        fitted[baseline_name(modalities)] = Logreg(own, fit_linear(own, table))
-    return majorities, fitted
+    by_width = sorted(tasks, key=lambda names: (len(names), names))
+    return {baseline_name(names): logreg_config(config, names, tasks[names]) for names in by_width}
+
+
+def _taught(config: Config, table: FeatureTable) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """Task -> its labelled train rows, if there are any, and the modalities that one of them has."""
+    found = {}
+    for t in sorted(table.labels):
+        rows = np.flatnonzero((table.split == "train") & table.labels[t].known)
+        if len(rows):
+            read = config.tasks[t].inputs or sorted(table.features)
+            found[t] = rows, [m for m in sorted(read) if table.present[m][rows].any()]
+    return found
 
 
 def logreg_config(config: Config, modalities: Sequence[str], tasks: Sequence[str]) -> Config:

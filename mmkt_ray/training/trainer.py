@@ -160,9 +160,22 @@ def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int)
 def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[Choice, str]:
     """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
 
-    They are chosen once for the models of the same modalities and tasks, whatever their seeds, and kept in the store's folder
-    `settings/`.
+    They are chosen once for the models of the same modalities and tasks, whatever their seeds.
     """
+    folder = settings_uri(config, store)
+    if storage.exists(f"{folder}.json"):
+        choice = Choice.read(f"{folder}.json")
+    else:
+        choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
+        if heldout is not None:
+            save_heldout(folder, heldout)
+        choice.write(f"{folder}.json")
+    return choice.replaced(settings=for_depth(config, choice.settings)), folder
+
+
+def settings_uri(config: Config, store: Store) -> str:
+    """Where the settings of this config's model and of all like it are kept, in the store's folder: `<uri>.json`, and the
+    folder `<uri>` of held-out predictions."""
     asked = screening_config(config)
     about = {
         "store": store.manifest.fingerprint,
@@ -174,15 +187,7 @@ def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> t
         "seed": asked.seed,
         "set": [dict(candidate) for candidate in (BASE, *CANDIDATES)],
     }
-    folder = storage.join(store.uri, "settings", fingerprint(about))
-    if storage.exists(f"{folder}.json"):
-        choice = Choice.read(f"{folder}.json")
-    else:
-        choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
-        if heldout is not None:
-            save_heldout(folder, heldout)
-        choice.write(f"{folder}.json")
-    return choice.replaced(settings=for_depth(config, choice.settings)), folder
+    return storage.join(store.uri, "settings", fingerprint(about))
 
 
 def choose_on_worker(
@@ -222,7 +227,7 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
     """The fused model and the experts that are not there yet one after the other, then all of them as one."""
     scratch = storage.join(model_uri, ".parts")
     own = config.with_overrides({"model.experts": False})
-    fused_uri = _find(own, store, folder) or storage.join(scratch, "fused")
+    fused_uri = find_model(own, store, folder) or storage.join(scratch, "fused")
     train(own, store.uri, fused_uri, folder, run)
     fused = _trained(fused_uri)
     experts, parts = dict[str, str](), dict[str, Training]()
@@ -281,7 +286,7 @@ def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dic
 
 def train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:
     """Where the expert lies: as a variant of the run or among its experts, to which it is added if it is new."""
-    if found := _find(config, store, folder):
+    if found := find_model(config, store, folder):
         return found
     digest = train(config, store.uri, scratch, folder, run).fingerprint
     uri = storage.join(folder, ".experts", digest)
@@ -289,7 +294,7 @@ def train_expert(config: Config, store: Store, scratch: str, folder: str, run: R
     return uri
 
 
-def _find(config: Config, store: Store, folder: str) -> str | None:
+def find_model(config: Config, store: Store, folder: str) -> str | None:
     """The model of this config among the folder's experts and models."""
     digest = training_fingerprint(config, store, folder)
     found = storage.glob(storage.join(folder, "*", "config.json"), fixed=folder)

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mmkt_ray.config import parse_config
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.training.baselines import fit_baselines
+from mmkt_ray.training.baselines import fit_logregs, fit_majorities
 from tests.labels import MISSING, UNSEEN, coded, codes_of
 
 CONFIG = parse_config(
@@ -25,7 +25,7 @@ CONFIG = parse_config(
 
 def baselines(table):
     """name -> what tells probabilities of a table."""
-    majorities, fitted = fit_baselines(CONFIG, table)
+    majorities, fitted = fit_majorities(CONFIG, table), fit_logregs(CONFIG, table)
     found = {"majority": majorities["t"].predict} if majorities else {}
     return found | {name: lambda part, model=model: model.predict(part)["t"] for name, model in fitted.items()}
 
@@ -61,7 +61,7 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
     train = table.take(table.rows("train"))
     rows = train.present["image"]
     scaler = StandardScaler().fit(train.features["image"][rows].astype(float))
-    fitted = fit_baselines(CONFIG, table)[1]["logreg:image"]
+    fitted = fit_logregs(CONFIG, table)["logreg:image"]
     assert fitted.fit.num_rows == {"t": rows.sum()}
     width = train.features["image"].shape[1]  # the mean squared length of a standardised row
     model = LogisticRegression(C=1 / fitted.fit.l2["t"], tol=1e-8, max_iter=1000).fit(

@@ -15,7 +15,7 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import predict_out_of_fold
 from mmkt_ray.training.auto import choose
-from mmkt_ray.training.baselines import fit_baselines
+from mmkt_ray.training.baselines import fit_logregs, fit_majorities
 from mmkt_ray.training.boosting import fit_boosting
 from mmkt_ray.training.experts import expert_configs
 from mmkt_ray.training.linear import fit_linear
@@ -95,7 +95,7 @@ def test_baselines_choose_and_stack() -> None:
     """Catches a ridge on raw prices, a choice of settings by a log loss that numbers lack, and members whose losses mix."""
     table = prices()
     config = config_of(table)
-    majorities, linear = fit_baselines(config, table)
+    majorities, linear = fit_majorities(config, table), fit_logregs(config, table)
     assert majorities["price"].outputs[0] == pytest.approx(table.labels["price"].values[:250].mean(), rel=1e-5)
     assert r2_on_test(linear["logreg:a+b"].fit.model, table) > 0.7
     assert r2_on_test(linear["logreg:a+b"].fit.model, table) > r2_on_test(linear["logreg:a"].fit.model, table)
