@@ -4,7 +4,7 @@ A question is what the best fused model (chosen on held-out rows) gains over mod
 the best single modality, or those that read all modalities but one. Rivals that are shown to be worse than the best of them
 are left out. The rules, on differences row by row over the rows that both models predicted:
 
-    adds      better than every rival (so the largest P counts)
+    adds      better than every rival (so the largest P counts); told is the gain over the one that comes closest
     depends   not so, but another fused model is; P counts times the number of other models and of questions
     hurts     worse than a rival; P counts times the number of rivals
     suffices  none of these, and for every fused model tried the interval leaves out a gain of NEGLIGIBLE or more
@@ -142,17 +142,23 @@ class Question:
         `p_adds` and `p_hurts`, corrected for the number of questions."""
         shown = p_holm < alpha
         if shown and self.p_adds <= self.p_hurts:
-            return "adds", self.pairs[0]
+            return "adds", _closest(self.pairs)
         times = num_questions * len(self.others)
         better = [pairs for pairs in self.others if times * max(pair.p(1) for pair in pairs) < alpha]
         if better:
-            return "depends", max(better, key=lambda pairs: pairs[0].fused.held_out)[0]
+            return "depends", _closest(max(better, key=lambda pairs: pairs[0].fused.held_out))
         if shown:
             return "hurts", min(self.pairs, key=lambda pair: pair.p(-1))
         if all(pairs[0].found["high"] < NEGLIGIBLE for pairs in (self.pairs, *self.others)):
             return "suffices", self.pairs[0]
         first = self.pairs[0]
         return "unclear", max(self.pairs, key=lambda pair: pair.p(1)) if first.p(1) < alpha else first
+
+
+def _closest(pairs: Sequence[Pair]) -> Pair:
+    """Of a fused model that is better than all rivals, the pair with the least gain: what it gains is told against no weaker
+    one."""
+    return min(pairs, key=lambda pair: pair.found["value"])
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def headline(task: str, answer: Answer | None, found: TaskResults, confidence: f
         return Headline(task=task, tone="plain", title=title, text=text)
     ours, alone, size = answer.fused, answer.rest, f"{100 * abs(answer.value):.1f} points"
     title = {
-        "adds": f"Fusing helps: {ours} beats the best single modality by {size}",
-        "depends": f"Fusing helps with {ours}, by {size}; with {answer.best_fused} it is not shown to",
+        "adds": f"Fusing helps: {ours} beats every single modality, the closest ({alone}) by {size}",
+        "depends": f"Fusing helps with {ours}, by {size} over {alone}; with {answer.best_fused} it is not shown to",
         "hurts": f"Fusing hurts: {ours} is {size} below {alone} alone",
         "suffices": f"{alone} alone suffices: none of the fused models tried gains a point",
         "unclear": f"Fusing is not shown to help: {ours} and {alone} alone are too close to tell apart",

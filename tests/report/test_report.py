@@ -187,7 +187,7 @@ def test_the_headline_says_plainly_what_fusing_did():
     better = told("adds", 0.031, 0.01, 0.05)
     assert (better.tone, better.title) == (
         "good",
-        "Fusing helps: both beats the best single modality by 3.1 points",
+        "Fusing helps: both beats every single modality, the closest (image) by 3.1 points",
     )
     assert "Paired difference +3.1 points, 95 % interval +1.0 to +5.0." in better.text
     assert "It also answers for 50 samples that image cannot read." in better.text
@@ -199,7 +199,7 @@ def test_the_headline_says_plainly_what_fusing_did():
     assert enough.title == "image alone suffices: none of the fused models tried gains a point"
     assert "nor does the other one" in enough.text
     other = told("depends", 0.03, 0.01, 0.05, fused="sum")
-    assert other.title == "Fusing helps with sum, by 3.0 points; with both it is not shown to"
+    assert other.title == "Fusing helps with sum, by 3.0 points over image; with both it is not shown to"
 
 
 def test_a_model_keeps_its_colour_and_no_other_has_it():
