@@ -424,6 +424,7 @@ def _step(args: argparse.Namespace, config: Config) -> str:
 
 
 def _locked_step(args: argparse.Namespace, config: Config) -> str:
+    _start_ahead()
     from mmkt_ray import steps  # torch and ray load here, so that what does not need them is quick
 
     command = args.command
@@ -476,7 +477,14 @@ def _search(config: Config) -> str:
     return f"{result_table(result)}\n\n{places}{steps.refresh_report(config)}"
 
 
+def _start_ahead() -> None:
+    from mmkt_ray.cluster.local import start_ahead
+
+    start_ahead()
+
+
 def _predict(args: argparse.Namespace) -> str:
+    _start_ahead()
     from mmkt_ray.inference.output import Output
     from mmkt_ray.inference.prediction import predict
 
@@ -490,6 +498,7 @@ def _score_files(args: argparse.Namespace) -> str:
             "mmkt evaluate takes either CONFIG, to score the models of its run, or --model MODEL --data FILE... --out FOLDER, "
             "to score one model on labelled files"
         )
+    _start_ahead()
     from mmkt_ray.evaluation.scoring_files import score_files, scores_text
 
     result = score_files(args.model, args.data, args.out, _reading(args))

@@ -295,7 +295,10 @@ def write_shard(path: Path, rows: Rows, columns: Mapping[str, str], labels: Sequ
 
 def _train(config: Config) -> str:
     """Features and a model of the shard; returns the model's folder."""
-    from mmkt_ray import steps  # Ray loads here
+    from mmkt_ray.cluster.local import start_ahead
+
+    start_ahead()
+    from mmkt_ray import steps
     from mmkt_ray.locks import locked
 
     with locked(steps.run_folder(config)):

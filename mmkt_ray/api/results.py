@@ -38,7 +38,10 @@ def run(
     Raises: ConfigError, DataError, ResourceError: what is wrong and what to do next.
     """
     from mmkt_ray import quick as shortened
-    from mmkt_ray import steps  # Ray loads here
+    from mmkt_ray.cluster.local import start_ahead
+
+    start_ahead()
+    from mmkt_ray import steps
 
     checked = _checked(config, dict(overrides or {}))
     checked = shortened.quick(checked) if quick else checked

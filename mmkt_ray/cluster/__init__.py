@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_variables, start_local
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
@@ -54,8 +54,7 @@ def connect() -> Resources:
 
     Raises: ResourceError if the address does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen
+    set_variables()
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":

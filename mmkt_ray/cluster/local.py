@@ -35,12 +35,26 @@ from mmkt_ray.ray_private import (
 
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
 OBJECT_STORE_BYTES = 1_000_000_000
-PREFIX = "mmkt-ray-"  # short: paths of sockets below it end at 107 characters
+PREFIX = "mmkt-ray-"
+MAX_PARENT = 107 - len(f"/{PREFIX}12345678/ray/session_2026-11-30_11-18-23_402342_1234567/sockets/plasma_store")  # of a socket
 LOCK = "in-use"  # locked as long as the folder's owner lives, also on a /tmp that containers share
 TOKEN_BYTES = 32  # of the token by which Ray's processes know each other
 END_TIMEOUT_S = 10.0  # for Ray to end by itself before it is killed, and for what was killed to be gone
 
 _own: dict[int, str] = {}  # process that started a Ray (a fork of it has not) -> the Ray's folder
+_ahead: dict[str, tuple[str, dict[str, str]]] = {}  # folder of a Ray that will start -> what `fork_server` has returned
+
+
+def start_ahead() -> None:
+    """Where a Ray of our own will be wanted: have the process that its workers are forks of import what they need, while this
+    one still imports what it needs itself."""
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or _own.get(os.getpid()) or sys.platform != "linux":
+        return
+    with suppress(OSError, ResourceError):  # `start_local` will tell
+        set_variables()
+        keep_token_private()
+        folder = private_folder()
+        _ahead[folder] = fork_server(folder)
 
 
 def start_local() -> None:
@@ -48,13 +62,13 @@ def start_local() -> None:
 
     Raises: ResourceError if there is no place for it, or if this machine is too busy.
     """
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15: beside another busy program its workers stand still
+    set_variables()
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quieten()
     try:
         keep_token_private()
-        folder = private_folder()
+        folder = next(iter(_ahead), None) or private_folder()
     except OSError as error:
         raise ResourceError(
             f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
@@ -77,8 +91,15 @@ def forked_workers(folder: str) -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    with workers_from(*fork_server(folder)):
+    with workers_from(*(_ahead.pop(folder, None) or fork_server(folder))):
         yield
+
+
+def set_variables() -> None:
+    """What Ray reads from the environment of this process and of those that it starts."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15: beside another busy program its workers stand still
 
 
 @contextmanager
@@ -108,8 +129,20 @@ def private_folder() -> str:
 
 
 def session_parent() -> str:
-    """Where Ray itself would put its sessions. Short elsewhere than on Linux, as paths of sockets must be."""
-    return os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
+    """Where Ray itself would put its sessions; /tmp where a TMPDIR, as batch systems set it, is too long for sockets. Short
+    elsewhere than on Linux, too.
+
+    Raises: ResourceError if RAY_TMPDIR is too long.
+    """
+    if asked := os.environ.get("RAY_TMPDIR"):
+        if len(asked) > MAX_PARENT:
+            raise ResourceError(
+                f"RAY_TMPDIR is '{asked}': paths of sockets below it would be longer than Linux allows; set it to a folder of at "
+                f"most {MAX_PARENT} characters, or unset it"
+            )
+        return asked
+    common = (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
+    return common if len(common) <= MAX_PARENT else "/tmp"
 
 
 def remove_left(parent: str) -> None:
@@ -138,6 +171,7 @@ def stop_local() -> None:
         overdue.cancel()
         end_processes(folder, started)
         shutil.rmtree(folder, ignore_errors=True)
+        _ahead.pop(folder, None)
         _own.pop(os.getpid(), None)  # last: a signal until here ends what is left
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,3 +131,36 @@ def test_each_fork_draws_ids_of_its_own() -> None:
     code = fork_server.START.replace("sys.modules[", f"exec({IDS!r})\nsys.modules[")
     done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
+def test_a_server_that_starts_ahead_is_that_of_the_ray_or_ends_unused() -> None:
+    """Catches a second server with its imports for the Ray that starts then, and a folder or a process that a command leaves
+    which needed no Ray."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as paths of sockets must be
+    code = """
+import os, ray
+from mmkt_ray import cluster
+from mmkt_ray.cluster import fork_server, local
+local.start_ahead()
+if {ray}:
+    cluster.connect()
+    parent = ray.get(ray.remote(lambda: os.getppid()).remote())
+    print([parent] == [server.pid for server in fork_server._servers], len(os.listdir({folder!r})))
+local.stop_local()
+print(os.listdir({folder!r}), [server.wait(30) is not None for server in fork_server._servers])
+local.start_ahead()  # the process's end removes this one
+"""
+    for ray, told in ((False, ["[] [True]"]), (True, ["True 1", "[] [True]"])):
+        script = code.format(ray=ray, folder=str(folder))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.splitlines() == told, done.stderr
+        assert not list(folder.iterdir())
+    attached = {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": "127.0.0.1:6379"}
+    code = f"import os; from mmkt_ray.cluster import local; local.start_ahead(); print(os.listdir({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+    folder.rmdir()
