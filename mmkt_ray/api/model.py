@@ -7,6 +7,7 @@ Axes: N rows, C classes of one task.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class Model:
     reducers: Mapping[str, Any] = field(repr=False)
     aliases: Mapping[str, list[str]] = field(repr=False)  # modality -> what the columns of training were called
     parts: Mapping[str, list[str]] = field(repr=False)  # modality made of several columns -> their names, or patterns for them
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)  # of a thread in the encoders
 
     def __repr__(self) -> str:
         reads = ", ".join(f"{m} ({kind})" for m, kind in self.modalities.items())
@@ -204,7 +206,9 @@ class Model:
 
     def _predict(self, samples: pa.Table, lost: Sequence[Reject], rejects: list[Reject]) -> pa.Table:
         """Columns of predictions for samples whose ids are positions; rejects are added to."""
-        part, told = self.encoder.encode_samples(samples, "rows", {}, {})
+        with self._turn:
+            self.encoder.pass_for(len(samples))
+            part, told = self.encoder.encode_samples(samples, "rows", {}, {})
         dims = {m: e.dim for m, e in self.encoder.encoders.items()}
         part = reduce_features(part, dict(self.reducers), dims, self.config.extract.feature_dtype)
         dims |= {m: reducer.dim for m, reducer in self.reducers.items()}

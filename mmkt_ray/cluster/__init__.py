@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def configure_data() -> None:
     context.raise_original_map_exception = True  # a user's error says what to do, Ray's hides it
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS  # Ray's own: the first one ends the job
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # fewer chunks than actors are no fault
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # the error itself comes, and is told by the CLI
 

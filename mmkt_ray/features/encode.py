@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch  # imported where something is encoded: the other stages' processes start seconds sooner
 
 NOT_ENCODED = "not encoded"  # in `cleaned`: it was decoded, and its encoder gave no usable features
+FEW_ROWS = 16  # of a chunk, that networks on a CPU may take one by one
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class SampleEncoder:
     """
 
     def __init__(self, plan: EncodePlan, device: torch.device) -> None:
-        self.plan = plan
+        self.plan, self.device, self._pass_size = plan, device, plan.config.extract.encode_batch_size
         self.encoders: dict[str, Any] = {}
         for name, uri in sorted(plan.encoders.items()):
             encoder = load_fitted(build_encoder(plan.config.modalities[name].encoder), uri)
             if hasattr(encoder, "to"):
-                encoder.to(device, plan.config.extract.encode_batch_size)
+                encoder.to(device, self._pass_size)
             self.encoders[name] = encoder
         alone = {m: not getattr(e, "concurrent", False) for m, e in self.encoders.items()}
         self._turns = {m: threading.Lock() if alone[m] else nullcontext() for m in self.encoders}
@@ -88,6 +89,18 @@ class SampleEncoder:
         self.schema = part_schema(
             plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()}
         )
+
+    def pass_for(self, num_rows: int) -> None:
+        """Have networks on a CPU take few rows one by one: a pass has one shape, and costs as much if most of it is padding.
+
+        Not for what goes into a store: its features would differ in their last bits. One thread at a time.
+        """
+        size = 1 if self.device.type == "cpu" and num_rows <= FEW_ROWS else self.plan.config.extract.encode_batch_size
+        if size != self._pass_size:
+            self._pass_size = size
+            for encoder in self.encoders.values():
+                if hasattr(encoder, "to"):
+                    encoder.to(self.device, size)
 
     def encode_samples(
         self,
