@@ -35,7 +35,8 @@ from mmkt_ray.scoring.heldout import load_heldout, pattern_name
 from mmkt_ray.scoring.seeds import mean_interval
 from mmkt_ray.steps import extract_step, run_folder
 from mmkt_ray.training.baselines import baseline_name, fit_logregs
-from mmkt_ray.training.trainer import train, train_singles
+from mmkt_ray.training.trainer import train
+from mmkt_ray.training.variants import train_singles
 
 RARE = "rare"
 

@@ -50,8 +50,7 @@ from mmkt_ray.studies.seeds_results import seeds_table
 from mmkt_ray.studies.transfer_matrix import transfer_matrix
 from mmkt_ray.studies.transfer_results import transfer_table
 from mmkt_ray.tracking import check_tracking, track
-from mmkt_ray.training.trainer import train_singles
-from mmkt_ray.training.variants import train_variants
+from mmkt_ray.training.variants import train_singles, train_variants
 
 log = logging.getLogger(__name__)
 

@@ -47,7 +47,6 @@ from mmkt_ray.training.experts import (
     has_experts,
     join_experts,
     model_identity,
-    single_configs,
     with_heldout,
 )
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
@@ -264,24 +263,6 @@ def _train_with_experts(config: Config, store: Store, model_uri: str, folder: st
 
 def _model(uri: str) -> Any:
     return load_model(uri)[0]
-
-
-def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dict[str, str]:
-    """Modality -> folder of a model of it alone, trained like the fused ones of these variants; experts that are such are used.
-
-    folder: where the models of the variants lie. See `single_configs` for what is left out.
-    """
-    modalities = sorted({m for v in variants.values() for m in v.model_modalities})
-    tasks = sorted({t for v in variants.values() for t in v.model_tasks})
-    found = {}
-    for m, config in single_configs(variants, store.table(modalities, tasks)).items():
-        scratch = storage.join(folder, f".single-{m}")
-        try:
-            found[m] = train_expert(config, store, scratch, folder, cluster.run_on_workers)
-        except (ConfigError, DataError) as error:
-            log.warning("no model of %s alone: %s", m, error)
-        storage.remove_folder(scratch)
-    return found
 
 
 def train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:

@@ -6,11 +6,12 @@ several variants) is a call of its own that they come after.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from mmkt_ray import storage
+from mmkt_ray import cluster, storage
 from mmkt_ray.cluster.side_by_side import Call, SideBySide, run_here
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
@@ -27,6 +28,8 @@ from mmkt_ray.training.trainer import (
     train_expert,
     training_fingerprint,
 )
+
+log = logging.getLogger(__name__)
 
 MODEL = "model "  # begins the names of calls whose values are asked for
 
@@ -50,6 +53,24 @@ def train_variants(variants: Mapping[str, Config], stores: Mapping[str, Store], 
     for name, variant in variants.items():
         if f"{MODEL}{name}" not in calls.todo:  # those that are up to date too
             yield name, train(variant, stores[name].uri, storage.join(folder, name))
+
+
+def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dict[str, str]:
+    """Modality -> folder of a model of it alone, trained like the fused ones of these variants; experts that are such are used.
+
+    folder: where the models of the variants lie. See `single_configs` for what is left out.
+    """
+    modalities = sorted({m for v in variants.values() for m in v.model_modalities})
+    tasks = sorted({t for v in variants.values() for t in v.model_tasks})
+    found = {}
+    for m, config in single_configs(variants, store.table(modalities, tasks)).items():
+        scratch = storage.join(folder, f".single-{m}")
+        try:
+            found[m] = train_expert(config, store, scratch, folder, cluster.run_on_workers)
+        except (ConfigError, DataError) as error:
+            log.warning("no model of %s alone: %s", m, error)
+        storage.remove_folder(scratch)
+    return found
 
 
 @dataclass
