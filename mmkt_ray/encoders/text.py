@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmkt_ray.encoders.base import EncoderSection, ListedEncoder, check_array
 from mmkt_ray.errors import DataError
@@ -59,6 +59,9 @@ class TfidfEncoder(ListedEncoder):
 
         name: Literal["tfidf"] = "tfidf"
         lowercase: bool = Field(True, description="lower-case before tokenising")
+        analyzer: Literal["word", "char", "char_wb"] = Field(
+            "word", description="what n-grams are of: words, characters, or characters within words"
+        )
         ngram_range: tuple[int, int] = Field((1, 1), description="shortest and longest n-gram")
         min_df: int = Field(1, ge=1, description="drop terms in fewer documents")
         max_df: float = Field(1.0, gt=0, le=1, description="drop terms in more than this share of documents")
@@ -67,10 +70,16 @@ class TfidfEncoder(ListedEncoder):
         sublinear_tf: bool = Field(False, description="1 + log(tf) in place of tf")
         norm: Literal["l1", "l2"] | None = Field("l2", description="row normalisation")
 
+        @model_validator(mode="after")
+        def _words_alone_stop(self) -> Self:
+            if self.stop_words and self.analyzer != "word":
+                raise ValueError(f"stop_words are words: leave them out with analyzer: {self.analyzer}")
+            return self
+
     def __init__(self, section: Section) -> None:
         super().__init__(section)
         self._section = section
-        self._words_only = section.ngram_range == (1, 1)
+        self._words_only = section.ngram_range == (1, 1) and section.analyzer == "word"
         self._terms: pa.LargeStringArray | None = None  # (D,) sorted by code point
         self._idf = np.empty(0)  # (D,) float64
         self._index: Any = None  # finds terms, a TermIndex or for n-grams a dict; made by the first `encode`
@@ -80,7 +89,7 @@ class TfidfEncoder(ListedEncoder):
 
     @cached_property
     def _vectorizer(self) -> sklearn_text.TfidfVectorizer:
-        options = self._section.model_dump(include={"lowercase", "ngram_range", "stop_words"})
+        options = self._section.model_dump(include={"lowercase", "analyzer", "ngram_range", "stop_words"})
         return sklearn_text.TfidfVectorizer(**options)
 
     @property
@@ -96,7 +105,7 @@ class TfidfEncoder(ListedEncoder):
     def vocabulary(self) -> dict[str, Any]:
         """Options of a `TfidfVectorizer` of scikit-learn that gives the same, terms in column order, their idf."""
         section = self._section
-        names = {"lowercase", "ngram_range", "stop_words", "sublinear_tf", "norm"}
+        names = {"lowercase", "analyzer", "ngram_range", "stop_words", "sublinear_tf", "norm"}
         options = section.model_dump(mode="json", include=names)
         return {"options": options, "terms": self.terms, "idf": self._idf.tolist()}
 

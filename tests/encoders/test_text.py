@@ -44,6 +44,8 @@ OPTIONS = [
     {"max_features": 7, "min_df": 2, "max_df": 0.9, "sublinear_tf": True},
     {"max_features": 10_000},
     {"ngram_range": (1, 2)},
+    {"analyzer": "char_wb", "ngram_range": (3, 5), "min_df": 2, "sublinear_tf": True},
+    {"analyzer": "char", "lowercase": False},
     {"ngram_range": (2, 3), "stop_words": "english", "max_features": 12},
     {"ngram_range": (1, 3), "lowercase": False, "min_df": 2},
 ]
@@ -220,6 +222,12 @@ def test_no_vocabulary_is_an_error(texts, options, message):
     """A model fitted on zero features."""
     with pytest.raises(DataError, match=message):
         fit(texts, **options)
+
+
+def test_stop_words_of_characters_are_refused():
+    """An option that scikit-learn ignores with a warning."""
+    with pytest.raises(ValueError, match="stop_words are words: leave them out with analyzer: char_wb"):
+        build(analyzer="char_wb", stop_words="english")
 
 
 def test_use_before_fit_is_an_error():
