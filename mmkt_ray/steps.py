@@ -169,7 +169,7 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
             calls |= {f"{store_uri} {name}": c for name, c in logreg_calls(config, by_uri[store_uri]).items()}
         calls |= {name: call for name, (step, call) in scored.items() if not step.is_done()}
         it.advance(total - len(logregs) - len(scored.keys() & calls.keys()))
-        for name, value in SideBySide(calls, of=total):
+        for name, value in SideBySide(calls, of=total, num_bytes=_table_bytes(stores)):
             if name in scored:
                 scored[name][0].keep()
                 it.advance()
@@ -225,6 +225,11 @@ def _compare(uri: str) -> Results:
     return Results.read(storage.join(uri, "report", "results.json"))
 
 
+def _table_bytes(stores: dict[str, Store]) -> int:
+    """That the largest table of features takes."""
+    return max(store.table_bytes() for store in stores.values())
+
+
 def _identity(store: Store) -> list[Any]:
     """What tells a store's content from any other's."""
     return [store.manifest.fingerprint, store.manifest.checksums]
@@ -238,7 +243,8 @@ def study_step(config: Config, stores: dict[str, Store], results: Results) -> No
         todo = {step.name: (step, call) for step, call in studies if not step.is_done()}
         with progress.stage("studies", len(studies), "studies") as it:
             it.advance(len(studies) - len(todo))
-            for name, _ in SideBySide({name: call for name, (_, call) in todo.items()}, of=len(studies)):
+            calls = {name: call for name, (_, call) in todo.items()}
+            for name, _ in SideBySide(calls, of=len(studies), num_bytes=_table_bytes(stores)):
                 todo[name][0].keep()
                 it.advance()
 

@@ -44,6 +44,7 @@ class _Share:
     threads: int
     num_cpus: float  # as Ray counts them, which on one machine may be more than there are
     num_gpus: float
+    memory: float  # bytes
     spread: bool  # over the nodes of a cluster
 
 
@@ -52,10 +53,12 @@ class SideBySide:
 
     calls: those that others come after stand before them. of: how many there were before some were found to be done, so that
     what is left gets the threads that it would have had, and with them the same last bits. gpu: each takes a GPU if there is
-    one.
+    one. num_bytes: that each holds, so that no more run at once than a node has memory for.
     """
 
-    def __init__(self, calls: Mapping[str, Call], of: int | None = None, gpu: bool = False) -> None:
+    def __init__(
+        self, calls: Mapping[str, Call], of: int | None = None, gpu: bool = False, num_bytes: int = 0
+    ) -> None:
         self._calls, self._refs = dict(calls), dict[str, Any]()
         num = max(len(calls), of or 0)
         if not calls:
@@ -63,10 +66,11 @@ class SideBySide:
         if len(calls) == 1 or (cores() == 1 and not os.environ.get("RAY_ADDRESS")):
             self._threads = max(1, cores() // num)
             return
-        share = _share(num, gpu)
+        share = _share(num, gpu, num_bytes)
         task = ray.remote(_call).options(
             num_cpus=share.num_cpus,
             num_gpus=share.num_gpus,
+            memory=share.memory,
             max_retries=MAX_RETRIES,
             scheduling_strategy="SPREAD" if share.spread else "DEFAULT",
         )
@@ -98,9 +102,9 @@ class SideBySide:
                 ray.cancel(ref, force=True)
 
 
-def side_by_side(calls: Mapping[str, Call], of: int | None = None, gpu: bool = False) -> dict[str, Any]:
+def side_by_side(calls: Mapping[str, Call], of: int | None = None) -> dict[str, Any]:
     """Name -> value of each call, see `SideBySide`."""
-    found = dict(SideBySide(calls, of, gpu))
+    found = dict(SideBySide(calls, of))
     return {name: found[name] for name in calls}
 
 
@@ -111,13 +115,15 @@ def run_here(loop: Loop, job: Any, num_workers: int, scratch_uri: str | None) ->
     return loop(job, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _share(num_calls: int, gpu: bool) -> _Share:
+def _share(num_calls: int, gpu: bool, num_bytes: int) -> _Share:
     resources, alone = connect(), not os.environ.get("RAY_ADDRESS")
     there = cores() if alone else max(1, int(resources.num_cpus))
     at_once = min(num_calls, there)
     threads = max(1, min(cores(), there // at_once))
     num_cpus = max(1, int(resources.num_cpus / at_once)) if alone else threads
-    return _Share(threads, num_cpus, 1.0 if gpu and resources.num_gpus >= 1 else 0.0, not alone)
+    memory = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    num_gpus = 1.0 if gpu and resources.num_gpus >= 1 else 0.0
+    return _Share(threads, num_cpus, num_gpus, min(num_bytes, *memory), not alone)  # one fits anywhere
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], threads: int, *_before: Any) -> tuple[Any, list[Any]]:

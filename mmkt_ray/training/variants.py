@@ -47,7 +47,8 @@ def train_variants(variants: Mapping[str, Config], stores: Mapping[str, Store], 
         or (variant.training.num_workers > 1 and not is_linear(variant))
     }
     calls = _Calls({name: variant for name, variant in variants.items() if name not in after}, stores, folder)
-    for name, value in SideBySide(calls.todo, calls.num, gpu=True):
+    num_bytes = max((store.table_bytes() for store in stores.values()), default=0)
+    for name, value in SideBySide(calls.todo, calls.num, gpu=True, num_bytes=num_bytes):
         if name.startswith(MODEL):
             yield name.removeprefix(MODEL), value
     for name, variant in variants.items():

@@ -77,3 +77,23 @@ def test_a_call_whose_worker_dies_is_made_again(tmp_path: Path) -> None:
     """A run that ends because the kernel took a worker's memory."""
     calls = {"dies": Call(die_once, (str(tmp_path / "seen"),)), "other": Call(read, (__file__,))}
     assert dict(SideBySide(calls))["dies"] == "done"
+
+
+def busy(path: str) -> int:
+    """How many of these calls run, this one included, at the most that it sees."""
+    folder, own = Path(path), Path(path) / str(os.getpid())
+    own.touch()
+    seen = 0
+    for _ in range(10):
+        seen = max(seen, len(list(folder.iterdir())))
+        time.sleep(0.05)
+    own.unlink()
+    return seen
+
+
+def test_no_more_at_once_than_memory_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a machine of many cores that holds a table of features for each of them, and a call too large for any node that
+    waits for ever."""
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    calls = {name: Call(busy, (str(tmp_path),)) for name in "abc"}
+    assert {value for _, value in SideBySide(calls, num_bytes=1 << 60)} == {1}
