@@ -102,9 +102,9 @@ class SideBySide:
                 ray.cancel(ref, force=True)
 
 
-def side_by_side(calls: Mapping[str, Call], of: int | None = None) -> dict[str, Any]:
+def side_by_side(calls: Mapping[str, Call], of: int | None = None, num_bytes: int = 0) -> dict[str, Any]:
     """Name -> value of each call, see `SideBySide`."""
-    found = dict(SideBySide(calls, of))
+    found = dict(SideBySide(calls, of, num_bytes=num_bytes))
     return {name: found[name] for name in calls}
 
 

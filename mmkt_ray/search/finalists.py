@@ -10,16 +10,15 @@ Axes: S seeds, N test rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
-import torch
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import storage
+from mmkt_ray.cluster.side_by_side import Call, run_here, side_by_side
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable, Store
@@ -70,16 +69,13 @@ def fit_finalists(
     space: Space, chosen: Mapping[str, Overrides], seeds: int, store: Store, folder: str
 ) -> dict[str, list[str]]:
     """Role -> model folders, one for each seed, fitted as Ray tasks; those that are there are not fitted again."""
-    cluster.connect()
     folders: dict[str, list[str]] = {}
-    waiting = []
-    fit_one = ray.remote(num_cpus=1)(_fit_one)
+    calls = dict[str, Call]()
     for role, overrides in chosen.items():
-        config = space.configure(overrides)
-        configs = seeded(config, seeds)
+        configs = seeded(space.configure(overrides), seeds)
         folders[role] = [storage.join(folder, f"{training_fingerprint(c, store, folder)}") for c in configs]
-        waiting += [fit_one.remote(c, store.uri, uri) for c, uri in zip(configs, folders[role], strict=True)]
-    ray.get(waiting)
+        calls |= {uri: Call(_fit_one, (c, store.uri, uri)) for c, uri in zip(configs, folders[role], strict=True)}
+    side_by_side(calls, num_bytes=store.table_bytes())
     return folders
 
 
@@ -90,13 +86,7 @@ def seeded(config: Config, seeds: int) -> list[Config]:
 
 def _fit_one(config: Config, store_uri: str, uri: str) -> None:
     """Fit one model, with its experts, and publish it as a model folder."""
-    train(config, store_uri, uri, run=_on_one_core)
-
-
-def _on_one_core(loop: Callable[..., Any], job: Any, num_workers: int, scratch_uri: str | None) -> Any:
-    """As cluster.run_on_workers: right here, because a Ray task has one core."""
-    torch.set_num_threads(1)
-    return loop(job, 0, 1, torch.device("cpu"))
+    train(config, store_uri, uri, run=run_here)
 
 
 def tell(

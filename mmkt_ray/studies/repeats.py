@@ -25,7 +25,7 @@ from mmkt_ray.scoring.intervals import SHARE, Interval, agreeing, difference_bou
 from mmkt_ray.scoring.seeds import further_seed_scores, seed_scores
 from mmkt_ray.studies.seeds_results import Seeds, SeedScores, TaskSeeds
 from mmkt_ray.training.experts import single_configs
-from mmkt_ray.training.trainer import train
+from mmkt_ray.training.variants import train_variants
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +62,21 @@ def repeat(
     if against is not None and against not in variants:
         raise ConfigError(f"--against: no variant '{against}': {nearest(against, variants)}")
     seeds = [config.training_seed + i for i in range(num_seeds)]
+    for seed in seeds:
+        seeded = {name: variant.with_overrides({"training.seed": seed}) for name, variant in variants.items()}
+        for name, _ in train_variants(seeded, stores, storage.join(run_uri, "seeds", str(seed))):
+            log.info("repeat: %s from seed %d", name, seed)
     found: dict[str, dict[str, VariantPredictions]] = {}  # task -> variant
     for name, variant in variants.items():
         table = stores[name].table(variant.model_modalities, variant.model_tasks)
         for seed in seeds:
             uri = storage.join(run_uri, "seeds", str(seed), name)
-            train(variant.with_overrides({"training.seed": seed}), stores[name].uri, uri)
             stores[name].copy_encoders(variant.model_modalities, run_uri, uri)
             model, card = load_model(uri)
             for task in variant.model_tasks:
                 val = card.fit.val if card.fit else None
                 held_out = val.metrics.get(model.spec.kinds[task].main, {}).get(task) if val else None
                 _add_seed(model, table, task, variant, found.setdefault(task, {}), name, held_out)
-        log.info("repeat: %s from %d seeds", name, num_seeds)
     single = [n for n, variant in variants.items() if len(variant.model_modalities) == 1]
     candidates = [against] if against is not None else single
     result = Seeds(

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import storage
+from mmkt_ray.cluster.side_by_side import Call, SideBySide
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.features.store import FeatureTable, Store, open_store
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 INIT_METHODS = ("finetune", "frozen", "gradual")
 SCRATCH = "scratch"
+TOLD_FITS = 50  # after so many a line says how many are left
 FEW_FITS = 24  # no more than these are fitted right here, sooner than workers have started
 
 
@@ -196,13 +197,10 @@ def fit_cells(config: Config, store: Store, folder: str, cells: list[Cell]) -> d
         for uri, (cell, own) in todo.items():
             _fit_cell(own, cell, store.uri, uri)
     else:
-        cluster.connect()
-        fit_cell = ray.remote(num_cpus=1)(_fit_cell)
-        waiting = [fit_cell.remote(own, cell, store.uri, uri) for uri, (cell, own) in todo.items()]
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=min(len(waiting), 50))
-            ray.get(done)
-            log.info("transfer: %d fits left", len(waiting))
+        calls = {uri: Call(_fit_cell, (own, cell, store.uri, uri)) for uri, (cell, own) in todo.items()}
+        for done, _ in enumerate(SideBySide(calls, num_bytes=store.table_bytes()), start=1):
+            if done % TOLD_FITS == 0 or done == len(calls):
+                log.info("transfer: %d fits left", len(calls) - done)
     return {cell: _read_scores(uri) for uri, (cell, _) in jobs.items()}
 
 
