@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from mmkt_ray.cluster import connect, cores, keep_freed_memory
 from mmkt_ray.errors import UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_RETRIES = 2  # of a call whose worker has died
+LINES_S = 1.0  # after which what calls have logged is shown
 PACKAGE = __name__.partition(".")[0]
 
 Loop = Callable[[Any, int, int, "torch.device"], Any]
@@ -60,6 +62,7 @@ class SideBySide:
         self, calls: Mapping[str, Call], of: int | None = None, gpu: bool = False, num_bytes: int = 0
     ) -> None:
         self._calls, self._refs = dict(calls), dict[str, Any]()
+        self._lines: Any = None
         num = max(len(calls), of or 0)
         if not calls:
             return
@@ -74,9 +77,10 @@ class SideBySide:
             max_retries=MAX_RETRIES,
             scheduling_strategy="SPREAD" if share.spread else "DEFAULT",
         )
+        self._lines = ray.remote(num_cpus=0)(_Lines).remote()
         for name, call in self._calls.items():
             before = [self._refs[other] for other in call.after if other in self._calls]
-            self._refs[name] = task.remote(call.function, call.args, share.threads, *before)
+            self._refs[name] = task.remote(call.function, call.args, share.threads, self._lines, *before)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Name and value of each as it ends. Raises: the first UserError of a call; the others are given up."""
@@ -90,16 +94,18 @@ class SideBySide:
         waiting = list(names)
         try:
             while waiting:
-                (ended, *_), waiting = ray.wait(waiting, num_returns=1)
-                value, records = ray.get(ended)
-                for record in records:
+                ended, waiting = ray.wait(waiting, num_returns=1, timeout=LINES_S)
+                for record in ray.get(self._lines.take.remote()):
                     logging.getLogger(record.name).handle(record)
-                if isinstance(value, UserError):
-                    raise value
-                yield names[ended], deepcopy(value)  # arrays in Ray's store are read-only
+                for ref in ended:
+                    value = ray.get(ref)
+                    if isinstance(value, UserError):
+                        raise value
+                    yield names[ref], deepcopy(value)  # arrays in Ray's store are read-only
         finally:
             for ref in waiting:
                 ray.cancel(ref, force=True)
+            ray.kill(self._lines)
 
 
 def side_by_side(calls: Mapping[str, Call], of: int | None = None, num_bytes: int = 0) -> dict[str, Any]:
@@ -126,16 +132,32 @@ def _share(num_calls: int, gpu: bool, num_bytes: int) -> _Share:
     return _Share(threads, num_cpus, num_gpus, min(num_bytes, *memory), not alone)  # one fits anywhere
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...], threads: int, *_before: Any) -> tuple[Any, list[Any]]:
-    """In a task: the value, or the user's error as one, because raised it would come back as Ray's; and what was logged."""
+class _Lines:
+    """An actor: what calls have logged and the driver has not shown yet."""
+
+    def __init__(self) -> None:
+        self._records = list[logging.LogRecord]()
+
+    def add(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[logging.LogRecord]:
+        taken, self._records = self._records, []
+        return taken
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], threads: int, lines: Any, *_before: Any) -> Any:
+    """In a task: the value, or the user's error as one, because raised it would come back as Ray's."""
     keep_freed_memory()
-    records = list[logging.LogRecord]()
-    with _threads(threads), _kept_log(records):
+    sent = list[Any]()
+    with _threads(threads), _logged(lambda record: sent.append(lines.add.remote(record))):
         try:
             value = function(*args)
         except UserError as error:
             value = error
-    return value, records
+    with suppress(RayActorError):  # whoever shows them has ended
+        ray.get(sent)  # they come before the value
+    return value
 
 
 @contextmanager
@@ -151,15 +173,15 @@ def _threads(num: int) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_log(records: list[logging.LogRecord]) -> Iterator[None]:
-    """Keep what the package logs, ready to be sent, in place of writing it to a worker's file."""
+def _logged(send: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
+    """Send what the package logs, in place of writing it to a worker's file."""
 
-    class Keep(logging.Handler):
+    class Sending(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             record.msg, record.args, record.exc_info = record.getMessage(), None, None
-            records.append(record)
+            send(record)
 
-    logger, handler = logging.getLogger(PACKAGE), Keep(logging.INFO)
+    logger, handler = logging.getLogger(PACKAGE), Sending(logging.INFO)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -323,7 +323,7 @@ def train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.
 def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> Training:
     config, store = args.settled, open_store(args.store_uri)
     checkpoint = FileCheckpoint(storage.join(args.scratch, f"{args.fingerprint}.safetensors"), CHECKPOINT_INTERVAL_S)
-    report = progress_log() if rank == 0 else None
+    report = progress_log(f"{pattern_name(config.model_modalities)}, {config.model.fusion.name}") if rank == 0 else None
     knowledge = load_knowledge(config.training.transfer, args.folder)
     table = store.table(sorted({*config.model_modalities, *knowledge.modalities}), config.model_tasks)
     in_stack = args.in_stack(table)
@@ -374,8 +374,8 @@ def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> Val
     return ValScores.model_validate({"on": heldout.on, **summarise(tallies, table.kinds)})
 
 
-def progress_log() -> Callable[[dict[str, Any]], None]:
-    """A report for `fit` that logs an epoch every few seconds, and the last one."""
+def progress_log(what: str) -> Callable[[dict[str, Any]], None]:
+    """A report for `fit` that logs an epoch every few seconds, and the last one. what: is trained."""
     told_s = time.monotonic()
 
     def tell(record: dict[str, Any]) -> None:
@@ -384,6 +384,7 @@ def progress_log() -> Callable[[dict[str, Any]], None]:
             return
         told_s = time.monotonic()
         score = f", val score {record['val']['score']:.3f}" if record["val"] else ""
-        log.info("epoch %d/%d: loss %.3f%s", record["epoch"], record["num_epochs"], record["train_loss"], score)
+        epoch, num_epochs, loss = record["epoch"], record["num_epochs"], record["train_loss"]
+        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch, num_epochs, loss, score)
 
     return tell

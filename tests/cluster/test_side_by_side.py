@@ -52,6 +52,27 @@ def test_values_threads_and_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     found["a"][3][0] = 1
 
 
+def wait_for(path: str) -> str:
+    logging.getLogger("mmkt_ray.somewhere").info("begun")
+    for _ in range(300):
+        if Path(path).exists():
+            return "seen"
+        time.sleep(0.1)
+    return "never"
+
+
+def test_what_a_call_logs_is_seen_while_it_works(tmp_path: Path) -> None:
+    """Catches hours of training whose epochs are shown when it is over."""
+    logger, handler = logging.getLogger("mmkt_ray.somewhere"), logging.Handler()
+    handler.emit = lambda record: (tmp_path / "go").touch()
+    logger.addHandler(handler)
+    try:
+        calls = {name: Call(wait_for, (str(tmp_path / "go"),)) for name in "ab"}
+        assert side_by_side(calls) == {"a": "seen", "b": "seen"}
+    finally:
+        logger.removeHandler(handler)
+
+
 def test_one_call_runs_here_with_the_threads_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of a run that gets other threads, and with them other last bits, than in the whole run."""
     monkeypatch.setattr(module, "cores", lambda: 4)
