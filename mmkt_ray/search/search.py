@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from mmkt_ray import storage
+from mmkt_ray.cluster import MAX_FAILURES
 from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import FeatureTable, Store
@@ -162,21 +163,24 @@ def check_features(space: Space, table: FeatureTable) -> None:
 
 
 def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, table: FeatureTable) -> None:
-    """Run trials until there are enough candidates or the time is up; the leaderboard is there however it ends."""
+    """Run trials until there are enough candidates or the time is up; those that broke off are made up for. The leaderboard is
+    there however it ends."""
     num_architectures = sum(1 for _ in islice(space.architectures(), settings.max_candidates))
-    num_done, elapsed = leaderboard.progress()
-    context = SearchContext(
-        space, settings, leaderboard, stacks_per_trial(settings, num_architectures), started_at=time.time() - elapsed
-    )
-    ended = {trial.reference for trial in leaderboard.trials() if trial.ended}
-    num_trials = max(0, math.ceil((settings.max_candidates - num_done) / context.candidates_per_trial))
-    num_trials += len(space.references().keys() - ended)  # which come on top
-    budget = None if settings.time_budget_s is None else settings.time_budget_s - elapsed
-    if num_done:
-        log.info("%d candidates are there from before", num_done)
+    stacks = stacks_per_trial(settings, num_architectures)
     try:
-        if num_trials > 0 and (budget is None or budget > 0):
-            run_trials(context, table, num_trials, budget)
+        for attempt in range(1 + MAX_FAILURES):
+            num_done, elapsed = leaderboard.progress()
+            context = SearchContext(space, settings, leaderboard, stacks, started_at=time.time() - elapsed)
+            ended = {trial.reference for trial in leaderboard.trials() if trial.ended}
+            num_trials = max(0, math.ceil((settings.max_candidates - num_done) / context.candidates_per_trial))
+            num_trials += len(space.references().keys() - ended)  # which come on top
+            budget = None if settings.time_budget_s is None else settings.time_budget_s - elapsed
+            if num_done and not attempt:
+                log.info("%d candidates are there from before", num_done)
+            if num_trials == 0 or (budget is not None and budget <= 0):
+                break
+            if not run_trials(context, table, num_trials, budget):
+                break
     finally:
         leaderboard.publish()
 

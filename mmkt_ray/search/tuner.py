@@ -193,8 +193,9 @@ def frozen_trial(space: Space, chosen: Mapping[str, Any], score: float) -> optun
     )
 
 
-def run_trials(context: SearchContext, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> None:
-    """Search on with so many trials; all that they find is in the leaderboard's parts.
+def run_trials(context: SearchContext, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> int:
+    """Search on with so many trials; all that they find is in the leaderboard's parts. Returns how many broke off: Tune gives
+    up a trial whose worker dies while it is told of two things.
 
     An interrupt goes up at Tune's next step: parts are whole at any time.
     """
@@ -243,6 +244,7 @@ def run_trials(context: SearchContext, table: FeatureTable, num_trials: int, tim
         ).fit()
     if results.errors:
         log.warning("%d trials broke off, the first with: %s", len(results.errors), results.errors[0])
+    return len(results.errors)
 
 
 def num_concurrent(resources: cluster.Resources, trials_per_gpu: int | None) -> int:

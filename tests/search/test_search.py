@@ -116,6 +116,28 @@ def test_a_killed_search_goes_on_with_what_is_missing(found, make_config, store,
     assert set(rows["reference"].dropna()) == {"image", "text", "concat"}
 
 
+def test_trials_that_break_off_are_made_up_for(found, store, tmp_path, monkeypatch):
+    """Catches candidates that are missing for good because Tune gave a trial up whose worker had died."""
+    config, run_uri, _ = found
+    space = check_search(config)
+    board = Leaderboard(str(tmp_path), space, search_digest(space, config.search, store))
+    parts = sorted(Path(run_uri, "search", "parts").iterdir())
+    for part in parts[:-1]:
+        storage.write_bytes(f"{board.parts_uri}/{part.name}", part.read_bytes())
+    asked = []
+
+    def last_one_breaks_off(context, table, num_trials, budget):
+        asked.append(num_trials)
+        if len(asked) == 2:
+            storage.write_bytes(f"{board.parts_uri}/{parts[-1].name}", parts[-1].read_bytes())
+        return int(len(asked) == 1)
+
+    monkeypatch.setattr("mmkt_ray.search.search.run_trials", last_one_breaks_off)
+    explore(space, config.search, board, store.table())
+    assert asked == [1, 1]
+    assert len(board.read()) == len(Leaderboard(f"{run_uri}/search", space, board.digest).read())
+
+
 def test_a_spent_time_budget_starts_nothing(found, make_config, store, tmp_path, monkeypatch):
     """Catches a restart that begins its time anew; a longer budget goes on."""
     _, run_uri, result = found
