@@ -9,7 +9,7 @@ from mmkt_ray.errors import DataError
 NAMES = ("export", "serve", "compare")
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Their part of the command line."""
     command = commands.add_parser("export", help="model folder -> one ONNX file or PyTorch archive, checked against mmkt predict")
     command.add_argument("model", metavar="MODEL", help="model folder, e.g. runs/openmoji/models/concat")

@@ -44,7 +44,7 @@ TASK = "target"  # what is predicted, in the run
 LOOK_ROWS = 1000  # by which columns are told apart
 
 
-class MultimodalEstimator(BaseEstimator):
+class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """What all estimators here share: which columns are read, and the run that fits a model of them."""
 
     def __init__(
@@ -122,7 +122,7 @@ class MultimodalEstimator(BaseEstimator):
         return tags
 
 
-class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):
+class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """A classifier of rows with images and texts, some of which may be missing.
 
         model = MultimodalClassifier(modalities={"photo": "image", "title": "text"}).fit(df, df["category"])
@@ -173,7 +173,7 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):
         return codes, classes
 
 
-class MultimodalRegressor(RegressorMixin, MultimodalEstimator):
+class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """A regressor of rows with images and texts, some of which may be missing; the rest as in MultimodalClassifier.
 
         model = MultimodalRegressor(transform="log").fit(df, df["price"])
@@ -296,9 +296,10 @@ def write_shard(path: Path, rows: Rows, columns: Mapping[str, str], labels: Sequ
 def _train(config: Config) -> str:
     """Features and a model of the shard; returns the model's folder."""
     from mmkt_ray import steps  # Ray loads here
+    from mmkt_ray.done import run_folder
     from mmkt_ray.locks import locked
 
-    with locked(steps.run_folder(config)):
+    with locked(run_folder(config)):
         stores = steps.extract_step(config, trains=True)
         steps.train_step(config, stores)
-    return f"{steps.run_folder(config)}/models/model"
+    return f"{run_folder(config)}/models/model"

@@ -297,7 +297,7 @@ def to_normal(numbers: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     )  # the middle of where a repeated quantile stands
     ranks = np.where(numbers <= quantiles[0], 0.0, np.where(numbers >= quantiles[-1], 1.0, ranks))
     edge = BOUND - np.spacing(1)
-    return np.clip(special.ndtri(ranks), special.ndtri(edge), special.ndtri(1 - edge))
+    return np.asarray(np.clip(special.ndtri(ranks), special.ndtri(edge), special.ndtri(1 - edge)))
 
 
 def piecewise_linear(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -305,7 +305,7 @@ def piecewise_linear(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
     Other than there, a number outside the outer edges counts as on them. edges: (T + 1,) ascending.
     """
-    return np.clip((numbers[:, None] - edges[:-1]) / np.diff(edges), 0, 1)
+    return np.asarray(np.clip((numbers[:, None] - edges[:-1]) / np.diff(edges), 0, 1))
 
 
 def _mean_and_scale(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:

@@ -26,7 +26,8 @@ from mmkt_ray.inference.rows import without_unreadable
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.sandbox.child import Limits
+from mmkt_ray.sandbox.decoding import Broken, decode_samples
 
 log = logging.getLogger(__name__)
 

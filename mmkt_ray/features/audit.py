@@ -144,7 +144,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     """A bijection of uint64 that spreads every bit (the finaliser of SplitMix64), so that sums of it seldom agree."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return np.asarray(values ^ (values >> np.uint64(31)))
 
 
 def read_contents(uri: str, parts: list[str], modalities: Sequence[str]) -> Contents:
@@ -209,7 +209,7 @@ def leaking_rows(contents: Contents) -> np.ndarray:
     groups = find_groups(contents.whole(), np.arange(len(contents.split)), contents.split)
     leaking = np.zeros(len(contents.split), dtype=bool)
     leaking[groups.rows[groups.leaks[groups.group]]] = True
-    return leaking & (contents.split == SPLITS.index("train"))
+    return np.asarray(leaking & (contents.split == SPLITS.index("train")))
 
 
 def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from mmkt_ray.features.store import hash_of
 from mmkt_ray.kinds.content import hash_json
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.sandbox.child import Limits
+from mmkt_ray.sandbox.decoding import Broken, decode_samples
 
 if TYPE_CHECKING:
     from mmkt_ray.kinds.images import InputSize
@@ -54,7 +55,7 @@ class Prepared(Sequence[Any]):
         at = self.places[rows]
         if len(at) and (np.diff(at) == 1).all():
             return self.array[at[0] : at[-1] + 1]
-        return self.array[at]
+        return np.asarray(self.array[at])
 
 
 class Decoded(NamedTuple):

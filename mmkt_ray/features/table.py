@@ -68,7 +68,8 @@ class Ids:
 
     def tolist(self) -> list[str]:
         """All of them."""
-        return self._arrow().to_pylist()
+        values: list[str] = self._arrow().to_pylist()
+        return values
 
     def take(self, rows: np.ndarray) -> Ids:
         """Those of some rows."""

@@ -61,9 +61,9 @@ def unseen_classes(data: Rows, task: str, rows: np.ndarray) -> dict[str, int]:
     return dict(Counter({name: found[name] for name, own in spelled if own not in known}).most_common(MAX_UNSEEN))
 
 
-def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:
+def readable(table: FeatureTable, modalities: Collection[str]) -> np.ndarray:
     """(N,) bool: the sample has at least one of the modalities."""
-    return np.logical_or.reduce([table.present[m] for m in modalities])
+    return np.asarray(np.logical_or.reduce([table.present[m] for m in modalities]))
 
 
 def subsets(modalities: Sequence[str], sizes: Collection[int] | None = None) -> list[tuple[str, ...]]:
@@ -238,7 +238,7 @@ class Outcomes:
     def right(self) -> np.ndarray:
         """(N,) 1 for a right row and 0 for a wrong one; of numbers the row's score."""
         if self.kind.classes:
-            return (self.label == self.pred).astype(float)
+            return np.asarray((self.label == self.pred).astype(float))
         pairs = zip(self.label.tolist(), self.pred.tolist(), strict=True)
         return np.array([self.kind.score_pair(self.values[y], self.values[p]) for y, p in pairs], float)
 

@@ -108,7 +108,7 @@ class ClassKind(TaskKind):
 
     def baseline(self, labels: Labels, width: int) -> np.ndarray:
         """Each class's share of the rows."""
-        return (self.rows_with(labels, width) / labels.known.sum()).astype(np.float32)
+        return np.asarray((self.rows_with(labels, width) / labels.known.sum()).astype(np.float32))
 
     def rows_with(self, labels: Labels, width: int) -> np.ndarray:
         """Known rows that have each class, (C,)."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from mmkt_ray.kinds.divide import divide_where
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -60,6 +62,6 @@ def macro_f1_from_counts(right: np.ndarray, support: np.ndarray, predicted: np.n
     right, support, predicted: (R, C) true positives, labels and predictions of each class in each resample.
     """
     involved = support + predicted
-    f1 = np.divide(2.0 * right, involved, out=np.zeros(involved.shape), where=involved > 0)
+    f1 = divide_where(involved > 0, 2.0 * right, involved, 0.0)
     num = (involved > 0).sum(axis=1)
-    return np.divide(f1.sum(axis=1), num, out=np.full(len(num), np.nan), where=num > 0)
+    return divide_where(num > 0, f1.sum(axis=1), num)

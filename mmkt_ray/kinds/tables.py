@@ -155,7 +155,7 @@ def bytes_of_rows(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     lengths = pc.add(pc.binary_length(column.keys), pc.binary_length(column.items)).to_numpy(zero_copy_only=False)
     ends = np.append(0, np.cumsum(lengths.astype(np.int64) + 8))
     starts = column.offsets.to_numpy()
-    return ends[starts[1:]] - ends[starts[:-1]]
+    return np.asarray(ends[starts[1:]] - ends[starts[:-1]])
 
 
 def items_of(text: str, separator: str | None) -> list[str]:

@@ -125,7 +125,7 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
 
 def missing_rows(counts: np.ndarray) -> np.ndarray:
     """How many rows each class (C,) is to be given."""
-    return np.minimum(counts.max(), GROWTH * counts) - counts
+    return np.asarray(np.minimum(counts.max(), GROWTH * counts) - counts)
 
 
 def presence_patterns(table: FeatureTable, rows: np.ndarray) -> list[tuple[list[str], np.ndarray]]:

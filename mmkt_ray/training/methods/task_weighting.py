@@ -8,6 +8,7 @@ With several ranks the losses are this rank's parts of the step's losses, which 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,9 @@ class TaskWeighting(nn.Module):
     def forward(self, losses: Mapping[str, Tensor], labelled: Mapping[str, Tensor], model: MultimodalModel) -> Tensor:
         """The loss () to minimise. labelled: task -> () bool, the step has labels of it, on whatever rank."""
         return torch.stack([losses[t] for t in self.tasks]) @ self.factors()
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class Uncertainty(TaskWeighting):

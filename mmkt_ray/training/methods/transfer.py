@@ -22,6 +22,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.rows import readable
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel, Predictor, fused_part
 from mmkt_ray.models.sharing import without_key
@@ -167,16 +168,11 @@ def teacher_targets(
         if not opinions:
             raise ConfigError(f"training.transfer.teachers: none of them knows the task '{task}'")
         soft = np.stack([table.kinds[task].soften(p, temperature) for p in opinions])
-        seen = np.stack([readable_by(t, table) for t, proba in found if task in proba])  # (teachers, N)
+        seen = np.stack([readable(table, t.model.spec.modalities) for t, proba in found if task in proba])  # (teachers, N)
         count = seen.sum(axis=0)[:, None]
         total = np.where(seen[:, :, None], soft, 0.0).sum(axis=0)
         targets[task] = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
     return targets
-
-
-def readable_by(teacher: Source, table: FeatureTable) -> np.ndarray:
-    """(N,) bool: rows that have some modality of the teacher."""
-    return np.logical_or.reduce([table.present[m] for m in teacher.model.spec.modalities])
 
 
 def _aligned(proba: np.ndarray, class_names: list[str], table: FeatureTable, task: str) -> np.ndarray:
