@@ -476,7 +476,7 @@ def _search(config: Config) -> str:
     folder = run_folder(config)
     result = search(config, store, folder)
     places = f"leaderboard: {folder}/search/leaderboard.parquet"
-    places += f"\nwinner: {folder}/models/search_winner" if result["winner"] else ""
+    places += f"\nwinner: {folder}/models/search_winner" if result.winner else ""
     return f"{result_table(result)}\n\n{places}{steps.refresh_report(config)}"
 
 
