@@ -205,7 +205,7 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
     torch.manual_seed(0)
     encoder.adopt(SmallCNN(10, width=encoder.config.width), [str(i) for i in range(10)])
     uri = str(folder / "encoder")
-    save_fitted(encoder, section, uri, {"units": []})
+    save_fitted(encoder, section, uri)
     shards = [shard.uri for shard in list_shards(ReadingPlan.of(config))]
     return {
         "loop": lambda: loop_extract(config, shards, uri, folder / "loop"),

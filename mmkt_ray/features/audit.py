@@ -212,8 +212,8 @@ def leaking_rows(contents: Contents) -> np.ndarray:
     return np.asarray(leaking & (contents.split == SPLITS.index("train")))
 
 
-def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
-    """What audit.json holds, of the parts of a store."""
+def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> Audit:
+    """The parts of a store, audited."""
     contents = read_contents(uri, parts, modalities)
     labels = Labels(uri, contents, tasks)
     found = {
@@ -226,7 +226,7 @@ def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence
         modalities={m: _describe(groups, contents.split, labels) for m, groups in found.items()},
         samples=_describe(whole, contents.split, labels),
         conflicts={task: _conflicts(whole, labels, task) for task in tasks},
-    ).to_dict()
+    )
 
 
 def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> Duplicates:

@@ -25,7 +25,7 @@ from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
-from mmkt_ray.encoders.build import build_encoder, found_in, load_reducer, read_card
+from mmkt_ray.encoders.build import build_encoder, load_reducer, read_encoder_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
@@ -102,9 +102,9 @@ def check_not_empty(store: Store) -> None:
 
 def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str, str]) -> Store:
     """The store of all shards through fitted encoders (modality -> folder)."""
-    cards = {m: read_card(uri) for m, uri in sorted(encoders.items())}
+    cards = {m: read_encoder_card(uri) for m, uri in sorted(encoders.items())}
     layout = fingerprint(reading_layout(config))
-    plan: dict[str, Any] = {"layout": layout, "encoders": {m: c["fingerprint"] for m, c in cards.items()}}
+    plan: dict[str, Any] = {"layout": layout, "encoders": {m: c.fingerprint for m, c in cards.items()}}
     if drops_rows(config):
         plan["drop_leakage"] = True
         layout += "-without-leakage"  # reducers are fitted on the rows that stay
@@ -127,14 +127,14 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {
         m: ModalityFeatures(
-            dim=c["dim"],
-            sparse=c["sparse"],
+            dim=c.dim,
+            sparse=c.sparse,
             kind=config.modalities[m].kind.name,
-            encoder=c["config"],
+            encoder=c.config,
             reduce=None,
-            fingerprint=c["fingerprint"],
+            fingerprint=c.fingerprint,
             folders=[encoders[m].rsplit("/", 1)[-1]],
-            found=found_in(c),
+            found=c.found,
         )
         for m, c in cards.items()
     }
@@ -197,8 +197,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     """The store with fitted reducers (modality -> folder) applied; the encoded store itself where there are none."""
     if not reducers:
         return encoded
-    cards = {m: read_card(uri) for m, uri in sorted(reducers.items())}
-    plan = {"encoded": encoded.uri.rsplit("/", 1)[-1], "reducers": {m: c["fingerprint"] for m, c in cards.items()}}
+    cards = {m: read_encoder_card(uri) for m, uri in sorted(reducers.items())}
+    plan = {"encoded": encoded.uri.rsplit("/", 1)[-1], "reducers": {m: c.fingerprint for m, c in cards.items()}}
     uri = storage.join(run_uri, "features", f"reduced-{fingerprint(plan)}")
     units = encoded.manifest.units
     if store := published(uri, units, source=encoded):
@@ -227,12 +227,12 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     for m, card in cards.items():
         own = modalities[m]
         modalities[m] = own.replaced(
-            dim=card["dim"],
-            sparse=card["sparse"],
-            reduce=card["config"],
-            fingerprint=fingerprint([own.fingerprint, card["fingerprint"]]),
+            dim=card.dim,
+            sparse=card.sparse,
+            reduce=card.config,
+            fingerprint=fingerprint([own.fingerprint, card.fingerprint]),
             folders=[*own.folders, reducers[m].rsplit("/", 1)[-1]],
-            found=own.found | found_in(card),
+            found=own.found | card.found,
         )
     return publish(uri, config, Origin(units, source=encoded), modalities, stats.speed(), stats.checksums)
 

@@ -177,9 +177,9 @@ def publish(
         rows_per_s=speed.rows_per_s if speed else None,
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
-    audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
-    audited |= {"spellings": spellings(config, cleaned), "nulled": nulled(cleaned)}
-    storage.write_json(storage.join(uri, "audit.json"), audited)
+    found = audit(uri, parts, sorted(modalities), sorted(config.tasks))
+    found = found.replaced(spellings=spellings(config, cleaned), nulled=nulled(cleaned))
+    found.write(storage.join(uri, "audit.json"))
     write_manifest(uri, manifest)
     log.info("published %s: %s", uri, tell_counts(counts.rows, lost))
     if unmapped:

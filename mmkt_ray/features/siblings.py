@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.audit import Audit
 from mmkt_ray.features.publish import published
 from mmkt_ray.features.store import Store
 
@@ -48,8 +49,8 @@ def take_over_store(run_uri: str, uri: str, units: list[str], source: Store | No
     if storage.exists(uri) or not take_over(run_uri, place, "manifest.json", lambda u: bool(published(u, units, source))):
         return None
     audit_uri = storage.join(uri, "audit.json")
-    if storage.exists(audit_uri):
-        storage.write_json(audit_uri, {k: v for k, v in storage.read_json(audit_uri).items() if k != "suspects"})
+    if audit := Audit.read_or_none(audit_uri):
+        audit.with_label_issues(None).write(audit_uri)
     return published(uri, units, source)
 
 

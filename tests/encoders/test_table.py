@@ -87,12 +87,12 @@ def test_shards_do_not_matter(options: dict[str, Any], tmp_path: Any) -> None:
         assert other.state()[1] == once.state()[1]
         pd.testing.assert_frame_equal(columns(other, rows[:50]), columns(once, rows[:50]), check_exact=True)
     section = TableEncoder.Section(**options)
-    card = save_fitted(once, section, str(tmp_path), {})
+    card = save_fitted(once, section, str(tmp_path))
     again = load_fitted(build_encoder(section), str(tmp_path))
-    assert card["dim"] == again.dim
-    assert card["sparse"] == again.sparse == bool(options.get("sparse"))
+    assert card.dim == again.dim
+    assert card.sparse == again.sparse == bool(options.get("sparse"))
     pd.testing.assert_frame_equal(columns(again, rows), columns(once, rows), check_exact=True)
-    assert {c: f["type"] for c, f in card["rest"]["found"]["columns"].items()} == {
+    assert {c: f["type"] for c, f in card.found["columns"].items()} == {
         "brand": "category", "new": "boolean", "on": "date", "price": "number",
     }  # fmt: skip
 

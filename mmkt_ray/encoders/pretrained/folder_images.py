@@ -36,7 +36,7 @@ class HuggingFaceImageEncoder(PretrainedImageEncoder):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.folder = Path(config.folder)
-        self.card = folders.read_card(self.folder)
+        self.card = folders.read_config_json(self.folder)
         self.file = folders.processor_file(self.folder, "images")
         self.aligned = ALIGNED.get(str(self.card.get("model_type")))
         self.dim = self._width()

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
 from mmkt_ray.encoders.pretrained.adapt import AdaptableSection
-from mmkt_ray.encoders.pretrained.folder import read_card
+from mmkt_ray.encoders.pretrained.folder import read_config_json
 from mmkt_ray.encoders.pretrained.weights import require
 from mmkt_ray.lazy import lazy
 
@@ -57,7 +57,7 @@ class HuggingFaceEncoder(ListedEncoder):
     @classmethod
     def of(cls, config: Any) -> Any:
         require(config.name, "transformers", "tokenizers")
-        model_type = str(read_card(Path(config.folder)).get("model_type"))
+        model_type = str(read_config_json(Path(config.folder)).get("model_type"))
         if config.reads == "image":
             return folder_images.HuggingFaceImageEncoder(config)
         if config.reads == "audio":

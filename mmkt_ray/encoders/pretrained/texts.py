@@ -57,7 +57,7 @@ class TextNetwork(Adaptable, ListedEncoder):
         self.device = torch.device("cpu")
         self.encode_batch_size = 256
         self.folder = self.find_folder()
-        self.card = folders.read_card(self.folder, "tokenizer.json")
+        self.card = folders.read_config_json(self.folder, "tokenizer.json")
         self.sentences = sentences.read_sentences(self.folder)
         self.dim = self.sentences.width(self._hidden_dim())
         self.max_tokens = self._checked_max_tokens()
