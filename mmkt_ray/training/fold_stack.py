@@ -19,6 +19,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.rows import readable, subsets
+from mmkt_ray.inference.training_record import Epoch
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
@@ -240,9 +241,9 @@ class FoldStack:
             raise diverged(self.config.training.lr, losses[-1], len(losses))
         weights = self.stack.weights
         model = self.stack.alone(self.config, weights, member).to(weights.device)
-        history = [
-            {"epoch": i, "train_loss": loss, "val": None, "seconds": s}
+        epochs = [
+            Epoch(epoch=i, train_loss=loss, val=None, seconds=s)
             for i, (loss, s) in enumerate(zip(losses, self.seconds, strict=False), start=1)
         ]
         sizes = model.num_parameters_by_part()
-        return FitResult(model, history, len(history), None, sizes, sum(self.seconds))
+        return FitResult(model, epochs, len(epochs), None, sizes, sum(self.seconds))

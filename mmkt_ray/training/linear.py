@@ -29,6 +29,7 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.features.table import TAKE_ROWS, Growing
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
+from mmkt_ray.inference.training_record import Epoch, ValScores
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
@@ -114,10 +115,10 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     tensors = {t: y.tensors() for t, y in labels.items()}
     tallies = {t: y.kind.tally(torch.from_numpy(logits[t]), y).numpy() for t, y in tensors.items()}
     val = summarise(tallies, table.kinds)
-    scores = {"on": found.heldout.on, **val} if np.isfinite(val["score"]) else None
-    record = {"epoch": 1, "train_loss": found.loss, "val": scores, "seconds": found.seconds}
+    scores = ValScores.model_validate({"on": found.heldout.on, **val}) if np.isfinite(val["score"]) else None
+    epoch = Epoch(epoch=1, train_loss=found.loss, val=scores, seconds=found.seconds)
     parts = found.model.num_parameters_by_part()
-    result = FitResult(found.model, [record], 1, scores, parts, found.seconds)
+    result = FitResult(found.model, [epoch], 1, scores, parts, found.seconds)
     return result, found.heldout, {"l2": found.l2, "path": found.path, "on": found.heldout.on}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.training_record import Epoch, ValScores
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.scoring.heldout import as_train
 from mmkt_ray.scoring.objective import Score
@@ -45,11 +46,16 @@ class FitResult:
     """What a finished run leaves."""
 
     model: MultimodalModel  # in eval mode, with the best epoch's weights, or the last one's where there is no val split
-    history: list[dict[str, Any]]  # per epoch: epoch (from 1), train_loss, val (scores or None), seconds
+    epochs: list[Epoch]
     best_epoch: int  # from 1
-    val: dict[str, Any] | None  # scores of the best epoch
+    val: ValScores | None  # of the best epoch
     num_parameters: dict[str, int]  # by part of the model
     seconds: float  # of all epochs, those before a resume included
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs as JSON has them."""
+        return [epoch.to_dict() for epoch in self.epochs]
 
 
 def fit(
@@ -78,11 +84,11 @@ def fit(
         if saved is not None:
             run.load_state(*saved)
         while not run.finished:
-            record = run.run_epoch()
+            epoch = run.run_epoch()
             if checkpoint is not None and worker.rank == 0:
                 checkpoint.save(*run.state())
             if report is not None:
-                report(record)
+                report({**epoch.to_dict(), "num_epochs": run.num_epochs})
         return run.result()
 
 
@@ -176,7 +182,7 @@ class Fitting:
         weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, worker)
         self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, worker).to(worker.device)
         self.net = parallel(self.learner, worker)
-        self.history: list[dict[str, Any]] = []
+        self.epochs: list[Epoch] = []
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}  # the best epoch's weights; empty without a val split
 
@@ -194,26 +200,27 @@ class Fitting:
     @property
     def finished(self) -> bool:
         """All epochs are done, or `patience` epochs went by without a better score."""
-        waited = len(self.history) - self.best_epoch
-        return len(self.history) >= self.num_epochs or 0 < self.training.patience <= waited
+        waited = len(self.epochs) - self.best_epoch
+        return len(self.epochs) >= self.num_epochs or 0 < self.training.patience <= waited
 
-    def run_epoch(self) -> dict[str, Any]:
-        """Train one epoch, validate, keep the weights if they are the best so far; the epoch's record."""
-        started_s, epoch = time.perf_counter(), len(self.history) + 1
+    def run_epoch(self) -> Epoch:
+        """Train one epoch, validate, keep the weights if they are the best so far."""
+        started_s, epoch = time.perf_counter(), len(self.epochs) + 1
         train_loss = self._train_epoch(epoch)
         if not math.isfinite(train_loss):
             raise diverged(self.training.lr, train_loss, epoch)
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
         rows, extra = self.val_rows, self.score.extra
         val = validate(self.model, self.table, rows, self.worker, metric=extra) if len(rows) else None
-        record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
-        best = self.history[self.best_epoch - 1]["val"] if self.best_epoch else None
-        top = max((self.score(r["val"]) for r in self.history if r["val"]), default=-math.inf)
-        self.history.append(record)
-        if val is None or best is None or is_better(val, best, top, len(self.val_rows), self.score):
+        best = self.epochs[self.best_epoch - 1].val if self.best_epoch else None
+        top = max((self.score(e.val.metrics) for e in self.epochs if e.val), default=-math.inf)
+        scores = None if val is None else ValScores.model_validate(val)
+        seconds = time.perf_counter() - started_s
+        self.epochs.append(Epoch(epoch=epoch, train_loss=train_loss, val=scores, seconds=seconds))
+        if val is None or best is None or is_better(val, best.to_dict(), top, len(self.val_rows), self.score):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
-        return {**record, "num_epochs": self.num_epochs}
+        return self.epochs[-1]
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the train rows; the mean loss of its steps over all ranks."""
@@ -247,7 +254,7 @@ class Fitting:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        return tensors, {"history": self.history, "best_epoch": self.best_epoch}
+        return tensors, {"history": [epoch.to_dict() for epoch in self.epochs], "best_epoch": self.best_epoch}
 
     def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Take back what `state` returned."""
@@ -258,7 +265,8 @@ class Fitting:
             index, name = key.split(".")
             slots.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.history, self.best_epoch = list(rest["history"]), rest["best_epoch"]
+        self.epochs = [Epoch.model_validate(epoch) for epoch in rest["history"]]
+        self.best_epoch = rest["best_epoch"]
 
     def result(self) -> FitResult:
         """The finished run, its model at the best epoch."""
@@ -266,11 +274,11 @@ class Fitting:
             self.model.load_state_dict(self.best)
         return FitResult(
             model=self.model.eval(),
-            history=self.history,
+            epochs=self.epochs,
             best_epoch=self.best_epoch,
-            val=self.history[self.best_epoch - 1]["val"],
+            val=self.epochs[self.best_epoch - 1].val,
             num_parameters=self.model.num_parameters_by_part(),
-            seconds=sum(record["seconds"] for record in self.history),
+            seconds=sum(epoch.seconds for epoch in self.epochs),
         )
 
 

@@ -240,7 +240,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(make_config, table, tmp_path
     with pytest.raises(Killed):
         fit(config, table, checkpoint=checkpoint, report=stop_after(5))
     assert_equal_runs(fit(config, table, checkpoint=checkpoint), whole)
-    assert whole.val["accuracy"]["topic"] > 0.6
+    assert whole.val.metrics["accuracy"]["topic"] > 0.6
     plain = fit(make_config(**{"training.epochs": 1}), table).model.state_dict()
     assert whole.model.state_dict().keys() == plain.keys(), "what balances is not part of the model"
 
@@ -270,4 +270,4 @@ def test_modality_dropout_missing_rows_and_mixed_rows_go_with_every_strategy(mak
     for strategy in STRATEGIES:
         options = {"training.balance": strategy, "training.epochs": 2, "training.augment": {"mixup": 0.4, "noise": 0.1}}
         result = fit(make_config(**options, **{"model.modality_dropout": 0.3, "model.missing": "token"}), table)
-        assert all(math.isfinite(h["train_loss"]) for h in result.history)
+        assert all(math.isfinite(epoch.train_loss) for epoch in result.epochs)
