@@ -23,9 +23,9 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.done import run_folder
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.features.manifest import ModalityFeatures
 from mmkt_ray.features.store import Store, column_of, open_store, to_arrow, write_manifest
-from mmkt_ray.features.table import FeatureTable
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table

@@ -55,9 +55,9 @@ def _serve(args: argparse.Namespace) -> str:
     from mmkt_ray.serve.server import require_serve, serve, serve_on_ray
 
     require_serve()
-    from mmkt_ray.serve.limits import Limits
+    from mmkt_ray.serve.limits import ServerLimits
 
-    limits = Limits(int(args.max_body_mb * 1e6), args.timeout_s)
+    limits = ServerLimits(int(args.max_body_mb * 1e6), args.timeout_s)
     if args.ray:
         serve_on_ray(args.model, args.host, args.port, limits, args.replicas, trust_code=args.trust_code)
     else:

@@ -24,11 +24,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.validation import check_is_fitted
 
-from mmkt_ray.api.cells import Rows, column_names, column_values, file_reader, raw_cell
+from mmkt_ray.api.frames import Rows, column_names, column_values, file_reader, raw_cell
 from mmkt_ray.api.model import Model, load, proba_array
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.init.columns import KINDS, Look, classify_all
+from mmkt_ray.init.classify import KINDS, Look, classify_all
 from mmkt_ray.init.looking import clean_name
 from mmkt_ray.init.writing import default_encoder
 from mmkt_ray.kinds.cells import convert_cell, label_text

@@ -20,7 +20,7 @@ from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import Arrays, GraphInputs, prepared
 from mmkt_ray.features.decode import input_size
-from mmkt_ray.features.table import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import without_unreadable
 from mmkt_ray.kinds.modalities import ModalityKind

@@ -215,7 +215,7 @@ def leaking_rows(contents: Contents) -> np.ndarray:
 def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> Audit:
     """The parts of a store, audited."""
     contents = read_contents(uri, parts, modalities)
-    labels = Labels(uri, contents, tasks)
+    labels = StoredLabels(uri, contents, tasks)
     found = {
         m: find_groups(contents.hashes[m], np.flatnonzero(contents.present[m]), contents.split)
         for m in sorted(contents.hashes)
@@ -229,7 +229,7 @@ def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence
     )
 
 
-def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> Duplicates:
+def _describe(groups: Groups, split: np.ndarray, labels: StoredLabels) -> Duplicates:
     by_splits = Counter(groups.split_sets.tolist())
     train = split[groups.rows] == SPLITS.index("train")
     first = np.argsort(~groups.leaks, kind="stable")[:MAX_EXAMPLES]
@@ -242,7 +242,7 @@ def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> Duplicates:
     )
 
 
-def _conflicts(groups: Groups, labels: Labels, task: str) -> Conflicts:
+def _conflicts(groups: Groups, labels: StoredLabels, task: str) -> Conflicts:
     """Groups of the same content with more than one label of a task; rows without a label conflict with none."""
     codes = labels.codes(task, groups.rows)
     pairs = np.unique(np.stack([groups.group, codes])[:, codes >= 0], axis=1)
@@ -254,7 +254,7 @@ def _conflicts(groups: Groups, labels: Labels, task: str) -> Conflicts:
     )
 
 
-def _examples(groups: Groups, chosen: np.ndarray, labels: Labels) -> list[Example]:
+def _examples(groups: Groups, chosen: np.ndarray, labels: StoredLabels) -> list[Example]:
     """Some groups with their first MAX_SAMPLES samples."""
     starts, ends = np.searchsorted(groups.group, [chosen, chosen + 1])
     members = [groups.rows[a:b][:MAX_SAMPLES] for a, b in zip(starts, ends, strict=True)]
@@ -271,7 +271,7 @@ def _splits_in(bits: int) -> list[str]:
     return sorted(name for i, name in enumerate(SPLITS) if bits >> i & 1)
 
 
-class Labels:
+class StoredLabels:
     """Ids, splits and labels of some of a store's rows, read when they are asked for."""
 
     def __init__(self, uri: str, contents: Contents, tasks: Sequence[str]) -> None:

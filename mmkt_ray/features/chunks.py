@@ -60,7 +60,7 @@ def cell_buffers(column: pa.ChunkedArray) -> list[pa.Buffer | None]:
     return cells
 
 
-class Chunk(NamedTuple):
+class OpenedRow(NamedTuple):
     """What a row holds."""
 
     unit: str
@@ -81,7 +81,7 @@ def make_row(
     seconds: dict[str, float],
     prepared: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Row:
-    """A chunk as it travels, see `Chunk`."""
+    """A chunk as it travels, see `OpenedRow`."""
     cells = {"table": pack(table), "rejects": pack(rejects)}
     cells |= {ARRAY + name: pa.py_buffer(np.ascontiguousarray(array)) for name, array in prepared.items()}
     known = {"unit": [unit], "index": [index], "last": [last], "seconds": [json.dumps(seconds)]}
@@ -94,13 +94,13 @@ def _one_cell(buffer: pa.Buffer) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
 
 
-def open_row(row: Row) -> Chunk:
+def open_row(row: Row) -> OpenedRow:
     """The chunk in a row, in place."""
     unit, index, last, seconds = (row.column(name)[0].as_py() for name in ("unit", "index", "last", "seconds"))
     cells = {n: cell_buffers(row.column(n))[0] for n in row.column_names if n in TABLES or n.startswith(ARRAY)}
     samples, rejects = (pa.ipc.open_stream(cells.pop(name)).read_all() for name in TABLES)
     prepared = {name.removeprefix(ARRAY): buffer for name, buffer in cells.items()}
-    return Chunk(unit, index, last, samples, rejects, json.loads(seconds), prepared)
+    return OpenedRow(unit, index, last, samples, rejects, json.loads(seconds), prepared)
 
 
 def read_shard(batch: dict[str, Any], plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:

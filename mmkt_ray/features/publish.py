@@ -23,7 +23,7 @@ from mmkt_ray.features.manifest import Counts, Manifest, ModalityFeatures, Speed
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import Store, column_of, open_store, write_manifest
 from mmkt_ray.kinds.base import TaskKind
-from mmkt_ray.kinds.tables import NULLED
+from mmkt_ray.kinds.table_rows import NULLED
 from mmkt_ray.samples.schema import (
     DAMAGE,
     LEAKAGE,
@@ -298,7 +298,7 @@ def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
     return {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
 
 
-class Told(NamedTuple):
+class AlikeRejects(NamedTuple):
     """Rejects whose reasons differ in names and numbers only."""
 
     reason: str  # of the first of them
@@ -306,7 +306,7 @@ class Told(NamedTuple):
     num_rows: int
 
 
-def count_reasons(rejects: pa.Table) -> list[Told]:
+def count_reasons(rejects: pa.Table) -> list[AlikeRejects]:
     """The reasons, the most frequent first."""
     counts: Counter[str] = Counter()
     first: dict[str, tuple[str, str]] = {}
@@ -314,7 +314,7 @@ def count_reasons(rejects: pa.Table) -> list[Told]:
         for reason, row, shard, num_rows in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             counts[kind := shorten(reason)] += num_rows
             first.setdefault(kind, (reason, row if row.startswith(shard) else f"{row} in {shard}"))
-    return [Told(*first[kind], num_rows) for kind, num_rows in counts.most_common()]
+    return [AlikeRejects(*first[kind], num_rows) for kind, num_rows in counts.most_common()]
 
 
 def shorten(reason: str) -> str:
@@ -322,7 +322,7 @@ def shorten(reason: str) -> str:
     return re.sub(r"""(?<!\w)b?(['"]).*?\1|\b(0x[0-9a-f]+|\d+)\b""", "..", reason)[:120]
 
 
-def tell_reasons(reasons: Sequence[Told] | Counter[str]) -> str:
+def tell_reasons(reasons: Sequence[AlikeRejects] | Counter[str]) -> str:
     """The most frequent of them, as the end of a sentence."""
     if isinstance(reasons, Counter):
         told = [f"{num_rows:,} x {reason[:MAX_REASON]}" for reason, num_rows in reasons.most_common(3)]

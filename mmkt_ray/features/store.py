@@ -23,8 +23,8 @@ from mmkt_ray import storage
 from mmkt_ray.config import SPLITS, Config
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.features.feature_table import FeatureTable, Ids, concat_tables
 from mmkt_ray.features.manifest import MANIFEST, Manifest
-from mmkt_ray.features.table import FeatureTable, Ids, concat_tables
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 

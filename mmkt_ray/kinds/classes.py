@@ -17,7 +17,7 @@ from mmkt_ray.kinds.spelling import index_in, sort_classes
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmkt_ray.kinds.outcomes import Outcome
+    from mmkt_ray.kinds.outcomes import ClassOutcome
 
 _AVERAGES = tuple(f"{over}_{name}" for over in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1"))
 SHARED = ("accuracy", *_AVERAGES, "auroc", "log_loss", "macro_average_precision")
@@ -83,7 +83,7 @@ class ClassKind(TaskKind):
         """Right or wrong."""
         return self.is_right(labels, predictions).astype(float)
 
-    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
+    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> ClassOutcome:
         """What predictions come to row by row; all are labelled."""
         raise NotImplementedError
 

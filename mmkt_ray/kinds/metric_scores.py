@@ -13,7 +13,7 @@ import numpy as np
 
 from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.outcomes import Outcome, macro_f1_from_counts
+from mmkt_ray.kinds.outcomes import ClassOutcome, macro_f1_from_counts
 from mmkt_ray.kinds.probabilities import SMALLEST
 
 OF_THE_POSITIVE = ("precision", "recall", "f1", "average_precision")  # of a binary task: the later class name
@@ -22,7 +22,7 @@ MAX_DRAWN = 2_000_000  # counts of a block of resamples: 16 MB
 
 
 def class_metric_scores(
-    metric: str, labels: Labels, proba: np.ndarray, outcome: Outcome, drawn: np.ndarray
+    metric: str, labels: Labels, proba: np.ndarray, outcome: ClassOutcome, drawn: np.ndarray
 ) -> np.ndarray:
     """A metric (R,) of classes. proba: (N, C); outcome: of each row; drawn: (R, N) how often each row is drawn."""
     if metric in OF_THE_POSITIVE and proba.shape[1] != 2:  # train has one class
@@ -73,7 +73,7 @@ def _mean_where(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return divide_where(num > 0, (values * kept).sum(axis=-1), num)
 
 
-def _by_sample(name: str, outcome: Outcome, counts: np.ndarray) -> np.ndarray:
+def _by_sample(name: str, outcome: ClassOutcome, counts: np.ndarray) -> np.ndarray:
     """Mean over the samples for which the score is defined."""
     sums = [np.asarray(p.sum(axis=1), float).ravel() for p in (outcome.right, outcome.support, outcome.predicted)]
     below = {"precision": sums[2], "recall": sums[1], "f1": sums[1] + sums[2]}[name]

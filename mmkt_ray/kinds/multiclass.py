@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
-    from mmkt_ray.kinds.outcomes import Outcome
+    from mmkt_ray.kinds.outcomes import ClassOutcome
 
 
 @dataclass(frozen=True)
@@ -174,21 +174,21 @@ class Multiclass(ClassKind):
 
         return {"kind": self.as_json(), **classification_metrics(labels, outputs, class_names)}
 
-    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
-        from mmkt_ray.kinds.outcomes import Outcome
+    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> ClassOutcome:
+        from mmkt_ray.kinds.outcomes import ClassOutcome
 
-        return Outcome.of_codes(self._codes(labels, width), predictions, width)
+        return ClassOutcome.of_codes(self._codes(labels, width), predictions, width)
 
     def outcomes(
         self, labels: Labels, predictions: Sequence[np.ndarray], width: int, *, by_row: bool = False
     ) -> tuple[list[Outcomes], np.ndarray]:
-        from mmkt_ray.kinds.outcomes import Outcome, cells
+        from mmkt_ray.kinds.outcomes import ClassOutcome, cells
 
         label, guesses, counts = self._codes(labels, width), list(predictions), np.ones(len(labels), int)
         if not by_row:
             (label, *guesses), counts = cells([label, *guesses], 1)
             label, guesses = label[:, 0], [guess[:, 0] for guess in guesses]
-        return [Outcome.of_codes(label, guess, width) for guess in guesses], counts
+        return [ClassOutcome.of_codes(label, guess, width) for guess in guesses], counts
 
     def _codes(self, labels: Labels, width: int) -> np.ndarray:
         """(N,) with one more class for all that train lacks."""

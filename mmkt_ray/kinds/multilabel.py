@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
-    from mmkt_ray.kinds.outcomes import Outcome
+    from mmkt_ray.kinds.outcomes import ClassOutcome
 
 
 @dataclass(frozen=True)
@@ -201,20 +201,20 @@ class Multilabel(ClassKind):
         by_seed = [(*pooled_f1(o, counts), resampled_average_precision(labels.values, p, counts)) for o, p in parts]
         return np.array(by_seed).swapaxes(0, 1)
 
-    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
-        from mmkt_ray.kinds.outcomes import Outcome
+    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> ClassOutcome:
+        from mmkt_ray.kinds.outcomes import ClassOutcome
 
-        return Outcome.of_sets(labels.values, predictions)
+        return ClassOutcome.of_sets(labels.values, predictions)
 
     def outcomes(
         self, labels: Labels, predictions: Sequence[np.ndarray], width: int, *, by_row: bool = False
     ) -> tuple[list[Outcomes], np.ndarray]:
-        from mmkt_ray.kinds.outcomes import Outcome, cells
+        from mmkt_ray.kinds.outcomes import ClassOutcome, cells
 
         label, guesses, counts = labels.values, list(predictions), np.ones(len(labels), int)
         if not by_row:
             (label, *guesses), counts = cells([label, *guesses], width)
-        return [Outcome.of_sets(label, guess) for guess in guesses], counts
+        return [ClassOutcome.of_sets(label, guess) for guess in guesses], counts
 
     def quick_scores(self, labels: Labels, outputs: np.ndarray) -> dict[str, float]:
         from mmkt_ray.kinds.outcomes import macro_f1_from_counts

@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.outcomes import Outcome
+from mmkt_ray.kinds.outcomes import ClassOutcome
 from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.kinds.ranking import auroc, mean_defined, none_if_nan
 
@@ -99,7 +99,7 @@ def _wide(indicators: np.ndarray) -> np.ndarray:
 # --- of many resamples at once -----------------------------------------------------------------------------------------
 
 
-def pooled_f1(outcome: Outcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pooled_f1(outcome: ClassOutcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """F1 over all decisions, and the mean of the samples' F1; each (r,) for counts (r, N)."""
     right, involved = (
         np.asarray(part.sum(axis=1), float).ravel() for part in (outcome.right, outcome.support + outcome.predicted)

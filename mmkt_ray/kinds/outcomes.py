@@ -16,7 +16,7 @@ from mmkt_ray.kinds.divide import divide_where
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ClassOutcome:
     """What predictions come to in each of K cells (or rows). W = C, and one more for a class that train lacks where a row has
     one class."""
 
@@ -26,13 +26,13 @@ class Outcome:
     predicted: sp.csr_matrix  # (K, W) predictions
 
     @classmethod
-    def of_codes(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> Outcome:
+    def of_codes(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> ClassOutcome:
         """label, pred: (K,) codes up to `num_classes`. A negative prediction, of a class that is not among them, is wrong."""
         support, predicted = (_members(values, num_classes) for values in (label, pred))
         return cls(label == pred, support.multiply(predicted).tocsr(), support, predicted)
 
     @classmethod
-    def of_sets(cls, label: np.ndarray, pred: np.ndarray) -> Outcome:
+    def of_sets(cls, label: np.ndarray, pred: np.ndarray) -> ClassOutcome:
         """label, pred: (K, C) of 0 and 1. A row is right if all of its classes are."""
         support, predicted = (sp.csr_matrix(values.astype(float)) for values in (label, pred))
         return cls((label == pred).all(axis=1), support.multiply(predicted).tocsr(), support, predicted)

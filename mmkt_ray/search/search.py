@@ -25,13 +25,13 @@ from mmkt_ray.locks import locked
 from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.scoring.tables import metric_name, metric_text, score_text
-from mmkt_ray.search.ensemble import build_ensemble
+from mmkt_ray.search.ensemble_selection import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, score_finalists
-from mmkt_ray.search.insight import search_plots
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search_results import ChosenBy, Finalist, NumTried, SearchResult
 from mmkt_ray.search.space import Space, build_space, label_of, values_of
 from mmkt_ray.search.study import write_study
+from mmkt_ray.search.summary import summarise_search
 from mmkt_ray.search.trial import SearchContext, constant_by_task, search_score, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
 from mmkt_ray.training.auto import usual_settings, with_settings
@@ -110,7 +110,7 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
         alone = space.config.with_overrides({"model.experts": False})  # an ensemble has none beside it
         save_model(uri_of_it, ensemble, alone, store.manifest, about)
         store.copy_encoders(ensemble.spec.modalities, run_uri, uri_of_it)
-    search_plots(space, rows).write(storage.join(uri, "report.json"))
+    summarise_search(space, rows).write(storage.join(uri, "report.json"))
     write_study(uri, space, rows)
     result.write(storage.join(uri, "result.json"))
     return result

@@ -104,7 +104,7 @@ class HeatMap(Record, frozen=True):
     candidates: list[list[int]]
 
 
-class SearchPlots(Record, frozen=True):
+class SearchSummary(Record, frozen=True):
     """`<run>/search/report.json`."""
 
     heat_maps: list[HeatMap]

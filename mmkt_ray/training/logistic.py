@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import linear, one_hot, softplus
 
 from mmkt_ray.encoders.base import Features
-from mmkt_ray.models.missing import evenly
+from mmkt_ray.models.imputation import evenly
 
 MAX_ROTATED = 2048  # axes: the eigenvectors of a larger matrix cost more than they save
 GRAM_ROWS = 4  # times D: enough for the axes
@@ -48,7 +48,7 @@ Point: TypeAlias = tuple[Tensor, Tensor, Tensor]  # weights (P, F K), values (F 
 
 
 @dataclass(frozen=True)
-class Block:
+class FeatureBlock:
     """Some columns of the rows. `x` (N, D) dense, or sparse with the columns that are not empty; the solver's are x times
     `basis` (D, R), or x as it is if null."""
 
@@ -68,38 +68,40 @@ class Block:
         whole[self.columns] = weights.numpy()
         return whole
 
-    def take(self, rows: np.ndarray) -> Block:
+    def take(self, rows: np.ndarray) -> FeatureBlock:
         """Some of the rows, on the same axes."""
         x = self.x[rows] if not isinstance(self.x, Tensor) else self.x[torch.from_numpy(rows)]
-        return Block(x, self.basis, self.energy * (len(rows) / self.x.shape[0]), self.back, self.columns, self.width)
+        return FeatureBlock(x, self.basis, self.energy * (len(rows) / self.x.shape[0]), self.back, self.columns, self.width)
 
 
-def make_block(features: Features) -> Block:
+def make_block(features: Features) -> FeatureBlock:
     """Of dense (N, D) or sparse features, absent rows of zeros."""
     if not isinstance(features, np.ndarray):
         columns = np.unique(features.indices[: features.indptr[-1]])
         x = sp.csr_matrix(features[:, columns], dtype=np.float32)
         energy = np.asarray(x.multiply(x).sum(axis=0)).ravel().astype(np.float32)
-        return Block(x, None, torch.from_numpy(energy), columns=columns, width=features.shape[1])
+        return FeatureBlock(x, None, torch.from_numpy(energy), columns=columns, width=features.shape[1])
     x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     num_rows, width = x.shape
     if min(num_rows, width) > MAX_ROTATED or not width:
-        return Block(x, None, x.square().sum(dim=0))
+        return FeatureBlock(x, None, x.square().sum(dim=0))
     if width > num_rows:
         return _wide_block(x)
     some = x[torch.from_numpy(evenly(np.arange(num_rows), GRAM_ROWS * width))]
     energy, axes = torch.linalg.eigh((some.T @ some).double())
     basis, energy = axes.float(), energy.clamp(min=0).float() * (num_rows / len(some))
-    return Block(x @ basis, None, energy, back=basis) if num_rows <= TURNED_ROWS * width else Block(x, basis, energy)
+    if num_rows <= TURNED_ROWS * width:
+        return FeatureBlock(x @ basis, None, energy, back=basis)
+    return FeatureBlock(x, basis, energy)
 
 
-def _wide_block(x: Tensor) -> Block:
+def _wide_block(x: Tensor) -> FeatureBlock:
     """More columns than rows: by the eigenvectors of x x', only axes on which some row lies."""
     energy, axes = torch.linalg.eigh(x.double() @ x.double().T)
     kept = energy > 1e-10 * energy.max().clamp(min=1e-30)
     energy, axes = energy[kept], axes[:, kept]
     back = x.T @ (axes / energy.sqrt()).float()
-    return Block((axes * energy.sqrt()).float(), None, energy.float(), back=back)
+    return FeatureBlock((axes * energy.sqrt()).float(), None, energy.float(), back=back)
 
 
 class Problem:
@@ -111,7 +113,7 @@ class Problem:
 
     def __init__(
         self,
-        blocks: Sequence[Block],
+        blocks: Sequence[FeatureBlock],
         labels: np.ndarray,
         used: np.ndarray,
         class_weights: np.ndarray,

@@ -29,12 +29,12 @@ from mmkt_ray.scoring.heldout import as_train
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.batches import EpochBatches, Worker, complete_rows, feature_statistics, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
+from mmkt_ray.training.criterion import Criterion, Distillation
 from mmkt_ray.training.methods.augment import augment_batch, check_augment
 from mmkt_ray.training.methods.balance import LEARNERS
 from mmkt_ray.training.methods.imbalance import add_synthetic, keep_labels, leave_out, read_excluded, sampling_weights
 from mmkt_ray.training.methods.task_weighting import TASK_WEIGHTINGS
 from mmkt_ray.training.methods.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
-from mmkt_ray.training.objective import Distillation, Objective
 from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.validation import validate
 
@@ -43,7 +43,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a finished run leaves."""
+    """A fitted model and its training record."""
 
     model: MultimodalModel  # in eval mode, with the best epoch's weights, or the last one's where there is no val split
     epochs: list[Epoch]
@@ -106,9 +106,9 @@ def spec_of(config: Config, table: FeatureTable) -> ModelSpec:
 def training_rows(
     config: Config, table: FeatureTable, targets: Mapping[str, np.ndarray]
 ) -> tuple[FeatureTable, np.ndarray]:
-    """The table as `training` wants it, some rows or labels taken away, and its train rows to learn from.
+    """The table without the rows and labels that `training` leaves out, and the train rows to learn from.
 
-    targets: what teachers say, task -> (N, C); rows that they can read teach without a label too.
+    targets: task -> teachers' probabilities (N, C); rows with targets are learnt from even without a label.
 
     Raises: DataError if a task has nothing to learn.
     """
@@ -132,7 +132,7 @@ def training_rows(
 
 
 def can_learn(config: Config, table: FeatureTable) -> bool:
-    """Whether train and val have something to teach each task of the model."""
+    """Whether each task of the model can be learnt from train and val together."""
     try:
         training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
     except DataError:
@@ -141,7 +141,7 @@ def can_learn(config: Config, table: FeatureTable) -> bool:
 
 
 class Fitting:
-    """A run between two epochs: model, optimiser, and what is known so far."""
+    """The state of a run between two epochs: model, optimiser, epochs so far."""
 
     def __init__(
         self,
@@ -177,10 +177,10 @@ class Fitting:
             weights=sampling_weights(table, train_rows) if self.training.resample else None,
             targets=targets,
         )
-        objective = build_objective(config, table, train_rows, worker)
+        criterion = build_criterion(config, table, train_rows, worker)
         spec = self.model.spec
         weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, worker)
-        self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, worker).to(worker.device)
+        self.learner = LEARNERS[self.training.balance](self.model, criterion, weighting, worker).to(worker.device)
         self.net = parallel(self.learner, worker)
         self.epochs: list[Epoch] = []
         self.best_epoch = 0
@@ -243,7 +243,7 @@ class Fitting:
         return total.item() / num_steps
 
     def _frozen(self, epoch: int) -> list[nn.Parameter]:
-        """Parameters that were taken over and do not learn in this epoch."""
+        """Parameters from `training.transfer.init` that are not trained in this epoch."""
         num_stages = len(self.taken_over)
         learning = trainable_stages(self.training.transfer.tuning, num_stages, epoch, self.num_epochs)
         return [p for stage, parameters in enumerate(self.taken_over) if stage not in learning for p in parameters]
@@ -269,7 +269,7 @@ class Fitting:
         self.best_epoch = rest["best_epoch"]
 
     def result(self) -> FitResult:
-        """The finished run, its model at the best epoch."""
+        """The result, with the model of the best epoch."""
         if self.best:
             self.model.load_state_dict(self.best)
         return FitResult(
@@ -283,10 +283,10 @@ class Fitting:
 
 
 def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int, score: Score) -> bool:
-    """Whether an epoch's val scores are better than those of the best epoch so far; top: the highest score so far.
+    """Whether an epoch's val scores are better than those of the best epoch so far. top: the highest score so far.
 
-    Scores in [0, 1] that differ by less than half a standard error of a share over so many rows are level, others only if
-    they are equal: the lower loss decides.
+    Scores within half a standard error of `top` are ties, and the lower loss decides. The standard error is that of a share
+    over `num_rows`; scores outside of [0, 1] tie only if they are equal.
     """
     ours, theirs = score(val), score(best)
     top = max(top, ours)
@@ -312,9 +312,9 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
     return model
 
 
-def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, worker: Worker) -> Objective:
+def build_criterion(config: Config, table: FeatureTable, rows: np.ndarray, worker: Worker) -> Criterion:
     """The losses of the tasks, with the class frequencies of `rows`."""
-    return Objective.of(
+    return Criterion.of(
         {t: labels.kind.count(labels[rows], table.width(t)) for t, labels in table.labels.items()},
         table.kinds,
         class_weights=config.training.class_weights,
@@ -326,7 +326,7 @@ def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, worke
 
 
 def diverged(lr: float, loss: float, epoch: int) -> ConfigError:
-    """The error of a loss that is no number."""
+    """The error for a loss that is not finite."""
     return ConfigError(f"the training loss is {loss} in epoch {epoch}: lower training.lr (now {lr:g})")
 
 

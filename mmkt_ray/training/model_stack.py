@@ -23,9 +23,9 @@ from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.training.batches import Worker
+from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import Fitting, build_objective, spec_of
-from mmkt_ray.training.objective import Objective
+from mmkt_ray.training.loop import Fitting, build_criterion, spec_of
 
 MEMBER_KEYS = frozenset(
     {
@@ -46,7 +46,7 @@ class ModelStack:
 
     config: Config
     run: Fitting  # rows, batches and the weights that all start from
-    plain_objective: Objective  # with the config's label smoothing
+    plain_criterion: Criterion  # with the config's label smoothing
     layout: list[tuple[str, nn.Parameter]]  # the parameters in the order of the columns: matrices, which decay, come first
     rate_keys: dict[str, str]  # buffer of the model -> of MEMBER_KEYS
     values: dict[str, Tensor]  # of MEMBER_KEYS -> (P,)
@@ -65,7 +65,7 @@ class ModelStack:
         return cls(
             config,
             run,
-            build_objective(config, run.table, run.train_rows, run.worker),
+            build_criterion(config, run.table, run.train_rows, run.worker),
             layout,
             {name: f"model.{field}" for name, field in run.model.dropout_rates().items()},
             {key: _column(config, members, key).to(device) for key in MEMBER_KEYS},
@@ -96,9 +96,9 @@ class ModelStack:
         )
 
     @property
-    def objective(self) -> Objective:
+    def criterion(self) -> Criterion:
         """Of logits (P, B, C): each member's losses with its own label smoothing."""
-        return replace(self.plain_objective, label_smoothing=self.values["training.label_smoothing"])
+        return replace(self.plain_criterion, label_smoothing=self.values["training.label_smoothing"])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """(P, N) as parameter name -> (P, ..), detached."""

@@ -81,9 +81,9 @@ class Population:
         model, batches = run.model.train(), run.batches
         num_steps = config.training.epochs * batches.num_steps
         torch.manual_seed(seed_of(config.training_seed, epoch, 0))
-        parameters, objective = stack.trainable(), stack.objective
+        parameters, criterion = stack.trainable(), stack.criterion
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
-            losses = objective.of_batch(stack.forward(model, parameters, batch.features, batch.present), batch)
+            losses = criterion.of_batch(stack.forward(model, parameters, batch.features, batch.present), batch)
             total = torch.stack(list(losses.values())).sum()
             stack.update(torch.autograd.grad(total, list(parameters.values())), step, lr_factor(step, num_steps))
 

@@ -17,8 +17,12 @@ from torch import nn
 
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
-from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder, backbone_dim
-from mmkt_ray.encoders.pretrained.texts import MinilmTextEncoder
+from mmkt_ray.encoders.pretrained.image_networks import (
+    EfficientNetLite0ImageEncoder,
+    TorchvisionImageEncoder,
+    backbone_dim,
+)
+from mmkt_ray.encoders.pretrained.text_networks import MinilmTextEncoder
 from mmkt_ray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.slow

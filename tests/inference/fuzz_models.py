@@ -40,7 +40,7 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.prediction import finite, prediction_config, restrict, usable_encoders
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
-from mmkt_ray.models.experts import ExpertModel, ExpertSpec
+from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
 from tests.manifests import make_manifest, make_training
 from tests.samples.fuzz_worker import Watch, peak_bytes
 

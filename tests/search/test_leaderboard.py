@@ -9,10 +9,10 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.search.finalists import choose_finalists
-from mmkt_ray.search.insight import anytime_curve, importance, search_plots
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import search_digest
 from mmkt_ray.search.space import build_space
+from mmkt_ray.search.summary import anytime_curve, importance, summarise_search
 from mmkt_ray.search.trial import SearchContext, Trial, stacks_per_trial
 
 HIERARCHICAL = {"model.fusion.name": "hierarchical", "model.fusion.depth": 2, "model.sharing": "task"}
@@ -143,7 +143,7 @@ def test_insight_has_the_best_of_each_cell(done):
     """Catches a heat map that mixes its axes up or counts references, and importances that do not add up."""
     job, _ = done
     rows = job.leaderboard.read()
-    found = search_plots(job.space, rows)
+    found = summarise_search(job.space, rows)
     fusion, depth = found.heat_maps
     assert (fusion.row_names, fusion.column_names) == (["concat", "hierarchical"], ["task", "task_modality"])
     best = {

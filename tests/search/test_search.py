@@ -19,7 +19,7 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
-from mmkt_ray.search.search_results import SearchPlots, SearchResult
+from mmkt_ray.search.search_results import SearchResult, SearchSummary
 from tests.labels import codes_of
 
 
@@ -74,7 +74,7 @@ def test_the_winner_is_chosen_on_val_and_told_on_test(found, store):
     single = result.compared_with["best single modality"]
     assert result.versus[single]["mood"].metrics["accuracy"]["verdict"] in {"better", "worse", "tie"}
     assert "72 candidates tried" in result_table(result)
-    assert SearchPlots.read(f"{run_uri}/search/report.json").curve[-1][2] == 90
+    assert SearchSummary.read(f"{run_uri}/search/report.json").curve[-1][2] == 90
 
 
 def test_the_winner_is_a_model_folder(found, store):

@@ -6,11 +6,11 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.search.search_results import SearchPlots, SearchResult
+from mmkt_ray.search.search_results import SearchResult, SearchSummary
 from tests.report.test_searched import insight, result
 
 
-@pytest.mark.parametrize(("record", "content"), [(SearchResult, result()), (SearchPlots, insight(5))])
+@pytest.mark.parametrize(("record", "content"), [(SearchResult, result()), (SearchSummary, insight(5))])
 def test_files_of_earlier_searches_are_read_and_stay_as_they_are(record, content, tmp_path):
     """Catches a key that earlier files lack and a value that reading changes: such a run would have no report."""
     before, after = tmp_path / "before.json", tmp_path / "after.json"

@@ -18,7 +18,7 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training.batches import Worker, narrow
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.loop import Fitting, fit
-from mmkt_ray.training.methods.transfer import Knowledge, Source
+from mmkt_ray.training.methods.transfer import Knowledge, SourceModel
 from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.validation import validate
 from tests.labels import MISSING, UNSEEN, codes_of, labels_of
@@ -360,7 +360,7 @@ def test_two_answers_to_imbalance_at_once_are_refused(make_config):
 def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config, table):
     """Catches towers that weight decay or momentum moves though they are frozen, and stages freed from the bottom."""
     classes = dict(table.class_names)
-    source = Source(fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes)
+    source = SourceModel(fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes)
     start = source.model.state_dict()
 
     def moved(tuning, epochs):
@@ -381,7 +381,7 @@ def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config,
 
 def test_a_student_learns_what_only_its_teacher_was_told(make_config, table):
     """Catches targets of other rows, and teachers that are loaded and not listened to."""
-    teacher = Source(fit(make_config(**{"training.epochs": 12}), table).model, dict(table.class_names))
+    teacher = SourceModel(fit(make_config(**{"training.epochs": 12}), table).model, dict(table.class_names))
     true = codes_of(table.labels["topic"])
     topic = np.where(table.split == "train", np.where(true >= 0, (true + 1) % 3, MISSING), true)
     lied_to = dataclasses.replace(table, labels={**table.labels, "topic": labels_of(topic)})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray.encoders.pretrained import folder as folders
-from mmkt_ray.encoders.pretrained.images import PretrainedImageEncoder
+from mmkt_ray.encoders.pretrained.image_networks import PretrainedImageEncoder
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy
 

@@ -14,7 +14,7 @@ from mmkt_ray.encoders.pretrained.weights import require
 from mmkt_ray.lazy import lazy
 
 if TYPE_CHECKING:
-    from mmkt_ray.encoders.pretrained import folder_images, sounds, texts
+    from mmkt_ray.encoders.pretrained import folder_images, sound_networks, text_networks
     from mmkt_ray.kinds.modalities import ModalityKind
 else:
     folder_images, sounds, texts = (
@@ -61,5 +61,6 @@ class HuggingFaceEncoder(ListedEncoder):
         if config.reads == "image":
             return folder_images.HuggingFaceImageEncoder(config)
         if config.reads == "audio":
-            return sounds.network_of(model_type, config)
-        return (texts.AlignedTextNetwork if model_type in texts.ALIGNED else texts.TextNetwork)(config)
+            return sound_networks.network_of(model_type, config)
+        aligned = model_type in text_networks.ALIGNED
+        return (text_networks.AlignedTextNetwork if aligned else text_networks.TextNetwork)(config)

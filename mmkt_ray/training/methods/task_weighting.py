@@ -2,7 +2,7 @@
 
 Axes: T tasks, in sorted order.
 
-With several ranks the losses are this rank's parts of the step's losses, which sum to them (see `Objective.losses`).
+With several ranks the losses are this rank's parts of the step's losses, which sum to them (see `Criterion.losses`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import optuna
 import pandas as pd
 
 from mmkt_ray.search.leaderboard import overrides_of
-from mmkt_ray.search.search_results import CurvePoint, HeatMap, SearchPlots, SlicePoint
+from mmkt_ray.search.search_results import CurvePoint, HeatMap, SearchSummary, SlicePoint
 from mmkt_ray.search.space import Space, text_of
 from mmkt_ray.search.tuner import frozen_trial
 
@@ -19,10 +19,10 @@ MAX_SLICE_POINTS = 500
 MAX_CURVE_POINTS = 300
 
 
-def search_plots(space: Space, rows: pd.DataFrame) -> SearchPlots:
-    """All of them, of the rows of a leaderboard."""
+def summarise_search(space: Space, rows: pd.DataFrame) -> SearchSummary:
+    """rows: of a leaderboard."""
     scored = rows[rows["score"].notna()]
-    return SearchPlots(
+    return SearchSummary(
         heat_maps=[m for keys in heat_map_keys(space) if (m := heat_map(scored, *keys))],
         curve=anytime_curve(rows),
         importance=importance(space, scored),
