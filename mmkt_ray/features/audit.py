@@ -93,7 +93,7 @@ class LabelIssue(OpenRecord, frozen=True):
 class LabelIssues(Record, frozen=True):
     """What studies/label_issues.py found among the train rows of a store."""
 
-    num_rows: dict[str, int]  # task -> judged rows
+    num_rows: dict[str, int]  # task -> rows whose labels were checked
     num_suspects: dict[str, LabelIssueCounts]  # by task
     top: list[LabelIssue]  # the first ones
     note: IfAny[str] = None  # why they have no inputs

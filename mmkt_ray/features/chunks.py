@@ -1,10 +1,11 @@
 """A chunk of samples on its way through Ray, and the stages at both ends of the pipeline: reading and writing.
 
-A chunk travels as one Ray row, {unit, index, last, table, rejects, seconds}, with its samples as an Arrow IPC buffer, and
-values that were prepared for encoders as one array for each modality: so its rows, and the forward passes over them, are the
-same in every run, whatever Ray schedules, retries or resumes. That makes a part's file name a function of its input, and
-writing it twice harmless. Stages take and give rows as Arrow tables, which Ray copies once, into its object store: they are
-read in place there. Imports neither torch nor scikit-learn: the processes that read and write start quickly and stay small.
+A chunk travels as one Ray row, {unit, index, last, table, rejects, seconds}, with its samples as an Arrow IPC buffer,
+and the values prepared for encoders as one array per modality. So its rows, and the forward passes over them, are the
+same in every run, whatever Ray schedules, retries or resumes. That makes a part's file name a function of its input,
+and writing it twice harmless. Stages take and give rows as Arrow tables, which Ray copies once, into its object
+store: they are read in place there. Imports neither torch nor scikit-learn: the processes that read and write start
+quickly and stay small.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def make_row(
     seconds: dict[str, float],
     prepared: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Row:
-    """A chunk as it travels, see `OpenedRow`."""
+    """A chunk as a row of Ray, see `OpenedRow`."""
     cells = {"table": pack(table), "rejects": pack(rejects)}
     cells |= {ARRAY + name: pa.py_buffer(np.ascontiguousarray(array)) for name, array in prepared.items()}
     known = {"unit": [unit], "index": [index], "last": [last], "seconds": [json.dumps(seconds)]}
@@ -123,5 +124,5 @@ def write_part(row: Row, store_uri: str) -> dict[str, list[Any]]:
         storage.write_table(storage.join(store_uri, "rejects", name), rejects)
     checksum = storage.write_table(storage.join(store_uri, "data", name), chunk.samples)
     seconds = chunk.seconds | {"write": time.perf_counter() - start}
-    told: dict[str, list[Any]] = {"name": [name], "checksum": [checksum], "num_rows": [len(chunk.samples)]}
-    return told | {"lost": [json.dumps(count_stages(rejects))], "seconds": [json.dumps(seconds)]}
+    found: dict[str, list[Any]] = {"name": [name], "checksum": [checksum], "num_rows": [len(chunk.samples)]}
+    return found | {"lost": [json.dumps(count_stages(rejects))], "seconds": [json.dumps(seconds)]}

@@ -1,7 +1,7 @@
-"""Fitting encoders and reducers on the train split, as Ray tasks whose statistics merge in a fixed tree.
+"""Fits encoders and reducers on the train split, as Ray tasks whose statistics merge in a fixed tree.
 
-The tree is fixed so that the same shards give the same sums, bit for bit, whatever finishes first. A fit is kept in
-`<run>/encoders/<modality>-<config>-<shards>`; when shards were only added since, the fit is kept and the log says so.
+The tree is fixed so that the same shards give the same sums, bit for bit, whatever finishes first. A fit lies in
+`<run>/encoders/<modality>-<config>-<shards>`. If shards were only added since, it is used again, with a line in the log.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
 
-SHARDS_TOLD = 20  # that are looked at to say why there was nothing to fit on
+SHARDS_EXPLAINED = 20  # that are read to say why there was nothing to fit on
 FAN_IN = 8  # statistics that one merge takes
 
 
@@ -121,9 +121,9 @@ def encoded_by_user(config: Config) -> bool:
 
 
 def why_none(plan: ReadingPlan, modality: str, shards: list[Shard]) -> str:
-    """What the shards hold instead of train rows with a modality, as the end of a sentence: they are read once more."""
+    """Why no train row has a modality, as the end of a sentence; the shards are read once more."""
     look = ray.remote(what_is_read)
-    found = ray.get([look.remote(plan, modality, shard) for shard in shards[:SHARDS_TOLD]])
+    found = ray.get([look.remote(plan, modality, shard) for shard in shards[:SHARDS_EXPLAINED]])
     with_it, without, reasons = (sum((Counter(f[i]) for f in found), Counter[str]()) for i in range(3))
     if with_it:
         held = ", ".join(f"{n} in {split}" for split, n in sorted(with_it.items()))
@@ -145,7 +145,7 @@ def what_is_read(plan: ReadingPlan, modality: str, shard: Shard) -> tuple[Counte
 
 
 def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
-    """A fit on just these shards, else one on a part of them: then shards were added, and it stays as it is."""
+    """The folder of a fit on exactly these shards, else of one on a part of them (shards were added), or None."""
     exact = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
     if storage.exists(storage.join(exact, ENCODER_CARD)):
         return exact

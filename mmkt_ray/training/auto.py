@@ -1,10 +1,10 @@
 """`training: auto`: settings chosen by data, on held-out rows, from a small fixed set that is trained as one stack.
 
-The set is CANDIDATES (see docs/methods.md for how it was found). All are trained as one stack (see fold_stack.py), each once
-for each held-out part of the rows, on the other rows. A candidate replaces the first one if its held-out log loss is lower by
-more than one standard error. The held-out predictions of the chosen settings are kept, also with modalities hidden: models
-are compared, calibrated and routed by them. Where rows are few, the model itself, which learns from all of them, is one more
-member of that stack.
+The set is CANDIDATES (see docs/methods.md for how it was found). All are trained as one stack (see fold_stack.py),
+each once for each held-out part of the rows, on the other rows. A candidate replaces the first one if its held-out
+log loss is lower by more than one standard error. The held-out predictions of the chosen settings are kept, also with
+modalities hidden: models are compared, calibrated and routed by them. Where rows are few, the model itself, which
+learns from all of them, is one more member of that stack.
 
 Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch, C classes of one task.
 
@@ -54,8 +54,8 @@ BATCH_SIZES = ((10_000, 128), (50_000, 256), (math.inf, 512))  # up to so many t
 
 
 def is_plain(config: Config) -> bool:
-    """Whether models of this config can be trained in a stack with held-out parts: no method changes gradients, mixes rows,
-    adds rows, uses other models or stops early."""
+    """Whether models of this config can be trained in a stack with held-out parts: no method changes gradients, mixes
+    rows, adds rows, uses other models or stops early."""
     training = config.training
     return not (
         training.balance
@@ -83,8 +83,8 @@ def plain(config: Config) -> Config:
 
 
 def screening_config(config: Config) -> Config:
-    """The config whose settings are chosen: without experts, for any seed and number of workers, with the simplest sharing and
-    fusion. So all models of the same modalities and tasks get the same choice."""
+    """The config whose settings are chosen: without experts, for any seed and number of workers, with the simplest
+    sharing and fusion. So all models of the same modalities and tasks get the same choice."""
     alone: dict[str, Any] = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
     if config.model.num_levels:
         alone["model.sharing"] = "task"
@@ -121,8 +121,8 @@ def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -
 
 
 def for_depth(config: Config, settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Settings chosen for `screening_config`, adapted to the config's own model: fusion in several layers takes twice the steps
-    and at most DEEP_DROPOUT in each layer."""
+    """Settings chosen for `screening_config`, adapted to the config's own model: fusion in several layers takes twice
+    the steps and at most DEEP_DROPOUT in each layer."""
     fusion = config.model.fusion
     if fusion.name != "hierarchical" or fusion.depth < 2 or not config.model.num_levels:
         return settings
@@ -135,8 +135,8 @@ def for_depth(config: Config, settings: dict[str, Setting]) -> dict[str, Setting
 
 
 def usual_settings(config: Config) -> dict[str, Setting]:
-    """The first candidate's settings for what the config leaves open, without looking at data: MIN_STEPS for the steps, none
-    for the batch size."""
+    """The first candidate's settings for what the config leaves open, without looking at data: MIN_STEPS for the
+    steps, none for the batch size."""
     steps = {"training.steps": MIN_STEPS} if "training.steps" in config.training.auto else {}
     return {key: BASE[key] for key in config.training.auto if key in MEMBER_KEYS} | steps | without_meaning(config)
 
@@ -158,8 +158,8 @@ def with_settings(config: Config, settings: Mapping[str, Setting | None]) -> Con
 def choose(
     config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")  # noqa: B008
 ) -> tuple[Choice, HeldOut | None]:
-    """Choose the settings that `training.auto` leaves open. With them come held-out predictions of the chosen candidate, where it
-    learnt from all other rows (None otherwise).
+    """Choose the settings that `training.auto` leaves open. With them come held-out predictions of the chosen
+    candidate, where it learnt from all other rows (None otherwise).
 
     Raises: DataError as `fit`.
     """
@@ -194,8 +194,10 @@ def unique(settings: Sequence[dict[str, Setting]]) -> list[dict[str, Setting]]:
 
 
 def choose_candidate(losses: np.ndarray) -> int:
-    """Index of the chosen candidate: the one of the lowest mean loss, if it beats the first by more than one standard error of
-    the paired difference; else the first. Candidates that diverged (NaN) are left out. losses: (candidates, rows)."""
+    """Index of the chosen candidate: the one of the lowest mean loss, if it beats the first by more than one standard
+    error of the paired difference; else the first. Diverged candidates (NaN) are left out.
+
+    losses: (candidates, rows)."""
     means = np.where(np.isfinite(losses).all(axis=1), losses.mean(axis=1), np.inf)
     if not np.isfinite(means[0]):
         return int(means.argmin())
@@ -207,8 +209,8 @@ def choose_candidate(losses: np.ndarray) -> int:
 def row_losses(
     config: Config, table: FeatureTable, folds: Folds, parts: Sequence[int], logits: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Log loss (H,) of each held-out row with a label, relative to that of the class frequencies; the mean over a row's tasks.
-    Each task's logits are scaled by their best temperature. logits: task -> (N, C)."""
+    """Log loss (H,) of each held-out row with a label, relative to that of the class frequencies; the mean over a
+    row's tasks. Each task's logits are scaled by their best temperature. logits: task -> (N, C)."""
     held = np.isin(folds.fold, list(parts))
     total, count = np.zeros(len(held)), np.zeros(len(held))
     for t, values in logits.items():

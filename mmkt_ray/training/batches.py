@@ -123,9 +123,9 @@ def feature_statistics(features: Features, present: np.ndarray) -> tuple[Tensor,
 class EpochBatches:
     """The rows of a table in a new order each epoch, dealt out to the ranks in batches of equal size.
 
-    All steps of an epoch have the same size: 300 rows in batches of at most 256 are two steps of 150. Fewer than R * steps
-    rows, those at the start of the order, come twice, so that every batch is full and every rank has equally many. The order
-    depends on seed and epoch alone, so a checkpoint does not need it.
+    All steps of an epoch have the same size: 300 rows in batches of at most 256 are two steps of 150. Fewer than R *
+    steps rows, those at the start of the order, come twice, so that every batch is full and every rank has equally
+    many. The order depends on seed and epoch alone, so a checkpoint does not need it.
 
     With `weights`, an epoch is as many rows drawn with replacement, with probabilities in proportion to the weights.
     """
@@ -140,7 +140,7 @@ class EpochBatches:
         weights: np.ndarray | None = None,
         targets: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """targets: task -> (N, C) probabilities of teachers for the table's first N rows, NaN in rows that none can read."""
+        """targets: task -> (N, C) teachers' probabilities for the table's first N rows; NaN in rows that none reads."""
         self.table, self.rows, self.seed, self.worker = table, rows, seed, worker
         self.targets = targets or {}
         self.probabilities = None if weights is None else weights / weights.sum()

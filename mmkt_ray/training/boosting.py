@@ -1,8 +1,8 @@
 """Gradient boosting on the features of one table: what many would try first.
 
 A baseline that is reported but cannot be shipped, since it cannot be saved without pickle. It is scikit-learn's
-HistGradientBoosting with its defaults and early stopping, fitted on the train and val rows that have the table. Numbers are
-fitted on the scale of their kind. Held-out rows are predicted by models of the other folds.
+HistGradientBoosting with its defaults and early stopping, fitted on the train and val rows that have the table.
+Numbers are fitted on the scale of their kind. Held-out rows are predicted by models of the other folds.
 
 Source: Ke et al. 2017, LightGBM. Axes: N rows, D features, K outputs of the task.
 """

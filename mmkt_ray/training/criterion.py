@@ -51,8 +51,8 @@ class Criterion:
         loss_weights: Mapping[str, float] | None = None,
         distillation: Distillation = Distillation(),
     ) -> Criterion:
-        """counts: task -> `TaskKind.count` of the train rows; kinds: of the tasks; loss_weights: task -> factor of its loss, 1
-        if not named."""
+        """counts: task -> `TaskKind.count` of the train rows; kinds: of the tasks; loss_weights: task -> factor of
+        its loss, 1 if not named."""
         ones = {t: np.ones(c.shape[-1]) for t, c in counts.items()}
         weights = {t: kinds[t].balanced_weights(c) for t, c in counts.items()} if class_weights == "balanced" else ones
         shifts = {t: logit_adjustment * kinds[t].log_prior(c) for t, c in counts.items()}
@@ -89,7 +89,7 @@ class Criterion:
         Args:
             logits: task -> (B, K).
             labels: task -> of B rows, as tensors; what is not known contributes nothing.
-            totals: normaliser, see `total_weights`; default: of these rows. With that of the whole step, the losses of the
+            totals: normaliser of the whole step, see `total_weights`; default: of these rows. So the losses of a
                 step's parts sum to its loss, however it is split over ranks.
             share: (B,) factor of each row's loss; default: 1.
         """

@@ -136,8 +136,8 @@ def expert_config(config: Config, modalities: Sequence[str], tasks: list[str], s
 def single_configs(variants: Mapping[str, Config], table: FeatureTable) -> dict[str, Config]:
     """Modality -> the config of a model of it alone, made like an expert's, for all tasks that can be learnt from it.
 
-    variants: models over the same features. Settings are those of the first variant with the most modalities. A modality is
-    left out if some variant reads it alone for all these tasks.
+    variants: models over the same features. Settings are those of the first variant with the most modalities. A
+    modality is left out if some variant reads it alone for all these tasks.
     """
     widest = max(variants.values(), key=lambda config: len(config.model_modalities))
     found = {}
@@ -194,12 +194,13 @@ def join_experts(
 
 
 def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable) -> dict[str, dict[str, str]]:
-    """Task -> {the task's modalities that a row has, joined by +: the expert that predicts it}; without the fused model.
+    """Task -> {the task's modalities that a row has, joined by +: the expert that predicts it}; without the fused
+    model.
 
-    Each set of modalities that a row may have has a default model: for all modalities the fused one, for a part of them the
-    expert of exactly these, or the fused one where there is no such expert. Another model replaces the default if it is
-    clearly better (see `clearly_better`) on the held-out rows that have the set, with all other modalities hidden. The level
-    is ALPHA divided by the number of models tried; of several, the best is taken.
+    Each set of modalities that a row may have has a default model: for all modalities the fused one, for a part of
+    them the expert of exactly these, or the fused one where there is no such expert. Another model replaces the
+    default if it is clearly better (see `clearly_better`) on the held-out rows that have the set, with all other
+    modalities hidden. The level is ALPHA divided by the number of models tried; of several, the best is taken.
     """
     routes: dict[str, dict[str, str]] = {}
     for t, inputs in fused.model.spec.inputs.items():
@@ -225,9 +226,9 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
 def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
     """Whether a model is shown to be better than another on the same rows.
 
-    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be lower, and
-    one of two one-sided tests must reject at alpha: of the scores, an exact McNemar test where they are right or wrong, else
-    a paired t test; of the losses, a paired t test.
+    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be
+    lower, and one of two one-sided tests must reject at alpha: of the scores, an exact McNemar test where they are
+    right or wrong, else a paired t test; of the losses, a paired t test.
     """
     gain = ours[0] - theirs[0]
     if not ours.shape[1] or gain.mean() < 0:
@@ -245,8 +246,8 @@ def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
 def row_scores_of(held: HeldOutModel, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
     """(2, N) each held-out row's score, see `TaskKind.row_scores`, and its log loss; NaN for all other rows.
 
-    Logits are scaled by the best temperature. The loss of a class that train lacks is 0. given: modalities that are not
-    hidden from the model."""
+    Logits are scaled by the best temperature. The loss of a class that train lacks is 0. given: modalities that are
+    not hidden from the model."""
     found = np.full((2, len(table.split)), np.nan)
     known = held.heldout.logits.get(pattern_name(given), {})
     if task not in known:

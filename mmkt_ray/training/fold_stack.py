@@ -39,7 +39,7 @@ def hold_out(
     device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
     known: HeldOut | None = None,
 ) -> HeldOut | None:
-    """Out-of-fold predictions of models of this config, which leaves nothing to choose; None if no row can be held out.
+    """Out-of-fold predictions of models of this config, with nothing left to choose; None if no row can be held out.
 
     known: those of whole parts that are there already.
     """
@@ -104,8 +104,8 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def given_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """The sets of modalities that held-out rows are predicted from: every set; with more than MAX_HIDDEN modalities, all together
-    and each alone."""
+    """The sets of modalities that held-out rows are predicted from: every set; with more than MAX_HIDDEN modalities,
+    all together and each alone."""
     num = len(modalities)
     sizes = range(1, num + 1) if num <= MAX_HIDDEN else (1, num)
     return subsets(sorted(modalities), sizes)
@@ -199,7 +199,8 @@ class FoldStack:
         self.stack.weights = done
 
     def _step(self, live: ModelStack, members: Sequence[int], rows: np.ndarray, step: int) -> Tensor:
-        """One step on these rows, each member without its part; the members' losses (P,). live: the stack of these members."""
+        """One step on these rows, each member without its part; the members' losses (P,). live: the stack of these
+        members."""
         model, batch = live.run.model.train(), live.run.batches.read(rows)
         parameters, criterion = live.trainable(), live.criterion
         parts = self.parts[list(members)]

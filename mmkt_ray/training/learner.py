@@ -79,7 +79,7 @@ class UnimodalHeads(Learner):
     def forward(
         self, features: dict[str, FeatureBatch], present: dict[str, Tensor]
     ) -> tuple[Logits, dict[str, Logits], dict[str, Tensor]]:
-        """The fused logits, those of the unimodal heads (modality -> task -> (B, C)), and `encode`'s presence masks."""
+        """The fused logits, the unimodal heads' (modality -> task -> (B, C)), and the presence masks of `encode`."""
         signals, seen = self.model.encode(features, present)
         alone: dict[str, Logits] = {m: {} for m in self.modalities}
         for (t, m), signal in signals.items():

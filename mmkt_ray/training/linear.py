@@ -1,9 +1,10 @@
-"""Models without towers: logistic regression, or ridge regression of numbers, solved to the optimum. Held-out rows choose the
-penalty.
+"""Models without towers: logistic regression, or ridge regression of numbers, solved to the optimum. Held-out rows
+choose the penalty.
 
-Features pass the model's input stage. Then each modality is scaled to rows of unit mean squared length, so that one penalty
-is fair to 1,280 dense numbers and to ten words. Without this scaling the wider modality dominates: cross-validated with the best penalty of each, OpenMoji's category is 78.4 % with it and 69.3 %
-without (HOG and words), 87.4 % and 85.7 % with pretrained encoders.
+Features pass the model's input stage. Then each modality is scaled to rows of unit mean squared length, so that one
+penalty is fair to 1,280 dense numbers and to ten words. Without this scaling the wider modality dominates:
+cross-validated with the best penalty of each, OpenMoji's category is 78.4 % with it and 69.3 % without (HOG and
+words), 87.4 % and 85.7 % with pretrained encoders.
 
 Each task has a penalty of its own, from a path of about ten, strong to weak: the one with the lowest held-out log loss
 (see heldout.py). The model then learns from train and val together.
@@ -107,7 +108,8 @@ def fit_linear(config: Config, table: FeatureTable) -> LinearFit:
 
 
 def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldOut, dict[str, Any]]:
-    """`fit_linear` in the form of `fit` (one epoch, whose val scores are those of the held-out rows), and what the card adds."""
+    """`fit_linear` in the form of `fit` (one epoch, whose val scores are those of the held-out rows), and what the
+    card adds."""
     found = fit_linear(config, table)
     labels = {t: table.labels[t][found.heldout.rows] for t in config.model_tasks}
     logits = found.heldout.logits[pattern_name(config.model_modalities)]

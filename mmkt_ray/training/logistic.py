@@ -1,15 +1,14 @@
 """Logistic regression with a squared penalty, solved to its optimum: several fits over the same rows at once.
 
-Minimised over W and b is the sum over rows of c_i loss(y_i, x_i W + b) + l2 / 2 |W|^2, scikit-learn's with C = 1 / l2: the
-loss is cross-entropy; of a multilabel task, or of two classes, binary cross-entropy; of numbers half the squared error, which
-is scikit-learn's ridge regression with alpha = l2. The bias is free. The solver is
-L-BFGS in coordinates in which the curvature is near one: dense blocks are rotated to their principal axes, which the
-penalty does not notice, and each axis is scaled by its curvature. Blocks wider than they have rows are as many numbers
-wide as they have rows then. Sparse blocks stay sparse.
+Minimised over W and b is the sum over rows of c_i loss(y_i, x_i W + b) + l2 / 2 |W|^2, scikit-learn's with C = 1 /
+l2: the loss is cross-entropy; of a multilabel task, or of two classes, binary cross-entropy; of numbers half the
+squared error, which is scikit-learn's ridge regression with alpha = l2. The bias is free. The solver is L-BFGS in
+coordinates in which the curvature is near one: dense blocks are rotated to their principal axes, which leaves the
+penalty as it is, and each axis is scaled by its curvature. A block with more columns than rows then has as many
+columns as rows. Sparse blocks stay sparse.
 
 Fits that differ in their row weights (folds) and the classes of a multilabel task are columns of the same products. So
-L-BFGS is written out here: SciPy's takes one problem at a time, in float64. The test suite holds it against
-scikit-learn's.
+L-BFGS is written out here: SciPy's takes one problem at a time, in float64. The tests compare it with scikit-learn's.
 
 Axes: N rows, D columns of a block, R of its columns after rotation, P all of these and the bias, F fits, K classes.
 
@@ -33,9 +32,9 @@ from torch.nn.functional import linear, one_hot, softplus
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.models.imputation import evenly
 
-MAX_ROTATED = 2048  # axes: the eigenvectors of a larger matrix cost more than they save
+MAX_ROTATED = 2048  # axes; the eigenvectors of a larger matrix cost more than they save
 GRAM_ROWS = 4  # times D: enough for the axes
-TURNED_ROWS = 8  # times D: so many rows are turned themselves, more as their weights are
+ROTATED_ROWS = 8  # times D: up to so many rows are rotated once; with more, the weights are, in each step
 CHUNK_VALUES = 2_000_000  # logits in memory at a time
 DOT_ROWS = 64  # products that are summed in float32
 HISTORY_BYTES = 400_000_000  # of L-BFGS
@@ -49,13 +48,13 @@ Point: TypeAlias = tuple[Tensor, Tensor, Tensor]  # weights (P, F K), values (F 
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """Some columns of the rows. `x` (N, D) dense, or sparse with the columns that are not empty; the solver's are x times
-    `basis` (D, R), or x as it is if null."""
+    """Some columns of the rows. `x` (N, D) is dense, or sparse without empty columns. The solver works on x times
+    `basis` (D, R); without a basis, on x."""
 
     x: Tensor | sp.csr_matrix
     basis: Tensor | None
     energy: Tensor  # (R,) squared lengths of the solver's columns
-    back: Tensor | None = None  # (D', R) for `x` that is rotated already: what brings weights back
+    back: Tensor | None = None  # (D', R) where x is rotated already: maps weights back
     columns: np.ndarray | None = None  # of a sparse block: which of `width` its columns are
     width: int = 0
 
@@ -90,7 +89,7 @@ def make_block(features: Features) -> FeatureBlock:
     some = x[torch.from_numpy(evenly(np.arange(num_rows), GRAM_ROWS * width))]
     energy, axes = torch.linalg.eigh((some.T @ some).double())
     basis, energy = axes.float(), energy.clamp(min=0).float() * (num_rows / len(some))
-    if num_rows <= TURNED_ROWS * width:
+    if num_rows <= ROTATED_ROWS * width:
         return FeatureBlock(x @ basis, None, energy, back=basis)
     return FeatureBlock(x, basis, energy)
 

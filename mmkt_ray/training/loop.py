@@ -285,8 +285,8 @@ class Fitting:
 def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int, score: Score) -> bool:
     """Whether an epoch's val scores are better than those of the best epoch so far. top: the highest score so far.
 
-    Scores within half a standard error of `top` are ties, and the lower loss decides. The standard error is that of a share
-    over `num_rows`; scores outside of [0, 1] tie only if they are equal.
+    Scores within half a standard error of `top` are ties, and the lower loss decides. The standard error is that of a
+    share over `num_rows`; scores outside of [0, 1] tie only if they are equal.
     """
     ours, theirs = score(val), score(best)
     top = max(top, ours)

@@ -1,8 +1,8 @@
-"""Models of one architecture and one seed as one: parameters with one more axis in front, and AdamW over them.
+"""Models of one architecture and one seed, stacked: parameters with one more axis in front, and AdamW over them.
 
-A step is a handful of wide products instead of P small ones. The members start from the same weights, read the same batches
-and draw the same random numbers (a dropout mask is where the number falls below the member's own rate), just as each would
-alone with that seed: so a member's result is that of `fit` with its config.
+A step is a few wide products instead of P small ones each. The members start from the same weights, read the same
+batches and draw the same random numbers, as each would alone with that seed. (A member's dropout mask is where the
+number is below its own rate.) So a member's result is that of `fit` with its config.
 
 Axes: P members, N trained numbers of each, B rows of a batch, C classes of one task.
 
@@ -45,7 +45,7 @@ class ModelStack:
     """P models between two steps."""
 
     config: Config
-    run: Fitting  # rows, batches and the weights that all start from
+    run: Fitting  # rows, batches, and the initial weights of all members
     plain_criterion: Criterion  # with the config's label smoothing
     layout: list[tuple[str, nn.Parameter]]  # the parameters in the order of the columns: matrices, which decay, come first
     rate_keys: dict[str, str]  # buffer of the model -> of MEMBER_KEYS
@@ -106,7 +106,7 @@ class ModelStack:
         return {name: part.view(-1, *p.shape) for (name, p), part in zip(self.layout, columns, strict=True)}
 
     def trainable(self) -> dict[str, Tensor]:
-        """The weights by parameter name, to be differentiated by."""
+        """The weights by parameter name, with gradients."""
         return {name: p.requires_grad_() for name, p in self.views(self.weights).items()}
 
     def forward(
@@ -116,7 +116,7 @@ class ModelStack:
         features: Mapping[str, FeatureBatch],
         present: Mapping[str, Tensor],
     ) -> Logits:
-        """Each member's logits, task -> (P, B, C). model: `run.model`, in the mode that is wanted."""
+        """Each member's logits, task -> (P, B, C). model: `run.model`, in train or eval mode."""
         tensors = {**parameters, **self._rates()}
         found: Logits = functional_call(model, tensors, (features, present), tie_weights=False)  # a model ties none
         return found

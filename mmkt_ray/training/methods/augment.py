@@ -70,9 +70,9 @@ def row_lengths(x: SparseBatch) -> Tensor:
 def mix_rows(batch: Batch, alpha: float) -> Batch:
     """Each row as (1 - s) x + s y of itself and a random partner of the batch, s from Beta(alpha, alpha); labels likewise.
 
-    A row keeps its own presence pattern. It stays unmixed if its partner lacks one of its modalities, or is the row itself.
-    The losses of its label and of its partner's have weights 1 - s and s; an absent label adds nothing. Teachers' targets are
-    mixed like features.
+    A row keeps its own presence pattern. It stays unmixed if its partner lacks one of its modalities, or is the row
+    itself. The losses of its label and of its partner's have weights 1 - s and s; an absent label adds nothing.
+    Teachers' targets are mixed like features.
     """
     device = next(iter(batch.present.values())).device
     num_rows = len(next(iter(batch.present.values())))

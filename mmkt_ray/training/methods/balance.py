@@ -1,8 +1,8 @@
-"""Balance between modalities: keep the one that learns faster from holding up the others.
+"""Balance between modalities, so that the one that learns fastest does not hold up the others.
 
 Axes: B rows of a batch, M modalities, H width of a signal, C classes of one task, T tasks.
 
-Each strategy is a `Learner`, and an entry of `LEARNERS`; the base does without balance.
+Each strategy is a `Learner` and an entry of `LEARNERS`; the base class does not balance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmkt_ray.training.methods.task_weighting import TaskWeighting
 
 
 class OgmGe(Learner):
-    """OGM-GE: slow down the modality that is ahead, and make up for it by noise.
+    """OGM-GE: scale down the gradients of the modality that is ahead, and add noise to them.
 
     s_m is the mean probability of the right class that the model gives with modality m alone, over the step's rows with
     several modalities; rho_m = s_m over the mean of the other modalities' s, the mean over tasks. The gradient of the
@@ -110,12 +110,12 @@ def discrepancy_ratios(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 class GradientBlending(UnimodalHeads):
-    """Gradient blending: the fused head and a head per modality, each counting by how well it generalises.
+    """Gradient blending: the fused head and a head per modality, weighted by how well each generalises.
 
     The loss of a task is sum over its heads k of w_k loss_k. Every few epochs w_k is set in proportion to G / O^2: G how much
     the head's val loss fell since the last look, O how much the gap between val and train loss grew. Weights of a task sum to
     1; they are even at first, where nothing generalises, and without a val split. No head falls below `FLOOR` of an even
-    share, or nobody could see it get better.
+    share, or it could not recover.
 
     Source: Wang et al. 2020 (https://arxiv.org/abs/1905.12681), its online version; there each head's G and O are measured on
     a copy that trains alone, here on the joint run.

@@ -49,8 +49,8 @@ def leave_out(table: FeatureTable, sample_ids: np.ndarray) -> FeatureTable:
 
 
 def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float], seed: int) -> FeatureTable:
-    """The table with a share of each task's labels of `rows`, the same share of each stratum (see `TaskKind.strata`), at least
-    one; the other labels are removed.
+    """The table with a share of each task's labels of `rows`, the same share of each stratum (see `TaskKind.strata`),
+    at least one; the other labels are removed.
 
     With the same seed, a smaller share is a subset of a larger one. A row of each class is kept too.
     """
@@ -74,8 +74,8 @@ def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float
 def sampling_weights(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     """Sampling weights of the rows: (len(rows),).
 
-    The mean over each row's labelled tasks, see `TaskKind.draw_weights`. With one task, every class is drawn equally often;
-    with several, this is a compromise.
+    The mean over each row's labelled tasks, see `TaskKind.draw_weights`. With one task, every class is drawn equally
+    often; with several, this is a compromise.
     """
     total, num_tasks = np.zeros(len(rows)), np.zeros(len(rows))
     for labels in table.labels.values():

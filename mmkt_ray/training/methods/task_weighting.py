@@ -1,4 +1,4 @@
-"""How the tasks' losses become one: summed, by learned uncertainties, or so that the tasks learn at the same pace.
+"""How the tasks' losses become one: their sum, weighted by learned uncertainties, or for an equal pace of all.
 
 Axes: T tasks, in sorted order.
 

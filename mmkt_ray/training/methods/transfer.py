@@ -68,10 +68,10 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
 
 
 def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Parameter]]:
-    """Copy each modality's input stage and towers from its source into `model`; from a source with experts, the fused part's.
+    """Copy each modality's input stage and towers from its source into `model`; of an expert model, the fused part's.
 
-    Returns the copied parameters by stage: input, level 1, ... If one side shares a tower that the other has several of, the
-    first one is copied. Fusion and heads keep their initial weights.
+    Returns the copied parameters by stage: input, level 1, ... If one side shares a tower that the other has several
+    of, the first one is copied. Fusion and heads keep their initial weights.
 
     Raises: ConfigError if a source has no such modality, or its towers have other shapes.
     """
@@ -102,7 +102,7 @@ def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Para
 
 
 def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tensor], modality: str) -> None:
-    """Fill `names` of the model from `given`: the same name, else the first one in the same place of another tower."""
+    """Fill `names` of the model from `given`: the same name, else that of another tower in the same place."""
     own = model.state_dict()
     by_part: dict[str, Tensor] = {}
     for name, tensor in given.items():
@@ -121,7 +121,7 @@ def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tenso
 def trainable_stages(tuning: str, num_stages: int, epoch: int, num_epochs: int) -> set[int]:
     """Which copied stages are trained in this epoch (from 1). Stage 0 is the input, the last one the top level.
 
-    `gradual` unfreezes stages from the top, in equal steps over the first half of the epochs; none in the first epoch.
+    `gradual` unfreezes stages from the top, in equal steps over the first half of the epochs; first none.
     """
     if tuning == "finetune":
         return set(range(num_stages))
@@ -143,7 +143,8 @@ def freeze(parameters: Iterable[nn.Parameter]) -> None:
 def distillation_targets(
     knowledge: Knowledge, table: FeatureTable, tasks: Collection[str], temperature: float
 ) -> dict[str, np.ndarray]:
-    """Teachers' targets for the train rows, see `teacher_targets`: task -> (N, C), NaN elsewhere; empty without teachers."""
+    """Teachers' targets for the train rows, see `teacher_targets`: task -> (N, C), NaN elsewhere. Empty if there are
+    no teachers."""
     if not knowledge.teachers:
         return {}
     rows = table.rows("train")
