@@ -266,12 +266,6 @@ def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Po
     return found
 
 
-def _val_rows(data: Rows, split: str) -> FeatureTable | None:
-    """The readable rows of `val`; None if there are none, or if `val` is what is scored."""
-    rows = data.readable("val") if split != "val" else np.array([], dtype=int)
-    return data.table.take(rows) if len(rows) else None
-
-
 def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOut]:
     """See `heldout_record`, for tasks with labels there."""
     scores = {task: heldout_record(table, task, values, on) for task, values in proba.items()}
