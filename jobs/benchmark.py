@@ -54,6 +54,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray import cluster
 from mmkt_ray.config import Config, load_config, parse_config
+from mmkt_ray.done import run_folder
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.encoders.device import autocast
@@ -62,7 +63,7 @@ from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
-from mmkt_ray.steps import extract_step, hardware, read_commit, run_folder
+from mmkt_ray.steps import extract_step, hardware, read_commit
 
 Result = dict[str, float]
 
@@ -204,7 +205,7 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
     torch.manual_seed(0)
     encoder.adopt(SmallCNN(10, width=encoder.config.width), [str(i) for i in range(10)])
     uri = str(folder / "encoder")
-    save_fitted(encoder, section, uri, {"units": []})
+    save_fitted(encoder, section, uri)
     shards = [shard.uri for shard in list_shards(ReadingPlan.of(config))]
     return {
         "loop": lambda: loop_extract(config, shards, uri, folder / "loop"),

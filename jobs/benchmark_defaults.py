@@ -22,9 +22,10 @@ import numpy as np
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_override
+from mmkt_ray.done import run_folder
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.features.manifest import ModalityFeatures
 from mmkt_ray.features.store import Store, column_of, open_store, to_arrow, write_manifest
-from mmkt_ray.features.table import FeatureTable
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
@@ -33,7 +34,7 @@ from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.scoring.calibration import fit_temperatures
 from mmkt_ray.scoring.heldout import load_heldout, pattern_name
 from mmkt_ray.scoring.seeds import mean_interval
-from mmkt_ray.steps import extract_step, run_folder
+from mmkt_ray.steps import extract_step
 from mmkt_ray.training.baselines import baseline_name, fit_logregs
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.variants import train_singles

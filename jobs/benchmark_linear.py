@@ -27,7 +27,7 @@ from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.rows import load_rows, readable
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.models.missing import mean_squared_norm
+from mmkt_ray.models.imputation import mean_squared_norm
 from mmkt_ray.steps import extract_step
 from mmkt_ray.training.batches import feature_statistics
 from mmkt_ray.training.linear import fit_linear, solve, standardised

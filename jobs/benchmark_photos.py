@@ -87,7 +87,7 @@ def photo_contenders(
     exact = config.model_copy(update={"samples": config.samples.model_copy(update={"decode": "exact"})})
     encoders = {"image": str(folder / "encoder")}
     section = config.modalities["image"].encoder
-    save_fitted(build_encoder(section), section, encoders["image"], {"units": []})
+    save_fitted(build_encoder(section), section, encoders["image"])
     return {
         "DCT loop": lambda: loop(shards, decode_by_hand, folder),
         "Pillow loop": lambda: loop(shards, decode_by_pillow, folder),

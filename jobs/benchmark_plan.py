@@ -27,9 +27,9 @@ from benchmark_faults import Place, alone, family, free_port, kill
 from PIL import Image
 
 from mmkt_ray.config import Config, load_config
+from mmkt_ray.done import run_folder
 from mmkt_ray.plan import Machines, extract_steps
 from mmkt_ray.plan.rates import Rates, defaults, rates_of
-from mmkt_ray.steps import run_folder
 
 NODES = (2, 3)
 NUM_SHARDS, NUM_IMAGES = 8, 256
@@ -123,7 +123,7 @@ def extract_on(num_nodes: int, config: Path, root: Path, limit: int | None = Non
         raise RuntimeError(f"mmkt extract on {num_nodes} nodes: status {status}\n{log.read_text()[-3000:]}")
     (manifest,) = (json.loads(file.read_text()) for file in root.glob("runs/plan/features/*/manifest.json"))
     extract_s = manifest["wall_s"] - manifest["startup_s"]
-    return manifest["stages"] | {"extract": extract_s, "start-up": manifest["startup_s"], "command": command_s}
+    return {**manifest["stages"], "extract": extract_s, "start-up": manifest["startup_s"], "command": command_s}
 
 
 def plan_of(config: Config, rates: Rates, num_nodes: int, num_rows: int) -> dict[str, float]:

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmkt_ray.config import Config, load_config
+from mmkt_ray.done import run_folder
 from mmkt_ray.features.store import Store
-from mmkt_ray.steps import extract_step, run_folder
+from mmkt_ray.steps import extract_step
 from mmkt_ray.studies.label_issues import find_label_issues
 
 PLANTED_FRAC = 0.03  # of all rows, for each of the two errors

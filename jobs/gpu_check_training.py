@@ -53,7 +53,7 @@ def measure_population(check: Check) -> dict[str, Any]:
 def heads_to_train(check: Check) -> tuple[Any, Any, tuple[Any, ...]]:
     """A config and a table of two modalities of made-up features, and what trains on them. Raises: ImportError."""
     from mmkt_ray.config import parse_config
-    from mmkt_ray.features.table import FeatureTable
+    from mmkt_ray.features.feature_table import FeatureTable
     from mmkt_ray.inference.outputs import predict_table
     from mmkt_ray.kinds.labels import Labels
     from mmkt_ray.kinds.tasks import task_kind

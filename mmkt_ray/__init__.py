@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mmkt_ray.api.estimators import MultimodalRegressor as MultimodalRegressor
     from mmkt_ray.api.model import Model as Model
     from mmkt_ray.api.model import load as load
-    from mmkt_ray.api.results import Results as Results
-    from mmkt_ray.api.results import results as results
-    from mmkt_ray.api.results import run as run
+    from mmkt_ray.api.runs import Results as Results
+    from mmkt_ray.api.runs import results as results
+    from mmkt_ray.api.runs import run as run
 
 _OFFERED = {  # name -> module of mmkt_ray.api, loaded when the name is first used
     "Model": "model",

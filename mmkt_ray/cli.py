@@ -125,7 +125,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="all there is, and tracebacks")
 
 
-def _add_init(commands: argparse._SubParsersAction) -> None:
+def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "look at your data and write a config for it: what each column was taken for, and why"
     command = commands.add_parser("init", help=text, description=text)
     command.add_argument("data", metavar="DATA", help="CSV, JSONL or Parquet file, folder (of them, or one per class), .tar")
@@ -155,7 +155,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_cluster(commands: argparse._SubParsersAction) -> None:
+def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """What is asked before a large run, and how it is sent away."""
     texts = {
         "doctor": "what would stop a run: sources, columns, encoders, disk, nodes; ends with 1 if anything does",
@@ -179,7 +179,7 @@ def _add_cluster(commands: argparse._SubParsersAction) -> None:
     submit.add_argument("--no-wait", action="store_true", help="submit and leave")
 
 
-def _add_predict(commands: argparse._SubParsersAction) -> None:
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("predict", help="model folder + raw shards -> Parquet with probabilities per task")
     command.add_argument("model", metavar="MODEL", help="model folder, e.g. runs/openmoji/models/concat")
     command.add_argument(
@@ -360,7 +360,7 @@ def _tell_status(args: argparse.Namespace) -> int:
     if args.command == "submit":
         return submit_command(args)
     from mmkt_ray.doctor import examine
-    from mmkt_ray.steps import run_folder
+    from mmkt_ray.done import run_folder
 
     config = load_config(args.config, dict(parse_override(text) for text in args.overrides))
     findings = examine(config, run_folder(config))
@@ -393,8 +393,8 @@ def _dispatch(args: argparse.Namespace) -> str:
 
         config = quick(config)
     if args.command == "plan":
+        from mmkt_ray.done import run_folder
         from mmkt_ray.plan import plan_command
-        from mmkt_ray.steps import run_folder
 
         return plan_command(args, config, run_folder(config))
     if args.command == "config":
@@ -426,6 +426,8 @@ def _step(args: argparse.Namespace, config: Config) -> str:
 def _locked_step(args: argparse.Namespace, config: Config) -> str:
     _start_ahead()
     from mmkt_ray import steps  # torch and ray load here, so that what does not need them is quick
+    from mmkt_ray.done import run_folder
+    from mmkt_ray.scoring.tables import comparison_table
 
     command = args.command
     if command == "run":
@@ -448,32 +450,34 @@ def _locked_step(args: argparse.Namespace, config: Config) -> str:
         return table + steps.refresh_report(config)
     steps.train_step(config, stores)
     if command == "train":
-        return f"models: {steps.run_folder(config)}/models"
-    table = steps.comparison_table(steps.evaluate_step(config, stores))
+        return f"models: {run_folder(config)}/models"
+    table = comparison_table(steps.evaluate_step(config, stores))
     return f"{table}\n\n{steps.missing_step(config, stores)}{steps.refresh_report(config)}" if args.missing else table
 
 
 def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
-    from mmkt_ray import steps
+    from mmkt_ray.done import run_folder
+    from mmkt_ray.studies.missing_results import missing_table
     from mmkt_ray.studies.missing_seeds import missing_over_seeds
 
     seeds = [config.training_seed + i for i in range(num_seeds)]
-    found = missing_over_seeds(config, stores, steps.run_folder(config), seeds)
-    return "\n\n".join(map(steps.missing_table, found.values()))
+    found = missing_over_seeds(config, stores, run_folder(config), seeds)
+    return "\n\n".join(map(missing_table, found.values()))
 
 
 def _search(config: Config) -> str:
     from mmkt_ray import steps
+    from mmkt_ray.done import run_folder
     from mmkt_ray.search.search import check_search, result_table, search
 
     check_search(config)
     config = config.model_copy(update={"variants": {}})
     store = steps.extract_step(config)["model"]
     steps.check_test({"model": store})
-    folder = steps.run_folder(config)
+    folder = run_folder(config)
     result = search(config, store, folder)
     places = f"leaderboard: {folder}/search/leaderboard.parquet"
-    places += f"\nwinner: {folder}/models/search_winner" if result["winner"] else ""
+    places += f"\nwinner: {folder}/models/search_winner" if result.winner else ""
     return f"{result_table(result)}\n\n{places}{steps.refresh_report(config)}"
 
 

@@ -9,7 +9,7 @@ from mmkt_ray.errors import DataError
 NAMES = ("export", "serve", "compare")
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Their part of the command line."""
     command = commands.add_parser("export", help="model folder -> one ONNX file or PyTorch archive, checked against mmkt predict")
     command.add_argument("model", metavar="MODEL", help="model folder, e.g. runs/openmoji/models/concat")
@@ -55,9 +55,9 @@ def _serve(args: argparse.Namespace) -> str:
     from mmkt_ray.serve.server import require_serve, serve, serve_on_ray
 
     require_serve()
-    from mmkt_ray.serve.limits import Limits
+    from mmkt_ray.serve.limits import ServerLimits
 
-    limits = Limits(int(args.max_body_mb * 1e6), args.timeout_s)
+    limits = ServerLimits(int(args.max_body_mb * 1e6), args.timeout_s)
     if args.ray:
         serve_on_ray(args.model, args.host, args.port, limits, args.replicas, trust_code=args.trust_code)
     else:

@@ -22,8 +22,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.config.reading import load_config
 from mmkt_ray.config.training import TransferConfig
-from mmkt_ray.encoders.build import build_encoder, load_fitted
-from mmkt_ray.encoders.build import read_card as read_encoder_card
+from mmkt_ray.encoders.build import build_encoder, load_fitted, read_encoder_card
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.weights import read_weights
 from mmkt_ray.errors import UserError

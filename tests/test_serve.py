@@ -78,12 +78,12 @@ def start():
     import uvicorn
 
     from mmkt_ray.serve.app import create_app
-    from mmkt_ray.serve.limits import Limits
+    from mmkt_ray.serve.limits import ServerLimits
 
     servers = []
 
     def run(model=None, **limits):
-        app = create_app(model or Colours(), "runs/<b>colours</b>", Limits(**limits))
+        app = create_app(model or Colours(), "runs/<b>colours</b>", ServerLimits(**limits))
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

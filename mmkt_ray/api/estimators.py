@@ -24,11 +24,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.validation import check_is_fitted
 
-from mmkt_ray.api.cells import Rows, column_names, column_values, file_reader, raw_cell
+from mmkt_ray.api.frames import Rows, column_names, column_values, file_reader, raw_cell
 from mmkt_ray.api.model import Model, load, proba_array
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.init.columns import KINDS, Look, classify_all
+from mmkt_ray.init.classify import KINDS, Look, classify_all
 from mmkt_ray.init.looking import clean_name
 from mmkt_ray.init.writing import default_encoder
 from mmkt_ray.kinds.cells import convert_cell, label_text
@@ -44,7 +44,7 @@ TASK = "target"  # what is predicted, in the run
 LOOK_ROWS = 1000  # by which columns are told apart
 
 
-class MultimodalEstimator(BaseEstimator):
+class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """What all estimators here share: which columns are read, and the run that fits a model of them."""
 
     def __init__(
@@ -122,7 +122,7 @@ class MultimodalEstimator(BaseEstimator):
         return tags
 
 
-class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):
+class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """A classifier of rows with images and texts, some of which may be missing.
 
         model = MultimodalClassifier(modalities={"photo": "image", "title": "text"}).fit(df, df["category"])
@@ -173,7 +173,7 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):
         return codes, classes
 
 
-class MultimodalRegressor(RegressorMixin, MultimodalEstimator):
+class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """A regressor of rows with images and texts, some of which may be missing; the rest as in MultimodalClassifier.
 
         model = MultimodalRegressor(transform="log").fit(df, df["price"])
@@ -299,9 +299,10 @@ def _train(config: Config) -> str:
 
     start_ahead()
     from mmkt_ray import steps
+    from mmkt_ray.done import run_folder
     from mmkt_ray.locks import locked
 
-    with locked(steps.run_folder(config)):
+    with locked(run_folder(config)):
         stores = steps.extract_step(config, trains=True)
         steps.train_step(config, stores)
-    return f"{steps.run_folder(config)}/models/model"
+    return f"{run_folder(config)}/models/model"

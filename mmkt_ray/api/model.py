@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 import torch
 
 from mmkt_ray import storage
-from mmkt_ray.api.cells import Rows, column_names, column_values, file_reader, raw_cell
+from mmkt_ray.api.frames import Rows, column_names, column_values, file_reader, raw_cell
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.encoders.build import load_reducer
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.features.encode import EncodePlan, SampleEncoder, reduce_features
+from mmkt_ray.features.feature_table import FeatureTable, Ids
 from mmkt_ray.features.store import column_of, from_arrow
-from mmkt_ray.features.table import FeatureTable, Ids
 from mmkt_ray.inference.conformal import margins_of
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table

@@ -11,7 +11,8 @@ from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
 from mmkt_ray.encoders.reduce import ReduceSection
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
-from mmkt_ray.kinds.tasks import Multiclass, task_kind
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.section import Once, OneOf, Section
 
 EncoderConfig = Annotated[EncoderSection, OneOf("encoder", ENCODERS, elsewhere=CustomEncoder)]

@@ -131,4 +131,4 @@ def to_image(decibels: np.ndarray) -> np.ndarray:
     for span in DELTA_DB:
         slope = signal.savgol_filter(slope, 5, 1, deriv=1, axis=1, mode="nearest")
         channels.append(127.5 + slope * (127.5 / span))
-    return np.rint(np.stack(channels).clip(0, 255)).astype(np.uint8)
+    return np.asarray(np.rint(np.stack(channels).clip(0, 255)).astype(np.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,10 +18,31 @@ from mmkt_ray.encoders.base import CustomEncoder, Encoder, EncoderSection
 from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
 from mmkt_ray.encoders.reduce import ReduceSection
 from mmkt_ray.errors import ConfigError, DataError, UserError
+from mmkt_ray.record import IfAny, Record
 from mmkt_ray.section import OneOf, Section, fingerprint
 
-CARD = {"config": dict, "version": int, "rest": dict, "dim": int, "sparse": bool, "fingerprint": str}  # of encoder.json
+ENCODER_CARD = "encoder.json"
+AGAIN = "remove the folder and extract again, or copy it again from where it is whole"
 _OF_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)  # of states that do not fit
+
+
+class EncoderCard(Record, frozen=True, strict=True):
+    """What `encoder.json` holds: of a fitted encoder, or of a reducer."""
+
+    config: dict[str, Any]  # the config's section
+    version: int  # of its code
+    rest: dict[str, Any]  # of its state, beside the tensors
+    dim: int
+    sparse: bool
+    fingerprint: str
+    units: list[str]  # shards that it was fitted on
+    trained_s: IfAny[float] = None  # seconds, of an encoder that was adapted
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What a fit found out of the values, for people: `columns` of a table, `selected` features."""
+        found = self.rest.get("found")
+        return found if isinstance(found, dict) else {}
 
 
 def build_encoder(config: EncoderSection) -> Encoder:
@@ -45,39 +67,43 @@ def build_reducer(config: ReduceSection) -> Any:
     return REDUCERS[config.name](config)
 
 
-def save_fitted(fitted: Any, config: Section, uri: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Write `state.safetensors`, then `encoder.json` (config, dim, fingerprint, `extra`). Returns the latter."""
+def save_fitted(
+    fitted: Any, config: Section, uri: str, units: Sequence[str] = (), trained_s: float | None = None
+) -> EncoderCard:
+    """Write `state.safetensors`, then `encoder.json`. units, trained_s: see `EncoderCard`."""
     tensors, rest = fitted.state()
     data = save_tensors({name: np.ascontiguousarray(value) for name, value in tensors.items()})
-    card = {"config": config.model_dump(mode="json"), "version": fitted.version, "rest": rest}
-    about = {"dim": fitted.dim, "sparse": getattr(fitted, "sparse", False)}
-    card |= about | {"fingerprint": _fingerprint(card, tensors)} | extra
+    section = config.model_dump(mode="json")
+    card = EncoderCard(
+        config=section,
+        version=fitted.version,
+        rest=rest,
+        dim=fitted.dim,
+        sparse=getattr(fitted, "sparse", False),
+        fingerprint=_fingerprint(section, fitted.version, rest, tensors),
+        units=list(units),
+        trained_s=trained_s,
+    )
     storage.write_bytes(storage.join(uri, "state.safetensors"), data)
-    storage.write_json(storage.join(uri, "encoder.json"), card)
+    card.write(storage.join(uri, ENCODER_CARD))
     return card
 
 
-def _fingerprint(card: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+def _fingerprint(
+    config: dict[str, Any], version: int, rest: dict[str, Any], tensors: Mapping[str, np.ndarray]
+) -> str:
     """Of what decides the features. Tensors count by content, not by the file's bytes: their order in it is not promised."""
     digests = {n: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for n, v in sorted(tensors.items())}
-    return fingerprint([{key: card[key] for key in ("config", "version", "rest")}, digests])
+    return fingerprint([{"config": config, "version": version, "rest": rest}, digests])
 
 
-def read_card(uri: str) -> dict[str, Any]:
-    """The JSON side of a fitted encoder or reducer. Raises: DataError if there is none, or it is damaged."""
+def read_encoder_card(uri: str) -> EncoderCard:
+    """That of a folder. Raises: DataError if there is none, or it is damaged."""
+    path = storage.join(uri, ENCODER_CARD)
     try:
-        card = storage.read_json(storage.join(uri, "encoder.json"))
+        return EncoderCard.from_dict(storage.read_json(path), path, AGAIN)
     except FileNotFoundError:
         raise DataError(f"no fitted encoder in '{uri}': run `mmkt extract` (or `mmkt run`) first") from None
-    if not isinstance(card, dict) or not all(isinstance(card.get(k), kind) for k, kind in CARD.items()):
-        raise _damaged(uri, f"encoder.json must be a mapping with {', '.join(CARD)}")
-    return card
-
-
-def found_in(card: dict[str, Any]) -> dict[str, Any]:
-    """What a fit found out of the values, for people: `columns` of a table, `selected` features."""
-    found = card["rest"].get("found")
-    return found if isinstance(found, dict) else {}
 
 
 def load_fitted(fitted: Any, uri: str) -> Any:
@@ -85,19 +111,19 @@ def load_fitted(fitted: Any, uri: str) -> Any:
 
     Raises: DataError if there is none, if it is damaged, or was fitted by another version of the encoder.
     """
-    card = read_card(uri)
-    if card["version"] != fitted.version:
+    card = read_encoder_card(uri)
+    if card.version != fitted.version:
         raise DataError(
-            f"the encoder in '{uri}' is of version {card['version']}, this one is {fitted.version}, which makes other features: "
+            f"the encoder in '{uri}' is of version {card.version}, this one is {fitted.version}, which makes other features: "
             "use a new run folder, or the version that it was fitted with"
         )
     try:
         tensors = load_tensors(storage.read_bytes(storage.join(uri, "state.safetensors")))
-        if _fingerprint(card, tensors) != card["fingerprint"]:
+        if _fingerprint(card.config, card.version, card.rest, tensors) != card.fingerprint:
             raise ValueError("state.safetensors and encoder.json do not agree with their fingerprint")
-        fitted.load_state(tensors, card["rest"])
-        if (fitted.dim, getattr(fitted, "sparse", False)) != (card["dim"], card["sparse"]):
-            raise ValueError(f"features are {card['dim']} wide by encoder.json, {fitted.dim} by the state")
+        fitted.load_state(tensors, card.rest)
+        if (fitted.dim, getattr(fitted, "sparse", False)) != (card.dim, card.sparse):
+            raise ValueError(f"features are {card.dim} wide by encoder.json, {fitted.dim} by the state")
     except UserError:
         raise
     except (FileNotFoundError, SafetensorError, *_OF_DAMAGE) as error:
@@ -108,13 +134,11 @@ def load_fitted(fitted: Any, uri: str) -> Any:
 def load_reducer(uri: str) -> Any:
     """A fitted reducer, built as its own card says. Raises: as `load_fitted`; ConfigError if the card names no reducer."""
     try:
-        section: Any = OneOf("reducer", REDUCERS).check(read_card(uri)["config"])
+        section: Any = OneOf("reducer", REDUCERS).check(read_encoder_card(uri).config)
     except ValidationError as error:
         raise ConfigError(f"'{uri}/encoder.json' describes no reducer: {error}") from None
     return load_fitted(build_reducer(section), uri)
 
 
 def _damaged(uri: str, why: str) -> DataError:
-    return DataError(
-        f"the encoder in '{uri}' is damaged ({why}): remove the folder and extract again, or copy it again from where it is whole"
-    )
+    return DataError(f"the encoder in '{uri}' is damaged ({why}): {AGAIN}")

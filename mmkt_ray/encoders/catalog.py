@@ -7,8 +7,8 @@ from mmkt_ray.encoders.base import ListedEncoder
 from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
-from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
-from mmkt_ray.encoders.pretrained.texts import MinilmTextEncoder
+from mmkt_ray.encoders.pretrained.image_networks import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder
+from mmkt_ray.encoders.pretrained.text_networks import MinilmTextEncoder
 from mmkt_ray.encoders.pretrained.timm_images import TimmImageEncoder
 from mmkt_ray.encoders.reduce import PcaReducer, Reducer, Standardizer, SvdReducer
 from mmkt_ray.encoders.select import SelectReducer

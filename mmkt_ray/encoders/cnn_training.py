@@ -50,7 +50,7 @@ class CNNRecipe:
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def augment_batch(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, seed: Sequence[int]) -> Tensor:
+def augment_images(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, seed: Sequence[int]) -> Tensor:
     """Mirrors some of the uint8 `images` (B, 3, S, S), `mirror` (B,) bool, then shifts and blanks each on its own.
 
     All at once and where the images are: one by one, as torchvision does it, takes a GPU's time many times over. The draws
@@ -151,7 +151,7 @@ class _Fit:
         for start in range(0, len(order) - batch_size + 1, batch_size):
             chosen = np.sort(order[start : start + batch_size][self.rank :: self.world_size])
             x, y = (self._rows(column, chosen) for column in (images, labels))
-            yield augment_batch(x, mirror[chosen], self.recipe, (seed, epoch, self.rank, start)), y
+            yield augment_images(x, mirror[chosen], self.recipe, (seed, epoch, self.rank, start)), y
 
     def _rows(self, column: np.ndarray | Tensor, chosen: np.ndarray) -> Tensor:
         if isinstance(column, Tensor):

@@ -184,14 +184,14 @@ class _CentringReducer(Reducer, ABC):
                 f"{self._config.name} centres features, which would make {features.shape[1]}-wide sparse ones dense: "
                 f"use `reduce: {{name: svd, dim: ...}}`, or max_features <= {EXACT_WIDTH} in the encoder"
             )
-        return features.toarray().astype(np.float64)
+        return np.asarray(features.toarray().astype(np.float64))
 
     def _centred(self, features: Features) -> np.ndarray:
         """The features less their fitted mean, (B, D) float64."""
         self._check_fitted()
         mean = self._tensors["mean"]
         self._check_width(features, len(mean))
-        return self._dense(features) - mean
+        return np.asarray(self._dense(features) - mean)
 
 
 class PcaReducer(_CentringReducer):
@@ -208,7 +208,7 @@ class PcaReducer(_CentringReducer):
     _shapes: ClassVar = {"mean": ("float64", "D"), "components": ("float32", "DK")}
 
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
-        return centred.T @ centred
+        return np.asarray(centred.T @ centred)
 
     def finish(self, total: CentredMoments) -> None:
         """Raises: DataError if `dim` exceeds the rank, or values are not finite."""
@@ -220,7 +220,7 @@ class PcaReducer(_CentringReducer):
 
     def encode(self, features: Features) -> np.ndarray:
         """(B, D) -> (B, K) float32."""
-        return self._centred(features).astype(np.float32) @ self._tensors["components"]
+        return np.asarray(self._centred(features).astype(np.float32) @ self._tensors["components"])
 
 
 class Standardizer(_CentringReducer):
@@ -243,7 +243,7 @@ class Standardizer(_CentringReducer):
         return len(self._tensors["mean"])
 
     def _scatter(self, centred: np.ndarray) -> np.ndarray:
-        return (centred**2).sum(axis=0)
+        return np.asarray((centred**2).sum(axis=0))
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         super().load_state(tensors, rest)
@@ -262,7 +262,7 @@ class Standardizer(_CentringReducer):
 
     def encode(self, features: Features) -> np.ndarray:
         """(B, D) -> (B, D) float32."""
-        return (self._centred(features) / self._tensors["scale"]).astype(np.float32)
+        return np.asarray((self._centred(features) / self._tensors["scale"]).astype(np.float32))
 
 
 class SvdReducer(Reducer):

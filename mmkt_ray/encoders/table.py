@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     from scipy import special
 
-    from mmkt_ray.kinds import tables
-    from mmkt_ray.kinds.tables import ColumnStatistics, ColumnType, Values
+    from mmkt_ray.kinds import table_rows
+    from mmkt_ray.kinds.table_rows import ColumnStatistics, ColumnType, ValueCounts
 else:
-    np, sp, special, tables = (lazy(f"{m}") for m in ("numpy", "scipy.sparse", "scipy.special", "mmkt_ray.kinds.tables"))
+    np, sp, special, table_rows = map(lazy, ("numpy", "scipy.sparse", "scipy.special", "mmkt_ray.kinds.table_rows"))
 
 log = logging.getLogger(__name__)
 
@@ -111,18 +111,18 @@ class TableEncoder(ListedEncoder):
 
     def partial(self, values: Sequence[Mapping[str, str]]) -> TableStatistics:
         """Statistics of one chunk of rows."""
-        return TableStatistics(len(values), tables.column_statistics(values, self._types, self._section.split))
+        return TableStatistics(len(values), table_rows.column_statistics(values, self._types, self._section.split))
 
     def merge(self, parts: list[TableStatistics]) -> TableStatistics:
         """Statistics of all parts' rows."""
-        return TableStatistics(sum(p.num_rows for p in parts), tables.merge_columns([p.columns for p in parts]))
+        return TableStatistics(sum(p.num_rows for p in parts), table_rows.merge_columns([p.columns for p in parts]))
 
     def finish(self, total: TableStatistics) -> None:
         """Settle types, and learn each column's numbers or categories.
 
         Raises: DataError for a stated column that is not there or not of its type, and where no feature is left.
         """
-        tables.check_stated(self._types, total.columns, "modalities: kind.types, encoder.split")
+        table_rows.check_stated(self._types, total.columns, "modalities: kind.types, encoder.split")
         for name, stated in self._types.items():
             total.columns[name].check(name, stated)
         self._points = {}
@@ -139,7 +139,7 @@ class TableEncoder(ListedEncoder):
         about |= {"num_unreadable": found.num_cells - readable, "has_missing": readable < num_rows}
         if kind == "category":
             if found.items is None:
-                why = f"column '{name}' has more than {tables.MAX_TEXTS:,} different texts, too many for categories"
+                why = f"column '{name}' has more than {table_rows.MAX_TEXTS:,} different texts, too many for categories"
                 if about["stated"]:
                     raise DataError(f"{why}: make it a modality of kind text, or leave it out")
                 log.warning("%s: it is left out; a modality of kind text could read it", why)
@@ -156,7 +156,7 @@ class TableEncoder(ListedEncoder):
             mean, scale = self._fit_numbers(name, values, num_rows)
         return Column(**about, mean=mean, scale=scale, has_time=has_time)
 
-    def _fit_numbers(self, name: str, values: Values, num_rows: int) -> tuple[float, float]:
+    def _fit_numbers(self, name: str, values: ValueCounts, num_rows: int) -> tuple[float, float]:
         """Mean and scale after the transform, whose points are kept."""
         if len(values.values) < 2:
             return 0.0, 0.0
@@ -190,12 +190,12 @@ class TableEncoder(ListedEncoder):
         """By row the columns whose cell cannot be read as their type, and so counts as null."""
         told: list[list[str]] = [[] for _ in values]
         for column in self._fitted():
-            read = tables.READ.get(column.type)
+            read = table_rows.READ.get(column.type)
             if read is not None:
                 for own, row in zip(told, values, strict=True):
                     text = row.get(column.name)
                     if text is not None and read(text, column.stated) is None:
-                        own.append(f"'{column.name}' is no {column.type}{tables.NULLED}")
+                        own.append(f"'{column.name}' is no {column.type}{table_rows.NULLED}")
         return told
 
     def _encode_dense(self, values: Sequence[Mapping[str, str]]) -> np.ndarray:
@@ -212,11 +212,11 @@ class TableEncoder(ListedEncoder):
         if column.type == "category":
             index = {category: i for i, category in enumerate(column.categories)}
             for row, text in enumerate(texts):
-                for item in [] if text is None else tables.items_of(text, column.separator):
+                for item in [] if text is None else table_rows.items_of(text, column.separator):
                     out[row, index.get(item, len(index))] = 1
             missing = np.array([text is None for text in texts], bool)
         else:
-            read = tables.READ[column.type]
+            read = table_rows.READ[column.type]
             found = {text: None if text is None else read(text, column.stated) for text in set(texts)}
             numbers = np.array([math.nan if found[text] is None else found[text] for text in texts], np.float64)
             missing = np.isnan(numbers)
@@ -268,7 +268,8 @@ class TableEncoder(ListedEncoder):
         columns = tuple(Column(**{**told, "categories": tuple(told["categories"])}) for told in rest["columns"])
         points = {}
         for i, column in enumerate(columns):
-            if not all(map(math.isfinite, (column.mean, column.scale))) or column.type not in ("category", *tables.READ):
+            known = column.type in ("category", *table_rows.READ)
+            if not known or not all(map(math.isfinite, (column.mean, column.scale))):
                 raise ValueError(f"column '{column.name}' is damaged")
             if f"points {i}" in tensors:
                 own = check_array(f"points {i}", tensors[f"points {i}"], "float64", (None,))
@@ -297,7 +298,7 @@ def to_normal(numbers: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     )  # the middle of where a repeated quantile stands
     ranks = np.where(numbers <= quantiles[0], 0.0, np.where(numbers >= quantiles[-1], 1.0, ranks))
     edge = BOUND - np.spacing(1)
-    return np.clip(special.ndtri(ranks), special.ndtri(edge), special.ndtri(1 - edge))
+    return np.asarray(np.clip(special.ndtri(ranks), special.ndtri(edge), special.ndtri(1 - edge)))
 
 
 def piecewise_linear(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -305,7 +306,7 @@ def piecewise_linear(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
     Other than there, a number outside the outer edges counts as on them. edges: (T + 1,) ascending.
     """
-    return np.clip((numbers[:, None] - edges[:-1]) / np.diff(edges), 0, 1)
+    return np.asarray(np.clip((numbers[:, None] - edges[:-1]) / np.diff(edges), 0, 1))
 
 
 def _mean_and_scale(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:

@@ -100,7 +100,8 @@ class TfidfEncoder(ListedEncoder):
     @property
     def terms(self) -> list[str]:
         """The vocabulary in column order."""
-        return self._fitted_terms().to_pylist()
+        terms: list[str] = self._fitted_terms().to_pylist()
+        return terms
 
     def vocabulary(self) -> dict[str, Any]:
         """Options of a `TfidfVectorizer` of scikit-learn that gives the same, terms in column order, their idf."""
@@ -177,7 +178,7 @@ class TfidfEncoder(ListedEncoder):
         kept = pc.invert(pc.is_in(terms, stop_words))
         return [column.filter(kept) for column in columns]
 
-    def _count_ngrams(self, values: Sequence[str]) -> list[list]:
+    def _count_ngrams(self, values: Sequence[str]) -> list[list[Any]]:
         analyze = self._vectorizer.build_analyzer()
         text_counts: Counter[str] = Counter()
         term_counts: Counter[str] = Counter()

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -64,12 +64,14 @@ def _word_characters() -> np.ndarray:
     return is_word
 
 
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled without the GIL, cached on disk where package, home or NUMBA_CACHE_DIR can be written to."""
+    compiled: Callable[..., Any]
     try:
-        return numba.njit(function, cache=True, nogil=True)
+        compiled = numba.njit(function, cache=True, nogil=True)
     except RuntimeError:  # numba found no folder for its cache: each process compiles for itself
-        return numba.njit(function, nogil=True)
+        compiled = numba.njit(function, nogil=True)
+    return compiled
 
 
 @_compiled

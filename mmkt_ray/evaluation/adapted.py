@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
 from mmkt_ray.config.training import CHOSEN
+from mmkt_ray.encoders.build import ENCODER_CARD, EncoderCard
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm
 from mmkt_ray.scoring.results import Adapted, AdaptedEncoder, Versus
 from mmkt_ray.scoring.tables import points
@@ -75,8 +76,8 @@ def _adapted_encoders(run_uri: str, model: Evaluated) -> Iterator[AdaptedEncoder
         if adapt:
             known = model.card.encoders.get(name) if model.card else None
             folder = known.folders[0] if known and known.folders else ""
-            uri = storage.join(run_uri, model.folder, "encoders", folder, "encoder.json")
-            seconds = storage.read_json(uri).get("trained_s") if storage.exists(uri) else None
+            card = EncoderCard.read_or_none(storage.join(run_uri, model.folder, "encoders", folder, ENCODER_CARD))
+            seconds = card.trained_s if card else None
             yield AdaptedEncoder(modality=name, how=adapt["how"], trained_on=adapt["task"], seconds=seconds)
 
 

@@ -32,7 +32,7 @@ from mmkt_ray.evaluation.recommend import (
     smallest_of_best,
 )
 from mmkt_ray.inference.model_card import Card, read_card
-from mmkt_ray.inference.rows import Outcomes, read_outcomes, read_predictions
+from mmkt_ray.inference.rows import LabelledPredictions, read_outcomes, read_predictions
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import agreeing, holm, paired_difference, paired_p, verdict
@@ -96,7 +96,7 @@ class Evaluated:
     predictions_uri: str
     card: Card | None = None  # of a trained one
     automatic: bool = False  # trained without being asked for, to compare with
-    _outcomes: dict[str, Outcomes] = field(default_factory=dict)  # of the task that was last asked for
+    _outcomes: dict[str, LabelledPredictions] = field(default_factory=dict)  # of the task that was last asked for
     _held_out: dict[str, HeldOutScores | None] = field(default_factory=dict)
 
     @property
@@ -151,7 +151,7 @@ class Evaluated:
         """Columns label and pred of `read_predictions`."""
         return read_predictions(self.predictions_uri, task, self.kind_of(task), self._own_name())
 
-    def outcomes(self, task: str) -> Outcomes:
+    def outcomes(self, task: str) -> LabelledPredictions:
         """The same as codes."""
         if task not in self._outcomes:
             self._outcomes.clear()

@@ -28,7 +28,7 @@ from mmkt_ray.scoring.results import Considered, Recommended, Results, TaskResul
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated
 
-HeldOutScores = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), how right each prediction is (N,): `Outcomes.right`
+HeldOutScores = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), see `LabelledPredictions.right` (N,)
 
 
 @dataclass(frozen=True)

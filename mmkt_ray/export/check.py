@@ -20,13 +20,14 @@ from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import Arrays, GraphInputs, prepared
 from mmkt_ray.features.decode import input_size
-from mmkt_ray.features.table import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import without_unreadable
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.sandbox.child import Limits
+from mmkt_ray.sandbox.decoding import Broken, decode_samples
 
 log = logging.getLogger(__name__)
 

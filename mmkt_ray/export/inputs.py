@@ -170,7 +170,8 @@ class TokenInputs(GraphInputs):
         return {self.name("ids"): ids, self.name("mask"): mask}
 
     def forward(self, tensors: Tensors, present: Tensor) -> FeatureBatch:
-        return self.encoder.pooled(tensors[self.name("ids")], tensors[self.name("mask")])
+        features: Tensor = self.encoder.pooled(tensors[self.name("ids")], tensors[self.name("mask")])
+        return features
 
 
 class FeatureInputs(GraphInputs):
@@ -233,7 +234,7 @@ class TermInputs(SparseInputs):
 
     def vocabulary(self) -> dict[str, Any]:
         """Terms in column order, their idf, and the options of scikit-learn's TfidfVectorizer."""
-        return self.encoder.vocabulary()
+        return dict(self.encoder.vocabulary())
 
 
 INPUTS: dict[str, type[GraphInputs]] = {

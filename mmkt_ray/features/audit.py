@@ -93,7 +93,7 @@ class LabelIssue(OpenRecord, frozen=True):
 class LabelIssues(Record, frozen=True):
     """What studies/label_issues.py found among the train rows of a store."""
 
-    num_rows: dict[str, int]  # task -> judged rows
+    num_rows: dict[str, int]  # task -> rows whose labels were checked
     num_suspects: dict[str, LabelIssueCounts]  # by task
     top: list[LabelIssue]  # the first ones
     note: IfAny[str] = None  # why they have no inputs
@@ -144,7 +144,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     """A bijection of uint64 that spreads every bit (the finaliser of SplitMix64), so that sums of it seldom agree."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return np.asarray(values ^ (values >> np.uint64(31)))
 
 
 def read_contents(uri: str, parts: list[str], modalities: Sequence[str]) -> Contents:
@@ -209,13 +209,13 @@ def leaking_rows(contents: Contents) -> np.ndarray:
     groups = find_groups(contents.whole(), np.arange(len(contents.split)), contents.split)
     leaking = np.zeros(len(contents.split), dtype=bool)
     leaking[groups.rows[groups.leaks[groups.group]]] = True
-    return leaking & (contents.split == SPLITS.index("train"))
+    return np.asarray(leaking & (contents.split == SPLITS.index("train")))
 
 
-def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
-    """What audit.json holds, of the parts of a store."""
+def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence[str]) -> Audit:
+    """The parts of a store, audited."""
     contents = read_contents(uri, parts, modalities)
-    labels = Labels(uri, contents, tasks)
+    labels = StoredLabels(uri, contents, tasks)
     found = {
         m: find_groups(contents.hashes[m], np.flatnonzero(contents.present[m]), contents.split)
         for m in sorted(contents.hashes)
@@ -226,10 +226,10 @@ def audit(uri: str, parts: list[str], modalities: Sequence[str], tasks: Sequence
         modalities={m: _describe(groups, contents.split, labels) for m, groups in found.items()},
         samples=_describe(whole, contents.split, labels),
         conflicts={task: _conflicts(whole, labels, task) for task in tasks},
-    ).to_dict()
+    )
 
 
-def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> Duplicates:
+def _describe(groups: Groups, split: np.ndarray, labels: StoredLabels) -> Duplicates:
     by_splits = Counter(groups.split_sets.tolist())
     train = split[groups.rows] == SPLITS.index("train")
     first = np.argsort(~groups.leaks, kind="stable")[:MAX_EXAMPLES]
@@ -242,7 +242,7 @@ def _describe(groups: Groups, split: np.ndarray, labels: Labels) -> Duplicates:
     )
 
 
-def _conflicts(groups: Groups, labels: Labels, task: str) -> Conflicts:
+def _conflicts(groups: Groups, labels: StoredLabels, task: str) -> Conflicts:
     """Groups of the same content with more than one label of a task; rows without a label conflict with none."""
     codes = labels.codes(task, groups.rows)
     pairs = np.unique(np.stack([groups.group, codes])[:, codes >= 0], axis=1)
@@ -254,7 +254,7 @@ def _conflicts(groups: Groups, labels: Labels, task: str) -> Conflicts:
     )
 
 
-def _examples(groups: Groups, chosen: np.ndarray, labels: Labels) -> list[Example]:
+def _examples(groups: Groups, chosen: np.ndarray, labels: StoredLabels) -> list[Example]:
     """Some groups with their first MAX_SAMPLES samples."""
     starts, ends = np.searchsorted(groups.group, [chosen, chosen + 1])
     members = [groups.rows[a:b][:MAX_SAMPLES] for a, b in zip(starts, ends, strict=True)]
@@ -271,7 +271,7 @@ def _splits_in(bits: int) -> list[str]:
     return sorted(name for i, name in enumerate(SPLITS) if bits >> i & 1)
 
 
-class Labels:
+class StoredLabels:
     """Ids, splits and labels of some of a store's rows, read when they are asked for."""
 
     def __init__(self, uri: str, contents: Contents, tasks: Sequence[str]) -> None:

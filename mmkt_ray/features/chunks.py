@@ -1,10 +1,11 @@
 """A chunk of samples on its way through Ray, and the stages at both ends of the pipeline: reading and writing.
 
-A chunk travels as one Ray row, {unit, index, last, table, rejects, seconds}, with its samples as an Arrow IPC buffer, and
-values that were prepared for encoders as one array for each modality: so its rows, and the forward passes over them, are the
-same in every run, whatever Ray schedules, retries or resumes. That makes a part's file name a function of its input, and
-writing it twice harmless. Stages take and give rows as Arrow tables, which Ray copies once, into its object store: they are
-read in place there. Imports neither torch nor scikit-learn: the processes that read and write start quickly and stay small.
+A chunk travels as one Ray row, {unit, index, last, table, rejects, seconds}, with its samples as an Arrow IPC buffer,
+and the values prepared for encoders as one array per modality. So its rows, and the forward passes over them, are the
+same in every run, whatever Ray schedules, retries or resumes. That makes a part's file name a function of its input,
+and writing it twice harmless. Stages take and give rows as Arrow tables, which Ray copies once, into its object
+store: they are read in place there. Imports neither torch nor scikit-learn: the processes that read and write start
+quickly and stay small.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def cell_buffers(column: pa.ChunkedArray) -> list[pa.Buffer | None]:
     return cells
 
 
-class Chunk(NamedTuple):
+class OpenedRow(NamedTuple):
     """What a row holds."""
 
     unit: str
@@ -81,7 +82,7 @@ def make_row(
     seconds: dict[str, float],
     prepared: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Row:
-    """A chunk as it travels, see `Chunk`."""
+    """A chunk as a row of Ray, see `OpenedRow`."""
     cells = {"table": pack(table), "rejects": pack(rejects)}
     cells |= {ARRAY + name: pa.py_buffer(np.ascontiguousarray(array)) for name, array in prepared.items()}
     known = {"unit": [unit], "index": [index], "last": [last], "seconds": [json.dumps(seconds)]}
@@ -94,13 +95,13 @@ def _one_cell(buffer: pa.Buffer) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
 
 
-def open_row(row: Row) -> Chunk:
+def open_row(row: Row) -> OpenedRow:
     """The chunk in a row, in place."""
     unit, index, last, seconds = (row.column(name)[0].as_py() for name in ("unit", "index", "last", "seconds"))
     cells = {n: cell_buffers(row.column(n))[0] for n in row.column_names if n in TABLES or n.startswith(ARRAY)}
     samples, rejects = (pa.ipc.open_stream(cells.pop(name)).read_all() for name in TABLES)
     prepared = {name.removeprefix(ARRAY): buffer for name, buffer in cells.items()}
-    return Chunk(unit, index, last, samples, rejects, json.loads(seconds), prepared)
+    return OpenedRow(unit, index, last, samples, rejects, json.loads(seconds), prepared)
 
 
 def read_shard(batch: dict[str, Any], plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:
@@ -123,5 +124,5 @@ def write_part(row: Row, store_uri: str) -> dict[str, list[Any]]:
         storage.write_table(storage.join(store_uri, "rejects", name), rejects)
     checksum = storage.write_table(storage.join(store_uri, "data", name), chunk.samples)
     seconds = chunk.seconds | {"write": time.perf_counter() - start}
-    told: dict[str, list[Any]] = {"name": [name], "checksum": [checksum], "num_rows": [len(chunk.samples)]}
-    return told | {"lost": [json.dumps(count_stages(rejects))], "seconds": [json.dumps(seconds)]}
+    found: dict[str, list[Any]] = {"name": [name], "checksum": [checksum], "num_rows": [len(chunk.samples)]}
+    return found | {"lost": [json.dumps(count_stages(rejects))], "seconds": [json.dumps(seconds)]}

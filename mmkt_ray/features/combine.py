@@ -1,4 +1,4 @@
-"""Samples of several modalities from rows of one: union (nothing to do), join on a key, pairs made by label.
+"""Samples of several modalities from rows of one modality: union (nothing to do), join on a key, pairs by label.
 
 Works on encoded rows, so that nothing is encoded twice however often a row is used. The driver holds ids, splits, keys and
 labels (about 500 bytes a row); features stay in a memory-mapped file and are gathered part by part.
@@ -55,7 +55,7 @@ class Combined:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """What combining must know of the N source rows, without their features."""
+    """What combining needs of the N source rows; not their features."""
 
     sample_ids: list[str]
     splits: list[str]
@@ -118,8 +118,8 @@ def shared_values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def join(index: RowIndex, how: JoinCombine) -> Combined:
-    """Rows with one key become one sample. A second row of the same modality and key is rejected; of conflicting labels the
-    first stays and the conflict is counted; an inner join rejects rows without a partner."""
+    """Rows with the same key become one sample. A second row of the same modality and key is rejected. Of conflicting
+    labels the first is kept, and the conflict is counted. An inner join rejects rows without a partner."""
     by_key: dict[str, list[int]] = {}
     combined, taken = Combined(), set[str]()
     for row, key in enumerate(index.keys):
@@ -157,9 +157,9 @@ def join(index: RowIndex, how: JoinCombine) -> Combined:
 
 
 def pair(index: RowIndex, how: PairCombine, seed: int) -> Combined:
-    """Each row of the first modality gets a row of the second with the matching label in any spelling, of the same split.
+    """Give each row of the first modality a row of the second of the same split and label, in any spelling.
 
-    Partners of a class are drawn from a seeded shuffle of that class, over and over, so that all are used about equally often.
+    Partners come from repeated seeded shuffles of the class, so that all are used about equally often.
     Raises: ConfigError if the mapping names classes that are not there.
     """
     (first, first_task), (second, second_task) = how.labels.items()

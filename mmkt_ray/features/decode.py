@@ -1,4 +1,4 @@
-"""Values of a chunk: decoded, made to the size that their encoder reads, hashed.
+"""The values of a chunk: decoded, resized for their encoder, hashed.
 
 Axes: N rows, P values of one size.
 """
@@ -22,7 +22,8 @@ from mmkt_ray.features.store import hash_of
 from mmkt_ray.kinds.content import hash_json
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.sandbox.child import Limits
+from mmkt_ray.sandbox.decoding import Broken, decode_samples
 
 if TYPE_CHECKING:
     from mmkt_ray.kinds.images import InputSize
@@ -50,11 +51,11 @@ class Prepared(Sequence[Any]):
         return Prepared(self.array, self.places[keep])
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The values of rows that have one: of rows one after another, as of most chunks, without a copy."""
+        """The values of rows that have one; without a copy where the rows are consecutive, as in most chunks."""
         at = self.places[rows]
         if len(at) and (np.diff(at) == 1).all():
             return self.array[at[0] : at[-1] + 1]
-        return self.array[at]
+        return np.asarray(self.array[at])
 
 
 class Decoded(NamedTuple):
@@ -73,7 +74,7 @@ def input_size(kind: ModalityKind, encoder: Any, samples: SamplesConfig) -> Inpu
 
 
 def decoding(kinds: Sequence[ModalityKind], samples: SamplesConfig) -> dict[str, str]:
-    """What identifies features beside what identified them when all images were decoded in full."""
+    """What the fingerprint of features has in addition where images are not decoded in full."""
     return {"decode": samples.decode} if samples.decode != "exact" and any(kind.scales for kind in kinds) else {}
 
 
@@ -194,8 +195,8 @@ def decode_chunk(row: Row, config: Config) -> Row:
             samples.column_names.index(name), pa.field(name, column.type, metadata={PREPARED: look}), column
         )
         samples = note_content(samples, name, decoded.hashes, decoded.changes)
-    keep, told = settle_broken(samples, broken, sorted(config.modalities), chunk.unit)
-    samples, rejects = samples.filter(pa.array(keep)), pa.concat_tables([chunk.rejects, told])
+    keep, own = settle_broken(samples, broken, sorted(config.modalities), chunk.unit)
+    samples, rejects = samples.filter(pa.array(keep)), pa.concat_tables([chunk.rejects, own])
     seconds = chunk.seconds | {"decode": time.perf_counter() - start}
     return make_row(chunk.unit, chunk.number, chunk.last, samples, rejects, seconds, arrays)
 
@@ -237,7 +238,7 @@ def settle_broken(
 ) -> tuple[np.ndarray, pa.Table]:
     """Which rows stay (N,) bool, and a reject for each row with a broken modality. broken: modality -> row -> reason.
 
-    A row that has another modality stays without the broken one, and its reject tells so by the stage `modality`.
+    A row with another modality keeps that one; its reject has stage="modality".
     lost: modality -> (N,) bool, rows that lost it at an earlier stage.
     """
     left = np.zeros(len(samples), dtype=bool)

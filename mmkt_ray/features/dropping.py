@@ -21,7 +21,7 @@ DUPLICATE = "duplicate sample_id"
 
 
 def parts_of_ids(config: Config, parts: list[str], shards: Sequence[Shard]) -> list[list[str]]:
-    """Parts among which an id stands for one sample: all of them; where rows are joined, those of one source."""
+    """Groups of parts within which ids must be unique: all parts, or, where rows are joined, those of each source."""
     if config.samples.combine.name != "join":
         return [parts]
     source_of = {shard.unit: shard.source for shard in shards}
@@ -32,7 +32,7 @@ def parts_of_ids(config: Config, parts: list[str], shards: Sequence[Shard]) -> l
 
 
 def reject_duplicates(uri: str, parts: list[str]) -> dict[str, str]:
-    """Of rows with the same sample_id the first stays; later ones move to the part's rejects. Rewrites only affected parts.
+    """Keep the first row of each sample_id; later ones move to the part's rejects. Rewrites only affected parts.
 
     Returns the checksums of these. Memory: 8 bytes a row for hashes, and the ids of rows whose hashes collide.
     """
@@ -43,12 +43,12 @@ def reject_duplicates(uri: str, parts: list[str]) -> dict[str, str]:
         return rewritten
     seen: set[str] = set()
     for name, own in zip(parts, hashes, strict=True):
-        suspects = np.flatnonzero(np.isin(own, repeated))
-        if not len(suspects):
+        candidates = np.flatnonzero(np.isin(own, repeated))  # hashes may collide
+        if not len(candidates):
             continue
-        ids = read_part(uri, name, ["sample_id"]).column(0).take(pa.array(suspects)).to_pylist()
+        ids = read_part(uri, name, ["sample_id"]).column(0).take(pa.array(candidates)).to_pylist()
         keep = np.ones(len(own), dtype=bool)
-        for row, sample_id in zip(suspects, ids, strict=True):
+        for row, sample_id in zip(candidates, ids, strict=True):
             keep[row] = sample_id not in seen
             seen.add(sample_id)
         if not keep.all():
@@ -86,9 +86,9 @@ def _drop_rows(uri: str, name: str, keep: np.ndarray, stage: str, reason: str) -
     rejects = [Reject(i, name.split("-")[0], stage, reason) for i in lost]
     old = storage.join(uri, "rejects", name)
     before = read_rejects(old) if storage.exists(old) else reject_table([])
-    told = pc.and_(pc.equal(before["stage"], stage), pc.is_in(before["sample_id"], pa.array(lost, pa.string())))
-    # first: a publishing that breaks off here has told of rows that are still there, and is given again
-    storage.write_table(old, pa.concat_tables([before.filter(pc.invert(told)), reject_table(rejects)]))
+    repeated = pc.and_(pc.equal(before["stage"], stage), pc.is_in(before["sample_id"], pa.array(lost, pa.string())))
+    # rejects first: the step can then be repeated after a crash
+    storage.write_table(old, pa.concat_tables([before.filter(pc.invert(repeated)), reject_table(rejects)]))
     return storage.write_table(storage.join(uri, "data", name), table.filter(pa.array(keep)))
 
 

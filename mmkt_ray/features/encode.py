@@ -1,4 +1,4 @@
-"""The stages in the middle of the pipeline: encode, reduce one chunk. What is before them: decode.py."""
+"""The middle stages of the pipeline: encode and reduce one chunk. Decoding comes before them, see decode.py."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class EncodePlan:
 
 
 def assigned_device(use_gpu: bool, gpu_frac: float = 1.0) -> torch.device:
-    """The device that Ray gave this actor: inside it a GPU is always number 0. Of a shared one no more memory is taken than
-    this actor's share. Raises: ResourceError if torch can't use it."""
+    """The device that Ray gave this actor, where a GPU is always number 0. Of a shared GPU, the actor takes no more
+    than its share of memory. Raises: ResourceError if torch can't use it."""
     import torch
 
     if use_gpu and not torch.cuda.is_available():
@@ -72,7 +72,7 @@ def assigned_device(use_gpu: bool, gpu_frac: float = 1.0) -> torch.device:
 class SampleEncoder:
     """Decodes samples and makes features of every modality, with encoders that it loads once. Knows no Ray.
 
-    Threads may share it: chunks take turns in an encoder, unless that says that it is `concurrent`.
+    Threads may share it: chunks take turns in an encoder, unless the encoder is `concurrent`.
     """
 
     def __init__(self, plan: EncodePlan, device: torch.device) -> None:
@@ -110,7 +110,7 @@ class SampleEncoder:
         seconds: dict[str, float],
         prepared: Mapping[str, pa.Buffer] = MappingProxyType({}),
     ) -> tuple[pa.Table, pa.Table]:
-        """Samples -> a part of a store, and the rejects: rows that lost a modality, or the last one that they had.
+        """Samples -> a part of a store, and the rejects: rows that lost one or all of their modalities.
 
         stored: modality -> its columns for these samples, where another store has them. seconds: by stage, added to.
         prepared: modality -> the array that its column names rows of, where the stage before has decoded it.
@@ -118,7 +118,7 @@ class SampleEncoder:
         start = time.perf_counter()
         samples, values, broken = self._decode(samples, stored, prepared)
         seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
-        keep, told = settle_broken(samples, broken, list(self.encoders), unit)
+        keep, rejects = settle_broken(samples, broken, list(self.encoders), unit)
         samples, mask = samples.filter(pa.array(keep)), pa.array(keep)
         columns: dict[str, pa.Array] = {}
         refused: dict[str, dict[int, str]] = {}
@@ -137,7 +137,7 @@ class SampleEncoder:
         lost = {m: np.isin(np.flatnonzero(keep), np.array(list(rows), np.int64)) for m, rows in broken.items()}
         samples, more = settle_refused(samples, columns, refused, lost, unit)
         part = pa.table({name: samples.column(name) for name in self.schema.names}, schema=self.schema)
-        return part, pa.concat_tables([told, more])
+        return part, pa.concat_tables([rejects, more])
 
     def _encode(
         self, name: str, values: Sequence[Any], seconds: dict[str, float]
@@ -194,8 +194,8 @@ class EncodeChunk(SampleEncoder):
     def __call__(self, row: Row) -> Row:
         unit, index, last, samples, rejects, seconds, prepared = open_row(row)
         stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
-        part, told = self.encode_samples(samples, unit, stored, seconds, prepared)
-        return make_row(unit, index, last, part, pa.concat_tables([rejects, told]), seconds)
+        part, own = self.encode_samples(samples, unit, stored, seconds, prepared)
+        return make_row(unit, index, last, part, pa.concat_tables([rejects, own]), seconds)
 
 
 def encode_column(
@@ -232,15 +232,15 @@ def _refused(encoder: Any, values: Sequence[Any]) -> dict[int, str]:
 
 
 def changes_in(encoder: Any, values: Sequence[Any]) -> list[list[str]]:
-    """What of each value (N, None where absent) the encoder does not read; empty for an encoder that reads all."""
+    """For each value (N, None where absent), what the encoder ignores in it; empty for one that reads all."""
     if not hasattr(encoder, "changes"):
         return []
-    told = iter(encoder.changes([value for value in values if value is not None]))
-    return [[] if value is None else next(told) for value in values]
+    found = iter(encoder.changes([value for value in values if value is not None]))
+    return [[] if value is None else next(found) for value in values]
 
 
 def _features_of_rows(encoder: Any, values: Any, dtype: str, pooled: str | None) -> tuple[Any, dict[int, str]]:
-    """As `checked_features`; pooled where values are lists, of which one without features costs the row."""
+    """As `checked_features`; pooled where values are lists. One item without features rejects the row."""
     if pooled is None:
         return checked_features(encoder, values, dtype)
     counts = np.array([len(several) for several in values])
@@ -252,7 +252,7 @@ def _features_of_rows(encoder: Any, values: Any, dtype: str, pooled: str | None)
 def checked_features(encoder: Any, values: Any, dtype: str) -> tuple[Any, dict[int, str]]:
     """Features (B, D) of values, and row -> why its features are none: such rows hold zeros.
 
-    A batch whose features are not (B, D) is encoded value by value, so that it costs only the values to blame.
+    A batch whose features are not (B, D) is encoded value by value, so that only the faulty values are lost.
     """
     features, why = _as_features(encoder, encoder.encode(values), len(values))
     if features is None and len(values) > 1:
@@ -316,14 +316,14 @@ def settle_refused(
     """
     none = np.zeros(len(samples), dtype=bool)
     gone = {m: lost.get(m, none) for m in refused}
-    keep, told = settle_broken(samples, refused, list(refused), unit, "encode", gone)
+    keep, rejects = settle_broken(samples, refused, list(refused), unit, "encode", gone)
     for name, rows in refused.items():
         if rows:
             changes = [[NOT_ENCODED] if i in rows else [] for i in range(len(samples))]
             samples = note_changes(samples, name, changes)
     for name, column in columns.items():
         samples = samples.append_column(name, column)
-    return samples if keep.all() else samples.filter(pa.array(keep)), told
+    return samples if keep.all() else samples.filter(pa.array(keep)), rejects
 
 
 def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples: pa.Table) -> pa.Table | None:

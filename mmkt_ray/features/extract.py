@@ -4,8 +4,8 @@ Called by steps.py; reads by samples/readers.py; the store that it leaves is ope
 
     shards -> read (Ray tasks) -> encode (actor pool, on GPUs where there are any) -> write (Ray tasks) -> publish
 
-Two stores can come of it: `encoded-<fingerprint>` with what the encoders gave and, where a modality has a reducer,
-`reduced-<fingerprint>`; joined or paired samples are one more (combine.py).
+It leaves a store `encoded-<fingerprint>` and, where a modality has a reducer, `reduced-<fingerprint>`. Joined or
+paired samples are one more store (combine.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.base import fit_of
-from mmkt_ray.encoders.build import build_encoder, found_in, load_reducer, read_card
+from mmkt_ray.encoders.build import build_encoder, load_reducer, read_encoder_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
@@ -54,7 +54,7 @@ from mmkt_ray.samples.schema import DAMAGE, MODALITY, Shard
 log = logging.getLogger(__name__)
 
 READ_CPUS = 0.5  # differs from an actor's on purpose: equal demands would fuse reading into the encoder actors
-BUDGET_GRACE_ROWS = 1000  # the reject budget is judged during the run only after this many rows
+BUDGET_GRACE_ROWS = 1000  # rows before the reject budget is first checked in a run
 PROGRESS_EVERY_S = 5.0
 GPU_CHUNKS = 2  # in flight in an actor with a GPU: while one is unpacked and packed, the other is on the device
 
@@ -73,12 +73,12 @@ def extract(config: Config, run_uri: str) -> Store:
 
 
 def drops_rows(config: Config) -> bool:
-    """Whether leaking rows are left out before combining: under join and pair it is the combined samples that leak."""
+    """Whether leaking rows are left out before combining. With join and pair, combined samples are."""
     return config.samples.drop_leakage and config.samples.combine.name == "union"
 
 
 def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, list[str]]:
-    """Unit of a shard -> ids of its train rows that no encoder may be fitted on, as they will be left out."""
+    """Unit of a shard -> ids of its train rows that will be left out, so that no encoder is fitted on them."""
     sections = [modality.encoder for modality in config.modalities.values()]
     if not drops_rows(config) or all(fit_of(build_encoder(section)) == "none" for section in sections):
         return {}
@@ -102,9 +102,9 @@ def check_not_empty(store: Store) -> None:
 
 def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str, str]) -> Store:
     """The store of all shards through fitted encoders (modality -> folder)."""
-    cards = {m: read_card(uri) for m, uri in sorted(encoders.items())}
+    cards = {m: read_encoder_card(uri) for m, uri in sorted(encoders.items())}
     layout = fingerprint(reading_layout(config))
-    plan: dict[str, Any] = {"layout": layout, "encoders": {m: c["fingerprint"] for m, c in cards.items()}}
+    plan: dict[str, Any] = {"layout": layout, "encoders": {m: c.fingerprint for m, c in cards.items()}}
     if drops_rows(config):
         plan["drop_leakage"] = True
         layout += "-without-leakage"  # reducers are fitted on the rows that stay
@@ -127,14 +127,14 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {
         m: ModalityFeatures(
-            dim=c["dim"],
-            sparse=c["sparse"],
+            dim=c.dim,
+            sparse=c.sparse,
             kind=config.modalities[m].kind.name,
-            encoder=c["config"],
+            encoder=c.config,
             reduce=None,
-            fingerprint=c["fingerprint"],
+            fingerprint=c.fingerprint,
             folders=[encoders[m].rsplit("/", 1)[-1]],
-            found=found_in(c),
+            found=c.found,
         )
         for m, c in cards.items()
     }
@@ -197,8 +197,8 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     """The store with fitted reducers (modality -> folder) applied; the encoded store itself where there are none."""
     if not reducers:
         return encoded
-    cards = {m: read_card(uri) for m, uri in sorted(reducers.items())}
-    plan = {"encoded": encoded.uri.rsplit("/", 1)[-1], "reducers": {m: c["fingerprint"] for m, c in cards.items()}}
+    cards = {m: read_encoder_card(uri) for m, uri in sorted(reducers.items())}
+    plan = {"encoded": encoded.uri.rsplit("/", 1)[-1], "reducers": {m: c.fingerprint for m, c in cards.items()}}
     uri = storage.join(run_uri, "features", f"reduced-{fingerprint(plan)}")
     units = encoded.manifest.units
     if store := published(uri, units, source=encoded):
@@ -227,12 +227,12 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     for m, card in cards.items():
         own = modalities[m]
         modalities[m] = own.replaced(
-            dim=card["dim"],
-            sparse=card["sparse"],
-            reduce=card["config"],
-            fingerprint=fingerprint([own.fingerprint, card["fingerprint"]]),
+            dim=card.dim,
+            sparse=card.sparse,
+            reduce=card.config,
+            fingerprint=fingerprint([own.fingerprint, card.fingerprint]),
             folders=[*own.folders, reducers[m].rsplit("/", 1)[-1]],
-            found=own.found | found_in(card),
+            found=own.found | card.found,
         )
     return publish(uri, config, Origin(units, source=encoded), modalities, stats.speed(), stats.checksums)
 
@@ -298,7 +298,7 @@ class ShardSizes:
         self._ends: dict[str, int] = {}  # unit -> number of its parts
 
     def add(self, part: str, num_rows: int) -> None:
-        """A part, by its name, with the rows that it stands for."""
+        """A part's name, and its rows, rejected ones included."""
         unit, index, *end = part.removesuffix(".parquet").split("-")
         self._parts[unit] += 1
         self._rows[unit] += num_rows
@@ -321,21 +321,22 @@ class RunStats:
         self.sizes = ShardSizes()
         self.wall_s = self.startup_s = 0.0
 
-    def follow(self, parts: ray.data.Dataset, told_of: Callable[[str], None]) -> None:
-        """Run the pipeline to its end; each part's name is told. Raises: DataError when the reject budget is spent."""
-        start = told = time.perf_counter()
+    def follow(self, parts: ray.data.Dataset, on_part: Callable[[str], None]) -> None:
+        """Run the pipeline to its end, calling `on_part` with each part's name. Raises: DataError when the reject
+        budget is spent."""
+        start = logged = time.perf_counter()
         for part in parts.iter_rows():
             self.num_rows += part["num_rows"]
             self.lost.update(json.loads(part["lost"]))
             self.checksums[part["name"]] = part["checksum"]
-            told_of(part["name"])
+            on_part(part["name"])
             seconds = json.loads(part["seconds"])
             self.seconds.update(seconds)
             self.wall_s = time.perf_counter() - start
             # until the first part is there, less the work on it: processes, imports, loading encoders
             self.startup_s = self.startup_s or self.wall_s - sum(seconds.values())
-            if time.perf_counter() - told > PROGRESS_EVERY_S:
-                told = time.perf_counter()
+            if time.perf_counter() - logged > PROGRESS_EVERY_S:
+                logged = time.perf_counter()
                 log.info("%s, %.0f rows/s", tell_counts(self.num_rows, self.lost), self.num_rows / self.wall_s)
             self.sizes.add(part["name"], part["num_rows"] + num_rejected(Counter(json.loads(part["lost"]))))
             if self.samples is not None:
@@ -343,8 +344,9 @@ class RunStats:
         log.info("%s in %.1f s", tell_counts(self.num_rows, self.lost), self.wall_s)
 
     def _check_budget(self, samples: SamplesConfig) -> None:
-        """Rows are judged by those that were read so far, damaged shards by all rows, at twice as many a shard as in the largest:
-        one of the first ten shards is a tenth of them, and perhaps a thousandth of all. Raises: DataError."""
+        """Compare rejects with the rows read so far, and damaged shards with an estimate of all rows: twice the rows
+        of the largest shard, for each shard. (One of the first ten shards may be a thousandth of all.) Raises:
+        DataError."""
         rows = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
         if self.num_rows + num_rejected(rows) >= BUDGET_GRACE_ROWS:
             check_budget(self.uri, samples, self.num_rows, rows, self.names)

@@ -1,7 +1,7 @@
-"""Fitting encoders and reducers on the train split, as Ray tasks whose statistics merge in a fixed tree.
+"""Fits encoders and reducers on the train split, as Ray tasks whose statistics merge in a fixed tree.
 
-The tree is fixed so that the same shards give the same sums, bit for bit, whatever finishes first. A fit is kept in
-`<run>/encoders/<modality>-<config>-<shards>`; when shards were only added since, the fit is kept and the log says so.
+The tree is fixed so that the same shards give the same sums, bit for bit, whatever finishes first. A fit lies in
+`<run>/encoders/<modality>-<config>-<shards>`. If shards were only added since, it is used again, with a line in the log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ import ray
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, CustomEncoder, Section, fingerprint
 from mmkt_ray.encoders.base import fit_of
-from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, read_card, save_fitted
+from mmkt_ray.encoders.build import (
+    ENCODER_CARD,
+    build_encoder,
+    build_reducer,
+    load_fitted,
+    read_encoder_card,
+    save_fitted,
+)
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decoding
 from mmkt_ray.features.publish import tell_reasons
@@ -33,7 +40,7 @@ from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
 
-SHARDS_TOLD = 20  # that are looked at to say why there was nothing to fit on
+SHARDS_EXPLAINED = 20  # that are read to say why there was nothing to fit on
 FAN_IN = 8  # statistics that one merge takes
 
 
@@ -57,8 +64,8 @@ def fit_encoder(
     trained = how == "training"
     if how == "none":
         uri = storage.join(run_uri, "encoders", f"{modality}-{fingerprint(section, 12)}")
-        if not storage.exists(storage.join(uri, "encoder.json")):
-            _save(encoder, section, uri, units=[])
+        if not storage.exists(storage.join(uri, ENCODER_CARD)):
+            _save(encoder, section, uri, [])
         return uri
     plan = ReadingPlan.of(config).only(modality, section.task)
     narrow = config.samples.model_copy(update={"sources": plan.sources})
@@ -85,8 +92,8 @@ def fit_encoder(
     if not isinstance(section, CustomEncoder) and take_over(  # the user's code may have changed since
         run_uri,
         f"encoders/{uri.rsplit('/', 1)[-1]}",
-        "encoder.json",
-        lambda found: load_fitted(build_encoder(section), found) is not None and read_card(found)["units"] == units,
+        ENCODER_CARD,
+        lambda found: load_fitted(build_encoder(section), found) is not None and read_encoder_card(found).units == units,
     ):
         return uri
     cluster.connect()
@@ -104,7 +111,7 @@ def fit_encoder(
             raise DataError(f"no sample of the train split has {modality}{why_none(plan, modality, feeding)}")
         encoder.finish(total)
     adapted = getattr(section, "adapt", None) is not None
-    _save(encoder, section, uri, units, **({"trained_s": round(time.perf_counter() - start, 1)} if adapted else {}))
+    _save(encoder, section, uri, units, round(time.perf_counter() - start, 1) if adapted else None)
     return uri
 
 
@@ -114,9 +121,9 @@ def encoded_by_user(config: Config) -> bool:
 
 
 def why_none(plan: ReadingPlan, modality: str, shards: list[Shard]) -> str:
-    """What the shards hold instead of train rows with a modality, as the end of a sentence: they are read once more."""
+    """Why no train row has a modality, as the end of a sentence; the shards are read once more."""
     look = ray.remote(what_is_read)
-    found = ray.get([look.remote(plan, modality, shard) for shard in shards[:SHARDS_TOLD]])
+    found = ray.get([look.remote(plan, modality, shard) for shard in shards[:SHARDS_EXPLAINED]])
     with_it, without, reasons = (sum((Counter(f[i]) for f in found), Counter[str]()) for i in range(3))
     if with_it:
         held = ", ".join(f"{n} in {split}" for split, n in sorted(with_it.items()))
@@ -138,14 +145,14 @@ def what_is_read(plan: ReadingPlan, modality: str, shard: Shard) -> tuple[Counte
 
 
 def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
-    """A fit on just these shards, else one on a part of them: then shards were added, and it stays as it is."""
+    """The folder of a fit on exactly these shards, else of one on a part of them (shards were added), or None."""
     exact = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
-    if storage.exists(storage.join(exact, "encoder.json")):
+    if storage.exists(storage.join(exact, ENCODER_CARD)):
         return exact
-    for info in storage.list_files(storage.join(run_uri, "encoders"), "encoder.json", recursive=True):
+    for info in storage.list_files(storage.join(run_uri, "encoders"), ENCODER_CARD, recursive=True):
         folder = info.path.split("/")[-2]
         uri = storage.join(run_uri, "encoders", folder)
-        if folder.startswith(f"{prefix}-") and set(seen := read_card(uri)["units"]) < set(units):
+        if folder.startswith(f"{prefix}-") and set(seen := read_encoder_card(uri).units) < set(units):
             log.info(
                 "%s stays as fitted on %d shards, %d were added since; remove %s to fit again",
                 folder,
@@ -184,8 +191,8 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
     if not encoded_by_user(config) and take_over(
         run_uri,
         f"encoders/{uri.rsplit('/', 1)[-1]}",
-        "encoder.json",
-        lambda found: load_fitted(build_reducer(section), found) is not None and read_card(found)["units"] == units,
+        ENCODER_CARD,
+        lambda found: load_fitted(build_reducer(section), found) is not None and read_encoder_card(found).units == units,
     ):
         return uri
     cluster.connect()
@@ -246,6 +253,6 @@ def merge_in_tree(statistics: Sequence[Callable[[], Any]], merge: Callable[[list
     return ray.get(next(s for left in levels for s in left))
 
 
-def _save(fitted: Any, section: Section, uri: str, units: list[str], **about: Any) -> None:
-    card = save_fitted(fitted, section, uri, {"units": units} | about)
-    log.info("fitted: %s (%d features)", uri, card["dim"])
+def _save(fitted: Any, section: Section, uri: str, units: list[str], trained_s: float | None = None) -> None:
+    card = save_fitted(fitted, section, uri, units, trained_s)
+    log.info("fitted: %s (%d features)", uri, card.dim)

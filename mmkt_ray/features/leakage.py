@@ -1,4 +1,4 @@
-"""Train rows whose content is in val or test too, found before anything is fitted: no encoder shall see what is left out."""
+"""Finds train rows whose content is in val or test too, so that no encoder is fitted on them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 def find_leaking(
     plan: ReadingPlan, samples: SamplesConfig, encoders: Mapping[str, EncoderSection], uri: str, shards: list[Shard]
 ) -> dict[str, list[str]]:
-    """Ids of train rows whose whole content is in val or test too, by the unit of their shard; units without any left out.
+    """Ids of train rows whose whole content is in val or test too, by the unit of their shard (if it has any).
 
-    encoders: by modality; what they read decides how images are decoded, and so which are the same.
+    encoders: by modality; their input size decides how images are decoded, and so which are equal.
     Reads and decodes every shard once and keeps the hashes in the folder `uri`: another call takes them from there.
     """
     cluster.connect()

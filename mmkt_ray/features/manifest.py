@@ -24,7 +24,7 @@ class ModalityFeatures(OpenRecord, frozen=True, strict=True):
     reduce: dict[str, Any] | None  # the same
     fingerprint: str
     folders: list[Folder] = Field(max_length=2)  # of the fitted encoder and reducer, in the run's `encoders/`
-    found: dict[str, Any] = Field(default_factory=dict)  # out of the values, for people; see `found_in`
+    found: dict[str, Any] = Field(default_factory=dict)  # out of the values, for people; see `EncoderCard.found`
 
 
 class TaskClasses(Record, frozen=True, strict=True):

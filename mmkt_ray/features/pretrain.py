@@ -162,9 +162,9 @@ def _map_values(
     return images, np.concatenate(labels), np.concatenate(held_out)
 
 
-def _train(told: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
+def _train(args: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
     """On each worker: the training itself. Rank 0 keeps a checkpoint per epoch and returns the weights."""
-    job, class_names = told["job"], told["class_names"]
+    job, class_names = args["job"], args["class_names"]
     section = job.section
     encoder: Any = build_encoder(section)
     checkpoint = storage.join(job.uri, "checkpoint.safetensors")

@@ -23,16 +23,8 @@ from mmkt_ray.features.manifest import Counts, Manifest, ModalityFeatures, Speed
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import Store, column_of, open_store, write_manifest
 from mmkt_ray.kinds.base import TaskKind
-from mmkt_ray.kinds.tables import NULLED
-from mmkt_ray.samples.schema import (
-    DAMAGE,
-    LEAKAGE,
-    MODALITY,
-    REJECT_SCHEMA,
-    UNMAPPED,
-    Shard,
-    count_stages,
-)
+from mmkt_ray.kinds.table_rows import NULLED
+from mmkt_ray.samples.schema import DAMAGE, LEAKAGE, MODALITY, REJECT_SCHEMA, UNMAPPED, Shard, count_stages
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +32,9 @@ MAX_REASON = 300  # characters of a reason in an error
 
 
 def published(uri: str, units: list[str], source: Store | None = None) -> Store | None:
-    """The store if it is complete for just these units (and just this source store), else None.
+    """The store if it is complete for exactly these units (and this source store), else None.
 
-    One that lacks a part is not complete: a damaged part is to be removed, and is made anew.
+    A store without one of its parts is incomplete: so a damaged part can be removed, and is made again.
     """
     if not storage.exists(storage.join(uri, "manifest.json")):
         return None
@@ -55,18 +47,18 @@ def published(uri: str, units: list[str], source: Store | None = None) -> Store 
 
 
 def num_rejected(lost: Counter[str]) -> int:
-    """Rows that were rejected, by stage -> rows; those left out on request and those kept aside."""
+    """Number of rejected rows. lost: stage -> rows; not those left out on request or without one modality."""
     return sum(n for stage, n in lost.items() if stage not in (MODALITY, LEAKAGE, UNMAPPED))
 
 
 def tell_counts(num_rows: int, lost: Counter[str]) -> str:
     """For the log: rows that are there, that were rejected, and that are there without an unreadable modality."""
-    told = f"{num_rows:,} rows, {num_rejected(lost):,} rejected"
-    return f"{told}, {lost[MODALITY]:,} kept without an unreadable modality" if lost[MODALITY] else told
+    text = f"{num_rows:,} rows, {num_rejected(lost):,} rejected"
+    return f"{text}, {lost[MODALITY]:,} kept without an unreadable modality" if lost[MODALITY] else text
 
 
 def is_spent(samples: SamplesConfig, num_hit: int, total: int) -> bool:
-    """Whether more rows than allowed are rejected or lost a modality; a few are put up with, as long as most are whole."""
+    """Whether more rows than allowed are rejected or lost a modality. A few are tolerated if half are whole."""
     few = samples.min_reject_budget if 2 * num_hit <= total else 0
     return num_hit > max(samples.max_reject_frac * total, few)
 
@@ -83,12 +75,12 @@ def check_budget(
     num_hit, total = num_lost + num_kept, num_rows + num_lost
     if not is_spent(samples, num_hit, total):
         return
-    rejects = storage.join(uri, "rejects")
-    found = [f.base_name for f in storage.list_files(rejects, "*.parquet")]
+    folder = storage.join(uri, "rejects")
+    found = [f.base_name for f in storage.list_files(folder, "*.parquet")]
     parts = [name for name in found if name.split("-")[0] in names]  # not of shards that have changed since
-    told = collect_rejects(uri, parts, names)
-    counted = pc.invert(pc.is_in(told.column("stage"), pa.array([LEAKAGE, UNMAPPED])))
-    reasons = count_reasons(told.filter(counted))
+    rejects = collect_rejects(uri, parts, names)
+    counted = pc.invert(pc.is_in(rejects.column("stage"), pa.array([LEAKAGE, UNMAPPED])))
+    reasons = count_reasons(rejects.filter(counted))
     share = min(1.0, math.ceil(1000 * num_hit / total) / 1000)
     damaged = f" (about {lost[DAMAGE]:,} of them in damaged shards)" if lost[DAMAGE] else ""
     advice = (
@@ -99,7 +91,7 @@ def check_budget(
     of = f"of about {total:,}" if estimated else f"of {total:,}"
     raise DataError(
         f"{num_lost:,} {of} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
-        f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {rejects} has each row's "
+        f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {folder} has each row's "
         f"reason: {advice}, and give the same command again"
     )
 
@@ -167,7 +159,7 @@ def publish(
         modalities=modalities,
         tasks={t: TaskClasses(kind=kind.as_json(), classes=classes[t]) for t, kind in kinds.items()},
         counts=counts.replaced(rejects=lost.total() - num_kept, unreadable_modalities=num_kept),
-        reject_reasons={told.reason: told.num_rows for told in reasons[:50]},
+        reject_reasons={alike.reason: alike.num_rows for alike in reasons[:50]},
         unmapped=unmapped if source is None else source.manifest.unmapped,
         cleaned=cleaned,
         num_conflicting_labels=origin.num_conflicts,
@@ -177,9 +169,9 @@ def publish(
         rows_per_s=speed.rows_per_s if speed else None,
     )
     storage.write_table(storage.join(uri, "rejects.parquet"), rejects)
-    audited = audit(uri, parts, sorted(modalities), sorted(config.tasks))
-    audited |= {"spellings": spellings(config, cleaned), "nulled": nulled(cleaned)}
-    storage.write_json(storage.join(uri, "audit.json"), audited)
+    found = audit(uri, parts, sorted(modalities), sorted(config.tasks))
+    found = found.replaced(spellings=spellings(config, cleaned), nulled=nulled(cleaned))
+    found.write(storage.join(uri, "audit.json"))
     write_manifest(uri, manifest)
     log.info("published %s: %s", uri, tell_counts(counts.rows, lost))
     if unmapped:
@@ -198,7 +190,7 @@ def keep_parts(uri: str, units: list[str]) -> list[str]:
 
 
 def drop_rows(uri: str, config: Config, origin: Origin, parts: list[str], modalities: list[str]) -> dict[str, str]:
-    """Move rows with an id that was there before, and where asked for those that leak, to the rejects.
+    """Move rows with a repeated id to the rejects, and leaking rows where the config asks for it.
 
     Returns the checksums of the parts that were written anew.
     """
@@ -298,7 +290,7 @@ def spellings(config: Config, cleaned: Mapping[str, int]) -> dict[str, int]:
     return {change: n for change, n in cleaned.items() if change.partition(": ")[0] in config.tasks}
 
 
-class Told(NamedTuple):
+class AlikeRejects(NamedTuple):
     """Rejects whose reasons differ in names and numbers only."""
 
     reason: str  # of the first of them
@@ -306,7 +298,7 @@ class Told(NamedTuple):
     num_rows: int
 
 
-def count_reasons(rejects: pa.Table) -> list[Told]:
+def count_reasons(rejects: pa.Table) -> list[AlikeRejects]:
     """The reasons, the most frequent first."""
     counts: Counter[str] = Counter()
     first: dict[str, tuple[str, str]] = {}
@@ -314,7 +306,7 @@ def count_reasons(rejects: pa.Table) -> list[Told]:
         for reason, row, shard, num_rows in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             counts[kind := shorten(reason)] += num_rows
             first.setdefault(kind, (reason, row if row.startswith(shard) else f"{row} in {shard}"))
-    return [Told(*first[kind], num_rows) for kind, num_rows in counts.most_common()]
+    return [AlikeRejects(*first[kind], num_rows) for kind, num_rows in counts.most_common()]
 
 
 def shorten(reason: str) -> str:
@@ -322,13 +314,13 @@ def shorten(reason: str) -> str:
     return re.sub(r"""(?<!\w)b?(['"]).*?\1|\b(0x[0-9a-f]+|\d+)\b""", "..", reason)[:120]
 
 
-def tell_reasons(reasons: Sequence[Told] | Counter[str]) -> str:
+def tell_reasons(reasons: Sequence[AlikeRejects] | Counter[str]) -> str:
     """The most frequent of them, as the end of a sentence."""
     if isinstance(reasons, Counter):
-        told = [f"{num_rows:,} x {reason[:MAX_REASON]}" for reason, num_rows in reasons.most_common(3)]
+        shown = [f"{num_rows:,} x {reason[:MAX_REASON]}" for reason, num_rows in reasons.most_common(3)]
     else:
-        told = [f"{t.num_rows:,} x {t.reason[:MAX_REASON]} (first: {t.first})" for t in reasons[:3]]
-    return "; the most frequent: " + "; ".join(told) if reasons else ""
+        shown = [f"{t.num_rows:,} x {t.reason[:MAX_REASON]} (first: {t.first})" for t in reasons[:3]]
+    return "; the most frequent: " + "; ".join(shown) if reasons else ""
 
 
 def count_unmapped(rejects: pa.Table) -> dict[str, int]:
@@ -342,5 +334,5 @@ def count_unmapped(rejects: pa.Table) -> dict[str, int]:
 
 def tell_unmapped(unmapped: dict[str, int]) -> str:
     """The most frequent suffixes, for the log."""
-    told = ", ".join(f"{n:,} x .{suffix}" for suffix, n in list(unmapped.items())[:5])
-    return told if len(unmapped) <= 5 else f"{told} and others"
+    shown = ", ".join(f"{n:,} x .{suffix}" for suffix, n in list(unmapped.items())[:5])
+    return shown if len(unmapped) <= 5 else f"{shown} and others"

@@ -1,7 +1,7 @@
-"""What other runs under the same `run_root` have finished already: a new name, or another training, extracts nothing again.
+"""Fitted encoders and stores from other runs under the same `run_root`: the same data is not extracted twice.
 
-Folders of encoders and stores are named by fingerprints of all that decides their content, so one of the same name is taken
-over as it is (on a local disk as hard links), and each run folder still holds all that it needs.
+Their folders are named by fingerprints of all that decides their content. So a folder of the same name is copied as
+it is (hard links on a local disk), and each run folder holds all that it needs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.audit import Audit
 from mmkt_ray.features.publish import published
 from mmkt_ray.features.store import Store
 
@@ -20,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def take_over(run_uri: str, place: str, last: str, is_whole: Callable[[str], bool]) -> bool:
-    """Look for a folder in the other runs and copy it to the same place in this one; whether there was one.
+    """Copy a folder from another run to the same place in this one. Returns whether there was one.
 
-    place: in the run folder, e.g. `encoders/text-1a2b`. last: the file that makes it a finished one. is_whole: asked of a
-    folder, whether it is one that serves.
+    place: in the run folder, e.g. `encoders/text-1a2b`. last: the file that is written last. is_whole: folder ->
+    whether it can be used.
     """
     target = storage.join(run_uri, place)
     for other in _other_runs(run_uri):
@@ -40,16 +41,17 @@ def take_over(run_uri: str, place: str, last: str, is_whole: Callable[[str], boo
 
 
 def take_over_store(run_uri: str, uri: str, units: list[str], source: Store | None = None) -> Store | None:
-    """The store that belongs at `uri`, from another run that has it whole, of just these units (and this source); else None.
+    """The store that belongs at `uri`, copied from another run that has it for exactly these units (and this source),
+    or None.
 
-    What the other run found out about it since, its suspect labels, is left out.
+    Label issues that the other run has found in it are left out.
     """
     place = f"features/{uri.rsplit('/', 1)[-1]}"
     if storage.exists(uri) or not take_over(run_uri, place, "manifest.json", lambda u: bool(published(u, units, source))):
         return None
     audit_uri = storage.join(uri, "audit.json")
-    if storage.exists(audit_uri):
-        storage.write_json(audit_uri, {k: v for k, v in storage.read_json(audit_uri).items() if k != "suspects"})
+    if audit := Audit.read_or_none(audit_uri):
+        audit.with_label_issues(None).write(audit_uri)
     return published(uri, units, source)
 
 

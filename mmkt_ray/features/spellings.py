@@ -16,7 +16,7 @@ from mmkt_ray.kinds.cells import canonical
 
 log = logging.getLogger(__name__)
 
-MAX_TOLD = 20  # spellings in a warning
+MAX_SHOWN = 20  # spellings in a warning
 
 
 def respelled(names: Iterable[str]) -> dict[str, str]:
@@ -41,8 +41,8 @@ def merge_spellings(
     names = {task: changes for task, changes in names.items() if changes}
     if not names:
         return {}
-    told = [f"{task} '{old}' as '{new}'" for task, changes in names.items() for old, new in sorted(changes.items())]
-    log.warning("one class in several spellings, read as one: %s", ", ".join(told[:MAX_TOLD]))
+    changed = [f"{task} '{old}' as '{new}'" for task, changes in names.items() for old, new in sorted(changes.items())]
+    log.warning("one class in several spellings, read as one: %s", ", ".join(changed[:MAX_SHOWN]))
     rewritten: dict[str, str] = {}
     for part in parts:
         path = storage.join(uri, "data", part)

@@ -1,4 +1,4 @@
-"""What one task of a fit does: statistics of the train rows of one shard (encoders) or of one stored part (reducers)."""
+"""One Ray task of a fit: statistics of the train rows of a shard (encoders) or of a stored part (reducers)."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from mmkt_ray import storage
 from mmkt_ray.config import SPLITS, Config
 from mmkt_ray.encoders.base import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
+from mmkt_ray.features.feature_table import FeatureTable, Ids, concat_tables
 from mmkt_ray.features.manifest import MANIFEST, Manifest
-from mmkt_ray.features.table import FeatureTable, Ids, concat_tables
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 
@@ -105,7 +105,7 @@ class Store:
 
     def table_bytes(self) -> int:
         """About what `table` of all modalities takes: features of 16 bits in the files have 32 in memory."""
-        return 2 * sum(file.size for file in storage.list_files(storage.join(self.uri, "data")))
+        return 2 * sum(int(file.size) for file in storage.list_files(storage.join(self.uri, "data")))
 
     def dim(self, modality: str) -> int:
         """Feature width of a modality."""

@@ -23,7 +23,6 @@ from mmkt_ray.scoring.metrics import Coverage
 
 MIN_ROWS = 30
 ANY = ""  # the pattern that stands for all rows
-Margins = Mapping[str, Mapping[str, float]]  # task -> modalities that a row has, joined by + -> margin
 
 
 def fit_margins(table: FeatureTable, outputs: Mapping[str, np.ndarray], confidence: float) -> dict[str, dict[str, float]]:

@@ -24,7 +24,7 @@ from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.features.manifest import Manifest
 from mmkt_ray.inference.model_card import CARD, Card, Versions, check_card, read_card, write_card
 from mmkt_ray.inference.training_record import AnyTraining
-from mmkt_ray.models import Predictor, build_model
+from mmkt_ray.models import Predictor, model_of_spec
 
 WEIGHTS = "model.safetensors"
 
@@ -104,12 +104,12 @@ def load_model(uri: str) -> tuple[Predictor, Card]:
 def _with_weights(spec: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Predictor:
     """The model of a spec with its weights. Raises: ValueError or RuntimeError if they do not fit, before memory is taken."""
     with torch.device("meta"):  # shapes alone: what the spec states may be of any size
-        expected = {name: (value.shape, value.dtype) for name, value in build_model(spec).state_dict().items()}
+        expected = {name: (value.shape, value.dtype) for name, value in model_of_spec(spec).state_dict().items()}
     if {name: (value.shape, value.dtype) for name, value in weights.items()} != expected:
         differing = [n for n in {*expected, *weights} if n not in weights or n not in expected]
         raise ValueError(f"the weights are not those of the model's spec: {', '.join(sorted(differing)[:3]) or 'shapes'}")
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError("there are NaN or infinite weights")
-    model = build_model(spec)
+    model = model_of_spec(spec)
     model.load_state_dict(weights)
     return model

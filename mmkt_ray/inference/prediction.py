@@ -19,8 +19,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, CustomEncoder, PairCombine, Section, UnionCombine, fingerprint, parse_config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.config.training import ExtractConfig
-from mmkt_ray.encoders.build import found_in
-from mmkt_ray.encoders.build import read_card as read_encoder_card
+from mmkt_ray.encoders.build import read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.features.manifest import ModalityFeatures
 from mmkt_ray.features.store import Store
@@ -204,7 +203,7 @@ def encoder_folders(model_uri: str, modality: str, about: ModalityFeatures) -> l
             raise DataError(f"'{folder}' is a link out of the model's folder: copy what it leads to in its place")
     if not folders:
         raise DataError(f"'{model_uri}' has no encoder of '{modality}': copy the model's folder again as a whole")
-    found = [read_encoder_card(folder)["fingerprint"] for folder in folders]
+    found = [read_encoder_card(folder).fingerprint for folder in folders]
     if (found[0] if len(found) == 1 else fingerprint(found)) != about.fingerprint:
         raise DataError(
             f"the encoder of '{modality}' in '{saved}' is not the one that the model was trained with: copy the folder "
@@ -215,7 +214,7 @@ def encoder_folders(model_uri: str, modality: str, about: ModalityFeatures) -> l
 
 def check_options(folder: str, asked: Mapping[str, Any]) -> None:
     """Raises: DataError if an encoder was fitted with other options than the model's card says."""
-    differing = {k: v for k, v in read_encoder_card(folder)["config"].items() if asked.get(k) != v}
+    differing = {k: v for k, v in read_encoder_card(folder).config.items() if asked.get(k) != v}
     if differing:
         raise DataError(
             f"the encoder in '{folder}' was fitted with {differing}, the model's card says otherwise: copy the model's "
@@ -300,7 +299,7 @@ def tell_lacking(config: Config, folders: Mapping[str, list[str]]) -> None:
     plan = ReadingPlan.of(config)
     lacking: dict[tuple[str, str], str] = {}
     for modality, (encoder, *_) in sorted(folders.items()):
-        fitted = found_in(read_encoder_card(encoder)).get("columns", {})
+        fitted = read_encoder_card(encoder).found.get("columns", {})
         for shard in list_shards(plan) if fitted else ():
             known = known_columns(plan, shard)
             if known and modality in plan.sources[shard.source].columns:

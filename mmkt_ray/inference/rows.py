@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
+from mmkt_ray.features.feature_table import LABEL_PARTS, Growing
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.features.table import LABEL_PARTS, Growing
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import spelled_as
@@ -61,9 +61,9 @@ def unseen_classes(data: Rows, task: str, rows: np.ndarray) -> dict[str, int]:
     return dict(Counter({name: found[name] for name, own in spelled if own not in known}).most_common(MAX_UNSEEN))
 
 
-def readable(table: FeatureTable, modalities: Sequence[str]) -> np.ndarray:
+def readable(table: FeatureTable, modalities: Collection[str]) -> np.ndarray:
     """(N,) bool: the sample has at least one of the modalities."""
-    return np.logical_or.reduce([table.present[m] for m in modalities])
+    return np.asarray(np.logical_or.reduce([table.present[m] for m in modalities]))
 
 
 def subsets(modalities: Sequence[str], sizes: Collection[int] | None = None) -> list[tuple[str, ...]]:
@@ -220,7 +220,7 @@ def read_predictions(
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class LabelledPredictions:
     """The labelled and predicted rows of one task of such a file, in its order: 16 bytes for each."""
 
     ids: np.ndarray  # (N,) uint64 hashes of the sample ids
@@ -238,11 +238,11 @@ class Outcomes:
     def right(self) -> np.ndarray:
         """(N,) 1 for a right row and 0 for a wrong one; of numbers the row's score."""
         if self.kind.classes:
-            return (self.label == self.pred).astype(float)
+            return np.asarray((self.label == self.pred).astype(float))
         pairs = zip(self.label.tolist(), self.pred.tolist(), strict=True)
         return np.array([self.kind.score_pair(self.values[y], self.values[p]) for y, p in pairs], float)
 
-    def same_labels(self, other: Outcomes) -> tuple[np.ndarray, np.ndarray]:
+    def same_labels(self, other: LabelledPredictions) -> tuple[np.ndarray, np.ndarray]:
         """Rows of both files that are of one sample and have the same label."""
         if np.array_equal(self.ids, other.ids):
             ours = theirs = np.arange(len(self.ids))
@@ -254,7 +254,7 @@ class Outcomes:
         return ours[same], theirs[same]
 
 
-def read_outcomes(uri: str, task: str, kind: TaskKind, model: str | None = None) -> Outcomes:
+def read_outcomes(uri: str, task: str, kind: TaskKind, model: str | None = None) -> LabelledPredictions:
     """What `read_predictions` reads, a batch at a time. Two ids may have the same hash by chance: one pair in 10^19."""
     names = ["sample_id", f"{task}_label", f"{task}_pred", *(["model"] if model else [])]
     index: dict[Any, int] = {}
@@ -266,7 +266,7 @@ def read_outcomes(uri: str, task: str, kind: TaskKind, model: str | None = None)
         for grown, name in ((label, names[1]), (pred, names[2])):
             told = map(kind.value, rows.column(name).to_pylist())
             grown.add(np.fromiter((index.setdefault(v, len(index)) for v in told), np.int32, len(rows)))
-    return Outcomes(ids.array(), label.array(), pred.array(), list(index), kind)
+    return LabelledPredictions(ids.array(), label.array(), pred.array(), list(index), kind)
 
 
 def missing_column(table: FeatureTable, modalities: Sequence[str]) -> pa.Array:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.init.columns import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Look
+from mmkt_ray.init.classify import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Look
 from mmkt_ray.kinds.cells import is_nan, likely_encoding
 
 LOOK_ROWS = 10_000

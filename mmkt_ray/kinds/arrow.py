@@ -32,7 +32,8 @@ def is_string(kind: pa.DataType) -> bool:
 def values_of(column: pa.Array) -> list[Any]:
     """The values as Python's; for one that cannot be one (a date beyond year 9999, a string of other bytes) a ValueError."""
     try:
-        return column.to_pylist()
+        values: list[Any] = column.to_pylist()
+        return values
     except (ValueError, OverflowError):
         return [_value_of(scalar) for scalar in column]
 
@@ -54,7 +55,7 @@ def bytes_of_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Bytes of each value (N,) int64, 0 for null; they depend on the values alone, not on how the column is stored."""
     kind = column.type
     if is_binary(kind) or is_string(kind):
-        return pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
+        return np.asarray(pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64))
     if pa.types.is_struct(kind):
         inner = [bytes_of_values(pc.struct_field(column, i)) for i in range(kind.num_fields)]
         return sum(inner, np.zeros(len(column), np.int64))
@@ -65,7 +66,7 @@ def bytes_of_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         return np.diff(ends[np.append(0, last)])
     if is_list(kind):
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-        return lengths * _width(kind.value_type)
+        return np.asarray(lengths * _width(kind.value_type))
     return np.asarray(column.is_valid()).astype(np.int64) * _width(kind)
 
 

@@ -17,7 +17,7 @@ from mmkt_ray.kinds.spelling import index_in, sort_classes
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmkt_ray.kinds.outcomes import Outcome
+    from mmkt_ray.kinds.outcomes import ClassOutcome
 
 _AVERAGES = tuple(f"{over}_{name}" for over in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1"))
 SHARED = ("accuracy", *_AVERAGES, "auroc", "log_loss", "macro_average_precision")
@@ -83,7 +83,7 @@ class ClassKind(TaskKind):
         """Right or wrong."""
         return self.is_right(labels, predictions).astype(float)
 
-    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
+    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> ClassOutcome:
         """What predictions come to row by row; all are labelled."""
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class ClassKind(TaskKind):
 
     def baseline(self, labels: Labels, width: int) -> np.ndarray:
         """Each class's share of the rows."""
-        return (self.rows_with(labels, width) / labels.known.sum()).astype(np.float32)
+        return np.asarray((self.rows_with(labels, width) / labels.known.sum()).astype(np.float32))
 
     def rows_with(self, labels: Labels, width: int) -> np.ndarray:
         """Known rows that have each class, (C,)."""

@@ -94,7 +94,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-Told = tuple[np.ndarray, list[str]]  # pixels, what was changed
+Decoded = tuple[np.ndarray, list[str]]  # pixels, what was changed
 
 
 def _plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
@@ -109,7 +109,7 @@ def _plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     return (height, width) if colours in ("YCbCr", "Gray", "RGB") else None
 
 
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Told | None:
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Decoded | None:
     """Fast path for RGB and grey JPEG; None as above."""
     if _plain_jpeg_size(data, max_pixels) is None:
         return None
@@ -211,7 +211,7 @@ def _hash_coding(data: bytes, orientation: int) -> int:
     return coding.intdigest()
 
 
-def _decode_any(data: bytes, max_pixels: int) -> Told:
+def _decode_any(data: bytes, max_pixels: int) -> Decoded:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a job over millions of images must not fill its log with notes on metadata
         try:
@@ -244,7 +244,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
         return image, []
 
 
-def _to_rgb(image: Image.Image, changes: list[str]) -> Told:
+def _to_rgb(image: Image.Image, changes: list[str]) -> Decoded:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return np.repeat(_to_8_bit(image)[:, :, None], 3, axis=2), [*changes, "scaled to 8 bit"]
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):

@@ -44,7 +44,7 @@ class LinearTarget:
     def row_weights(self) -> np.ndarray:
         """(N,) or (N, K) what each loss counts."""
         if self.one_of:
-            return self.class_weights[self.labels]
+            return np.asarray(self.class_weights[self.labels])
         return self.weight * np.where(self.labels == 1, self.class_weights, 1.0)
 
     def score(self, logits: np.ndarray) -> tuple[float, float]:

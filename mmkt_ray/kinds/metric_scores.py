@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.outcomes import Outcome, macro_f1_from_counts
+from mmkt_ray.kinds.outcomes import ClassOutcome, macro_f1_from_counts
 from mmkt_ray.kinds.probabilities import SMALLEST
 
 OF_THE_POSITIVE = ("precision", "recall", "f1", "average_precision")  # of a binary task: the later class name
@@ -21,7 +22,7 @@ MAX_DRAWN = 2_000_000  # counts of a block of resamples: 16 MB
 
 
 def class_metric_scores(
-    metric: str, labels: Labels, proba: np.ndarray, outcome: Outcome, drawn: np.ndarray
+    metric: str, labels: Labels, proba: np.ndarray, outcome: ClassOutcome, drawn: np.ndarray
 ) -> np.ndarray:
     """A metric (R,) of classes. proba: (N, C); outcome: of each row; drawn: (R, N) how often each row is drawn."""
     if metric in OF_THE_POSITIVE and proba.shape[1] != 2:  # train has one class
@@ -56,28 +57,28 @@ def _averaged(average: str, name: str, totals: list[np.ndarray]) -> np.ndarray:
         values = _ratio(name, *(total.sum(axis=1) for total in totals))
         return np.where(involved.any(axis=1), values, np.nan)
     weights = support.sum(axis=1)
-    weighted = np.divide((_ratio(name, *totals) * support).sum(axis=1), weights, where=weights > 0, out=0.0 * weights)
+    weighted = divide_where(weights > 0, (_ratio(name, *totals) * support).sum(axis=1), weights, 0.0)
     return np.where(involved.any(axis=1), weighted, np.nan)
 
 
 def _ratio(name: str, right: np.ndarray, support: np.ndarray, given: np.ndarray) -> np.ndarray:
     """Precision, recall or F1, 0 where nothing is to divide by."""
     below = {"precision": given, "recall": support, "f1": (support + given) / 2}[name]
-    return np.divide(right, below, out=np.zeros(np.shape(right)), where=below > 0)
+    return divide_where(below > 0, right, below, 0.0)
 
 
 def _mean_where(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is kept; NaN where nothing is."""
     num = kept.sum(axis=-1)
-    return np.divide((values * kept).sum(axis=-1), num, out=np.full(num.shape, np.nan), where=num > 0)
+    return divide_where(num > 0, (values * kept).sum(axis=-1), num)
 
 
-def _by_sample(name: str, outcome: Outcome, counts: np.ndarray) -> np.ndarray:
+def _by_sample(name: str, outcome: ClassOutcome, counts: np.ndarray) -> np.ndarray:
     """Mean over the samples for which the score is defined."""
     sums = [np.asarray(p.sum(axis=1), float).ravel() for p in (outcome.right, outcome.support, outcome.predicted)]
     below = {"precision": sums[2], "recall": sums[1], "f1": sums[1] + sums[2]}[name]
     num = counts @ (below > 0)
-    return np.divide(counts @ _ratio(name, *sums), num, out=np.full(len(num), np.nan), where=num > 0)
+    return divide_where(num > 0, counts @ _ratio(name, *sums), num)
 
 
 def _log_loss(labels: Labels, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -85,7 +86,7 @@ def _log_loss(labels: Labels, proba: np.ndarray, counts: np.ndarray) -> np.ndarr
     known, counts = labels[labels.known], counts[:, labels.known]
     of_label = labels.kind.label_probability(known, proba[labels.known]).reshape(len(known), -1)
     losses, num = -np.log(of_label.clip(SMALLEST, 1)).mean(axis=1), counts.sum(axis=1)
-    return np.divide(counts @ losses, num, out=np.full(len(num), np.nan), where=num > 0)
+    return divide_where(num > 0, counts @ losses, num)
 
 
 def _ranking(metric: str, labels: Labels, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -121,11 +122,11 @@ def _auroc(positive: np.ndarray, score: np.ndarray, counts: np.ndarray) -> np.nd
     below = misses.sum(axis=1, keepdims=True) - misses.cumsum(axis=1)
     pairs = hits.sum(axis=1) * misses.sum(axis=1)
     won = (hits * (below + misses / 2)).sum(axis=1)
-    return np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    return divide_where(pairs > 0, won, pairs)
 
 
 def _average_precision(positive: np.ndarray, score: np.ndarray, counts: np.ndarray) -> np.ndarray:
     hits, misses = _thresholds(positive, score, counts)
     found, total = hits.cumsum(axis=1), hits.sum(axis=1)
     precision = found / np.maximum(found + misses.cumsum(axis=1), 1)
-    return np.divide((hits * precision).sum(axis=1), total, out=np.full(len(total), np.nan), where=total > 0)
+    return divide_where(total > 0, (hits * precision).sum(axis=1), total)

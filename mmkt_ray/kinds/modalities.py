@@ -405,12 +405,12 @@ class Table(ModalityKind):
 
     @property
     def arrow_type(self) -> pa.DataType:
-        from mmkt_ray.kinds.tables import row_type
+        from mmkt_ray.kinds.table_rows import row_type
 
         return row_type()
 
     def from_cell(self, cell: Any, encoding: str) -> dict[str, str] | None:
-        from mmkt_ray.kinds.tables import row_texts
+        from mmkt_ray.kinds.table_rows import row_texts
 
         if not isinstance(cell, dict):
             raise ValueError(f"must be several columns, got {cell!r:.40}: write the source's column as a list, [price]")
@@ -419,14 +419,14 @@ class Table(ModalityKind):
     def from_arrow(self, raw: pa.Array, source: Source) -> Converted:
         import pyarrow as pa
 
-        from mmkt_ray.kinds.tables import rows_from_arrow
+        from mmkt_ray.kinds.table_rows import rows_from_arrow
 
         if not pa.types.is_struct(raw.type):
             raise TypeError("it is a single column: write the source's column as a list, [price]")
         return rows_from_arrow(raw, source.as_text)
 
     def num_bytes(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        from mmkt_ray.kinds.tables import bytes_of_rows
+        from mmkt_ray.kinds.table_rows import bytes_of_rows
 
         return bytes_of_rows(column)
 
@@ -435,7 +435,7 @@ class Table(ModalityKind):
 
     def look(self, column: pa.ChunkedArray) -> str:
         """The types that columns have in these rows."""
-        from mmkt_ray.kinds.tables import check_stated, column_statistics
+        from mmkt_ray.kinds.table_rows import check_stated, column_statistics
 
         rows = self.values(column.drop_null())
         found = column_statistics(rows, self.types, {})
@@ -447,7 +447,7 @@ class Table(ModalityKind):
         return "; ".join(f"{t}: {', '.join(columns)}" for t, columns in sorted(by_type.items()))
 
     def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        from mmkt_ray.kinds.tables import ITEM_MARK
+        from mmkt_ray.kinds.table_rows import ITEM_MARK
 
         pairs = cell.items() if isinstance(cell, dict) else cell
         told = "; ".join(f"{column}: {text.replace(ITEM_MARK, ', ')}" for column, text in pairs)

@@ -13,6 +13,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import class_name
 from mmkt_ray.kinds.classes import NOTHING_TO_LEARN, SHARED, ClassKind
+from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
-    from mmkt_ray.kinds.outcomes import Outcome
+    from mmkt_ray.kinds.outcomes import ClassOutcome
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Multiclass(ClassKind):
         return str(cell)
 
     def decode(self, predictions: np.ndarray, class_names: Sequence[str]) -> list[Any]:
-        return np.array(class_names, dtype=object)[predictions].tolist()
+        cells: list[Any] = np.array(class_names, dtype=object)[predictions].tolist()
+        return cells
 
     def filled(self, num_rows: int, code: int, like: Labels) -> Labels:
         return self.labels(np.full(num_rows, code, like.values.dtype))
@@ -108,12 +110,12 @@ class Multiclass(ClassKind):
     def balanced_weights(self, counts: np.ndarray) -> np.ndarray:
         """As scikit-learn's "balanced": rows / (classes * rows of the class); 0 for a class without rows."""
         seen = counts > 0
-        return np.divide(counts.sum(), seen.sum() * counts, out=np.zeros(len(counts)), where=seen)
+        return divide_where(seen, counts.sum(), seen.sum() * counts, 0.0)
 
     def log_prior(self, counts: np.ndarray) -> np.ndarray:
         """Log frequency of each class; a class without rows counts as one row."""
         some = np.maximum(counts, 1)
-        return np.log(some / some.sum())
+        return np.asarray(np.log(some / some.sum()))
 
     def check_learnable(self, task: str, counts: np.ndarray, class_names: Sequence[str]) -> None:
         super().check_learnable(task, counts, class_names)
@@ -143,7 +145,7 @@ class Multiclass(ClassKind):
 
     def soften(self, outputs: np.ndarray, temperature: float) -> np.ndarray:
         powers = np.clip(outputs, 1e-12, 1.0) ** (1 / temperature)
-        return powers / powers.sum(axis=1, keepdims=True)
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
     def chance_loss(self, width: int) -> float:
         return math.log(max(2, width))
@@ -155,10 +157,10 @@ class Multiclass(ClassKind):
 
     def predict(self, outputs: np.ndarray) -> np.ndarray:
         """(N,) the most probable class, the first one of a tie."""
-        return outputs.argmax(axis=-1)
+        return np.asarray(outputs.argmax(axis=-1))
 
     def is_right(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
-        return labels.known & (labels.values == predictions)
+        return np.asarray(labels.known & (labels.values == predictions))
 
     def row_scores(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """Right or wrong."""
@@ -172,21 +174,21 @@ class Multiclass(ClassKind):
 
         return {"kind": self.as_json(), **classification_metrics(labels, outputs, class_names)}
 
-    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
-        from mmkt_ray.kinds.outcomes import Outcome
+    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> ClassOutcome:
+        from mmkt_ray.kinds.outcomes import ClassOutcome
 
-        return Outcome.of_codes(self._codes(labels, width), predictions, width)
+        return ClassOutcome.of_codes(self._codes(labels, width), predictions, width)
 
     def outcomes(
         self, labels: Labels, predictions: Sequence[np.ndarray], width: int, *, by_row: bool = False
     ) -> tuple[list[Outcomes], np.ndarray]:
-        from mmkt_ray.kinds.outcomes import Outcome, cells
+        from mmkt_ray.kinds.outcomes import ClassOutcome, cells
 
         label, guesses, counts = self._codes(labels, width), list(predictions), np.ones(len(labels), int)
         if not by_row:
             (label, *guesses), counts = cells([label, *guesses], 1)
             label, guesses = label[:, 0], [guess[:, 0] for guess in guesses]
-        return [Outcome.of_codes(label, guess, width) for guess in guesses], counts
+        return [ClassOutcome.of_codes(label, guess, width) for guess in guesses], counts
 
     def _codes(self, labels: Labels, width: int) -> np.ndarray:
         """(N,) with one more class for all that train lacks."""
@@ -208,10 +210,10 @@ class Multiclass(ClassKind):
     # --- probabilities
 
     def indicators(self, labels: Labels, width: int) -> np.ndarray:
-        return (labels.values[:, None] == np.arange(width)) & labels.known[:, None]
+        return np.asarray((labels.values[:, None] == np.arange(width)) & labels.known[:, None])
 
     def label_probability(self, labels: Labels, outputs: np.ndarray) -> np.ndarray:
-        return outputs[np.arange(len(labels)), labels.values].astype(np.float64)
+        return np.asarray(outputs[np.arange(len(labels)), labels.values].astype(np.float64))
 
     def forecasts(self, labels: Labels, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return outputs.max(axis=1).astype(np.float64), outputs.argmax(axis=1) == labels.values
@@ -219,7 +221,7 @@ class Multiclass(ClassKind):
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         from scipy.special import softmax
 
-        return softmax(logits, axis=1)
+        return np.asarray(softmax(logits, axis=1))
 
     def cross_entropy(self, logits: np.ndarray, target: np.ndarray) -> float:
         from scipy.special import log_softmax
@@ -247,7 +249,7 @@ class Multiclass(ClassKind):
 
     def log_frequencies(self, labels: Labels, width: int) -> np.ndarray:
         counts = self.count(labels, width) + 0.5
-        return np.log(counts / counts.sum())
+        return np.asarray(np.log(counts / counts.sum()))
 
     def linear_target(self, labels: Labels, width: int, balanced: bool) -> LinearTarget:
         from mmkt_ray.kinds.linear_target import LinearTarget
@@ -274,13 +276,13 @@ class Multiclass(ClassKind):
         """Those of classes with a row for every fold, as nothing can be learnt of others."""
         rows = np.flatnonzero(labels.known)
         counts = np.bincount(labels.values[rows])
-        return rows[counts[labels.values[rows]] >= num_folds]
+        return np.asarray(rows[counts[labels.values[rows]] >= num_folds])
 
     def fold_strata(self, labels: Labels, num_folds: int) -> tuple[np.ndarray, bool]:
         return labels.values, bool(np.bincount(labels.values)[labels.values].min() >= num_folds)
 
     def evidence(self, outputs: np.ndarray) -> np.ndarray:
-        return np.log(outputs)
+        return np.asarray(np.log(outputs))
 
     def from_evidence(self, evidence: np.ndarray) -> np.ndarray:
         return self.probabilities(evidence)

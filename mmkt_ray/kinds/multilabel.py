@@ -13,6 +13,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import label_names
 from mmkt_ray.kinds.classes import NOTHING_TO_LEARN, SHARED, ClassKind
+from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
-    from mmkt_ray.kinds.outcomes import Outcome
+    from mmkt_ray.kinds.outcomes import ClassOutcome
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,16 @@ class Multilabel(ClassKind):
         return np.stack([(known == 0).sum(axis=0), (known == 1).sum(axis=0)])
 
     def rows_with(self, labels: Labels, width: int) -> np.ndarray:
-        return self.count(labels, width)[1]
+        return np.asarray(self.count(labels, width)[1])
 
     def balanced_weights(self, counts: np.ndarray) -> np.ndarray:
         """What a positive weighs against a negative, rows without / rows with the class; 1 where that is undefined."""
-        return np.divide(counts[0], counts[1], out=np.ones(counts.shape[1]), where=(counts > 0).all(axis=0))
+        return divide_where(np.all(counts > 0, axis=0), counts[0], counts[1], 1.0)
 
     def log_prior(self, counts: np.ndarray) -> np.ndarray:
         """Log odds of each class; no rows count as one."""
         some = np.maximum(counts, 1)
-        return np.log(some[1] / some[0])
+        return np.asarray(np.log(some[1] / some[0]))
 
     def check_learnable(self, task: str, counts: np.ndarray, class_names: Sequence[str]) -> None:
         super().check_learnable(task, counts, class_names)
@@ -157,7 +158,7 @@ class Multilabel(ClassKind):
 
     def soften(self, outputs: np.ndarray, temperature: float) -> np.ndarray:
         powers = np.clip(outputs, 1e-12, 1.0) ** (1 / temperature)
-        return powers / (powers + np.clip(1 - outputs, 1e-12, 1.0) ** (1 / temperature))
+        return np.asarray(powers / (powers + np.clip(1 - outputs, 1e-12, 1.0) ** (1 / temperature)))
 
     def chance_loss(self, width: int) -> float:
         return math.log(2)
@@ -175,7 +176,7 @@ class Multilabel(ClassKind):
 
     def is_right(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """Every class of the row is."""
-        return labels.known & (labels.values == predictions).all(axis=-1)
+        return np.asarray(labels.known & (labels.values == predictions).all(axis=-1))
 
     def row_scores(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """The F1 of the row's classes, 1 where there are none."""
@@ -200,20 +201,20 @@ class Multilabel(ClassKind):
         by_seed = [(*pooled_f1(o, counts), resampled_average_precision(labels.values, p, counts)) for o, p in parts]
         return np.array(by_seed).swapaxes(0, 1)
 
-    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> Outcome:
-        from mmkt_ray.kinds.outcomes import Outcome
+    def outcome(self, labels: Labels, predictions: np.ndarray, width: int) -> ClassOutcome:
+        from mmkt_ray.kinds.outcomes import ClassOutcome
 
-        return Outcome.of_sets(labels.values, predictions)
+        return ClassOutcome.of_sets(labels.values, predictions)
 
     def outcomes(
         self, labels: Labels, predictions: Sequence[np.ndarray], width: int, *, by_row: bool = False
     ) -> tuple[list[Outcomes], np.ndarray]:
-        from mmkt_ray.kinds.outcomes import Outcome, cells
+        from mmkt_ray.kinds.outcomes import ClassOutcome, cells
 
         label, guesses, counts = labels.values, list(predictions), np.ones(len(labels), int)
         if not by_row:
             (label, *guesses), counts = cells([label, *guesses], width)
-        return [Outcome.of_sets(label, guess) for guess in guesses], counts
+        return [ClassOutcome.of_sets(label, guess) for guess in guesses], counts
 
     def quick_scores(self, labels: Labels, outputs: np.ndarray) -> dict[str, float]:
         from mmkt_ray.kinds.outcomes import macro_f1_from_counts
@@ -231,7 +232,7 @@ class Multilabel(ClassKind):
     # --- probabilities
 
     def indicators(self, labels: Labels, width: int) -> np.ndarray:
-        return labels.values * labels.known[:, None]
+        return np.asarray(labels.values * labels.known[:, None])
 
     def label_probability(self, labels: Labels, outputs: np.ndarray) -> np.ndarray:
         """(N, C) of every class's own forecast."""
@@ -278,7 +279,7 @@ class Multilabel(ClassKind):
         """Log odds."""
         known = labels.values[labels.known]
         share = (known.sum(axis=0) + 0.5) / (len(known) + 1)
-        return np.log(share / (1 - share))
+        return np.asarray(np.log(share / (1 - share)))
 
     def linear_target(self, labels: Labels, width: int, balanced: bool) -> LinearTarget:
         from mmkt_ray.kinds.linear_target import LinearTarget
@@ -296,7 +297,7 @@ class Multilabel(ClassKind):
 
     def one_of_each(self, labels: Labels) -> np.ndarray:
         positive = (labels.values == 1) & labels.known[:, None]
-        return positive.argmax(axis=0)[positive.any(axis=0)]
+        return np.asarray(positive.argmax(axis=0)[positive.any(axis=0)])
 
     def draw_weights(self, labels: Labels) -> np.ndarray:
         """The mean over a row's classes of 1 / rows of the class; no class at all counts as one."""

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
+from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.outcomes import Outcome
+from mmkt_ray.kinds.outcomes import ClassOutcome
 from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.kinds.ranking import auroc, mean_defined, none_if_nan
 
@@ -98,12 +99,12 @@ def _wide(indicators: np.ndarray) -> np.ndarray:
 # --- of many resamples at once -----------------------------------------------------------------------------------------
 
 
-def pooled_f1(outcome: Outcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pooled_f1(outcome: ClassOutcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """F1 over all decisions, and the mean of the samples' F1; each (r,) for counts (r, N)."""
     right, involved = (
         np.asarray(part.sum(axis=1), float).ravel() for part in (outcome.right, outcome.support + outcome.predicted)
     )
-    by_row = np.divide(2 * right, involved, out=np.zeros(len(right)), where=involved > 0)
+    by_row = divide_where(involved > 0, 2 * right, involved, 0.0)
     with np.errstate(invalid="ignore"):  # no class anywhere: undefined
         return 2 * (counts @ right) / (counts @ involved), counts @ by_row / (counts @ (involved > 0))
 
@@ -119,8 +120,6 @@ def resampled_average_precision(labels: np.ndarray, proba: np.ndarray, counts: n
         gained = np.diff(hits, axis=1, prepend=0)
         total = hits[:, -1]
         precision = (gained * hits / np.maximum(tried, 1)).sum(axis=1)
-        found[c] = np.divide(precision, total, out=found[c], where=total > 0)
+        found[c] = divide_where(total > 0, precision, total)
     defined = ~np.isnan(found)
-    return np.divide(
-        np.nansum(found, axis=0), defined.sum(axis=0), where=defined.any(axis=0), out=np.full(len(counts), np.nan)
-    )
+    return divide_where(defined.any(axis=0), np.nansum(found, axis=0), defined.sum(axis=0))

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mmkt_ray.kinds.divide import divide_where
+
 REPORTED = ("r2", "spearman", "rmse", "mae")
 IN_UNITS = ("rmse", "mae", "median_absolute_error", "mean_error")  # told as they are, not in percent; the first two from 0 up
 NUM_POINTS = 500  # pairs of label and prediction that are kept for a plot
@@ -33,10 +35,10 @@ class NumberOutcome:
         if metric == "spearman":
             return correlation(weighted_ranks(self.labels, counts), weighted_ranks(self.predictions, counts), counts)
         if metric == "mae":
-            return counts @ np.abs(error) / total
+            return np.asarray(counts @ np.abs(error) / total)
         squared = counts @ error**2 / total
         if metric == "rmse":
-            return np.sqrt(squared)
+            return np.asarray(np.sqrt(squared))
         y = self.labels - self.labels.mean()
         variance = counts @ y**2 / total - (counts @ y / total) ** 2
         defined = variance > 1e-12 * max(float(y.var()), 1e-300)
@@ -58,7 +60,7 @@ def correlation(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
     a = a - (counts * a).sum(axis=1, keepdims=True) / total
     b = b - (counts * b).sum(axis=1, keepdims=True) / total
     together, own = (counts * a * b).sum(axis=1), (counts * a * a).sum(axis=1) * (counts * b * b).sum(axis=1)
-    return np.divide(together, np.sqrt(own), out=np.full(len(own), np.nan), where=own > 1e-12)
+    return divide_where(own > 1e-12, together, np.sqrt(own))
 
 
 def number_scores(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:

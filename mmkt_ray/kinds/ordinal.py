@@ -19,6 +19,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import canonical, class_name, label_text
 from mmkt_ray.kinds.classes import SHARED
+from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.multiclass import Multiclass
 
@@ -46,11 +47,11 @@ class GradeOutcome:
         y, p, total = self.labels.astype(float), self.predictions.astype(float), counts.sum(axis=1)
         missed = counts @ (y - p) ** 2 / total
         by_chance = (counts @ y**2 + counts @ p**2) / total - 2 * (counts @ y) * (counts @ p) / total**2
-        return np.divide(by_chance - missed, by_chance, out=np.full(len(total), np.nan), where=by_chance > 1e-12)
+        return divide_where(by_chance > 1e-12, by_chance - missed, by_chance)
 
     def distance(self, counts: np.ndarray) -> np.ndarray:
         """How many grades a prediction is off, the mean."""
-        return counts @ np.abs(self.labels - self.predictions) / counts.sum(axis=1)
+        return np.asarray(counts @ np.abs(self.labels - self.predictions) / counts.sum(axis=1))
 
 
 @dataclass(frozen=True)

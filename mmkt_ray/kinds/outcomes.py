@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from mmkt_ray.kinds.divide import divide_where
+
 
 @dataclass(frozen=True)
-class Outcome:
+class ClassOutcome:
     """What predictions come to in each of K cells (or rows). W = C, and one more for a class that train lacks where a row has
     one class."""
 
@@ -24,13 +26,13 @@ class Outcome:
     predicted: sp.csr_matrix  # (K, W) predictions
 
     @classmethod
-    def of_codes(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> Outcome:
+    def of_codes(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> ClassOutcome:
         """label, pred: (K,) codes up to `num_classes`. A negative prediction, of a class that is not among them, is wrong."""
         support, predicted = (_members(values, num_classes) for values in (label, pred))
         return cls(label == pred, support.multiply(predicted).tocsr(), support, predicted)
 
     @classmethod
-    def of_sets(cls, label: np.ndarray, pred: np.ndarray) -> Outcome:
+    def of_sets(cls, label: np.ndarray, pred: np.ndarray) -> ClassOutcome:
         """label, pred: (K, C) of 0 and 1. A row is right if all of its classes are."""
         support, predicted = (sp.csr_matrix(values.astype(float)) for values in (label, pred))
         return cls((label == pred).all(axis=1), support.multiply(predicted).tocsr(), support, predicted)
@@ -60,6 +62,6 @@ def macro_f1_from_counts(right: np.ndarray, support: np.ndarray, predicted: np.n
     right, support, predicted: (R, C) true positives, labels and predictions of each class in each resample.
     """
     involved = support + predicted
-    f1 = np.divide(2.0 * right, involved, out=np.zeros(involved.shape), where=involved > 0)
+    f1 = divide_where(involved > 0, 2.0 * right, involved, 0.0)
     num = (involved > 0).sum(axis=1)
-    return np.divide(f1.sum(axis=1), num, out=np.full(len(num), np.nan), where=num > 0)
+    return divide_where(num > 0, f1.sum(axis=1), num)

@@ -145,7 +145,8 @@ class Regression(TaskKind):
         return f"{cell:.6g}"
 
     def decode(self, predictions: np.ndarray, class_names: Sequence[str]) -> list[Any]:
-        return np.asarray(predictions, np.float64).tolist()
+        cells: list[Any] = np.asarray(predictions, np.float64).tolist()
+        return cells
 
     def unlabelled(self, num_rows: int, like: Labels) -> Labels:
         nowhere = np.zeros(num_rows, dtype=bool)
@@ -253,11 +254,11 @@ class Regression(TaskKind):
 
     def is_right(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """To the last digit: nothing counts by it."""
-        return labels.known & (labels.values == predictions)
+        return np.asarray(labels.known & (labels.values == predictions))
 
     def row_scores(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """See the top of this file."""
-        return 1 - (labels.values - predictions) ** 2 / self._variance
+        return np.asarray(1 - (labels.values - predictions) ** 2 / self._variance)
 
     @property
     def _variance(self) -> float:
@@ -266,7 +267,7 @@ class Regression(TaskKind):
     def main_by_row(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
         """1 - squared error / variance of these labels: the mean is R2."""
         variance = float(labels.values[labels.labelled].var()) if labels.labelled.any() else 0.0
-        return 1 - (labels.values - predictions) ** 2 / (variance or self._variance)
+        return np.asarray(1 - (labels.values - predictions) ** 2 / (variance or self._variance))
 
     def score_pair(self, label: Any, prediction: Any) -> float:
         return float(1 - (label - prediction) ** 2 / self._variance)
@@ -369,7 +370,7 @@ class Regression(TaskKind):
         z = self._z(labels.values[labels.known])
         if self.loss in ("squared", "huber"):
             return np.array([z.mean()])
-        return np.quantile(z, [0.5 if self.loss == "absolute" else self.quantile])
+        return np.asarray(np.quantile(z, [0.5 if self.loss == "absolute" else self.quantile]))
 
     def _z(self, values: np.ndarray) -> np.ndarray:
         from torch import from_numpy
@@ -395,4 +396,4 @@ class Regression(TaskKind):
 
     def draw_weights(self, labels: Labels) -> np.ndarray:
         """Alike."""
-        return labels.known.astype(float)
+        return np.asarray(labels.known.astype(float))

@@ -84,7 +84,7 @@ def vectors_from_arrow(raw: pa.Array) -> Converted | None:
 
 
 def _is_numeric(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _side_by_side(raw: pa.StructArray) -> Converted:

@@ -1,8 +1,8 @@
 """The fused, parameter-sharing model over features: torch only, no Ray, no files."""
 
-from mmkt_ray.models.experts import ExpertModel, ExpertSpec
+from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
 from mmkt_ray.models.multimodal import MultimodalModel
-from mmkt_ray.models.predictor import Predictor, PredictorSpec, build_model, fused_part
+from mmkt_ray.models.predictor import Predictor, PredictorSpec, fused_part, model_of_spec
 from mmkt_ray.models.sparse import SparseBatch
 from mmkt_ray.models.spec import InputSpec, ModelSpec, build_spec
 from mmkt_ray.models.towers import FeatureBatch
@@ -17,7 +17,7 @@ __all__ = [
     "Predictor",
     "PredictorSpec",
     "SparseBatch",
-    "build_model",
     "build_spec",
     "fused_part",
+    "model_of_spec",
 ]

@@ -88,7 +88,7 @@ class Gated(Sum):
 
     def forward(self, parts: Parts, present: Masks) -> Tensor:
         values = self.squashed(parts, present)
-        scores = self.gates(parts, present).unflatten(-1, (len(values), -1))  # (B, N, H)
+        scores = torch.unflatten(self.gates(parts, present), -1, (len(values), -1))  # (B, N, H)
         mask = stack_masks(self.names, parts, present)[..., None].to(scores.dtype)
         gates = (scores + (mask - 1) * FAR).softmax(dim=-2).unbind(dim=-2)
         return self.dropout(add([gate * value for gate, value in zip(gates, values, strict=True)]))
@@ -119,7 +119,7 @@ class LowRankBilinear(Fuse):
         factors = [self.factors[module_name(n)](parts[n]) for n in names]  # (B, R H) each
         masks = stack_masks(names, parts, present)[..., None].unbind(dim=-2)
         product = multiply([torch.where(m, x, 1.0) for m, x in zip(masks, factors, strict=True)])
-        mixed = self.weights[..., None, None, :] @ product.unflatten(-1, (self.rank, -1))  # (B, 1, H)
+        mixed = self.weights[..., None, None, :] @ torch.unflatten(product, -1, (self.rank, -1))  # (B, 1, H)
         return self.rest(mixed.squeeze(-2) + self.bias[..., None, :])
 
 
@@ -175,14 +175,15 @@ def attend(attention: nn.MultiheadAttention, query: Tensor, tokens: Sequence[Ten
     head, and no keys are made. query: (1, H); tokens: N of (B, H); mask: (B, N).
     """
     heads = attention.num_heads
-    weights = attention.in_proj_weight.unflatten(-2, (3, -1)).unbind(dim=-3)  # of queries, keys, values: (H, H) each
-    biases = attention.in_proj_bias.unflatten(-1, (3, -1)).unbind(dim=-2)
-    q = linear(query, weights[0], biases[0]).unflatten(-1, (heads, -1)).transpose(-3, -2)  # (heads, 1, H / heads)
-    q = q / math.sqrt(q.shape[-1])
-    by_head = (q @ weights[1].unflatten(-2, (heads, -1))).squeeze(-2)  # (heads, H)
-    offset = (q.squeeze(-2) * biases[1].unflatten(-1, (heads, -1))).sum(dim=-1)  # (heads,)
+    # of queries, keys and values: (H, H) each
+    weights = torch.unflatten(attention.in_proj_weight, -2, (3, -1)).unbind(dim=-3)
+    biases = torch.unflatten(attention.in_proj_bias, -1, (3, -1)).unbind(dim=-2)
+    q = torch.unflatten(linear(query, weights[0], biases[0]), -1, (heads, -1))
+    q = q.transpose(-3, -2) / math.sqrt(q.shape[-1])  # (heads, 1, H / heads)
+    by_head = (q @ torch.unflatten(weights[1], -2, (heads, -1))).squeeze(-2)  # (heads, H)
+    offset = (q.squeeze(-2) * torch.unflatten(biases[1], -1, (heads, -1))).sum(dim=-1)  # (heads,)
     scores = [linear(x, by_head, offset) for x in (query, *tokens)]  # (1, heads), then (B, heads) each
-    values = [linear(x, weights[2], biases[2]).unflatten(-1, (heads, -1)) for x in (query, *tokens)]
+    values = [torch.unflatten(linear(x, weights[2], biases[2]), -1, (heads, -1)) for x in (query, *tokens)]
     ours = torch.stack([scores[0].expand_as(scores[-1]), *scores[1:]], dim=-2)  # (B, 1 + N, heads)
     seen = F.pad(mask, (1, 0), value=True)[..., None]
     shares = ours.masked_fill(~seen, -math.inf).softmax(dim=-2).unbind(dim=-2)

@@ -88,7 +88,7 @@ class CrossStitch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H) to (B, T, H)."""
-        return self.weights.unflatten(-1, (x.shape[-2], x.shape[-2]))[..., None, :, :] @ x
+        return torch.unflatten(self.weights, -1, (x.shape[-2], x.shape[-2]))[..., None, :, :] @ x
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -23,8 +23,8 @@ from mmkt_ray.models.containers import ModuleDict, ModuleList
 from mmkt_ray.models.dropout import Dropout
 from mmkt_ray.models.fuses import Masks, Parts
 from mmkt_ray.models.fusion import FUSIONS, Fusion, Head
+from mmkt_ray.models.imputation import FILLS, Generators, fill_presence, hide_modalities
 from mmkt_ray.models.levels import LEVELS, AnyLevel, Path
-from mmkt_ray.models.missing import FILLS, Generators, fill_presence, hide_modalities
 from mmkt_ray.models.sharing import Pair, module_name, shares_tasks
 from mmkt_ray.models.spec import ModelSpec, generator_sources
 from mmkt_ray.models.towers import FeatureBatch, InputStage, Width

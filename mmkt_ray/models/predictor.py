@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
-from mmkt_ray.models.experts import ExpertModel, ExpertSpec
+from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.spec import ModelSpec
 
@@ -19,7 +19,7 @@ def fused_part(model: Predictor) -> MultimodalModel | EnsembleModel:
     return model.fused if isinstance(model, ExpertModel) else model
 
 
-def build_model(raw: Mapping[str, Any]) -> Predictor:
+def model_of_spec(raw: Mapping[str, Any]) -> Predictor:
     """The untrained model of a spec's JSON-able form."""
     if "members" in raw:
         return EnsembleModel(EnsembleSpec.from_dict(raw))

@@ -77,7 +77,7 @@ class InputStage(nn.Module):
     """Brings one modality's features to unit scale by statistics of the train rows, fills absent rows, drops features.
 
     Dense: (x - mean) / std per feature. Sparse: divided by one number, the root mean square of the non-zero train
-    values, so that zeros stay zeros and one learning rate suits both kinds. What fills an absent row is in `missing.py`.
+    values, so that zeros stay zeros and one learning rate suits both kinds. imputation.py fills absent rows.
     """
 
     mean: Tensor

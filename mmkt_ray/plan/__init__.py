@@ -184,7 +184,7 @@ def mean_epochs(config: Config) -> float:
 
     search = config.search or SearchConfig()
     rungs = [0, *rungs_of(config.training.epochs, search.rungs, search.eta)]
-    return sum((rungs[i + 1] - rungs[i]) / search.eta**i for i in range(len(rungs) - 1))
+    return float(sum((rungs[i + 1] - rungs[i]) / search.eta**i for i in range(len(rungs) - 1)))
 
 
 def find_limits(config: Config, rates: Rates, machines: Machines, candidates: float) -> Iterator[Limit]:

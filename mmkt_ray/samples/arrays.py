@@ -65,7 +65,7 @@ class ArrayFile:
         if not self._first <= i < self._first + len(self._held):
             most = max(1, min(_READ_ROWS, MAX_FILE_BYTES // self._row_bytes // 8))
             self._first, self._held = i, self.rows(i, max(1, min(most, self.num_rows - i)))
-        return self._held[i - self._first]
+        return np.asarray(self._held[i - self._first])
 
     def column(self, first: int, num_rows: int) -> pa.Array:
         """The rows as lists (num_rows,)."""

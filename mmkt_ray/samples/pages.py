@@ -66,7 +66,7 @@ class WatchedFile:
 
     def read(self, size: int | None = None) -> bytes:
         start = self.stream.tell()
-        data = self.stream.read(size)
+        data: bytes = self.stream.read(size)
         end = start + len(data)
         for watch in self.waiting:
             while start <= watch.position < min(end, watch.end):

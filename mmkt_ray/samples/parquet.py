@@ -262,7 +262,7 @@ def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Sch
 
 def _is_empty(raw: pa.Array) -> bool:
     """True if all values of a float column are null or NaN: pandas makes it of a column in which nothing is there."""
-    return raw.is_null(nan_is_null=True).true_count == len(raw)
+    return int(raw.is_null(nan_is_null=True).true_count) == len(raw)
 
 
 

@@ -90,7 +90,7 @@ def _expand(plan: ReadingPlan, index: int, uri: str, info: pafs.FileInfo) -> lis
 
 
 def _parent(info: pafs.FileInfo) -> str:
-    return posixpath.dirname(info.path)
+    return posixpath.dirname(str(info.path))
 
 
 def _shard(plan: ReadingPlan, index: int, uri: str, path: str, files: Iterable[pafs.FileInfo]) -> Shard:

@@ -37,7 +37,7 @@ class Folds:
 
     def held(self, part: int) -> np.ndarray:
         """(N,) bool: the rows of one part."""
-        return self.fold == part
+        return np.asarray(self.fold == part)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The best candidates trained anew, with several seeds each, and told on the test split once.
+"""The best candidates trained anew, with several seeds each, and scored on the test split once.
 
 Who wins is decided on validation: the mean over the seeds. The test split then says how the winner does, and by paired
 differences what it gains over the other finalists, the best single modality and the best plain concatenation. A difference
@@ -10,7 +10,7 @@ Axes: S seeds, N test rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from mmkt_ray.models.ensemble import EnsembleModel
 from mmkt_ray.scoring.intervals import SHARE, Interval, agreeing, difference_bounds, paired_p, percentiles, verdict
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.scoring.seeds import metric_seed_scores, seed_scores
+from mmkt_ray.search.search_results import Finalist, Finals, JudgedInterval, PairedGains, RoleScores
 from mmkt_ray.search.space import Overrides, Space
 from mmkt_ray.training.trainer import train, training_fingerprint
 
@@ -89,53 +90,46 @@ def _fit_one(config: Config, store_uri: str, uri: str) -> None:
     train(config, store_uri, uri, run=run_here)
 
 
-def tell(
+def score_finalists(
     space: Space,
     score: Score,
     folders: Mapping[str, list[str]],
     store: Store,
     ensemble: EnsembleModel | None = None,
-) -> dict[str, Any]:
-    """Who wins on validation, and the test scores: the test split is read here and nowhere else in a search.
-
-    Returns: `winner` (role), `finalists` {role: {modalities, fusion, sharing, val (mean over seeds), val_by_seed, folders,
-    tasks, test: {task: {metric: interval or None}}}}, `versus` {role: {task: {num_rows, metric: {value, low, high, verdict}}}}:
-    the winner minus each other finalist on the rows that both can read, of the tasks that both have; `ensemble_test`,
-    `ensemble_versus_winner` likewise, if there is one; `confidence`. Metrics are accuracy, macro_f1 and the objective's; a
-    log loss is negated. `winner` is None where there is no finalist.
-    """
+) -> Finals:
+    """Who wins on validation, and the test scores: the test split is read here and nowhere else in a search."""
     config = space.config
     table = store.table(config.model_modalities, config.model_tasks)
     test = table.take(table.rows("test"))
-    finalists: dict[str, dict[str, Any]] = {}
-    models, mean_val = {}, {}
+    finalists: dict[str, Finalist] = {}
+    models: dict[str, _Predictions] = {}
     for role, uris in folders.items():
         loaded = [load_model(uri) for uri in uris]
         cards = [card for _, card in loaded]
         own = parse_config(cards[0].config)
         by_seed = [score(_val_of(card)) for card in cards]
-        mean_val[role] = float(np.mean(by_seed))
         models[role] = _Predictions(own, score.extra, predict_seeds([model for model, _ in loaded], test))
-        finalists[role] = {
-            "modalities": list(own.model_modalities),
-            "tasks": list(own.model_tasks),
-            "fusion": own.model.fusion.model_dump(mode="json", exclude_defaults=True) | {"name": own.model.fusion.name},
-            "sharing": own.model.sharing,
-            "val": mean_val[role],
-            "val_by_seed": by_seed,
-            "folders": list(uris),
-        }
-    winner = max(mean_val, key=mean_val.__getitem__) if mean_val else ""
-    for role, finalist in finalists.items():
-        finalist["test"] = _compare(config, test, [models[role]])
-    others = {role: model for role, model in models.items() if role != winner}
-    versus = {role: _compare(config, test, [models[winner], model]) for role, model in others.items()}
-    told = {"winner": winner or None, "finalists": finalists, "versus": versus, "confidence": config.evaluation.confidence}
-    if ensemble is not None:
-        together = _Predictions(config, score.extra, predict_seeds([ensemble], test))
-        told["ensemble_test"] = _compare(config, test, [together])
-        told["ensemble_versus_winner"] = _compare(config, test, [together, models[winner]])
-    return told
+        finalists[role] = Finalist(
+            modalities=list(own.model_modalities),
+            tasks=list(own.model_tasks),
+            fusion=own.model.fusion.model_dump(mode="json", exclude_defaults=True) | {"name": own.model.fusion.name},
+            sharing=own.model.sharing,
+            val=float(np.mean(by_seed)),
+            val_by_seed=by_seed,
+            folders=list(uris),
+            test=_scores(config, test, models[role]),
+        )
+    winner = max(finalists, key=lambda role: finalists[role].val) if finalists else None
+    best = models[winner] if winner else None
+    together = _Predictions(config, score.extra, predict_seeds([ensemble], test)) if ensemble is not None else None
+    return Finals(
+        winner=winner,
+        finalists=finalists,
+        versus={role: _gains(config, test, best, model) for role, model in models.items() if best and model is not best},
+        confidence=config.evaluation.confidence,
+        ensemble_test=_scores(config, test, together) if together else None,
+        ensemble_versus_winner=_gains(config, test, together, best) if together and best else None,
+    )
 
 
 def _val_of(card: Card) -> dict[str, Any]:
@@ -152,28 +146,44 @@ class _Predictions:
     by_task: dict[str, np.ndarray]  # see `predict_seeds`
 
 
-def _compare(config: Config, test: FeatureTable, models: Sequence[_Predictions]) -> dict[str, Any]:
-    """By task: the scores of one model, or the differences of the first to the second, on the rows that all can read."""
-    found: dict[str, Any] = {}
+def _scores(config: Config, test: FeatureTable, model: _Predictions) -> dict[str, RoleScores]:
+    """One model's scores by task."""
+    found = {}
+    for task, rows in _common_rows(config, test, [model]):
+        num_rows, bounds = int(rows.sum()), test.kinds[task].bounds
+        intervals = {
+            metric: percentiles(values[0], config.evaluation.confidence, num_rows, bounds.get(metric, SHARE))
+            for metric, values in _drawn(config, test, task, rows, [model]).items()
+        }
+        found[task] = RoleScores(num_rows=num_rows, intervals=intervals)
+    return found
+
+
+def _gains(config: Config, test: FeatureTable, ours: _Predictions, theirs: _Predictions) -> dict[str, PairedGains]:
+    """One model's scores minus another's, by task."""
+    found, confidence = {}, config.evaluation.confidence
+    for task, rows in _common_rows(config, test, [ours, theirs]):
+        kind, num_rows, metrics = test.kinds[task], int(rows.sum()), {}
+        preds = [np.stack([kind.predict(p) for p in m.by_task[task][:, rows]]) for m in (ours, theirs)]
+        for metric, values in _drawn(config, test, task, rows, [ours, theirs]).items():
+            interval = percentiles(values[0] - values[1], confidence, num_rows, difference_bounds(kind, metric))
+            metrics[metric] = _judged(interval, metric, test.labels[task][rows], preds, confidence)
+        found[task] = PairedGains(num_rows=num_rows, metrics=metrics)
+    return found
+
+
+def _common_rows(
+    config: Config, test: FeatureTable, models: Sequence[_Predictions]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each task that all models have, and its labelled rows (N,) bool that all can read; tasks without such a row left out."""
     for task in config.model_tasks:
         if any(task not in model.by_task for model in models):
             continue
         rows = test.labels[task].labelled.copy()
         for model in models:
             rows &= readable(test, model.config.task_inputs(task))
-        if not rows.any():
-            continue
-        num_rows, confidence = int(rows.sum()), config.evaluation.confidence
-        found[task] = {"num_rows": num_rows}
-        kind = test.kinds[task]
-        for metric, values in _drawn(config, test, task, rows, models).items():
-            if len(models) == 1:
-                found[task][metric] = percentiles(values[0], confidence, num_rows, kind.bounds.get(metric, SHARE))
-                continue
-            interval = percentiles(values[0] - values[1], confidence, num_rows, difference_bounds(kind, metric))
-            preds = [np.stack([kind.predict(p) for p in m.by_task[task][:, rows]]) for m in models]
-            found[task][metric] = _judged(interval, metric, test.labels[task][rows], preds, confidence)
-    return found
+        if rows.any():
+            yield task, rows
 
 
 def _drawn(
@@ -193,7 +203,7 @@ def _drawn(
 
 def _judged(
     interval: Interval | None, metric: str, labels: Labels, preds: Sequence[np.ndarray], confidence: float
-) -> dict[str, Any] | None:
+) -> JudgedInterval | None:
     """The interval of a difference with its verdict, which needs a test by rows too. preds: of two models, (S, N, ..)."""
     if interval is None:
         return None

@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import pandas as pd
 
@@ -28,12 +26,13 @@ from mmkt_ray.locks import locked
 from mmkt_ray.scoring import provenance
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.scoring.tables import metric_name, metric_text, score_text
-from mmkt_ray.search.ensemble import build_ensemble
-from mmkt_ray.search.finalists import choose_finalists, fit_finalists, tell
-from mmkt_ray.search.insight import search_insight
+from mmkt_ray.search.ensemble_selection import build_ensemble
+from mmkt_ray.search.finalists import choose_finalists, fit_finalists, score_finalists
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
+from mmkt_ray.search.search_results import ChosenBy, Finalist, NumTried, SearchResult
 from mmkt_ray.search.space import Space, build_space, label_of, values_of
 from mmkt_ray.search.study import write_study
+from mmkt_ray.search.summary import summarise_search
 from mmkt_ray.search.trial import SearchContext, constant_by_task, search_score, stacks_per_trial
 from mmkt_ray.search.tuner import run_trials
 from mmkt_ray.training.auto import usual_settings, with_settings
@@ -57,13 +56,8 @@ def check_search(config: Config) -> Space:
     return space
 
 
-def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
-    """Search as the config's `search` says, and tell the winner; returns what `<run>/search/result.json` holds:
-
-    `notes` (what must be read first: how a search ended that its budget cut short), `tried` (candidates, references, fused
-    ones with a score, candidates by status), `seconds`, `objective`, `overrides` {role: what the finalist has chosen},
-    `compared_with` {best single modality, best concat: role}, `ensemble` (see `build_ensemble`, or None), and
-    all of `finalists.tell`; its `winner` is None where the time was up before any candidate was tried.
+def search(config: Config, store: Store, run_uri: str) -> SearchResult:
+    """Search as the config's `search` says. There is no winner where the time was up before any candidate was tried.
 
     Raises: ConfigError for an impossible search, DataError if no candidate has, or could have, a score.
     """
@@ -76,7 +70,7 @@ def search(config: Config, store: Store, run_uri: str) -> dict[str, Any]:
         return _search(space, settings, store, table, run_uri)
 
 
-def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTable, run_uri: str) -> dict[str, Any]:
+def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTable, run_uri: str) -> SearchResult:
     uri = storage.join(run_uri, "search")
     leaderboard = Leaderboard(uri, space, search_digest(space, settings, store))
     storage.make_dir(uri)
@@ -87,50 +81,62 @@ def _search(space: Space, settings: SearchConfig, store: Store, table: FeatureTa
     log.info("%d candidates tried; %d finalists, %d seeds each", len(rows), len(chosen), settings.seeds)
     folders = fit_finalists(space, chosen, settings.seeds, store, storage.join(uri, "finalists"))
     ensemble, about = build_ensemble(space, settings, rows, table) if settings.ensemble else (None, None)
-    told = tell(space, search_score(space, table), folders, store, ensemble)
-    tried = count_tried(rows)
-    result = {
-        "notes": notes_of(space, settings, tried),
-        "tried": tried,
-        "seconds": float(rows["finished_at"].max()) if len(rows) else 0.0,
-        "objective": space.config.training.objective.model_dump(mode="json")
-        | {"metric": Score.of(space.config.training.objective, space.config.task_kinds).name},
-        "overrides": chosen,
-        "compared_with": compared,
-        "ensemble": about.to_dict() if about else None,
-        "about": provenance.about(run_uri, (), [store.manifest.fingerprint]).to_dict(),
-        **told,
-    }
-    if told["winner"] is not None:
-        publish_winner(told, store, run_uri)
+    finals = score_finalists(space, search_score(space, table), folders, store, ensemble)
+    tried, objective = count_tried(rows), space.config.training.objective
+    result = SearchResult(
+        notes=notes_of(space, settings, tried),
+        tried=tried,
+        seconds=float(rows["finished_at"].max()) if len(rows) else 0.0,
+        objective=ChosenBy(
+            task=objective.task,
+            metric=Score.of(objective, space.config.task_kinds).name,
+            over=objective.over,
+            split=objective.split,
+        ),
+        overrides=chosen,
+        compared_with=compared,
+        ensemble=about,
+        about=provenance.about(run_uri, (), [store.manifest.fingerprint]),
+        winner=finals.winner,
+        finalists=finals.finalists,
+        versus=finals.versus,
+        confidence=finals.confidence,
+        ensemble_test=finals.ensemble_test,
+        ensemble_versus_winner=finals.ensemble_versus_winner,
+    )
+    if result.winner is not None:
+        publish_winner(result.finalists[result.winner], store, run_uri)
     if ensemble is not None and about is not None:
         uri_of_it = storage.join(run_uri, "models", "search_ensemble")
         alone = space.config.with_overrides({"model.experts": False})  # an ensemble has none beside it
         save_model(uri_of_it, ensemble, alone, store.manifest, about)
         store.copy_encoders(ensemble.spec.modalities, run_uri, uri_of_it)
-    storage.write_json(storage.join(uri, "report.json"), search_insight(space, rows))
+    summarise_search(space, rows).write(storage.join(uri, "report.json"))
     write_study(uri, space, rows)
-    storage.write_json(storage.join(uri, "result.json"), result)
+    result.write(storage.join(uri, "result.json"))
     return result
 
 
-def count_tried(rows: pd.DataFrame) -> dict[str, int]:
-    """`candidates` and, apart from them, `references`; `fused`: how many of both read several modalities and have a score;
-    the candidates by status."""
+def count_tried(rows: pd.DataFrame) -> NumTried:
+    """Of the rows of a leaderboard."""
     own = rows[rows["reference"].isna()]
     fused = rows["score"].notna() & rows["modalities"].str.contains("+", regex=False, na=False)
-    counts = {"candidates": len(own), "references": len(rows) - len(own), "fused": int(fused.sum())}
-    return counts | {str(status): int(n) for status, n in own["status"].value_counts().items()}
+    return NumTried(
+        candidates=len(own),
+        references=len(rows) - len(own),
+        fused=int(fused.sum()),
+        by_status={str(status): int(n) for status, n in own["status"].value_counts().items()},
+    )
 
 
-def notes_of(space: Space, settings: SearchConfig, tried: Mapping[str, int]) -> list[str]:
+def notes_of(space: Space, settings: SearchConfig, tried: NumTried) -> list[str]:
     """Sentences that come before any result of a search that did not get far enough."""
-    budget, num = settings.time_budget_s, tried["candidates"]
+    budget, num = settings.time_budget_s, tried.candidates
     cut = budget is not None and num < settings.max_candidates
     again = "Set search.time_budget_s higher and give the same command again: it goes on from here."
-    if num + tried["references"] == 0:
+    if num + tried.references == 0:
         return [f"The time budget of {budget or 0:g} s ended before any candidate was tried, so there is no winner. {again}"]
-    if not tried["fused"] and len(space.config.model_modalities) > 1:
+    if not tried.fused and len(space.config.model_modalities) > 1:
         what = "so what follows compares single modalities and says nothing about fusion."
         if cut:
             return [f"The time budget of {budget:g} s ended before any fused candidate had a score, {what} {again}"]
@@ -204,32 +210,30 @@ def search_digest(space: Space, settings: SearchConfig, store: Store) -> str:
     return fingerprint(parts)
 
 
-def publish_winner(told: dict[str, Any], store: Store, run_uri: str) -> None:
+def publish_winner(winner: Finalist, store: Store, run_uri: str) -> None:
     """The winner's best seed as `<run>/models/search_winner`, with the encoders that its features came from."""
-    finalist = told["finalists"][told["winner"]]
-    best = finalist["folders"][finalist["val_by_seed"].index(max(finalist["val_by_seed"]))]
+    best = winner.folders[winner.val_by_seed.index(max(winner.val_by_seed))]
     uri = storage.join(run_uri, "models", "search_winner")
     storage.remove(storage.join(uri, "config.json"))  # a card never stands beside another model's weights
     for name in ("model.safetensors", "config.json"):
         storage.write_bytes(storage.join(uri, name), storage.read_bytes(storage.join(best, name)))
-    store.copy_encoders(finalist["modalities"], run_uri, uri)
+    store.copy_encoders(winner.modalities, run_uri, uri)
 
 
-def result_table(result: dict[str, Any]) -> str:
+def result_table(result: SearchResult) -> str:
     """The result as text; what must be read first stands first."""
-    tried, metric = result["tried"], result["objective"]["metric"]
-    known = ("candidates", "references", "fused")
-    counts = ", ".join(f"{n} {status}" for status, n in tried.items() if status not in known)
-    lines = [*result["notes"], f"{tried['candidates']} candidates tried in {result['seconds']:.0f} s ({counts or 'none'})"]
-    lines[-1] += f", and {tried['references']} of references to compare with" if tried["references"] else ""
-    for role, finalist in sorted(result["finalists"].items(), key=lambda item: -item[1]["val"]):
-        mark = (" (winner)" if tried["fused"] else " (best so far)") if role == result["winner"] else ""
-        what = f"{'+'.join(finalist['modalities'])}, {finalist['fusion']['name']}, sharing {finalist['sharing']}"
-        lines.append(f"{role}{mark}: {what}; val {metric_name(metric)} {score_text(metric, finalist['val'])}")
-        for task, scores in finalist["test"].items():
-            text = ", ".join(f"{metric_name(m)} {metric_text(m, scores[m])}" for m in scores if m != "num_rows")
-            versus = result["versus"].get(role, {}).get(task, {})
-            used = next((m for m in (metric, "accuracy") if versus.get(m)), None)
-            gain = f"; winner minus this {metric_text(used, versus[used])} {versus[used]['verdict']}" if used else ""
+    tried, metric = result.tried, result.objective.metric
+    counts = ", ".join(f"{n} {status}" for status, n in tried.by_status.items())
+    lines = [*result.notes, f"{tried.candidates} candidates tried in {result.seconds:.0f} s ({counts or 'none'})"]
+    lines[-1] += f", and {tried.references} of references to compare with" if tried.references else ""
+    for role, finalist in sorted(result.finalists.items(), key=lambda item: -item[1].val):
+        mark = (" (winner)" if tried.fused else " (best so far)") if role == result.winner else ""
+        what = f"{'+'.join(finalist.modalities)}, {finalist.fusion['name']}, sharing {finalist.sharing}"
+        lines.append(f"{role}{mark}: {what}; val {metric_name(metric)} {score_text(metric, finalist.val)}")
+        for task, scores in finalist.test.items():
+            text = ", ".join(f"{metric_name(m)} {metric_text(m, found)}" for m, found in scores.intervals.items())
+            versus = result.versus.get(role, {}).get(task)
+            found = next(((m, g) for m in (metric, "accuracy") if versus and (g := versus.metrics.get(m))), None)
+            gain = f"; winner minus this {metric_text(*found)} {found[1]['verdict']}" if found else ""
             lines.append(f"  {task}: test {text}{gain}")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from scipy.stats import qmc
 from mmkt_ray.config import Config, ParameterConfig, describe_fields
 from mmkt_ray.config.search import DEFAULT_SPACE
 from mmkt_ray.errors import ConfigError, UserError, nearest
-from mmkt_ray.training.population import MEMBER_KEYS
+from mmkt_ray.training.model_stack import MEMBER_KEYS
 
 MAX_CHECKED = 5000  # architectures that are tried out before a search starts
 MANY_VALUES = 8  # of so long an integer range, these try the ends and the middle

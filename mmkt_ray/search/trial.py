@@ -59,7 +59,7 @@ def constant_by_task(space: Space, table: FeatureTable) -> dict[str, float]:
 
 def stacks_per_trial(search: SearchConfig, num_architectures: int) -> int:
     """As many stacks as keep the later rungs full (a power of eta), if every architecture can still have a trial."""
-    num = search.eta ** (search.rungs - 1)
+    num: int = search.eta ** (search.rungs - 1)
     while num > 1 and search.max_candidates < num * search.population * num_architectures:
         num //= search.eta
     return num

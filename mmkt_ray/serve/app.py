@@ -18,7 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from mmkt_ray import __version__
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.serve.limits import BodyLimit, Busy, Limits, Work
+from mmkt_ray.serve.limits import BodyLimit, Busy, ServerLimits, Work
 from mmkt_ray.serve.requests import MAX_ROWS, Row, answer, request_schema, row_from_form, rows_from_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TOP = 5  # classes that are told with their probabilities, if the request does n
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1", "testserver")
 
 
-def create_app(model: Model, name: str, limits: Limits, hosts: Sequence[str] | None = LOOPBACK) -> FastAPI:
+def create_app(model: Model, name: str, limits: ServerLimits, hosts: Sequence[str] | None = LOOPBACK) -> FastAPI:
     """The application. name: what pages call the model; hosts: names that a request may ask for (None: any), so that a page
     from elsewhere can't reach a server on this machine under a name of its own."""
     app = FastAPI(title=f"mmkt: {name}", version=__version__, docs_url=None, redoc_url=None)

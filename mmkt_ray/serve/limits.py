@@ -16,7 +16,7 @@ MAX_WAITING = 64  # requests that are predicted or wait for that; more are turne
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """What a server puts up with."""
 
     body_bytes: int = 20_000_000

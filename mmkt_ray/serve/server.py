@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mmkt_ray.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from mmkt_ray.serve.limits import Limits  # of starlette, which may not be installed
+    from mmkt_ray.serve.limits import ServerLimits  # of starlette, which may not be installed
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def allowed_hosts(host: str) -> list[str] | None:
     return [*LOOPBACK, host] if is_local else None
 
 
-def serve(model_uri: str, host: str, port: int, limits: Limits, *, trust_code: bool = False) -> None:
+def serve(model_uri: str, host: str, port: int, limits: ServerLimits, *, trust_code: bool = False) -> None:
     """Serve until the process is stopped. Raises: ConfigError, DataError, ResourceError if the port is taken."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -70,7 +70,7 @@ def serve(model_uri: str, host: str, port: int, limits: Limits, *, trust_code: b
 
 
 def serve_on_ray(
-    model_uri: str, host: str, port: int, limits: Limits, replicas: int, *, trust_code: bool = False
+    model_uri: str, host: str, port: int, limits: ServerLimits, replicas: int, *, trust_code: bool = False
 ) -> None:
     """Serve by Ray Serve, each replica with a model of its own, until the process is stopped.
 

@@ -20,7 +20,8 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.sandbox.child import Limits
+from mmkt_ray.sandbox.decoding import Broken, decode_samples
 from mmkt_ray.studies.gallery_results import Gallery, GallerySample
 
 log = logging.getLogger(__name__)

@@ -241,7 +241,8 @@ def divergence(out_of_fold: OutOfFold) -> np.ndarray:
     mean = proba.sum(axis=0) / np.maximum(num_here, 1)[..., None]
     entropies = -xlogy(proba, proba).sum(axis=-1).sum(axis=0) / np.maximum(num_here, 1)
     spread = -xlogy(mean, mean).sum(axis=-1) - entropies
-    return (np.where(num_here > 1, spread, 0) / np.log(np.maximum(num_here, 2))).max(axis=-1).clip(0, 1)
+    found = np.where(num_here > 1, spread, 0) / np.log(np.maximum(num_here, 2))
+    return np.asarray(found.max(axis=-1).clip(0, 1))
 
 
 def _names(out_of_fold: OutOfFold, predictions: np.ndarray, known: np.ndarray, separator: str) -> np.ndarray:
@@ -296,8 +297,9 @@ def _dense(features: Features, seed: int) -> np.ndarray:
     if isinstance(features, np.ndarray):
         return features
     if features.shape[1] <= SPARSE_DIM:
-        return features.toarray()
+        return np.asarray(features.toarray())
     if not features.shape[0]:
         return np.zeros((0, SPARSE_DIM), np.float32)
     rows = np.random.default_rng(seed).permutation(features.shape[0])[: 2 * MAX_FIT_ROWS]
-    return TruncatedSVD(SPARSE_DIM, random_state=seed_32(seed)).fit(features[rows]).transform(features).astype(np.float32)
+    reduced = TruncatedSVD(SPARSE_DIM, random_state=seed_32(seed)).fit(features[rows]).transform(features)
+    return np.asarray(reduced, np.float32)

@@ -110,7 +110,7 @@ def list_nodes(config: Config, store: Store) -> list[Node]:
 def node_rows(table: FeatureTable, node: Node, split: str) -> np.ndarray:
     """(N,) bool: the labelled rows of a split that have all of the node's modalities."""
     there = [table.present[m] for m in node.modalities]
-    return np.logical_and.reduce([table.split == split, table.labels[node.task].labelled, *there])
+    return np.asarray(np.logical_and.reduce([table.split == split, table.labels[node.task].labelled, *there]))
 
 
 def _chosen(nodes: list[Node], names: tuple[str, ...] | None) -> list[Node]:
@@ -216,7 +216,7 @@ def _fit_cell(config: Config, cell: Cell, store_uri: str, uri: str) -> None:
 
 
 def _read_scores(uri: str) -> np.ndarray:
-    return storage.read_table(uri).column("score").to_numpy()
+    return np.asarray(storage.read_table(uri).column("score").to_numpy())
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------

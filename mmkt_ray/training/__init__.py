@@ -1,1 +1,1 @@
-"""Features -> fitted models: batches, objective, the loop in plain torch, and its Ray Train adapter."""
+"""Features -> fitted models: batches, criterion, the loop in plain torch, and its Ray Train adapter."""

@@ -1,10 +1,10 @@
 """`training: auto`: settings chosen by data, on held-out rows, from a small fixed set that is trained as one stack.
 
-The set is CANDIDATES (see docs/methods.md for how it was found). They train at once (see population.py), each once for each
-part of the rows that is held out, on the other rows alone. Another than the first is taken if its held-out log loss is lower
-by more than one standard error. What the chosen settings then say of every held-out row, also with modalities hidden, is
-kept: models are compared, calibrated and routed by it.
-Where rows are few the model itself, which learns from all of them, is one more member of the stack that holds rows out.
+The set is CANDIDATES (see docs/methods.md for how it was found). All are trained as one stack (see fold_stack.py),
+each once for each held-out part of the rows, on the other rows. A candidate replaces the first one if its held-out
+log loss is lower by more than one standard error. The held-out predictions of the chosen settings are kept, also with
+modalities hidden: models are compared, calibrated and routed by them. Where rows are few, the model itself, which
+learns from all of them, is one more member of that stack.
 
 Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch, C classes of one task.
 
@@ -31,7 +31,7 @@ from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, patte
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.fold_stack import held_out_rows, heldout_logits
 from mmkt_ray.training.loop import training_rows
-from mmkt_ray.training.population import MEMBER_KEYS
+from mmkt_ray.training.model_stack import MEMBER_KEYS
 
 BASE: dict[str, float] = {
     "training.lr": 6e-3,
@@ -42,20 +42,20 @@ BASE: dict[str, float] = {
     "model.feature_dropout": 0.3,
     "model.modality_dropout": 0.1,
 }
-SMALL_ROWS = 1_000  # fewer train rows than these want more of a restraint
+SMALL_ROWS = 1_000  # with fewer train rows, SMALL regularises more
 SMALL: dict[str, float] = {"training.label_smoothing": 0.1, "model.dropout": 0.5, "model.modality_dropout": 0.2}
 CANDIDATES: tuple[dict[str, float], ...] = ({}, {"training.steps": 2.0, "model.dropout": 0.2})
 LIKE_CONCAT = ("concat", "decision", "sum", "gated", "hierarchical")  # fusions that are trained by the settings of `concat`
 DEEP_DROPOUT = 0.2
 MIN_STEPS, MIN_EPOCHS = 150, 5  # of the first candidate
-SCREENING_PARTS = 2  # parts that all candidates are judged on; the chosen one then holds out every part
-FEW_ROWS = 10_000  # train rows that candidates learn from at most; up to so many a model is trained in a stack as well
+SCREENING_PARTS = 2  # held-out parts that all candidates are scored on; the chosen one then holds out every part
+FEW_ROWS = 10_000  # train rows of a candidate, at most; a model with no more rows is trained in the stack too
 BATCH_SIZES = ((10_000, 128), (50_000, 256), (math.inf, 512))  # up to so many train rows
 
 
 def is_plain(config: Config) -> bool:
-    """Whether models of this config can be trained in a stack and on held-out parts: none of its methods acts on gradients,
-    mixes rows, makes new ones, asks other models or stops by the val score."""
+    """Whether models of this config can be trained in a stack with held-out parts: no method changes gradients, mixes
+    rows, adds rows, uses other models or stops early."""
     training = config.training
     return not (
         training.balance
@@ -83,8 +83,8 @@ def plain(config: Config) -> Config:
 
 
 def screening_config(config: Config) -> Config:
-    """Whose settings are chosen: the model by itself, whatever its seed and its number of workers, and sharing and fusing in the
-    plainest way, so that models of the same modalities and tasks have one choice."""
+    """The config whose settings are chosen: without experts, for any seed and number of workers, with the simplest
+    sharing and fusion. So all models of the same modalities and tasks get the same choice."""
     alone: dict[str, Any] = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
     if config.model.num_levels:
         alone["model.sharing"] = "task"
@@ -94,7 +94,7 @@ def screening_config(config: Config) -> Config:
 
 
 def is_screened(config: Config) -> bool:
-    """Whether models of this config are those that are trained to choose its settings."""
+    """Whether models of this config are the very models that its settings are chosen with."""
     asked = screening_config(config)
     own = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
     alone = config.with_overrides({**own, "training.auto": list(config.training.auto)})
@@ -102,14 +102,14 @@ def is_screened(config: Config) -> bool:
 
 
 def batch_size(config: Config, num_rows: int) -> int:
-    """Rows of a step: the config's, or if it is to be chosen by the number of train rows."""
+    """Rows of a step: the config's, or, where it is to be chosen, by the number of train rows."""
     if "training.batch_size_per_worker" not in config.training.auto:
         return config.training.batch_size_per_worker
     return next(size for limit, size in BATCH_SIZES if num_rows < limit)
 
 
 def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -> dict[str, Setting]:
-    """A candidate's values of the keys that the config leaves open, for so many train rows."""
+    """A candidate's values of the keys that the config leaves open. num_rows: of train."""
     values: dict[str, Setting] = {**BASE, **(SMALL if num_rows < SMALL_ROWS else {}), **candidate}
     rows_per_step = batch_size(config, num_rows)
     base_steps = max(MIN_STEPS, MIN_EPOCHS * math.ceil(num_rows / rows_per_step))
@@ -121,8 +121,8 @@ def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -
 
 
 def for_depth(config: Config, settings: dict[str, Setting]) -> dict[str, Setting]:
-    """What was chosen for `screening_config`, for the config's own model: fusion in several layers has twice the steps, and
-    drops out no more than DEEP_DROPOUT in each of them."""
+    """Settings chosen for `screening_config`, adapted to the config's own model: fusion in several layers takes twice
+    the steps and at most DEEP_DROPOUT in each layer."""
     fusion = config.model.fusion
     if fusion.name != "hierarchical" or fusion.depth < 2 or not config.model.num_levels:
         return settings
@@ -135,14 +135,14 @@ def for_depth(config: Config, settings: dict[str, Setting]) -> dict[str, Setting
 
 
 def usual_settings(config: Config) -> dict[str, Setting]:
-    """Those of the first candidate for what the config leaves open, where nothing is chosen by data: for all but the batch
-    size, and for steps at least MIN_STEPS."""
+    """The first candidate's settings for what the config leaves open, without looking at data: MIN_STEPS for the
+    steps, none for the batch size."""
     steps = {"training.steps": MIN_STEPS} if "training.steps" in config.training.auto else {}
     return {key: BASE[key] for key in config.training.auto if key in MEMBER_KEYS} | steps | without_meaning(config)
 
 
 def without_meaning(config: Config) -> dict[str, Setting]:
-    """The open settings that a task of the model can't have, label smoothing of a number say, as none."""
+    """Open settings that have no meaning for a task of the model, such as label smoothing of a number; they are 0."""
     refused = {f"training.{setting}" for kind in config.task_kinds.values() for setting in kind.cannot}
     return {key: 0.0 for key in config.training.auto if key in refused}
 
@@ -158,8 +158,8 @@ def with_settings(config: Config, settings: Mapping[str, Setting | None]) -> Con
 def choose(
     config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")  # noqa: B008
 ) -> tuple[Choice, HeldOut | None]:
-    """Choose the settings that `training.auto` leaves open; with it, what models of the chosen ones say of the rows that it
-    was judged on, where they learnt from all others.
+    """Choose the settings that `training.auto` leaves open. With them come held-out predictions of the chosen
+    candidate, where it learnt from all other rows (None otherwise).
 
     Raises: DataError as `fit`.
     """
@@ -194,8 +194,10 @@ def unique(settings: Sequence[dict[str, Setting]]) -> list[dict[str, Setting]]:
 
 
 def choose_candidate(losses: np.ndarray) -> int:
-    """Which candidate's row losses (candidates, rows) are chosen: the lowest mean, if by more than one standard error of the
-    paired difference to the first; else the first. Candidates that diverged (NaN) are out."""
+    """Index of the chosen candidate: the one of the lowest mean loss, if it beats the first by more than one standard
+    error of the paired difference; else the first. Diverged candidates (NaN) are left out.
+
+    losses: (candidates, rows)."""
     means = np.where(np.isfinite(losses).all(axis=1), losses.mean(axis=1), np.inf)
     if not np.isfinite(means[0]):
         return int(means.argmin())
@@ -207,8 +209,8 @@ def choose_candidate(losses: np.ndarray) -> int:
 def row_losses(
     config: Config, table: FeatureTable, folds: Folds, parts: Sequence[int], logits: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Log loss (H,) of each held-out row that some task can use, at the temperature that suits a task best, as a share of
-    the loss of the class frequencies; the mean over a row's tasks. logits: task -> (N, C)."""
+    """Log loss (H,) of each held-out row with a label, relative to that of the class frequencies; the mean over a
+    row's tasks. Each task's logits are scaled by their best temperature. logits: task -> (N, C)."""
     held = np.isin(folds.fold, list(parts))
     total, count = np.zeros(len(held)), np.zeros(len(held))
     for t, values in logits.items():
@@ -230,7 +232,7 @@ def row_losses(
 
 
 def drawn(table: FeatureTable, folds: Folds, most: int) -> FeatureTable:
-    """The table with at most so many rows in train beside the first held-out part."""
+    """The table with at most `most` train rows beside the parts that candidates are scored on."""
     rest = np.flatnonzero((table.split == "train") & ~np.isin(folds.fold, range(min(SCREENING_PARTS, folds.num_held))))
     if len(rest) <= most:
         return table

@@ -18,10 +18,7 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.inference.rows import (
-    readable,
-    without_unreadable,
-)
+from mmkt_ray.inference.rows import readable, without_unreadable
 from mmkt_ray.inference.training_record import Penalty, Solved
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.scoring.heldout import pattern_name, save_heldout
@@ -85,9 +82,9 @@ def logreg_config(config: Config, modalities: Sequence[str], tasks: Sequence[str
 
 @dataclass(frozen=True)
 class Majority:
-    """Predicts what fits the train split best whatever the sample is: of classes their frequencies."""
+    """Predicts the same for every sample: what fits the train split best, such as the class frequencies."""
 
-    modalities: tuple[str, ...]  # those a sample must have one of, so that it is scored on the rows of the others
+    modalities: tuple[str, ...]  # a sample must have one of them: so it is scored on the same rows as the other models
     outputs: np.ndarray  # (K,) float32
     num_rows: int  # that it was fitted on
 
@@ -105,7 +102,7 @@ class Majority:
 
 @dataclass(frozen=True)
 class Logreg:
-    """Logistic regression on one modality or on several side by side."""
+    """Logistic regression on one modality, or on several concatenated."""
 
     config: Config
     fit: LinearFit
@@ -125,7 +122,7 @@ class Logreg:
         return self._known(predict_table(self.fit.model, table), table)
 
     def held_out(self, table: FeatureTable) -> tuple[FeatureTable, dict[str, np.ndarray]]:
-        """The held-out rows of the table that it was fitted on, and what models that had not seen them say."""
+        """The held-out rows of the table that it was fitted on, and their out-of-fold predictions."""
         part = table.take(self.fit.heldout.rows)
         logits = self.fit.heldout.logits[pattern_name(self.modalities)]
         kinds = self.fit.model.spec.kinds

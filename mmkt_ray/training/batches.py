@@ -27,7 +27,7 @@ STATISTICS_ROWS = 8192  # in memory at a time
 
 @dataclass(frozen=True)
 class Worker:
-    """Which of how many processes this is, and where it computes."""
+    """This process among those that train one model."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,7 +51,7 @@ class Batch:
     step_present: dict[str, Tensor]  # modality -> (R * B,) bool, of all ranks
     step_labels: dict[str, Labels]  # task -> of R * B rows, of all ranks
     mixed: Mixed | None = None
-    # what teachers say: task -> (B, C), NaN where they say nothing; and task -> () rows of the step, of all ranks, with one
+    # of teachers: task -> probabilities (B, C), NaN in rows that none can read; and task -> () rows of the step with some
     targets: dict[str, Tensor] = field(default_factory=dict)
     num_targets: dict[str, Tensor] = field(default_factory=dict)
 
@@ -85,7 +85,8 @@ def narrow(table: FeatureTable, modalities: Sequence[str], tasks: Sequence[str])
 
 
 def usable_rows(table: FeatureTable, split: str) -> np.ndarray:
-    """Indices of the split's rows that have some modality and some label; the others have nothing to teach or to test."""
+    """Indices of the split's rows that have some modality and some label; nothing can be learnt from the
+    others, and they cannot be scored."""
     readable = np.any([present for present in table.present.values()], axis=0)
     with_label = np.any([labels.labelled for labels in table.labels.values()], axis=0)
     return np.flatnonzero((table.split == split) & readable & with_label)
@@ -122,11 +123,11 @@ def feature_statistics(features: Features, present: np.ndarray) -> tuple[Tensor,
 class EpochBatches:
     """The rows of a table in a new order each epoch, dealt out to the ranks in batches of equal size.
 
-    The steps of an epoch are evened out rather than ending in a rest: 300 rows in batches of at most 256 are two steps of
-    150. Fewer than R * steps rows at the start of the order come twice, so that every batch is full and every rank has
-    equally many. The order depends on seed and epoch only: nothing to keep for a resume.
+    All steps of an epoch have the same size: 300 rows in batches of at most 256 are two steps of 150. Fewer than R *
+    steps rows, those at the start of the order, come twice, so that every batch is full and every rank has equally
+    many. The order depends on seed and epoch alone, so a checkpoint does not need it.
 
-    With `weights`, an epoch is as many rows drawn with replacement, each with a chance in proportion to its weight.
+    With `weights`, an epoch is as many rows drawn with replacement, with probabilities in proportion to the weights.
     """
 
     def __init__(
@@ -139,10 +140,10 @@ class EpochBatches:
         weights: np.ndarray | None = None,
         targets: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """targets: task -> (N, C) what teachers say of the table's first N rows, NaN where they say nothing."""
+        """targets: task -> (N, C) teachers' probabilities for the table's first N rows; NaN in rows that none reads."""
         self.table, self.rows, self.seed, self.worker = table, rows, seed, worker
         self.targets = targets or {}
-        self.chances = None if weights is None else weights / weights.sum()
+        self.probabilities = None if weights is None else weights / weights.sum()
         self.num_steps = math.ceil(len(rows) / (batch_size_per_worker * worker.world_size))
         self.batch_size = math.ceil(len(rows) / (max(1, self.num_steps) * worker.world_size))
 
@@ -150,8 +151,8 @@ class EpochBatches:
         """Row indices (steps, R, B) of an epoch: what every rank reads at every step."""
         shape = (self.num_steps, self.worker.world_size, self.batch_size)
         rng = np.random.default_rng([self.seed, epoch])
-        if self.chances is not None:
-            return rng.choice(self.rows, size=shape, p=self.chances)
+        if self.probabilities is not None:
+            return rng.choice(self.rows, size=shape, p=self.probabilities)
         return np.resize(rng.permutation(self.rows), shape)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -161,7 +162,7 @@ class EpochBatches:
             yield self._with_targets(batch, step) if self.targets else batch
 
     def read(self, rows: np.ndarray, step_rows: np.ndarray | None = None) -> Batch:
-        """A batch of these rows, within a step of `step_rows`; None: they are the step."""
+        """A batch of these rows. step_rows: of the whole step, all ranks together; None: the same."""
         return read_batch(self.table, rows, rows if step_rows is None else step_rows, self.worker.device)
 
     def _with_targets(self, batch: Batch, step: np.ndarray) -> Batch:

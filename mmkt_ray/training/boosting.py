@@ -1,8 +1,8 @@
-"""Gradient boosting on the features of a table, alone: what many would try first. A baseline that is told and not shipped, as it
-can't be saved without a pickle.
+"""Gradient boosting on the features of one table: what many would try first.
 
-It is scikit-learn's HistGradientBoosting with its defaults and early stopping, on the rows of train and val that have the table;
-of numbers on the scale that their kind learns. Held-out rows are predicted by models of the other folds.
+A baseline that is reported but cannot be shipped, since it cannot be saved without pickle. It is scikit-learn's
+HistGradientBoosting with its defaults and early stopping, fitted on the train and val rows that have the table.
+Numbers are fitted on the scale of their kind. Held-out rows are predicted by models of the other folds.
 
 Source: Ke et al. 2017, LightGBM. Axes: N rows, D features, K outputs of the task.
 """
@@ -22,7 +22,7 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.scoring.heldout import Folds, make_folds
 
-MAX_ROWS = 50_000  # that one is fitted on
+MAX_ROWS = 50_000  # that a model is fitted on
 MAX_WIDTH = 500  # columns: each is searched for splits
 
 
@@ -34,7 +34,7 @@ class Boosting:
     modality: str
     model: Any
     heldout: np.ndarray  # (N,) the rows that were held out
-    outputs: np.ndarray  # (held-out, K) float32, what models that had not seen them say
+    outputs: np.ndarray  # (held-out, K) float32, of models that were fitted without these rows
     on: str  # cv | val
     num_rows: int
     seconds: float
@@ -45,7 +45,7 @@ class Boosting:
 
 
 def boosted_modalities(config: Config, table: FeatureTable, task: str) -> list[str]:
-    """Modalities of several columns that a task reads and that are no wider than is worth while."""
+    """The modalities with several columns, at most MAX_WIDTH features wide, that a task reads."""
     kind = table.kinds[task]
     if not (kind.exclusive or not kind.classes):
         return []
@@ -73,17 +73,17 @@ def _hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Held-out rows, ascending, and their outputs."""
     labels = table.labels[task]
-    held, said = [np.zeros(0, int)], []
+    held, outputs = [np.zeros(0, int)], []
     for part in range(folds.num_held):
         own = np.flatnonzero(folds.held(part))
         rest = np.flatnonzero(able & ~folds.held(part))
         if not len(own) or len(np.unique(labels.values[rest])) < 2:
             continue
         held.append(own)
-        said.append(_outputs(_fit(table.features[modality], labels, rest, seed), table.take(own), task, modality))
+        outputs.append(_outputs(_fit(table.features[modality], labels, rest, seed), table.take(own), task, modality))
     rows = np.concatenate(held)
     order = np.argsort(rows)
-    return rows[order], np.concatenate(said)[order] if said else np.zeros((0, 1), np.float32)
+    return rows[order], np.concatenate(outputs)[order] if outputs else np.zeros((0, 1), np.float32)
 
 
 def _fit(features: Features, labels: Labels, rows: np.ndarray, seed: int) -> Any:

@@ -1,7 +1,7 @@
-"""`model.experts`: models of fewer modalities beside the fused one, and which of them answers which rows.
+"""`model.experts`: models of fewer modalities beside the fused one, and which model predicts which rows.
 
-An expert starts as a model of its modalities alone would: without teachers, with `training.transfer.init` of them only. So
-variants of a run share experts, and a variant of that modality alone is one.
+An expert is trained like a variant that reads its modalities alone: without teachers, and with their part of
+`training.transfer.init`. So the variants of a run share experts, and a variant of one modality serves as its expert.
 
 Axes: N rows of a table, R held-out rows, C classes of one task.
 """
@@ -27,8 +27,8 @@ from mmkt_ray.training.fold_stack import given_subsets
 from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty
-ALPHA = 0.1  # of the test by which an expert is clearly better
-MIN_PATTERN_ROWS, PATTERN_SHARE = 20, 0.02  # rows that have just a set of modalities, from which on it has an expert
+ALPHA = 0.1  # significance level at which a model replaces the default one
+MIN_PATTERN_ROWS, PATTERN_SHARE = 20, 0.02  # least rows, and share of rows, of a set of modalities that has an expert
 SAME_ALONE = {"task_modality": "task", "modality": "architecture"}  # with one modality these schemes are the same
 
 
@@ -38,7 +38,7 @@ def has_experts(config: Config) -> bool:
 
 
 def model_identity(config: Config) -> dict[str, Any]:
-    """The model's keys, JSON-able, those that change nothing about it at one value: equal models have equal identities."""
+    """The model's keys, JSON-able. Keys without effect have a fixed value, so equal models have equal identities."""
     model = config.model
     found = model.model_dump(mode="json", exclude={"modalities", "tasks"})
     found |= {"sharing": list(model.schemes), "experts": has_experts(config)}
@@ -54,10 +54,10 @@ def fused_tasks(config: Config, modalities: Collection[str]) -> list[str]:
 
 
 def expert_configs(config: Config, table: FeatureTable) -> dict[str, Config]:
-    """Name -> the config of an expert, for the tasks that read other modalities as well and can be learnt from its own.
+    """Name -> the config of an expert, for the tasks that also read other modalities and can be learnt from its own.
 
-    There is one of each modality, and of each larger set that is all that a share of PATTERN_SHARE of the train and val rows
-    have of the model's modalities.
+    Each modality has an expert, and so has each larger set, if at least PATTERN_SHARE of the train and val rows (and
+    MIN_PATTERN_ROWS) have exactly these of the model's modalities.
     """
     found = {}
     for modalities in expert_sets(config, table):
@@ -83,7 +83,7 @@ def expert_sets(config: Config, table: FeatureTable) -> list[tuple[str, ...]]:
 
 
 def expert_fits(config: Config) -> dict[str, list[str]]:
-    """Variant -> the modalities whose experts are trained after it: those that no variant and no expert before it is."""
+    """Variant -> modalities whose experts are trained with it: those that no earlier variant or expert covers."""
     known: set[str] = set()
     found: dict[str, list[str]] = {}
     for name, variant in config.expand_variants().items():
@@ -99,7 +99,7 @@ def expert_fits(config: Config) -> dict[str, list[str]]:
 
 
 def _identity(config: Config) -> str:
-    """Equal for configs of equal models, as far as that can be said without features."""
+    """Equal for configs of equal models, as far as this is known without features."""
     parts = {
         "samples": config.samples.model_dump(mode="json"),
         "modalities": {m: config.modalities[m].model_dump(mode="json") for m in config.model_modalities},
@@ -134,10 +134,10 @@ def expert_config(config: Config, modalities: Sequence[str], tasks: list[str], s
 
 
 def single_configs(variants: Mapping[str, Config], table: FeatureTable) -> dict[str, Config]:
-    """Modality -> the config of a model of it alone, as experts are, for all tasks that it can teach.
+    """Modality -> the config of a model of it alone, made like an expert's, for all tasks that can be learnt from it.
 
-    variants: models over the same features. The first of those that read the most modalities says how; modalities that some
-    variant reads alone, for as many tasks, are left out.
+    variants: models over the same features. Settings are those of the first variant with the most modalities. A
+    modality is left out if some variant reads it alone for all these tasks.
     """
     widest = max(variants.values(), key=lambda config: len(config.model_modalities))
     found = {}
@@ -152,23 +152,23 @@ def single_configs(variants: Mapping[str, Config], table: FeatureTable) -> dict[
 
 
 def chosen_as_before(config: Config, changed: Config) -> Config:
-    """The changed config, with as much left to choose as in `config`."""
+    """The changed config, with the same settings left to `training.auto` as in `config`."""
     return changed.with_overrides({"training.auto": list(config.training.auto)})
 
 
-# --- who answers what ------------------------------------------------------------------------------------------------
+# --- which model predicts which rows -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class HeldOutModel:
-    """A trained model and what is known of it on held-out rows."""
+    """A trained model and its held-out predictions."""
 
     model: MultimodalModel
     heldout: HeldOut
 
 
 def with_heldout(model: MultimodalModel, heldout: HeldOut | None, table: FeatureTable) -> HeldOutModel:
-    """A model with its held-out predictions; where it has none, those of the val rows."""
+    """A model with its held-out predictions; default: its predictions for the val rows."""
     if heldout is None:
         rows = np.flatnonzero((table.split == "val") & readable(table, list(model.spec.modalities)))
         part, logits = table.take(rows), {}
@@ -182,8 +182,7 @@ def with_heldout(model: MultimodalModel, heldout: HeldOut | None, table: Feature
 def join_experts(
     fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable
 ) -> tuple[MultimodalModel | ExpertModel, HeldOut]:
-    """One model of the fused one and of those experts that answer some rows, see `choose_routes`, and what the whole says of
-    held-out rows."""
+    """The fused model joined with the experts that `choose_routes` picks, and its held-out predictions."""
     routes = choose_routes(fused, experts, table)
     asked = {name for by_pattern in routes.values() for name in by_pattern.values()}
     if not asked:
@@ -195,12 +194,13 @@ def join_experts(
 
 
 def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable) -> dict[str, dict[str, str]]:
-    """task -> {what a row has of the task's modalities, joined by +: the expert that answers it}.
+    """Task -> {the task's modalities that a row has, joined by +: the expert that predicts it}; without the fused
+    model.
 
-    For each set of the modalities that a row may have, all of them included. Who has learnt from just these answers: the
-    fused model for all of them, an expert for a part, the fused model again where there is no such expert. Another answers
-    instead only if it is clearly better on the held-out rows that have the set, with all else hidden, see `clearly_better`, at
-    ALPHA divided by the number of models that are tried. Of several the best one.
+    Each set of modalities that a row may have has a default model: for all modalities the fused one, for a part of
+    them the expert of exactly these, or the fused one where there is no such expert. Another model replaces the
+    default if it is clearly better (see `clearly_better`) on the held-out rows that have the set, with all other
+    modalities hidden. The level is ALPHA divided by the number of models tried; of several, the best is taken.
     """
     routes: dict[str, dict[str, str]] = {}
     for t, inputs in fused.model.spec.inputs.items():
@@ -226,9 +226,9 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
 def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
     """Whether a model is shown to be better than another on the same rows.
 
-    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. Shown is it by the scores, in a
-    one-sided exact McNemar test of right and wrong (else a paired t test), or by the losses, in a one-sided paired t test, if
-    the scores are not lower.
+    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be
+    lower, and one of two one-sided tests must reject at alpha: of the scores, an exact McNemar test where they are
+    right or wrong, else a paired t test; of the losses, a paired t test.
     """
     gain = ours[0] - theirs[0]
     if not ours.shape[1] or gain.mean() < 0:
@@ -243,16 +243,18 @@ def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
     return bool(min(p, p_loss) < alpha)
 
 
-def row_scores_of(judged: HeldOutModel, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
-    """(2, N) score of each held-out row, see `TaskKind.row_scores`, and its log loss at the temperature that suits all of
-    them best, 0 for a class that train lacks; NaN for all other rows. given: what the model may see."""
+def row_scores_of(held: HeldOutModel, table: FeatureTable, task: str, given: Sequence[str]) -> np.ndarray:
+    """(2, N) each held-out row's score, see `TaskKind.row_scores`, and its log loss; NaN for all other rows.
+
+    Logits are scaled by the best temperature. The loss of a class that train lacks is 0. given: modalities that are
+    not hidden from the model."""
     found = np.full((2, len(table.split)), np.nan)
-    known = judged.heldout.logits.get(pattern_name(given), {})
+    known = held.heldout.logits.get(pattern_name(given), {})
     if task not in known:
         return found
-    able = readable(table, [m for m in given if m in judged.model.spec.inputs[task]] or list(given))[judged.heldout.rows]
-    rows, logits = judged.heldout.rows[able], known[task][able]
-    labels, kind = table.labels[task][rows], judged.model.spec.kinds[task]
+    able = readable(table, [m for m in given if m in held.model.spec.inputs[task]] or list(given))[held.heldout.rows]
+    rows, logits = held.heldout.rows[able], known[task][able]
+    labels, kind = table.labels[task][rows], held.model.spec.kinds[task]
     found[0, rows] = kind.row_scores(labels, kind.predict(kind.outputs_of(logits)))
     found[1, rows] = 0.0
     known_class = labels.known
@@ -265,7 +267,7 @@ def row_scores_of(judged: HeldOutModel, table: FeatureTable, task: str, given: S
 def joint_heldout(
     fused: HeldOutModel, experts: Mapping[str, HeldOutModel], routes: Mapping[str, Mapping[str, str]], table: FeatureTable
 ) -> HeldOut:
-    """What the whole model says of the fused model's held-out rows: each by the part that answers it."""
+    """The joined model's predictions for the fused model's held-out rows, each by the model that it is routed to."""
     rows, logits = fused.heldout.rows, dict[str, dict[str, np.ndarray]]()
     for given, by_task in fused.heldout.logits.items():
         logits[given] = dict(by_task)

@@ -1,4 +1,4 @@
-"""Models that leave a part of the rows out, trained as one stack, and what they say of that part.
+"""Models that each leave one part of the rows out, trained as one stack, and their predictions for that part.
 
 Axes: N rows of a table, P members, B rows of a batch, C classes of one task.
 """
@@ -19,6 +19,7 @@ from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.rows import readable, subsets
+from mmkt_ray.inference.training_record import Epoch
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
@@ -29,7 +30,7 @@ from mmkt_ray.training.optimizer import lr_factor
 
 WHOLE = -2  # the part of a member that leaves no row out
 STACK_BYTES = 1.5e9  # weights, gradients and averages of the members that train at once
-MAX_HIDDEN = 4  # of more modalities not every subset is asked for, see `given_subsets`
+MAX_HIDDEN = 4  # modalities; with more, not every subset is predicted from, see `given_subsets`
 
 
 def hold_out(
@@ -38,9 +39,9 @@ def hold_out(
     device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
     known: HeldOut | None = None,
 ) -> HeldOut | None:
-    """What models of this config, nothing left to choose, say of rows that they have not learnt from.
+    """Out-of-fold predictions of models of this config, with nothing left to choose; None if no row can be held out.
 
-    known: what is there already, of whole parts. None where no row of train or val can be held out.
+    known: those of whole parts that are there already.
     """
     return _fit_parts(config, table, device, known, whole=False)[0]
 
@@ -60,7 +61,7 @@ def fit_and_hold_out(
 def _fit_parts(
     config: Config, table: FeatureTable, device: torch.device, known: HeldOut | None, whole: bool
 ) -> tuple[HeldOut | None, FitResult | None]:
-    """Train a model for each part that is not known; whole: and one of all rows."""
+    """Train a model for each part that is not known yet. whole: also train one on all rows."""
     table = narrow(table, config.model_modalities, config.model_tasks)
     folds, learnt = make_folds(table, config.seed), as_train(table)
     every = [p for p in range(folds.num_held) if folds.held(p).any()]
@@ -103,7 +104,8 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def given_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """The sets of modalities that held-out rows are predicted from: every one, of more than MAX_HIDDEN all and each alone."""
+    """The sets of modalities that held-out rows are predicted from: every set; with more than MAX_HIDDEN modalities,
+    all together and each alone."""
     num = len(modalities)
     sizes = range(1, num + 1) if num <= MAX_HIDDEN else (1, num)
     return subsets(sorted(modalities), sizes)
@@ -119,8 +121,8 @@ def heldout_logits(
 ) -> list[dict[str, dict[str, np.ndarray]]]:
     """For each candidate: modalities given -> task -> logits (N, C), rows outside the parts zero.
 
-    config: gives what the candidates leave out, the batch size too.
-    table: its train split is what is learnt from, less each member's part.
+    config: settings that the candidates leave out, such as the batch size.
+    table: members learn from its train split, each without its part.
     """
     found = [_no_logits(table, given_subsets(list(table.features))) for _ in candidates]
     members = [(i, part) for i in range(len(candidates)) for part in parts if folds.held(part).any()]
@@ -137,9 +139,9 @@ def trained(
     device: torch.device,
     candidates: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[tuple[tuple[Any, int], tuple[FoldStack, int]]]:
-    """Train members in stacks of STACK_BYTES; each with its stack and its place there.
+    """Train members in stacks of at most STACK_BYTES; yields each member with its stack and its index there.
 
-    members: settings, or the number of a candidate's, and the part that is left out.
+    members: settings (with `candidates`: the index of a candidate) and the part that is left out.
     """
     num_weights = sum(p.numel() for p in MultimodalModel(spec_of(config, table)).parameters())
     size = max(1, int(STACK_BYTES // (20 * num_weights)))
@@ -164,19 +166,19 @@ class FoldStack:
         parts: Sequence[int],
         device: torch.device,
     ) -> None:
-        """table: its train split is what is learnt from; settings, parts: of each member."""
+        """table: members learn from its train split. settings, parts: of each member."""
         self.config = config
         self.stack = ModelStack.start(config, table, settings, device)
         num_steps = self.stack.run.batches.num_steps
         usual = config.training.steps or config.training.epochs * num_steps
         steps = [s.get("training.steps") or usual for s in settings]
-        self.epochs = [max(1, math.ceil(num / num_steps)) for num in steps]  # whole ones, as `fit`
+        self.epochs = [max(1, math.ceil(num / num_steps)) for num in steps]  # rounded up, as in `fit`
         self.losses: list[list[float]] = [[] for _ in settings]  # of each member's epochs
         self.seconds: list[float] = []  # of each epoch, all members together
         self.fold, self.parts = torch.from_numpy(folds.fold).to(device), torch.tensor(list(parts), device=device)
 
     def train_all(self) -> None:
-        """Every member to its last epoch; members that are done drop out of the stack."""
+        """Train every member to its last epoch; members that are done leave the stack."""
         batches, done = self.stack.run.batches, torch.empty_like(self.stack.weights)
         num_steps, alive = batches.num_steps, list(range(len(self.epochs)))
         live = self.stack.select(alive)
@@ -197,15 +199,16 @@ class FoldStack:
         self.stack.weights = done
 
     def _step(self, live: ModelStack, members: Sequence[int], rows: np.ndarray, step: int) -> Tensor:
-        """One step on these rows, of each member less its part; the members' losses (P,). live: the stack of these members."""
+        """One step on these rows, each member without its part; the members' losses (P,). live: the stack of these
+        members."""
         model, batch = live.run.model.train(), live.run.batches.read(rows)
-        parameters, objective = live.trainable(), live.objective
+        parameters, criterion = live.trainable(), live.criterion
         parts = self.parts[list(members)]
         seen = (self.fold[torch.from_numpy(rows).to(self.fold.device)] != parts[:, None]).float()  # (P, B)
         logits = live.forward(model, parameters, batch.features, batch.present)
-        # what each member's sum is divided by, see `Objective.total_weights`
-        totals = {t: (weights * seen).sum(dim=1) for t, weights in objective.row_weights(batch.labels).items()}
-        losses = objective.losses(logits, batch.labels, totals, seen)
+        # what each member's sum is divided by, see `Criterion.total_weights`
+        totals = {t: (weights * seen).sum(dim=1) for t, weights in criterion.row_weights(batch.labels).items()}
+        losses = criterion.losses(logits, batch.labels, totals, seen)
         total = torch.stack(list(losses.values())).sum(dim=0)
         num_steps = live.run.batches.num_steps
         schedule = torch.tensor([lr_factor(step, self.epochs[i] * num_steps) for i in members], device=total.device)
@@ -227,22 +230,22 @@ class FoldStack:
         return {t: np.concatenate(z) for t, z in found.items()}
 
     def predict_part(self, member: int, logits: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Write what a member says of the rows that it left out; logits: modalities given -> task -> (N, C)."""
+        """Write a member's predictions for its part into `logits`: modalities given -> task -> (N, C)."""
         rows = np.flatnonzero((self.fold == self.parts[member]).cpu().numpy())
         for given, by_task in logits.items():
             for t, values in self.predict(member, rows, given.split("+")).items():
                 by_task[t][rows] = values
 
     def result(self, member: int) -> FitResult:
-        """One member by itself, as `fit` leaves it. Raises: ConfigError if its loss was no number."""
+        """One member as `fit` would return it. Raises: ConfigError if its loss is not finite."""
         losses = self.losses[member]
         if not np.isfinite(losses).all():
             raise diverged(self.config.training.lr, losses[-1], len(losses))
         weights = self.stack.weights
         model = self.stack.alone(self.config, weights, member).to(weights.device)
-        history = [
-            {"epoch": i, "train_loss": loss, "val": None, "seconds": s}
+        epochs = [
+            Epoch(epoch=i, train_loss=loss, val=None, seconds=s)
             for i, (loss, s) in enumerate(zip(losses, self.seconds, strict=False), start=1)
         ]
         sizes = model.num_parameters_by_part()
-        return FitResult(model, history, len(history), None, sizes, sum(self.seconds))
+        return FitResult(model, epochs, len(epochs), None, sizes, sum(self.seconds))

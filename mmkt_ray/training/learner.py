@@ -1,4 +1,4 @@
-"""What is trained: the model with what stands beside it, and how a step's gradient comes about.
+"""What the optimiser trains: the model, its task weighting, and how a step's gradient is computed.
 
 Axes: B rows of a batch, C classes of one task, H width of a signal.
 """
@@ -16,22 +16,22 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.training.batches import Batch, Worker
+from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.methods.task_weighting import TaskWeighting
-from mmkt_ray.training.objective import Objective
 
 Logits = dict[str, Tensor]  # task -> (B, C)
 
 
 class Learner(nn.Module):
-    """Base: the model and the weights of its tasks, no balance."""
+    """Base: the model and the weights of its tasks, without balance between modalities."""
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
+    def __init__(self, model: MultimodalModel, criterion: Criterion, weighting: TaskWeighting, worker: Worker) -> None:
         super().__init__()
         self.model, self.weighting = model, weighting
-        self.objective, self.worker = objective, worker
+        self.criterion, self.worker = criterion, worker
 
     def forward(self, features: dict[str, FeatureBatch], present: dict[str, Tensor]) -> Any:
-        """What `gradients` needs of a batch: here the logits. See `MultimodalModel.forward`."""
+        """What `gradients` needs for a batch: here the logits. See `MultimodalModel.forward`."""
         return self.model(features, present)
 
     def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
@@ -39,17 +39,17 @@ class Learner(nn.Module):
 
         net: this learner, under DistributedDataParallel where there are several ranks.
         """
-        return self.backward(self.objective.of_batch(net(batch.features, batch.present), batch), batch)
+        return self.backward(self.criterion.of_batch(net(batch.features, batch.present), batch), batch)
 
     def backward(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Weigh the tasks' losses and go back through them; the sum ()."""
+        """Weigh the tasks' losses and backpropagate their sum (), which is returned."""
         loss = self.weigh(losses, batch)
         # DDP takes the mean over ranks, the step's loss is the sum of their parts
         (loss * self.worker.world_size).backward()
         return loss.detach()
 
     def weigh(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """The tasks' losses as one ()."""
+        """The weighted sum () of the tasks' losses."""
         labelled = {t: y.known.any() for t, y in batch.step_labels.items()}
         return self.weighting(losses, labelled, self.model)
 
@@ -57,14 +57,14 @@ class Learner(nn.Module):
         """seed: the epoch's, the same on all ranks."""
 
     def end_epoch(self, epoch: int, table: FeatureTable, train_rows: np.ndarray, val_rows: np.ndarray) -> None:
-        """Look at how the epoch (from 1) went."""
+        """Update state after an epoch (from 1)."""
 
 
 class UnimodalHeads(Learner):
-    """Base of those that train a linear head on the signal of each modality beside the fused model."""
+    """Base of learners with a linear head on each modality's signal beside the fused model."""
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
-        super().__init__(model, objective, weighting, worker)
+    def __init__(self, model: MultimodalModel, criterion: Criterion, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, criterion, weighting, worker)
         spec = model.spec
         if not spec.schemes:
             raise ConfigError(
@@ -79,7 +79,7 @@ class UnimodalHeads(Learner):
     def forward(
         self, features: dict[str, FeatureBatch], present: dict[str, Tensor]
     ) -> tuple[Logits, dict[str, Logits], dict[str, Tensor]]:
-        """The fused logits, those of the unimodal heads (modality -> task -> (B, C)), and what `encode` says is present."""
+        """The fused logits, the unimodal heads' (modality -> task -> (B, C)), and the presence masks of `encode`."""
         signals, seen = self.model.encode(features, present)
         alone: dict[str, Logits] = {m: {} for m in self.modalities}
         for (t, m), signal in signals.items():
@@ -88,7 +88,7 @@ class UnimodalHeads(Learner):
 
 
 def own_parameters(model: MultimodalModel) -> dict[str, list[nn.Parameter]]:
-    """Modality -> the trained parameters that its signals alone go through. Raises: ConfigError if one has none."""
+    """Modality -> the trained parameters that only its signals use. Raises: ConfigError if one has none."""
     parameters = dict(model.named_parameters())
     names = {
         m: {n for stage in model.modality_parameters(m) for n in stage}

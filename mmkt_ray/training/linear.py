@@ -1,10 +1,10 @@
-"""A model without towers is logistic regression, or ridge regression of numbers: solved to its optimum, its penalty chosen on
-held-out rows.
+"""Models without towers: logistic regression, or ridge regression of numbers, solved to the optimum. Held-out rows
+choose the penalty.
 
-Features are what the model's input stage makes of them, and each modality is brought to rows of unit mean squared length
-before the penalty sees it, so that one penalty is fair to 1,280 dense numbers and to ten words. Without that the wider
-modality drowns the other: cross-validated with the best penalty of each, OpenMoji's category is 78.4 % with it and 69.3 %
-without (HOG and words), 87.4 % and 85.7 % with pretrained encoders.
+Features pass the model's input stage. Then each modality is scaled to rows of unit mean squared length, so that one
+penalty is fair to 1,280 dense numbers and to ten words. Without this scaling the wider modality dominates:
+cross-validated with the best penalty of each, OpenMoji's category is 78.4 % with it and 69.3 % without (HOG and
+words), 87.4 % and 85.7 % with pretrained encoders.
 
 Each task has a penalty of its own, from a path of about ten, strong to weak: the one with the lowest held-out log loss
 (see heldout.py). The model then learns from train and val together.
@@ -25,27 +25,28 @@ from torch import Tensor
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.base import Features
+from mmkt_ray.features.feature_table import TAKE_ROWS, Growing
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.features.table import TAKE_ROWS, Growing
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
+from mmkt_ray.inference.training_record import Epoch, ValScores
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.fusion import LinearHead
-from mmkt_ray.models.missing import mean_squared_norm
+from mmkt_ray.models.imputation import mean_squared_norm
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
-from mmkt_ray.training.logistic import Block, Problem, make_block, minimise
+from mmkt_ray.training.logistic import FeatureBlock, Problem, make_block, minimise
 from mmkt_ray.training.loop import FitResult, build_model, training_rows
 from mmkt_ray.training.validation import summarise
 
 STRONGEST = 0.1  # penalty, times the rows that are learnt from
 FACTOR = 3.0  # from one penalty to the next
 MAX_PENALTIES = 14
-JUDGED_PARTS = 2  # parts of the held-out rows that penalties are judged on; models at the chosen one hold out every part
-PATH_TOLERANCE = 1e-5  # share of the loss: finer differences choose nothing
-MAX_MODALITIES = 4  # of more, not every subset is asked for
+SCREENING_PARTS = 2  # held-out parts that penalties are scored on; models at the chosen one then hold out every part
+PATH_TOLERANCE = 1e-5  # share of the loss; a smaller one would not change the choice
+MAX_MODALITIES = 4  # with more, not every subset of them is predicted from
 DEFAULT_L2 = 1.0  # where no row can be held out
 Weights = tuple[dict[str, np.ndarray], np.ndarray]  # of a task: modality -> (D, C), and the bias (C,)
 
@@ -64,7 +65,7 @@ class LinearFit:
 
 
 def is_linear(config: Config) -> bool:
-    """Whether the config's model is logistic regression and nothing in its training makes it another problem."""
+    """Whether the config's model is logistic regression and no training setting turns it into another problem."""
     model, training = config.model, config.training
     return (
         model.num_levels == 0
@@ -81,7 +82,7 @@ def is_linear(config: Config) -> bool:
 def fit_linear(config: Config, table: FeatureTable) -> LinearFit:
     """Solve the config's model (see `is_linear`) on train and val; `training.l2` sets the penalty of all tasks.
 
-    Rows without a label of a task, or of a class that train does not know, do not count for it.
+    Rows without a label of a task, or with a class that train lacks, are left out for it.
     Raises: DataError as `fit`, ConfigError if the table lacks a modality or a task.
     """
     started = time.perf_counter()
@@ -107,17 +108,18 @@ def fit_linear(config: Config, table: FeatureTable) -> LinearFit:
 
 
 def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldOut, dict[str, Any]]:
-    """`fit_linear` as what `fit` returns (one epoch; its val scores are of the held-out rows), and what the card adds."""
+    """`fit_linear` in the form of `fit` (one epoch, whose val scores are those of the held-out rows), and what the
+    card adds."""
     found = fit_linear(config, table)
     labels = {t: table.labels[t][found.heldout.rows] for t in config.model_tasks}
     logits = found.heldout.logits[pattern_name(config.model_modalities)]
     tensors = {t: y.tensors() for t, y in labels.items()}
     tallies = {t: y.kind.tally(torch.from_numpy(logits[t]), y).numpy() for t, y in tensors.items()}
     val = summarise(tallies, table.kinds)
-    scores = {"on": found.heldout.on, **val} if np.isfinite(val["score"]) else None
-    record = {"epoch": 1, "train_loss": found.loss, "val": scores, "seconds": found.seconds}
+    scores = ValScores.model_validate({"on": found.heldout.on, **val}) if np.isfinite(val["score"]) else None
+    epoch = Epoch(epoch=1, train_loss=found.loss, val=scores, seconds=found.seconds)
     parts = found.model.num_parameters_by_part()
-    result = FitResult(found.model, [record], 1, scores, parts, found.seconds)
+    result = FitResult(found.model, [epoch], 1, scores, parts, found.seconds)
     return result, found.heldout, {"l2": found.l2, "path": found.path, "on": found.heldout.on}
 
 
@@ -129,8 +131,8 @@ def solve(features: Features, labels: Labels, num_classes: int, l2: float) -> tu
     return target.expanded(weights, bias, num_classes)
 
 
-def problem_of(blocks: Sequence[Block], target: LinearTarget | NumberTarget, used: np.ndarray) -> Problem:
-    """What is to be solved for a task. used: (N, F) bool, the rows that each fit learns from."""
+def problem_of(blocks: Sequence[FeatureBlock], target: LinearTarget | NumberTarget, used: np.ndarray) -> Problem:
+    """The problem of a task. used: (N, F) bool, the rows that each fit learns from."""
     return Problem(blocks, target.labels, used, target.class_weights, target.one_of, target.squared)
 
 
@@ -140,7 +142,7 @@ def problem_of(blocks: Sequence[Block], target: LinearTarget | NumberTarget, use
 @dataclass(frozen=True)
 class _Solved:
     weights: Weights  # by standardised features
-    by_fold: list[Weights]  # of models that have not seen one part of the rows
+    by_fold: list[Weights]  # of models that leave out one part of the rows each
     l2: float
     path: list[dict[str, Any]]
     loss: float
@@ -155,7 +157,7 @@ class _Solver:
     ) -> None:
         self.config, self.table, self.rows = config, table, rows
         self.fold, self.num_held = folds.fold[rows], folds.num_held
-        self.blocks: dict[str, Block] = {}
+        self.blocks: dict[str, FeatureBlock] = {}
         self.scales: dict[str, float] = {}
         for m, features in table.features.items():
             stage = model.input_stage(m)
@@ -188,10 +190,10 @@ class _Solver:
         return _Solved(unscaled(whole, best, 0), held_out, l2, path, float(losses.mean()), len(fold))
 
     def _choose(
-        self, blocks: Sequence[Block], target: LinearTarget | NumberTarget, fold: np.ndarray
+        self, blocks: Sequence[FeatureBlock], target: LinearTarget | NumberTarget, fold: np.ndarray
     ) -> tuple[float, list[dict[str, Any]], Tensor]:
-        """The penalty, the path to it, and the weights of the models there that it was judged by."""
-        given, num_parts = self.config.training.l2, min(JUDGED_PARTS, self.num_held)
+        """The penalty, the path to it, and the weights of the models that it was chosen by."""
+        given, num_parts = self.config.training.l2, min(SCREENING_PARTS, self.num_held)
         problem = problem_of(blocks, target, fold[:, None] != np.arange(num_parts))
         held = (fold >= 0) & (fold < num_parts)
         if given is not None or not held.any():
@@ -210,7 +212,7 @@ class _Solver:
 
 
 def _spread(weights: Tensor, problem: Problem) -> Tensor:
-    """Weights of some fits as a start for others: those that there are, and their mean."""
+    """Initial weights for a problem from those of another: fit by fold where both have it, else the mean."""
     start = problem.initial()
     found = weights.view(len(weights), -1, problem.num_classes)  # (P, fits, K)
     whole = start.view(len(weights), -1, problem.num_classes)
@@ -239,7 +241,7 @@ def standardised(
 
 
 def _set_weights(model: MultimodalModel, task: str, weights: Weights) -> None:
-    """The solved numbers in the task's head."""
+    """Copy solved weights into the task's head."""
     head = model.head(task)
     assert isinstance(head, LinearHead)  # see `is_linear`
     with torch.no_grad():
@@ -252,7 +254,7 @@ def _set_weights(model: MultimodalModel, task: str, weights: Weights) -> None:
 def _hold_out(
     model: MultimodalModel, table: FeatureTable, folds: Folds, weights: Mapping[str, list[Weights]]
 ) -> HeldOut:
-    """What the models of the folds say of their held-out rows. The logits of several modalities are those of each, added."""
+    """Out-of-fold predictions of the folds' models. Logits of several modalities are the sums of those of each."""
     modalities = sorted(table.features)
     num = len(modalities)
     held = np.isin(folds.fold, range(folds.num_held)) & readable(table, modalities)

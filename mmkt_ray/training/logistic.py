@@ -1,15 +1,14 @@
 """Logistic regression with a squared penalty, solved to its optimum: several fits over the same rows at once.
 
-Minimised over W and b is the sum over rows of c_i loss(y_i, x_i W + b) + l2 / 2 |W|^2, scikit-learn's with C = 1 / l2: the
-loss is cross-entropy; of a multilabel task, or of two classes, binary cross-entropy; of numbers half the squared error, which
-is scikit-learn's ridge regression with alpha = l2. The bias is free. The solver is
-L-BFGS in coordinates in which the curvature is near one: dense blocks are rotated to their principal axes, which the
-penalty does not notice, and each axis is scaled by its curvature. Blocks wider than they have rows are as many numbers
-wide as they have rows then. Sparse blocks stay sparse.
+Minimised over W and b is the sum over rows of c_i loss(y_i, x_i W + b) + l2 / 2 |W|^2, scikit-learn's with C = 1 /
+l2: the loss is cross-entropy; of a multilabel task, or of two classes, binary cross-entropy; of numbers half the
+squared error, which is scikit-learn's ridge regression with alpha = l2. The bias is free. The solver is L-BFGS in
+coordinates in which the curvature is near one: dense blocks are rotated to their principal axes, which leaves the
+penalty as it is, and each axis is scaled by its curvature. A block with more columns than rows then has as many
+columns as rows. Sparse blocks stay sparse.
 
 Fits that differ in their row weights (folds) and the classes of a multilabel task are columns of the same products. So
-L-BFGS is written out here: SciPy's takes one problem at a time, in float64. The test suite holds it against
-scikit-learn's.
+L-BFGS is written out here: SciPy's takes one problem at a time, in float64. The tests compare it with scikit-learn's.
 
 Axes: N rows, D columns of a block, R of its columns after rotation, P all of these and the bias, F fits, K classes.
 
@@ -31,11 +30,11 @@ from torch import Tensor
 from torch.nn.functional import linear, one_hot, softplus
 
 from mmkt_ray.encoders.base import Features
-from mmkt_ray.models.missing import evenly
+from mmkt_ray.models.imputation import evenly
 
-MAX_ROTATED = 2048  # axes: the eigenvectors of a larger matrix cost more than they save
+MAX_ROTATED = 2048  # axes; the eigenvectors of a larger matrix cost more than they save
 GRAM_ROWS = 4  # times D: enough for the axes
-TURNED_ROWS = 8  # times D: so many rows are turned themselves, more as their weights are
+ROTATED_ROWS = 8  # times D: up to so many rows are rotated once; with more, the weights are, in each step
 CHUNK_VALUES = 2_000_000  # logits in memory at a time
 DOT_ROWS = 64  # products that are summed in float32
 HISTORY_BYTES = 400_000_000  # of L-BFGS
@@ -48,14 +47,14 @@ Point: TypeAlias = tuple[Tensor, Tensor, Tensor]  # weights (P, F K), values (F 
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some columns of the rows. `x` (N, D) dense, or sparse with the columns that are not empty; the solver's are x times
-    `basis` (D, R), or x as it is if null."""
+class FeatureBlock:
+    """Some columns of the rows. `x` (N, D) is dense, or sparse without empty columns. The solver works on x times
+    `basis` (D, R); without a basis, on x."""
 
     x: Tensor | sp.csr_matrix
     basis: Tensor | None
     energy: Tensor  # (R,) squared lengths of the solver's columns
-    back: Tensor | None = None  # (D', R) for `x` that is rotated already: what brings weights back
+    back: Tensor | None = None  # (D', R) where x is rotated already: maps weights back
     columns: np.ndarray | None = None  # of a sparse block: which of `width` its columns are
     width: int = 0
 
@@ -68,38 +67,40 @@ class Block:
         whole[self.columns] = weights.numpy()
         return whole
 
-    def take(self, rows: np.ndarray) -> Block:
+    def take(self, rows: np.ndarray) -> FeatureBlock:
         """Some of the rows, on the same axes."""
         x = self.x[rows] if not isinstance(self.x, Tensor) else self.x[torch.from_numpy(rows)]
-        return Block(x, self.basis, self.energy * (len(rows) / self.x.shape[0]), self.back, self.columns, self.width)
+        return FeatureBlock(x, self.basis, self.energy * (len(rows) / self.x.shape[0]), self.back, self.columns, self.width)
 
 
-def make_block(features: Features) -> Block:
+def make_block(features: Features) -> FeatureBlock:
     """Of dense (N, D) or sparse features, absent rows of zeros."""
     if not isinstance(features, np.ndarray):
         columns = np.unique(features.indices[: features.indptr[-1]])
         x = sp.csr_matrix(features[:, columns], dtype=np.float32)
         energy = np.asarray(x.multiply(x).sum(axis=0)).ravel().astype(np.float32)
-        return Block(x, None, torch.from_numpy(energy), columns=columns, width=features.shape[1])
+        return FeatureBlock(x, None, torch.from_numpy(energy), columns=columns, width=features.shape[1])
     x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     num_rows, width = x.shape
     if min(num_rows, width) > MAX_ROTATED or not width:
-        return Block(x, None, x.square().sum(dim=0))
+        return FeatureBlock(x, None, x.square().sum(dim=0))
     if width > num_rows:
         return _wide_block(x)
     some = x[torch.from_numpy(evenly(np.arange(num_rows), GRAM_ROWS * width))]
     energy, axes = torch.linalg.eigh((some.T @ some).double())
     basis, energy = axes.float(), energy.clamp(min=0).float() * (num_rows / len(some))
-    return Block(x @ basis, None, energy, back=basis) if num_rows <= TURNED_ROWS * width else Block(x, basis, energy)
+    if num_rows <= ROTATED_ROWS * width:
+        return FeatureBlock(x @ basis, None, energy, back=basis)
+    return FeatureBlock(x, basis, energy)
 
 
-def _wide_block(x: Tensor) -> Block:
+def _wide_block(x: Tensor) -> FeatureBlock:
     """More columns than rows: by the eigenvectors of x x', only axes on which some row lies."""
     energy, axes = torch.linalg.eigh(x.double() @ x.double().T)
     kept = energy > 1e-10 * energy.max().clamp(min=1e-30)
     energy, axes = energy[kept], axes[:, kept]
     back = x.T @ (axes / energy.sqrt()).float()
-    return Block((axes * energy.sqrt()).float(), None, energy.float(), back=back)
+    return FeatureBlock((axes * energy.sqrt()).float(), None, energy.float(), back=back)
 
 
 class Problem:
@@ -111,7 +112,7 @@ class Problem:
 
     def __init__(
         self,
-        blocks: Sequence[Block],
+        blocks: Sequence[FeatureBlock],
         labels: np.ndarray,
         used: np.ndarray,
         class_weights: np.ndarray,

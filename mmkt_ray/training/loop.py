@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.training_record import Epoch, ValScores
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.scoring.heldout import as_train
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.batches import EpochBatches, Worker, complete_rows, feature_statistics, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
+from mmkt_ray.training.criterion import Criterion, Distillation
 from mmkt_ray.training.methods.augment import augment_batch, check_augment
 from mmkt_ray.training.methods.balance import LEARNERS
 from mmkt_ray.training.methods.imbalance import add_synthetic, keep_labels, leave_out, read_excluded, sampling_weights
 from mmkt_ray.training.methods.task_weighting import TASK_WEIGHTINGS
 from mmkt_ray.training.methods.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
-from mmkt_ray.training.objective import Distillation, Objective
 from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.validation import validate
 
@@ -42,14 +43,19 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a finished run leaves."""
+    """A fitted model and its training record."""
 
     model: MultimodalModel  # in eval mode, with the best epoch's weights, or the last one's where there is no val split
-    history: list[dict[str, Any]]  # per epoch: epoch (from 1), train_loss, val (scores or None), seconds
+    epochs: list[Epoch]
     best_epoch: int  # from 1
-    val: dict[str, Any] | None  # scores of the best epoch
+    val: ValScores | None  # of the best epoch
     num_parameters: dict[str, int]  # by part of the model
     seconds: float  # of all epochs, those before a resume included
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs as JSON has them."""
+        return [epoch.to_dict() for epoch in self.epochs]
 
 
 def fit(
@@ -78,11 +84,11 @@ def fit(
         if saved is not None:
             run.load_state(*saved)
         while not run.finished:
-            record = run.run_epoch()
+            epoch = run.run_epoch()
             if checkpoint is not None and worker.rank == 0:
                 checkpoint.save(*run.state())
             if report is not None:
-                report(record)
+                report({**epoch.to_dict(), "num_epochs": run.num_epochs})
         return run.result()
 
 
@@ -100,9 +106,9 @@ def spec_of(config: Config, table: FeatureTable) -> ModelSpec:
 def training_rows(
     config: Config, table: FeatureTable, targets: Mapping[str, np.ndarray]
 ) -> tuple[FeatureTable, np.ndarray]:
-    """The table as `training` wants it, some rows or labels taken away, and its train rows to learn from.
+    """The table without the rows and labels that `training` leaves out, and the train rows to learn from.
 
-    targets: what teachers say, task -> (N, C); rows that they can read teach without a label too.
+    targets: task -> teachers' probabilities (N, C); rows with targets are learnt from even without a label.
 
     Raises: DataError if a task has nothing to learn.
     """
@@ -126,7 +132,7 @@ def training_rows(
 
 
 def can_learn(config: Config, table: FeatureTable) -> bool:
-    """Whether train and val have something to teach each task of the model."""
+    """Whether each task of the model can be learnt from train and val together."""
     try:
         training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
     except DataError:
@@ -135,7 +141,7 @@ def can_learn(config: Config, table: FeatureTable) -> bool:
 
 
 class Fitting:
-    """A run between two epochs: model, optimiser, and what is known so far."""
+    """The state of a run between two epochs: model, optimiser, epochs so far."""
 
     def __init__(
         self,
@@ -171,12 +177,12 @@ class Fitting:
             weights=sampling_weights(table, train_rows) if self.training.resample else None,
             targets=targets,
         )
-        objective = build_objective(config, table, train_rows, worker)
+        criterion = build_criterion(config, table, train_rows, worker)
         spec = self.model.spec
         weighting = TASK_WEIGHTINGS[self.training.task_weighting](spec.tasks, spec.kinds, worker)
-        self.learner = LEARNERS[self.training.balance](self.model, objective, weighting, worker).to(worker.device)
+        self.learner = LEARNERS[self.training.balance](self.model, criterion, weighting, worker).to(worker.device)
         self.net = parallel(self.learner, worker)
-        self.history: list[dict[str, Any]] = []
+        self.epochs: list[Epoch] = []
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}  # the best epoch's weights; empty without a val split
 
@@ -194,26 +200,27 @@ class Fitting:
     @property
     def finished(self) -> bool:
         """All epochs are done, or `patience` epochs went by without a better score."""
-        waited = len(self.history) - self.best_epoch
-        return len(self.history) >= self.num_epochs or 0 < self.training.patience <= waited
+        waited = len(self.epochs) - self.best_epoch
+        return len(self.epochs) >= self.num_epochs or 0 < self.training.patience <= waited
 
-    def run_epoch(self) -> dict[str, Any]:
-        """Train one epoch, validate, keep the weights if they are the best so far; the epoch's record."""
-        started_s, epoch = time.perf_counter(), len(self.history) + 1
+    def run_epoch(self) -> Epoch:
+        """Train one epoch, validate, keep the weights if they are the best so far."""
+        started_s, epoch = time.perf_counter(), len(self.epochs) + 1
         train_loss = self._train_epoch(epoch)
         if not math.isfinite(train_loss):
             raise diverged(self.training.lr, train_loss, epoch)
         self.learner.end_epoch(epoch, self.table, self.train_rows, self.val_rows)
         rows, extra = self.val_rows, self.score.extra
         val = validate(self.model, self.table, rows, self.worker, metric=extra) if len(rows) else None
-        record = {"epoch": epoch, "train_loss": train_loss, "val": val, "seconds": time.perf_counter() - started_s}
-        best = self.history[self.best_epoch - 1]["val"] if self.best_epoch else None
-        top = max((self.score(r["val"]) for r in self.history if r["val"]), default=-math.inf)
-        self.history.append(record)
-        if val is None or best is None or is_better(val, best, top, len(self.val_rows), self.score):
+        best = self.epochs[self.best_epoch - 1].val if self.best_epoch else None
+        top = max((self.score(e.val.metrics) for e in self.epochs if e.val), default=-math.inf)
+        scores = None if val is None else ValScores.model_validate(val)
+        seconds = time.perf_counter() - started_s
+        self.epochs.append(Epoch(epoch=epoch, train_loss=train_loss, val=scores, seconds=seconds))
+        if val is None or best is None or is_better(val, best.to_dict(), top, len(self.val_rows), self.score):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
-        return {**record, "num_epochs": self.num_epochs}
+        return self.epochs[-1]
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the train rows; the mean loss of its steps over all ranks."""
@@ -236,7 +243,7 @@ class Fitting:
         return total.item() / num_steps
 
     def _frozen(self, epoch: int) -> list[nn.Parameter]:
-        """Parameters that were taken over and do not learn in this epoch."""
+        """Parameters from `training.transfer.init` that are not trained in this epoch."""
         num_stages = len(self.taken_over)
         learning = trainable_stages(self.training.transfer.tuning, num_stages, epoch, self.num_epochs)
         return [p for stage, parameters in enumerate(self.taken_over) if stage not in learning for p in parameters]
@@ -247,7 +254,7 @@ class Fitting:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        return tensors, {"history": self.history, "best_epoch": self.best_epoch}
+        return tensors, {"history": [epoch.to_dict() for epoch in self.epochs], "best_epoch": self.best_epoch}
 
     def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Take back what `state` returned."""
@@ -258,27 +265,28 @@ class Fitting:
             index, name = key.split(".")
             slots.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.history, self.best_epoch = list(rest["history"]), rest["best_epoch"]
+        self.epochs = [Epoch.model_validate(epoch) for epoch in rest["history"]]
+        self.best_epoch = rest["best_epoch"]
 
     def result(self) -> FitResult:
-        """The finished run, its model at the best epoch."""
+        """The result, with the model of the best epoch."""
         if self.best:
             self.model.load_state_dict(self.best)
         return FitResult(
             model=self.model.eval(),
-            history=self.history,
+            epochs=self.epochs,
             best_epoch=self.best_epoch,
-            val=self.history[self.best_epoch - 1]["val"],
+            val=self.epochs[self.best_epoch - 1].val,
             num_parameters=self.model.num_parameters_by_part(),
-            seconds=sum(record["seconds"] for record in self.history),
+            seconds=sum(epoch.seconds for epoch in self.epochs),
         )
 
 
 def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int, score: Score) -> bool:
-    """Whether an epoch's val scores are better than those of the best epoch so far; top: the highest score so far.
+    """Whether an epoch's val scores are better than those of the best epoch so far. top: the highest score so far.
 
-    Scores in [0, 1] that differ by less than half a standard error of a share over so many rows are level, others only if
-    they are equal: the lower loss decides.
+    Scores within half a standard error of `top` are ties, and the lower loss decides. The standard error is that of a
+    share over `num_rows`; scores outside of [0, 1] tie only if they are equal.
     """
     ours, theirs = score(val), score(best)
     top = max(top, ours)
@@ -304,9 +312,9 @@ def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
     return model
 
 
-def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, worker: Worker) -> Objective:
+def build_criterion(config: Config, table: FeatureTable, rows: np.ndarray, worker: Worker) -> Criterion:
     """The losses of the tasks, with the class frequencies of `rows`."""
-    return Objective.of(
+    return Criterion.of(
         {t: labels.kind.count(labels[rows], table.width(t)) for t, labels in table.labels.items()},
         table.kinds,
         class_weights=config.training.class_weights,
@@ -318,7 +326,7 @@ def build_objective(config: Config, table: FeatureTable, rows: np.ndarray, worke
 
 
 def diverged(lr: float, loss: float, epoch: int) -> ConfigError:
-    """The error of a loss that is no number."""
+    """The error for a loss that is not finite."""
     return ConfigError(f"the training loss is {loss} in epoch {epoch}: lower training.lr (now {lr:g})")
 
 

@@ -1,8 +1,8 @@
-"""Models of one architecture and one seed as one: parameters with one more axis in front, and AdamW over them.
+"""Models of one architecture and one seed, stacked: parameters with one more axis in front, and AdamW over them.
 
-A step is a handful of wide products instead of P small ones. The members start from the same weights, read the same batches
-and draw the same random numbers (a dropout mask is where the number falls below the member's own rate), just as each would
-alone with that seed: so a member's result is that of `fit` with its config.
+A step is a few wide products instead of P small ones each. The members start from the same weights, read the same
+batches and draw the same random numbers, as each would alone with that seed. (A member's dropout mask is where the
+number is below its own rate.) So a member's result is that of `fit` with its config.
 
 Axes: P members, N trained numbers of each, B rows of a batch, C classes of one task.
 
@@ -23,9 +23,9 @@ from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.training.batches import Worker
+from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import Fitting, build_objective, spec_of
-from mmkt_ray.training.objective import Objective
+from mmkt_ray.training.loop import Fitting, build_criterion, spec_of
 
 MEMBER_KEYS = frozenset(
     {
@@ -45,8 +45,8 @@ class ModelStack:
     """P models between two steps."""
 
     config: Config
-    run: Fitting  # rows, batches and the weights that all start from
-    plain_objective: Objective  # with the config's label smoothing
+    run: Fitting  # rows, batches, and the initial weights of all members
+    plain_criterion: Criterion  # with the config's label smoothing
     layout: list[tuple[str, nn.Parameter]]  # the parameters in the order of the columns: matrices, which decay, come first
     rate_keys: dict[str, str]  # buffer of the model -> of MEMBER_KEYS
     values: dict[str, Tensor]  # of MEMBER_KEYS -> (P,)
@@ -65,7 +65,7 @@ class ModelStack:
         return cls(
             config,
             run,
-            build_objective(config, run.table, run.train_rows, run.worker),
+            build_criterion(config, run.table, run.train_rows, run.worker),
             layout,
             {name: f"model.{field}" for name, field in run.model.dropout_rates().items()},
             {key: _column(config, members, key).to(device) for key in MEMBER_KEYS},
@@ -96,9 +96,9 @@ class ModelStack:
         )
 
     @property
-    def objective(self) -> Objective:
+    def criterion(self) -> Criterion:
         """Of logits (P, B, C): each member's losses with its own label smoothing."""
-        return replace(self.plain_objective, label_smoothing=self.values["training.label_smoothing"])
+        return replace(self.plain_criterion, label_smoothing=self.values["training.label_smoothing"])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """(P, N) as parameter name -> (P, ..), detached."""
@@ -106,7 +106,7 @@ class ModelStack:
         return {name: part.view(-1, *p.shape) for (name, p), part in zip(self.layout, columns, strict=True)}
 
     def trainable(self) -> dict[str, Tensor]:
-        """The weights by parameter name, to be differentiated by."""
+        """The weights by parameter name, with gradients."""
         return {name: p.requires_grad_() for name, p in self.views(self.weights).items()}
 
     def forward(
@@ -116,7 +116,7 @@ class ModelStack:
         features: Mapping[str, FeatureBatch],
         present: Mapping[str, Tensor],
     ) -> Logits:
-        """Each member's logits, task -> (P, B, C). model: `run.model`, in the mode that is wanted."""
+        """Each member's logits, task -> (P, B, C). model: `run.model`, in train or eval mode."""
         tensors = {**parameters, **self._rates()}
         found: Logits = functional_call(model, tensors, (features, present), tie_weights=False)  # a model ties none
         return found

@@ -1,4 +1,4 @@
-"""How weights move: AdamW, and its learning rate over the steps of a run.
+"""The optimiser, AdamW, and its learning-rate schedule.
 
 Sources: AdamW (https://arxiv.org/abs/1711.05101), cosine decay (https://arxiv.org/abs/1608.03983).
 """

@@ -1,4 +1,4 @@
-"""Candidates of one architecture and one seed, trained as one stack on the same minibatches, with what is known of each.
+"""Candidates of one architecture and one seed, trained as one stack on the same minibatches, with each one's scores.
 
 Members differ in learning rate, weight decay, label smoothing and dropout rates; see `model_stack`.
 
@@ -70,7 +70,7 @@ class Population:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def train(self, until_epoch: int) -> None:
-        """Train on until so many epochs are done, validating after each. A diverged member's score becomes NaN."""
+        """Train until so many epochs are done, validating after each. A diverged member's score becomes NaN."""
         for epoch in range(self.epoch + 1, until_epoch + 1):
             self._train_epoch(epoch)
             self.epoch = epoch
@@ -81,9 +81,9 @@ class Population:
         model, batches = run.model.train(), run.batches
         num_steps = config.training.epochs * batches.num_steps
         torch.manual_seed(seed_of(config.training_seed, epoch, 0))
-        parameters, objective = stack.trainable(), stack.objective
+        parameters, criterion = stack.trainable(), stack.criterion
         for step, batch in enumerate(batches.epoch(epoch), start=(epoch - 1) * batches.num_steps):
-            losses = objective.of_batch(stack.forward(model, parameters, batch.features, batch.present), batch)
+            losses = criterion.of_batch(stack.forward(model, parameters, batch.features, batch.present), batch)
             total = torch.stack(list(losses.values())).sum()
             stack.update(torch.autograd.grad(total, list(parameters.values())), step, lr_factor(step, num_steps))
 
@@ -119,7 +119,7 @@ class Population:
                 self.tops[i] = np.fmax(self.tops[i], score)
 
     def _still_runs(self, member: int) -> bool:
-        """False once `patience` epochs went by without a better score, where alone it would have stopped."""
+        """False once `patience` epochs have passed without a better score: alone, the member would have stopped."""
         patience, best = self.stack.config.training.patience, int(self.best_epoch[member])
         return patience == 0 or best == 0 or self.epoch - best <= patience
 

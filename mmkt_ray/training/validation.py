@@ -1,4 +1,4 @@
-"""Scores on the val split, exact whatever the number of ranks: counts are summed over ranks before anything is divided.
+"""Scores on the val split. They are exact for any number of ranks: counts are summed over ranks before any division.
 
 Axes: B rows of a batch, C classes of one task, and one more for labels that the train split does not have.
 """
@@ -87,6 +87,6 @@ def summarise(tallies: Mapping[str, np.ndarray], kinds: Mapping[str, TaskKind]) 
     loss = sum((found.get("loss", 0.0) for found in scores.values()), 0.0)
     metrics = dict.fromkeys(metric for t in scores for metric in kinds[t].reported)
     by_metric = {m: {t: found[m] for t, found in scores.items() if m in found} for m in metrics}
-    told = [found[kinds[t].val_metric] for t, found in scores.items() if kinds[t].val_metric in found]
-    told = told or [found[kinds[t].main] for t, found in scores.items() if found]
-    return {"loss": loss, "score": float(np.mean(told)), **by_metric}
+    defined = [found[kinds[t].val_metric] for t, found in scores.items() if kinds[t].val_metric in found]
+    defined = defined or [found[kinds[t].main] for t, found in scores.items() if found]
+    return {"loss": loss, "score": float(np.mean(defined)), **by_metric}

@@ -92,7 +92,7 @@ def test_what_is_kept_makes_the_features_that_were_trained(how: str, folder: Pat
     frozen = build_encoder(section(folder).model_copy(update={"adapt": None}))
     frozen.load_state({}, encoder.rest_of_state(CLASSES))
     adapted = fitted(config, tensors)
-    save_fitted(adapted, config, str(tmp_path / "fitted"), {})
+    save_fitted(adapted, config, str(tmp_path / "fitted"))
     again = load_fitted(build_encoder(config), str(tmp_path / "fitted"))
     np.testing.assert_array_equal(again.encode(rows), adapted.encode(rows))
     best = min(range(len(seen)), key=lambda i: seen[i]["val_loss"])
@@ -145,7 +145,7 @@ def test_no_train_value_is_encoded_by_a_network_that_learnt_it(folder: Path, tmp
     tensors = train(config, on_epoch=lambda _, __, state_fn: states.append(state_fn()))
     assert len(states) == 6
     encoder = fitted(config, tensors)
-    save_fitted(encoder, config, str(tmp_path / "fitted"), {})
+    save_fitted(encoder, config, str(tmp_path / "fitted"))
     again = load_fitted(build_encoder(config), str(tmp_path / "fitted"))
     rows, new = texts(160, 0)[0], [" ".join(WORDS[i:]) for i in range(6)]
     values, labels, held_out = data(encoder)

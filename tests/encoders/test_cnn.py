@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmkt_ray.encoders.cnn import MIN_IMAGE_SIZE, SmallCNN
-from mmkt_ray.encoders.cnn_training import CNNRecipe, augment_batch, fit_cnn
+from mmkt_ray.encoders.cnn_training import CNNRecipe, augment_images, fit_cnn
 from mmkt_ray.encoders.device import Forward
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_augmentation_moves_each_image_on_its_own():
     still = np.zeros(64, bool)
 
     def augment(*names: str, mirror: np.ndarray = still, seed: int = 0) -> torch.Tensor:
-        return augment_batch(images, mirror, replace(RECIPE, augment=names), (seed,))
+        return augment_images(images, mirror, replace(RECIPE, augment=names), (seed,))
 
     moved = augment("crop")
     assert len({int((image[0] == 255).flatten().nonzero()[0]) for image in moved}) > 10
@@ -143,7 +143,7 @@ def test_augmentation_moves_each_image_on_its_own():
     assert torch.equal(augment(mirror=~still), images.flip(-1))
     ramp = torch.arange(16, dtype=torch.uint8).expand(64, 3, 16, 16)  # as NumPy reflects a border
     borders = np.pad(np.arange(16), 2, mode="reflect")
-    shifted = augment_batch(ramp, still, replace(RECIPE, augment=("crop",)), (0,))[:, 0, 0].tolist()
+    shifted = augment_images(ramp, still, replace(RECIPE, augment=("crop",)), (0,))[:, 0, 0].tolist()
     assert {tuple(row) for row in shifted} == {tuple(borders[at : at + 16].tolist()) for at in range(5)}
     blanked = augment("cutout")
     assert ((blanked == 128).sum(dim=(1, 2, 3)) == 3 * 4 * 4).sum() >= 63  # image 128 - 1 is not among them

@@ -192,8 +192,8 @@ def test_two_towers_share_a_space(network: str, dim: int, tmp_path: Path):
     assert of_images.dim == of_texts.dim == dim
     np.testing.assert_allclose(of_images.encode([of_images.prepare(p) for p in pictures()]), unit(images), atol=1e-4)
     np.testing.assert_allclose(of_texts.encode(TEXTS), unit(texts), atol=1e-4)
-    one, other = (save_fitted(e, e.config, str(tmp_path / k), {}) for e, k in ((of_images, "i"), (of_texts, "t")))
-    assert one["fingerprint"] != other["fingerprint"]
+    one, other = (save_fitted(e, e.config, str(tmp_path / k)) for e, k in ((of_images, "i"), (of_texts, "t")))
+    assert one.fingerprint != other.fingerprint
 
 
 # --- sounds --------------------
@@ -278,7 +278,7 @@ def test_another_processor_is_another_encoder(tmp_path: Path):
     """Catches features of images that were normalised otherwise, in one store."""
     folder = image_folder(tmp_path / "vit", "ViT")
     encoder = encoder_of(folder, "image")
-    save_fitted(encoder, encoder.config, str(tmp_path / "fitted"), {})
+    save_fitted(encoder, encoder.config, str(tmp_path / "fitted"))
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
     with pytest.raises(DataError, match="are not those"):

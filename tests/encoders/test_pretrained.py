@@ -17,8 +17,12 @@ from torch import nn
 
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
-from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder, TorchvisionImageEncoder, backbone_dim
-from mmkt_ray.encoders.pretrained.texts import MinilmTextEncoder
+from mmkt_ray.encoders.pretrained.image_networks import (
+    EfficientNetLite0ImageEncoder,
+    TorchvisionImageEncoder,
+    backbone_dim,
+)
+from mmkt_ray.encoders.pretrained.text_networks import MinilmTextEncoder
 from mmkt_ray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.slow
@@ -124,14 +128,14 @@ def test_what_cannot_be_built_is_refused_at_once(change: dict[str, Any], message
 def test_other_weights_than_those_of_the_features_are_refused(tmp_path: Path):
     """Catches a prediction through weights that were exchanged under the same name."""
     model, section = resnet(tmp_path)
-    card = save_fitted(build_encoder(section), section, str(tmp_path / "fitted"), {})
+    card = save_fitted(build_encoder(section), section, str(tmp_path / "fitted"))
     assert sum(f.stat().st_size for f in (tmp_path / "fitted").iterdir()) < 5000
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, 0] += 1
     save_file(model.state_dict(), section.weights)
     with pytest.raises(DataError, match="are not those that the features were made with"):
         load_fitted(build_encoder(section), str(tmp_path / "fitted"))
-    assert save_fitted(build_encoder(section), section, str(tmp_path / "new"), {})["fingerprint"] != card["fingerprint"]
+    assert save_fitted(build_encoder(section), section, str(tmp_path / "new")).fingerprint != card.fingerprint
 
 
 class Payload:
@@ -252,7 +256,7 @@ def test_a_texts_features_do_not_depend_on_its_neighbours(folder: Path):
 def test_a_changed_tokenizer_is_another_encoder(folder: Path, tmp_path: Path):
     """Catches features of old and new words in one store: the weights are the same, their inputs are not."""
     section = HuggingFaceEncoder.Section(folder=str(folder), max_tokens=64)
-    save_fitted(build_encoder(section), section, str(tmp_path / "fitted"), {})
+    save_fitted(build_encoder(section), section, str(tmp_path / "fitted"))
     load_fitted(build_encoder(section), str(tmp_path / "fitted"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {"cat": 5, "mat": 4}

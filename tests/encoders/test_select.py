@@ -72,8 +72,8 @@ def test_scores_are_scikit_learns(by: str, sparse: bool, tmp_path: Any) -> None:
     assert sp.issparse(chosen) == reducer.sparse == sparse
     np.testing.assert_array_equal(chosen.toarray() if sparse else chosen, (features.toarray() if sparse else features)[:, best])
     reducer.name_features([f"term{i}" for i in range(40)])
-    card = save_fitted(reducer, SelectReducer.Section(by=by, task="t", dim=8), str(tmp_path), {})  # type: ignore[arg-type]
-    named = card["rest"]["found"]["selected"]
+    card = save_fitted(reducer, SelectReducer.Section(by=by, task="t", dim=8), str(tmp_path))  # type: ignore[arg-type]
+    named = card.found["selected"]
     assert named[0] == [f"term{scores.argmax()}", pytest.approx(scores.max(), rel=1e-5)]
     again = load_reducer(str(tmp_path))
     assert (again.sparse, again.dim) == (sparse, 8)

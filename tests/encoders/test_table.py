@@ -11,7 +11,7 @@ from mmkt_ray.config.modalities import ModalityConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.table import TableEncoder, piecewise_linear
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.tables import MAX_VALUES, Values, items_of, read_boolean, read_date, read_number
+from mmkt_ray.kinds.table_rows import MAX_VALUES, ValueCounts, items_of, read_boolean, read_date, read_number
 
 Row = dict[str, str]
 
@@ -87,12 +87,12 @@ def test_shards_do_not_matter(options: dict[str, Any], tmp_path: Any) -> None:
         assert other.state()[1] == once.state()[1]
         pd.testing.assert_frame_equal(columns(other, rows[:50]), columns(once, rows[:50]), check_exact=True)
     section = TableEncoder.Section(**options)
-    card = save_fitted(once, section, str(tmp_path), {})
+    card = save_fitted(once, section, str(tmp_path))
     again = load_fitted(build_encoder(section), str(tmp_path))
-    assert card["dim"] == again.dim
-    assert card["sparse"] == again.sparse == bool(options.get("sparse"))
+    assert card.dim == again.dim
+    assert card.sparse == again.sparse == bool(options.get("sparse"))
     pd.testing.assert_frame_equal(columns(again, rows), columns(once, rows), check_exact=True)
-    assert {c: f["type"] for c, f in card["rest"]["found"]["columns"].items()} == {
+    assert {c: f["type"] for c, f in card.found["columns"].items()} == {
         "brand": "category", "new": "boolean", "on": "date", "price": "number",
     }  # fmt: skip
 
@@ -101,9 +101,9 @@ def test_many_different_numbers_are_known_closely() -> None:
     """Catches quantiles that depend on the order of merging, or that are far off, where values no longer fit."""
     numbers = np.random.default_rng(1).normal(1e6, 3, 5 * MAX_VALUES)
     ones = np.ones(len(numbers), int)
-    whole = Values.of(numbers, ones)
-    parts = [Values.of(part, ones[: len(part)]) for part in np.array_split(numbers, 7)]
-    merged = Values.merged([Values.merged(parts[:2]), Values.merged(parts[2:])])
+    whole = ValueCounts.of(numbers, ones)
+    parts = [ValueCounts.of(part, ones[: len(part)]) for part in np.array_split(numbers, 7)]
+    merged = ValueCounts.merged([ValueCounts.merged(parts[:2]), ValueCounts.merged(parts[2:])])
     assert whole.dropped == merged.dropped > 0
     assert len(whole.values) <= MAX_VALUES
     np.testing.assert_array_equal(whole.values, merged.values)
@@ -205,7 +205,7 @@ def test_a_damaged_state_is_refused(tmp_path: Any) -> None:
 
 def test_too_many_texts_for_categories(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a column of free text that takes all memory, or that leaves the features in silence."""
-    monkeypatch.setattr("mmkt_ray.kinds.tables.MAX_TEXTS", 30)
+    monkeypatch.setattr("mmkt_ray.kinds.table_rows.MAX_TEXTS", 30)
     rows = [{"told": f"text {i}", "size": str(i % 7)} for i in range(40)]
     assert set(columns(fitted(rows, (20,)), rows)) == {"size"}
     assert "column 'told' has more than 30 different texts, too many for categories: it is left out" in caplog.text

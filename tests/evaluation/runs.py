@@ -190,7 +190,7 @@ def write_shards(folder: Path, samples: Mapping[str, Any]) -> None:
 def train_variant(config: Config, store: Store, model_uri: str) -> None:
     """Fit and publish one model, as training does without Ray."""
     result = fit(config, store.table(config.model_modalities, config.model_tasks))
-    training = make_training(history=result.history, seconds=result.seconds, val=result.val)
+    training = make_training(history=result.epochs, seconds=result.seconds, val=result.val)
     save_model(model_uri, result.model, config, store.manifest, training)
 
 

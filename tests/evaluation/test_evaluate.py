@@ -21,7 +21,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.baselines import evaluate_baselines
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
-from mmkt_ray.features import table as table_module
+from mmkt_ray.features import feature_table as table_module
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference import rows as rows_module
 from mmkt_ray.inference.model_card import read_card, write_card

@@ -141,7 +141,7 @@ def test_a_store_without_hashes_is_published_without_duplicates(tmp_path: Path, 
     path = tmp_path / "data" / "u-000000-end.parquet"
     pq.write_table(pq.read_table(path).drop_columns([hash_of("image"), hash_of("text")]), path)
     found = audit(str(tmp_path), ["u-000000-end.parquet"], ["image", "text"], ["colour"])
-    assert (found["num_rows"], found["samples"]["num_groups"], found["modalities"]) == (3, 0, {})
+    assert (found.num_rows, found.samples.num_groups, found.modalities) == (3, 0, {})
 
 
 @settings(max_examples=100, deadline=None)
@@ -223,7 +223,7 @@ def test_encoding_writes_hashes_and_what_was_cleaned(shapes: Path, make_config: 
     text = {"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.0}}
     config = make_config(samples__sources=[source], modalities__text__encoder=text)
     for name, modality in config.modalities.items():
-        save_fitted(build_encoder(modality.encoder), modality.encoder, str(shapes / name), {"units": []})
+        save_fitted(build_encoder(modality.encoder), modality.encoder, str(shapes / name))
     encode = EncodeChunk(EncodePlan(config, {m: str(shapes / m) for m in MODALITIES}, {}, False, 1))
     plan = ReadingPlan.of(config)
     batch = next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))

@@ -39,7 +39,7 @@ def image_config(make_config: MakeConfig, shapes: Path) -> Config:
 
 def encoder_folders(config: Config, folder: Path) -> dict[str, str]:
     for name, modality in config.modalities.items():
-        save_fitted(build_encoder(modality.encoder), modality.encoder, str(folder / name), {"units": []})
+        save_fitted(build_encoder(modality.encoder), modality.encoder, str(folder / name))
     return {name: str(folder / name) for name in config.modalities}
 
 
@@ -171,8 +171,8 @@ def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConf
     section = config.modalities["image"].encoder
     image, text = build_encoder(section), build_encoder(config.modalities["text"].encoder)
     image.adopt(SmallCNN(2, image_size=12, width=8), ["blue", "red"])  # type: ignore[attr-defined]
-    save_fitted(image, section, str(shapes / "image"), {"units": []})
-    save_fitted(text, config.modalities["text"].encoder, str(shapes / "text"), {"units": []})
+    save_fitted(image, section, str(shapes / "image"))
+    save_fitted(text, config.modalities["text"].encoder, str(shapes / "text"))
     folders = {"image": str(shapes / "image"), "text": str(shapes / "text")}
     encode = EncodeChunk(EncodePlan(config, folders, reuse={}, use_gpu=False, num_threads=1))
     plan = ReadingPlan.of(config)

@@ -34,7 +34,7 @@ def fitted(config: Config, folder: Path) -> dict[str, str]:
         encoder: Any = build_encoder(modality.encoder)
         if hasattr(encoder, "partial"):
             encoder.finish(encoder_statistics(modality.encoder, plan.only(name), config.samples, list_shards(plan)[0], ()))
-        save_fitted(encoder, modality.encoder, str(folder / name), {"units": []})
+        save_fitted(encoder, modality.encoder, str(folder / name))
     return {name: str(folder / name) for name in config.modalities}
 
 

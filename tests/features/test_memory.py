@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features import table as table_module
+from mmkt_ray.features import feature_table as table_module
 from mmkt_ray.features.audit import audit
 from mmkt_ray.features.combine import ABSENT, gather, join, read_index
 from mmkt_ray.features.fit import merge_in_tree

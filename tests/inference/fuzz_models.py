@@ -40,7 +40,7 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.prediction import finite, prediction_config, restrict, usable_encoders
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
-from mmkt_ray.models.experts import ExpertModel, ExpertSpec
+from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
 from tests.manifests import make_manifest, make_training
 from tests.samples.fuzz_worker import Watch, peak_bytes
 
@@ -124,16 +124,16 @@ def write_encoders(folder: Path, config: Config) -> dict[str, Any]:
         elif section.encoder.name == "cnn":
             torch.manual_seed(0)
             encoder.adopt(SmallCNN(2, image_size=16, width=8), ["a", "b"])
-        cards = [save_fitted(encoder, section.encoder, str(folder / "encoders" / m), {"units": []})]
+        cards = [save_fitted(encoder, section.encoder, str(folder / "encoders" / m))]
         if section.reduce is not None:
             values = texts if section.kind.is_text else [encoder.prepare(v) for v in IMAGES if v is not None]
             reducer = build_reducer(section.reduce)
             reducer.finish(reducer.partial(encoder.encode(values)))
-            cards.append(save_fitted(reducer, section.reduce, str(folder / "encoders" / f"{m}-small"), {"units": []}))
-        prints = [card["fingerprint"] for card in cards]
+            cards.append(save_fitted(reducer, section.reduce, str(folder / "encoders" / f"{m}-small")))
+        prints = [card.fingerprint for card in cards]
         entries[m] = {
-            "dim": cards[-1]["dim"],
-            "sparse": cards[-1]["sparse"],
+            "dim": cards[-1].dim,
+            "sparse": cards[-1].sparse,
             "fingerprint": prints[0] if len(prints) == 1 else build.fingerprint(prints),
             "folders": [m, f"{m}-small"][: len(cards)],
         }
@@ -321,7 +321,8 @@ def resealed(files: Files, keep_fingerprint: bool) -> Files:
         folder = name.rsplit("/", 2)[1]
         try:
             card, tensors = json.loads(files[name]), load_tensors(files[name.replace("encoder.json", "state.safetensors")])
-            card["fingerprint"] = prints[folder] = build._fingerprint(card, tensors)
+            made_by = (card["config"], card["version"], card["rest"])
+            card["fingerprint"] = prints[folder] = build._fingerprint(*made_by, tensors)
             files[name] = json.dumps(card).encode()
         except Exception:
             continue  # it has no fingerprint

@@ -112,10 +112,10 @@ def write_model(folder: Path, config: Config) -> Path:
             encoder = build_encoder(section.encoder)
             if m == "text":
                 encoder.finish(encoder.partial(["a red car", "a blue cat"]))
-            card = save_fitted(encoder, section.encoder, str(folder / "encoders" / m), {"units": []})
+            card = save_fitted(encoder, section.encoder, str(folder / "encoders" / m))
+            entries[m] = {"dim": card.dim, "fingerprint": card.fingerprint, "folders": [m]}
         else:
-            card = {"dim": 2, "fingerprint": "x", "sparse": False}
-        entries[m] = {k: card[k] for k in ("dim", "fingerprint")} | {"folders": [m]}
+            entries[m] = {"dim": 2, "fingerprint": "x", "folders": [m]}
     sparse = {"image": False, "text": config.modalities["text"].encoder.name == "tfidf"}
     dims = {m: e["dim"] for m, e in entries.items()}
     spec = build_spec(config, dims, sparse, {"thing": 2, "colour": 2})
@@ -182,7 +182,7 @@ def test_encoders_lie_in_the_folder_and_are_those_of_the_model(tmp_path):
     text.unlink()
     other = build_encoder(config.modalities["text"].encoder)
     other.finish(other.partial(["a fast bird", "a slow fish"]))
-    save_fitted(other, config.modalities["text"].encoder, str(text), {"units": []})
+    save_fitted(other, config.modalities["text"].encoder, str(text))
     refuse(folder, tmp_path, "not the one that the model was trained with")
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_new_rows_need_nothing_but_a_modality(config, tmp_path, suffix):

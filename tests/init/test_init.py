@@ -16,7 +16,7 @@ from mmkt_ray.cli import main
 from mmkt_ray.config import load_config
 from mmkt_ray.doctor import look_at_columns, look_at_source
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.init.columns import KINDS, Look, classify, classify_all, classify_target
+from mmkt_ray.init.classify import KINDS, Look, classify, classify_all, classify_target
 from mmkt_ray.init.writing import init
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks

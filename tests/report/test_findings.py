@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.api.results import results
+from mmkt_ray.api.runs import results
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card, write_card

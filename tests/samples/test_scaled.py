@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
-from mmkt_ray.encoders.pretrained.images import EfficientNetLite0ImageEncoder
+from mmkt_ray.encoders.pretrained.image_networks import EfficientNetLite0ImageEncoder
 from mmkt_ray.kinds.content import hash_array
 from mmkt_ray.kinds.images import InputSize, decode_file, decode_image, resized
 

@@ -8,7 +8,7 @@ from scipy.stats import beta, multinomial, permutation_test
 from sklearn.metrics import accuracy_score, f1_score
 
 from mmkt_ray.kinds.class_metrics import classification_metrics
-from mmkt_ray.kinds.outcomes import Outcome
+from mmkt_ray.kinds.outcomes import ClassOutcome
 from mmkt_ray.scoring.intervals import (
     bootstrap_intervals,
     exact_p,
@@ -28,7 +28,7 @@ METRICS = ("accuracy", "macro_f1")
 def test_95_percent_intervals_cover_the_truth_about_95_percent_of_the_time():
     """Catches wrong percentiles (90 % for 95 %) and resamples of the wrong size: coverage leaves 90 to 99 %."""
     joint = np.array([[0.30, 0.06, 0.04], [0.05, 0.22, 0.03], [0.05, 0.05, 0.20]])  # P(label, prediction)
-    truth = Outcome.of_codes(*np.divmod(np.arange(9), 3), 3).scores(joint.reshape(1, 9))
+    truth = ClassOutcome.of_codes(*np.divmod(np.arange(9), 3), 3).scores(joint.reshape(1, 9))
     rng = np.random.default_rng(0)
     covered = dict.fromkeys(METRICS, 0)
     num_studies = 300

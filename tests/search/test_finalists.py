@@ -5,7 +5,7 @@ import torch
 from mmkt_ray import storage
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.models import ExpertModel
-from mmkt_ray.search.finalists import _fit_one, seeded, tell
+from mmkt_ray.search.finalists import _fit_one, score_finalists, seeded
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import search_score
 from mmkt_ray.training.loop import fit
@@ -55,11 +55,11 @@ def test_finalists_of_different_tasks_are_compared_on_those_that_both_have(make_
     for role, tasks in (("both", ["mood", "topic"]), ("alone", ["topic"])):
         folders[role] = [str(tmp_path / role)]
         _fit_one(built.configure({"model.tasks": tasks}), store.uri, folders[role][0])
-    result = tell(built, search_score(built, store.table()), folders, store)
-    assert result["winner"] == "both"
-    assert result["finalists"]["alone"]["test"].keys() == {"topic"}
-    assert result["versus"]["alone"].keys() == {"topic"}
-    assert set(result["versus"]["alone"]["topic"]) == {"num_rows", "accuracy", "macro_f1", "balanced_accuracy"}
+    result = score_finalists(built, search_score(built, store.table()), folders, store)
+    assert result.winner == "both"
+    assert result.finalists["alone"].test.keys() == {"topic"}
+    assert result.versus["alone"].keys() == {"topic"}
+    assert set(result.versus["alone"]["topic"].metrics) == {"accuracy", "macro_f1", "balanced_accuracy"}
     card = load_model(folders["alone"][0])[1]
     val = [epoch.score("balanced_accuracy", "topic") for epoch in card.fit.history]
     assert card.fit.best_epoch == val.index(max(val)) + 1

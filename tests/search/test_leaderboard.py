@@ -9,10 +9,10 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.search.finalists import choose_finalists
-from mmkt_ray.search.insight import anytime_curve, importance, search_insight
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import search_digest
 from mmkt_ray.search.space import build_space
+from mmkt_ray.search.summary import anytime_curve, importance, summarise_search
 from mmkt_ray.search.trial import SearchContext, Trial, stacks_per_trial
 
 HIERARCHICAL = {"model.fusion.name": "hierarchical", "model.fusion.depth": 2, "model.sharing": "task"}
@@ -143,18 +143,18 @@ def test_insight_has_the_best_of_each_cell(done):
     """Catches a heat map that mixes its axes up or counts references, and importances that do not add up."""
     job, _ = done
     rows = job.leaderboard.read()
-    found = search_insight(job.space, rows)
-    fusion, depth = found["heat_maps"]
-    assert (fusion["row_names"], fusion["column_names"]) == (["concat", "hierarchical"], ["task", "task_modality"])
+    found = summarise_search(job.space, rows)
+    fusion, depth = found.heat_maps
+    assert (fusion.row_names, fusion.column_names) == (["concat", "hierarchical"], ["task", "task_modality"])
     best = {
         name: rows[(rows["model.fusion.name"] == name) & rows["reference"].isna()]["score"].max()
-        for name in fusion["row_names"]
+        for name in fusion.row_names
     }
-    assert fusion["score"] == [[None, best["concat"]], [best["hierarchical"], None]]
-    assert fusion["candidates"] == [[0, 6], [6, 0]]
-    assert depth["row_names"] == ["2"]
-    assert sum(found["importance"].values()) == pytest.approx(1)
-    assert {len(points) for key, points in found["slices"].items() if key.startswith("training")} == {18}
+    assert fusion.score == [[None, best["concat"]], [best["hierarchical"], None]]
+    assert fusion.candidates == [[0, 6], [6, 0]]
+    assert depth.row_names == ["2"]
+    assert sum(found.importance.values()) == pytest.approx(1)
+    assert {len(points) for key, points in found.slices.items() if key.startswith("training")} == {18}
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -178,7 +178,7 @@ def test_a_parameter_that_never_changed_explains_nothing(done, everything):
 def test_the_curve_only_rises_and_ends_with_all_candidates():
     """Catches a curve in the order of the file rather than of time."""
     rows = pd.DataFrame({"finished_at": [3.0, 1.0, 2.0, 4.0], "score": [0.5, 0.4, np.nan, 0.3]})
-    assert anytime_curve(rows) == [[1.0, 0.4, 1], [3.0, 0.5, 3], [4.0, 0.5, 4]]
+    assert anytime_curve(rows) == [(1.0, 0.4, 1), (3.0, 0.5, 3), (4.0, 0.5, 4)]
 
 
 def test_trials_take_as_many_stacks_as_leave_every_architecture_one(make_config):

@@ -8,6 +8,7 @@ import pytest
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.search import check_features, check_search, notes_of, search_digest
+from mmkt_ray.search.search_results import NumTried
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import SearchContext, Trial, search_score
 from mmkt_ray.search.tuner import Proposals, architecture_of, build_sampler, plan
@@ -69,7 +70,7 @@ def test_a_search_that_goes_on_keeps_the_numbers_of_its_plan(make_config):
 
 
 def tried(candidates, references, fused):
-    return {"candidates": candidates, "references": references, "fused": fused}
+    return NumTried(candidates=candidates, references=references, fused=fused, by_status={})
 
 
 def test_an_early_end_is_said_with_what_to_do(make_config):

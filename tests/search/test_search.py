@@ -19,6 +19,7 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
+from mmkt_ray.search.search_results import SearchResult, SearchSummary
 from tests.labels import codes_of
 
 
@@ -38,7 +39,7 @@ def test_every_candidate_is_on_the_leaderboard_with_its_parameters_and_its_end(f
     _, run_uri, result = found
     rows = read_rows(run_uri)
     assert rows["candidate"].is_unique
-    assert (result["tried"]["candidates"], result["tried"]["references"]) == (72, 18)
+    assert (result.tried.candidates, result.tried.references) == (72, 18)
     assert len(rows) == 72 + 18
     assert set(rows["status"]) == {"finished", "stopped"}
     hierarchical = rows["model.fusion.name"] == "hierarchical"
@@ -52,36 +53,36 @@ def test_every_candidate_is_on_the_leaderboard_with_its_parameters_and_its_end(f
 def test_the_winner_is_chosen_on_val_and_told_on_test(found, store):
     """Catches a winner by its test score, a test score of other rows or another model, and missing comparisons."""
     _, run_uri, result = found
-    val = {role: finalist["val"] for role, finalist in result["finalists"].items()}
-    assert result["winner"] == max(val, key=val.get)
-    assert set(result["versus"]) == set(val) - {result["winner"]}
-    assert set(result["compared_with"]) == {"best single modality", "best concat"}
-    assert set(result["compared_with"].values()) <= set(val)
-    winner = result["finalists"][result["winner"]]
-    assert len(winner["folders"]) == 2
+    val = {role: finalist.val for role, finalist in result.finalists.items()}
+    assert result.winner == max(val, key=val.get)
+    assert set(result.versus) == set(val) - {result.winner}
+    assert set(result.compared_with) == {"best single modality", "best concat"}
+    assert set(result.compared_with.values()) <= set(val)
+    winner = result.finalists[result.winner]
+    assert len(winner.folders) == 2
     table = store.table()
     test = table.take(table.rows("test"))
-    inputs = winner["modalities"]
+    inputs = winner.modalities
     accuracies = []
-    for uri in winner["folders"]:
+    for uri in winner.folders:
         model, _ = load_model(uri)
         rows = np.logical_or.reduce([test.present[m] for m in inputs])
         accuracies.append((predict_table(model, test)["topic"].argmax(axis=1) == codes_of(test.labels["topic"]))[rows].mean())
-    told = winner["test"]["topic"]["accuracy"]
-    assert told["value"] == pytest.approx(np.mean(accuracies))
-    assert told["low"] <= told["value"] <= told["high"]
-    single = result["compared_with"]["best single modality"]
-    assert result["versus"][single]["mood"]["accuracy"]["verdict"] in {"better", "worse", "tie"}
+    accuracy = winner.test["topic"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(np.mean(accuracies))
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    single = result.compared_with["best single modality"]
+    assert result.versus[single]["mood"].metrics["accuracy"]["verdict"] in {"better", "worse", "tie"}
     assert "72 candidates tried" in result_table(result)
-    assert storage.read_json(f"{run_uri}/search/report.json")["curve"][-1][2] == 90
+    assert SearchSummary.read(f"{run_uri}/search/report.json").curve[-1][2] == 90
 
 
 def test_the_winner_is_a_model_folder(found, store):
     """Catches a winner that can't be used, or is not the one of the result."""
     _, run_uri, result = found
     model, card = load_model(f"{run_uri}/models/search_winner")
-    best = result["finalists"][result["winner"]]
-    assert card.fit.val.score == pytest.approx(max(best["val_by_seed"]))
+    best = result.finalists[result.winner]
+    assert card.fit.val.score == pytest.approx(max(best.val_by_seed))
     table = store.table(model.spec.modalities, list(model.spec.tasks))
     assert np.isfinite(predict_table(model, table)["mood"]).all()
 
@@ -141,14 +142,14 @@ def test_trials_that_break_off_are_made_up_for(found, store, tmp_path, monkeypat
 def test_a_spent_time_budget_starts_nothing(found, make_config, store, tmp_path, monkeypatch):
     """Catches a restart that begins its time anew; a longer budget goes on."""
     _, run_uri, result = found
-    config = make_config(**{"search.max_candidates": 1000, "search.time_budget_s": result["seconds"]})
+    config = make_config(**{"search.max_candidates": 1000, "search.time_budget_s": result.seconds})
     space = check_search(config)
     board = Leaderboard(f"{run_uri}/search", space, search_digest(space, config.search, store))
     asked = []
     monkeypatch.setattr("mmkt_ray.search.search.run_trials", lambda *args: asked.append(args[2:]))
     explore(space, config.search, board, store.table())
     assert asked == []
-    longer = config.search.model_copy(update={"time_budget_s": result["seconds"] + 5})
+    longer = config.search.model_copy(update={"time_budget_s": result.seconds + 5})
     explore(space, longer, board, store.table())
     ((num_trials, seconds),) = asked
     assert seconds == pytest.approx(5)
@@ -215,7 +216,7 @@ def test_rows_left_out_are_found_from_anywhere_and_decide_the_result(
     changes = {"training.exclude": "out.parquet", "training.epochs": 1, "search.max_candidates": 6}
     config = make_config(**changes, **{"search.finalists": 1, "search.seeds": 1})
     result = search(config, store, str(tmp_path / "run"))
-    assert result["tried"] == {"candidates": 6, "references": 18, "fused": 12, "finished": 6}
+    assert result.tried.to_dict() == {"candidates": 6, "references": 18, "fused": 12, "finished": 6}
     before = search_digest(check_search(config), config.search, store)
     pq.write_table(pa.table({"sample_id": ["s0", "s4"]}), "out.parquet")
     assert search_digest(check_search(config), config.search, store) != before
@@ -232,13 +233,13 @@ def test_a_budget_of_a_moment_ends_with_what_there_is_and_says_so(ray_local, mak
     """Catches an exception, or a winner of nothing, where the time was up before any candidate had a score."""
     config = make_config(**{"search.max_candidates": 1000, "search.time_budget_s": 0.01})
     result = search(config, store, str(tmp_path))
-    assert result["notes"]
-    if result["winner"] is None:
-        assert result["tried"] == {"candidates": 0, "references": 0, "fused": 0}
+    assert result.notes
+    if result.winner is None:
+        assert result.tried.to_dict() == {"candidates": 0, "references": 0, "fused": 0}
         assert not Path(tmp_path, "models", "search_winner").exists()
     first = result_table(result).splitlines()[0]
     assert first.startswith("The time budget of 0.01 s ended")
-    assert storage.read_json(f"{tmp_path}/search/result.json") == result
+    assert SearchResult.read(f"{tmp_path}/search/result.json") == result
 
 
 def test_searching_over_tasks_ends_with_a_winner(ray_local, make_config, store, tmp_path):
@@ -251,6 +252,6 @@ def test_searching_over_tasks_ends_with_a_winner(ray_local, make_config, store, 
     alone = rows[rows["model.tasks"] == '["topic"]']
     assert alone["macro_f1.mood"].isna().all()
     assert (alone["score"] < alone["macro_f1.topic"]).any()  # mood counts as the constant prediction
-    assert result["finalists"][result["winner"]]["tasks"] == ["mood", "topic"]
-    assert {role for role, f in result["finalists"].items() if f["tasks"] == ["topic"]}
-    assert result["ensemble_test"].keys() == {"mood", "topic"}
+    assert result.finalists[result.winner].tasks == ["mood", "topic"]
+    assert {role for role, f in result.finalists.items() if f.tasks == ["topic"]}
+    assert result.ensemble_test.keys() == {"mood", "topic"}

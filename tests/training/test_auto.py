@@ -151,7 +151,7 @@ def test_a_member_is_what_it_would_be_alone(make_auto, table):
 def alone(config, table, fold, part):
     """A model trained by hand on all rows but a part."""
     run = Fitting(config, table, Worker())
-    optimizer, objective = build_optimizer(run.model, config.training.lr, config.training.weight_decay), run.learner.objective
+    optimizer, criterion = build_optimizer(run.model, config.training.lr, config.training.weight_decay), run.learner.criterion
     num_steps = run.batches.num_steps
     num_epochs = math.ceil(config.training.steps / num_steps)
     for epoch in range(1, num_epochs + 1):
@@ -161,7 +161,7 @@ def alone(config, table, fold, part):
             seen = torch.from_numpy(fold[rows] != part).float()
             totals = {t: (y.known * seen).sum() for t, y in batch.labels.items()}
             logits = run.model.train()(batch.features, batch.present)
-            losses = objective.losses(logits, batch.labels, totals, seen)
+            losses = criterion.losses(logits, batch.labels, totals, seen)
             for group in optimizer.param_groups:
                 group["lr"] = config.training.lr * lr_factor(step, num_epochs * num_steps)
             optimizer.zero_grad()

@@ -16,7 +16,7 @@ from mmkt_ray.inference.model_card import read_card, write_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_logits, predict_table
 from mmkt_ray.kinds.tasks import Multiclass, Multilabel
-from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, build_model, fused_part
+from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, fused_part, model_of_spec
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.studies.contribution import shapley_values
 from mmkt_ray.training import experts as experts_module
@@ -365,7 +365,7 @@ def test_a_model_of_an_earlier_kind_says_train_again(make_config, store_uri, tmp
     uri = str(tmp_path / "model")
     train(make_config(**{"training.epochs": 1}), store_uri, uri)
     card = read_card(uri)
-    assert build_model(card.spec).spec.to_dict() == card.spec
+    assert model_of_spec(card.spec).spec.to_dict() == card.spec
     card.spec["routes"] = {"topic": ["image", "text"]}
     write_card(uri, card)
     with pytest.raises(DataError, match="train again"):

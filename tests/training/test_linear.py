@@ -187,9 +187,9 @@ def test_the_result_reads_like_any_fit(table):
     result, heldout, extra = linear_result(config_of(training__l2=None), table)
     y, z = codes_of(table.labels["three"])[heldout.rows], heldout.logits["image+text+wide"]["three"]
     scored = y != MISSING
-    assert result.val["accuracy"]["three"] == pytest.approx((z.argmax(axis=1) == y)[scored].mean())
+    assert result.val.metrics["accuracy"]["three"] == pytest.approx((z.argmax(axis=1) == y)[scored].mean())
     assert result.best_epoch == 1
-    assert result.history[0]["val"] == result.val
+    assert result.epochs[0].val == result.val
     assert set(extra["l2"]) == set(KINDS)
     assert sum(result.num_parameters.values()) == sum(p.numel() for p in result.model.parameters())
 

@@ -18,7 +18,7 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training.batches import Worker, narrow
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.loop import Fitting, fit
-from mmkt_ray.training.methods.transfer import Knowledge, Source
+from mmkt_ray.training.methods.transfer import Knowledge, SourceModel
 from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.validation import validate
 from tests.labels import MISSING, UNSEEN, codes_of, labels_of
@@ -28,8 +28,8 @@ def weights(result):
     return {name: value.numpy() for name, value in result.model.state_dict().items()}
 
 
-def without_seconds(history):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+def without_seconds(epochs):
+    return [epoch.replaced(seconds=0.0) for epoch in epochs]
 
 
 def readable_val_rows(table):
@@ -37,7 +37,7 @@ def readable_val_rows(table):
 
 
 def assert_equal_runs(a, b):
-    assert without_seconds(a.history) == without_seconds(b.history)
+    assert without_seconds(a.epochs) == without_seconds(b.epochs)
     assert a.best_epoch == b.best_epoch
     x, y = weights(a), weights(b)
     assert x.keys() == y.keys()
@@ -63,8 +63,8 @@ def stop_after(epoch):
 def test_it_learns_what_the_features_tell(make_config, table, model):
     """A loss that does not reach the parameters; labels shuffled against features."""
     result = fit(make_config(**model, **{"training.epochs": 12, "training.lr": 0.02}), table)
-    assert result.val["accuracy"]["topic"] > 0.75
-    assert result.history[-1]["train_loss"] < 0.6 * result.history[0]["train_loss"]
+    assert result.val.metrics["accuracy"]["topic"] > 0.75
+    assert result.epochs[-1].train_loss < 0.6 * result.epochs[0].train_loss
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(make_config, table):
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(make_config, tab
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
     assert_equal_runs(one, fit(make_config(), table))
-    assert fit(make_config(seed=1), table).history[0]["train_loss"] != one.history[0]["train_loss"]
+    assert fit(make_config(seed=1), table).epochs[0].train_loss != one.epochs[0].train_loss
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -104,13 +104,13 @@ def test_validation_scores_are_scikit_learns(make_config, table):
         assert scores["accuracy"][t] == pytest.approx(accuracy_score(truth, pred))
         assert scores["macro_f1"][t] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
     assert scores["score"] == pytest.approx(np.mean(list(scores["macro_f1"].values())))
-    assert scores["macro_f1"] == result.val["macro_f1"]
+    assert scores["macro_f1"] == result.val.metrics["macro_f1"]
 
 
 def test_the_best_epoch_is_kept_and_patience_stops(make_config, table):
     """The last weights returned for the best ones; patience counted from the start."""
     result = fit(make_config(**{"training.epochs": 40, "training.patience": 3, "training.lr": 0.05}), table)
-    scores = [record["val"]["score"] for record in result.history]
+    scores = [epoch.val.score for epoch in result.epochs]
     assert len(scores) == min(40, result.best_epoch + 3)
     assert len(scores) < 40
     kept = scores[result.best_epoch - 1]
@@ -124,9 +124,9 @@ def test_of_level_epochs_the_one_with_the_lower_loss_is_kept(make_config, table)
     easy = narrow(easy.take(np.flatnonzero(easy.present["image"])), ["image"], ["topic"])
     config = make_config(**{"model.modalities": ["image"], "model.tasks": ["topic"], "training.epochs": 12})
     result = fit(config, easy)
-    level = [r for r in result.history if r["val"]["score"] == max(r["val"]["score"] for r in result.history)]
+    level = [e for e in result.epochs if e.val.score == max(e.val.score for e in result.epochs)]
     assert len(level) > 3
-    assert result.history[result.best_epoch - 1]["val"]["loss"] == min(r["val"]["loss"] for r in level)
+    assert result.epochs[result.best_epoch - 1].val.loss == min(e.val.loss for e in level)
 
 
 def test_without_validation_rows_the_last_epoch_is_kept(make_config, table):
@@ -204,7 +204,7 @@ def fit_as_rank(rank, port, configs, table, queue):
             result = fit(config, table, worker=worker)
             assert_equal_runs(result, fit(config, table, worker=worker))
             scores = validate(result.model, table, rows, worker)
-            queue.put((weights(result), without_seconds(result.history), scores))
+            queue.put((weights(result), without_seconds(result.epochs), scores))
     finally:
         dist.destroy_process_group()
 
@@ -260,9 +260,9 @@ def test_a_multilabel_task_is_learned_and_scored_as_scikit_learn_does(make_confi
     kept = (val.present["image"] | val.present["text"]) & val.labels["mood"].labelled
     truth, proba = val.labels["mood"].values[kept], predict_table(result.model, val)["mood"][kept]
     pred = proba >= 0.5
-    assert result.val["accuracy"]["mood"] == pytest.approx(accuracy_score(truth, pred))
-    assert result.val["macro_f1"]["mood"] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
-    assert result.val["macro_f1"]["mood"] > 0.55
+    assert result.val.metrics["accuracy"]["mood"] == pytest.approx(accuracy_score(truth, pred))
+    assert result.val.metrics["macro_f1"]["mood"] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
+    assert result.val.metrics["macro_f1"]["mood"] > 0.55
     text = val.present["text"][kept]
     assert (truth[text] == pred[text]).mean() > 0.85
 
@@ -321,7 +321,7 @@ def test_synthetic_rows_are_trained_on_and_do_not_shift_the_statistics(make_conf
     assert np.ptp(counts) <= 4, "rounded in each presence pattern"
     assert set(run.batches.order(1).ravel()) == set(run.train_rows)
     assert all(torch.equal(run.stds[m], plain.stds[m]) for m in run.stds)
-    assert math.isfinite(run.run_epoch()["train_loss"])
+    assert math.isfinite(run.run_epoch().train_loss)
 
 
 def test_the_imbalance_methods_help_the_rare_class(make_config, table):
@@ -360,7 +360,7 @@ def test_two_answers_to_imbalance_at_once_are_refused(make_config):
 def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config, table):
     """Catches towers that weight decay or momentum moves though they are frozen, and stages freed from the bottom."""
     classes = dict(table.class_names)
-    source = Source(fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes)
+    source = SourceModel(fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes)
     start = source.model.state_dict()
 
     def moved(tuning, epochs):
@@ -381,7 +381,7 @@ def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config,
 
 def test_a_student_learns_what_only_its_teacher_was_told(make_config, table):
     """Catches targets of other rows, and teachers that are loaded and not listened to."""
-    teacher = Source(fit(make_config(**{"training.epochs": 12}), table).model, dict(table.class_names))
+    teacher = SourceModel(fit(make_config(**{"training.epochs": 12}), table).model, dict(table.class_names))
     true = codes_of(table.labels["topic"])
     topic = np.where(table.split == "train", np.where(true >= 0, (true + 1) % 3, MISSING), true)
     lied_to = dataclasses.replace(table, labels={**table.labels, "topic": labels_of(topic)})
@@ -389,4 +389,4 @@ def test_a_student_learns_what_only_its_teacher_was_told(make_config, table):
     alone = fit(make_config(**options), lied_to)
     options |= {"training.transfer.teachers": ["x"], "training.transfer.distill_weight": 1.0}
     taught = fit(make_config(**options), lied_to, knowledge=Knowledge(teachers=(teacher,)))
-    assert taught.val["accuracy"]["topic"] > 0.75 > alone.val["accuracy"]["topic"] + 0.1
+    assert taught.val.metrics["accuracy"]["topic"] > 0.75 > alone.val.metrics["accuracy"]["topic"] + 0.1

@@ -69,7 +69,7 @@ def test_a_network_learns_a_number(options: dict) -> None:
     table = prices(**options)
     result = fit(config_of(table, model__experts=False), table)
     assert r2_on_test(result.model, table) > 0.75
-    assert result.val["r2"]["price"] > 0.55
+    assert result.val.metrics["r2"]["price"] > 0.55
 
 
 @pytest.mark.parametrize(

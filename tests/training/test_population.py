@@ -36,7 +36,7 @@ def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, 
         alone = fit(config.with_overrides(MEMBERS[i]), dense)
         assert population.best_epoch[i] == alone.best_epoch
         for metric in ("accuracy", "macro_f1"):
-            for task, value in alone.val[metric].items():
+            for task, value in alone.val.metrics[metric].items():
                 assert population.val[i][metric][task] == pytest.approx(value, abs=1e-3)
         theirs, own = (predict_table(model, dense) for model in (population.model(i), alone.model))
         for task in own:

@@ -25,7 +25,7 @@ _OF_FILES = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # of trans
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5, of several modalities
 
 
-def read_card(folder: Path, *also: str) -> dict[str, Any]:
+def read_config_json(folder: Path, *also: str) -> dict[str, Any]:
     """The folder's config.json. also: other files that must be there. Raises: DataError."""
     for name in ("config.json", *also):
         if not (folder / name).is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray.encoders.pretrained import folder as folders
-from mmkt_ray.encoders.pretrained.images import PretrainedImageEncoder
+from mmkt_ray.encoders.pretrained.image_networks import PretrainedImageEncoder
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy
 
@@ -36,7 +36,7 @@ class HuggingFaceImageEncoder(PretrainedImageEncoder):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.folder = Path(config.folder)
-        self.card = folders.read_card(self.folder)
+        self.card = folders.read_config_json(self.folder)
         self.file = folders.processor_file(self.folder, "images")
         self.aligned = ALIGNED.get(str(self.card.get("model_type")))
         self.dim = self._width()

@@ -9,12 +9,12 @@ from pydantic import Field
 
 from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
 from mmkt_ray.encoders.pretrained.adapt import AdaptableSection
-from mmkt_ray.encoders.pretrained.folder import read_card
+from mmkt_ray.encoders.pretrained.folder import read_config_json
 from mmkt_ray.encoders.pretrained.weights import require
 from mmkt_ray.lazy import lazy
 
 if TYPE_CHECKING:
-    from mmkt_ray.encoders.pretrained import folder_images, sounds, texts
+    from mmkt_ray.encoders.pretrained import folder_images, sound_networks, text_networks
     from mmkt_ray.kinds.modalities import ModalityKind
 else:
     folder_images, sounds, texts = (
@@ -57,9 +57,10 @@ class HuggingFaceEncoder(ListedEncoder):
     @classmethod
     def of(cls, config: Any) -> Any:
         require(config.name, "transformers", "tokenizers")
-        model_type = str(read_card(Path(config.folder)).get("model_type"))
+        model_type = str(read_config_json(Path(config.folder)).get("model_type"))
         if config.reads == "image":
             return folder_images.HuggingFaceImageEncoder(config)
         if config.reads == "audio":
-            return sounds.network_of(model_type, config)
-        return (texts.AlignedTextNetwork if model_type in texts.ALIGNED else texts.TextNetwork)(config)
+            return sound_networks.network_of(model_type, config)
+        aligned = model_type in text_networks.ALIGNED
+        return (text_networks.AlignedTextNetwork if aligned else text_networks.TextNetwork)(config)

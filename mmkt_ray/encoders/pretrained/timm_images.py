@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from mmkt_ray.encoders.pretrained.adapt import AdaptableSection
-from mmkt_ray.encoders.pretrained.images import PretrainedImageEncoder
+from mmkt_ray.encoders.pretrained.image_networks import PretrainedImageEncoder
 from mmkt_ray.encoders.pretrained.weights import digest_of, read_weights, require
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.lazy import lazy

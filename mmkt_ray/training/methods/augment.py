@@ -1,8 +1,8 @@
-"""Augmentation of features while training: terms left out, noise, pairs of rows mixed.
+"""Augmentation of features in training: word dropout, noise, mixup.
 
 Axes: B rows of a batch, D features of one modality, Z non-zero values of a batch.
 
-All is drawn from torch's own generator, which the loop seeds for every epoch and rank.
+Random numbers come from torch's global generator, which the loop seeds for every epoch and rank.
 
 Sources: word dropout, Iyyer et al. 2015 (https://aclanthology.org/P15-1162); noise, Bishop 1995
 (https://doi.org/10.1162/neco.1995.7.1.108); mixup, Zhang et al. 2018 (https://arxiv.org/abs/1710.09412).
@@ -33,7 +33,7 @@ def check_augment(augment: AugmentConfig, sparse: Mapping[str, bool]) -> None:
 
 
 def augment_batch(batch: Batch, augment: AugmentConfig, stds: Mapping[str, Tensor]) -> Batch:
-    """The batch as it is trained on this time. stds: modality -> (D,) standard deviation of its dense features."""
+    """The augmented batch. stds: modality -> (D,) standard deviation of its dense features."""
     features = dict(batch.features)
     for m, x in sorted(features.items()):
         if isinstance(x, SparseBatch):
@@ -44,12 +44,12 @@ def augment_batch(batch: Batch, augment: AugmentConfig, stds: Mapping[str, Tenso
     return mix_rows(batch, augment.mixup) if augment.mixup else batch
 
 
-def drop_terms(x: SparseBatch, chance: float) -> SparseBatch:
-    """Rows with each value set to 0 by chance, and the others scaled so that the row is as long as before (Euclidean).
+def drop_terms(x: SparseBatch, rate: float) -> SparseBatch:
+    """Set each value to 0 with probability `rate`, then scale each row to its Euclidean length before.
 
     A row that would lose all its values keeps them all.
     """
-    kept = torch.where(torch.rand_like(x.values) >= chance, x.values, 0.0)
+    kept = torch.where(torch.rand_like(x.values) >= rate, x.values, 0.0)
     before, after = row_lengths(x), row_lengths(x._replace(values=kept))
     rows = row_numbers(x)
     values = torch.where(after[rows] > 0, kept * (before / after.clamp(min=1e-12))[rows], x.values)
@@ -70,9 +70,9 @@ def row_lengths(x: SparseBatch) -> Tensor:
 def mix_rows(batch: Batch, alpha: float) -> Batch:
     """Each row as (1 - s) x + s y of itself and a random partner of the batch, s from Beta(alpha, alpha); labels likewise.
 
-    A row keeps its own presence pattern. Where the partner lacks a modality of it, or a row would be its own partner, the
-    row stays unmixed. The label of the row counts 1 - s and that of the partner s; what has no label counts nothing. Teachers'
-    targets are mixed like features.
+    A row keeps its own presence pattern. It stays unmixed if its partner lacks one of its modalities, or is the row
+    itself. The losses of its label and of its partner's have weights 1 - s and s; an absent label adds nothing.
+    Teachers' targets are mixed like features.
     """
     device = next(iter(batch.present.values())).device
     num_rows = len(next(iter(batch.present.values())))
@@ -81,7 +81,7 @@ def mix_rows(batch: Batch, alpha: float) -> Batch:
     for there in batch.present.values():
         share = torch.where(there & ~there[partner], 0.0, share)
     features = {m: mix_features(x, partner, share) for m, x in batch.features.items()}
-    unmixed = share[:, None] == 0  # not even with the NaN of a partner that no teacher knows
+    unmixed = share[:, None] == 0  # keeps its target even where the partner's is NaN
     targets = {t: torch.where(unmixed, y, torch.lerp(y, y[partner], share[:, None])) for t, y in batch.targets.items()}
     mixed = Mixed({t: y[partner] for t, y in batch.labels.items()}, share)
     return replace(batch, features=features, mixed=mixed, targets=targets)
@@ -99,7 +99,7 @@ def mix_features(x: FeatureBatch, partner: Tensor, share: Tensor) -> FeatureBatc
 
 
 def take_rows(x: SparseBatch, rows: Tensor) -> SparseBatch:
-    """The rows of that order."""
+    """Some rows, in the order given."""
     counts = x.offsets.diff()[rows]
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     shift = torch.repeat_interleave(x.offsets[rows] - offsets[:-1], counts)

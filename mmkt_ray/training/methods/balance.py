@@ -1,8 +1,8 @@
-"""Balance between modalities: keep the one that learns faster from holding up the others.
+"""Balance between modalities, so that the one that learns fastest does not hold up the others.
 
 Axes: B rows of a batch, M modalities, H width of a signal, C classes of one task, T tasks.
 
-Each strategy is a `Learner`, and an entry of `LEARNERS`; the base does without balance.
+Each strategy is a `Learner` and an entry of `LEARNERS`; the base class does not balance.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.training.batches import Batch, Worker
+from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Learner, Logits, UnimodalHeads, own_parameters
 from mmkt_ray.training.methods.task_weighting import TaskWeighting
-from mmkt_ray.training.objective import Objective
 
 
 class OgmGe(Learner):
-    """OGM-GE: slow down the modality that is ahead, and make up for it by noise.
+    """OGM-GE: scale down the gradients of the modality that is ahead, and add noise to them.
 
     s_m is the mean probability of the right class that the model gives with modality m alone, over the step's rows with
     several modalities; rho_m = s_m over the mean of the other modalities' s, the mean over tasks. The gradient of the
@@ -38,8 +38,8 @@ class OgmGe(Learner):
 
     ALPHA = 0.5
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
-        super().__init__(model, objective, weighting, worker)
+    def __init__(self, model: MultimodalModel, criterion: Criterion, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, criterion, weighting, worker)
         self.own = own_parameters(model)
         self.noise = torch.Generator(worker.device)
 
@@ -60,7 +60,7 @@ class OgmGe(Learner):
     def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
         """See Learner."""
         logits, alone = net(batch.features, batch.present)
-        loss = self.backward(self.objective.of_batch(logits, batch), batch)
+        loss = self.backward(self.criterion.of_batch(logits, batch), batch)
         ratios = discrepancy_ratios(*self._scores(alone, batch))
         for m, ratio in zip(alone, ratios, strict=True):
             self._modulate(self.own[m], ratio)
@@ -110,12 +110,12 @@ def discrepancy_ratios(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 class GradientBlending(UnimodalHeads):
-    """Gradient blending: the fused head and a head per modality, each counting by how well it generalises.
+    """Gradient blending: the fused head and a head per modality, weighted by how well each generalises.
 
     The loss of a task is sum over its heads k of w_k loss_k. Every few epochs w_k is set in proportion to G / O^2: G how much
     the head's val loss fell since the last look, O how much the gap between val and train loss grew. Weights of a task sum to
     1; they are even at first, where nothing generalises, and without a val split. No head falls below `FLOOR` of an even
-    share, or nobody could see it get better.
+    share, or it could not recover.
 
     Source: Wang et al. 2020 (https://arxiv.org/abs/1905.12681), its online version; there each head's G and O are measured on
     a copy that trains alone, here on the joint run.
@@ -126,8 +126,8 @@ class GradientBlending(UnimodalHeads):
     shares: Tensor
     before: Tensor
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
-        super().__init__(model, objective, weighting, worker)
+    def __init__(self, model: MultimodalModel, criterion: Criterion, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, criterion, weighting, worker)
         spec = model.spec
         exists = torch.tensor([[True, *(m in spec.inputs[t] for m in self.modalities)] for t in sorted(spec.tasks)])
         self.register_buffer("exists", exists, persistent=False)  # (T, 1 + M): the fused head, then one per modality
@@ -138,8 +138,8 @@ class GradientBlending(UnimodalHeads):
     def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
         """See Learner."""
         logits, alone, seen = net(batch.features, batch.present)
-        by_head = [self.objective.of_batch(logits, batch)]
-        by_head += [self.objective.of_batch(alone[m], batch.restrict(m, seen[m])) for m in self.modalities]
+        by_head = [self.criterion.of_batch(logits, batch)]
+        by_head += [self.criterion.of_batch(alone[m], batch.restrict(m, seen[m])) for m in self.modalities]
         blended = {}
         for t, shares in zip(sorted(logits), self.shares.clone(), strict=True):
             terms = [share * losses[t] for share, losses in zip(shares, by_head, strict=True) if t in losses]
@@ -170,8 +170,8 @@ class GradientBlending(UnimodalHeads):
             logits, alone, seen = self(features, present)
             heads = [(logits, batch), *((alone[m], batch.restrict(m, seen[m])) for m in self.modalities)]
             for k, (own, part) in enumerate(heads):
-                totals = self.objective.total_weights(part.labels)
-                losses = self.objective.losses(own, part.labels, dict.fromkeys(totals, torch.ones(())))
+                totals = self.criterion.total_weights(part.labels)
+                losses = self.criterion.losses(own, part.labels, dict.fromkeys(totals, torch.ones(())))
                 for i, t in enumerate(sorted(logits)):
                     if t in losses:
                         sums[:, i, k] += torch.stack([losses[t], totals[t]])
@@ -205,20 +205,20 @@ class MMPareto(UnimodalHeads):
     out again.
     """
 
-    def __init__(self, model: MultimodalModel, objective: Objective, weighting: TaskWeighting, worker: Worker) -> None:
-        super().__init__(model, objective, weighting, worker)
+    def __init__(self, model: MultimodalModel, criterion: Criterion, weighting: TaskWeighting, worker: Worker) -> None:
+        super().__init__(model, criterion, weighting, worker)
         self.own = own_parameters(model)
 
     def gradients(self, net: nn.Module, batch: Batch) -> Tensor:
         """See Learner. The gradients are wanted one by one, so they are summed over ranks here and not by DDP."""
         logits, alone, seen = self(batch.features, batch.present)
-        fused = self.weigh(self.objective.of_batch(logits, batch), batch)
+        fused = self.weigh(self.criterion.of_batch(logits, batch), batch)
         factors = dict(zip(self.weighting.tasks, self.weighting.factors().detach(), strict=True))
         parameters = [p for p in self.parameters() if p.requires_grad]
         joint = self._gradient(fused, parameters)
         total, loss = dict(joint), fused.detach()
         for m in self.modalities:
-            losses = self.objective.of_batch(alone[m], batch.restrict(m, seen[m]))
+            losses = self.criterion.of_batch(alone[m], batch.restrict(m, seen[m]))
             unimodal = torch.stack([factors[t] * losses[t] for t in losses]).sum()
             unimodal_gradient = self._gradient(unimodal, parameters)
             total |= {p: total[p] + g if p in total else g for p, g in unimodal_gradient.items()}

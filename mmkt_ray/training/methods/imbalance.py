@@ -1,4 +1,4 @@
-"""Which train rows and labels a model learns from, and how rare classes get a fair part: drawn more often, or made up.
+"""Which train rows and labels a model learns from, and what balances rare classes: resampling, or synthetic rows.
 
 Axes: N rows of a table, C classes of one task, D features of all modalities of a presence pattern side by side.
 A presence pattern is the set of modalities that a row has.
@@ -24,7 +24,7 @@ from mmkt_ray.kinds.labels import concat_labels
 
 GROWTH = 5  # a class becomes at most so many times as large, and never larger than the largest one
 NUM_NEIGHBOURS = 5
-MAX_SOURCES = 10_000  # rows of a class and pattern that SMOTE looks for neighbours among: their number counts squared
+MAX_SOURCES = 10_000  # rows of a class and pattern that SMOTE takes; its time grows with their square
 
 # --- which rows, which labels ----------------------------------------------------------------------------------------
 
@@ -49,14 +49,14 @@ def leave_out(table: FeatureTable, sample_ids: np.ndarray) -> FeatureTable:
 
 
 def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float], seed: int) -> FeatureTable:
-    """The table with a share of each task's labels of `rows`, the same of each class but at least one; the rest goes.
+    """The table with a share of each task's labels of `rows`, the same share of each stratum (see `TaskKind.strata`),
+    at least one; the other labels are removed.
 
-    With the same seed a smaller share is a part of a larger one. What the classes are, `TaskKind.strata` says; on top
-    of the share, the first row of each class is kept.
+    With the same seed, a smaller share is a subset of a larger one. A row of each class is kept too.
     """
     labels = {}
     for task, given in table.labels.items():
-        own = np.random.default_rng([seed, zlib.crc32(task.encode())])  # not the other tasks' business
+        own = np.random.default_rng([seed, zlib.crc32(task.encode())])  # independent of the other tasks
         order = own.permutation(len(given))[rows].argsort()
         shuffled = rows[order]
         kept = np.ones(len(given), dtype=bool)
@@ -68,14 +68,14 @@ def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float
     return replace(table, labels=labels)
 
 
-# --- drawn more often ------------------------------------------------------------------------------------------------
+# --- resampling ------------------------------------------------------------------------------------------------------
 
 
 def sampling_weights(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
-    """How often each row is to be drawn, relative to the others: (len(rows),).
+    """Sampling weights of the rows: (len(rows),).
 
-    The mean over its labelled tasks, see `TaskKind.draw_weights`. With one task every class so comes up equally often; with
-    several that is a compromise.
+    The mean over each row's labelled tasks, see `TaskKind.draw_weights`. With one task, every class is drawn equally
+    often; with several, this is a compromise.
     """
     total, num_tasks = np.zeros(len(rows)), np.zeros(len(rows))
     for labels in table.labels.values():
@@ -84,7 +84,7 @@ def sampling_weights(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     return total / np.maximum(num_tasks, 1)
 
 
-# --- made up ---------------------------------------------------------------------------------------------------------
+# --- synthetic rows ---------------------------------------------------------------------------------------------------------
 
 
 def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int) -> tuple[FeatureTable, np.ndarray]:
@@ -106,7 +106,7 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
             "training.class_weights"
         )
     rng = np.random.default_rng(seed)
-    patterns = presence_patterns(table, rows)
+    patterns = rows_by_pattern(table, rows)
     pieces = [table]
     for task in tasks:
         labels = table.labels[task]
@@ -124,12 +124,12 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
 
 
 def missing_rows(counts: np.ndarray) -> np.ndarray:
-    """How many rows each class (C,) is to be given."""
-    return np.minimum(counts.max(), GROWTH * counts) - counts
+    """Number of synthetic rows for each class (C,)."""
+    return np.asarray(np.minimum(counts.max(), GROWTH * counts) - counts)
 
 
-def presence_patterns(table: FeatureTable, rows: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
-    """The modalities of each pattern among the rows, and its rows."""
+def rows_by_pattern(table: FeatureTable, rows: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
+    """For each presence pattern among the rows: its modalities, and its rows."""
     modalities = list(table.present)
     mask = np.stack([table.present[m][rows] for m in modalities], axis=1)
     patterns, which = np.unique(mask, axis=0, return_inverse=True)

@@ -1,13 +1,14 @@
-"""How the tasks' losses become one: summed, by learned uncertainties, or so that the tasks learn at the same pace.
+"""How the tasks' losses become one: their sum, weighted by learned uncertainties, or for an equal pace of all.
 
 Axes: T tasks, in sorted order.
 
-With several ranks the losses are this rank's parts of the step's losses, which sum to them (see `Objective.losses`).
+With several ranks the losses are this rank's parts of the step's losses, which sum to them (see `Criterion.losses`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,9 @@ class TaskWeighting(nn.Module):
     def forward(self, losses: Mapping[str, Tensor], labelled: Mapping[str, Tensor], model: MultimodalModel) -> Tensor:
         """The loss () to minimise. labelled: task -> () bool, the step has labels of it, on whatever rank."""
         return torch.stack([losses[t] for t in self.tasks]) @ self.factors()
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class Uncertainty(TaskWeighting):

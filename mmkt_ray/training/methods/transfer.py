@@ -1,4 +1,4 @@
-"""Knowledge taken over from models that are trained already: towers to start from, and teachers to imitate.
+"""Transfer from trained models: towers as initial weights, and teachers to distil from.
 
 Axes: N rows of a table, B rows of a batch, C classes of one task.
 
@@ -22,13 +22,14 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.rows import readable
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import MultimodalModel, Predictor, fused_part
 from mmkt_ray.models.sharing import without_key
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """A trained model and the class names of its tasks."""
 
     model: Predictor
@@ -37,14 +38,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What one training run takes over."""
+    """Trained models that a training run starts or learns from."""
 
-    init: dict[str, Source] = field(default_factory=dict)  # modality -> whose towers to start from
-    teachers: tuple[Source, ...] = ()
+    init: dict[str, SourceModel] = field(default_factory=dict)  # modality -> model whose towers it starts with
+    teachers: tuple[SourceModel, ...] = ()
 
     @property
     def modalities(self) -> set[str]:
-        """What the teachers read."""
+        """Those that the teachers read."""
         return {m for teacher in self.teachers for m in teacher.model.spec.modalities}
 
 
@@ -59,7 +60,7 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
     loaded = {}
     for name, uri in source_uris(transfer, folder).items():
         model, card = load_model(uri)
-        loaded[name] = Source(model, card.class_names)
+        loaded[name] = SourceModel(model, card.class_names)
     return Knowledge({m: loaded[n] for m, n in transfer.init.items()}, tuple(loaded[n] for n in transfer.teachers))
 
 
@@ -67,10 +68,10 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
 
 
 def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Parameter]]:
-    """Copy each modality's input stage and towers from its source, of one with experts the fused part, into `model`.
+    """Copy each modality's input stage and towers from its source into `model`; of an expert model, the fused part's.
 
-    Returns the parameters that were taken over, stage by stage: input, level 1, ... Where the source has one tower
-    for what are several here (or the other way round) the first one serves. Fusion and heads start afresh.
+    Returns the copied parameters by stage: input, level 1, ... If one side shares a tower that the other has several
+    of, the first one is copied. Fusion and heads keep their initial weights.
 
     Raises: ConfigError if a source has no such modality, or its towers have other shapes.
     """
@@ -101,7 +102,7 @@ def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Para
 
 
 def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tensor], modality: str) -> None:
-    """Fill `names` of the model from `given`: the same name, else the first one that plays the same part."""
+    """Fill `names` of the model from `given`: the same name, else that of another tower in the same place."""
     own = model.state_dict()
     by_part: dict[str, Tensor] = {}
     for name, tensor in given.items():
@@ -118,9 +119,9 @@ def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tenso
 
 
 def trainable_stages(tuning: str, num_stages: int, epoch: int, num_epochs: int) -> set[int]:
-    """Which of the stages that were taken over learn in this epoch (from 1). Stage 0 is the input, the last the top level.
+    """Which copied stages are trained in this epoch (from 1). Stage 0 is the input, the last one the top level.
 
-    `gradual` frees one more stage, from the top, in equal steps over the first half of the epochs; none in the first.
+    `gradual` unfreezes stages from the top, in equal steps over the first half of the epochs; first none.
     """
     if tuning == "finetune":
         return set(range(num_stages))
@@ -131,7 +132,7 @@ def trainable_stages(tuning: str, num_stages: int, epoch: int, num_epochs: int) 
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Take away these parameters' gradients, so that the optimiser leaves them as they are (weight decay too)."""
+    """Remove these parameters' gradients, so that the optimiser does not change them (nor decay them)."""
     for parameter in parameters:
         parameter.grad = None
 
@@ -142,7 +143,8 @@ def freeze(parameters: Iterable[nn.Parameter]) -> None:
 def distillation_targets(
     knowledge: Knowledge, table: FeatureTable, tasks: Collection[str], temperature: float
 ) -> dict[str, np.ndarray]:
-    """What the teachers say of the train rows, see `teacher_targets`: task -> (N, C), NaN elsewhere; none without teachers."""
+    """Teachers' targets for the train rows, see `teacher_targets`: task -> (N, C), NaN elsewhere. Empty if there are
+    no teachers."""
     if not knowledge.teachers:
         return {}
     rows = table.rows("train")
@@ -154,29 +156,24 @@ def distillation_targets(
 
 
 def teacher_targets(
-    teachers: Iterable[Source], table: FeatureTable, tasks: Iterable[str], temperature: float
+    teachers: Iterable[SourceModel], table: FeatureTable, tasks: Iterable[str], temperature: float
 ) -> dict[str, np.ndarray]:
-    """Mean of the teachers' softened probabilities: task -> (N, C) float32; NaN rows where no teacher has anything to read.
+    """Mean of the teachers' softened probabilities: task -> (N, C) float32; NaN in rows that no teacher can read.
 
     Softened by T: p^(1/T) renormalised, which is the softmax of logits / T. Raises: ConfigError if no teacher knows a task.
     """
     targets: dict[str, np.ndarray] = {}
     found = [(teacher, predict_table(teacher.model, table)) for teacher in teachers]
     for task in tasks:
-        opinions = [_aligned(proba[task], t.class_names[task], table, task) for t, proba in found if task in proba]
-        if not opinions:
+        predictions = [_aligned(proba[task], t.class_names[task], table, task) for t, proba in found if task in proba]
+        if not predictions:
             raise ConfigError(f"training.transfer.teachers: none of them knows the task '{task}'")
-        soft = np.stack([table.kinds[task].soften(p, temperature) for p in opinions])
-        seen = np.stack([readable_by(t, table) for t, proba in found if task in proba])  # (teachers, N)
+        soft = np.stack([table.kinds[task].soften(p, temperature) for p in predictions])
+        seen = np.stack([readable(table, t.model.spec.modalities) for t, proba in found if task in proba])  # (teachers, N)
         count = seen.sum(axis=0)[:, None]
         total = np.where(seen[:, :, None], soft, 0.0).sum(axis=0)
         targets[task] = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
     return targets
-
-
-def readable_by(teacher: Source, table: FeatureTable) -> np.ndarray:
-    """(N,) bool: rows that have some modality of the teacher."""
-    return np.logical_or.reduce([table.present[m] for m in teacher.model.spec.modalities])
 
 
 def _aligned(proba: np.ndarray, class_names: list[str], table: FeatureTable, task: str) -> np.ndarray:

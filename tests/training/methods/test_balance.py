@@ -11,6 +11,7 @@ from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.checkpoint import FileCheckpoint
+from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Learner, own_parameters
 from mmkt_ray.training.loop import Fitting, fit, spec_of
 from mmkt_ray.training.methods.balance import (
@@ -24,7 +25,6 @@ from mmkt_ray.training.methods.balance import (
     pareto,
 )
 from mmkt_ray.training.methods.task_weighting import TaskWeighting
-from mmkt_ray.training.objective import Objective
 from tests.labels import labels_of
 from tests.training.test_loop import Killed, assert_equal_runs, stop_after
 
@@ -36,7 +36,7 @@ def make_learner(cls, config, table):
     spec = spec_of(config, table)
     counts = {t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}
     weighting = TaskWeighting(spec.tasks, spec.kinds, Worker())
-    learner = cls(MultimodalModel(spec), Objective.of(counts, table.kinds), weighting, Worker())
+    learner = cls(MultimodalModel(spec), Criterion.of(counts, table.kinds), weighting, Worker())
     return learner.train()
 
 
@@ -148,8 +148,8 @@ def test_the_loss_is_the_blend_of_all_heads(make_config, table):
     learner.shares.copy_(torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.7, 0.1]]))
     loss, gradients = gradients_of(learner, batch)
     logits, alone, seen = learner(batch.features, batch.present)
-    parts = [learner.objective.of_batch(logits, batch)]
-    parts += [learner.objective.of_batch(alone[m], batch.restrict(m, seen[m])) for m in ("image", "text")]
+    parts = [learner.criterion.of_batch(logits, batch)]
+    parts += [learner.criterion.of_batch(alone[m], batch.restrict(m, seen[m])) for m in ("image", "text")]
     expected = sum(learner.shares[i, k] * parts[k][t] for i, t in enumerate(("mood", "topic")) for k in range(3))
     torch.testing.assert_close(loss, expected.detach())
     assert all(g is not None and g.any() for name, g in gradients.items() if name.startswith("heads."))
@@ -179,8 +179,8 @@ def test_head_losses_are_means_over_all_rows(make_config, table):
     torch.testing.assert_close(found, learner._head_losses(table, rows, batch_size=1000))
     whole = read_batch(table, rows, rows, torch.device("cpu"))
     logits, alone, seen = learner.eval()(whole.features, whole.present)
-    torch.testing.assert_close(found[1, 0], learner.objective.of_batch(logits, whole)["topic"])
-    restricted = learner.objective.of_batch(alone["text"], whole.restrict("text", seen["text"]))
+    torch.testing.assert_close(found[1, 0], learner.criterion.of_batch(logits, whole)["topic"])
+    restricted = learner.criterion.of_batch(alone["text"], whole.restrict("text", seen["text"]))
     torch.testing.assert_close(found[0, 2], restricted["mood"])
 
 
@@ -214,8 +214,8 @@ def test_each_modalitys_own_towers_get_the_combination_and_the_rest_the_sum(make
     learner, batch = make_learner(MMPareto, make_config(**{"model.dropout": 0.0}), table), some_batch(table)
     loss, found = gradients_of(learner, batch)
     logits, alone, seen = learner(batch.features, batch.present)
-    fused = sum(learner.objective.of_batch(logits, batch).values())
-    own = {m: sum(learner.objective.of_batch(alone[m], batch.restrict(m, seen[m])).values()) for m in alone}
+    fused = sum(learner.criterion.of_batch(logits, batch).values())
+    own = {m: sum(learner.criterion.of_batch(alone[m], batch.restrict(m, seen[m])).values()) for m in alone}
     torch.testing.assert_close(loss, (fused + sum(own.values())).detach())
     for m in ("image", "text"):
         g, u = (torch.autograd.grad(x, learner.own[m], retain_graph=True) for x in (fused, own[m]))
@@ -240,7 +240,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(make_config, table, tmp_path
     with pytest.raises(Killed):
         fit(config, table, checkpoint=checkpoint, report=stop_after(5))
     assert_equal_runs(fit(config, table, checkpoint=checkpoint), whole)
-    assert whole.val["accuracy"]["topic"] > 0.6
+    assert whole.val.metrics["accuracy"]["topic"] > 0.6
     plain = fit(make_config(**{"training.epochs": 1}), table).model.state_dict()
     assert whole.model.state_dict().keys() == plain.keys(), "what balances is not part of the model"
 
@@ -270,4 +270,4 @@ def test_modality_dropout_missing_rows_and_mixed_rows_go_with_every_strategy(mak
     for strategy in STRATEGIES:
         options = {"training.balance": strategy, "training.epochs": 2, "training.augment": {"mixup": 0.4, "noise": 0.1}}
         result = fit(make_config(**options, **{"model.modality_dropout": 0.3, "model.missing": "token"}), table)
-        assert all(math.isfinite(h["train_loss"]) for h in result.history)
+        assert all(math.isfinite(epoch.train_loss) for epoch in result.epochs)

@@ -10,6 +10,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.tasks import Binary, Multiclass
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker, read_batch, usable_rows
+from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.loop import fit, spec_of
 from mmkt_ray.training.methods.task_weighting import (
     GradNorm,
@@ -18,7 +19,6 @@ from mmkt_ray.training.methods.task_weighting import (
     move_weights,
     shared_parameters,
 )
-from mmkt_ray.training.objective import Objective
 
 TASKS, KINDS = {"mood": 2, "topic": 3}, {"mood": Binary(), "topic": Multiclass()}
 LOSSES = {"mood": torch.tensor(0.7), "topic": torch.tensor(2.0)}
@@ -96,8 +96,8 @@ def losses_of(config, table):
     model = MultimodalModel(spec_of(config, table))
     rows = usable_rows(table, "train")[:50]
     batch = read_batch(table, rows, rows, torch.device("cpu"))
-    objective = Objective.of({t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}, table.kinds)
-    return model, objective.of_batch(model(batch.features, batch.present), batch)
+    criterion = Criterion.of({t: y.kind.count(y, table.width(t)) for t, y in table.labels.items()}, table.kinds)
+    return model, criterion.of_batch(model(batch.features, batch.present), batch)
 
 
 def test_the_shared_parameters_are_the_topmost_that_all_tasks_use(make_config, table):

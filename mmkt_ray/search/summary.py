@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 
 from mmkt_ray.search.leaderboard import overrides_of
+from mmkt_ray.search.search_results import CurvePoint, HeatMap, SearchSummary, SlicePoint
 from mmkt_ray.search.space import Space, text_of
 from mmkt_ray.search.tuner import frozen_trial
 
@@ -18,19 +19,18 @@ MAX_SLICE_POINTS = 500
 MAX_CURVE_POINTS = 300
 
 
-def search_insight(space: Space, rows: pd.DataFrame) -> dict[str, Any]:
-    """`heat_maps` [{rows, columns, row_names, column_names, score, candidates}], `curve` [[seconds, best score so far,
-    candidates by then]], `importance` {key: share} or None, `slices` {key: [[value, score, epochs]]}."""
+def summarise_search(space: Space, rows: pd.DataFrame) -> SearchSummary:
+    """rows: of a leaderboard."""
     scored = rows[rows["score"].notna()]
-    return {
-        "heat_maps": [m for keys in heat_map_keys(space) if (m := heat_map(space, scored, *keys))],
-        "curve": anytime_curve(rows),
-        "importance": importance(space, scored),
-        "slices": {key: slice_points(scored, key) for key in space.parameters},
-    }
+    return SearchSummary(
+        heat_maps=[m for keys in heat_map_keys(space) if (m := heat_map(scored, *keys))],
+        curve=anytime_curve(rows),
+        importance=importance(space, scored),
+        slices={key: slice_points(scored, key) for key in space.parameters},
+    )
 
 
-def anytime_curve(rows: pd.DataFrame) -> list[list[float]]:
+def anytime_curve(rows: pd.DataFrame) -> list[CurvePoint]:
     """Steps of the best score against seconds of search, with the candidates tried by then."""
     ordered = rows.sort_values("finished_at", kind="stable")
     if ordered.empty:
@@ -40,7 +40,7 @@ def anytime_curve(rows: pd.DataFrame) -> list[list[float]]:
     known = np.nan_to_num(best, nan=-np.inf)
     rises = np.flatnonzero(known > np.append(-np.inf, known[:-1]))
     kept = np.unique([*rises[-MAX_CURVE_POINTS:], len(ordered) - 1]).astype(int)
-    return [[float(at[i]), float(best[i]), int(count[i])] for i in kept if np.isfinite(best[i])]
+    return [(float(at[i]), float(best[i]), int(count[i])) for i in kept if np.isfinite(best[i])]
 
 
 def heat_map_keys(space: Space) -> list[tuple[str, str]]:
@@ -53,7 +53,7 @@ def heat_map_keys(space: Space) -> list[tuple[str, str]]:
     ]
 
 
-def heat_map(space: Space, scored: pd.DataFrame, row_key: str, column_key: str) -> dict[str, Any] | None:
+def heat_map(scored: pd.DataFrame, row_key: str, column_key: str) -> HeatMap | None:
     """The best score and the number of candidates of each cell; None if no candidate has both keys."""
     part = scored[(scored["reference"].isna()) & scored[row_key].notna() & scored[column_key].notna()]
     if part.empty:
@@ -62,14 +62,14 @@ def heat_map(space: Space, scored: pd.DataFrame, row_key: str, column_key: str) 
     names = [sorted(part[key].unique()) for key in (row_key, column_key)]
     score = [[_cell(cells, r, c, "max") for c in names[1]] for r in names[0]]
     count = [[_cell(cells, r, c, "count") or 0 for c in names[1]] for r in names[0]]
-    return {
-        "rows": row_key,
-        "columns": column_key,
-        "row_names": [text_of(_plain(n)) for n in names[0]],
-        "column_names": [text_of(_plain(n)) for n in names[1]],
-        "score": score,
-        "candidates": [[int(n) for n in row] for row in count],
-    }
+    return HeatMap(
+        rows=row_key,
+        columns=column_key,
+        row_names=[text_of(_plain(n)) for n in names[0]],
+        column_names=[text_of(_plain(n)) for n in names[1]],
+        score=score,
+        candidates=[[int(n) for n in row] for row in count],
+    )
 
 
 def _cell(cells: pd.DataFrame, row: Any, column: Any, name: str) -> float | None:
@@ -104,11 +104,11 @@ def importance(space: Space, scored: pd.DataFrame) -> dict[str, float] | None:
     return {key: float(share) / total if key in changed else 0.0 for key, share in found.items()} if total else None
 
 
-def slice_points(scored: pd.DataFrame, key: str) -> list[list[Any]]:
+def slice_points(scored: pd.DataFrame, key: str) -> list[SlicePoint]:
     """Value and score of the candidates, of many a sample that has the best ones in it."""
     part = scored[scored[key].notna()].sort_values("score", ascending=False)
     if len(part) > MAX_SLICE_POINTS:
         head = part[: MAX_SLICE_POINTS // 5]
         part = pd.concat([head, part[len(head) :].sample(MAX_SLICE_POINTS - len(head), random_state=0)])
     columns = zip(part[key], part["score"], part["epochs"], strict=True)
-    return [[v if isinstance(v, str) else float(v), float(score), int(epochs)] for v, score, epochs in columns]
+    return [(v if isinstance(v, str) else float(v), float(score), int(epochs)) for v, score, epochs in columns]

@@ -1,6 +1,6 @@
-"""The table that training and evaluation read, of any length: what is large in it is mapped from files that have no name.
+"""The table that training and evaluation read. Arrays over 4 MB are memory-mapped from unlinked temporary files.
 
-Such a file vanishes with the array that reads it; the kernel takes its pages back when memory is short.
+Such a file vanishes with its array, and the kernel drops its pages when memory is short. So any length fits.
 
 Axes: N samples, D features of one modality, C classes of one task.
 """
@@ -68,7 +68,8 @@ class Ids:
 
     def tolist(self) -> list[str]:
         """All of them."""
-        return self._arrow().to_pylist()
+        values: list[str] = self._arrow().to_pylist()
+        return values
 
     def take(self, rows: np.ndarray) -> Ids:
         """Those of some rows."""
@@ -121,7 +122,8 @@ class FeatureTable:
 
 
 class Growing:
-    """One array that grows at its first axis: in memory, and from MAPPED_BYTES on in a file (but for Python objects)."""
+    """An array that grows along its first axis, in memory; in a file above MAPPED_BYTES, unless it holds Python
+    objects."""
 
     def __init__(self) -> None:
         self.pieces: list[np.ndarray] = []
@@ -133,7 +135,7 @@ class Growing:
         self.pieces.append(piece)
         self.num_bytes += piece.nbytes
         if self.num_bytes > MAPPED_BYTES and piece.dtype != object:
-            with _told_if_full():
+            with _explained_if_full():
                 self.file = self.file or tempfile.TemporaryFile(prefix="mmkt-features-")  # noqa: SIM115  (the array keeps it)
                 for waiting in self.pieces:
                     self.file.write(np.ascontiguousarray(waiting).data)
@@ -143,14 +145,14 @@ class Growing:
         """All that was added. Raises: as `add`."""
         if self.file is None:
             return np.concatenate(self.pieces)
-        with _told_if_full():
+        with _explained_if_full():
             self.file.flush()
         mapped = np.memmap(self.file, self.pieces[0].dtype, mode="r+")
         return np.asarray(mapped).reshape(-1, *self.pieces[0].shape[1:])
 
 
 @contextmanager
-def _told_if_full() -> Iterator[None]:
+def _explained_if_full() -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -8,9 +8,9 @@ import torch
 from sklearn.metrics import f1_score
 
 from mmkt_ray.inference.outputs import model_inputs, predict_table
-from mmkt_ray.models import build_model
+from mmkt_ray.models import model_of_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
-from mmkt_ray.search.ensemble import build_ensemble, quick_scores, select_ensemble, train_again
+from mmkt_ray.search.ensemble_selection import build_ensemble, quick_scores, select_ensemble, train_again
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import SearchContext, Trial
@@ -93,13 +93,13 @@ def test_an_ensemble_predicts_the_mean_of_those_who_can_read_the_row(models, sto
 def test_an_ensemble_is_rebuilt_from_its_card(models, store):
     """Catches an ensemble that can be saved and not loaded."""
     ensemble = EnsembleModel(EnsembleSpec(tuple(m.spec for m in models), (1, 2, 1)), models).eval()
-    again = build_model(json.loads(json.dumps(ensemble.spec.to_dict())))
+    again = model_of_spec(json.loads(json.dumps(ensemble.spec.to_dict())))
     again.load_state_dict(ensemble.state_dict())
     table = store.table()
     rows = slice(0, 50)
     inputs = model_inputs(table, rows, ensemble.spec.modalities, torch.device("cpu"))
     torch.testing.assert_close(again.eval()(*inputs), ensemble(*inputs))
-    assert type(build_model(models[0].spec.to_dict())) is type(models[0])
+    assert type(model_of_spec(models[0].spec.to_dict())) is type(models[0])
 
 
 def test_the_ensemble_is_at_least_as_good_on_val_as_its_best_member(space, make_config, store, tmp_path):

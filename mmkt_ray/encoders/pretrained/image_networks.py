@@ -77,7 +77,7 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
         chosen = self.config.adapt.augment
         mirror = np.random.default_rng([*seed, 1]).random(len(batch)) < 0.5 * ("flip" in chosen)
         recipe = cnn_training.CNNRecipe(augment=chosen, crop_pad=round(MOST_SHIFT * self.side))
-        return cnn_training.augment_batch(batch, mirror, recipe, seed)
+        return cnn_training.augment_images(batch, mirror, recipe, seed)
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (B, D)."""

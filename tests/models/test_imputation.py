@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.models import MultimodalModel, build_spec
-from mmkt_ray.models.missing import FILLS, Generators, fit_ridge, hide_modalities, mean_squared_norm, ridge
+from mmkt_ray.models.imputation import FILLS, Generators, fit_ridge, hide_modalities, mean_squared_norm, ridge
 from mmkt_ray.models.towers import Width
 from tests.models.examples import B, everywhere, make_batch, make_spec, sparse_batch
 

@@ -13,6 +13,7 @@ import pandas as pd
 from mmkt_ray import storage
 from mmkt_ray.config import Config, load_config, parse_config
 from mmkt_ray.credentials import refuse_credentials
+from mmkt_ray.done import run_folder
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about_table
@@ -46,7 +47,7 @@ def run(
     checked = _checked(config, dict(overrides or {}))
     checked = shortened.quick(checked) if quick else checked
     text = steps.run(checked)
-    return Results(steps.run_folder(checked), text)
+    return Results(run_folder(checked), text)
 
 
 def _checked(config: Config | Mapping[str, Any] | str | PathLike[str], overrides: dict[str, Any]) -> Config:

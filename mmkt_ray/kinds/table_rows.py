@@ -155,7 +155,7 @@ def bytes_of_rows(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     lengths = pc.add(pc.binary_length(column.keys), pc.binary_length(column.items)).to_numpy(zero_copy_only=False)
     ends = np.append(0, np.cumsum(lengths.astype(np.int64) + 8))
     starts = column.offsets.to_numpy()
-    return ends[starts[1:]] - ends[starts[:-1]]
+    return np.asarray(ends[starts[1:]] - ends[starts[:-1]])
 
 
 def items_of(text: str, separator: str | None) -> list[str]:
@@ -200,7 +200,7 @@ READ: dict[str, Callable[[str, bool], float | None]] = {"boolean": read_boolean,
 
 
 @dataclass(frozen=True)
-class Values:
+class ValueCounts:
     """Numbers with how often each is there, exact up to MAX_VALUES different ones.
 
     With more, the lowest bits of all are dropped until they fit, and each is known to a relative 2**(dropped - 52). How many bits
@@ -215,27 +215,27 @@ class Values:
     high: float
 
     @classmethod
-    def of(cls, numbers: Iterable[float], counts: Iterable[int]) -> Values:
+    def of(cls, numbers: Iterable[float], counts: Iterable[int]) -> ValueCounts:
         """Of finite numbers."""
         array = np.fromiter(numbers, np.float64) + 0.0  # no -0.0
         low, high = (float(array.min()), float(array.max())) if len(array) else (math.inf, -math.inf)
         return cls(array, np.fromiter(counts, np.int64), 0, low, high)._fitting()
 
     @classmethod
-    def merged(cls, parts: Sequence[Values]) -> Values:
+    def merged(cls, parts: Sequence[ValueCounts]) -> ValueCounts:
         """Of all parts' numbers together."""
         values, counts = (np.concatenate([getattr(p, name) for p in parts]) for name in ("values", "counts"))
         extremes = min(p.low for p in parts), max(p.high for p in parts)
         return cls(values, counts, max(p.dropped for p in parts), *extremes)._fitting()
 
-    def _fitting(self) -> Values:
+    def _fitting(self) -> ValueCounts:
         dropped = self.dropped
         while True:
             bits = self.values.view(np.int64) >> dropped << dropped
             values, place = np.unique(bits.view(np.float64), return_inverse=True)
             if len(values) <= MAX_VALUES:
                 counts = np.bincount(place, self.counts, len(values)).astype(np.int64)
-                return Values(values, counts, dropped, self.low, self.high)
+                return ValueCounts(values, counts, dropped, self.low, self.high)
             dropped += 1
 
     @property
@@ -268,7 +268,7 @@ class ColumnStatistics:
     num_cells: int
     readable: dict[str, int] = field(default_factory=dict)  # type -> cells that can be read as it
     bad: dict[str, list[str]] = field(default_factory=dict)  # type -> the first different texts that cannot
-    values: dict[str, Values] = field(default_factory=dict)  # type -> what was read
+    values: dict[str, ValueCounts] = field(default_factory=dict)  # type -> what was read
     items: dict[str, int] | None = field(default_factory=dict)  # text -> cells that hold it; None: too many different ones
 
     @classmethod
@@ -282,7 +282,7 @@ class ColumnStatistics:
             found = {text: number for text in counts if (number := read(text, stated is not None)) is not None}
             readable[name] = sum(counts[text] for text in found)
             bad[name] = [text for text in counts if text not in found][:NUM_BAD_SHOWN]
-            values[name] = Values.of(found.values(), (counts[text] for text in found))
+            values[name] = ValueCounts.of(found.values(), (counts[text] for text in found))
         items: Counter[str] = Counter()
         if stated in (None, "category"):
             for text, num in counts.items():
@@ -303,7 +303,7 @@ class ColumnStatistics:
             sum(part.num_cells for part in parts),
             {t: sum(part.readable[t] for part in parts) for t in types},
             {t: list(dict.fromkeys(text for part in parts for text in part.bad[t]))[:NUM_BAD_SHOWN] for t in types},
-            {t: Values.merged([part.values[t] for part in parts]) for t in types},
+            {t: ValueCounts.merged([part.values[t] for part in parts]) for t in types},
             None if items is None else _countable(items),
         )
 

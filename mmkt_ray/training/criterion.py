@@ -1,6 +1,6 @@
-"""What is minimised for each task: the mean loss of its labelled rows, weighted by class where asked.
+"""The loss of each task: the mean over its labelled rows, weighted by class where asked.
 
-What the loss of a row is, the labels' kind knows. Axes: B rows of a batch, K outputs of one task.
+The task's kind defines the loss of a row. Axes: B rows of a batch, K outputs of one task.
 
 Source: logit adjustment, Menon et al. 2021 (https://arxiv.org/abs/2007.07314).
 """
@@ -23,17 +23,17 @@ from mmkt_ray.training.methods.transfer import distillation_loss
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much the teachers say where a batch has their targets."""
+    """How teachers' targets enter the loss, where a batch has them."""
 
-    weight: float = 0.5  # of their share
+    weight: float = 0.5  # of the distillation loss; the labels' loss has 1 - weight
     temperature: float = 2.0
 
 
 @dataclass(frozen=True)
-class Objective:
+class Criterion:
     """Each task's mean loss over its labelled rows. A task without labels in the step has the loss 0."""
 
-    weights: Mapping[str, Tensor]  # task -> (K,) what a row of the class counts
+    weights: Mapping[str, Tensor]  # task -> (K,) weight of a row of the class
     shifts: Mapping[str, Tensor]  # task -> (K,) logit adjustment
     loss_weights: Mapping[str, float]  # task -> factor of its loss
     label_smoothing: float | Tensor = 0.0  # (P,) of a stack's members, whose logits are (P, B, K)
@@ -50,9 +50,9 @@ class Objective:
         logit_adjustment: float = 0.0,
         loss_weights: Mapping[str, float] | None = None,
         distillation: Distillation = Distillation(),
-    ) -> Objective:
-        """counts: task -> `TaskKind.count` of the train rows; kinds: of the tasks; loss_weights: task -> factor of its loss, 1
-        if not named."""
+    ) -> Criterion:
+        """counts: task -> `TaskKind.count` of the train rows; kinds: of the tasks; loss_weights: task -> factor of
+        its loss, 1 if not named."""
         ones = {t: np.ones(c.shape[-1]) for t, c in counts.items()}
         weights = {t: kinds[t].balanced_weights(c) for t, c in counts.items()} if class_weights == "balanced" else ones
         shifts = {t: logit_adjustment * kinds[t].log_prior(c) for t, c in counts.items()}
@@ -64,17 +64,17 @@ class Objective:
             distillation,
         )
 
-    def to(self, device: torch.device) -> Objective:
+    def to(self, device: torch.device) -> Criterion:
         """The same, for batches on a device."""
         weights = {t: values.to(device) for t, values in self.weights.items()}
         return replace(self, weights=weights, shifts={t: values.to(device) for t, values in self.shifts.items()})
 
     def total_weights(self, labels: Mapping[str, Labels]) -> dict[str, Tensor]:
-        """What each task's sum is divided by to be a mean: task -> (), the labelled rows, weighted by class if asked."""
+        """The normaliser of each task's loss: task -> (), its labelled rows, weighted by class if asked."""
         return {t: weights.sum() for t, weights in self.row_weights(labels).items()}
 
     def row_weights(self, labels: Mapping[str, Labels]) -> dict[str, Tensor]:
-        """The same of each row: task -> (B,)."""
+        """Each row's part of the normaliser: task -> (B,)."""
         return {t: y.kind.row_weights(y, self.weights[t]) for t, y in labels.items()}
 
     def losses(
@@ -89,9 +89,9 @@ class Objective:
         Args:
             logits: task -> (B, K).
             labels: task -> of B rows, as tensors; what is not known contributes nothing.
-            totals: `total_weights` of all rows of which these are a part; null: of these rows. The losses of the parts
-                of a step then sum to the loss of the step, however it is split over ranks.
-            share: (B,) how much of each row counts; null: all of it.
+            totals: normaliser of the whole step, see `total_weights`; default: of these rows. So the losses of a
+                step's parts sum to its loss, however it is split over ranks.
+            share: (B,) factor of each row's loss; default: 1.
         """
         totals = self.total_weights(labels) if totals is None else totals
         smallest = torch.finfo(torch.float32).tiny
@@ -110,7 +110,7 @@ class Objective:
         return labels.kind.row_losses(logits, labels, weights, self.label_smoothing)
 
     def of_batch(self, logits: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """This rank's part of the step's loss of each task: task -> (). A mixed row counts with both its labels."""
+        """This rank's part of each task's loss in the step: task -> (). A mixed row counts with both labels."""
         totals = self.total_weights(batch.step_labels)
         if batch.mixed is None:
             losses = self.losses(logits, batch.labels, totals)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from mmkt_ray.encoders.base import ListedEncoder
 from mmkt_ray.encoders.pretrained import folder as folders
-from mmkt_ray.encoders.pretrained import sentences
+from mmkt_ray.encoders.pretrained import sentence_pooling
 from mmkt_ray.encoders.pretrained.adapt import Adaptable, AdaptableSection
 from mmkt_ray.encoders.pretrained.weights import missing_package, require
 from mmkt_ray.errors import ConfigError, DataError
@@ -57,8 +57,8 @@ class TextNetwork(Adaptable, ListedEncoder):
         self.device = torch.device("cpu")
         self.encode_batch_size = 256
         self.folder = self.find_folder()
-        self.card = folders.read_card(self.folder, "tokenizer.json")
-        self.sentences = sentences.read_sentences(self.folder)
+        self.card = folders.read_config_json(self.folder, "tokenizer.json")
+        self.sentences = sentence_pooling.read_sentences(self.folder)
         self.dim = self.sentences.width(self._hidden_dim())
         self.max_tokens = self._checked_max_tokens()
         asked = getattr(config, "prefix", None)
@@ -179,7 +179,7 @@ class TextNetwork(Adaptable, ListedEncoder):
     def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Ids of tokens (B, L), and which are the text's -> features (B, D)."""
         hidden = self.model["network"](input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        vectors = self.model["dense"](sentences.pool(hidden, mask, self.sentences.modes))
+        vectors = self.model["dense"](sentence_pooling.pool(hidden, mask, self.sentences.modes))
         return nn.functional.normalize(vectors, dim=1) if self.sentences.unit_length else vectors
 
 
