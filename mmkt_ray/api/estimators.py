@@ -8,6 +8,7 @@ Axes: N rows, C classes.
 from __future__ import annotations
 
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.init.columns import KINDS, Look, classify_all
 from mmkt_ray.init.looking import clean_name
 from mmkt_ray.init.writing import default_encoder
-from mmkt_ray.kinds.cells import convert_cell, label_text
+from mmkt_ray.kinds.cells import canonical, class_name, convert_cell
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.plan import ReadingPlan
@@ -257,11 +258,20 @@ def _encoder(kind: str) -> Any:
 
 
 def class_names(classes: np.ndarray) -> list[str]:
-    """What the classes are called in the run: as written where these are distinct, else `class <number>`."""
-    names = [label_text(value.item() if isinstance(value, np.generic) else value) for value in classes]
-    if None in names or len(set(names)) < len(names):
+    """What the classes are called in the run: as written where a run takes them for distinct ones, else `class <number>`."""
+    names = [_name_in_run(value.item() if isinstance(value, np.generic) else value) for value in classes]
+    if None in names or len({canonical(str(name)) for name in names}) < len(names):
         return [f"class {number}" for number in range(len(names))]
     return [str(name) for name in names]
+
+
+def _name_in_run(value: Any) -> str | None:
+    """A class as a reader takes it; None where it takes none."""
+    try:
+        name = class_name(value)
+        return None if name is None else unicodedata.normalize("NFC", name).encode().decode()
+    except ValueError:  # text that is a list, or no valid Unicode
+        return None
 
 
 # --- the run --------------------

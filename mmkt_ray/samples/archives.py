@@ -21,8 +21,10 @@ from typing import Any, NamedTuple, Self, cast
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.cells import json_int
+from mmkt_ray.kinds.content import what_else
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
+from mmkt_ray.samples.json_rows import find_repeated
 from mmkt_ray.samples.schema import UNMAPPED, Reject
 from mmkt_ray.samples.shards import SUFFIXES, has_suffix, visible
 from mmkt_ray.samples.splits import split_in_name
@@ -134,7 +136,8 @@ def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member
         counting = _Counting(stream)
         file = io.BufferedReader(counting, 1 << 15)
         # no other compression: xz takes as much memory as the file states
-        is_packed = file.peek(2)[:2] == b"\x1f\x8b"
+        start = file.peek(64)[:64]
+        is_packed = start[:2] == b"\x1f\x8b"
         raw = _Ending(cast(Any, gzip.GzipFile(fileobj=file) if is_packed else file), 1 << 15)
         try:
             with _Tar.open(
@@ -147,7 +150,7 @@ def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member
                         member = _read_member(archive, info) if wanted(info.name) else Member(info.name, b"")
                         yield member._replace(end=counting.num_bytes)
         except _DAMAGE as error:
-            yield reading.unreadable(error)
+            yield reading.unreadable(error, "" if is_packed else what_else(start))
 
 
 def _read_member(archive: TarFile, info: tarfile.TarInfo) -> Member:
@@ -250,20 +253,32 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _webdataset_row(reading: Reading, group: _Group) -> Row | Reject:
-    fields = _parse_json(group.data.get("json"))
+    fields = _parse_json(reading, group.data.get("json"))
     cells = reading.gather(lambda column: _first_there(_specs(column), group, fields))
     return reading.convert(reading.place("#", group.key), cells)
 
 
-def _parse_json(data: bytes | ValueError | None) -> Any:
+def _parse_json(reading: Reading, data: bytes | ValueError | None) -> Any:
     if data is None or isinstance(data, ValueError):
         return data
     if len(data) > MAX_ROW_BYTES:
         return ValueError(f"its json member has {len(data):,} bytes, more than {MAX_ROW_BYTES:,}")
     try:
-        return json.loads(data, parse_int=json_int)
+        text = _json_text(data, reading.source.encoding)
+        fields = json.loads(text, parse_int=json_int)
     except (ValueError, RecursionError) as error:
         return ValueError(f"its json member is not valid JSON: {error}")
+    specs = [spec for column in reading.paths for spec in _specs(column)]
+    twice = find_repeated(text, [spec.removeprefix("json.") for spec in specs if spec.startswith("json.")])
+    return ValueError(f"its json member has '{twice}' twice: rename or remove one") if twice else fields
+
+
+def _json_text(data: bytes, encoding: str) -> str:
+    """In the Unicode encoding that the bytes show, else in the source's. Raises: UnicodeDecodeError."""
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError:
+        return data.decode(encoding)
 
 
 def _first_there(specs: list[str], group: _Group, fields: Any) -> Any:

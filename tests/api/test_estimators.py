@@ -160,6 +160,11 @@ def test_columns_are_told_apart_or_named() -> None:
         ([" a", "a"], ["class 0", "class 1"]),
         (["", "b"], ["class 0", "class 1"]),
         ([False, True], ["false", "true"]),
+        (["1", "1.0"], ["class 0", "class 1"]),  # one class of two tools
+        (["True", "true"], ["class 0", "class 1"]),
+        (["cafe\u0301", "tea"], ["caf\xe9", "tea"]),  # as a run composes it
+        (["['a']", "b"], ["class 0", "class 1"]),  # a list as text
+        (["\ud800", "b"], ["class 0", "class 1"]),
     ],
 )
 def test_classes_keep_apart(classes: list, names: list[str]) -> None:

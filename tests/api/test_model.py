@@ -118,6 +118,19 @@ def test_what_is_missing_is_absent(model: Model, absent: object) -> None:
         assert found["missing"][0].tolist() == ["text"]
 
 
+def test_a_hugging_face_struct_of_nothing_is_absent(model: Model) -> None:
+    """Catches a row without an image that is told as unreadable."""
+    found = model.predict([{"image": {"bytes": None, "path": None}, "text": "a red car"}])
+    assert (found["missing"][0].tolist(), found["unreadable"].isna().all()) == (["image"], True)
+
+
+@pytest.mark.parametrize("text", [np.array(["a", "cat"]), pd.Series(["a"]), pd.DataFrame({"a": [1]}), {"a": 1}, frozenset("a")])
+def test_what_is_no_text_is_told_beside_its_row(model: Model, text: object) -> None:
+    """Catches the printed form of an array or a Series taken for a text."""
+    found = model.predict(pd.DataFrame({"image": [IMAGES[0]], "text": pd.Series([text], dtype=object)}))
+    assert pd.Series([found["unreadable"][0]]).str.contains("must be a single value, got a").all()
+
+
 @pytest.mark.parametrize(
     ("image", "says"),
     [
