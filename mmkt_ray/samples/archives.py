@@ -40,6 +40,7 @@ _NOT_ADJACENT = (
     "tar --sort=name"
 )
 _MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
+_MAX_ZEROS = 2 * 2048  # blocks behind an archive: `tar -b 2048` fills up a mebibyte
 _EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 # `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. These kinds, and the list of
 # members below, are in the module but not in its type stubs
@@ -59,7 +60,7 @@ _NothingLeft: type[Exception] = tarfile.EmptyHeaderError  # type: ignore[attr-de
 class _Tar(TarFile):
     """An archive, or several one after another: `tar -i`, or `cat a.tar b.tar`."""
 
-    has_ended = False  # the last block was one of those that mark an end
+    num_zeros = 0  # blocks of zeros in a row, which mark an end
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -71,13 +72,15 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             info = super().fromtarfile(tarfile)
         except _EndOfArchive:
-            tarfile.has_ended = True
+            tarfile.num_zeros += 1
+            if tarfile.num_zeros > _MAX_ZEROS:
+                raise _DamagedHeader(f"nothing but zeros at byte {tarfile.offset:,}, as a transfer that broke off") from None
             raise
         except HeaderError as error:
-            if tarfile.has_ended and isinstance(error, _NothingLeft):
+            if tarfile.num_zeros and isinstance(error, _NothingLeft):
                 raise
             raise _DamagedHeader(f"{error} at byte {tarfile.offset:,}") from None
-        tarfile.has_ended = False
+        tarfile.num_zeros = 0
         return info
 
     @classmethod

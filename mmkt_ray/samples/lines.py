@@ -96,6 +96,11 @@ def _without_mark(raw: io.BufferedReader, named: str) -> IO[bytes]:
     return raw
 
 
+def read_header(table: Iterator[list[str]]) -> list[str]:
+    """The names in the first row of a CSV that is not blank."""
+    return next((names for row in table if any(names := [name.removeprefix(BOM).strip() for name in row])), [])
+
+
 def other_separator(header: list[str]) -> str:
     """What a CSV is most likely separated by whose header is this one name; "" for none."""
     return next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), "")

@@ -20,7 +20,7 @@ from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.json_rows import Fault, parse_row
-from mmkt_ray.samples.lines import BOM, LINE, Lines, open_lines, other_separator, told_separator
+from mmkt_ray.samples.lines import LINE, Lines, open_lines, other_separator, read_header, told_separator
 from mmkt_ray.samples.parquet import (
     RENAME,
     class_names_in,
@@ -90,7 +90,7 @@ def manifest_columns(reading: Reading) -> set[str]:
     with open_lines(reading, newline="" if suffix == "csv" else LINE) as lines:
         try:
             if suffix == "csv":
-                return set(_header(csv.reader(lines)))
+                return set(read_header(csv.reader(lines)))
             rows = [parse_row(line, []) for line in islice(lines, _LOOK_ROWS) if line.strip()]
         except (csv.Error, UnicodeError):  # told by the reader
             return set()
@@ -113,11 +113,6 @@ def _add_nested(row: Raw, paths: list[str]) -> None:
             cell = cell.get(part, _NOWHERE) if isinstance(cell, dict) else _NOWHERE
         if cell is not _NOWHERE:
             row.setdefault(path, cell)
-
-
-def _header(table: Iterator[list[str]]) -> list[str]:
-    """The names in the first row that is not blank."""
-    return next((names for row in table if any(names := [name.removeprefix(BOM).strip() for name in row])), [])
 
 
 def _convert(reading: Reading, files: FileReader, place: str, raw: Raw, beside: Raw) -> Row | Reject:
@@ -165,7 +160,7 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
     with open_lines(reading, newline="") as lines:
         table = csv.reader(lines)
         try:
-            header = _header(table)
+            header = read_header(table)
             if not header:
                 yield reading.unreadable(ValueError("it has no header, and no rows"))
                 return
@@ -183,7 +178,7 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
                     return
                 lines.start_row()
                 place, line = reading.place("#", line), table.line_num + 1
-                if len(header) > 1 and _header(iter([cells])) == header:
+                if len(header) > 1 and read_header(iter([cells])) == header:
                     yield reading.reject(place, "the header once more, as if files had been joined")
                 elif len(cells) == len(header):
                     pairs = zip(header, cells, strict=True)
