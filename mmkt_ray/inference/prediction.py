@@ -128,7 +128,11 @@ def _predict(
 
 
 def shipped(uri: str) -> str:
-    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none."""
+    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none, or is a
+    file."""
+    fs, path = storage.resolve(uri)
+    if fs.get_file_info(path).is_file:
+        raise DataError(f"'{uri}' is a file: name the folder of a model or of a run")
     place = storage.join(uri, "report", "results.json")
     results = None if storage.exists(storage.join(uri, "config.json")) else Results.read_or_none(place)
     if results is None:

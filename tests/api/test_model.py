@@ -235,6 +235,9 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     """Catches a KeyError or a FileNotFoundError for a wrong path."""
     with pytest.raises(DataError, match="is no finished model folder"):
         mm.load(str(tmp_path))
+    (tmp_path / "new.csv").write_text("text\na\n")
+    with pytest.raises(DataError, match="is a file: name the folder of a model"):
+        mm.load(str(tmp_path / "new.csv"))
 
 
 LIGHT = """
