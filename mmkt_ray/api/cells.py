@@ -85,7 +85,7 @@ def _file_bytes(kind: ModalityKind, value: Any, files: FileReader | None) -> byt
 
 
 def _described(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
+    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
 def file_reader(reading: Reading, root: str | None) -> FileReader:

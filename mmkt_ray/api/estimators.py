@@ -168,7 +168,10 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):
         check_consistent_length(range(len(rows)), values)
         if (absent := np.flatnonzero(pd.isna(values))).size:
             raise DataError(f"y has no value in row {absent[0]} (of {len(absent)} in all): leave such rows out")
-        classes, codes = np.unique(values, return_inverse=True)
+        try:
+            classes, codes = np.unique(values, return_inverse=True)
+        except TypeError as error:
+            raise DataError(f"the values of y have several types ({error}): make them one, y.astype(str)") from None
         if len(classes) < 2:
             raise DataError(f"y has {len(classes)} class: there is nothing to tell apart")
         return codes, classes
@@ -229,13 +232,14 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):
 def tell_modalities(rows: Rows) -> dict[str, str]:
     """Column -> its kind, for those that can be read. Raises: DataError if there are none."""
     looks, given = [], {}
-    for name in column_names(rows):
+    names = column_names(rows)
+    for name in names:
         values = [value for value in column_values(rows, name)[:LOOK_ROWS] if value is not None]
-        looks.append(Look(name, values, min(len(rows), LOOK_ROWS)))
+        looks.append(Look(str(name), values, min(len(rows), LOOK_ROWS)))
         if values and all(isinstance(v, Image.Image) or (isinstance(v, np.ndarray) and v.ndim > 1) for v in values):
-            given[name] = "image"
+            given[str(name)] = "image"
     found = classify_all(looks, given)
-    kinds = {c.name: c.kind for c in found if KINDS[c.kind].role == "modality"}
+    kinds = {name: c.kind for name, c in zip(names, found, strict=True) if KINDS[c.kind].role == "modality"}
     if not kinds:
         told = ", ".join(f"{c.name}: {c.kind} ({c.why})" for c in found)
         raise DataError(f"no column holds images, sounds or texts: {told or 'there are no columns'}; say modalities={{..}}")

@@ -210,7 +210,7 @@ KINDS: dict[str, Kind] = {  # in the order in which they are tried
 
 def classify(look: Look) -> Column:
     """What a column is, the target aside. A column without values, or without a name, is `other`."""
-    if not look.name:
+    if look.name == "":
         return Column(look, "other", "it has no name; an index of pandas, as a rule")
     if not look.values:
         return Column(look, "other", f"no value in the first {look.num_rows:,} rows")

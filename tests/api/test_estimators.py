@@ -123,6 +123,7 @@ def test_parameters_are_kept() -> None:
         (["a", "b"], "inconsistent numbers of samples"),
         (["a", "b", None], "no value in row 2"),
         (["a", "a", "a"], "1 class"),
+        (pd.Series([1, "a", 1]), "y have several types"),
     ],
 )
 def test_labels_are_checked_before_anything_is_trained(y: list | None, says: str) -> None:
@@ -150,6 +151,8 @@ def test_columns_are_told_apart_or_named() -> None:
         mm.MultimodalClassifier(modalities={"foto": "image"}).fit(rows, rows["colour"])
     with pytest.raises(DataError, match="price: number"):
         tell_modalities(rows[["price"]])
+    texts = pd.DataFrame({0: ["a b c", "d e f"], ("x", "y"): ["g h i", "j k l"]})  # names as pandas may have them
+    assert tell_modalities(texts) == {0: "text", ("x", "y"): "text"}
 
 
 @pytest.mark.parametrize(
