@@ -24,7 +24,8 @@ SECRET_NAMES = (
     *(".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure", ".gcloud", ".oci", ".ray", ".huggingface"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keytab"),
     *("*.key.*", "key.json", "*apikey*", "*api[-_]key*", "*accesskey*", "rootkey*", "keystore*", "*.kdbx", "password*"),
-    *("*credentials", "*credentials.*", "*service[-_]account*.json", "*secret*.json", "*secret*.y*ml", "secrets", "secrets.*", "*.tfvars", "*.tfstate*"),
+    *("*credentials", "*credentials.*", "*service[-_]account*.json", "*secret*.json", "*secret*.y*ml"),
+    *("secrets", "secrets.*", "*.tfvars", "*.tfstate*"),
     *("token", "token.*", "authtoken", "*.token", "*[-_]token", "*[-_]token.txt", "*.jwt"),
 )
 SOURCE = {".py", ".pyi", ".md", ".rst"}  # code and prose about tokens and credentials

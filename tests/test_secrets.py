@@ -72,7 +72,10 @@ SECRETS = [
     *(".streamlit/secrets.toml", "accessKeys.csv", "openai_api_key.txt", "passwords.txt", "terraform.tfstate"),
     *(".bash_history", "kaggle.json", ".config/gh/hosts.yml", ".pip/pip.conf", "server.key.bak"),
 ]
-SENT = ["c.yaml", "keys.py", "environment.yml", "env.yml", "api.json", "history.md", "jobs/run.py", "mmkt_ray/credentials.py", "token.py", "tokenizer.json", ".gitignore", "linked.py"]
+SENT = [
+    *("c.yaml", "keys.py", "environment.yml", "env.yml", "api.json", "history.md", "jobs/run.py", "mmkt_ray/credentials.py"),
+    *("token.py", "tokenizer.json", ".gitignore", "linked.py"),
+]
 
 
 @pytest.fixture
