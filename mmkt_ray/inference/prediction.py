@@ -46,6 +46,7 @@ LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
     "samples": (SamplesConfig, ("max_image_pixels", "decode_timeout_s")),
     "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
 }
+LEARNT = ("model", "training", "search", "evaluation", "transfer", "variants", "seed")  # keys that a trained model is past
 
 
 
@@ -145,6 +146,8 @@ def shipped(uri: str) -> str:
 
 def restrict(config: Config, own: Mapping[str, Any]) -> Config:
     """The model's config with no more than this installation's limits, then with the values of whoever predicts."""
+    if fixed := sorted(key for key in own if key.partition(".")[0] in LEARNT):
+        raise ConfigError(f"--set {fixed[0]}: a trained model has this in its weights, and predicts with it as it is")
     lowered: dict[str, Any] = {}
     for name, (section, keys) in LIMITS.items():
         for key in keys:
