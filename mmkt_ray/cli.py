@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_init(commands)
     command = commands.add_parser("fetch", help="write a public data set in a layout that the configs read")
     command.add_argument("names", nargs="+", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
-    command.add_argument("--out", required=True, help="folder to write to")
+    command.add_argument("--out", required=True, type=filled, help="folder to write to")
     text = "a script with which your shell completes commands and options"
     command = commands.add_parser("completion", help=text, description=text)
     command.add_argument("shell", choices=SHELLS, help=", ".join(SHELLS))
@@ -142,6 +142,21 @@ def at_least_one(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got '{text}'")
     return int(text)
+
+
+def filled(text: str) -> str:
+    """A text that is not blank. Raises: ArgumentTypeError."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _column_pair(text: str) -> tuple[str, str]:
+    """`OURS=THEIRS` in two. Raises: ConfigError."""
+    ours, _, theirs = (part.strip() for part in text.partition("="))
+    if not ours or not theirs:
+        raise ConfigError(f"--column takes OURS=THEIRS, a modality and what the files call it, got '{text}'")
+    return ours, theirs
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -189,7 +204,7 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="raw shards (files, folders, globs); none: the sources that the model was trained with",
     )
     command.add_argument(
-        "--out", required=True, help="folder for predictions.parquet, rejects.parquet and the features on the way"
+        "--out", required=True, type=filled, help="folder for predictions.parquet, rejects.parquet and the features on the way"
     )
     formats = ["parquet", "csv", "jsonl"]
     command.add_argument("--format", choices=formats, default="parquet", help="of the predictions (default parquet)")
@@ -206,7 +221,7 @@ def _add_scored_files(command: argparse.ArgumentParser) -> None:
     """`mmkt evaluate --model MODEL --data FILE... --out FOLDER`, instead of a config."""
     command.add_argument("--model", metavar="MODEL", help="score this model folder on --data, without a config")
     command.add_argument("--data", nargs="+", metavar="FILE", help="labelled raw shards (files, folders, globs)")
-    command.add_argument("--out", metavar="FOLDER", help="folder for metrics.json, predictions.parquet, rejects.parquet")
+    command.add_argument("--out", metavar="FOLDER", type=filled, help="folder for metrics.json, predictions.parquet and more")
     _add_reading(command)
 
 
@@ -512,7 +527,8 @@ def _score_files(args: argparse.Namespace) -> str:
 def _reading(args: argparse.Namespace) -> NewShards:
     from mmkt_ray.inference.prediction import NewShards
 
-    columns, own = (dict(parse_override(text) for text in given) for given in (args.column, args.overrides))
+    columns = dict(_column_pair(text) for text in args.column)
+    own = dict(parse_override(text) for text in args.overrides)
     return NewShards(args.like, args.reader, columns, args.max_reject_frac, own, args.trust_code)
 
 

@@ -9,6 +9,13 @@ from mmkt_ray.errors import DataError
 NAMES = ("export", "serve", "compare")
 
 
+def port(text: str) -> int:
+    """A port's number. Raises: ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, got '{text}'")
+    return int(text)
+
+
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Their part of the command line."""
     command = commands.add_parser("export", help="model folder -> one ONNX file or PyTorch archive, checked against mmkt predict")
@@ -18,7 +25,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_trust(command)
     command = commands.add_parser("serve", help="model folder -> HTTP server with a page to try it (needs the extra `serve`)")
     command.add_argument("model", metavar="MODEL", help="model folder, or a run's folder: the model that its report recommends")
-    command.add_argument("--port", type=int, default=8000, help="default 8000; 0: any that is free")
+    command.add_argument("--port", type=port, default=8000, help="default 8000; 0: any that is free")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     command.add_argument("--ray", action="store_true", help="on Ray Serve, with --replicas processes")
     command.add_argument("--replicas", type=int, default=1, metavar="N", help="with --ray: models that answer (default 1)")

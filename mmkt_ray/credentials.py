@@ -9,11 +9,11 @@ from typing import Any
 from mmkt_ray.errors import ConfigError
 
 _CREDENTIALS = re.compile(
-    r"""://[^/@\s]*@                             # user@, user:password@, SECRET@ before the host or bucket
+    r"""://[^/@\s]*(?:@|%40)                     # user@, user:password@, SECRET@ before the host or bucket
     | ://[^/:@\s]*:(?!\d+/)[^@\s]*@              # a password with a slash in it, which is no port
-    | (?:s3a?|gs|gcs|abfss?)://[^/:@\s]*:[^@\s]*@    # nor have these a port
-    | ://[^\s?]*\?(?:[^\s=]*&)?[\w.%-]+=         # a query string: settings, signatures, keys""",
-    re.VERBOSE,
+    | (?:s3a?|gs|gcs|abfss?):/+[^/:@\s]*:[^@\s]*@    # nor have these a port; a slash may be missing
+    | ://[^\s?\#]*[?\#](?:[^\s=]*&)?[\w.%-]+=     # a query string, a fragment: settings, signatures, keys""",
+    re.VERBOSE | re.IGNORECASE,
 )
 
 

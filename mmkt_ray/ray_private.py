@@ -23,6 +23,8 @@ from typing import Any
 
 # Reason: these print a line or more at every start (that a token was made, which ignore file was read), and have no switch.
 TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.runtime_env.packaging")
+# Reason: it prints the traceback of an error in a task that is raised as well.
+TOLD_TWICE = "ray.data._internal.execution.streaming_executor_state"
 # Reason: `ray.init` raises a bare Exception when its own processes take too long; only its text tells which.
 STARTED_TOO_SLOWLY = "timed out during startup"
 # Reason: see `without_noise`.
@@ -47,6 +49,7 @@ def quieten() -> None:
     """
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(TOLD_TWICE).setLevel(logging.CRITICAL)
     import ray  # noqa: F401  (it ships colorama, and puts it on the path)
 
     colours: Any = importlib.import_module("colorama.initialise")

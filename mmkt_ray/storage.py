@@ -198,8 +198,11 @@ def read_bytes(uri: str, limit: int = MAX_FILE_BYTES) -> bytes:
     """The whole file. Raises: FileNotFoundError; DataError if it is no regular file, or has more than `limit` bytes."""
     check_regular(uri, limit)
     fs, path = resolve(uri)
-    with fs.open_input_stream(path, compression=None) as stream:
-        return stream.read()
+    try:
+        with fs.open_input_stream(path, compression=None) as stream:
+            return stream.read()
+    except NotADirectoryError:  # a file is where its folder would be
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from None
 
 
 def check_regular(uri: str, limit: int | None = None) -> None:

@@ -20,10 +20,13 @@ MAX_BYTES = 100_000_000  # code and configs; data travels by storage
 NUM_NAMED = 5  # of what is too large
 SECRET_NAMES = (
     *(".env*", "*.env", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", ".my.cnf", ".s3cfg", ".boto", ".htpasswd"),
+    *(".config", "*_history", ".databrickscfg", ".dockercfg", "rclone.conf", "pip.conf", "kaggle.json", "auth.json"),
     *(".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure", ".gcloud", ".oci", ".ray", ".huggingface"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keytab"),
-    *("*credentials", "*credentials.*", "*service[-_]account*.json", "*secret*.json", "*secret*.y*ml", "secrets", "*.tfvars"),
-    *("token", "token.*", "*.token", "*[-_]token", "*[-_]token.txt", "*.jwt"),
+    *("*.key.*", "key.json", "*apikey*", "*api[-_]key*", "*accesskey*", "rootkey*", "keystore*", "*.kdbx", "password*"),
+    *("*credentials", "*credentials.*", "*service[-_]account*.json", "*secret*.json", "*secret*.y*ml"),
+    *("secrets", "secrets.*", "*.tfvars", "*.tfstate*"),
+    *("token", "token.*", "authtoken", "*.token", "*[-_]token", "*[-_]token.txt", "*.jwt"),
 )
 SOURCE = {".py", ".pyi", ".md", ".rst"}  # code and prose about tokens and credentials
 PRIVATE_KEY = re.compile(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", re.MULTILINE)

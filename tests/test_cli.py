@@ -194,3 +194,27 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         asked = f"{script}\nCOMP_WORDS=(mmkt predict --tru); COMP_CWORD=2; _mmkt; echo \"${{COMPREPLY[@]}}\""
         done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60)
         assert (done.stdout, done.stderr) == ("--trust-code\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["serve", "m", "--port", "99999"], "from 0 to 65535"),
+        (["serve", "m", "--port", "-1"], "from 0 to 65535"),
+        (["predict", "m", "a.csv", "--out", ""], "must not be empty"),
+        (["predict", "m", "a.csv", "--out", "o", "--column", "text="], "takes OURS=THEIRS"),
+        (["predict", "m", "a.csv", "--out", "o", "--column", "text"], "takes OURS=THEIRS"),
+        (["compare", "a.csv", "a.csv/"], "holds no evaluated model"),
+        (["predict", "a.csv", "a.csv", "--out", "o"], "is a file: name the folder"),
+    ],
+)
+def test_odd_words_are_told(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], words: list, told: str) -> None:
+    """Catches a traceback for a port or a column's name, and results that are written into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text\na\n")
+    try:
+        status = main(words)
+    except SystemExit as ended:  # of argparse
+        status = ended.code
+    assert (status, told in capsys.readouterr().err) == (2, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) in (["a.csv"], ["a.csv", "o"])

@@ -1,5 +1,6 @@
 """What we use of Ray beyond its documented interface is there in the installed version, and does what we use it for."""
 
+import importlib
 import inspect
 import logging
 import os
@@ -30,6 +31,9 @@ def test_loggers_and_texts_are_those_of_this_ray() -> None:
     assert ray_private.STARTED_TOO_SLOWLY in inspect.getsource(node)
     ray_private.quieten()
     assert {logging.getLogger(name).level for name in ray_private.TALKATIVE} == {logging.ERROR}
+    state = importlib.import_module(ray_private.TOLD_TWICE)
+    assert "logger.error(error_message, exc_info=e)\n            raise e" in inspect.getsource(state)
+    assert not state.logger.isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.slow

@@ -27,10 +27,12 @@ WITH_SECRETS = [
     f"http://user:{SECRET}@host:9000/x",
     f"s3://bucket/x?secret_key={SECRET}",
     f"https://host/x?a&X-Amz-Signature={SECRET}",
+    f"https://host/x#access_token={SECRET}",
+    f"s3://AKIAEXAMPLE%3A{SECRET}%40bucket/x",
 ]
 WITHOUT = [
     *("s3://bucket/a@b/x", "s3://a/b@c", "gs://a/b@c/d:e@f", "hdfs://host:8020/user/a@b"),
-    *("s3://bucket/part-?.parquet", "a:b@c", "gs://b/t=1/x.parquet"),
+    *("s3://bucket/part-?.parquet", "s3://bucket/part#1.parquet", "s3://bucket/a%40b", "a:b@c", "gs://b/t=1/x.parquet"),
 ]
 
 
@@ -67,8 +69,13 @@ def test_what_only_looks_like_credentials_is_accepted(
 SECRETS = [
     *(".env", ".env.local", "prod.env", ".netrc", ".pypirc", ".aws/credentials", ".ssh/id_ed25519", "keys/id_rsa"),
     *("server.pem", "server.key", ".ray/auth_token", "jobs/token", "gcp-service-account.json", "notes.txt", "mine"),
+    *(".streamlit/secrets.toml", "accessKeys.csv", "openai_api_key.txt", "passwords.txt", "terraform.tfstate"),
+    *(".bash_history", "kaggle.json", ".config/gh/hosts.yml", ".pip/pip.conf", "server.key.bak"),
 ]
-SENT = ["c.yaml", "jobs/run.py", "mmkt_ray/credentials.py", "token.py", "tokenizer.json", ".gitignore", "linked.py"]
+SENT = [
+    *("c.yaml", "keys.py", "environment.yml", "env.yml", "api.json", "history.md", "jobs/run.py", "mmkt_ray/credentials.py"),
+    *("token.py", "tokenizer.json", ".gitignore", "linked.py"),
+]
 
 
 @pytest.fixture

@@ -127,7 +127,8 @@ def encoded(data):
 def test_json_rows_are_answered_in_order_with_the_top_classes(start):
     url = start()
     as_uri = "data:image/png;base64," + encoded(png((0, 0, 255)))
-    rows = [{"image": encoded(png())}, {"text": "a very long text"}, {"image": as_uri}]
+    wrapped = base64.encodebytes(png()).decode()  # in lines, as `base64` of the command line writes it
+    rows = [{"image": wrapped}, {"text": "a very long text"}, {"image": as_uri}]
     status, text = ask(f"{url}/predict?top=2", json.dumps({"rows": rows}).encode())
     assert status == 200
     red, words, blue = json.loads(text)["rows"]
@@ -171,6 +172,8 @@ def test_an_image_that_is_none_is_told_and_not_an_error(start):
         (b'{"imag": "x"}', "application/json", 422, "did you mean 'image'"),
         (b'{"image": "***"}', "application/json", 422, "no base64"),
         (b'{"image": 3}', "application/json", 422, "must be a file in base64"),
+        ('{"image": "\u00e9"}'.encode(), "application/json", 422, "no base64"),
+        (b'{"\\ud800": "x"}', "application/json", 422, "reads no '\\\\ud800'"),
         (b"a=b", "application/x-www-form-urlencoded", 415, "application/json"),
         (*multipart({"image": "text"}), 422, "must be an uploaded file"),
         (*multipart({"sound": "text"}), 422, "reads no 'sound'"),
@@ -238,9 +241,11 @@ def test_a_number_that_json_lacks_becomes_null():
 def test_a_text_upload_of_a_form_is_read_as_text():
     from mmkt_ray.serve.requests import row_from_form
 
-    assert row_from_form({"text": b"caf\xc3\xa9", "image": b""}, Colours.kinds) == {"image": None, "text": "café"}
+    assert row_from_form([("text", b"caf\xc3\xa9"), ("image", b"")], Colours.kinds) == {"image": None, "text": "café"}
     with pytest.raises(DataError, match="reads no"):
-        row_from_form({"odd": "x"}, Colours.kinds)
+        row_from_form([("odd", "x")], Colours.kinds)
+    with pytest.raises(DataError, match="'text' twice"):
+        row_from_form([("text", "a"), ("text", "b")], Colours.kinds)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

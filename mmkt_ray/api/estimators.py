@@ -8,6 +8,7 @@ Axes: N rows, C classes.
 from __future__ import annotations
 
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.init.classify import KINDS, Look, classify_all
 from mmkt_ray.init.looking import clean_name
 from mmkt_ray.init.writing import default_encoder
-from mmkt_ray.kinds.cells import convert_cell, label_text
+from mmkt_ray.kinds.cells import canonical, class_name, convert_cell
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.plan import ReadingPlan
@@ -167,7 +168,10 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignor
         check_consistent_length(range(len(rows)), values)
         if (absent := np.flatnonzero(pd.isna(values))).size:
             raise DataError(f"y has no value in row {absent[0]} (of {len(absent)} in all): leave such rows out")
-        classes, codes = np.unique(values, return_inverse=True)
+        try:
+            classes, codes = np.unique(values, return_inverse=True)
+        except TypeError as error:
+            raise DataError(f"the values of y have several types ({error}): make them one, y.astype(str)") from None
         if len(classes) < 2:
             raise DataError(f"y has {len(classes)} class: there is nothing to tell apart")
         return codes, classes
@@ -228,13 +232,14 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
 def tell_modalities(rows: Rows) -> dict[str, str]:
     """Column -> its kind, for those that can be read. Raises: DataError if there are none."""
     looks, given = [], {}
-    for name in column_names(rows):
+    names = column_names(rows)
+    for name in names:
         values = [value for value in column_values(rows, name)[:LOOK_ROWS] if value is not None]
-        looks.append(Look(name, values, min(len(rows), LOOK_ROWS)))
+        looks.append(Look(str(name), values, min(len(rows), LOOK_ROWS)))
         if values and all(isinstance(v, Image.Image) or (isinstance(v, np.ndarray) and v.ndim > 1) for v in values):
-            given[name] = "image"
+            given[str(name)] = "image"
     found = classify_all(looks, given)
-    kinds = {c.name: c.kind for c in found if KINDS[c.kind].role == "modality"}
+    kinds = {name: c.kind for name, c in zip(names, found, strict=True) if KINDS[c.kind].role == "modality"}
     if not kinds:
         told = ", ".join(f"{c.name}: {c.kind} ({c.why})" for c in found)
         raise DataError(f"no column holds images, sounds or texts: {told or 'there are no columns'}; say modalities={{..}}")
@@ -257,11 +262,20 @@ def _encoder(kind: str) -> Any:
 
 
 def class_names(classes: np.ndarray) -> list[str]:
-    """What the classes are called in the run: as written where these are distinct, else `class <number>`."""
-    names = [label_text(value.item() if isinstance(value, np.generic) else value) for value in classes]
-    if None in names or len(set(names)) < len(names):
+    """What the classes are called in the run: as written where a run takes them for distinct ones, else `class <number>`."""
+    names = [_name_in_run(value.item() if isinstance(value, np.generic) else value) for value in classes]
+    if None in names or len({canonical(str(name)) for name in names}) < len(names):
         return [f"class {number}" for number in range(len(names))]
     return [str(name) for name in names]
+
+
+def _name_in_run(value: Any) -> str | None:
+    """A class as a reader takes it; None where it takes none."""
+    try:
+        name = class_name(value)
+        return None if name is None else unicodedata.normalize("NFC", name).encode().decode()
+    except ValueError:  # text that is a list, or no valid Unicode
+        return None
 
 
 # --- the run --------------------

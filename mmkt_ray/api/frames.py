@@ -71,6 +71,8 @@ def _file_bytes(kind: ModalityKind, value: Any, files: FileReader | None) -> byt
     """The bytes of an image's or a sound's file. Raises: ValueError that says what was got."""
     if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():  # as Hugging Face's data sets have it
         value = value.get("bytes") or value.get("path")
+        if value is None:
+            return None
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
         if path in ("", "nan"):  # as a CSV that pandas wrote has it
@@ -83,7 +85,7 @@ def _file_bytes(kind: ModalityKind, value: Any, files: FileReader | None) -> byt
 
 
 def _described(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
+    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
 def file_reader(reading: Reading, root: str | None) -> FileReader:

@@ -88,6 +88,8 @@ def check_budget(
     )
     if reasons and reasons[0].reason.startswith(DUPLICATE):  # a higher budget would drop them
         advice = "give each row an id of its own, or join rows of one id (samples.combine: join)"
+    elif not num_rows and not estimated:  # a higher budget would leave none
+        advice = "mend the data, or name other columns"
     of = f"of about {total:,}" if estimated else f"of {total:,}"
     raise DataError(
         f"{num_lost:,} {of} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
@@ -301,12 +303,17 @@ class AlikeRejects(NamedTuple):
 def count_reasons(rejects: pa.Table) -> list[AlikeRejects]:
     """The reasons, the most frequent first."""
     counts: Counter[str] = Counter()
-    first: dict[str, tuple[str, str]] = {}
+    first: dict[str, tuple[tuple[str, int, str], str]] = {}
     for batch in rejects.select(["reason", "sample_id", "source", "num_rows"]).to_batches(max_chunksize=65536):
         for reason, row, shard, num_rows in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             counts[kind := shorten(reason)] += num_rows
-            first.setdefault(kind, (reason, row if row.startswith(shard) else f"{row} in {shard}"))
-    return [AlikeRejects(*first[kind], num_rows) for kind, num_rows in counts.most_common()]
+            place = (shard, len(row), row)  # of two numbers the shorter one is the smaller
+            first[kind] = min(first.get(kind, (place, reason)), (place, reason))
+    return [AlikeRejects(first[kind][1], _told_row(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()]
+
+
+def _told_row(shard: str, _: int, row: str) -> str:
+    return row if row.startswith(shard) else f"{row} in {shard}"
 
 
 def shorten(reason: str) -> str:

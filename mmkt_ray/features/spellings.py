@@ -26,6 +26,14 @@ def respelled(names: Iterable[str]) -> dict[str, str]:
     return {old: new for old, new in found.items() if old != new} if len({*found.values()}) < len(found) else {}
 
 
+def _apart_by_case(names: Iterable[str]) -> list[list[str]]:
+    """Classes that are one but for capital letters, in groups."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted({canonical(name) for name in names}):
+        groups.setdefault(name.casefold(), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def merge_spellings(
     uri: str,
     parts: list[str],
@@ -37,6 +45,10 @@ def merge_spellings(
     by_task: task -> split -> class -> rows, as in a manifest's counts; kinds: of the tasks. Returns the checksums of the
     affected parts.
     """
+    for task, splits in by_task.items():
+        if apart := _apart_by_case({c for counts in splits.values() for c in counts}):
+            pairs = ", ".join(" and ".join(map(repr, group)) for group in apart[:MAX_SHOWN])
+            log.warning("%s: classes that differ in case alone stay apart, write them alike if they are one: %s", task, pairs)
     names = {task: respelled({c for counts in splits.values() for c in counts}) for task, splits in by_task.items()}
     names = {task: changes for task, changes in names.items() if changes}
     if not names:

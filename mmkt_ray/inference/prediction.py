@@ -45,6 +45,7 @@ LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
     "samples": (SamplesConfig, ("max_image_pixels", "decode_timeout_s")),
     "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
 }
+LEARNT = ("model", "training", "search", "evaluation", "transfer", "variants", "seed")  # keys that a trained model is past
 
 
 
@@ -127,7 +128,11 @@ def _predict(
 
 
 def shipped(uri: str) -> str:
-    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none."""
+    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none, or is a
+    file."""
+    fs, path = storage.resolve(uri)
+    if fs.get_file_info(path).is_file:
+        raise DataError(f"'{uri}' is a file: name the folder of a model or of a run")
     place = storage.join(uri, "report", "results.json")
     results = None if storage.exists(storage.join(uri, "config.json")) else Results.read_or_none(place)
     if results is None:
@@ -140,6 +145,8 @@ def shipped(uri: str) -> str:
 
 def restrict(config: Config, own: Mapping[str, Any]) -> Config:
     """The model's config with no more than this installation's limits, then with the values of whoever predicts."""
+    if fixed := sorted(key for key in own if key.partition(".")[0] in LEARNT):
+        raise ConfigError(f"--set {fixed[0]}: a trained model has this in its weights, and predicts with it as it is")
     lowered: dict[str, Any] = {}
     for name, (section, keys) in LIMITS.items():
         for key in keys:

@@ -15,7 +15,8 @@ from datetime import date
 from typing import Any
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.cells import is_nan
+from mmkt_ray.kinds.cells import is_nan, read_list
+from mmkt_ray.kinds.vectors import vector_of
 from mmkt_ray.samples.splits import normalise_split
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -155,6 +156,16 @@ def _is_date(look: Look) -> str | None:
     return None
 
 
+def _is_vector(look: Look) -> str | None:
+    if any(isinstance(value, dict) for value in look.values):
+        return None
+    try:
+        lengths = {len(vector) for value in look.values if (vector := vector_of(value)) is not None}
+    except ValueError:
+        return None
+    return f"lists of {lengths.pop()} numbers" if len(lengths) == 1 else None
+
+
 def _is_text(look: Look) -> str | None:
     texts = look.texts
     if not texts or len(texts) < len(look.values):
@@ -190,6 +201,7 @@ KINDS: dict[str, Kind] = {  # in the order in which they are tried
     "id": Kind(_is_id, "sample_id"),
     "number": Kind(_is_number, "cell"),
     "date": Kind(_is_date, "cell"),
+    "vector": Kind(_is_vector, "modality", "identity"),
     "text": Kind(_is_text, "modality", "tfidf"),
     "category": Kind(_is_category, "cell", note="to predict it: --target"),
     "other": Kind(lambda look: "values of a kind that nothing here reads", "unused", note="not used"),
@@ -197,7 +209,9 @@ KINDS: dict[str, Kind] = {  # in the order in which they are tried
 
 
 def classify(look: Look) -> Column:
-    """What a column is, the target aside. A column without values is `other`."""
+    """What a column is, the target aside. A column without values, or without a name, is `other`."""
+    if look.name == "":
+        return Column(look, "other", "it has no name; an index of pandas, as a rule")
     if not look.values:
         return Column(look, "other", f"no value in the first {look.num_rows:,} rows")
     for name, kind in KINDS.items():
@@ -234,8 +248,9 @@ def classify_target(look: Look, as_classes: bool = False) -> Target:
     values = [value for value in look.values if not is_nan(value)]
     if not values:
         raise DataError(f"the target '{look.name}' has no value in the first {look.num_rows:,} rows: name another column")
-    if any(isinstance(value, list | tuple | set) for value in values):
-        names = {str(name) for value in values for name in value}
+    lists = [found for value in values if (found := _as_list(value)) is not None]
+    if 2 * len(lists) > len(values):
+        names = {str(name) for found in lists for name in found}
         return Target(look, "multilabel", f"lists of {len(names):,} different classes")
     if (separated := _separated(look)) is not None:
         return separated
@@ -255,6 +270,16 @@ def classify_target(look: Look, as_classes: bool = False) -> Target:
     rare = sum(count < 3 for count in Counter(map(str, values)).values())
     why = f"{look.distinct:,} classes" + (f", {rare} of them with fewer than 3 of the {look.num_rows:,} rows" if rare else "")
     return Target(look, "binary" if look.distinct == 2 else "multiclass", why)
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    """The classes of a list, also of one that is written as text; None of anything else."""
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    try:
+        return read_list(value.strip()) if isinstance(value, str) and value.strip() else None
+    except ValueError:
+        return None
 
 
 def _separated(look: Look) -> Target | None:

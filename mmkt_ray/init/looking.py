@@ -17,6 +17,11 @@ import pyarrow.parquet as pq
 from mmkt_ray.errors import DataError
 from mmkt_ray.init.classify import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Look
 from mmkt_ray.kinds.cells import is_nan, likely_encoding
+from mmkt_ray.kinds.content import what_else
+from mmkt_ray.samples.columns import MAX_ROW_BYTES
+from mmkt_ray.samples.json_rows import Fault, parse_row
+from mmkt_ray.samples.lines import other_separator, read_header, told_separator
+from mmkt_ray.samples.shards import visible
 
 LOOK_ROWS = 10_000
 LOOK_MEMBERS = 2_000  # of an archive
@@ -87,7 +92,7 @@ def _look_at_tar(place: Path) -> Seen:
     """A WebDataset, whose members of one sample share a name, else class folders in an archive."""
     try:
         with tarfile.open(place) as tar:
-            members = [m for m in islice(tar, LOOK_MEMBERS) if m.isfile()]
+            members = [m for m in islice(tar, LOOK_MEMBERS) if m.isfile() and visible(m.name)]
             groups: dict[str, dict[str, Any]] = {}
             for member in members:
                 base = member.name.rpartition("/")[2]
@@ -178,6 +183,8 @@ def _parquet_rows(file: Path) -> tuple[dict[str, list[Any]], int]:
 def _encoding(file: Path) -> str:
     with file.open("rb") as stream:
         start = stream.read(1 << 20)
+    if told := what_else(start):
+        raise DataError(f"'{file}' is no table: it is {told}")
     if guess := likely_encoding(start[:400]):
         return guess
     try:
@@ -188,19 +195,19 @@ def _encoding(file: Path) -> str:
 
 
 def _csv_rows(file: Path, encoding: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """The header and the first rows."""
+    """The header and the first rows; a column without a name, such as the index of pandas, is called ""."""
+    csv.field_size_limit(MAX_ROW_BYTES)
     with file.open(encoding=encoding.replace("utf-8", "utf-8-sig"), errors="replace", newline="") as stream:
         table = csv.reader(stream)
         try:
-            header = [name.strip() for name in next(table, [])]
-            if len(header) == 1 and (mark := next((m for m in (";", "\t") if m in header[0]), None)):
-                to_commas = f"pandas.read_csv(.., sep={mark!r}).to_csv(.., index=False)"
-                raise DataError(f"'{file}' is separated by {mark!r}, not by commas: write it again, {to_commas}")
+            header = read_header(table)
+            if mark := other_separator(header):
+                raise told_separator(str(file), mark)
             rows = [dict(zip(header, cells, strict=False)) for cells in islice(table, LOOK_ROWS)]
         except csv.Error as error:
             raise DataError(f"'{file}', line {table.line_num}: {error}") from None
-    if not all(header) or len(set(header)) < len(header):
-        raise DataError(f"'{file}', line 1: each column needs a name of its own, got {header}")
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise DataError(f"'{file}': each column needs a name of its own, {twice} are there more than once")
     return header, rows
 
 
@@ -209,10 +216,10 @@ def _json_rows(file: Path, encoding: str) -> list[dict[str, Any]]:
     with file.open(encoding=encoding, errors="replace") as stream:
         for number, line in enumerate(islice(stream, LOOK_ROWS), start=1):
             if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise DataError(f"'{file}', line {number}: no JSON ({error}); a JSONL file has one object a line") from None
+                row = parse_row(line, [])
+                if isinstance(row, Fault):
+                    raise DataError(f"'{file}', line {number}: {row.reason}")
+                rows.append(row)
     return rows
 
 

@@ -78,7 +78,7 @@ def _lines(columns: Sequence[Column], tasks: Sequence[Target]) -> list[str]:
     for column in columns:
         kind = KINDS[column.kind]
         becomes = {"unused": f"{column.kind}, unused", "cell": f"{column.kind}, in the table"}.get(kind.role, column.kind)
-        rows.append((column.name, becomes, column.why))
+        rows.append((column.name or "(no name)", becomes, column.why))
         if kind.note:
             rows[-1] = (*rows[-1][:2], f"{column.why}; {kind.note}")
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

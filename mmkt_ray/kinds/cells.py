@@ -3,8 +3,10 @@
 The spelling of labels, ids and keys, for all readers:
 
 - Typed values have one spelling: 3 and 3.0 are `3`, true is `true`. NaN and blanks are null.
-- Text is stripped of blanks at both ends and composed (NFC). Otherwise it keeps its spelling: `1.0` may be a version.
-- Ids and keys have to match across files, so there `1.0` is `1` and `True` is `true` (`canonical`).
+- Text is stripped of blanks and invisible signs at both ends and composed (NFC). Otherwise it keeps its spelling: `1.0` may be
+  a version.
+- Ids and keys have to match across files, so there `1.0` is `1`, `True` is `true`, and any blanks within are one space
+  (`canonical`).
 - Class names stay as written until two spellings of one class meet in a task: `1.0` in one file and `1` in another. Then all
   classes of the task get their canonical spelling (features/spellings.py) and the audit says so. So versions 1.0, 1.1 and 2.0
   keep their names. A model's classes, a pairing map and the labels that they meet are compared in canonical form.
@@ -137,9 +139,17 @@ _WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # as pandas writes inte
 _EXACT_FLOAT = 2.0**53  # beyond it a float may stand for several integers
 
 
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"  # marks and joiners, which mean nothing at the ends of a name
+
+
+def _stripped(text: str) -> str:
+    return text.strip().strip(_INVISIBLE).strip()
+
+
 def canonical(text: str) -> str:
-    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, no blanks at the ends."""
-    text = unicodedata.normalize("NFC", text.strip().strip("\ufeff"))
+    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, one space for any blanks and
+    none at the ends."""
+    text = unicodedata.normalize("NFC", " ".join(_stripped(text).split()))
     if text.lower() in ("true", "false"):
         return text.lower()
     whole = _WHOLE_FLOAT.fullmatch(text)
@@ -151,14 +161,14 @@ def label_text(value: Any) -> str | None:
 
     Raises: ValueError for lists, mappings and bytes that are no UTF-8.
     """
-    if isinstance(value, list | tuple | dict | set):
-        raise ValueError(f"must be a single value, got a {type(value).__name__}{_several(value)}")
     if value is None or is_nan(value):
         return None
     if isinstance(value, bytes):
         value = decode_text(value, "utf-8")
     if isinstance(value, str):
-        return value.strip().strip("\ufeff").strip() or None
+        return _stripped(value) or None
+    if hasattr(value, "__len__"):  # also of arrays and tables, whose text would be their printed form
+        raise ValueError(f"must be a single value, got a {type(value).__name__}{_several(value)}")
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) <= _EXACT_FLOAT else repr(value)
     return canonical(str(value)) or None
@@ -200,7 +210,7 @@ def label_names(value: Any, separator: str) -> list[str] | None:
     An empty list, or a string of separators alone, is no class; null, NaN and a blank string are no label (None).
     Raises: ValueError for mappings, lists in lists, bytes that are no UTF-8, and text that begins as a list and is none.
     """
-    if not isinstance(value, list | tuple | set):
+    if not isinstance(value, list | tuple | set | frozenset):
         text = label_text(value)
         if text is None:
             return None

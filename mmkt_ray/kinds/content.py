@@ -97,3 +97,27 @@ def hash_array(values: np.ndarray) -> int:
 def hash_json(value: Any) -> int:
     """64-bit hash of any value of plain Python types (XXH3), whatever the order of its keys."""
     return xxh3_64_intdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+# --- files of another kind --------------------
+
+_OTHERS = {  # how a file begins, in lower case -> what it is, and what to do
+    b"\x1f\x8b": "packed by gzip: unpack it, gunzip",
+    b"bzh": "packed by bzip2: unpack it, bunzip2",
+    b"\xfd7zxz": "packed by xz: unpack it, unxz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it, unzstd",
+    b"pk\x03\x04": "a zip archive, or a spreadsheet: unpack it, or save it as CSV",
+    b"par1": "a Parquet file: give it the suffix .parquet",
+    b"sqlite format 3": "a database of SQLite: write its table as CSV or Parquet",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
+    b"<!doctype html": "a web page, perhaps what a server said in place of the file: fetch it again",
+    b"<html": "a web page, perhaps what a server said in place of the file: fetch it again",
+}
+
+
+def what_else(start: bytes) -> str:
+    """What a file is, and what to do, that begins so and is none of those that are read; "" where that cannot be told."""
+    start = start[:64].lower()
+    if start and not any(start):
+        return "full of zeros, as a transfer that broke off leaves it: fetch it again"
+    return next((told for begin, told in _OTHERS.items() if start.startswith(begin)), "")

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 from xxhash import xxh3_64
 
-from mmkt_ray.kinds.content import hash_array
+from mmkt_ray.kinds.content import hash_array, what_else
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: each image is held to samples.max_image_pixels, before it is decoded
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -217,7 +217,8 @@ def _decode_any(data: bytes, max_pixels: int) -> Decoded:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            raise ValueError(f"not a readable {', '.join(FORMATS)}; it begins with {data[:8]!r}") from None
+            told = f"it is {what_else(data)}" if what_else(data) else f"it begins with {data[:8]!r}"
+            raise ValueError(f"not a readable {', '.join(FORMATS)}; {told}") from None
         except MemoryError:
             raise
         except Exception as error:  # decoders meet damaged data with errors of every kind

@@ -18,14 +18,17 @@ def label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable
     """Each distinct value becomes a string once, by `text_of`. class_names: of a ClassLabel."""
     if is_list(raw.type):
         raise TypeError("it holds lists where one value is expected")
+    if pa.types.is_struct(raw.type):
+        inner = ", ".join(field.name for field in raw.type)
+        raise TypeError(f"it holds several values, {inner}: name the one that is meant, with a dot before it")
     # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
     encoded = (raw.cast(pa.large_binary()) if is_string(raw.type) else raw).dictionary_encode()
     named: list[str | None] = []
     wrong: dict[int, str] = {}
-    for code, value in enumerate(_plain_values(encoded.dictionary)):
+    for code, value in enumerate(plain_values(encoded.dictionary)):
         try:
             check_value(value)
-            named.append(text_of(value if class_names is None else _class_name(value, class_names)))
+            named.append(text_of(value if class_names is None else name_of_code(value, class_names)))
         except ValueError as error:
             named.append(None)
             wrong[code] = str(error)
@@ -33,7 +36,7 @@ def label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable
     return pa.array(named, pa.string()).take(encoded.indices), errors
 
 
-def _plain_values(column: pa.Array) -> list[Any]:
+def plain_values(column: pa.Array) -> list[Any]:
     """The values as Python's; narrow floats with the digits that they have: 0.1, not 0.10000000149."""
     if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
         return [None if value is None else float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
@@ -52,18 +55,21 @@ def labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) 
     for i, value in enumerate(values_of(raw)):
         try:
             check_value(value)
-            if class_names is not None and isinstance(value, list):
-                value = [_class_name(code, class_names) for code in value]
-            elif class_names is not None:
-                value = _class_name(value, class_names)
-            values.append(label_names(value, separator))
+            values.append(label_names(named(value, class_names), separator))
         except ValueError as error:
             values.append(None)
             errors[i] = str(error)
     return pa.array(values, pa.list_(pa.string())), errors
 
 
-def _class_name(value: Any, class_names: list[str]) -> str | None:
+def named(value: Any, class_names: list[str] | None) -> Any:
+    """A value with names in place of a ClassLabel's numbers, also in a list. Raises: ValueError for a number without a name."""
+    if class_names is None:
+        return value
+    return [name_of_code(code, class_names) for code in value] if isinstance(value, list) else name_of_code(value, class_names)
+
+
+def name_of_code(value: Any, class_names: list[str]) -> str | None:
     """The name of a ClassLabel's number, also of one that pandas made float; any below zero means no label."""
     if value is None or is_nan(value) or (isinstance(value, int | float) and value < 0):
         return None

@@ -84,7 +84,7 @@ def _by_sample(name: str, outcome: ClassOutcome, counts: np.ndarray) -> np.ndarr
 def _log_loss(labels: Labels, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Mean over the rows whose class is known, in nats; where a row has several forecasts, over these."""
     known, counts = labels[labels.known], counts[:, labels.known]
-    of_label = labels.kind.label_probability(known, proba[labels.known]).reshape(len(known), -1)
+    of_label = labels.kind.label_probability(known, proba[labels.known]).reshape(len(known), -1 if len(known) else 1)
     losses, num = -np.log(of_label.clip(SMALLEST, 1)).mean(axis=1), counts.sum(axis=1)
     return divide_where(num > 0, counts @ losses, num)
 

@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
     encoding: str  # of bytes that stand for text
     read_file: Callable[[str], bytes]  # a file that a cell names. Raises: ValueError
-    as_text: Callable[[pa.Array], Converted]  # numbers, dates and class codes, spelt as labels are
+    class_names: Callable[[str], list[str] | None]  # what whole numbers stand for, by the source's column; "": the column itself
 
 
 class ModalityKind(Choice):
@@ -346,10 +346,11 @@ class Text(_Listed):
         import pyarrow as pa
 
         from mmkt_ray.kinds.arrow import is_binary, is_string
-        from mmkt_ray.kinds.cells import decode_text, is_utf8
+        from mmkt_ray.kinds.cells import decode_text, is_utf8, label_text
+        from mmkt_ray.kinds.label_columns import label_column
 
         if not is_binary(raw.type) and not is_string(raw.type):
-            column, errors = source.as_text(raw)
+            column, errors = label_column(raw, source.class_names(""), label_text)
             return column.cast(pa.large_string()), errors
         encoding = source.encoding if is_binary(raw.type) else "utf-8"
         data = raw.cast(pa.large_binary())
@@ -423,7 +424,7 @@ class Table(ModalityKind):
 
         if not pa.types.is_struct(raw.type):
             raise TypeError("it is a single column: write the source's column as a list, [price]")
-        return rows_from_arrow(raw, source.as_text)
+        return rows_from_arrow(raw, source.class_names)
 
     def num_bytes(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         from mmkt_ray.kinds.table_rows import bytes_of_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mmkt_ray.kinds.arrow import Converted
     from mmkt_ray.kinds.linear_target import LinearTarget
     from mmkt_ray.kinds.outcomes import ClassOutcome
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,14 @@ class Multilabel(ClassKind):
     def decode(self, predictions: np.ndarray, class_names: Sequence[str]) -> list[Any]:
         names = np.array(class_names, dtype=object)
         return [names[row == 1].tolist() for row in predictions]
+
+    def check_classes(self, task: str, class_names: Sequence[str]) -> None:
+        """Warns of what lists with a 0 or 1 for each class become."""
+        if {name.lower() for name in class_names} in ({"0", "1"}, {"false", "true"}):
+            log.warning(
+                "task '%s' has the two classes %s: if its lists hold a 0 or 1 for each class, write the names of those that "
+                "a row has instead", task, " and ".join(class_names),
+            )  # fmt: skip
 
     # --- model and loss
 

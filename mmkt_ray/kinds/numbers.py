@@ -46,7 +46,10 @@ def read_number(cell: Any) -> float | None:
         several = "; give each number a task of its own" if isinstance(cell, list | tuple) else ""
         raise ValueError(f"must be one number, got a {type(cell).__name__}: {cell!r:.60}{several}")
     else:
-        value = float(cell)
+        try:
+            value = float(cell)
+        except OverflowError:  # of an integer with hundreds of digits
+            value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"is no finite number: {cell!r:.60}")
     return value
@@ -64,6 +67,7 @@ def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     import pyarrow.compute as pc
 
     from mmkt_ray.kinds.arrow import check_value, is_list, is_string, values_of
+    from mmkt_ray.kinds.label_columns import name_of_code
 
     kind = raw.type
     if is_list(kind) or pa.types.is_struct(kind):
@@ -80,8 +84,7 @@ def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     for i, cell in enumerate(values_of(raw)):
         try:
             check_value(cell)
-            named = class_names is not None and isinstance(cell, int) and 0 <= cell < len(class_names)
-            values.append(read_number(class_names[cell] if named and class_names else cell))
+            values.append(read_number(cell if class_names is None else name_of_code(cell, class_names)))
         except ValueError as error:
             values.append(None)
             errors[i] = str(error)

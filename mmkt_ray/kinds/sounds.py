@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.content import hash_array
+from mmkt_ray.kinds.content import hash_array, what_else
 
 MAX_AUDIO_FRAMES = 64_000_000  # 22 minutes at 48 kHz; 256 MB as float32
 SAMPLE_RATES = (1_000, 400_000)  # in Hz
@@ -60,7 +60,8 @@ def decode_audio(data: bytes) -> Clip:
             samples, sample_rate = _read_mono(sound), sound.samplerate
     except soundfile.LibsndfileError as error:
         if error.code == _UNKNOWN_FORMAT:
-            raise ValueError(f"no sound that soundfile reads (WAV, FLAC, OGG, MP3, ...); begins with {data[:8]!r}") from None
+            told = f"it is {what_else(data)}" if what_else(data) else f"it begins with {data[:8]!r}"
+            raise ValueError(f"no sound that soundfile reads (WAV, FLAC, OGG, MP3, ...); {told}") from None
         raise ValueError(f"damaged: {error.error_string}") from None
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a header that names no known encoding
         raise ValueError(f"damaged: {error}") from None

@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import xxhash
 
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.kinds.arrow import Converted, is_list, is_string, values_of
-from mmkt_ray.kinds.cells import canonical, decode_text, is_nan, key_text
+from mmkt_ray.kinds.arrow import Converted, check_value, is_list, is_string, values_of
+from mmkt_ray.kinds.cells import canonical, decode_text, key_text, label_text
+from mmkt_ray.kinds.label_columns import label_column, named
 
 ColumnType = Literal["number", "category", "boolean", "date"]
 
@@ -98,12 +99,14 @@ def row_type() -> pa.DataType:
     return pa.map_(pa.string(), pa.string())
 
 
-def rows_from_arrow(raw: pa.StructArray, as_text: Callable[[pa.Array], Converted]) -> Converted:
-    """Columns side by side (N,) as rows of `row_type`; null where all are. as_text: of typed cells."""
+def rows_from_arrow(raw: pa.StructArray, class_names: Callable[[str], list[str] | None]) -> Converted:
+    """Columns side by side (N,) as rows of `row_type`; null where all are. class_names: what whole numbers in a column stand for,
+    where the file says so."""
     errors: dict[int, str] = {}
     names, columns = [], []
-    for name, column in _flat_arrow(raw, ""):
-        texts, wrong = _column_texts(column, as_text)
+    for theirs, column in _flat_arrow(raw, ""):
+        texts, wrong = _column_texts(column, class_names(theirs))
+        name = theirs.removeprefix("json.")  # as in `row_texts`
         names.append(name)
         columns.append(texts)
         for i, reason in wrong.items():
@@ -120,14 +123,14 @@ def rows_from_arrow(raw: pa.StructArray, as_text: Callable[[pa.Array], Converted
 
 def _flat_arrow(raw: pa.StructArray, prefix: str) -> Iterable[tuple[str, pa.Array]]:
     for f, column in zip(raw.type, raw.flatten(), strict=True):
-        name = f"{prefix}{f.name}" if prefix else f.name.removeprefix("json.")
+        name = f"{prefix}{f.name}"
         if pa.types.is_struct(f.type):
             yield from _flat_arrow(column, f"{name}.")
         else:
             yield name, column
 
 
-def _column_texts(column: pa.Array, as_text: Callable[[pa.Array], Converted]) -> Converted:
+def _column_texts(column: pa.Array, class_names: list[str] | None) -> Converted:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type):
@@ -137,12 +140,13 @@ def _column_texts(column: pa.Array, as_text: Callable[[pa.Array], Converted]) ->
         wrong: dict[int, str] = {}
         for i, value in enumerate(values_of(column)):
             try:
-                texts.append(None if value is None or is_nan(value) else cell_text(value))
+                check_value(value)
+                texts.append(cell_text(named(value, class_names)))
             except ValueError as error:
                 texts.append(None)
                 wrong[i] = str(error)
         return pa.array(texts, pa.string()), wrong
-    column, wrong = as_text(column)
+    column, wrong = label_column(column, class_names, label_text)
     encoded = column.dictionary_encode()
     spelt = [None if text is None else cell_text(canonical(text)) for text in encoded.dictionary.to_pylist()]
     assert is_string(column.type)

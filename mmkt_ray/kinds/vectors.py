@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmkt_ray.kinds.arrow import Converted, is_list
+from mmkt_ray.kinds.cells import is_nan
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -29,6 +30,8 @@ def vector_of(cell: Any) -> list[float] | None:
         if absent:
             raise ValueError(f"column '{absent[0]}' is null and others are not")
         cell = [_number(value, f"column '{name}'") for name, value in cell.items()]
+    elif _is_absent(cell):
+        return None
     elif isinstance(cell, str | bytes):
         try:
             cell = json.loads(cell)
@@ -48,7 +51,7 @@ def vector_of(cell: Any) -> list[float] | None:
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or is_nan(value) or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
 
 
 def _number(value: Any, what: str) -> float:
@@ -89,7 +92,7 @@ def _is_numeric(kind: pa.DataType) -> bool:
 
 def _side_by_side(raw: pa.StructArray) -> Converted:
     columns = [column.cast(pa.float64()) for column in raw.flatten()]
-    nulls = np.stack([column.is_null().to_numpy(zero_copy_only=False) for column in columns], axis=1)
+    nulls = np.stack([column.is_null(nan_is_null=True).to_numpy(zero_copy_only=False) for column in columns], axis=1)
     values = np.stack([pc.fill_null(column, 0.0).to_numpy(zero_copy_only=False) for column in columns], axis=1)
     absent = np.asarray(nulls.all(axis=1))
     lengths = np.where(absent, 0, len(columns))

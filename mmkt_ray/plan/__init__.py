@@ -70,6 +70,8 @@ def plan_command(args: argparse.Namespace, config: Config, run_uri: str) -> str:
     """What the parsed command line asks for, as text. Raises: ConfigError."""
     cpus = cluster.cores() if args.cpus_per_node is None else args.cpus_per_node
     machines = Machines(args.nodes, cpus, args.gpus_per_node, args.price_per_node_hour)
+    if not math.isfinite(args.samples):
+        raise ConfigError(f"--samples must be a finite number, got {args.samples}")
     if min(args.samples, machines.nodes, machines.cpus) < 1 or min(args.candidates, machines.gpus) < 0:
         raise ConfigError("--samples, --nodes and --cpus-per-node are at least 1; --candidates and --gpus-per-node 0")
     return plan(config, rates_of(config, run_uri), machines, args.samples, args.candidates)

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple, Self, cast
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.cells import json_int
+from mmkt_ray.kinds.content import what_else
 from mmkt_ray.samples.columns import MAX_FILE_BYTES, MAX_ROW_BYTES, Reading, Row
 from mmkt_ray.samples.files import FileReader
+from mmkt_ray.samples.json_rows import find_repeated
 from mmkt_ray.samples.schema import UNMAPPED, Reject
 from mmkt_ray.samples.shards import SUFFIXES, has_suffix, visible
 from mmkt_ray.samples.splits import split_in_name
@@ -38,6 +40,7 @@ _NOT_ADJACENT = (
     "tar --sort=name"
 )
 _MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
+_MAX_ZEROS = 2 * 2048  # blocks behind an archive: `tar -b 2048` fills up a mebibyte
 _EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 # `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. These kinds, and the list of
 # members below, are in the module but not in its type stubs
@@ -57,7 +60,7 @@ _NothingLeft: type[Exception] = tarfile.EmptyHeaderError  # type: ignore[attr-de
 class _Tar(TarFile):
     """An archive, or several one after another: `tar -i`, or `cat a.tar b.tar`."""
 
-    has_ended = False  # the last block was one of those that mark an end
+    num_zeros = 0  # blocks of zeros in a row, which mark an end
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -69,13 +72,15 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             info = super().fromtarfile(tarfile)
         except _EndOfArchive:
-            tarfile.has_ended = True
+            tarfile.num_zeros += 1
+            if tarfile.num_zeros > _MAX_ZEROS:
+                raise _DamagedHeader(f"nothing but zeros at byte {tarfile.offset:,}, as a transfer that broke off") from None
             raise
         except HeaderError as error:
-            if tarfile.has_ended and isinstance(error, _NothingLeft):
+            if tarfile.num_zeros and isinstance(error, _NothingLeft):
                 raise
             raise _DamagedHeader(f"{error} at byte {tarfile.offset:,}") from None
-        tarfile.has_ended = False
+        tarfile.num_zeros = 0
         return info
 
     @classmethod
@@ -134,7 +139,8 @@ def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member
         counting = _Counting(stream)
         file = io.BufferedReader(counting, 1 << 15)
         # no other compression: xz takes as much memory as the file states
-        is_packed = file.peek(2)[:2] == b"\x1f\x8b"
+        start = file.peek(64)[:64]
+        is_packed = start[:2] == b"\x1f\x8b"
         raw = _Ending(cast(Any, gzip.GzipFile(fileobj=file) if is_packed else file), 1 << 15)
         try:
             with _Tar.open(
@@ -147,7 +153,7 @@ def _members(reading: Reading, wanted: Callable[[str], bool]) -> Iterator[Member
                         member = _read_member(archive, info) if wanted(info.name) else Member(info.name, b"")
                         yield member._replace(end=counting.num_bytes)
         except _DAMAGE as error:
-            yield reading.unreadable(error)
+            yield reading.unreadable(error, "" if is_packed else what_else(start))
 
 
 def _read_member(archive: TarFile, info: tarfile.TarInfo) -> Member:
@@ -250,20 +256,32 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _webdataset_row(reading: Reading, group: _Group) -> Row | Reject:
-    fields = _parse_json(group.data.get("json"))
+    fields = _parse_json(reading, group.data.get("json"))
     cells = reading.gather(lambda column: _first_there(_specs(column), group, fields))
     return reading.convert(reading.place("#", group.key), cells)
 
 
-def _parse_json(data: bytes | ValueError | None) -> Any:
+def _parse_json(reading: Reading, data: bytes | ValueError | None) -> Any:
     if data is None or isinstance(data, ValueError):
         return data
     if len(data) > MAX_ROW_BYTES:
         return ValueError(f"its json member has {len(data):,} bytes, more than {MAX_ROW_BYTES:,}")
     try:
-        return json.loads(data, parse_int=json_int)
+        text = _json_text(data, reading.source.encoding)
+        fields = json.loads(text, parse_int=json_int)
     except (ValueError, RecursionError) as error:
         return ValueError(f"its json member is not valid JSON: {error}")
+    specs = [spec for column in reading.paths for spec in _specs(column)]
+    twice = find_repeated(text, [spec.removeprefix("json.") for spec in specs if spec.startswith("json.")])
+    return ValueError(f"its json member has '{twice}' twice: rename or remove one") if twice else fields
+
+
+def _json_text(data: bytes, encoding: str) -> str:
+    """In the Unicode encoding that the bytes show, else in the source's. Raises: UnicodeDecodeError."""
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError:
+        return data.decode(encoding)
 
 
 def _first_there(specs: list[str], group: _Group, fields: Any) -> Any:

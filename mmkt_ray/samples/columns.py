@@ -195,11 +195,17 @@ class Reading:
         printable = reason.encode("utf-8", "backslashreplace").decode()  # names may hold bytes that are no text
         return Reject(sample_id, self.shard.name, stage, printable, num_rows)
 
-    def unreadable(self, error: Exception) -> Reject:
-        """The reject that stands for all rows of the shard that come after a fault in the file itself (see damage.py)."""
+    def unreadable(self, error: Exception, what_else: str = "") -> Reject:
+        """The reject that stands for all rows of the shard that come after a fault in the file itself (see damage.py).
+
+        what_else: what the file is, and what to do, if it is another kind of file.
+        """
+        told = f"the shard is {what_else}" if what_else else (
+            f"the shard is damaged, its rows from here on are lost: {error}; fetch or write the file again"
+        )
         return self.reject(
             escape_id(self.shard.name),
-            f"the shard is damaged, its rows from here on are lost: {error}; fetch or write the file again",
+            told,
             DAMAGE,
             num_rows=0,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import Converted, is_list
 from mmkt_ray.kinds.base import TaskKind
-from mmkt_ray.kinds.cells import TEXT_OF, escape_id, label_text
+from mmkt_ray.kinds.cells import TEXT_OF, escape_id
+from mmkt_ray.kinds.content import what_else
 from mmkt_ray.kinds.label_columns import label_column
 from mmkt_ray.kinds.modalities import Source
 from mmkt_ray.samples.arrays import ArrayFile, open_arrays
@@ -126,7 +126,8 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a size or a name in the file's metadata
         if not is_damage(error, fs):
             raise
-        yield Block([], {}, rejects=[reading.unreadable(error)])
+        start = next(storage.read_chunks(reading.shard.uri, 64), b"")
+        yield Block([], {}, rejects=[reading.unreadable(error, "" if start.startswith(b"PAR1") else what_else(start))])
 
 
 def is_damage(error: Exception, fs: pafs.FileSystem) -> bool:
@@ -198,12 +199,13 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int, beside: Mappin
     converted: dict[str, pa.Array] = {}
     errors: dict[int, str] = {}
     unread: dict[int, str] = {}
+    features = features_in(batch.schema)
     for column, path in reading.source.columns.items():
         raw = beside.get(column)
         if raw is None:
             raw = column_at(batch, path) if isinstance(path, str) else _struct_of(batch, path)
         try:
-            converted[column], wrong = _convert_column(reading, column, raw, batch.schema, path)
+            converted[column], wrong = _convert_column(reading, column, raw, features, path)
         except (pa.ArrowException, TypeError) as error:
             raise DataError(
                 f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
@@ -246,17 +248,20 @@ def _field_of(column: pa.Array, name: str) -> pa.Array:
     return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
-def _convert_column(reading: Reading, column: str, raw: pa.Array, schema: pa.Schema, path: str | tuple[str, ...]) -> Converted:
+def _convert_column(reading: Reading, column: str, raw: pa.Array, features: Any, path: str | tuple[str, ...]) -> Converted:
+    """features: as `features_in` has them."""
     if pa.types.is_null(raw.type) or (pa.types.is_floating(raw.type) and _is_empty(raw)):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}
     kind = reading.kinds[column]
-    names = _class_names(schema, path) if isinstance(path, str) else None
+
+    def names_of(name: str) -> list[str] | None:
+        return class_names_in(features, name or str(path))
+
     if isinstance(kind, TaskKind):
-        return kind.from_arrow(raw, names, reading.separator(column))
+        return kind.from_arrow(raw, names_of(""), reading.separator(column))
     if not isinstance(kind, str):
-        as_text = partial(label_column, class_names=names, text_of=label_text)
-        return kind.from_arrow(raw, Source(reading.source.encoding, FileReader(reading).read, as_text))
-    converted, errors = label_column(raw, names, TEXT_OF[kind])
+        return kind.from_arrow(raw, Source(reading.source.encoding, FileReader(reading).read, names_of))
+    converted, errors = label_column(raw, names_of(""), TEXT_OF[kind])
     return converted.cast(reading.schema.field(column).type), errors
 
 
@@ -266,15 +271,21 @@ def _is_empty(raw: pa.Array) -> bool:
 
 
 
-
-def _class_names(schema: pa.Schema, path: str) -> list[str] | None:
-    """Names of a column of ClassLabel, or of lists of it, in the metadata of the Hugging Face `datasets` library, or None."""
+def features_in(schema: pa.Schema) -> Any:
+    """What the metadata of the Hugging Face `datasets` library say of the columns; None without such."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):  # other metadata than this
+        return None
+
+
+def class_names_in(features: Any, path: str) -> list[str] | None:
+    """Names of a column of ClassLabel, or of lists of it; None if it is none."""
+    try:
         feature = _without_lists(_feature_at(features, path))
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
         return [str(name) for name in names] if names else None
-    except (KeyError, TypeError, ValueError):  # other metadata than this: the integers stand for themselves
+    except (KeyError, TypeError, ValueError):  # the integers stand for themselves
         return None
 
 

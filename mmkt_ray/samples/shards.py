@@ -139,7 +139,9 @@ def _nothing_readable(uri: str, source: SourceConfig, found: list[pafs.FileInfo]
     """What there is instead of files that the source's reader reads."""
     wanted = "files" if source.reader == "folders" else f"*{', *'.join(SUFFIXES[source.reader])}"
     names = _shortened(_names_in(uri, found) or [f.base_name for f in found])
-    return f"no {wanted} for reader '{source.reader}' in '{uri}'; it holds: {', '.join(names) or 'nothing'}"
+    others = [r for r, own in SUFFIXES.items() if r != source.reader and any(has_suffix(name, own) for name in names)]
+    advice = f"; for these set reader: {others[0]} (mmkt predict: --reader {others[0]})" if others else ""
+    return f"no {wanted} for reader '{source.reader}' in '{uri}'; it holds: {', '.join(names) or 'nothing'}{advice}"
 
 
 def _names_in(uri: str, found: Iterable[pafs.FileInfo]) -> list[str]:

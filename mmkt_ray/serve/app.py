@@ -44,7 +44,7 @@ def create_app(model: Model, name: str, limits: ServerLimits, hosts: Sequence[st
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 422)
+        return JSONResponse({"error": str(error).encode("utf-8", "backslashreplace").decode()}, 422)
 
     @app.exception_handler(TimeoutError)
     async def too_slow(_: Request, error: TimeoutError) -> JSONResponse:
@@ -86,7 +86,7 @@ async def _rows(request: Request, modalities: dict[str, ModalityKind]) -> list[R
     if kind == "multipart/form-data":
         try:
             async with request.form(max_files=len(modalities), max_fields=len(modalities), max_part_size=2**20) as form:
-                fields = {k: await v.read() if isinstance(v, UploadFile) else v for k, v in form.multi_items()}
+                fields = [(k, await v.read() if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]
         except HTTPException as error:
             raise DataError(f"the form cannot be read ({error.detail})") from None
         return [row_from_form(fields, modalities)]

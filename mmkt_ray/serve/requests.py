@@ -8,7 +8,6 @@ modality, files as uploads.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -50,13 +49,18 @@ def _value(value: Any, number: int, modality: str, kind: ModalityKind) -> Any:
     if not isinstance(value, str):
         raise DataError(f"row {number}: {modality} must be a file in base64, got {type(value).__name__}")
     try:
-        return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-    except binascii.Error as error:
+        # `base64` of the command line breaks lines
+        return base64.b64decode("".join((value.partition(",")[2] if value.startswith("data:") else value).split()), validate=True)
+    except ValueError as error:  # also signs that are not ASCII
         raise DataError(f"row {number}: {modality} is no base64 ({error})") from None
 
 
-def row_from_form(fields: Mapping[str, Any], modalities: Mapping[str, ModalityKind]) -> Row:
-    """The row of a multipart form whose uploads were read as bytes. An empty field is an absent modality."""
+def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, ModalityKind]) -> Row:
+    """The row of a multipart form whose uploads were read as bytes. An empty field is an absent modality. Raises: DataError."""
+    fields = dict(parts)
+    if len(fields) < len(parts):
+        twice = next(name for name, _ in parts if [own for own, _ in parts].count(name) > 1)
+        raise DataError(f"the form has '{twice}' twice: a form is one row, send several as JSON")
     if unknown := sorted(fields.keys() - modalities.keys()):
         raise DataError(f"the model reads no '{unknown[0]}': {nearest(unknown[0], modalities)}")
     row: Row = {}

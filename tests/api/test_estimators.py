@@ -123,6 +123,7 @@ def test_parameters_are_kept() -> None:
         (["a", "b"], "inconsistent numbers of samples"),
         (["a", "b", None], "no value in row 2"),
         (["a", "a", "a"], "1 class"),
+        (pd.Series([1, "a", 1]), "y have several types"),
     ],
 )
 def test_labels_are_checked_before_anything_is_trained(y: list | None, says: str) -> None:
@@ -150,6 +151,8 @@ def test_columns_are_told_apart_or_named() -> None:
         mm.MultimodalClassifier(modalities={"foto": "image"}).fit(rows, rows["colour"])
     with pytest.raises(DataError, match="price: number"):
         tell_modalities(rows[["price"]])
+    texts = pd.DataFrame({0: ["a b c", "d e f"], ("x", "y"): ["g h i", "j k l"]})  # names as pandas may have them
+    assert tell_modalities(texts) == {0: "text", ("x", "y"): "text"}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,11 @@ def test_columns_are_told_apart_or_named() -> None:
         ([" a", "a"], ["class 0", "class 1"]),
         (["", "b"], ["class 0", "class 1"]),
         ([False, True], ["false", "true"]),
+        (["1", "1.0"], ["class 0", "class 1"]),  # one class of two tools
+        (["True", "true"], ["class 0", "class 1"]),
+        (["cafe\u0301", "tea"], ["caf\xe9", "tea"]),  # as a run composes it
+        (["['a']", "b"], ["class 0", "class 1"]),  # a list as text
+        (["\ud800", "b"], ["class 0", "class 1"]),
     ],
 )
 def test_classes_keep_apart(classes: list, names: list[str]) -> None:

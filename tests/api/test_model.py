@@ -135,6 +135,19 @@ def test_what_is_missing_is_absent(model: Model, absent: object) -> None:
         assert found["missing"][0].tolist() == ["text"]
 
 
+def test_a_hugging_face_struct_of_nothing_is_absent(model: Model) -> None:
+    """Catches a row without an image that is told as unreadable."""
+    found = model.predict([{"image": {"bytes": None, "path": None}, "text": "a red car"}])
+    assert (found["missing"][0].tolist(), found["unreadable"].isna().all()) == (["image"], True)
+
+
+@pytest.mark.parametrize("text", [np.array(["a", "cat"]), pd.Series(["a"]), pd.DataFrame({"a": [1]}), {"a": 1}, frozenset("a")])
+def test_what_is_no_text_is_told_beside_its_row(model: Model, text: object) -> None:
+    """Catches the printed form of an array or a Series taken for a text."""
+    found = model.predict(pd.DataFrame({"image": [IMAGES[0]], "text": pd.Series([text], dtype=object)}))
+    assert pd.Series([found["unreadable"][0]]).str.contains("must be a single value, got a").all()
+
+
 @pytest.mark.parametrize(
     ("image", "says"),
     [
@@ -239,6 +252,9 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     """Catches a KeyError or a FileNotFoundError for a wrong path."""
     with pytest.raises(DataError, match="is no finished model folder"):
         mm.load(str(tmp_path))
+    (tmp_path / "new.csv").write_text("text\na\n")
+    with pytest.raises(DataError, match="is a file: name the folder of a model"):
+        mm.load(str(tmp_path / "new.csv"))
 
 
 LIGHT = """

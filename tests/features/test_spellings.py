@@ -64,6 +64,25 @@ def test_what_meets_no_other_spelling_keeps_its_own(tmp_path, make_config, class
     assert bool(storage.read_json(f"{store.uri}/audit.json")["spellings"]) == (set(expected) != set(classes))
 
 
+def test_classes_that_differ_in_case_alone_are_told(tmp_path, make_config, caplog) -> None:
+    """Catches 0 % of `Cat` right, as train says `cat`, and nobody hears of it; they may be two classes, so they stay."""
+    train, test = rows("a", "train", ["cat", "Dog"]), rows("b", "test", ["Cat", "Dog"])
+    store = publish_parts(make_config(), str(tmp_path / "s"), train, test)
+    assert store.manifest.tasks["colour"].classes == ["Dog", "cat"]
+    assert "differ in case alone stay apart, write them alike if they are one: 'Cat' and 'cat'" in caplog.text
+    assert "Dog" not in caplog.text
+
+
+def test_a_0_or_1_for_each_class_is_told(tmp_path, make_config, caplog) -> None:
+    """Catches the classes 0 and 1 in every row, as its list says of each class whether the row has it."""
+    config = make_config(tasks__colour__kind="multilabel")
+    publish_parts(config, str(tmp_path / "s"), rows("a", "train", [["0", "1"], ["1"], ["0"]]))
+    assert "its lists hold a 0 or 1 for each class" in caplog.text
+    caplog.clear()
+    publish_parts(config, str(tmp_path / "t"), rows("a", "train", [["0", "1"], ["2"]]))
+    assert "for each class" not in caplog.text
+
+
 def test_lists_of_classes_and_a_second_publishing(tmp_path: Path, make_config: MakeConfig) -> None:
     """Catches a class twice in one list, and notes that double or vanish when shards are added later."""
     config = make_config(tasks__colour__kind="multilabel")

@@ -184,6 +184,12 @@ def test_encoders_lie_in_the_folder_and_are_those_of_the_model(tmp_path):
     other.finish(other.partial(["a fast bird", "a slow fish"]))
     save_fitted(other, config.modalities["text"].encoder, str(text))
     refuse(folder, tmp_path, "not the one that the model was trained with")
+def test_what_a_model_has_learnt_is_not_set(tmp_path):
+    """Catches `predict --set model.fusion=gated` that changes nothing and says nothing."""
+    with pytest.raises(ConfigError, match=r"--set model\.fusion: a trained model has this in its weights"):
+        restrict(make_config(tmp_path), {"model.fusion": "gated"})
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_new_rows_need_nothing_but_a_modality(config, tmp_path, suffix):
     """Catches a file to be predicted that is refused as it has no split, no label and no id, as new files do."""

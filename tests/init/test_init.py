@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -252,3 +253,36 @@ def test_numbers_and_categories_are_one_table(tmp_path: Path) -> None:
     assert config.samples.sources[0].theirs("facts") == ("weight", "colour", "made")
     assert config.modalities["facts"].kind.name == "table"
     assert config.tasks["price"].kind.name == "regression"
+
+
+def test_tables_as_other_tools_write_them(tmp_path: Path, read: Callable[..., list[dict[str, Any]]]) -> None:
+    """Catches a table refused for a blank first line, an index without a name, a long cell or a byte order mark in JSON lines;
+    lists as text that a run would refuse as single classes; embeddings that \"nothing here reads\"."""
+    frame = pd.DataFrame({"text": [row["title"] for row in ROWS], "kind": [row["category"] for row in ROWS]})
+    frame.loc[0, "text"] = "long " * 40_000
+    frame["tags"] = [["a", "b"][: 1 + i % 2] for i in range(len(frame))]
+    frame["v"] = [[float(i), 1.0] for i in range(len(frame))]
+    (tmp_path / "a.csv").write_text("\n" + frame.to_csv())
+    (tmp_path / "a.jsonl").write_text("\ufeff" + frame.to_json(orient="records", lines=True))
+    frame.to_parquet(tmp_path / "a.parquet")
+    for suffix in ("csv", "jsonl", "parquet"):
+        rows = read(tmp_path / f"a.{suffix}", ["kind", "tags"])
+        assert [row["kind"] for row in rows] == frame["kind"].tolist()
+        assert [row["tags"] for row in rows] == frame["tags"].tolist()
+        assert [row["v"] for row in rows] == frame["v"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", '[{"text": "a"}, {"text": "b"}]', "line 1: .* a list of 2: write each on a line of its own"),
+        ("a.csv", "version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
+        ("a.csv", "text|kind\na|b\n", r"separated by '\|'"),
+        ("a.csv", "kind,kind,,\na,b,c,d\n", r"\['kind'\] are there more than once"),
+    ],
+)
+def test_what_is_no_such_table_is_told(tmp_path: Path, name: str, content: str, told: str) -> None:
+    """Catches advice about columns where the file is another kind of file."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=told):
+        init(str(tmp_path / name), ["kind"], str(tmp_path / "run.yaml"))

@@ -160,6 +160,7 @@ def test_the_linear_model_is_ridge_regression(sparse: bool) -> None:
         ("inf", "is no number"),
         (float("inf"), "is no finite number"),
         ("1e999", "is no finite number"),
+        (10**400, "is no finite number"),
         (True, "must be one number, got a bool"),
         ([1, 2], "each number a task of its own"),
         ("0x10", "is no number"),
@@ -188,7 +189,9 @@ def test_columns_are_read_as_cells_are() -> None:
     assert column.to_pylist() == [1.0, None, None, None]
     assert list(errors) == [1]
     assert number_column(pa.array([True]), None)[1]
-    assert number_column(pa.array([0, 1]), ["10", "20"])[0].to_pylist() == [10.0, 20.0]
+    for codes in (pa.array([0, 1, -1, -100, None]), pa.array([0.0, 1.0, -1.0, -100.0, np.nan])):  # of a ClassLabel
+        assert number_column(codes, ["10", "20"])[0].to_pylist() == [10.0, 20.0, None, None, None]
+    assert "label 2 has no name" in number_column(pa.array([2]), ["10", "20"])[1][0]
     with pytest.raises(TypeError, match="several values"):
         number_column(pa.array([[1.0, 2.0]]), None)
 

@@ -307,3 +307,19 @@ def test_a_bad_row_does_not_shift_an_array(tmp_path: Path) -> None:
     plan = ReadingPlan.of(config).only("x")
     (chunk,) = read_chunks(plan, list_shards(plan)[0])
     np.testing.assert_array_equal(plan.modalities["x"].values(chunk.table["x"]), GOOD)
+
+
+@pytest.mark.parametrize("file", ["v.parquet", "v.jsonl", "v.csv"])
+def test_vectors_that_pandas_left_out_are_absent(tmp_path: Path, file: str) -> None:
+    """Catches NaN in columns side by side, or a blank cell, as broken numbers where there is no vector."""
+    nan = float("nan")
+    rows = [{"id": "a", "x1": 1.0, "x2": 2.0}, {"id": "b", "x1": nan, "x2": nan}, {"id": "c", "x1": nan, "x2": 2.0}]
+    write(tmp_path / file, rows)
+    reader = "parquet" if file.endswith("parquet") else "manifest"
+    values, reasons = read(config_of(tmp_path, reader, file, {"sample_id": "id", "x": ["x*"], "label": "label"}, "vector"))
+    assert [list(value) for value in values] == [[1.0, 2.0]]
+    assert reasons == {"b": "no modality is present", "c": "x: column 'x1' is null and others are not"}
+    frame = pd.DataFrame({"id": ["a", "b"], "v": ["[1, 2]", None], "label": ["u", "v"]})
+    frame.to_csv(tmp_path / "w.csv", index=False)
+    values, reasons = read(config_of(tmp_path, "manifest", "w.csv", {"sample_id": "id", "x": "v", "label": "label"}, "vector"))
+    assert ([list(value) for value in values], reasons) == ([[1.0, 2.0]], {"b": "no modality is present"})

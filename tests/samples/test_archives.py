@@ -120,6 +120,25 @@ def test_what_follows_an_archive_and_is_none_is_told(make_config, read_all, writ
     assert [r.sample_id for r in rejects] == ["a.tar"]
 
 
+@pytest.mark.parametrize(("num_zeros", "is_damage"), [(1 << 20, False), (3 << 20, True)])
+def test_zeros_in_place_of_members_are_damage(make_config, read_all, write_tar, tmp_path, num_zeros, is_damage):
+    """Catches rows lost in silence as a transfer broke off in a file of its final size; `tar -b 2048` fills up one mebibyte."""
+    write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("1.cls", b"a")])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:2048] + bytes(num_zeros))
+    source = {"reader": "webdataset", "path": "a.tar", "columns": {"text": "txt", "label": "cls"}}
+    table, rejects = read_all(make_config(tmp_path, source))
+    assert [("nothing but zeros" in r.reason, r.stage) for r in rejects] == [(True, "damage")] * is_damage
+    assert table.num_rows == 1 - is_damage
+
+
+@pytest.mark.parametrize("comp", ["bz2", "xz"])
+def test_an_archive_packed_in_another_way_is_told(make_config, read_all, write_tar, tmp_path, comp):
+    """Catches "truncated header" of an archive that is whole."""
+    write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("1.cls", b"a")], mode=f"w:{comp}")
+    source = {"reader": "webdataset", "path": "a.tar", "columns": {"text": "txt", "label": "cls"}}
+    assert "the shard is packed by" in read_all(make_config(tmp_path, source))[1][0].reason
+
+
 def test_a_flipped_bit_in_a_compressed_archive_is_damage(make_config, read_all, write_tar, tmp_path):
     """Catches other texts than were written, as nobody compares gzip's checksum."""
     write_tar(tmp_path / "a.tar", [(f"a/{i}.txt", b"text %d" % i) for i in range(20)])

@@ -112,7 +112,9 @@ def test_a_wav_from_a_pipe_is_whole(size: int):
     ("data", "reason"),
     [
         (b"", "0 bytes"),
-        (b"<html>404</html>", r"no sound that soundfile reads \(WAV, FLAC, OGG, MP3, ...\); begins with b'<html>40'"),
+        (b"no sound", r"no sound that soundfile reads \(WAV, FLAC, OGG, MP3, ...\); it begins with b'no sound'"),
+        (b"<html>404</html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "run git lfs pull"),
         (b"ID3\x04\x00\x00", "no sound that soundfile reads"),
         (b"OggS\x00\x02", "damaged|no sound that soundfile reads"),
         (encode(tone()[:0]), "no sound"),

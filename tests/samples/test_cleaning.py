@@ -199,10 +199,10 @@ def test_truncated_image_is_refused(photo, kind):
             decode_image(data[:end], MAX_PIXELS)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"%PDF-1.7 ...", b"\xff\xd8\xff"])
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"%PDF-1.7 ...", b"\xff\xd8\xff", b"version https://git-lfs.github.com"])
 def test_not_an_image_says_what_it_begins_with(data):
     """Catches error pages saved as pictures, and a reason that helps nobody."""
-    with pytest.raises(ValueError, match=r"0 bytes|not a readable JPEG, PNG.*it begins with"):
+    with pytest.raises(ValueError, match=r"0 bytes|not a readable JPEG, PNG.*(it begins with|it is a web page|run git lfs pull)"):
         decode_image(data, MAX_PIXELS)
 
 

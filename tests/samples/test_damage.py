@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ from mmkt_ray.samples.schema import DAMAGE
 NUM_SHARDS, ROWS = 4, 300
 PARQUET = {"reader": "parquet", "path": "d", "columns": {"text": "text", "label": "label"}}
 WEBDATASET = {"reader": "webdataset", "path": "d", "columns": {"text": "txt", "label": "cls"}}
+MANIFEST = {"reader": "manifest", "path": "d", "columns": {"text": "text", "label": "label"}}
 FOLDERS = {"reader": "folders", "path": "d", "columns": {"text": "content", "label": "folder"}}
 
 
@@ -28,6 +30,11 @@ def write_shards(tmp_path, write_tar):
             if kind == "parquet":
                 table = pa.table({"text": texts, "label": ["a"] * ROWS})
                 pq.write_table(table, path, row_group_size=100, compression="none", data_page_version="2.0")
+                continue
+            if kind in ("csv", "jsonl"):
+                frame = pd.DataFrame({"text": texts, "label": ["a"] * ROWS})
+                how = {"index": False} if kind == "csv" else {"orient": "records", "lines": True}
+                (frame.to_csv if kind == "csv" else frame.to_json)(path, **how)
                 continue
             members = [(f"a/{i:03d}.{s}", d) for i, text in enumerate(texts) for s, d in (("cls", b"a"), ("txt", text.encode()))]
             write_tar(path, members, mode="w:gz" if kind.endswith("gz") else "w")
@@ -48,6 +55,35 @@ def test_a_cut_shard_counts_as_the_rows_that_it_held(make_config, read_all, writ
     assert num_lost >= (ROWS if kind == "parquet" else 1)
     assert abs(rejects[0].num_rows - num_lost) <= 0.1 * ROWS
     assert f"about {rejects[0].num_rows} rows, as in the other shards" in rejects[0].reason
+
+
+ZEROS = "\0" * 4_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "tail"), [("csv", 0, ""), ("csv", 0.5, ""), ("csv", 0.5, ZEROS), ("jsonl", 0.5, ""), ("jsonl", 0.5, ZEROS)]
+)
+def test_a_table_of_text_that_breaks_off_counts_as_the_rows_that_it_held(
+    make_config, read_all, write_shards, tmp_path, kind, share, tail
+):
+    """Catches 150 rows that are lost as one bad line, or as none: cut within a line, also where zeros fill up the file."""
+    path = write_shards(kind)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rfind(b"\n", 0, int(len(data) * share)) + 1 + (7 if share else 0)] + tail.encode())
+    table, rejects = read_all(make_config(tmp_path, MANIFEST))
+    assert [(r.sample_id, r.stage) for r in rejects] == [(f"d/2.{kind}", DAMAGE)]
+    assert abs(rejects[0].num_rows - (NUM_SHARDS * ROWS - table.num_rows)) <= 0.1 * ROWS
+
+
+@pytest.mark.parametrize("between", ["", "\r", ","])
+def test_a_line_counts_as_the_rows_in_it(make_config, read_all, write_shards, tmp_path, between):
+    """Catches a whole file in one line, as a list or with other line ends, that is lost as one row."""
+    path = write_shards("jsonl")
+    rows = path.read_text().splitlines()
+    path.write_text("[" + ",".join(rows) + "]\n" if between == "," else between.join(rows) + "\n")
+    table, rejects = read_all(make_config(tmp_path, MANIFEST))
+    assert (table.num_rows, [r.num_rows for r in rejects]) == ((NUM_SHARDS - 1) * ROWS, [ROWS])
+    assert "write each on a line of its own" in rejects[0].reason
 
 
 def test_a_footer_says_what_a_damaged_page_cost(make_config, read_all, write_shards, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmkt_ray.errors import DataError
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
 
@@ -186,3 +190,78 @@ def test_digits(make_config, read_all, data_dir):
     assert sorted(set(table["label"].to_pylist())) == [str(digit) for digit in range(10)]
     assert table["sample_id"][0].as_py() == "train-0-10045"
     assert {data[:4] for data in table["image"].to_pylist()} == {b"\x89PNG"}
+
+
+# --- tables as they come --------------------
+
+
+@pytest.mark.parametrize("content", ["\n\n{}", "  \n{}", "\ufeff\n{}", "{}\n   \n\n"])
+def test_blank_lines_are_passed_over_as_pandas_does(make_config, read_all, tmp_path, content):
+    """Catches a file of which no row is read, without a word, as a blank line is before its header."""
+    (tmp_path / "a.csv").write_text(content.format("words,kind\na,x\nb,y\n"))
+    source = manifest("a.csv", columns={"text": "words", "label": "kind"})
+    table, rejects = read_all(make_config(tmp_path, source))
+    expected = pd.read_csv(io.StringIO((tmp_path / "a.csv").read_text().lstrip("\ufeff\n ")))
+    assert (table["text"].to_pylist(), rejects) == (expected["words"].tolist(), [])
+
+
+def test_joined_files_are_read_on(make_config, read_all, tmp_path):
+    """Catches the header of the second file as a row with the class `kind`, and its byte order mark as broken JSON."""
+    rows = pd.DataFrame({"words": ["a", "b"], "kind": ["x", "y"]})
+    with_mark = rows.to_csv(index=False).encode("utf-8-sig")
+    (tmp_path / "a.csv").write_bytes(with_mark * 2)
+    table, rejects = read_all(make_config(tmp_path, manifest("a.csv", columns={"text": "words", "label": "kind"})))
+    assert table["label"].to_pylist() == ["x", "y"] * 2
+    assert [(r.sample_id, "the header once more" in r.reason) for r in rejects] == [("a.csv#4", True)]
+    lines = rows.to_json(orient="records", lines=True).encode("utf-8-sig")
+    (tmp_path / "a.jsonl").write_bytes(lines * 2)
+    table, rejects = read_all(make_config(tmp_path, manifest("a.jsonl", columns={"text": "words", "label": "kind"})))
+    assert (table["label"].to_pylist(), rejects) == (["x", "y"] * 2, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (gzip.compress(b"words,kind\na,x\n"), "packed by gzip"),
+        (b"PK\x03\x04\x14\x00", "spreadsheet"),
+        (b"PAR1\x15\x04\n", "a Parquet file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+        (b"<!DOCTYPE html>\n", "a web page"),
+        (bytes(500), "full of zeros"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_what_is_no_table_is_told(make_config, read_all, tmp_path, suffix, data, told):
+    """Catches one bad line, or a missing column of strange signs, where the file is of another kind altogether."""
+    (tmp_path / f"a.{suffix}").write_bytes(data)
+    with pytest.raises(DataError, match=f"'a.{suffix}' is no table: it is .*{told}"):
+        read_all(make_config(tmp_path, manifest(f"a.{suffix}")))
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_another_separator_is_told(make_config, read_all, tmp_path, mark):
+    """Catches advice to take `file;words;kind` for a misspelt `kind`."""
+    pd.DataFrame({"words": ["a"], "kind": ["x"]}).to_csv(tmp_path / "a.csv", sep=mark, index=False)
+    with pytest.raises(DataError, match=r"'a.csv' is separated by .*, not by commas"):
+        read_all(make_config(tmp_path, manifest("a.csv", columns={"text": "words", "label": "kind"})))
+
+
+def test_a_nested_column_that_is_there_twice_is_refused(make_config, read_all, write_tar, tmp_path):
+    """Catches the last of two labels taken in silence: inside an object, and in the json member of an archive."""
+    good, bad = '{"t": "a", "m": {"kind": "x"}, "kind": "z"}', '{"t": "b", "m": {"kind": "x", "kind": "y"}}'
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}\n")
+    table, rejects = read_all(make_config(tmp_path, manifest("a.jsonl", columns={"text": "t", "label": "m.kind"})))
+    assert (table["label"].to_pylist(), ["'m.kind' is there twice" in r.reason for r in rejects]) == (["x"], [True])
+    write_tar(tmp_path / "a.tar", [("1.json", good.encode()), ("2.json", bad.encode())])
+    source = {"reader": "webdataset", "path": "a.tar", "columns": {"text": "json.t", "label": "json.m.kind"}}
+    table, rejects = read_all(make_config(tmp_path, source))
+    assert (table["label"].to_pylist(), ["has 'm.kind' twice" in r.reason for r in rejects]) == (["x"], [True])
+
+
+def test_json_members_are_read_in_the_source_s_encoding(make_config, read_all, write_tar, tmp_path):
+    """Catches json members that must be UTF-8 beside texts that need not; those that are still are read as such."""
+    texts = [json.dumps({"t": "caf\xe9", "k": "x"}, ensure_ascii=False).encode(e) for e in ("latin-1", "utf-8", "utf-16")]
+    write_tar(tmp_path / "a.tar", [(f"{i}.json", text) for i, text in enumerate(texts)])
+    source = {"reader": "webdataset", "path": "a.tar", "columns": {"text": "json.t", "label": "json.k"}, "encoding": "latin-1"}
+    table, rejects = read_all(make_config(tmp_path, source))
+    assert (table["text"].to_pylist(), rejects) == (["caf\xe9"] * 3, [])

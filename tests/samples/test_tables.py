@@ -300,13 +300,40 @@ def test_class_labels_wherever_they_are_nested(make_config, read_all, tmp_path, 
     assert (table["label"].to_pylist(), rejects) == (expected, [])
 
 
+@pytest.mark.parametrize("reader", ["parquet", "manifest"])
+def test_class_labels_in_every_reader_and_kind(make_config, read_all, tmp_path, reader):
+    """Catches numbers in place of names as a Parquet file is read as a manifest, in a table's column, and -1 as a number."""
+    values = pa.array([{"kind": 0, "kinds": [1, 0]}, {"kind": -1, "kinds": None}, {"kind": 1, "kinds": [1]}])
+    pq.write_table(_class_labels(values, {"kind": NAMES, "kinds": [NAMES]}), tmp_path / "a.parquet")
+    columns = {"label": "meta.kind", "all": "meta.kinds", "facts": ["meta.kind", "meta.kinds"], "text": "text"}
+    more = {"modalities": {"facts": {"kind": "table", "encoder": "table"}, "text": {"kind": "text", "encoder": "tfidf"}}}
+    tasks = {"label": {"kind": "multiclass"}, "all": {"kind": "multilabel"}}
+    source = {"reader": reader, "path": "a.parquet", "columns": columns}
+    table, rejects = read_all(make_config(tmp_path, source, tasks=tasks, **more))
+    assert (table["label"].to_pylist(), rejects) == (["cat", None, "dog"], [])
+    assert table["all"].to_pylist() == [["cat", "dog"], None, ["dog"]]
+    assert [row and dict(row) for row in table["facts"].to_pylist()] == [
+        {"meta.kind": "cat", "meta.kinds": "dog\x1fcat"},
+        None,
+        {"meta.kind": "dog", "meta.kinds": "dog"},
+    ]
+
+
+def test_a_struct_where_one_class_is_expected_says_which_fields_there_are(make_config, tmp_path):
+    """Catches a message of Arrow's kernels."""
+    pq.write_table(pa.table({"text": ["a"], "label": [{"name": "x", "score": 1}]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'label' .* several values, name, score: name the one that is meant"):
+        read(make_config, tmp_path, {"reader": "parquet", "path": "a.parquet", "columns": COLUMNS})
+
+
 # --- spellings --------------------
 
 
 @pytest.mark.parametrize(
     ("written", "canonical_form"),
     [("1.0", "1"), ("-3.00", "-3"), ("-0.0", "0"), ("True", "true"), ("FALSE", "false"), ("cafe\u0301", "caf\xe9"),
-     ("\xa0a ", "a"), ("\ufeff7", "7"), ("1.1", "1.1"), ("01.0", "01.0"), ("v1.0", "v1.0"), ("1.0.0", "1.0.0"),
+     ("\xa0a ", "a"), ("\ufeff7", "7"), ("\u200bcat\u200e", "cat"), ("New\xa0 York", "New York"),
+     ("1.1", "1.1"), ("01.0", "01.0"), ("v1.0", "v1.0"), ("1.0.0", "1.0.0"),
      ("1e3", "1e3"), ("Trueish", "Trueish"), ("9" * 5_000 + ".0", "9" * 5_000)],
 )  # fmt: skip
 def test_the_canonical_form(written, canonical_form):
@@ -340,8 +367,9 @@ def test_narrow_floats_keep_their_digits(make_config, read_all, tmp_path):
     """Catches the class 0.1 as 0.10000000149011612, as a column of 32 bit holds it."""
     table = pa.table({"text": ["a"] * 3, "label": pa.array([0.1, 2.0, None], pa.float32())})
     pq.write_table(table, tmp_path / "a.parquet")
-    source = {"reader": "parquet", "path": "a.parquet", "columns": COLUMNS}
-    assert read_all(make_config(tmp_path, source))[0]["label"].to_pylist() == ["0.1", "2", None]
+    for reader in ("parquet", "manifest"):
+        source = {"reader": reader, "path": "a.parquet", "columns": COLUMNS}
+        assert read_all(make_config(tmp_path, source))[0]["label"].to_pylist() == ["0.1", "2", None]
 
 
 def test_composed_and_decomposed_class_folders_are_one(make_config, read_all, tmp_path):
