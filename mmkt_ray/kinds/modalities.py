@@ -389,7 +389,7 @@ class Text(_Listed):
 
 
 class Table(ModalityKind):
-    """A row of several columns; its value is {column: text} of the cells that are there, in the spelling of `kinds.tables`."""
+    """A row of several columns; its value is {column: text} of the cells that are there, in the spelling of `kinds.table_rows`."""
 
     name: Literal["table"] = "table"
     types: dict[str, Literal["number", "category", "boolean", "date"]] = Field(

@@ -52,11 +52,6 @@ class FitResult:
     num_parameters: dict[str, int]  # by part of the model
     seconds: float  # of all epochs, those before a resume included
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The epochs as JSON has them."""
-        return [epoch.to_dict() for epoch in self.epochs]
-
 
 def fit(
     config: Config,

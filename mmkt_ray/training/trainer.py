@@ -25,7 +25,7 @@ from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import copy_model, load_model, save_model
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.inference.training_record import Choice, Epoch, LinearPath, Outcome, Training, ValScores
+from mmkt_ray.inference.training_record import Choice, LinearPath, Outcome, Training, ValScores
 from mmkt_ray.models import ExpertModel
 from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
@@ -337,20 +337,20 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
     elif in_stack:
         result, heldout = fit_and_hold_out(config, table, device, args.known())
         if report:
-            report({**result.history[-1], "num_epochs": len(result.history)})
+            report({**result.epochs[-1].to_dict(), "num_epochs": len(result.epochs)})
     else:
         whole = as_train(table) if heldout else table
         result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
     training = Training(
         fingerprint=args.fingerprint,
         best_epoch=result.best_epoch,
-        val=heldout_scores(heldout, config, table) if heldout else ValScores.model_validate(result.val) if result.val else None,
+        val=heldout_scores(heldout, config, table) if heldout else result.val,
         seconds=result.seconds,
         num_params=sum(result.num_parameters.values()),
         num_params_by_part=result.num_parameters,
         num_workers=world_size,
         device=device.type,
-        history=[Epoch.model_validate(record) for record in result.history],
+        history=result.epochs,
         auto=args.choice,
         linear=LinearPath.model_validate(path) if path else None,
     )
