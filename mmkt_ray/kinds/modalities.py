@@ -389,7 +389,7 @@ class Text(_Listed):
 
 
 class Table(ModalityKind):
-    """A row of several columns; its value is {column: text} of the cells that are there, in the spelling of `kinds.table_rows`."""
+    """A row of several columns; its value is {column: text} of the cells that are there, spelled as in table_rows.py."""
 
     name: Literal["table"] = "table"
     types: dict[str, Literal["number", "category", "boolean", "date"]] = Field(
