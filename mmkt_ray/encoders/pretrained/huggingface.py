@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from mmkt_ray.encoders.pretrained import folder_images, sound_networks, text_networks
     from mmkt_ray.kinds.modalities import ModalityKind
 else:
-    folder_images, sounds, texts = (
-        lazy(f"mmkt_ray.encoders.pretrained.{name}") for name in ("folder_images", "sounds", "texts")
+    folder_images, sound_networks, text_networks = (
+        lazy(f"mmkt_ray.encoders.pretrained.{name}") for name in ("folder_images", "sound_networks", "text_networks")
     )
 
 
