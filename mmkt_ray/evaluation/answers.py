@@ -4,7 +4,7 @@ A question is what the best fused model (chosen on held-out rows) gains over mod
 the best single modality, or those that read all modalities but one. Rivals that are shown to be worse than the best of them
 are left out. The rules, on differences row by row over the rows that both models predicted:
 
-    adds      better than every rival (so the largest P counts); told is the gain over the one that comes closest
+    adds      better than every rival (so the largest P counts); the answer has the gain over the closest one
     depends   not so, but another fused model is; P counts times the number of other models and of questions
     hurts     worse than a rival; P counts times the number of rivals
     suffices  none of these, and for every fused model tried the interval leaves out a gain of NEGLIGIBLE or more
@@ -156,8 +156,7 @@ class Question:
 
 
 def _closest(pairs: Sequence[Pair]) -> Pair:
-    """Of a fused model that is better than all rivals, the pair with the least gain: what it gains is told against no weaker
-    one."""
+    """Of a fused model that is better than all rivals, the pair with the least gain."""
     return min(pairs, key=lambda pair: pair.found["value"])
 
 

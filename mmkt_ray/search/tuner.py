@@ -195,7 +195,7 @@ def frozen_trial(space: Space, chosen: Mapping[str, Any], score: float) -> optun
 
 def run_trials(context: SearchContext, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> int:
     """Search on with so many trials; all that they find is in the leaderboard's parts. Returns how many broke off: Tune gives
-    up a trial whose worker dies while it is told of two things.
+    up a trial whose worker dies while two calls to it are under way.
 
     An interrupt goes up at Tune's next step: parts are whole at any time.
     """
