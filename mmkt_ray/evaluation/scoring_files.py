@@ -19,6 +19,7 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.prediction import NewShards, predict
+from mmkt_ray.inference.rows import classes_outside
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.tasks import task_kind
@@ -84,10 +85,13 @@ def score_task(rows: pa.Table, task: str, kind: TaskKind, names: list[str], conf
     for name in sorted(set(patterns), key=lambda n: (-n.count("+"), n)):
         here = patterns == name
         by_pattern[name] = PatternScores(**_scores(labels[here], proba[here], names, config))
+    outside = known & kind.outside(rows[f"{task}_label"], names)
+    unseen = classes_outside(rows[f"{task}_label"].filter(pa.array(outside)), kind, names) if outside.any() else {}
     return FilesScores(
         **{
             **_scores(labels, proba, names, config),
-            "num_unseen": int(kind.outside(rows[f"{task}_label"], names)[known].sum()),
+            "num_unseen": int(outside.sum()),
+            "unseen": unseen,
             "num_unreadable": int((has_label & ~answered).sum()),
             "class_names": names,
             "patterns": by_pattern,
@@ -146,10 +150,11 @@ def plain_text(metric: str, interval: Interval | None) -> str:
 
 
 def _left_out(found: FilesScores) -> str:
+    named = ", ".join(f"'{name}' {num}" for name, num in found.unseen.items())
     parts = [
         f", {num} {text}"
         for num, text in (
-            (found.num_unseen, "of them with a class that the model does not know, which count as wrong"),
+            (found.num_unseen, f"of them with a class that the model does not know, which count as wrong ({named})"),
             (found.num_unreadable, "more without a modality that it reads, left out"),
         )
         if num

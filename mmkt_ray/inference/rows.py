@@ -55,8 +55,13 @@ def unseen_classes(data: Rows, task: str, rows: np.ndarray) -> dict[str, int]:
     if not len(wanted):
         return {}
     labels = pa.concat_tables(list(data.store.read([task]))).column(0).take(pa.array(wanted))
-    found = Counter(data.table.kinds[task].members(labels)[1].to_pylist())
-    known = set(data.table.class_names[task])
+    return classes_outside(labels, data.table.kinds[task], data.table.class_names[task])
+
+
+def classes_outside(labels: pa.ChunkedArray, kind: TaskKind, class_names: Collection[str]) -> dict[str, int]:
+    """Classes of some labels that are in no spelling in `class_names`, as `unseen_classes` counts them."""
+    found = Counter(name for name in kind.members(labels)[1].to_pylist() if name is not None)
+    known = set(class_names)
     spelled = zip(found, spelled_as(list(found), sorted(known)), strict=True)
     return dict(Counter({name: found[name] for name, own in spelled if own not in known}).most_common(MAX_UNSEEN))
 

@@ -211,6 +211,7 @@ class FilesScores(PatternScores):
     """All scores of one task over labelled files."""
 
     num_unreadable: int  # labelled rows without a modality that the task reads
+    unseen: dict[str, int] = Field(default_factory=dict)  # class that the model does not know -> rows
     class_names: list[str]
     patterns: dict[str, PatternScores]  # by the modalities that a row has
 

@@ -46,7 +46,7 @@ def test_the_scores_of_a_file_are_scikit_learns(config):
     found = score_task(table, "thing", task_kind("multiclass"), NAMES["thing"], config)
     kept = [i for i in range(NUM_ROWS) if i not in (3, 5)]
     truth, pred = np.array(label, object)[kept].astype(str), np.array(NAMES["thing"])[proba[kept].argmax(axis=1)]
-    assert (found.num_rows, found.num_unseen, found.num_unreadable) == (88, 1, 1)
+    assert (found.num_rows, found.num_unseen, found.num_unreadable, found.unseen) == (88, 1, 1, {"unicorn": 1})
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, pred))
     assert found["macro_f1"] == pytest.approx(f1_score(truth, pred, average="macro"))
     classes = dict(zip(NAMES["thing"], recall_score(truth, pred, average=None, labels=NAMES["thing"]), strict=True))
@@ -75,6 +75,7 @@ def test_a_file_of_any_kind_of_task_is_told(config, task):
         assert f"{task} ({KINDS[task]}): {num} labelled rows" in text
         assert ("accuracy " in text) == (num > 0)
         assert all((name in text) == (num > 0) for name in NAMES[task])
+        assert ("count as wrong ('unicorn' 1)" in text) == (task == "thing" and num > 0)
 
 
 @pytest.mark.parametrize("given", [[], ["--model", "m"], ["c.yaml", "--model", "m", "--data", "x", "--out", "o"]])
