@@ -28,7 +28,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from benchmark_faults import FAULTS, TITLES, Fault, Place, alone, family, impossible, kill, mend, remains, title
+from benchmark_faults import (
+    FAULTS,
+    TITLES,
+    Fault,
+    Place,
+    alone,
+    family,
+    first_of,
+    impossible,
+    kill,
+    mend,
+    remains,
+    title,
+)
 from PIL import Image
 
 WORDS = ["run", "search"]
@@ -67,7 +80,8 @@ def png(colour: tuple[int, int, int], rng: np.random.Generator, side: int = 48) 
 
 
 def write_config(root: Path) -> Path:
-    """The run; its search tries each architecture in one trial without early stops, so that it has one right answer."""
+    """The run; its search tries each architecture in one trial without early stops, so that it has one right answer: of
+    further trials Optuna decides, by what has ended until then."""
     columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
     config = {
         "name": "chaos",
@@ -92,7 +106,7 @@ def write_config(root: Path) -> Path:
                 "model.fusion.name": {"choice": ["concat", "gated", "sum", "attention"]},
                 "training.lr": {"loguniform": [1e-4, 1e-1]},
             },
-            **{"population": 8, "max_candidates": 56, "rungs": 1, "finalists": 1, "seeds": 1, "time_budget_s": None},
+            **{"population": 8, "max_candidates": 32, "rungs": 1, "finalists": 1, "seeds": 1, "time_budget_s": None},
         },
     }
     path = root / "chaos.yaml"
@@ -192,7 +206,7 @@ class Round:
     """One fault and what came of it."""
 
     fault: str
-    moment_s: float  # after the command's start
+    moment_s: float  # after the command's start; for a role's process after the first one was seen
     met: bool  # the fault found what it strikes
     commands: int  # how often the command was given; 1: it went on by itself
     seconds: float  # in all
@@ -209,7 +223,7 @@ class Undisturbed:
 
     run: Path
     seconds: float
-    seen: dict[str, tuple[float, float]]  # role -> when its processes were first and last there
+    seen: dict[str, float]  # role -> seconds from the first sight of its processes to the last
 
 
 def wait(process: subprocess.Popen[bytes], until: float) -> int:
@@ -223,18 +237,19 @@ def wait(process: subprocess.Popen[bytes], until: float) -> int:
 
 def undisturbed(place: Place, config: Path, words: Sequence[str] = WORDS) -> Undisturbed:
     """The reference. Raises: RuntimeError if it does not end well."""
-    started, seen = time.monotonic(), dict[str, tuple[float, float]]()
+    started, first, last = time.monotonic(), dict[str, float](), dict[str, float]()
     log = place.root / "log.txt"
     process = place.start(list(words), config, log)
     while process.poll() is None and time.monotonic() - started < LIMIT_S:
         now, titles = time.monotonic() - started, [title(p) for p in family(process, *place.nodes)]
         for role, text in TITLES.items():
             if any(text in t for t in titles):
-                seen[role] = (seen.get(role, (now, now))[0], now)
+                first.setdefault(role, now)
+                last[role] = now
         time.sleep(0.2)
     if process.poll() != 0:
         raise RuntimeError(f"the undisturbed run ended with {process.poll()}: {log.read_text()[-3000:]}")
-    return Undisturbed(place.runs / "chaos", time.monotonic() - started, seen)
+    return Undisturbed(place.runs / "chaos", time.monotonic() - started, {role: last[role] - first[role] for role in first})
 
 
 def disturbed(
@@ -248,17 +263,17 @@ def disturbed(
 ) -> Round:
     """One round."""
     root.mkdir()
-    first, last = reference.seen.get(fault.role or "", (0.0, reference.seconds))
-    moment_s = first + draw.uniform(0, 0.9) * (last - first)  # the next run may be faster
+    span_s = reference.seconds if fault.role is None else reference.seen.get(fault.role, 0.0)
+    moment_s = draw.uniform(0, 0.9) * span_s  # the next run may be faster
     with fault.place(root) as place:
         started, said, met, status, commands = time.monotonic(), [], False, -1, 0
         while (status != 0 or (fault.changes_data and commands == 1)) and commands < COMMANDS:
             log = root / f"log-{commands}.txt"
             process = place.start(list(words), config, log)
-            if commands == 0 and wait_for(process, moment_s):
-                met = fault.strike(place, process)
-                while fault.role and not met and wait_for(process, 0.1):  # until there is one again
-                    met = fault.strike(place, process)
+            if commands == 0:
+                if fault.role:
+                    first_of(fault.role, place, process)
+                met = wait_for(process, moment_s) and fault.strike(place, process)
             status = wait(process, time.monotonic() + LIMIT_S)
             commands += 1
             if status != 0:

@@ -258,16 +258,22 @@ def kill_driver(place: Place, process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
+def first_of(role: str, place: Place, process: subprocess.Popen[bytes]) -> psutil.Process | None:
+    """A process of that role, as soon as there is one; None if the command ends before."""
+    while process.poll() is None:
+        if found := [p for p in family(process, *place.nodes) if TITLES[role] in title(p)]:
+            return found[0]
+        time.sleep(0.05)
+    return None
+
+
 def kill_one(role: str) -> Callable[[Place, subprocess.Popen[bytes]], bool]:
     """A process of that role, as soon as there is one."""
 
     def strike(place: Place, process: subprocess.Popen[bytes]) -> bool:
-        while process.poll() is None:
-            if found := [p for p in family(process, *place.nodes) if TITLES[role] in title(p)]:
-                kill(found[:1])
-                return True
-            time.sleep(0.05)
-        return False
+        found = first_of(role, place, process)
+        kill([found] if found else [])
+        return found is not None
 
     return strike
 
