@@ -48,7 +48,8 @@ class ConcatLinear(nn.Module):
             self.parts[module_name(name)] = make_linear(width, out_dim, bias=False)
         with torch.no_grad():
             for part in self.parts.values():
-                part.weight.div_(math.sqrt(len(widths)))  # the concatenation's fan-in, not the part's
+                if not part.weight.is_meta:  # about to be loaded; PyTorch would import SymPy for the shape, 0.5 s
+                    part.weight.div_(math.sqrt(len(widths)))  # the concatenation's fan-in, not the part's
         self.bias = nn.Parameter(torch.zeros(out_dim))
 
     def layer(self, name: str) -> Linear | SparseLinear:

@@ -24,16 +24,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import ConfigDict, with_config
-from scipy.optimize import brentq
-from scipy.special import bdtr, ndtri
-from scipy.stats import binomtest, ttest_1samp
 from typing_extensions import TypedDict
 
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.lazy import lazy
+
+if TYPE_CHECKING:
+    from scipy import optimize, special, stats
+else:  # half a second, which a model that only predicts need not wait for
+    optimize, special, stats = lazy("scipy.optimize"), lazy("scipy.special"), lazy("scipy.stats")
 
 _MAX_COUNTS = 2_000_000  # drawn at once: 16 MB
 _NUM_FLIPS = 9999  # of a test by random signs: the least P is one in 10,000
@@ -89,7 +93,7 @@ def bootstrap_intervals(
 
 def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval:
     """A share of rows and its exact interval (Clopper & Pearson), which is never of zero width. There must be a row."""
-    ends = binomtest(num_right, num_rows).proportion_ci(confidence, method="exact")
+    ends = stats.binomtest(num_right, num_rows).proportion_ci(confidence, method="exact")
     return {"value": num_right / num_rows, "low": float(ends.low), "high": float(ends.high)}
 
 
@@ -126,7 +130,7 @@ def paired_difference(
 def share_difference(better: int, worse: int, num_rows: int, confidence: float) -> Interval:
     """Difference of two shares of the same rows, of which `better` are right in the first only and `worse` in the second
     only, with the score interval of Tango (1998); see `agreeing` for how it goes with the exact test of McNemar."""
-    z = float(ndtri((1 + confidence) / 2))
+    z = float(special.ndtri((1 + confidence) / 2))
 
     def score(delta: float) -> float:  # falls with delta
         b = -better - worse + (2 * num_rows - better + worse) * delta
@@ -136,15 +140,15 @@ def share_difference(better: int, worse: int, num_rows: int, confidence: float) 
         return (better - worse - num_rows * delta) / sqrt(max(spread, 1e-300))
 
     value, edge = (better - worse) / num_rows, 1 - 1e-12
-    low = -1.0 if score(-edge) < z else brentq(lambda delta: score(delta) - z, -edge, value)
-    high = 1.0 if score(edge) > -z else brentq(lambda delta: score(delta) + z, value, edge)
+    low = -1.0 if score(-edge) < z else optimize.brentq(lambda delta: score(delta) - z, -edge, value)
+    high = 1.0 if score(edge) > -z else optimize.brentq(lambda delta: score(delta) + z, value, edge)
     found: Interval = {"value": value, "low": float(low), "high": float(high)}
     return agreeing(found, exact_p(better, worse), confidence)
 
 
 def exact_p(better: int, worse: int) -> float:
     """P of the exact two-sided test of McNemar: as many rows are better as worse but for chance."""
-    return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5))) if better + worse else 1.0
+    return min(1.0, 2 * float(special.bdtr(min(better, worse), better + worse, 0.5))) if better + worse else 1.0
 
 
 def paired_p(gain: np.ndarray) -> float:
@@ -160,7 +164,7 @@ def paired_p(gain: np.ndarray) -> float:
     if len(sizes) < 2:
         return exact_p(int((gain > 0).sum()), int((gain < 0).sum()))
     if len(sizes) > _MAX_SIZES:
-        return float(ttest_1samp(gain, 0).pvalue)
+        return float(stats.ttest_1samp(gain, 0).pvalue)
     counts = np.bincount(which)
     flipped = (2 * np.random.default_rng(0).binomial(counts, 0.5, (_NUM_FLIPS, len(counts))) - counts) @ sizes
     return float((1 + (np.abs(flipped) >= abs(gain.sum()) - 1e-9).sum()) / (1 + _NUM_FLIPS))

@@ -265,7 +265,8 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 assert {"load", "Model"} <= set(dir(mm))
 found = mm.load(sys.argv[1]).predict([{"image": None, "text": "a red car"}])
 assert found["thing_pred"].notna().all()
-assert "ray" not in sys.modules
+slow = {"ray", "sympy", "scipy.stats", "matplotlib"} & sys.modules.keys()
+assert not slow, slow
 try:
     mm.lode
 except AttributeError as error:
