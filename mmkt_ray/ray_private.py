@@ -39,6 +39,7 @@ WORKER_MODULES = (  # reason: what a worker and an actor of Ray Data import, for
     "ray._private.workers.default_worker",
     "ray.data._internal.execution.operators.actor_pool_map_operator",
 )
+EVERYWHERE = "[::]"  # reason: see `keep_replica_on_its_node`
 WORKER_TITLE = "ray::"  # how the title of a worker or an agent begins
 
 
@@ -186,6 +187,20 @@ def loopback_alone() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def keep_replica_on_its_node() -> None:
+    """In a replica of Ray Serve, before it is ready: its gRPC server listens on the node's address alone.
+
+    Reason: it takes pickled calls of other deployments, listens on all interfaces, and has no setting for it; on a Ray of
+    our own the address is 127.0.0.1.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    address, add_port = ray.util.get_node_ip_address(), replica.add_port_to_grpc_server
+    own = f"[{address}]" if ":" in address else address
+    replica.add_port_to_grpc_server = lambda server, where: add_port(server, where.replace(EVERYWHERE, own))
 
 
 @contextmanager

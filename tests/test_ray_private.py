@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray._private import node, ray_constants, services, utils, worker
+from ray.serve._private import replica
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api import data_parallel_trainer
 from ray.util.placement_group import placement_group, placement_group_table
@@ -57,6 +58,7 @@ def test_patches_are_where_ray_looks_and_are_taken_back() -> None:
     assert "services.start_raylet(" in inspect.getsource(node.Node.start_raylet)
     assert {"setup_worker_path", "env_updates"} <= inspect.signature(services.start_raylet).parameters.keys()
     assert "utils.get_dashboard_dependency_error()" in inspect.getsource(services.start_raylet)
+    assert f'add_port_to_grpc_server(self._server, "{ray_private.EVERYWHERE}:0")' in inspect.getsource(replica)
     raylet = Path(services.RAYLET_EXECUTABLE).read_bytes()
     assert all(name.removeprefix("RAY_").encode() in raylet for name in ray_private.NONE_AHEAD)
 

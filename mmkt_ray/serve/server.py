@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import logging
+import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 from mmkt_ray.errors import ConfigError, ResourceError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+APP = "mmkt"  # what Ray Serve calls it
 ADVICE = "run pip install '.[serve]' in the project's folder"
 
 
@@ -44,25 +47,36 @@ def allowed_hosts(host: str) -> list[str] | None:
     return [*LOOPBACK, host] if is_local else None
 
 
-def serve(model_uri: str, host: str, port: int, limits: ServerLimits, *, trust_code: bool = False) -> None:
-    """Serve until the process is stopped. Raises: ConfigError, DataError, ResourceError if the port is taken."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound there. Raises: ResourceError if it is taken, or no address of this machine."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
+        listener.close()
         raise ResourceError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host") from None
-    with listener:
+    return listener
+
+
+def tell(model_uri: str, host: str, port: int, how: str = "") -> None:
+    """Where the model answers, and to whom."""
+    told = f"[{host}]" if ":" in host else host
+    log.info("serving %s on http://%s:%d%s; Ctrl-C ends it", model_name(model_uri), told, port, how)
+    if allowed_hosts(host) is None:
+        log.warning("anyone who reaches %s can ask this model: there is no login; put a proxy with one before it", told)
+
+
+def serve(model_uri: str, host: str, port: int, limits: ServerLimits, *, trust_code: bool = False) -> None:
+    """Serve until the process is stopped. Raises: ConfigError, DataError, ResourceError if the port is taken."""
+    with listen(host, port) as listener:
         import uvicorn
 
         from mmkt_ray.api.model import load  # torch: after what may be refused at once
         from mmkt_ray.serve.app import create_app
 
         app = create_app(load(model_uri, trust_code=trust_code), model_name(model_uri), limits, allowed_hosts(host))
-        told = f"[{host}]" if ":" in host else host
-        log.info("serving %s on http://%s:%d; Ctrl-C ends it", model_name(model_uri), told, listener.getsockname()[1])
-        if allowed_hosts(host) is None:
-            log.warning("anyone who reaches %s can ask this model: there is no login; put a proxy with one before it", told)
+        tell(model_uri, host, listener.getsockname()[1])
         config = uvicorn.Config(
             app, log_level="warning", timeout_keep_alive=5, limit_concurrency=200, server_header=False, access_log=False
         )
@@ -75,28 +89,41 @@ def serve_on_ray(
     """Serve by Ray Serve, each replica with a model of its own, until the process is stopped.
 
     Attaches to the cluster in RAY_ADDRESS, else starts a Ray on this machine. The model folder must be readable on all nodes.
+    Raises: as `serve`.
     """
     try:
         from ray import serve as ray_serve
     except ImportError as error:
         raise ConfigError(f"mmkt serve --ray needs Ray Serve ({error}): {ADVICE}") from None
     from fastapi import FastAPI
+    from ray.serve.schema import LoggingConfig
 
-    from mmkt_ray import cluster, storage
+    from mmkt_ray import cluster, ray_private, storage
+    from mmkt_ray.api.model import load
 
+    if replicas < 1:
+        raise ConfigError(f"--replicas {replicas}: at least one must answer")
     uri, name, hosts = storage.absolute(model_uri), model_name(model_uri), allowed_hosts(host)
+    with listen(host, port) as free:
+        port = free.getsockname()[1]  # 0 stands for any
+    load(uri, trust_code=trust_code)  # what is wrong with it is told here, in one sentence
 
     def build() -> FastAPI:
-        from mmkt_ray.api.model import load
         from mmkt_ray.serve.app import create_app
 
+        ray_private.keep_replica_on_its_node()
         return create_app(load(uri, trust_code=trust_code), name, limits, hosts)
 
     cluster.connect()
-    ray_serve.start(http_options={"host": host, "port": port})
-    deployment = ray_serve.deployment(ray_serve.ingress(build)(), name="model", num_replicas=replicas)
-    log.info("serving %s on http://%s:%d from %d replicas; Ctrl-C ends it", name, host, port, replicas)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    options = {"name": "model", "num_replicas": replicas, "logging_config": quiet}
+    deployment = ray_serve.deployment(ray_serve.ingress(build)(), **options)
     try:
-        ray_serve.run(deployment.bind(), name="mmkt", route_prefix="/", blocking=True)
+        ray_serve.run(deployment.bind(), name=APP, route_prefix="/")
+        tell(model_uri, host, port, f" from {replicas} process{'es' if replicas > 1 else ''}")
+        threading.Event().wait()
     finally:
-        ray_serve.shutdown()
+        if os.environ.get("RAY_ADDRESS"):  # a Ray of our own ends with all that runs on it
+            ray_serve.delete(APP)

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from typing import Any
 import pytest
 
 from mmkt_ray.cluster import run_on_workers
+from tests.inference.fuzz_models import make_config, write_folder
+
+import psutil  # isort: skip  (Ray ships it)
 
 pytestmark = pytest.mark.ray
 
@@ -119,3 +125,29 @@ def test_training_workers_listen_on_the_loopback() -> None:
     assert [rank for rank, _ in told] == [0, 1]
     assert [address for _, addresses in told for address in addresses if address not in LOOPBACK] == []
     assert len(told[0][1]) > len(told[1][1]) > 1  # rank 0 also serves the store; both talk to Ray and to each other
+
+
+def test_replicas_of_a_served_model_listen_here_alone(tmp_path: Path) -> None:
+    """Catches the gRPC server of a replica, which unpickles what anybody sends, on all interfaces; a server that does not
+    answer or does not end; and lines of Ray Serve between ours."""
+    write_folder(tmp_path / "model", make_config(tmp_path), "experts")
+    command = [sys.executable, "-m", "mmkt_ray", "serve", str(tmp_path / "model"), "--ray", "--port", "0"]
+    with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            first = process.stderr.readline()
+            address = re.search(r"http://127\.0\.0\.1:\d+", first)
+            assert address, first + process.stderr.read()
+            request = urllib.request.Request(f"{address[0]}/predict", b'{"rows": [{"text": "a red car"}]}')
+            request.add_header("content-type", "application/json")
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.load(answer)["rows"][0]["predictions"]["thing"]["prediction"]
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            ports = [(p.name(), c.laddr.ip) for p in tree for c in p.net_connections("inet") if c.status == "LISTEN"]
+            assert any("ServeRepl" in name for name, _ in ports), ports
+            assert {host for _, host in ports} <= LOOPBACK, ports
+        finally:
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+        assert process.wait(60) == 130
+    assert said.splitlines() == ["interrupted: the same command goes on from here"]
