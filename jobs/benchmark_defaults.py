@@ -95,13 +95,16 @@ def measure(config: Config, num_seeds: int) -> Iterator[str]:
 def measure_rare(config: Config, num_seeds: int) -> Iterator[str]:
     """A line of the table for each task of the config's model."""
     store = extract_step(config)["model"]
-    wider = config.with_overrides({f"modalities.{RARE}": {"kind": "vector", "encoder": "identity"}})
+    sources = [source.model_dump(mode="json") for source in config.samples.sources]
+    sources[0]["columns"][RARE] = RARE
+    own = {f"modalities.{RARE}": {"kind": "vector", "encoder": "identity"}, "samples.sources": sources}
+    wider = config.with_overrides(own)
     more = with_rare_modality(store, config, storage.join(run_folder(config), "defaults", RARE, "store"))
     uris: dict[str, list[str]] = {"fused": [], RARE: []}
     for seed in range(num_seeds):
-        for name, own, uri in (("fused", config, store.uri), (RARE, wider, more.uri)):
+        for name, part, uri in (("fused", config, store.uri), (RARE, wider, more.uri)):
             folder = storage.join(run_folder(config), "defaults", RARE, str(seed), name)
-            train(own.with_overrides({"training.seed": seed}), uri, folder)
+            train(part.with_overrides({"training.seed": seed}), uri, folder)
             uris[name].append(folder)
     table = load_rows(more, wider.model_modalities, wider.model_tasks).table
     for t in config.model_tasks:
