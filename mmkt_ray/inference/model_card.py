@@ -83,16 +83,17 @@ class _Experts(_Strict):
     @model_validator(mode="after")
     def _experts_fit(self) -> _Experts:
         fused = self.fused
-        for m, spec in self.experts.items():
+        for name, spec in self.experts.items():
             same = {t: (fused.tasks.get(t), fused.kinds.get(t)) for t in spec.tasks}
-            if spec.modalities.keys() != {m} or same != {t: (spec.tasks[t], spec.kinds[t]) for t in spec.tasks}:
-                raise ValueError(f"the expert of {m} reads or predicts something else")
+            reads = "+".join(sorted(spec.modalities)) == name and spec.modalities.keys() <= fused.modalities.keys()
+            if not reads or same != {t: (spec.tasks[t], spec.kinds[t]) for t in spec.tasks}:
+                raise ValueError(f"the expert of {name} reads or predicts something else")
         for task, by_pattern in self.routes.items():
             if len(fused.inputs.get(task, [""] * 99)) > 16:
                 raise ValueError(f"routes of {task}: no such task, or it reads more than 16 modalities")
-            for m in by_pattern.values():
-                if m not in self.experts or task not in self.experts[m].tasks:
-                    raise ValueError(f"routes of {task}: no expert of {m} for it")
+            for name in by_pattern.values():
+                if name not in self.experts or task not in self.experts[name].tasks:
+                    raise ValueError(f"routes of {task}: no expert of {name} for it")
         return self
 
 

@@ -16,6 +16,7 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.model_folder import load_model, read_card, save_model, write_card
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel, build_spec
+from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
 from tests.labels import labels_of
 from tests.manifests import make_manifest, make_training
 
@@ -83,6 +84,34 @@ def test_a_loaded_model_predicts_the_same(folder, model, table):
     """Statistics of the input stage, a shared tower or an adapter not in the file; a model left in training mode."""
     loaded, _ = load_model(str(folder))
     assert np.array_equal(predict_table(loaded, table)["topic"], predict_table(model, table)["topic"])
+
+
+def test_experts_of_several_modalities_are_loaded(tmp_path, config):
+    """Catches a card that knows experts of one modality alone: `mmkt train` wrote folders that nothing could read."""
+    raw = config.model_dump(mode="json")
+    raw["modalities"]["sound"] = {"kind": "vector", "encoder": "identity"}
+    raw["samples"]["sources"][0]["columns"]["sound"] = "s"
+    whole = parse_config(raw)
+    dims, sparse = {"image": 8, "sound": 4, "text": 30}, {"image": False, "sound": False, "text": True}
+
+    def new(own):
+        return MultimodalModel(build_spec(own, dims, sparse, {"topic": 3})).eval()
+
+    fused, pair = new(whole), new(whole.with_overrides({"model.modalities": ["image", "text"]}))
+    routes = {"topic": {"image+sound+text": "image+text", "image+text": "image+text"}}
+    expert = ExpertModel(ExpertSpec(fused.spec, {"image+text": pair.spec}, routes), fused, {"image+text": pair})
+    manifest = make_manifest(
+        modalities={m: {"dim": dims[m], "fingerprint": m, "folders": [m]} for m in dims},
+        tasks={"topic": {"classes": ["x", "y", "z"]}},
+    )
+    save_model(str(tmp_path / "model"), expert.eval(), whole, manifest, make_training())
+    loaded, _ = load_model(str(tmp_path / "model"))
+    assert loaded.spec == expert.spec
+    card = read_card(str(tmp_path / "model"))
+    card.spec["experts"]["sound+text"] = card.spec["experts"].pop("image+text")
+    change_card(tmp_path / "model", "spec", card.spec)
+    with pytest.raises(DataError, match=r"the expert of sound\+text reads or predicts something else"):
+        load_model(str(tmp_path / "model"))
 
 
 def test_the_card_says_all_that_is_needed_to_use_the_model(folder, config):
