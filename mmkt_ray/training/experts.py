@@ -200,7 +200,8 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
     Each set of modalities that a row may have has a default model: for all modalities the fused one, for a part of
     them the expert of exactly these, or the fused one where there is no such expert. Another model replaces the
     default if it is clearly better (see `clearly_better`) on the held-out rows that have the set, with all other
-    modalities hidden. The level is ALPHA divided by the number of models tried; of several, the best is taken.
+    modalities hidden, at its part of ALPHA (see `levels`); of several, the best is taken. One that fuses may have a
+    score that is lower by chance, if its losses are clearly less.
     """
     routes: dict[str, dict[str, str]] = {}
     for t, inputs in fused.model.spec.inputs.items():
@@ -213,9 +214,10 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
             has = table.labels[t].labelled & np.logical_and.reduce([table.present[m] for m in part])
             default = pattern if pattern in able else FUSED
             better = {}
-            for name in able.keys() - {default}:
+            for name, alpha in levels({name: len(given[name]) for name in able.keys() - {default}}).items():
                 rows = has & np.isfinite(scores[default]).all(axis=0) & np.isfinite(scores[name]).all(axis=0)
-                if clearly_better(scores[name][:, rows], scores[default][:, rows], ALPHA / (len(able) - 1)):
+                slack = float(name != FUSED and len(given[name]) > 1)
+                if clearly_better(scores[name][:, rows], scores[default][:, rows], alpha, slack):
                     better[name] = float((scores[name][0] - scores[default][0])[rows].mean())
             chosen = max(sorted(better), key=lambda name: better[name], default=default)
             if chosen != FUSED:
@@ -223,15 +225,25 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
     return routes
 
 
-def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float) -> bool:
+def levels(num_modalities: Mapping[str, int]) -> dict[str, float]:
+    """Model -> its part of ALPHA. One half is shared by those that read most modalities, the other by the rest: a rare
+    modality more is best left to the model of all others, and many models of fewer must not hide that one."""
+    most = max(num_modalities.values(), default=0)
+    first = sum(num == most for num in num_modalities.values())
+    rest = len(num_modalities) - first
+    half = ALPHA / 2 if rest else ALPHA
+    return {name: half / first if num == most else half / rest for name, num in num_modalities.items()}
+
+
+def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float, slack: float = 0.0) -> bool:
     """Whether a model is shown to be better than another on the same rows.
 
-    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be
-    lower, and one of two one-sided tests must reject at alpha: of the scores, an exact McNemar test where they are
-    right or wrong, else a paired t test; of the losses, a paired t test.
+    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be lower
+    by more than `slack` standard errors, and one of two one-sided tests must reject at alpha: of the scores, an exact
+    McNemar test where they are right or wrong, else a paired t test; of the losses, a paired t test.
     """
-    gain = ours[0] - theirs[0]
-    if not ours.shape[1] or gain.mean() < 0:
+    gain, num = ours[0] - theirs[0], ours.shape[1]
+    if num < 2 or gain.mean() < -slack * gain.std(ddof=1) / np.sqrt(num):
         return False
     if np.isin([ours[0], theirs[0]], (0, 1)).all():
         wins, losses = int((gain > 0).sum()), int((gain < 0).sum())

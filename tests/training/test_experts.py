@@ -24,9 +24,11 @@ from mmkt_ray.training import trainer
 from mmkt_ray.training.experts import (
     ALPHA,
     choose_routes,
+    clearly_better,
     expert_configs,
     expert_sets,
     join_experts,
+    levels,
     model_identity,
     with_heldout,
 )
@@ -348,6 +350,31 @@ def test_a_teacher_is_asked_with_its_experts_and_the_students_experts_have_none(
     student = base.with_overrides({"training.transfer.teachers": ["teacher"]})
     assert train(student, store_uri, str(tmp_path / "student")).status == "trained"
     assert fits == ["image+text"]
+
+
+def test_the_model_of_all_but_a_rare_modality_has_half_of_the_level():
+    """Catches a level that single modalities, which nobody would choose, take away from the model of all others."""
+    found = levels({"image+text": 2, "image": 1, "text": 1, "rare": 1})
+    assert found["image+text"] == pytest.approx(ALPHA / 2)
+    assert sum(found.values()) == pytest.approx(ALPHA)
+    assert levels({"image": 1, "text": 1}) == {"image": ALPHA / 2, "text": ALPHA / 2}
+    assert levels({}) == {}
+
+
+def test_losses_decide_where_scores_differ_by_chance():
+    """Catches a model that fuses and has clearly smaller losses, but is left because of one row of a hundred; and a single
+    modality that takes rows with a lower score."""
+    rng = np.random.default_rng(0)
+    right = (rng.random(100) < 0.8).astype(float)
+    one_less = right.copy()
+    one_less[np.flatnonzero(right)[0]] = 0
+    losses = rng.exponential(0.8, 100)
+    ours, theirs = np.stack([one_less, losses * 0.7]), np.stack([right, losses])
+    assert not clearly_better(ours, theirs, 0.05)
+    assert clearly_better(ours, theirs, 0.05, slack=1)
+    many_less = np.stack([np.where(np.arange(100) < 10, 0, right), losses * 0.7])
+    assert not clearly_better(many_less, theirs, 0.05, slack=1)
+    assert not clearly_better(ours[:, :1], theirs[:, :1], 0.05, slack=1)
 
 
 def test_experts_are_part_of_the_fingerprint_where_something_is_fused(make_config, store_uri, tmp_path):
