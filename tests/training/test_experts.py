@@ -367,7 +367,7 @@ def test_losses_decide_where_scores_differ_by_chance():
     rng = np.random.default_rng(0)
     right = (rng.random(100) < 0.8).astype(float)
     one_less = right.copy()
-    one_less[np.flatnonzero(right)[0]] = 0
+    one_less[[*np.flatnonzero(right)[:3], *np.flatnonzero(1 - right)[:2]]] = [0, 0, 0, 1, 1]
     losses = rng.exponential(0.8, 100)
     ours, theirs = np.stack([one_less, losses * 0.7]), np.stack([right, losses])
     assert not clearly_better(ours, theirs, 0.05)
