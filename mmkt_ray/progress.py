@@ -18,6 +18,7 @@ from typing import Any, Protocol, TextIO
 from mmkt_ray.terminal import plain
 
 PERIOD_S = 5.0  # nothing is silent for longer
+START = "start"  # what a command does until its first stage: imports, mostly
 
 
 @dataclass
@@ -100,11 +101,11 @@ class Lines:
     """A line at the end of each stage, and where the stream was silent for PERIOD_S, how far the innermost one is."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.stages = stream, list[Stage]()
+        self.stream, self.stages = stream, [Stage(START)]
         self.last = time.monotonic()
 
     def began(self, stage: Stage) -> None:
-        self.stages.append(stage)
+        self.stages = [other for other in self.stages if other.name != START] + [stage]
 
     def changed(self, stage: Stage) -> None:
         """The next line says so."""
@@ -152,8 +153,12 @@ class Live:
 
     def __init__(self, progress: Any) -> None:
         self.progress, self.tasks = progress, dict[int, Any]()
+        self.start = progress.add_task(START, total=None, unit="")
 
     def began(self, stage: Stage) -> None:
+        if self.start is not None:
+            self.progress.remove_task(self.start)
+            self.start = None
         self.tasks[id(stage)] = self.progress.add_task(plain(stage.name), total=stage.total, unit=stage.unit)
 
     def changed(self, stage: Stage) -> None:

@@ -29,16 +29,17 @@ def test_silence_is_broken_and_talk_is_not_doubled(monkeypatch: pytest.MonkeyPat
     out, now = io.StringIO(), time.monotonic()
     stream = PlainStream(out)
     lines = Lines(stream)  # type: ignore[arg-type]
-    lines.last = stream.last_write = now
-    lines.began(Stage("train", start=now))
-    lines.began(Stage("models", total=3, unit="models", start=now))
-    for seconds in range(1, 13):
+    lines.last = stream.last_write = lines.stages[0].start = now
+    for seconds in range(1, 18):
         monkeypatch.setattr(time, "monotonic", lambda s=seconds: now + s)
-        if seconds == 7:
+        if seconds == 5:
+            lines.began(Stage("train", start=now + 4))
+            lines.began(Stage("models", total=3, unit="models", start=now + 4))
+        if seconds == 11:
             stream.write("INFO of a library\n")
         lines.tick()
     said = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
-    assert said == ["models: 0 of 3 models, 4 s", "of a library", "models: 0 of 3 models, 11 s"]
+    assert said == ["start: 4 s", "models: 0 of 3 models, 4 s", "of a library", "models: 0 of 3 models, 11 s"]
 
 
 def test_lines_of_a_command_that_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
