@@ -43,7 +43,9 @@ _URI_SIGNS = "/:%@*!$&'()+,;=~"  # what stays as it is; blanks and the signs of 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` and the path inside it. Raises: DataError for a scheme that pyarrow does not
-    know, and for credentials in it."""
+    know, and for credentials or a NUL in it."""
+    if "\0" in uri:
+        raise DataError(f"'{uri}' has a NUL in it, which no file's name can have")
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
     if (at := credentials_at(uri)) is not None:

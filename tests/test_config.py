@@ -88,6 +88,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"model.modalities": []}, ["model.modalities", "at least 1 item"]),
         ({"model.modalities": {"text": 1}}, ["model.modalities: must be a list, got"]),
         ({"samples.sources.0.columns.text": ""}, ["at least 1 character"]),
+        ({"run_root": ""}, ["run_root", "at least 1 character"]),  # else the run lies in /
         ({"samples.sources.0.path": ""}, ["samples.sources.0.path", "at least 1 character"]),
         *(
             ({"samples.sources.0.encoding": name}, ["samples.sources.0.encoding: unknown text encoding; usual ones: utf-8"])

@@ -89,6 +89,8 @@ def test_unknown_scheme_and_damaged_json(tmp_path: Path) -> None:
     """Errors that name neither the file nor the way out."""
     with pytest.raises(DataError, match="cannot open 'nope://x'"):
         storage.exists("nope://x")
+    with pytest.raises(DataError, match="has a NUL in it"):
+        storage.exists(str(tmp_path / "a\0b"))
     for damaged in (b"{", b"[" * 100_000, b"9" * 5000, b'["\\ud800"]'):  # the last has half of a surrogate pair
         storage.write_bytes(str(tmp_path / "x.json"), damaged)
         with pytest.raises(DataError, match="damaged"):

@@ -28,8 +28,8 @@ class Config(Section):
 
     name: Name = Field(description="name of the run and of its folder")
     seed: int = Field(0, ge=0, lt=2**53, description="seed of everything random")
-    data_root: str = Field("data", description="folder or URI that source paths are relative to")
-    run_root: str = Field("runs", description="folder or URI under which the run folder lies")
+    data_root: str = Field("data", min_length=1, description="folder or URI that source paths are relative to")
+    run_root: str = Field("runs", min_length=1, description="folder or URI under which the run folder lies")
     samples: SamplesConfig = Field(description="raw shards -> samples")
     modalities: dict[Name, ModalityConfig] = Field(min_length=1, description="modality -> kind, encoder, reduction")
     tasks: dict[Name, TaskConfig] = Field(min_length=1, description="task -> kind of label")
