@@ -192,7 +192,7 @@ def make_dir(uri: str) -> None:
             raise PermissionError("no permission to write")
     except OSError as error:
         raise ResourceError(
-            f"cannot write to '{uri}': {error}; choose another folder, e.g. --set run_root=/path"
+            f"cannot write to '{uri}': {error}; choose another folder, by --out or --set run_root=/path"
         ) from None
 
 
