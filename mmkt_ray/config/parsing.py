@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from mmkt_ray.credentials import holds_secret
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.section import OneOf, Section
 
@@ -101,7 +102,9 @@ def read_yaml(text: str, what: str) -> Any:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, a 30th of February
-        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+        place = getattr(error, "problem_mark", None)
+        hidden = f"see line {place.line + 1 if place else 1}; it is not shown, as there is a secret in the text"
+        raise ConfigError(f"{what} is not valid YAML: {hidden if holds_secret(text) else error}") from None
     except (AttributeError, LookupError, TypeError):  # how PyYAML fails at `!!bool x`, `!!map [1]`, `!!timestamp x`
         raise ConfigError(f"{what} is not valid YAML: a value is not of the type that its tag (!!..) names") from None
     check_extent(value, what)
