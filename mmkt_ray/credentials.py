@@ -1,4 +1,4 @@
-"""Credentials have no place in URIs: they would be printed, logged and written to every result."""
+"""Credentials have no place in URIs and configs: they would be printed, logged and written to every result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,23 @@ _CREDENTIALS = re.compile(
     | ://[^\s?\#]*[?\#](?:[^\s=]*&)?[\w.%-]+=     # a query string, a fragment: settings, signatures, keys""",
     re.VERBOSE | re.IGNORECASE,
 )
+
+
+_TOKENS = re.compile(
+    r"""(?<![\w-])(?:
+      hf_[A-Za-z0-9]{30,} | gh[oprsu]_[A-Za-z0-9]{36,} | github_pat_\w{30,} | glpat-[\w-]{20,}
+    | sk-(?=\S*\d)(?=\S*[A-Z])[\w-]{32,} | xox[abeoprs]-[\w-]{10,} | A[KS]IA[0-9A-Z]{16}(?!\w)
+    | eyJ[\w-]{10,}\.eyJ[\w-]{5,}                # a JSON web token
+    )
+    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY
+    | (?i:(?<!\w)(?:account|sharedaccess)key\s*=\s*\S | [;\s](?:password|passwd|pwd|secret|token)\s*=\s*\S)   # of a DSN""",
+    re.VERBOSE,
+)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether there are credentials in a URI, a token of a well-known form, a private key, or a password of a connection."""
+    return credentials_at(text) is not None or _TOKENS.search(text) is not None
 
 
 def credentials_at(text: str) -> int | None:
@@ -36,6 +53,11 @@ def refuse_credentials(value: Any, where: str) -> None:
     """Look through texts, and mappings and lists of them, found at `where`. Raises: ConfigError."""
     if isinstance(value, str) and (at := credentials_at(value)) is not None:
         raise ConfigError(f"{where}: {refusal(value, at)}")
+    if isinstance(value, str) and _TOKENS.search(value):
+        raise ConfigError(
+            f"{where}: there is a token, a key or a password, which would be written to every result: put it into the "
+            "environment instead, e.g. HF_TOKEN"
+        )
     if isinstance(value, Mapping):
         for key, inner in value.items():
             refuse_credentials(key, where)

@@ -5,9 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from mmkt_ray.terminal import plain
+
 
 class UserError(ValueError):
-    """Base of everything the user can mend; the CLI prints it without a traceback and exits with 2."""
+    """Base of everything the user can mend; the CLI prints it without a traceback and exits with 2.
+
+    Its text has control characters spelled out, in a user's own program too: names in it come from the data.
+    """
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class ConfigError(UserError):

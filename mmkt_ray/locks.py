@@ -13,15 +13,18 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.fs as pafs
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, ResourceError
@@ -32,6 +35,18 @@ NAME = ".lock"
 HEARTBEAT_S, STALE_S = 20.0, 120.0
 SETTLE_S = 2.0  # longer than a put to an object store takes
 
+Seconds = Annotated[float, Field(ge=0, lt=2**33)]  # since 1970
+
+
+class _Signature(TypedDict):
+    token: str
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    host: str
+    since: Seconds
+    at: Seconds
+
+
+_SIGNATURE = TypeAdapter(_Signature)
 _held: set[str] = set()  # folders that this process holds
 
 
@@ -57,8 +72,8 @@ def locked(uri: str) -> Iterator[None]:
 
 @contextmanager
 def hold_by_kernel(uri: str) -> Iterator[None]:
-    """Hold a file on a local disk. Raises: ResourceError if another process does."""
-    with open(storage.resolve(uri)[1], "a+") as file:
+    """Hold a file on a local disk. Raises: ResourceError if another process does, or if it is no file of its own."""
+    with open(storage.resolve(uri)[1], "a+", opener=_open_regular) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,6 +112,13 @@ def hold_by_signature(uri: str) -> Iterator[None]:
             storage.remove(uri)
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """Of a link it would be the file at its other end that is emptied; to open a pipe may take for ever."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise ResourceError(f"'{path}' is a link, a folder or a pipe where mmkt keeps its lock: remove it")
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _beat(uri: str, own: dict[str, Any], ended: threading.Event) -> None:
     """Renew the signature until the work has ended, or another process has taken over."""
     while not ended.wait(HEARTBEAT_S):
@@ -115,28 +137,27 @@ def _signature() -> dict[str, Any]:
 
 
 def _read(uri: str) -> dict[str, Any]:
-    """The signature; empty if there is none, or none yet."""
-    with suppress(FileNotFoundError, DataError):
-        found = storage.read_json(uri)
-        return found if isinstance(found, dict) else {}
+    """The signature; empty if there is none, or none yet, or something else."""
+    with suppress(FileNotFoundError, DataError, ValidationError):
+        return dict(_SIGNATURE.validate_python(storage.read_json(uri), strict=True))
     return {}
 
 
 def _is_stale(other: dict[str, Any]) -> bool:
-    if other.get("host") == socket.gethostname():
+    if other["host"] == socket.gethostname():
         with suppress(PermissionError):  # it lives, as another user's
             try:
-                os.kill(int(other.get("pid", 0)), 0)
-            except (ProcessLookupError, ValueError):
+                os.kill(other["pid"], 0)
+            except ProcessLookupError:
                 return True
-    return bool(time.time() - other.get("at", 0.0) > STALE_S)
+    return bool(time.time() - other["at"] > STALE_S)
 
 
 def _told(uri: str, other: dict[str, Any]) -> ResourceError:
     """What a user reads who gave a second command."""
     who = "another process"
     if other:
-        since = datetime.fromtimestamp(other.get("since", 0.0)).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-        who = f"process {other.get('pid')} on {other.get('host')}, since {since}"
+        since = datetime.fromtimestamp(other["since"]).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+        who = f"process {other['pid']} on {other['host']}, since {since}"
     folder = uri.rpartition("/")[0]
     return ResourceError(f"'{folder}' is in use by {who}: wait for it to end, or choose another folder")

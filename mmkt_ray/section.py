@@ -9,14 +9,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, core_schema
 
 from mmkt_ray.errors import unknown_name
 
 SPLITS = ("train", "val", "test")
+MAX_NAME = 100  # characters: file systems take 255 bytes, and a name is part of longer ones
 ItemT = TypeVar("ItemT")
 
 
@@ -24,6 +25,34 @@ class Section(BaseModel):
     """Base of every part of the config: frozen, and refusing keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_numbers(cls, raw: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        section = handler(raw)
+        given = raw if isinstance(raw, Mapping) else {}
+        found = [at for name in section.model_fields_set for at in _no_numbers(given.get(name), getattr(section, name), name)]
+        if found:
+            raise ValidationError.from_exception_data(cls.__name__, found)
+        return section
+
+
+def _no_numbers(raw: Any, read: Any, *place: str | int) -> Iterator[InitErrorDetails]:
+    """Where a yes or no was read as a number, and where a whole number is larger than JSON and Ray's counters take."""
+    if isinstance(read, int | float) and isinstance(raw, bool) and not isinstance(read, bool):
+        yield _fault(place, raw, "must be a number, which yes and no are not")
+    elif isinstance(read, int) and abs(read) > 2**53:
+        yield _fault(place, raw, "must have at most 53 bits")
+    elif isinstance(raw, Mapping) and isinstance(read, Mapping):
+        for key in raw.keys() & read.keys():
+            yield from _no_numbers(raw[key], read[key], *place, key)
+    elif isinstance(raw, list | tuple) and isinstance(read, list | tuple):
+        for number, (one, other) in enumerate(zip(raw, read, strict=False)):
+            yield from _no_numbers(one, other, *place, number)
+
+
+def _fault(place: tuple[str | int, ...], raw: Any, why: str) -> InitErrorDetails:
+    return InitErrorDetails(type="value_error", loc=place, input=raw, ctx={"error": ValueError(why)})
 
 
 class Choice(Section):
@@ -103,6 +132,8 @@ def named(value: Any) -> Any:
 
 def checked_name(name: str) -> str:
     """A name of a modality, task or variant: it becomes part of columns, files and folders. Raises: ValueError."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a name has at most {MAX_NAME} characters")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError("a name consists of letters, digits, '_', '.' and '-', and begins with a letter or digit")
     return name

@@ -43,7 +43,9 @@ _URI_SIGNS = "/:%@*!$&'()+,;=~"  # what stays as it is; blanks and the signs of 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` and the path inside it. Raises: DataError for a scheme that pyarrow does not
-    know, and for credentials in it."""
+    know, and for credentials or a NUL in it."""
+    if "\0" in uri:
+        raise DataError(f"'{uri}' has a NUL in it, which no file's name can have")
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
     if (at := credentials_at(uri)) is not None:
@@ -190,35 +192,37 @@ def make_dir(uri: str) -> None:
             raise PermissionError("no permission to write")
     except OSError as error:
         raise ResourceError(
-            f"cannot write to '{uri}': {error}; choose another folder, e.g. --set run_root=/path"
+            f"cannot write to '{uri}': {error}; choose another folder, by --out or --set run_root=/path"
         ) from None
 
 
 def read_bytes(uri: str, limit: int = MAX_FILE_BYTES) -> bytes:
     """The whole file. Raises: FileNotFoundError; DataError if it is no regular file, or has more than `limit` bytes."""
-    check_regular(uri, limit)
+    size = check_regular(uri, limit)
     fs, path = resolve(uri)
     try:
         with fs.open_input_stream(path, compression=None) as stream:
-            return stream.read()
+            return stream.read(size)
     except NotADirectoryError:  # a file is where its folder would be
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from None
 
 
-def check_regular(uri: str, limit: int | None = None) -> None:
-    """Raises: DataError for a file of more than `limit` bytes, and for a local pipe, socket, device or folder.
+def check_regular(uri: str, limit: int | None = None) -> int | None:
+    """The size of a local file; None for others, and where nothing is.
 
-    Reading some of these hangs, or never ends. What is not there passes.
+    Raises: DataError for a file of more than `limit` bytes, and for a local pipe, socket, device or folder. Reading some of
+    these hangs, or never ends; so do files of /proc, whose size is 0.
     """
     fs, path = resolve(uri)
     try:
         found = os.stat(path) if isinstance(fs, pafs.LocalFileSystem) else None
     except OSError:
-        return
+        return None
     if found is not None and not stat.S_ISREG(found.st_mode):
         raise DataError(f"'{uri}' is a pipe, a device or a folder where a regular file is wanted: remove it")
     if limit is not None and (found.st_size if found else fs.get_file_info(path).size or 0) > limit:
         raise DataError(f"'{uri}' has more than {limit:,} bytes, so it is no file that mmkt wrote: remove it")
+    return found.st_size if found else None
 
 
 def checksum(data: Any) -> str:
@@ -426,7 +430,10 @@ def read_json(uri: str) -> Any:
     """Parse a JSON file. Raises: FileNotFoundError, DataError if it is damaged or larger than MAX_JSON_BYTES."""
     data = read_bytes(uri, MAX_JSON_BYTES)
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        return value
     except (ValueError, RecursionError) as error:  # ValueError: bytes that are no text, too
         raise DataError(f"'{uri}' is damaged ({error}): remove it and run the same command again") from None
 

@@ -32,6 +32,11 @@ def no_obeyed(text: str) -> bool:
 
 
 @pytest.mark.slow
+def test_control_characters_of_an_error_are_spelled_out_in_a_program_too() -> None:
+    """Catches a class or file whose name moves the cursor in the traceback of a script that calls `mmkt_ray.load`."""
+    assert str(DataError(f"no '{EVIL}'")).startswith(r"no '\x1b]0;owned\x07")
+
+
 def test_control_characters_are_spelled_out(tmp_path: Path) -> None:
     """Catches a file's name, a config's value or a library's error that clears the screen or writes into the terminal."""
     folder = tmp_path / EVIL.replace("/", "")

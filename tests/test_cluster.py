@@ -61,6 +61,13 @@ def test_a_dead_address_is_told_soon(monkeypatch: pytest.MonkeyPatch, kind: str)
             check_answers(address)
 
 
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:\u00b2", "\x1b[31m", "10.0.0.1:6379x"])
+def test_an_address_that_is_none_is_told(address: str) -> None:
+    """A traceback for a RAY_ADDRESS without a port."""
+    with pytest.raises(ResourceError, match="it is not HOST:PORT"):
+        check_answers(address)
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_a_living_head_answers() -> None:
     """A cluster that is refused because its first words are not as expected."""

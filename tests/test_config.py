@@ -72,12 +72,35 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"samples.sources.0.columns": {"image": False}}, ["got False", "yes or no; put the text in quotes"]),
         ({"run_root": date(2024, 11, 29)}, ["2024, 11, 29", "date; put the text in quotes"]),
         ({"name": 1}, ["name", "got 1", "number; put the text in quotes"]),
+        ({"name": "x" * 101}, ["at most 100 characters"]),
+        ({"tasks.label.kind": {"name": "regression", "los": "huber"}}, ["no option 'los'", "did you mean 'loss'"]),
+        ({"seed": True}, ["seed: must be a number, which yes and no are not (got True)"]),
+        ({"training.lr": True}, ["training.lr: must be a number"]),
+        ({"modalities.text.encoder": {"name": "tfidf", "ngram_range": [1, True]}}, ["tfidf.ngram_range.1: must be a number"]),
+        ({"samples.sources.0.limit": True}, ["samples.sources.0.limit: must be a number"]),
+        ({"transfer.label_fracs": [0.1, True]}, ["transfer.label_fracs.1: must be a number"]),
+        ({"search.space": {"training.lr": {"float": [False, 2]}}}, ["search.space.training.lr.float.0: must be a number"]),
+        ({"variants": {"a": {"seed": True}}}, ["variants.a: seed: must be a number"]),
+        ({"model.hidden_dim": 10**20}, ["model.hidden_dim"]),
+        ({"training.epochs": 10**20}, ["training.epochs: must have at most 53 bits"]),
+        *(({"training": empty}, ["training: must be a mapping of keys, got"]) for empty in ([], "", 0, False)),
+        ({"model": []}, ["model: must be a mapping of keys, got []"]),
+        ({"model.modalities": []}, ["model.modalities", "at least 1 item"]),
+        ({"model.modalities": {"text": 1}}, ["model.modalities: must be a list, got"]),
+        ({"samples.sources.0.columns.text": ""}, ["at least 1 character"]),
+        ({"run_root": ""}, ["run_root", "at least 1 character"]),  # else the run lies in /
+        ({"samples.sources.0.path": ""}, ["samples.sources.0.path", "at least 1 character"]),
+        *(
+            ({"samples.sources.0.encoding": name}, ["samples.sources.0.encoding: unknown text encoding; usual ones: utf-8"])
+            for name in ("utf-99", "latin_one", "", "rot13", "base64", "a\0b")
+        ),
+        ({"variants": {"a": {"samples.sources.\u00b2.limit": 1}}}, ["is not inside a mapping or list"]),
     ],
 )
 def test_wrong_values_are_refused_with_a_hint(raw: dict[str, Any], override: dict[str, Any], words: list[str]) -> None:
     """A misspelt key that is silently ignored, or an error that does not say what is allowed."""
     with pytest.raises(ConfigError) as caught:
-        parse_config(raw).with_overrides(override)
+        parse_config(raw).with_overrides(override).expand_variants()
     for word in words:
         assert word in str(caught.value)
 
@@ -87,6 +110,9 @@ def test_all_faults_are_told_at_once(raw: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(raw | {"trainin": 1, "modell": 2})
     assert len(str(caught.value).splitlines()) == 2
+    with pytest.raises(ConfigError) as caught:  # pydantic counts a list without its faulty items: "at least 1 item"
+        parse_config(raw).with_overrides({"samples.sources.0.limit": 1.5})
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_bare_names_and_mappings_are_the_same(raw: dict[str, Any]) -> None:
@@ -144,11 +170,21 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
         ("run_root: 2024-02-30", "not valid YAML"),
         ("a: &a [*a]", "levels"),
         ("a: &a [1]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in pairwise("abcdefghi")), "values"),
+        ("seed: !!bool x", "tag"),
+        ("seed: !!timestamp x", "tag"),
+        ('seed: !!int ""', "tag"),
+        ("seed: !!map [1]", "tag"),
+        ("seed: 010", "base 8: write it in base 10, or put the text in quotes"),
+        ("seed: 1:30", "base 60"),
+        ("seed: 1:30.5", "base 60"),
     ],
-    ids=["key", "variant", "brackets", "dashes", "digits", "date", "circle", "aliases"],
+    ids=[
+        *("key", "variant", "brackets", "dashes", "digits", "date", "circle", "aliases", "bool", "time", "int", "map", "octal"),
+        *("base 60", "float 60"),
+    ],
 )
 def test_yaml_that_would_mislead_or_blow_up(tmp_path: Path, text: str, words: str) -> None:
-    """A variant that is dropped in silence because its name stands twice; a traceback or a full memory for other YAML."""
+    """A variant that is dropped in silence because its name stands twice; 010 read as 8; a traceback or a full memory."""
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_config(tmp_path / "c.yaml")
@@ -180,6 +216,19 @@ def test_values_on_the_command_line_that_are_no_values(raw: dict[str, Any], tmp_
     said = capsys.readouterr().err
     assert said.startswith("mmkt: ")
     assert len(said) < 1000
+
+
+def test_an_endless_file_and_an_empty_one_are_no_configs(tmp_path: Path) -> None:
+    """All memory taken by a device or a file of data; "got NoneType" for an empty file; a key of any length shown in full."""
+    with pytest.raises(ConfigError, match="more than 2,000,000 bytes"):
+        load_config("/dev/zero")
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(f'? "{"k" * 200_000}"\n: 1\n')
+    with pytest.raises(ConfigError, match="unknown key 'kkk") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_folder_is_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

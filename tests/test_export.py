@@ -5,16 +5,18 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 
+from mmkt_ray.config import parse_config
 from mmkt_ray.encoders.catalog import REDUCERS
-from mmkt_ray.errors import ConfigError
+from mmkt_ray.errors import ConfigError, ResourceError
 from mmkt_ray.export import export as exporting
-from mmkt_ray.export.check import CheckRows, GivenFeatures, graph_arrays, hide_some, largest_difference
+from mmkt_ray.export.check import CheckRows, GivenFeatures, graph_arrays, hide_some, largest_difference, raw_values
 from mmkt_ray.export.export import TOLERANCE, as_tensors, trace, write_onnx
 from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import FeatureInputs, SparseInputs, reduction, to_dense
@@ -216,6 +218,23 @@ def test_a_difference_of_nan_is_endless():
     b[1] = np.nan
     assert largest_difference({"t": a}, {"t": b}) == float("inf")
     assert largest_difference({"t": b}, {"t": b}) == 0.0
+
+
+def test_rows_of_a_table_are_checked_as_rows(tmp_path):
+    """Catches a traceback, as Arrow gives a row of cells as a list of pairs."""
+    (tmp_path / "rows.csv").write_text("id,a,b,y\n1,2.5,u,x\n2,,,z\n")
+    source = {"reader": "manifest", "path": "rows.csv", "columns": {"sample_id": "id", "num": ["a", "b"], "y": "y"}}
+    modalities = {"num": {"kind": "table", "encoder": "table"}}
+    raw = {"name": "t", "data_root": str(tmp_path), "samples": {"sources": [source]}, "modalities": modalities}
+    graph = SimpleNamespace(modalities=["num"], parts=[SimpleNamespace(encoder=None)])
+    assert raw_values(parse_config(raw | {"tasks": {"y": {}}}), graph, ["1", "2"]) == {"num": [{"a": "2.5", "b": "u"}, None]}
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    """Catches a model that is loaded, traced and then lost, with a traceback."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot write to"):
+        exporting.export_model(str(tmp_path / "no model"), to="torch", out=str(tmp_path / "file" / "x"))
 
 
 def test_an_unknown_target_names_the_known_ones(tmp_path):

@@ -74,6 +74,42 @@ def test_a_process_may_hold_a_folder_again(tmp_path: Path) -> None:
             pytest.fail("given away")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "\x00\x1b", "[1]", "{}", '{"pid": null}', '{"at": "x"}', '{"at": NaN}', '{"since": 1e30}', '{"pid": -1}', '{"host": 1}'],
+)
+def test_a_signature_that_is_none_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Catches a traceback, or a folder that nobody can use again, for what a full disk or another program left there."""
+    monkeypatch.setattr(locks, "SETTLE_S", 0.0)
+    whole = {"token": "x", "pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "at": time.time()}
+    if text.startswith('{"'):
+        text = json.dumps(whole | json.loads(text))
+    for hold, name in ((hold_by_signature, "object"), (locks.hold_by_kernel, "file")):
+        (tmp_path / name).write_text(text)
+        with hold(str(tmp_path / name)):
+            pass
+    with locks.hold_by_kernel(str(tmp_path / "file")):
+        (tmp_path / "file").write_text(text)
+        with pytest.raises(ResourceError, match="another process"), locks.hold_by_kernel(str(tmp_path / "file")):
+            pytest.fail("both are in")
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "folder", "loop"])
+def test_a_lock_that_is_no_file_is_told_and_left(tmp_path: Path, what: str) -> None:
+    """Catches a file of the user's that is emptied because a run folder from elsewhere has a link to it as its lock."""
+    place, other = tmp_path / locks.NAME, tmp_path / "other"
+    other.write_text("precious")
+    if what == "pipe":
+        os.mkfifo(place)
+    elif what == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(other if what == "link" else place)
+    with pytest.raises(ResourceError, match=r"\.lock' is a link, a folder or a pipe"), locked(str(tmp_path)):
+        pytest.fail("held")
+    assert other.read_text() == "precious"
+
+
 def test_a_signature_of_another_machine_is_believed_as_long_as_it_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

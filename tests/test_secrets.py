@@ -33,6 +33,7 @@ WITH_SECRETS = [
 WITHOUT = [
     *("s3://bucket/a@b/x", "s3://a/b@c", "gs://a/b@c/d:e@f", "hdfs://host:8020/user/a@b"),
     *("s3://bucket/part-?.parquet", "s3://bucket/part#1.parquet", "s3://bucket/a%40b", "a:b@c", "gs://b/t=1/x.parquet"),
+    *("task-sk-learn-with-a-very-long-name-indeed", "runs/hf_model", "token=1/password=2", "AKIA", "runs/eyJ.x"),
 ]
 
 
@@ -53,6 +54,31 @@ def test_credentials_are_refused_and_not_shown(
         assert "has settings or keys in it" in said
     with pytest.raises(DataError, match="settings or keys"):
         storage.resolve(uri)
+
+
+TOKENS = [
+    *("hf_" + SECRET * 3, "ghp_" + SECRET * 3, "github_pat_" + SECRET * 3, "sk-" + (SECRET + "7") * 3, "glpat-" + SECRET * 2),
+    *("xoxb-1234-" + SECRET, f"eyJhbGciOiJIUzI1NiJ9.eyJ{SECRET}.x", f"Server=x;Password={SECRET}", f"host=db password={SECRET}"),
+    *(f"AccountKey={SECRET}==", f"https://h/x;token={SECRET}", f"-----BEGIN RSA PRIVATE KEY-----{SECRET}"),
+]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_tokens_and_passwords_are_refused_and_not_shown(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], token: str
+) -> None:
+    """Catches a token as a value of a config, or in a line that YAML can't read, that is printed or travels to a cluster."""
+    raw = make_config().model_dump(mode="json")
+    path = tmp_path / "c.yaml"
+    for text, told in (
+        (yaml.safe_dump(raw | {"run_root": token}), "put it into the environment"),
+        (f"run_root: '{token}'\nname: [{token}\n", "it is not shown"),
+    ):
+        path.write_text(text)
+        assert main(["submit", str(path), "--address", "http://127.0.0.1:1"]) == 2
+        said = "".join(capsys.readouterr())
+        assert told in said
+        assert SECRET not in said
 
 
 @pytest.mark.parametrize("uri", WITHOUT)

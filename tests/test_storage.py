@@ -89,9 +89,14 @@ def test_unknown_scheme_and_damaged_json(tmp_path: Path) -> None:
     """Errors that name neither the file nor the way out."""
     with pytest.raises(DataError, match="cannot open 'nope://x'"):
         storage.exists("nope://x")
-    storage.write_bytes(str(tmp_path / "x.json"), b"{")
-    with pytest.raises(DataError, match="damaged"):
-        storage.read_json(str(tmp_path / "x.json"))
+    with pytest.raises(DataError, match="has a NUL in it"):
+        storage.exists(str(tmp_path / "a\0b"))
+    for damaged in (b"{", b"[" * 100_000, b"9" * 5000, b'["\\ud800"]'):  # the last has half of a surrogate pair
+        storage.write_bytes(str(tmp_path / "x.json"), damaged)
+        with pytest.raises(DataError, match="damaged"):
+            storage.read_json(str(tmp_path / "x.json"))
+    storage.write_bytes(str(tmp_path / "x.json"), b'["\\ud83d\\ude42"]')
+    assert storage.read_json(str(tmp_path / "x.json")) == ["\U0001f642"]
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

@@ -79,8 +79,10 @@ def _attach(address: str) -> None:
 def check_answers(address: str) -> None:
     """Ray itself waits minutes for a head that is gone. Raises: ResourceError if no gRPC server answers in 10 s or less."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # `auto`: Ray finds the address by itself, or says that there is none
+    if not (host and port.isascii() and port.isdigit()):
+        if address == "auto" or "://" in address:
+            return  # Ray finds the address by itself, or says that there is none
+        raise no_cluster(address, "it is not HOST:PORT")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S) as connection:
             if os.environ.get("RAY_USE_TLS", "0") not in ("1", "true"):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
+from mmkt_ray.config.model import MAX_DIM
 from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
 from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
 from mmkt_ray.encoders.reduce import ReduceSection
@@ -30,7 +31,7 @@ class ModalityConfig(Section):
         None, description="features -> fewer features: " + "; ".join(f"{name}: {r.does}" for name, r in REDUCERS.items())
     )
     hidden_dim: int | None = Field(
-        None, ge=1, description="tower width under sharing: separate; null: from the features' width"
+        None, ge=1, le=MAX_DIM, description="tower width under sharing: separate; null: from the features' width"
     )
 
     @model_validator(mode="after")

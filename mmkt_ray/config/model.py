@@ -10,6 +10,7 @@ from mmkt_ray.errors import unknown_name
 from mmkt_ray.section import Once, Section, named
 
 SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
+MAX_DIM = 2**16  # of a layer; the largest language models have 2**14
 FUSES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")
 FUSIONS = (*FUSES, "hierarchical", "decision")
 MissingStrategy: TypeAlias = Literal["mask", "drop", "mean", "zero", "token", "generate"]
@@ -51,15 +52,15 @@ class FusionConfig(Section):
 class ModelConfig(Section):
     """The fused, parameter-sharing model over the features."""
 
-    modalities: Annotated[tuple[str, ...] | None, Once] = Field(None, description="modalities it reads; null: all")
-    tasks: Annotated[tuple[str, ...] | None, Once] = Field(None, description="tasks it predicts; null: all")
+    modalities: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="modalities it reads; null: all")
+    tasks: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="tasks it predicts; null: all")
     fusion: Annotated[FusionConfig, BeforeValidator(named)] = Field(FusionConfig(), description="fusion method")
     sharing: str | tuple[str, ...] = Field(
         "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES)
     )
     num_levels: int = Field(1, ge=0, le=16, description="tower levels; 0: features go straight into the fusion")
     num_experts: int = Field(4, ge=1, le=64, description="experts of each mmoe level")
-    hidden_dim: int = Field(256, ge=1, description="width of towers and fusion")
+    hidden_dim: int = Field(256, ge=1, le=MAX_DIM, description="width of towers and fusion")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout in towers and fusion")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input features")
     modality_dropout: float = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Any, TypeVar, get_args, get_origin
@@ -10,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from mmkt_ray.credentials import holds_secret
 from mmkt_ray.errors import ConfigError, nearest
 from mmkt_ray.section import OneOf, Section
 
@@ -17,6 +19,10 @@ SectionT = TypeVar("SectionT", bound=Section)
 MAX_VALUES, MAX_DEPTH = 100_000, 50  # of a config
 MERGE = "tag:yaml.org,2002:merge"
 TYPED = {"bool": "yes or no", "int": "number", "float": "number", "date": "date", "datetime": "time"}
+WANTED = {
+    **dict.fromkeys(("model_type", "dict_type", "model_attributes_type"), "a mapping of keys"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+}
 SHOWN = 80  # characters of a value that messages show
 
 
@@ -25,7 +31,15 @@ def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e), section) for e in error.errors())) from None
+        faults: list[dict[str, Any]] = [dict(e) for e in error.errors()]
+        places = [fault["loc"] for fault in faults]
+        told = [f for f in faults if f["type"] != "too_short" or not any(_is_inside(place, f["loc"]) for place in places)]
+        raise ConfigError("\n".join(_explain(fault, section) for fault in told)) from None
+
+
+def _is_inside(place: tuple[Any, ...], of: tuple[Any, ...]) -> bool:
+    """Whether a fault's place is inside another: pydantic counts a list without its faulty items."""
+    return len(place) > len(of) and place[: len(of)] == of
 
 
 class Loader(yaml.SafeLoader):
@@ -59,6 +73,25 @@ class Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """See PyYAML, but for `010`, which is 8 to it, and `1:30`, which is 90."""
+        self._check_base(node)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """See PyYAML, but for `1:30.5`."""
+        self._check_base(node)
+        return super().construct_yaml_float(node)
+
+    def _check_base(self, node: yaml.ScalarNode) -> None:
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            why = f"YAML takes '{node.value}' for a number of base {60 if ':' in node.value else 8}: write it in base 10"
+            raise yaml.constructor.ConstructorError(None, None, f"{why}, or put the text in quotes", node.start_mark)
+
+
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(Loader, f"construct_yaml_{kind}"))
+
 
 def read_yaml(text: str, what: str) -> Any:
     """The value of a YAML text. what: where it comes from. Raises: ConfigError."""
@@ -69,7 +102,11 @@ def read_yaml(text: str, what: str) -> Any:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, a 30th of February
-        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+        place = getattr(error, "problem_mark", None)
+        hidden = f"see line {place.line + 1 if place else 1}; it is not shown, as there is a secret in the text"
+        raise ConfigError(f"{what} is not valid YAML: {hidden if holds_secret(text) else error}") from None
+    except (AttributeError, LookupError, TypeError):  # how PyYAML fails at `!!bool x`, `!!map [1]`, `!!timestamp x`
+        raise ConfigError(f"{what} is not valid YAML: a value is not of the type that its tag (!!..) names") from None
     check_extent(value, what)
     return value
 
@@ -113,7 +150,7 @@ def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
 def _child(node: Any, part: str, dotted: str) -> Any:
     if isinstance(node, dict):
         return node.get(part)
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    if isinstance(node, list) and part.isascii() and part.isdigit() and len(part) < 7 and int(part) < len(node):
         return node[int(part)]
     raise ConfigError(f"cannot set '{dotted}': '{part}' is not inside a mapping or list here")
 
@@ -149,7 +186,7 @@ def sections(annotation: Any, mark: str = "") -> Iterator[tuple[str, type[Sectio
 
 def _explain(error: dict[str, Any], root: type[Section]) -> str:
     """One line for one pydantic error: where, what, and for an unknown key the nearest known one."""
-    where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic's mark of a mapping's key
+    where = ".".join(shortened(str(p)) for p in error["loc"] if p != "[key]")  # pydantic's mark of a mapping's key
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
         return f"unknown key '{where}': {nearest(str(key), _known_keys(parents, root))}"
@@ -158,6 +195,8 @@ def _explain(error: dict[str, Any], root: type[Section]) -> str:
     if error["type"] == "union_tag_invalid":
         return f"{where}: unknown name '{error['ctx']['tag']}': known: {error['ctx']['expected_tags']}"
     got = error.get("input")
+    if wanted := WANTED.get(error["type"]):
+        return f"{where}: must be {wanted}, got {shortened(repr(got))}"
     shown = f" (got {shortened(repr(got))})" if isinstance(got, str | int | float | bool | date | None) else ""
     if error["type"] == "string_type" and isinstance(got, int | float | date):
         shown += f": YAML takes it for a {TYPED[type(got).__name__]}; put the text in quotes"

@@ -18,6 +18,7 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.section import Section, fingerprint
 
 PACKAGE = Path(__file__).parents[1]
+MAX_BYTES = 2_000_000  # of a config
 SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "jobs" / "configs")  # the project's own configs: of a wheel, of a checkout
 
 
@@ -38,15 +39,20 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises: ConfigError if the file is missing, is not YAML, or says something unknown or impossible.
     """
     try:
-        text = shipped(path).read_text(encoding="utf-8")
+        with open(shipped(path), "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode()
     except FileNotFoundError:
         known = sorted(file.stem for folder in SHIPPED for file in folder.glob("*.yaml"))
         raise ConfigError(f"no config at '{path}'; those that come with the project: {nearest(Path(path).stem, known)}") from None
     except (OSError, ValueError) as error:  # a folder, no permission; bytes that are no text
         raise ConfigError(f"'{path}' is no readable YAML file: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"'{path}' has more than {MAX_BYTES:,} bytes, which is no config")
     raw = read_yaml(text, f"'{path}'")
     if not isinstance(raw, dict):
-        raise ConfigError(f"'{path}' must be a mapping of keys, got {type(raw).__name__}")
+        found = "is empty" if raw is None else f"is a {type(raw).__name__}"
+        raise ConfigError(f"'{path}' {found}: a config is a mapping of keys")
     if raw.get("training") == "auto":
         raw["training"] = {}
     for key, value in (overrides or {}).items():

@@ -28,8 +28,8 @@ class Config(Section):
 
     name: Name = Field(description="name of the run and of its folder")
     seed: int = Field(0, ge=0, lt=2**53, description="seed of everything random")
-    data_root: str = Field("data", description="folder or URI that source paths are relative to")
-    run_root: str = Field("runs", description="folder or URI under which the run folder lies")
+    data_root: str = Field("data", min_length=1, description="folder or URI that source paths are relative to")
+    run_root: str = Field("runs", min_length=1, description="folder or URI under which the run folder lies")
     samples: SamplesConfig = Field(description="raw shards -> samples")
     modalities: dict[Name, ModalityConfig] = Field(min_length=1, description="modality -> kind, encoder, reduction")
     tasks: dict[Name, TaskConfig] = Field(min_length=1, description="task -> kind of label")
@@ -51,8 +51,8 @@ class Config(Section):
         """`training: auto` spelt out: every setting of CHOSEN that is not given is chosen."""
         if not isinstance(raw, Mapping):
             return raw
-        training, model = raw.get("training") or {}, raw.get("model") or {}
-        training = {} if training == "auto" else training
+        training = {} if raw.get("training") in (None, "auto") else raw["training"]
+        model = {} if raw.get("model") is None else raw["model"]
         if not isinstance(training, Mapping) or not isinstance(model, Mapping):
             return raw
         auto = training.get("auto", True)
@@ -247,6 +247,12 @@ class Config(Section):
             raw["training"]["auto"] = [key for key in auto if key not in _answered(given)]
         return parse_config(raw)
 
+    def _variant(self, name: str, overrides: Mapping[str, Any]) -> Config:
+        try:
+            return self.with_overrides(overrides)
+        except ConfigError as error:
+            raise ConfigError(f"variants.{name}: {error}") from None
+
     def expand_variants(self) -> dict[str, Config]:
         """Each compared model's own full config, without variants; one named `model` when there are none.
 
@@ -254,7 +260,7 @@ class Config(Section):
         Raises: ConfigError if one of these is unknown, or takes over from itself in the end.
         """
         base = self.model_copy(update={"variants": {}})
-        configs = {name: base.with_overrides(o) for name, o in self.variants.items()} or {"model": base}
+        configs = {name: base._variant(name, o) for name, o in self.variants.items()} or {"model": base}
         ordered: dict[str, Config] = {}
         while len(ordered) < len(configs):
             ready = {n: c for n, c in configs.items() if n not in ordered and c.sources <= ordered.keys()}

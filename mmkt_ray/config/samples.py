@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_serializer, model_validator
 
-from mmkt_ray.section import Section, name_in, named, without_later
+from mmkt_ray.section import Once, Section, name_in, named, without_later
+
+
+def known_encoding(name: str) -> str:
+    """A name of a text encoding. Raises: ValueError."""
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):  # ValueError: a NUL in it
+        raise ValueError("unknown text encoding; usual ones: utf-8, latin-1, cp1252, utf-16") from None
+    return name
+
+
+Filled = Annotated[str, Field(min_length=1)]
 
 
 class HttpConfig(Section):
@@ -24,8 +36,8 @@ class SourceConfig(Section):
     """One set of shards that share a layout."""
 
     reader: Literal["parquet", "webdataset", "folders", "manifest"] = Field(description="layout of the shards")
-    path: str = Field(description="file, folder, glob (**: folders at any depth) or URI; relative paths are under data_root")
-    columns: dict[str, str | tuple[str, ...]] = Field(
+    path: Filled = Field(description="file, folder, glob (**: folders at any depth) or URI; relative paths are under data_root")
+    columns: dict[str, Filled | Annotated[tuple[Filled, ...], Field(min_length=1), Once]] = Field(
         description="our column (modality, task, sample_id, split or key) -> the source's column, tar suffix or json field; for "
         "a kind of modality that is made of several a list of them, in which * stands for any part of a name; for vectors also a "
         "file beside the shard with a row for each of its rows, vectors.npy or {shard}.npy"
@@ -37,7 +49,7 @@ class SourceConfig(Section):
         "error",
         description="a modality or task whose column a shard lacks: an error, or null in all of the shard's rows",
     )
-    encoding: str = Field("utf-8", description="text encoding of the raw files")
+    encoding: Annotated[str, AfterValidator(known_encoding)] = Field("utf-8", description="text encoding of the raw files")
     limit: int | None = Field(None, ge=1, description="read at most this many rows of each shard (for a quick look)")
     allow_outside: bool = Field(
         False, description="manifest cells may be absolute paths or leave the manifest's folder"

@@ -86,7 +86,7 @@ CHOSEN = (  # what `training.auto` may choose: dotted keys of the config
 class TrainingConfig(Section):
     """How the model is fitted."""
 
-    auto: tuple[str, ...] = Field(
+    auto: Annotated[tuple[str, ...], Once] = Field(
         (),
         description="settings that are chosen by data, see docs/methods.md: by default all of "
         f"{', '.join(CHOSEN)} that the config does not give; [] or false: none, what is not given has its default here",

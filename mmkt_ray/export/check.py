@@ -129,7 +129,7 @@ def _test_rows(
         cells = table.column(f"{t}_proba").to_pylist()
         empty = [np.nan] * len(class_names[t])
         stored[t] = np.array([empty if cell is None else cell for cell in cells], np.float32)
-    values = _raw_values(config, graph, table.column("sample_id").to_pylist())
+    values = raw_values(config, graph, table.column("sample_id").to_pylist())
     for i, missing in enumerate(table.column("missing").to_pylist()):
         for m in missing:
             values[m][i] = None
@@ -138,16 +138,18 @@ def _test_rows(
     return CheckRows(values, f"{len(table)} test rows of the run", stored)
 
 
-def _raw_values(config: Config, graph: ExportGraph, sample_ids: Sequence[str]) -> dict[str, list[Any]]:
+def raw_values(config: Config, graph: ExportGraph, sample_ids: Sequence[str]) -> dict[str, list[Any]]:
     """Modality -> values of these samples, decoded as for extraction; a combined sample `a|b` has both's."""
     parts = [[i, *i.split("|")] for i in sample_ids]
     asked = find_samples(ReadingPlan.of(config), sorted({p for ps in parts for p in ps}))
-    found = {row["sample_id"]: row for row in asked.to_pylist()}
+    rows = {sample_id: i for i, sample_id in enumerate(asked.column("sample_id").to_pylist())}
     values: dict[str, list[Any]] = {}
     for m, part in zip(graph.modalities, graph.parts, strict=True):
-        rows = [[found[p] for p in ps if p in found] for ps in parts]
-        raw = [next((row[m] for row in own if row.get(m) is not None), None) for own in rows]
-        values[m] = _decoded(raw, config.modalities[m].kind, config, part.encoder)
+        kind = config.modalities[m].kind
+        given = kind.values(asked.column(m))
+        own = ((given[rows[p]] for p in ps if p in rows) for ps in parts)
+        raw = [next((value for value in found if value is not None), None) for found in own]
+        values[m] = _decoded(raw, kind, config, part.encoder)
     return values
 
 

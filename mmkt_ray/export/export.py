@@ -90,6 +90,7 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     folder = Path(out or f"exported/{model_uri.rstrip('/').rsplit('/', 1)[-1]}")
     if "://" in str(out):
         raise ConfigError(f"--out {out}: the graph is written to a local folder; copy it from there")
+    storage.make_dir(str(folder))
     model, card = load_model(model_uri)
     if numbers := [t for t, kind in model.spec.kinds.items() if not kind.classes]:
         raise ConfigError(
@@ -105,7 +106,6 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     example = graph_arrays(graph, {m: column[half - 4 : half + 4] for m, column in mixed.values.items()})
     about = describe(model_uri, graph, config, card)
     program = trace(graph, example)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / TARGETS[to]
     (write_onnx if to == "onnx" else write_torch)(program, path, graph, about)
     runner = onnx_runner(path) if to == "onnx" else torch_runner(program)

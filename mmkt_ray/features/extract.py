@@ -47,6 +47,7 @@ from mmkt_ray.features.publish import (
 from mmkt_ray.features.siblings import take_over_store
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
+from mmkt_ray.samples.lines import that_may_be_cut
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Shard
@@ -123,6 +124,9 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     if todo:
         storage.make_dir(uri)
         storage.write_json(storage.join(uri, "plan.json"), plan)
+        if cut := that_may_be_cut(shards):
+            told = "'%s'%s ends without a line end, unlike other shards of its source: it may be cut within its last cell"
+            log.warning(told, cut[0], f" and {len(cut) - 1} more" if cut[1:] else "")
         log.info("encoding %d of %d shards (%s)", len(todo), len(shards), ", ".join(sorted(cards)))
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {

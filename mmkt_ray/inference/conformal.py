@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.inference.model_card import ALL_ROWS
 from mmkt_ray.inference.rows import has_prediction, presence_patterns
 from mmkt_ray.scoring.metrics import Coverage
 
 MIN_ROWS = 30
-ANY = ""  # the pattern that stands for all rows
 
 
 def fit_margins(table: FeatureTable, outputs: Mapping[str, np.ndarray], confidence: float) -> dict[str, dict[str, float]]:
@@ -36,7 +36,7 @@ def fit_margins(table: FeatureTable, outputs: Mapping[str, np.ndarray], confiden
         margin = None if errors is None else conformal_quantile(errors, confidence)
         if errors is None or margin is None:
             continue
-        found[task] = {ANY: margin}
+        found[task] = {ALL_ROWS: margin}
         for pattern, here in presence_patterns(table).items():
             own = errors[here[rows]]
             if len(own) >= MIN_ROWS and (margin := conformal_quantile(own, confidence)) is not None:
@@ -53,9 +53,9 @@ def conformal_quantile(errors: np.ndarray, confidence: float) -> float | None:
 def margins_of(table: FeatureTable, modalities: Sequence[str], margins: Mapping[str, float]) -> np.ndarray:
     """(N,) the margin of each row, by what it has of the modalities that the model reads."""
     read = {m: table.present[m] for m in sorted(modalities)}
-    found = np.full(len(table.split), margins[ANY])
+    found = np.full(len(table.split), margins[ALL_ROWS])
     for pattern, margin in margins.items():
-        if pattern != ANY:
+        if pattern != ALL_ROWS:
             found[np.logical_and.reduce([there == (m in pattern.split("+")) for m, there in read.items()])] = margin
     return found
 

@@ -15,9 +15,10 @@ from mmkt_ray.inference.training_record import AnyTraining, Training
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.record import IfAny, Record, SealedRecord
 
+ALL_ROWS = ""  # the pattern of present modalities that stands for any, in `margins`
 CARD = "config.json"  # in the model's folder
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class _Strict(BaseModel):
@@ -154,6 +155,9 @@ def check_card(uri: str, card: Card) -> None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise _damaged(uri, f"spec.{where}: {first['msg']}") from None
+    for task, margins in (card.margins or {}).items():
+        if ALL_ROWS not in margins:
+            raise _damaged(uri, f"margins.{task} lack those of all rows")
     for one in _parts(spec):
         for task, number in one.tasks.items():
             names = card.class_names.get(task, [])

@@ -95,7 +95,8 @@ def load_model(uri: str) -> tuple[Predictor, Card]:
     except FileNotFoundError:
         raise DataError(f"'{uri}' has no model.safetensors: remove the folder and train again") from None
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"'{uri}' is damaged ({error}): remove the folder and train again") from None
+        why = str(error).split("\n")[0]
+        raise DataError(f"'{uri}' is damaged ({why}): remove the folder and train again") from None
     model.temperatures = dict(card.temperatures or {})
     model.margins = dict(card.margins or {})
     return model.eval(), card

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, CustomEncoder, PairCombine, Section, UnionCombine, fingerprint, parse_config
-from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.samples import HttpConfig, SamplesConfig
 from mmkt_ray.config.training import ExtractConfig
 from mmkt_ray.encoders.build import read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
@@ -45,6 +45,7 @@ LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
     "samples": (SamplesConfig, ("max_image_pixels", "decode_timeout_s")),
     "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
 }
+OPENED = ("allow_outside", "allow_http", "allow_private_addresses")  # of a source: what only the user may open
 LEARNT = ("model", "training", "search", "evaluation", "transfer", "variants", "seed")  # keys that a trained model is past
 
 
@@ -154,8 +155,11 @@ def restrict(config: Config, own: Mapping[str, Any]) -> Config:
             if asked > ours:
                 lowered[f"{name}.{key}"] = ours
     for i, source in enumerate(config.samples.sources):
-        if source.allow_outside:
-            lowered[f"samples.sources.{i}.allow_outside"] = False
+        place = f"samples.sources.{i}"
+        lowered |= {f"{place}.{key}": False for key in OPENED if getattr(source, key)}
+        for key, about in HttpConfig.model_fields.items():
+            if getattr(source.http, key) > about.default:
+                lowered[f"{place}.http.{key}"] = about.default
     for key in sorted(lowered.keys() - own.keys()):
         log.warning("the model's card asks for more: %s is %s here; --set %s=.. raises it", key, lowered[key], key)
     return config.with_overrides(lowered | dict(own)) if lowered or own else config

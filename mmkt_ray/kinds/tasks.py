@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from mmkt_ray.errors import ConfigError, unknown_name
+from mmkt_ray.errors import ConfigError, nearest, unknown_name
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.kinds.multilabel import Multilabel
@@ -29,6 +30,9 @@ def task_kind(given: Any) -> TaskKind:
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in TASK_KINDS:
         raise unknown_name("kind of task", str(name), TASK_KINDS)
+    known = [field.name for field in fields(TASK_KINDS[name])]
+    if unknown := [str(option) for option in options if option not in known]:
+        raise ConfigError(f"kind of task '{name}' has no option '{unknown[0]}': {nearest(unknown[0], known)}")
     try:
         return TASK_KINDS[name](**options)
     except TypeError as error:

@@ -6,20 +6,21 @@ Rows are the same by their sample id, and count where both runs have the same la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.answers import Difference, paired_test
-from mmkt_ray.evaluation.compare import Evaluated, is_stale
+from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, is_stale
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.scoring.tables import metric_name, metric_text, points
 
 DEFAULT_RESAMPLES = 1000
@@ -59,6 +60,11 @@ def chosen_model(uri: str) -> Evaluated:
         folder = results.recommended.folder if results.recommended else main and main.folder_to_ship
         if not folder:
             raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
+        if not storage.exists(storage.join(uri, folder, "metrics.json")):  # a linear model: its scores are the baselines'
+            named = results.recommended.model if results.recommended else results.main
+            for model in evaluated_models(uri, RunFile.of(uri)):
+                if model.name == named:
+                    return replace(model, name=f"{uri.rstrip('/').rpartition('/')[2]}/{named}")
         uri = storage.join(uri, folder)
     record = ModelMetrics.read_or_none(storage.join(uri, "metrics.json"))
     card = read_card(uri)

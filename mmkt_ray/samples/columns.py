@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 
 from mmkt_ray import storage
 from mmkt_ray.config import SourceConfig
-from mmkt_ray.errors import ConfigError
 from mmkt_ray.kinds.arrow import bytes_of_cell
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import convert_cell, escape_id
@@ -57,19 +56,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a layout's reader needs to know. Raises: ConfigError for an unknown text encoding."""
+    """What a layout's reader needs to know."""
 
     plan: ReadingPlan
     shard: Shard
-
-    def __post_init__(self) -> None:
-        try:
-            "".encode(self.source.encoding)
-        except LookupError:
-            raise ConfigError(
-                f"samples.sources[{self.shard.source}].encoding: unknown text encoding "
-                f"'{self.source.encoding}'; usual ones: utf-8, latin-1, cp1252, utf-16"
-            ) from None
 
     @cached_property
     def source(self) -> SourceConfig:

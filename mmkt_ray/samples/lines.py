@@ -6,7 +6,7 @@ import codecs
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
@@ -15,7 +15,9 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.cells import likely_encoding
 from mmkt_ray.kinds.content import what_else
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Reading
+from mmkt_ray.samples.schema import Shard
 
+MAX_LOOKED = 200  # shards of a source whose end is looked at
 BOM, LINE = "\ufeff", "\n"
 _LINE_ENDS = ("\n", "\r")
 
@@ -94,6 +96,30 @@ def _without_mark(raw: io.BufferedReader, named: str) -> IO[bytes]:
     if mark and raw.peek(len(mark)).startswith(mark):
         raw.read(len(mark))
     return raw
+
+
+def that_may_be_cut(shards: Sequence[Shard]) -> list[str]:
+    """Names of CSV and JSON lines shards that do not end with a line end where others of their source do: one may be cut within
+    its last cell, which nothing else shows. Of each source the first MAX_LOOKED are looked at."""
+    named: list[str] = []
+    for source in {shard.source for shard in shards}:
+        tables = [s for s in shards if s.source == source and s.name.lower().endswith((".csv", ".jsonl"))][:MAX_LOOKED]
+        is_open = [not _ends_with_line(shard.uri) for shard in tables] if len(tables) > 1 else []
+        if not all(is_open):
+            named += [shard.name for shard, open_end in zip(tables, is_open, strict=True) if open_end]
+    return named
+
+
+def _ends_with_line(uri: str) -> bool:
+    """Also of UTF-16 and UTF-32, and where the file is empty or cannot be read, as its reader tells."""
+    fs, path = storage.resolve(uri)
+    try:
+        with fs.open_input_file(path) as file:
+            file.seek(max(0, file.size() - 4))
+            end = file.read(4)
+    except OSError:
+        return True
+    return not end or end.rstrip(b"\0").endswith((b"\n", b"\r"))
 
 
 def read_header(table: Iterator[list[str]]) -> list[str]:

@@ -52,7 +52,7 @@ def read_chunks(plan: ReadingPlan, shard: Shard) -> Iterator[Chunk]:
     the file is damaged, the rows before the damage are kept and one reject stands for the rest (see damage.py).
     In a task that is tried again because its process died, a child process reads the shard (see isolated.py).
 
-    Raises: DataError if the shard lacks a column that the config names, ConfigError for an unknown encoding.
+    Raises: DataError if the shard lacks a column that the config names.
     """
     reading = Reading(plan, shard)
     is_deadly = died_before()

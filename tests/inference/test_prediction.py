@@ -157,7 +157,7 @@ def test_trusted_code_is_imported(tmp_path, monkeypatch):
 
 
 def test_a_card_raises_no_limit(tmp_path, caplog):
-    """An image of 10^13 pixels, or a file outside of the shard's folder, that is read as the card says so."""
+    """An image of 10^13 pixels, a file outside of the shard's folder, an address of the local network, read as the card says."""
     limits = {"samples.max_image_pixels": 10**13, "samples.decode_timeout_s": 80_000, "extract.chunk_rows": 10**9}
     card = make_config(tmp_path).with_overrides(
         limits | {"samples.sources.0.allow_outside": True, "extract.chunk_bytes": 5}
@@ -167,6 +167,10 @@ def test_a_card_raises_no_limit(tmp_path, caplog):
     assert (config.extract.chunk_rows, config.extract.chunk_bytes) == (1024, 5)  # less is granted
     assert not config.samples.sources[0].allow_outside
     assert "samples.max_image_pixels is 64000000 here" in caplog.text
+    network = {"reader": "manifest", "allow_http": True, "allow_private_addresses": True, "http.max_bytes": 10**12}
+    opened = card.with_overrides({f"samples.sources.0.{key}": value for key, value in network.items()})
+    source = restrict(opened, {}).samples.sources[0]
+    assert (source.allow_http, source.allow_private_addresses, source.http.max_bytes) == (False, False, 20_000_000)
     own = restrict(card, {"samples.max_image_pixels": 10**10, "samples.sources.0.allow_outside": True})
     assert (own.samples.max_image_pixels, own.samples.sources[0].allow_outside) == (10**10, True)
 

@@ -12,6 +12,7 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import write_card
 from mmkt_ray.report.side_by_side import against, as_page, chosen_model, compare_models, compare_runs
 from mmkt_ray.scoring.intervals import exact_p
+from mmkt_ray.scoring.results import Results
 from tests.manifests import make_card
 
 
@@ -50,6 +51,25 @@ def test_rows_are_paired_by_id_and_tested_exactly(runs):
     assert found["num_rows"] == len(common)
     assert found["value"] == pytest.approx(1 - np.mean(right))
     assert found["p"] == pytest.approx(exact_p(int(np.sum(np.logical_not(right))), 0))
+
+
+def test_a_run_that_ships_a_linear_model_is_compared_by_it(runs, tmp_path):
+    """Catches a refused run folder: scores of linear models lie with the baselines, not in the folder that is shipped."""
+    first, other, ids, labels = runs
+    run = tmp_path / "ships"
+    record = storage.read_json(f"{first}/metrics.json")
+    own = {"name": "logreg:text", "folder_to_ship": "models/.linear/x/text"}
+    own |= {"modalities": record.pop("modalities"), "tasks": record.pop("tasks")}
+    storage.make_dir(str(run / "baselines" / "s"))
+    del record["name"]
+    storage.write_json(str(run / "baselines/s/metrics.json"), record | {"models": {"logreg:text": own}})
+    table = pa.table({"sample_id": ids, "split": ["test"] * 40, "t_label": labels, "t_pred": ["a"] * 40})
+    pq.write_table(table.append_column("model", pa.array(["logreg:text"] * 40)), run / "baselines/s/predictions-test.parquet")
+    chosen = {"model": "logreg:text", "folder": own["folder_to_ship"], "tasks": ["t"], "why": [], "considered": []}
+    results = Results(run="ships", split="test", confidence=0.95, models={}, tasks={}, main=None, notes=[], recommended=None)
+    results.replaced(recommended=chosen | {"per_task": {"t": "logreg:text"}}).write(str(run / "report" / "results.json"))
+    assert chosen_model(str(run)).name == "ships/logreg:text"
+    assert "34" in compare_runs([str(run), other])
 
 
 def test_the_table_says_which_is_better_after_correction(runs):

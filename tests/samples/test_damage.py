@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmkt_ray.samples.schema import DAMAGE
+from mmkt_ray.samples.lines import that_may_be_cut
+from mmkt_ray.samples.schema import DAMAGE, Shard
 
 NUM_SHARDS, ROWS = 4, 300
 PARQUET = {"reader": "parquet", "path": "d", "columns": {"text": "text", "label": "label"}}
@@ -73,6 +75,18 @@ def test_a_table_of_text_that_breaks_off_counts_as_the_rows_that_it_held(
     table, rejects = read_all(make_config(tmp_path, MANIFEST))
     assert [(r.sample_id, r.stage) for r in rejects] == [(f"d/2.{kind}", DAMAGE)]
     assert abs(rejects[0].num_rows - (NUM_SHARDS * ROWS - table.num_rows)) <= 0.1 * ROWS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-be"])
+def test_a_table_that_may_be_cut_within_its_last_cell_is_told(tmp_path, encoding):
+    """Catches "cat" that was "caterpillar", where one of several files lacks its last line end."""
+    texts = {"1.csv": "a,b\n1,x\n", "2.csv": "a,b\n1,cat", "3.csv": "a,b\r\n1,x\r\n", "4.csv": ""}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode(encoding))
+    shards = [Shard(0, str(tmp_path / name), name, "") for name in texts]
+    assert that_may_be_cut(shards) == ["2.csv"]
+    assert that_may_be_cut(shards[1:2]) == []  # as one writer leaves all its files
+    assert that_may_be_cut([shards[0], replace(shards[1], source=1)]) == []
 
 
 @pytest.mark.parametrize("between", ["", "\r", ","])

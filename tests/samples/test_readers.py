@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.cells import escape_id, label_names, label_text
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
@@ -392,14 +392,6 @@ def test_invalid_utf_8_in_a_string_column_is_rejected(make_config, read_all, tmp
         table, rejects = read_all(make_config(tmp_path, PARQUET))
         assert table[column].to_pylist() == ["ok"]
         assert [(r.sample_id, r.reason.split(":")[0]) for r in rejects] == [("a.parquet#1", column)]
-
-
-def test_unknown_encoding_is_a_config_error(make_config, tmp_path):
-    """Catches a misspelt encoding that rejects every row in turn."""
-    write_parquet(tmp_path / "a.parquet", text=["x"], label=["y"])
-    config = make_config(tmp_path, {**PARQUET, "encoding": "latin_one"})
-    with pytest.raises(ConfigError, match="unknown text encoding 'latin_one'"):
-        list(read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0]))
 
 
 def test_mapped_ids(make_config, read_all, tmp_path):
