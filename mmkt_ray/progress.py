@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 from mmkt_ray.terminal import plain
 
 PERIOD_S = 5.0  # nothing is silent for longer
-START = "start"  # what a command does until its first stage: imports, mostly
+START = "start"  # what a command does until its first stage or its first word: imports, mostly
 
 
 @dataclass
@@ -117,13 +117,16 @@ class Lines:
             self.write(f"{stage}, done" if sys.exc_info()[0] is None else str(stage))
 
     def write(self, text: str) -> None:
-        self.last = time.monotonic()
         self.stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         self.stream.flush()
+        self.last = time.monotonic()
 
     def tick(self) -> None:
         """Say something if nothing was said for long."""
-        silent = time.monotonic() - max(self.last, getattr(self.stream, "last_write", 0.0))
+        written = getattr(self.stream, "last_write", 0.0)
+        if self.stages and self.stages[0].name == START and written > max(self.last, self.stages[0].start):
+            del self.stages[0]
+        silent = time.monotonic() - max(self.last, written)
         if self.stages and silent >= PERIOD_S - 1:
             self.write(str(self.stages[-1]))
 
@@ -155,10 +158,14 @@ class Live:
         self.progress, self.tasks = progress, dict[int, Any]()
         self.start = progress.add_task(START, total=None, unit="")
 
-    def began(self, stage: Stage) -> None:
+    def started(self) -> None:
+        """The command has said something, or begun a stage."""
         if self.start is not None:
             self.progress.remove_task(self.start)
             self.start = None
+
+    def began(self, stage: Stage) -> None:
+        self.started()
         self.tasks[id(stage)] = self.progress.add_task(plain(stage.name), total=stage.total, unit=stage.unit)
 
     def changed(self, stage: Stage) -> None:
@@ -174,12 +181,13 @@ class Live:
 class _ThroughConsole(logging.Handler):
     """Log lines above the live ones."""
 
-    def __init__(self, console: Any, formatter: logging.Formatter | None) -> None:
+    def __init__(self, live: Live, console: Any, formatter: logging.Formatter | None) -> None:
         super().__init__()
-        self.console = console
+        self.live, self.console = live, console
         self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.live.started()
         self.console.print(plain(self.format(record)), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -201,9 +209,10 @@ def _live(stream: Any) -> Iterator[Reporter]:
     more = (TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), TimeRemainingColumn())
     root = logging.getLogger()
     handlers = root.handlers[:]
-    root.handlers = [_ThroughConsole(console, handlers[0].formatter if handlers else None)]
     try:
         with Progress(*columns, *more, console=console) as progress:
-            yield Live(progress)
+            live = Live(progress)
+            root.handlers = [_ThroughConsole(live, console, handlers[0].formatter if handlers else None)]
+            yield live
     finally:
         root.handlers = handlers

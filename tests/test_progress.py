@@ -42,6 +42,21 @@ def test_silence_is_broken_and_talk_is_not_doubled(monkeypatch: pytest.MonkeyPat
     assert said == ["start: 4 s", "models: 0 of 3 models, 4 s", "of a library", "models: 0 of 3 models, 11 s"]
 
 
+def test_a_command_that_has_spoken_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a server that says for ever that it starts."""
+    out, now = io.StringIO(), time.monotonic()
+    stream = PlainStream(out)
+    lines = Lines(stream)  # type: ignore[arg-type]
+    lines.last = stream.last_write = lines.stages[0].start = now
+    for seconds in range(1, 20):
+        monkeypatch.setattr(time, "monotonic", lambda s=seconds: now + s)
+        if seconds == 10:
+            stream.write("INFO serving\n")
+        lines.tick()
+    said = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    assert said == ["start: 4 s", "start: 8 s", "serving"]
+
+
 def test_lines_of_a_command_that_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a watcher that outlives its command, and stages shown where nobody asked."""
     with progress.stage("quiet") as stage:

@@ -135,9 +135,12 @@ def test_replicas_of_a_served_model_listen_here_alone(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            first = process.stderr.readline()
-            address = re.search(r"http://127\.0\.0\.1:\d+", first)
-            assert address, first + process.stderr.read()
+            lines: list[str] = []
+            while not (lines and ("Ctrl-C" in lines[-1] or not lines[-1])):
+                lines.append(process.stderr.readline())
+            address = re.search(r"http://127\.0\.0\.1:\d+", lines[-1])
+            assert address, lines
+            assert all(re.match(r"[\d:]+ start: ", line) for line in lines[:-1]), lines
             request = urllib.request.Request(f"{address[0]}/predict", b'{"rows": [{"text": "a red car"}]}')
             request.add_header("content-type", "application/json")
             with urllib.request.urlopen(request, timeout=60) as answer:
