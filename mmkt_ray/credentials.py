@@ -9,7 +9,8 @@ from typing import Any
 from mmkt_ray.errors import ConfigError
 
 _CREDENTIALS = re.compile(
-    r"""://[^/@\s]*(?:@|%40)                     # user@, user:password@, SECRET@ before the host or bucket
+    r"""(?<!abfs)(?<!abfss)://[^/@\s]*(?:@|%40)    # user@, user:password@, SECRET@ before the host or bucket
+    | (?:(?<=abfs)|(?<=abfss))://(?!(?-i:[a-z0-9-]{3,63})@[\w.-]+\.dfs\.)[^/@\s]*(?:@|%40)    # CONTAINER@ACCOUNT.dfs.. is none
     | ://[^/:@\s]*:(?!\d+/)[^@\s]*@              # a password with a slash in it, which is no port
     | (?:s3a?|gs|gcs|abfss?):/+[^/:@\s]*:[^@\s]*@    # nor have these a port; a slash may be missing
     | ://[^\s?\#]*[?\#](?:[^\s=]*&)?[\w.%-]+=     # a query string, a fragment: settings, signatures, keys""",

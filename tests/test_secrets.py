@@ -29,10 +29,12 @@ WITH_SECRETS = [
     f"https://host/x?a&X-Amz-Signature={SECRET}",
     f"https://host/x#access_token={SECRET}",
     f"s3://AKIAEXAMPLE%3A{SECRET}%40bucket/x",
+    *(f"abfss://{SECRET}@account.dfs.core.windows.net/x", f"abfs://a:{SECRET}@account.dfs.core.windows.net"),
 ]
 WITHOUT = [
     *("s3://bucket/a@b/x", "s3://a/b@c", "gs://a/b@c/d:e@f", "hdfs://host:8020/user/a@b"),
     *("s3://bucket/part-?.parquet", "s3://bucket/part#1.parquet", "s3://bucket/a%40b", "a:b@c", "gs://b/t=1/x.parquet"),
+    "abfss://container-1@account.dfs.core.windows.net/x",
     *("task-sk-learn-with-a-very-long-name-indeed", "runs/hf_model", "token=1/password=2", "AKIA", "runs/eyJ.x"),
 ]
 
