@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -24,36 +25,37 @@ def test_a_stage_says_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPa
     assert str(Stage("report\x1b", start=stage.start)) == r"report\x1b: 40 s"
 
 
-def test_silence_is_broken_and_talk_is_not_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a command that says nothing for more than 5 s, and lines between those that come anyway."""
+Event = Callable[[Lines, PlainStream, float], object]
+
+
+def said_until(monkeypatch: pytest.MonkeyPatch, end: int, events: dict[int, Event]) -> list[str]:
+    """What lines say in so many seconds from a command's start. events: second -> what happens, given the start's time."""
     out, now = io.StringIO(), time.monotonic()
     stream = PlainStream(out)
     lines = Lines(stream)  # type: ignore[arg-type]
     lines.last = stream.last_write = lines.stages[0].start = now
-    for seconds in range(1, 18):
+    for seconds in range(1, end):
         monkeypatch.setattr(time, "monotonic", lambda s=seconds: now + s)
-        if seconds == 5:
-            lines.began(Stage("train", start=now + 4))
-            lines.began(Stage("models", total=3, unit="models", start=now + 4))
-        if seconds == 11:
-            stream.write("INFO of a library\n")
+        if seconds in events:
+            events[seconds](lines, stream, now)
         lines.tick()
-    said = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    return [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+
+
+def test_silence_is_broken_and_talk_is_not_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that says nothing for more than 5 s, and lines between those that come anyway."""
+
+    def begin(lines: Lines, _: PlainStream, now: float) -> None:
+        lines.began(Stage("train", start=now + 4))
+        lines.began(Stage("models", total=3, unit="models", start=now + 4))
+
+    said = said_until(monkeypatch, 18, {5: begin, 11: lambda _, stream, __: stream.write("INFO of a library\n")})
     assert said == ["start: 4 s", "models: 0 of 3 models, 4 s", "of a library", "models: 0 of 3 models, 11 s"]
 
 
 def test_a_command_that_has_spoken_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a server that says for ever that it starts."""
-    out, now = io.StringIO(), time.monotonic()
-    stream = PlainStream(out)
-    lines = Lines(stream)  # type: ignore[arg-type]
-    lines.last = stream.last_write = lines.stages[0].start = now
-    for seconds in range(1, 20):
-        monkeypatch.setattr(time, "monotonic", lambda s=seconds: now + s)
-        if seconds == 10:
-            stream.write("INFO serving\n")
-        lines.tick()
-    said = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    said = said_until(monkeypatch, 20, {10: lambda _, stream, __: stream.write("INFO serving\n")})
     assert said == ["start: 4 s", "start: 8 s", "serving"]
 
 
