@@ -20,6 +20,9 @@ from mmkt_ray.export.check import CheckRows, GivenFeatures, graph_arrays, hide_s
 from mmkt_ray.export.export import TOLERANCE, as_tensors, trace, write_onnx
 from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import FeatureInputs, SparseInputs, reduction, to_dense
+from mmkt_ray.kinds.multilabel import Multilabel
+from mmkt_ray.kinds.numbers import Scale
+from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel, SparseBatch
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from tests.inference.fuzz_models import SEEDS, make_config, write_folder
@@ -246,6 +249,35 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[export\]'"):
         exporting.export_model(str(tmp_path), "onnx")
+
+
+@needs_onnx
+@pytest.mark.parametrize("transform", ["none", "log", "rank"])
+def test_numbers_are_those_of_the_labels(tmp_path, transform):
+    """Catches a graph that gives what the model learns in place of the number, and a transform that ONNX can't undo."""
+    torch.manual_seed(2)
+    labels = np.random.default_rng(0).lognormal(3, 1, 400)
+    kind = Regression(transform, scale=Scale.fit("a", transform, labels))
+    model = MultimodalModel(make_spec(tasks={"a": 1, "b": 3}, kinds={"a": kind, "b": Multilabel()})).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    values = draw_values(model, 20)
+    graph = make_graph(model)
+    assert graph.outputs == ["a_pred", "b_proba"]
+    found = run_onnx(graph, values, tmp_path / "model.onnx")(graph_arrays(graph, values))
+    assert largest_difference(found, expected(model, values)) < TOLERANCE
+    assert np.nanstd(found["a"]) > 0.01
+
+
+def test_a_model_of_numbers_says_what_it_gives(tmp_path):
+    """Catches metadata that tells of classes where there are none."""
+    kind = Regression("none", scale=Scale.fit("a", "none", np.arange(9.0)))
+    graph = make_graph(MultimodalModel(make_spec(tasks={"a": 1, "b": 3}, kinds={"a": kind, "b": Multilabel()})))
+    card = SimpleNamespace(class_names={"a": ["value"], "b": ["x", "y", "z"]})
+    number, labels = exporting.describe("m", graph, make_config(tmp_path), card)["outputs"]
+    assert (number["name"], number["shape"], "classes" in number) == ("a_pred", ["rows", 1], False)
+    assert number["meaning"].startswith("the number, in the units of the labels")
+    assert labels["classes"] == ["x", "y", "z"]
 
 
 WHOLE = {kind: SEEDS[kind] for kind in ("ensemble", "experts", "cnn", "reduced")} | {

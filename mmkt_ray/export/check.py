@@ -122,13 +122,13 @@ def _test_rows(
     model_uri: str, config: Config, graph: ExportGraph, class_names: Mapping[str, Sequence[str]]
 ) -> CheckRows:
     """Raises: UserError, OSError, KeyError where something of it is not there."""
-    columns = ["sample_id", "missing", *(f"{t}_proba" for t in graph.tasks)]
+    columns = ["sample_id", "missing", *graph.outputs]
     table = storage.read_table(storage.join(model_uri, PREDICTIONS), columns).slice(0, NUM_ROWS)
     stored = {}
-    for t in graph.tasks:
-        cells = table.column(f"{t}_proba").to_pylist()
+    for name, t in zip(graph.outputs, graph.tasks, strict=True):
         empty = [np.nan] * len(class_names[t])
-        stored[t] = np.array([empty if cell is None else cell for cell in cells], np.float32)
+        cells = [empty if cell is None else cell for cell in table.column(name).to_pylist()]
+        stored[t] = np.array(cells, np.float32).reshape(len(cells), -1)
     values = raw_values(config, graph, table.column("sample_id").to_pylist())
     for i, missing in enumerate(table.column("missing").to_pylist()):
         for m in missing:

@@ -41,6 +41,7 @@ from mmkt_ray.export.inputs import Arrays
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.prediction import restrict, usable_encoders
+from mmkt_ray.kinds.base import TaskKind
 
 TARGETS = {"onnx": "model.onnx", "torch": "model.pt2"}
 OPSET = 20
@@ -61,7 +62,8 @@ class Exported:
         inside = [f"  {m}: {section['inside']}" for m, section in about["modalities"].items()]
         run = ""
         if (by_run := check.get("difference_from_run")) is not None:
-            run = f"; from the run's own predictions {by_run:.1e}, the same class in {check['same_class']:.1%}"
+            same = f", the same class in {check['same_class']:.1%}" if "same_class" in check else ""
+            run = f"; from the run's own predictions {by_run:.1e}{same}"
         return "\n".join(
             [
                 f"exported: {self.path} ({about['bytes'] / 1e6:.1f} MB)",
@@ -92,10 +94,6 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
         raise ConfigError(f"--out {out}: the graph is written to a local folder; copy it from there")
     storage.make_dir(str(folder))
     model, card = load_model(model_uri)
-    if numbers := [t for t, kind in model.spec.kinds.items() if not kind.classes]:
-        raise ConfigError(
-            f"'{model_uri}' predicts a number, '{numbers[0]}'; graphs are written of models of classes alone: use mmkt predict"
-        )
     config = restrict(parse_config(card.config), {})
     config = config.model_copy(update={"modalities": {m: config.modalities[m] for m in model.spec.modalities}})
     folders = usable_encoders(model_uri, model, card, config, {}, trust_code)
@@ -119,6 +117,10 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     return Exported(str(path), about)
 
 
+def _meaning(kind: TaskKind) -> str:
+    return "probabilities in the order of `classes`" if kind.classes else "the number, in the units of the labels"
+
+
 def describe(model_uri: str, graph: ExportGraph, config: Config, card: Card) -> dict[str, Any]:
     """What whoever runs the graph must know, JSON-able."""
     spec = graph.model.spec
@@ -131,14 +133,14 @@ def describe(model_uri: str, graph: ExportGraph, config: Config, card: Card) -> 
         }
     outputs = [
         {
-            "name": f"{t}_proba",
+            "name": name,
             "task": t,
             "kind": spec.kinds[t].as_json(),
             "shape": ["rows", spec.tasks[t]],
-            "classes": list(card.class_names[t]),
-            "meaning": "probabilities in the order of `classes`; NaN in rows without any of: " + ", ".join(spec.inputs[t]),
+            **({"classes": list(card.class_names[t])} if spec.kinds[t].classes else {}),
+            "meaning": f"{_meaning(spec.kinds[t])}; NaN in rows without any of: {', '.join(spec.inputs[t])}",
         }
-        for t in graph.tasks
+        for name, t in zip(graph.outputs, graph.tasks, strict=True)
     ]
     return {
         "mmkt_ray": __version__,
@@ -249,7 +251,7 @@ def onnx_runner(path: Path) -> Runner:
 
     def run(arrays: Arrays) -> Proba:
         found = session.run(names, {name: array for name, array in arrays.items() if name in wanted})
-        return {name.removesuffix("_proba"): array for name, array in zip(names, found, strict=True)}
+        return {name.rpartition("_")[0]: array for name, array in zip(names, found, strict=True)}
 
     return run
 
@@ -261,7 +263,7 @@ def torch_runner(program: Any) -> Runner:
     @torch.inference_mode()
     def run(arrays: Arrays) -> Proba:
         found = module({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
-        return {name.removesuffix("_proba"): value.numpy() for name, value in found.items()}
+        return {name.rpartition("_")[0]: value.numpy() for name, value in found.items()}
 
     return run
 
@@ -296,8 +298,10 @@ def compare(
         whole = {t: values[:half] for t, values in found.items()}
         stored = {t: values[:half] for t, values in rows.stored.items()}
         check["difference_from_run"] = largest_difference(whole, stored)
-        same = [np.nan_to_num(whole[t]).argmax(axis=1) == np.nan_to_num(stored[t]).argmax(axis=1) for t in stored]
-        check["same_class"] = float(np.mean(same))
+        classes = [t for t in stored if graph.model.spec.kinds[t].classes]
+        same = [np.nan_to_num(whole[t]).argmax(axis=1) == np.nan_to_num(stored[t]).argmax(axis=1) for t in classes]
+        if same:
+            check["same_class"] = float(np.mean(same))
     return check
 
 

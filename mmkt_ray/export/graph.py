@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, load_reducer
 from mmkt_ray.export.inputs import INPUTS, ROWS, GraphInput, GraphInputs, graph_inputs, reduction
+from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.models import Predictor, SparseBatch
 from mmkt_ray.models.containers import ModuleList
 
 
 class ExportGraph(nn.Module):
-    """Inputs by name -> `<task>_proba` (B, C), NaN in rows that lack all that the task reads, as predictions are null there.
+    """Inputs by name -> `<task>_proba` (B, C), or of a task of numbers `<task>_pred` (B, 1); NaN in rows that lack all that the
+    task reads, as predictions are null there.
 
     There is no branch that depends on the data: all experts answer all rows, and masks select.
     """
@@ -49,7 +51,7 @@ class ExportGraph(nn.Module):
     @property
     def outputs(self) -> list[str]:
         """Names of all that the graph gives, in their order."""
-        return [f"{t}_proba" for t in self.tasks]
+        return [output_name(t, self.model.spec.kinds[t]) for t in self.tasks]
 
     def forward(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         present = {m: tensors[f"{m}_present"] for m in self.modalities}
@@ -57,16 +59,21 @@ class ExportGraph(nn.Module):
         for m, part, reducer in zip(self.modalities, self.parts, self.reducers, strict=True):
             features[m] = self._kept(reducer(self._kept(part(tensors, present[m]))))
         logits = self.model(features, present)
-        return {f"{t}_proba": self._probabilities(t, logits[t], present) for t in self.tasks}
+        return {name: self._predictions(t, logits[t], present) for name, t in zip(self.outputs, self.tasks, strict=True)}
 
     def _kept(self, x: Any) -> Any:
         """Features as a store of float16 would give them back."""
         return x if isinstance(x, SparseBatch) or not self.stored_half else x.half().float()
 
-    def _probabilities(self, task: str, logits: Tensor, present: Mapping[str, Tensor]) -> Tensor:
-        proba = self.model.spec.kinds[task].outputs(logits / self.model.temperatures.get(task, 1.0))
+    def _predictions(self, task: str, logits: Tensor, present: Mapping[str, Tensor]) -> Tensor:
+        found = self.model.spec.kinds[task].outputs(logits / self.model.temperatures.get(task, 1.0))
         readable = torch.stack([present[m] for m in self.model.spec.inputs[task]]).any(dim=0)
-        return torch.where(readable[:, None], proba, torch.nan)
+        return torch.where(readable[:, None], found, torch.nan)
+
+
+def output_name(task: str, kind: TaskKind) -> str:
+    """What holds a task's predictions, named as the column of predictions.parquet."""
+    return f"{task}_proba" if kind.classes else f"{task}_pred"
 
 
 def build_graph(model: Predictor, config: Config, folders: Mapping[str, list[str]]) -> ExportGraph:

@@ -193,7 +193,9 @@ def _interpolate(x: Tensor, at: tuple[float, ...], values: tuple[float, ...]) ->
     xs, ys = (torch.tensor(p, dtype=torch.float64, device=x.device) for p in (at, values))
     if len(xs) == 1:
         return torch.full_like(x, float(ys[0]))
-    right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    exporting = torch.compiler.is_exporting()  # ONNX has no search
+    at_or_after = (x[..., None] > xs).sum(dim=-1) if exporting else torch.searchsorted(xs, x.contiguous())
+    right = at_or_after.clamp(1, len(xs) - 1)
     left = right - 1
     share = ((x - xs[left]) / (xs[right] - xs[left])).clamp(0, 1)
     return ys[left] + share * (ys[right] - ys[left])
