@@ -206,8 +206,7 @@ class Model:
 
     def _predict(self, samples: pa.Table, lost: Sequence[Reject], rejects: list[Reject]) -> pa.Table:
         """Columns of predictions for samples whose ids are positions; rejects are added to."""
-        with self._turn:
-            self.encoder.pass_for(len(samples))
+        with self._turn, self.encoder.answering(len(samples)):
             part, told = self.encoder.encode_samples(samples, "rows", {}, {})
         dims = {m: e.dim for m, e in self.encoder.encoders.items()}
         part = reduce_features(part, dict(self.reducers), dims, self.config.extract.feature_dtype)

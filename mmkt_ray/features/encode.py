@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 NOT_ENCODED = "not encoded"  # in `cleaned`: it was decoded, and its encoder gave no usable features
 FEW_ROWS = 16  # of a chunk, that networks on a CPU may take one by one
+FIRST_CALLS, QUICK_S = 3, 0.05  # calls that tell whether one thread is quick, and what is: seconds for a row
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SampleEncoder:
     def __init__(self, plan: EncodePlan, device: torch.device) -> None:
         self.plan, self.device, self._pass_size = plan, device, plan.config.extract.encode_batch_size
         self.encoders: dict[str, Any] = {}
+        self._row_s: list[float] = []  # of the first calls with few rows
         for name, uri in sorted(plan.encoders.items()):
             encoder = load_fitted(build_encoder(plan.config.modalities[name].encoder), uri)
             if hasattr(encoder, "to"):
@@ -90,17 +92,34 @@ class SampleEncoder:
             plan.config, {m: (e.dim, getattr(e, "sparse", False)) for m, e in self.encoders.items()}
         )
 
-    def pass_for(self, num_rows: int) -> None:
-        """Have networks on a CPU take few rows one by one: a pass has one shape, and costs as much if most of it is padding.
+    @contextmanager
+    def answering(self, num_rows: int) -> Iterator[None]:
+        """Within it networks on a CPU take few rows one by one: a pass has one shape, and costs as much if most of it is padding.
 
-        Not for what goes into a store: its features would differ in their last bits. One thread at a time.
+        They do so in one thread as long as that is quick: to wake another for each of a network's operations, where it does
+        not spin, costs more than it does (10 ms became 22 with EfficientNet-Lite0). Not for what goes into a store: its
+        features would differ in their last bits. One thread at a time.
         """
-        size = 1 if self.device.type == "cpu" and num_rows <= FEW_ROWS else self.plan.config.extract.encode_batch_size
+        import torch
+
+        few = self.device.type == "cpu" and num_rows <= FEW_ROWS
+        size = 1 if few else self.plan.config.extract.encode_batch_size
         if size != self._pass_size:
             self._pass_size = size
             for encoder in self.encoders.values():
                 if hasattr(encoder, "to"):
                     encoder.to(self.device, size)
+        if not few or (len(self._row_s) == FIRST_CALLS and min(self._row_s) > QUICK_S):
+            yield
+            return
+        num_threads, start = torch.get_num_threads(), time.perf_counter()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+            if len(self._row_s) < FIRST_CALLS:  # the first one warms up
+                self._row_s.append((time.perf_counter() - start) / max(1, num_rows))
 
     def encode_samples(
         self,

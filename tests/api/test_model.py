@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import mmkt_ray as mm
 from mmkt_ray.api.model import Model, load
 from mmkt_ray.cli import main
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.encode import FEW_ROWS
+from mmkt_ray.features.encode import FEW_ROWS, FIRST_CALLS
 from tests.inference.fuzz_models import IMAGES, SEEDS, TEXTS, answer, make_config, write_folder
 
 ROWS = [i for i, text in enumerate(TEXTS) if text != ""]  # a blank text is none, which `answer` does not know
@@ -69,6 +71,26 @@ def test_one_row_costs_a_pass_of_one_row(tmp_path: Path) -> None:
         alone = np.vstack([model.predict_proba([row], task) for row in rows])
         assert network.encode_batch_size == 1
         np.testing.assert_allclose(alone, together[: len(rows)], atol=1e-6, rtol=0)
+
+
+def test_few_rows_are_answered_in_one_thread_while_that_is_quick(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a thread that is woken for each small operation (22 ms a row in place of 10), a large network that stays on one
+    core, and a caller whose threads are not given back."""
+    own, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    monkeypatch.setattr(model.encoder, "_row_s", [])
+    try:
+        for pause_s, num_rows in ((0.2, 1), (0.0, 1), (0.0, 17), (0.0, 1)):  # the first one warms up
+            with model.encoder.answering(num_rows):
+                seen.append(torch.get_num_threads())
+                time.sleep(pause_s)
+        assert seen == [1, 1, 3, 1]
+        model.encoder._row_s[:] = [0.2] * FIRST_CALLS
+        with model.encoder.answering(1):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)
 
 
 def test_the_same_as_the_command(ray_local: None, folder: Path, model: Model, tmp_path: Path) -> None:
