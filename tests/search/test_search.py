@@ -169,7 +169,7 @@ def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, 
             if over.wait(0.2):  # it has ended by itself: a signal now would end pytest
                 return
         os.kill(os.getpid(), signal.SIGINT)
-        while not over.wait(20):  # it came while a finalizer ran, where Python loses it; `interruptible` sees to that
+        while not over.wait(60):  # it came while a finalizer ran, where Python loses it; `interruptible` sees to that
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest was started to ignore it
