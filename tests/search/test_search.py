@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
 from mmkt_ray.search.search_results import SearchResult, SearchSummary
 from tests.labels import codes_of
+
+import psutil  # isort: skip  (Ray ships it)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,14 @@ def test_a_spent_time_budget_starts_nothing(found, make_config, store, tmp_path,
     assert num_trials == -(-(1000 - 72) // 54)  # nine stacks of six in a trial, as there are candidates enough
 
 
+def end_trials():
+    """Those that went on after an interrupt would hold the CPUs of this Ray, which outlives the search here."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # ended meanwhile
+            if "PopulationTrial" in " ".join(process.cmdline()):
+                process.kill()
+
+
 def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, tmp_path):
     """Catches Ctrl-C that is swallowed by Tune, or that leaves the candidates in pieces."""
     config = make_config(**{"search.max_candidates": 1_000_000})
@@ -180,6 +191,7 @@ def test_an_interrupt_leaves_a_whole_leaderboard(ray_local, make_config, store, 
     finally:
         over.set()
         signal.signal(signal.SIGINT, handler)
+        end_trials()
     published = Counter(board.read()["trial"])
     parts = {part["trial"][0].as_py(): len(part) for part in board.parts()}  # a trial may write its last one after that
     assert published
