@@ -33,8 +33,8 @@ def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
     except ValidationError as error:
         faults: list[dict[str, Any]] = [dict(e) for e in error.errors()]
         places = [fault["loc"] for fault in faults]
-        told = [f for f in faults if f["type"] != "too_short" or not any(_is_inside(place, f["loc"]) for place in places)]
-        raise ConfigError("\n".join(_explain(fault, section) for fault in told)) from None
+        own = [f for f in faults if f["type"] != "too_short" or not any(_is_inside(place, f["loc"]) for place in places)]
+        raise ConfigError("\n".join(_explain(fault, section) for fault in own)) from None
 
 
 def _is_inside(place: tuple[Any, ...], of: tuple[Any, ...]) -> bool:

@@ -125,8 +125,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         storage.make_dir(uri)
         storage.write_json(storage.join(uri, "plan.json"), plan)
         if cut := that_may_be_cut(shards):
-            told = "'%s'%s ends without a line end, unlike other shards of its source: it may be cut within its last cell"
-            log.warning(told, cut[0], f" and {len(cut) - 1} more" if cut[1:] else "")
+            message = "'%s'%s ends without a line end, unlike other shards of its source: it may be cut within its last cell"
+            log.warning(message, cut[0], f" and {len(cut) - 1} more" if cut[1:] else "")
         log.info("encoding %d of %d shards (%s)", len(todo), len(shards), ", ".join(sorted(cards)))
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
     modalities = {

@@ -111,7 +111,7 @@ def that_may_be_cut(shards: Sequence[Shard]) -> list[str]:
 
 
 def _ends_with_line(uri: str) -> bool:
-    """Also of UTF-16 and UTF-32, and where the file is empty or cannot be read, as its reader tells."""
+    """In any Unicode encoding. True too for a file that is empty or cannot be read: its reader reports that."""
     fs, path = storage.resolve(uri)
     try:
         with fs.open_input_file(path) as file:

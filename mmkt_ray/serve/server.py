@@ -61,10 +61,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def tell(model_uri: str, host: str, port: int, how: str = "") -> None:
     """Where the model answers, and to whom."""
-    told = f"[{host}]" if ":" in host else host
-    log.info("serving %s on http://%s:%d%s; Ctrl-C ends it", model_name(model_uri), told, port, how)
+    address = f"[{host}]" if ":" in host else host
+    log.info("serving %s on http://%s:%d%s; Ctrl-C ends it", model_name(model_uri), address, port, how)
     if allowed_hosts(host) is None:
-        log.warning("anyone who reaches %s can ask this model: there is no login; put a proxy with one before it", told)
+        log.warning("there is no login: anyone who reaches %s can ask this model; put a proxy with a login before it", address)
 
 
 def serve(model_uri: str, host: str, port: int, limits: ServerLimits, *, trust_code: bool = False) -> None:

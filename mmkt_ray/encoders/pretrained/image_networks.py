@@ -45,7 +45,7 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
     std: tuple[float, ...] = IMAGENET_STD
 
     @property
-    def concurrent(self) -> bool:  # type: ignore[override]
+    def concurrent(self) -> bool:  # type: ignore[override]  # a constant in the base
         """Several folds take turns in one network."""
         return not self.sets
 

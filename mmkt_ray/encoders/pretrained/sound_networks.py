@@ -146,7 +146,7 @@ class WhisperNetwork(SoundNetwork):
     (Radford et al. 2022, https://arxiv.org/abs/2212.04356)."""
 
     @property
-    def longest_s(self) -> float:  # type: ignore[override]
+    def longest_s(self) -> float:  # type: ignore[override]  # a constant in the base
         return float(self.extractor.chunk_length)
 
     def _width(self) -> int:
@@ -169,7 +169,7 @@ class ClapNetwork(SoundNetwork):
     https://arxiv.org/abs/2211.06687)."""
 
     @property
-    def longest_s(self) -> float:  # type: ignore[override]
+    def longest_s(self) -> float:  # type: ignore[override]  # a constant in the base
         return float(self.extractor.max_length_s)  # of a longer one the extractor takes a piece at random
 
     def _width(self) -> int:
