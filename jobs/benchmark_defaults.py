@@ -73,7 +73,7 @@ def measure(config: Config, num_seeds: int) -> Iterator[str]:
     store = extract_step(config)["model"]
     uris = [fit_all(config, store, seed) for seed in range(num_seeds)]
     data = load_rows(store, config.model_modalities, config.model_tasks)
-    regressions = fit_logregs(config, data.table)
+    regressions = fit_logregs(config, store, data.table, storage.join(run_folder(config), "defaults"))
     for t in config.model_tasks:
         rows = data.table.labels[t].labelled & readable(data.table, config.task_inputs(t))
         test = data.table.take(np.flatnonzero(rows & (data.table.split == "test")))

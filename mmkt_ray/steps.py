@@ -163,22 +163,19 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
     fitted = {store_uri: _baselines_step(config, store) for store_uri, store in by_uri.items() if config.evaluation.baselines}
     total = len(scored) + len(fitted)
     with _record(config, "evaluate"), progress.stage("scores", total, "models") as it:
-        calls, logregs = dict[str, Call](), dict[str, dict[str, Any]]()
-        for store_uri in (u for u, step in fitted.items() if not step.is_done()):
-            logregs[store_uri] = {}
-            calls |= {f"{store_uri} {name}": c for name, c in logreg_calls(config, by_uri[store_uri]).items()}
+        calls, folder = dict[str, Call](), storage.join(uri, "models")
+        to_score = [store_uri for store_uri, step in fitted.items() if not step.is_done()]
+        for store_uri in to_score:
+            calls |= {f"{store_uri} {n}": call for n, call in logreg_calls(config, by_uri[store_uri], folder).items()}
         calls |= {name: call for name, (step, call) in scored.items() if not step.is_done()}
-        it.advance(total - len(logregs) - len(scored.keys() & calls.keys()))
-        for name, value in SideBySide(calls, of=total, num_bytes=_table_bytes(stores)):
+        it.advance(total - len(to_score) - len(scored.keys() & calls.keys()))
+        for name, _ in SideBySide(calls, of=total, num_bytes=_table_bytes(stores)):
             if name in scored:
                 scored[name][0].keep()
                 it.advance()
-            else:
-                store_uri, _, baseline = name.rpartition(" ")
-                logregs[store_uri][baseline] = value
-        for store_uri, found in logregs.items():
+        for store_uri in to_score:
             step = fitted[store_uri]
-            evaluate_baselines(config, by_uri[store_uri], storage.join(uri, step.name), found)
+            evaluate_baselines(config, by_uri[store_uri], storage.join(uri, step.name))
             step.keep()
             it.advance()
         _write_run_json(config, stores)

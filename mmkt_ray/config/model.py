@@ -72,6 +72,11 @@ class ModelConfig(Section):
         "features, token learns a stand-in (from train rows that lack the modality: where there are few, with "
         "modality_dropout), generate predicts the missing features from the present ones",
     )
+    wide: bool = Field(
+        True,
+        description="also solve a linear model of the same features and add its logits, with a share that held-out rows choose "
+        "(wide & deep); only where training.auto leaves settings open",
+    )
     experts: bool = Field(
         True,
         description="also train models of fewer modalities, one of each alone among them; they answer the rows that lack the "

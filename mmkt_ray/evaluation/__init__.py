@@ -8,7 +8,7 @@ Files that this package and `studies` leave in a run folder:
     <run>/models/<variant>/missing.json               scores against the share of rows that lack a modality (studies/missing.py)
     <run>/baselines/<store>/metrics.json              the same scores for each baseline on that store
     <run>/baselines/<store>/predictions-test.parquet  the same rows, with a `model` column
-    <run>/models/.linear/<store>/<modalities>/        each logistic regression of them as a model folder
+    <run>/models/.linear/<digest>/<modalities>/       each logistic regression of them as a model folder
     <run>/report/results.json                         all models side by side (compare.py)
     <run>/insight.json                                what each modality knows (studies/contribution.py)
     <run>/transferability.json                        scores of features before training (studies/scores.py)

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
-import torch
 
 from mmkt_ray import storage
-from mmkt_ray.cluster import cores
-from mmkt_ray.cluster.side_by_side import Call
+from mmkt_ray.cluster.side_by_side import Call, run_here
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, part_of, scores_of_task
-from mmkt_ray.features.store import FeatureTable, Store, open_store
+from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, write_parts
-from mmkt_ray.scoring.heldout import make_folds, pattern_name
+from mmkt_ray.scoring.heldout import make_folds
 from mmkt_ray.scoring.metrics import BaselineMetrics, BaselinesFile, HeldOut
 from mmkt_ray.training.baselines import (
     BOOSTING,
@@ -30,23 +28,28 @@ from mmkt_ray.training.baselines import (
     logreg_configs,
 )
 from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
-from mmkt_ray.training.linear import fit_linear
+from mmkt_ray.training.identity import is_trained, linear_place, training_fingerprint
+from mmkt_ray.training.trainer import train
 
 
-def logreg_calls(config: Config, store: Store) -> dict[str, Call]:
-    """Name -> the call that fits a logistic regression of the store, which returns a `Logreg`; the widest come first."""
-    modalities, tasks = sorted(config.modalities), sorted(config.tasks)
-    found = logreg_configs(config, load_rows(store, modalities, tasks).table)
-    return {name: Call(_fit_logreg, (own, store.uri, modalities, tasks)) for name, own in reversed(found.items())}
+def logreg_calls(config: Config, store: Store, folder: str) -> dict[str, Call]:
+    """Name -> the call that fits a logistic regression of the store and publishes it in the folder of the run's models, the
+    widest first; without those that lie there."""
+    data = load_rows(store, sorted(config.modalities), sorted(config.tasks))
+    found = {n: (own, linear_place(own, store, folder)) for n, own in logreg_configs(config, data.table).items()}
+    return {
+        name: Call(_fit_logreg, (own, store.uri, uri))
+        for name, (own, uri) in reversed(found.items())
+        if not is_trained(uri, training_fingerprint(own, store, folder))
+    }
 
 
-def _fit_logreg(own: Config, store_uri: str, modalities: list[str], tasks: list[str]) -> Logreg:
-    return Logreg(own, fit_linear(own, load_rows(open_store(store_uri), modalities, tasks).table))
+def _fit_logreg(own: Config, store_uri: str, uri: str) -> None:
+    train(own, store_uri, uri, run=run_here)
 
 
-def evaluate_baselines(config: Config, store: Store, out_uri: str, fitted: Mapping[str, Logreg] | None = None) -> BaselinesFile:
-    """Fit the baselines on a store's train and val rows and score them on `test`. fitted: of `logreg_calls`; else they are
-    fitted here.
+def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesFile:
+    """Score the baselines of a store on `test`; those that are not there yet are fitted on its train and val rows.
 
     Writes `<out_uri>/metrics.json`, without subsets and patterns, `<out_uri>/predictions-test.parquet` with one more column,
     `model`, and each logistic regression as a model folder. Returns what metrics.json holds. Raises: DataError if the split
@@ -54,15 +57,16 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str, fitted: Mappi
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
     settings = ScoreSettings(config.evaluation, config.seed)
-    torch.set_num_threads(cores())  # the same bits whether or not a model was trained in this process
     data = load_rows(store, modalities, tasks)
     part = part_of(data, store, "test")
     majorities = fit_majorities(config, data.table)
-    if fitted is None:
-        fitted = fit_logregs(config, data.table)
     run_uri = out_uri.rpartition("/baselines/")[0] or out_uri
-    found: dict[str, Proba] = {name: model.predict(part.table) for name, model in fitted.items()}
-    known = {name: _logreg_record(name, model, store, data, run_uri) for name, model in fitted.items()}
+    found, known = dict[str, Proba](), dict[str, Known]()
+    for name, model in fit_logregs(config, store, data.table, storage.join(run_uri, "models")).items():
+        found[name], known[name] = model.predict(part.table), _logreg_record(name, model, data, run_uri)
+        for m in model.modalities:
+            for folder in store.manifest.modalities[m].folders:
+                storage.copy_folder(storage.join(run_uri, "encoders", folder), storage.join(model.uri, "encoders", folder))
     if majorities:
         found = {MAJORITY: {t: m.predict(part.table) for t, m in majorities.items()}, **found}
         known = {MAJORITY: _majority_record(majorities, data, config.seed), **known}
@@ -91,20 +95,18 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str, fitted: Mappi
 Known = tuple[BaselineMetrics, dict[str, HeldOut | None]]  # of a baseline before it is scored; task -> scores of held-out rows
 
 
-def _logreg_record(name: str, model: Logreg, store: Store, data: Rows, run_uri: str) -> Known:
-    """What is known of a logistic regression before it is scored; publishes it."""
-    folder = f"models/.linear/{store.manifest.fingerprint}/{pattern_name(model.modalities)}"
-    model.save(storage.join(run_uri, folder), store, storage.join(run_uri, "encoders"))
+def _logreg_record(name: str, model: Logreg, data: Rows, run_uri: str) -> Known:
+    """What is known of a logistic regression before it is scored."""
     record = BaselineMetrics(
         name=name,
         modalities=list(model.modalities),
         num_params=model.num_params,
-        num_train_rows=max(model.fit.num_rows.values()),
-        training_s=model.fit.seconds,
-        l2=model.fit.l2,
-        folder_to_ship=folder,
+        num_train_rows=max(model.path.num_rows.values()),
+        training_s=model.seconds,
+        l2=model.path.l2,
+        folder_to_ship=model.uri.removeprefix(f"{run_uri}/"),
     )
-    return record, _held_out_scores(*model.held_out(data.table), model.fit.heldout.on)
+    return record, _held_out_scores(*model.held_out(data.table), model.heldout.on)
 
 
 def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boosting]]:

@@ -37,7 +37,7 @@ from mmkt_ray.inference.rows import (
     without_unreadable,
     write_parts,
 )
-from mmkt_ray.inference.training_record import Solved, Training
+from mmkt_ray.inference.training_record import Training
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.models import Predictor
@@ -132,7 +132,7 @@ def evaluate_model(
         fingerprint=card.fingerprint,
         modalities=list(config.model_modalities),
         num_params=sum(p.numel() for p in model.parameters()),
-        training_s=card.training.seconds if isinstance(card.training, Training | Solved) else None,
+        training_s=card.training.seconds if isinstance(card.training, Training) else None,
         tasks=tasks,
         seconds=time.perf_counter() - started,
     )

@@ -48,6 +48,7 @@ class _Spec(_Strict):
     feature_dropout: Fraction
     modality_dropout: Fraction
     missing: Literal["mask", "drop", "mean", "zero", "token", "generate"]
+    wide: _Spec | None
 
     @model_validator(mode="after")
     def _names_agree(self) -> _Spec:
@@ -55,7 +56,16 @@ class _Spec(_Strict):
             raise ValueError("tasks, kinds and inputs name different tasks")
         if unknown := {m for names in self.inputs.values() for m in names} - self.modalities.keys():
             raise ValueError(f"inputs name modalities that are not there: {sorted(unknown)}")
+        wide = self.wide
+        if wide and (wide.wide or wide.schemes or wide.fusion.name != "concat" or _about(wide) != _about(self)):
+            raise ValueError("the linear model beside the network is none, or reads or predicts something else")
         return self
+
+
+def _about(spec: _Spec) -> list[Any]:
+    """What a model predicts, and from what."""
+    features = {m: (given.dim, given.sparse) for m, given in spec.modalities.items()}
+    return [spec.tasks, spec.kinds, {t: sorted(names) for t, names in spec.inputs.items()}, features]
 
 
 class _Ensemble(_Strict):
@@ -109,7 +119,7 @@ class Versions(Record, frozen=True, strict=True):
 class Card(SealedRecord):
     """What a model folder's `config.json` holds: with the weights, all that is needed to use the model."""
 
-    schema_version: ClassVar[int] = 3  # 3: checksums
+    schema_version: ClassVar[int] = 4  # 4: spec.wide
     again: ClassVar[str] = "remove the folder and train again"
 
     checksums: dict[str, str]  # of the other files
@@ -126,7 +136,7 @@ class Card(SealedRecord):
 
     @property
     def fit(self) -> Training | None:
-        """How it was trained; None of baselines and ensembles."""
+        """How it was trained; None of ensembles."""
         return self.training if isinstance(self.training, Training) else None
 
 

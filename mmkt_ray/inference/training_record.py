@@ -62,11 +62,12 @@ class Penalty(Record, frozen=True, strict=True):
 
 
 class LinearPath(Record, frozen=True, strict=True):
-    """How a linear variant came to its penalties."""
+    """How a linear model came to its penalties."""
 
     l2: dict[str, float]  # task -> penalty
     path: list[Penalty]
     on: str  # cv | val
+    num_rows: dict[str, int]  # task -> rows that it was learnt from
 
 
 class Training(Record, frozen=True, strict=True):
@@ -83,6 +84,7 @@ class Training(Record, frozen=True, strict=True):
     history: list[Epoch]
     auto: IfAny[Choice] = None
     linear: IfAny[LinearPath] = None
+    wide: IfAny[dict[str, float]] = None  # task -> share of the network beside a linear model
     experts_for: IfAny[dict[str, dict[str, str]]] = None  # see `ExpertSpec.routes`
 
 
@@ -90,15 +92,6 @@ class Outcome(Training, frozen=True, strict=True):
     """The same, and whether it was there."""
 
     status: str  # trained | up to date
-
-
-class Solved(Record, frozen=True, strict=True):
-    """Of a linear baseline."""
-
-    seconds: float
-    l2: dict[str, float]  # task -> penalty
-    path: list[Penalty]
-    num_params: int
 
 
 class Member(Record, frozen=True, strict=True):
@@ -120,11 +113,11 @@ class Ensembled(Record, frozen=True, strict=True):
 def _which(value: Any) -> str:
     """The tag of a record, or of one in JSON."""
     if isinstance(value, dict):
-        return "ensemble" if "members" in value else "baseline" if "path" in value else "model"
-    return "ensemble" if isinstance(value, Ensembled) else "baseline" if isinstance(value, Solved) else "model"
+        return "ensemble" if "members" in value else "model"
+    return "ensemble" if isinstance(value, Ensembled) else "model"
 
 
 AnyTraining: TypeAlias = Annotated[
-    Annotated[Training, Tag("model")] | Annotated[Solved, Tag("baseline")] | Annotated[Ensembled, Tag("ensemble")],
+    Annotated[Training, Tag("model")] | Annotated[Ensembled, Tag("ensemble")],
     Discriminator(_which),
 ]

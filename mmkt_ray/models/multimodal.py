@@ -13,6 +13,7 @@ of P members (`layers.py`; sparse features can't be stacked).
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class MultimodalModel(nn.Module):
     """
 
     modality_dropout: Tensor
+    scales: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -70,8 +72,19 @@ class MultimodalModel(nn.Module):
                 self.fusions[name] = fusion
             self.heads[module_name(t)] = self.fusions[name].build_head(spec.tasks[t], spec.kinds[t])
         self.generators = Generators(raw, generator_sources(spec))
+        self.wide: MultimodalModel | None = None
+        if spec.wide is not None:
+            self.add_wide(MultimodalModel(spec.wide), dict.fromkeys(tasks, (1.0, 1.0)))
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
+
+    def add_wide(self, linear: MultimodalModel, scales: Mapping[str, tuple[float, float]]) -> None:
+        """Add a linear model of the same tasks and modalities, for prediction only. scales: task -> what the network's logits
+        and the linear model's are multiplied by."""
+        self.spec = replace(self.spec, wide=linear.spec)
+        device = self.modality_dropout.device
+        self.wide = linear.to(device)
+        self.register_buffer("scales", torch.tensor([scales[t] for t in self.reads], device=device))  # (T, 2)
 
     def input_stage(self, modality: str) -> InputStage:
         """What brings a modality's features to unit scale."""
@@ -111,7 +124,11 @@ class MultimodalModel(nn.Module):
 
         Returns task -> logits (B, C), of a stack (P, B, C). What an absent modality's features hold has no influence.
         """
-        return self.decide(*self.encode(features, present))
+        logits = self.decide(*self.encode(features, present))
+        if self.wide is None:
+            return logits
+        linear, scales = self.wide(features, present), dict(zip(self.reads, self.scales, strict=True))
+        return {t: scales[t][0] * z + scales[t][1] * linear[t] for t, z in logits.items()}
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -177,11 +194,13 @@ class MultimodalModel(nn.Module):
         return {"modality_dropout": "modality_dropout", **found}
 
     def num_parameters_by_part(self) -> dict[str, int]:
-        """Trained numbers in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`."""
+        """Trained numbers in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`,
+        and `wide`, if there is a linear model beside the network."""
         parts = {"input": count(self.inputs) + sum(count(level.adapters) for level in self.levels)}
         for i, level in enumerate(self.levels, start=1):
             parts[f"level_{i}"] = count(level) - count(level.adapters)
-        return parts | {"fusion": count(self.fusions), "heads": count(self.heads)}
+        parts |= {"fusion": count(self.fusions), "heads": count(self.heads)}
+        return parts | ({"wide": count(self.wide)} if self.wide else {})
 
 
 def count(module: nn.Module) -> int:

@@ -38,6 +38,7 @@ class ModelSpec:
     feature_dropout: float
     modality_dropout: float
     missing: str  # one of config.MISSING_STRATEGIES
+    wide: ModelSpec | None = None  # of the linear model beside the network
 
     def tower_dim(self, scheme: str, modality: str) -> int:
         """Width of what a level of this scheme makes of a modality's signals."""
@@ -47,14 +48,16 @@ class ModelSpec:
         """JSON-able form."""
         inputs = {t: list(modalities) for t, modalities in self.inputs.items()}
         kinds = {t: kind.as_json() for t, kind in self.kinds.items()}
-        return {**asdict(self), "kinds": kinds, "schemes": list(self.schemes), "inputs": inputs}
+        wide = self.wide.to_dict() if self.wide else None
+        return {**asdict(self), "kinds": kinds, "schemes": list(self.schemes), "inputs": inputs, "wide": wide}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelSpec:
         """The spec that `to_dict` was called on. Raises: TypeError, KeyError if `raw` is none."""
         modalities = {m: InputSpec(**i) for m, i in raw["modalities"].items()}
         inputs = {t: tuple(names) for t, names in raw["inputs"].items()}
-        plain = {"modalities": modalities, "inputs": inputs, "schemes": tuple(raw["schemes"])}
+        wide = cls.from_dict(raw["wide"]) if raw["wide"] else None
+        plain = {"modalities": modalities, "inputs": inputs, "schemes": tuple(raw["schemes"]), "wide": wide}
         return cls(**{**raw, **plain, "kinds": {t: task_kind(kind) for t, kind in raw["kinds"].items()}})
 
 

@@ -36,9 +36,10 @@ from mmkt_ray.scoring.intervals import Interval, agreeing, holm, paired_p
 from mmkt_ray.scoring.seeds import mean_interval
 from mmkt_ray.studies.transfer_results import Gain, Scratch, Transfers
 from mmkt_ray.training.auto import usual_settings, with_settings
+from mmkt_ray.training.identity import training_fingerprint
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.transfer import load_knowledge
-from mmkt_ray.training.trainer import train, training_fingerprint
+from mmkt_ray.training.trainer import train
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +149,8 @@ def methods_for(source: Node, target: Node) -> tuple[str, ...]:
 
 
 def node_config(config: Config, node: Node, seed: int, label_frac: float = 1.0) -> Config:
-    """The config of one node's own model."""
-    chosen: dict[str, Any] = {"model.modalities": list(node.modalities), "model.tasks": [node.task]}
+    """The config of one node's own model: a network alone, since it is what a network has learnt that transfers."""
+    chosen: dict[str, Any] = {"model.modalities": list(node.modalities), "model.tasks": [node.task], "model.wide": False}
     again = config.reseeded(seed - config.seed)
     return again.with_overrides({**chosen, "training.label_frac": label_frac, "variants": {}})
 

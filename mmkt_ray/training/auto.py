@@ -85,7 +85,7 @@ def plain(config: Config) -> Config:
 def screening_config(config: Config) -> Config:
     """The config whose settings are chosen: without experts, for any seed and number of workers, with the simplest
     sharing and fusion. So all models of the same modalities and tasks get the same choice."""
-    alone: dict[str, Any] = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
+    alone: dict[str, Any] = {"model.experts": False, "model.wide": False, "training.seed": None, "training.num_workers": 1}
     if config.model.num_levels:
         alone["model.sharing"] = "task"
         if config.model.fusion.name in LIKE_CONCAT:
@@ -96,7 +96,7 @@ def screening_config(config: Config) -> Config:
 def is_screened(config: Config) -> bool:
     """Whether models of this config are the very models that its settings are chosen with."""
     asked = screening_config(config)
-    own = {"model.experts": False, "training.seed": None, "training.num_workers": 1}
+    own = {"model.experts": False, "model.wide": False, "training.seed": None, "training.num_workers": 1}
     alone = config.with_overrides({**own, "training.auto": list(config.training.auto)})
     return config.training_seed == config.seed and (alone.model, alone.training) == (asked.model, asked.training)
 

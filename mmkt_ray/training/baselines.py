@@ -13,17 +13,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmkt_ray import storage
-from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.cluster.side_by_side import run_here
+from mmkt_ray.config import Config
+from mmkt_ray.errors import DataError
 from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.inference.model_folder import save_model
+from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable, without_unreadable
-from mmkt_ray.inference.training_record import Penalty, Solved
+from mmkt_ray.inference.training_record import LinearPath
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.scoring.heldout import pattern_name, save_heldout
-from mmkt_ray.training.linear import LinearFit, fit_linear
+from mmkt_ray.models.predictor import Predictor
+from mmkt_ray.scoring.heldout import HeldOut, load_heldout, pattern_name
+from mmkt_ray.training.identity import linear_place
 from mmkt_ray.training.loop import can_learn
+from mmkt_ray.training.trainer import train
+from mmkt_ray.training.wide import linear_config
 
 MAJORITY, BOOSTING = "majority", "boosting:"
 
@@ -33,9 +37,17 @@ def baseline_name(modalities: Sequence[str]) -> str:
     return "logreg:" + pattern_name(modalities)
 
 
-def fit_logregs(config: Config, table: FeatureTable) -> dict[str, Logreg]:
-    """Name -> Logreg, see `logreg_configs`."""
-    return {name: Logreg(own, fit_linear(own, table)) for name, own in logreg_configs(config, table).items()}
+def fit_logregs(config: Config, store: Store, table: FeatureTable, folder: str) -> dict[str, Logreg]:
+    """Name -> Logreg, see `logreg_configs`. Each is published in the folder of the run's models; one that lies there is used.
+
+    table: all rows of the store.
+    """
+    found = {}
+    for name, own in logreg_configs(config, table).items():
+        uri = linear_place(own, store, folder)
+        train(own, store.uri, uri, run=run_here)
+        found[name] = Logreg.load(own, uri)
+    return found
 
 
 def fit_majorities(config: Config, table: FeatureTable) -> dict[str, Majority]:
@@ -75,9 +87,7 @@ def _taught(config: Config, table: FeatureTable) -> dict[str, tuple[np.ndarray, 
 
 def logreg_config(config: Config, modalities: Sequence[str], tasks: Sequence[str]) -> Config:
     """The config of logistic regression on some modalities, with the labels that the config's models have."""
-    training = {"label_frac": config.training.label_frac, "exclude": config.training.exclude}
-    model = {"modalities": list(modalities), "tasks": list(tasks), "num_levels": 0, "experts": False}
-    return config.with_overrides({"variants": {}, "model": model, "training": training})
+    return linear_config(config, modalities, tasks, config.training.model_dump(include={"label_frac", "exclude"}))
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,20 @@ class Logreg:
     """Logistic regression on one modality, or on several concatenated."""
 
     config: Config
-    fit: LinearFit
+    uri: str  # its model folder
+    model: Predictor
+    heldout: HeldOut  # logits at the chosen penalties
+    path: LinearPath
+    seconds: float
+
+    @classmethod
+    def load(cls, config: Config, uri: str) -> Logreg:
+        """From the model folder that `train` made of its config. Raises: DataError as `load_model`."""
+        model, card = load_model(uri)
+        heldout = load_heldout(uri)
+        if heldout is None or card.fit is None or card.fit.linear is None:
+            raise DataError(f"'{uri}' is no linear model with held-out predictions: remove the folder and run again")
+        return cls(config, uri, model, heldout, card.fit.linear, card.fit.seconds)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -115,30 +138,18 @@ class Logreg:
     @property
     def num_params(self) -> int:
         """Weights and biases."""
-        return sum(p.numel() for p in self.fit.model.parameters())
+        return sum(p.numel() for p in self.model.parameters())
 
     def predict(self, table: FeatureTable) -> dict[str, np.ndarray]:
         """Task -> probabilities (N, C) float32; NaN for rows without any of the modalities."""
-        return self._known(predict_table(self.fit.model, table), table)
+        return self._known(predict_table(self.model, table), table)
 
     def held_out(self, table: FeatureTable) -> tuple[FeatureTable, dict[str, np.ndarray]]:
         """The held-out rows of the table that it was fitted on, and their out-of-fold predictions."""
-        part = table.take(self.fit.heldout.rows)
-        logits = self.fit.heldout.logits[pattern_name(self.modalities)]
-        kinds = self.fit.model.spec.kinds
+        part = table.take(self.heldout.rows)
+        logits = self.heldout.logits[pattern_name(self.modalities)]
+        kinds = self.model.spec.kinds
         return part, self._known({t: kinds[t].outputs_of(z) for t, z in logits.items()}, part)
 
     def _known(self, proba: Mapping[str, np.ndarray], table: FeatureTable) -> dict[str, np.ndarray]:
         return without_unreadable(proba, table, {t: self.config.task_inputs(t) for t in proba})
-
-    def save(self, uri: str, store: Store, encoders_uri: str) -> None:
-        """Publish it as a model folder, with the encoders of its modalities, so that raw samples can be predicted."""
-        manifest, fit = store.manifest, self.fit
-        parts = {"store": manifest.fingerprint, "config": self.config.model_dump(mode="json"), "l2": fit.l2}
-        path = [Penalty.model_validate(step) for step in fit.path]
-        training = Solved(seconds=fit.seconds, l2=fit.l2, path=path, num_params=self.num_params)
-        for m in self.modalities:
-            for folder in manifest.modalities[m].folders:
-                storage.copy_folder(storage.join(encoders_uri, folder), storage.join(uri, "encoders", folder))
-        save_heldout(uri, fit.heldout)
-        save_model(uri, fit.model, self.config, manifest, training, fingerprint(parts))

@@ -24,28 +24,12 @@ from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import HeldOut, pattern_name
 from mmkt_ray.training.fold_stack import given_subsets
+from mmkt_ray.training.identity import has_experts, model_identity
 from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty
 ALPHA = 0.1  # significance level at which a model replaces the default one
 MIN_PATTERN_ROWS, PATTERN_SHARE = 20, 0.02  # least rows, and share of rows, of a set of modalities that has an expert
-SAME_ALONE = {"task_modality": "task", "modality": "architecture"}  # with one modality these schemes are the same
-
-
-def has_experts(config: Config) -> bool:
-    """Whether the config asks for experts, and some task fuses modalities."""
-    return config.model.experts and any(len(config.task_inputs(t)) > 1 for t in config.model_tasks)
-
-
-def model_identity(config: Config) -> dict[str, Any]:
-    """The model's keys, JSON-able. Keys without effect have a fixed value, so equal models have equal identities."""
-    model = config.model
-    found = model.model_dump(mode="json", exclude={"modalities", "tasks"})
-    found |= {"sharing": list(model.schemes), "experts": has_experts(config)}
-    if len(config.model_modalities) == 1:
-        sharing = [SAME_ALONE.get(scheme, scheme) for scheme in model.schemes]
-        found |= {"sharing": sharing, "missing": "mask", "modality_dropout": 0.0}
-    return found
 
 
 def fused_tasks(config: Config, modalities: Collection[str]) -> list[str]:

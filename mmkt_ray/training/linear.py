@@ -29,7 +29,7 @@ from mmkt_ray.features.feature_table import TAKE_ROWS, Growing
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
-from mmkt_ray.inference.training_record import Epoch, ValScores
+from mmkt_ray.inference.training_record import Epoch, LinearPath, ValScores
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
@@ -107,7 +107,7 @@ def fit_linear(config: Config, table: FeatureTable) -> LinearFit:
     )
 
 
-def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldOut, dict[str, Any]]:
+def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldOut, LinearPath]:
     """`fit_linear` in the form of `fit` (one epoch, whose val scores are those of the held-out rows), and what the
     card adds."""
     found = fit_linear(config, table)
@@ -119,8 +119,9 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     scores = ValScores.model_validate({"on": found.heldout.on, **val}) if np.isfinite(val["score"]) else None
     epoch = Epoch(epoch=1, train_loss=found.loss, val=scores, seconds=found.seconds)
     parts = found.model.num_parameters_by_part()
+    path = {"l2": found.l2, "path": found.path, "on": found.heldout.on, "num_rows": found.num_rows}
     result = FitResult(found.model, [epoch], 1, scores, parts, found.seconds)
-    return result, found.heldout, {"l2": found.l2, "path": found.path, "on": found.heldout.on}
+    return result, found.heldout, LinearPath.model_validate(path)
 
 
 def solve(features: Features, labels: Labels, num_classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import copy_model, load_model, save_model
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.inference.training_record import Choice, LinearPath, Outcome, Training, ValScores
+from mmkt_ray.inference.training_record import Choice, Outcome, Training, ValScores
 from mmkt_ray.models import ExpertModel
 from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
@@ -42,19 +42,22 @@ from mmkt_ray.training.auto import (
 )
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.experts import (
-    expert_configs,
-    has_experts,
-    join_experts,
-    model_identity,
-    with_heldout,
-)
+from mmkt_ray.training.experts import expert_configs, join_experts, with_heldout
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
+from mmkt_ray.training.identity import (
+    find_model,
+    has_experts,
+    is_trained,
+    linear_place,
+    model_identity,
+    training_fingerprint,
+)
 from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.imbalance import read_excluded
-from mmkt_ray.training.methods.transfer import load_knowledge, source_uris
+from mmkt_ray.training.methods.transfer import load_knowledge
 from mmkt_ray.training.validation import summarise
+from mmkt_ray.training.wide import is_wide, wide_config, widen
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +98,8 @@ def train(
         return _outcome(_train_with_experts(config, store, model_uri, folder, run), "trained")
     scratch = storage.join(model_uri, ".train")
     choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
-    args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings)
+    wide = train_wide(config, store, folder, run)
+    args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings, wide)
     if args.holds_out and config.training.num_workers > 1:
         _ask(run, hold_out_on_worker, args, 1)
     outcome = _ask(run, train_on_worker, args, 1 if is_linear(args.settled) else config.training.num_workers)
@@ -127,6 +131,7 @@ class WorkerArgs:
     fingerprint: str
     folder: str  # of the models that knowledge comes from
     settings: str = ""  # folder of what is known from choosing
+    wide: str = ""  # folder of the linear model that the network gets beside it
 
     @property
     def settled(self) -> Config:
@@ -216,12 +221,6 @@ def _table(config: Config, store_uri: str) -> FeatureTable:
     return open_store(store_uri).table(config.model_modalities, config.model_tasks)
 
 
-def is_trained(uri: str, digest: str) -> bool:
-    """Whether a whole model of this fingerprint lies there."""
-    card = read_card(uri)
-    return card is not None and card.fingerprint == digest and storage.exists(storage.join(uri, "model.safetensors"))
-
-
 def _train_with_experts(config: Config, store: Store, model_uri: str, folder: str, run: Run) -> Training:
     """The fused model and the experts that are not there yet one after the other, then all of them as one."""
     scratch = storage.join(model_uri, ".parts")
@@ -265,6 +264,16 @@ def _model(uri: str) -> Any:
     return load_model(uri)[0]
 
 
+def train_wide(config: Config, store: Store, folder: str, run: Run) -> str:
+    """Where the linear model lies that the config's model gets beside its network; empty if it gets none."""
+    if not is_wide(config):
+        return ""
+    own = wide_config(config)
+    uri = linear_place(own, store, folder)
+    train(own, store.uri, uri, folder, run)
+    return uri
+
+
 def train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:
     """Where the expert lies: as a variant of the run or among its experts, to which it is added if it is new."""
     if found := find_model(config, store, folder):
@@ -273,43 +282,6 @@ def train_expert(config: Config, store: Store, scratch: str, folder: str, run: R
     uri = storage.join(folder, ".experts", digest)
     copy_model(scratch, uri)
     return uri
-
-
-def find_model(config: Config, store: Store, folder: str) -> str | None:
-    """The model of this config among the folder's experts and models."""
-    digest = training_fingerprint(config, store, folder)
-    found = storage.glob(storage.join(folder, "*", "config.json"), fixed=folder)
-    variants = [info.path.split("/")[-2] for info in found]
-    places = [storage.join(folder, name) for name in (f".experts/{digest}", *variants)]
-    return next((uri for uri in places if is_trained(uri, digest)), None)
-
-
-def training_fingerprint(config: Config, store: Store, folder: str) -> str:
-    """Digest of all that decides the weights: data, model, training, seed, and the models that knowledge comes from.
-
-    Raises: DataError if one of these is not trained yet.
-    """
-    sources = {}
-    for name, uri in source_uris(config.training.transfer, folder).items():
-        card = read_card(uri)
-        if card is None:
-            raise DataError(
-                f"training.transfer names '{name}', but there is no trained model at '{uri}': train it first"
-            )
-        sources[name] = card.fingerprint
-    widths = {m: config.modalities[m].hidden_dim for m in config.model_modalities}
-    parts = {
-        "store": store.manifest.fingerprint,
-        "modalities": widths,
-        "tasks": config.model_tasks,
-        "model": model_identity(config),
-        "training": config.training.model_dump(mode="json", exclude={"exclude"}),
-        "excluded": read_excluded(config.training.exclude).tolist() if config.training.exclude else [],
-        "seed": [config.seed, config.training_seed],
-        "sources": sources,
-        "tasks_config": {t: config.tasks[t].model_dump(mode="json") for t in config.model_tasks},
-    }
-    return fingerprint(parts)
 
 
 def train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> Training | UserError:
@@ -331,7 +303,7 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
         raise error
     heldout = load_heldout(args.scratch) if args.holds_out else None
     worker = Worker(rank, world_size, device)
-    path = None
+    path, shares = None, None
     if is_linear(config):
         result, heldout, path = linear_result(config, table)
     elif in_stack:
@@ -341,25 +313,33 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
     else:
         whole = as_train(table) if heldout else table
         result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
+    model, seconds = result.model, result.seconds
+    if args.wide and rank == 0:
+        linear, known, judged = _model(args.wide), load_heldout(args.wide), with_heldout(model, heldout, table).heldout
+        seconds += _trained(args.wide).seconds
+        if known is not None and len(judged.rows):
+            heldout, shares = widen(model, judged, linear, known, table)
+    by_part = model.num_parameters_by_part()
     training = Training(
         fingerprint=args.fingerprint,
         best_epoch=result.best_epoch,
         val=heldout_scores(heldout, config, table) if heldout else result.val,
-        seconds=result.seconds,
-        num_params=sum(result.num_parameters.values()),
-        num_params_by_part=result.num_parameters,
+        seconds=seconds,
+        num_params=sum(by_part.values()),
+        num_params_by_part=by_part,
         num_workers=world_size,
         device=device.type,
         history=result.epochs,
         auto=args.choice,
-        linear=LinearPath.model_validate(path) if path else None,
+        linear=path,
+        wide=shares,
     )
     if rank == 0:
         if heldout:
             save_heldout(args.model_uri, heldout)
         else:
             storage.remove(storage.join(args.model_uri, HELDOUT_FILE))
-        save_model(args.model_uri, result.model, args.config, store.manifest, training, args.fingerprint)
+        save_model(args.model_uri, model, args.config, store.manifest, training, args.fingerprint)
     return training
 
 

@@ -17,17 +17,11 @@ from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.training_record import Outcome
-from mmkt_ray.training.experts import expert_configs, has_experts, single_configs
+from mmkt_ray.training.experts import expert_configs, single_configs
+from mmkt_ray.training.identity import find_model, has_experts, is_trained, linear_place, training_fingerprint
 from mmkt_ray.training.linear import is_linear
-from mmkt_ray.training.trainer import (
-    find_model,
-    is_trained,
-    settings_uri,
-    settle,
-    train,
-    train_expert,
-    training_fingerprint,
-)
+from mmkt_ray.training.trainer import settings_uri, settle, train, train_expert
+from mmkt_ray.training.wide import is_wide, wide_config
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +83,8 @@ class _Calls:
         models = {digest: f"{MODEL}{name}" for name, digest in digests.items()}
         for name, variant in sorted(self.variants.items(), key=lambda item: has_experts(item[1])):
             store, uri = self.stores[name], storage.join(self.folder, name)
-            before = [self._settings(variant, store)]
             done = is_trained(uri, digests[name])
+            before = [self._settings(variant, store), self._wide(variant, store, done)]
             if has_experts(variant):
                 table = store.table(variant.model_modalities, variant.model_tasks)
                 experts = expert_configs(variant, table).values()
@@ -120,13 +114,23 @@ class _Calls:
         uri = settings_uri(fused, store)
         return self._add(f"settings {uri}", Call(_settle, (fused, store.uri)), storage.exists(f"{uri}.json"))
 
+    def _wide(self, config: Config, store: Store, done: bool) -> str:
+        """The call that solves the linear model beside this model's network; empty if there is none."""
+        if not is_wide(config):
+            return ""
+        own = wide_config(config)
+        uri = linear_place(own, store, self.folder)
+        done = done or is_trained(uri, training_fingerprint(own, store, self.folder))
+        return self._add(f"linear {uri}", Call(_train, (own, store.uri, uri)), done)
+
     def _expert(self, config: Config, store: Store, models: Mapping[str, str], done: bool) -> str:
         """The call that trains an expert, or the variant that is the same model."""
         digest = training_fingerprint(config, store, self.folder)
         if digest in models:
             return models[digest]
         done = done or find_model(config, store, self.folder) is not None
-        return self._add(f"expert {digest}", Call(_train_expert, (config, store.uri, self.folder, digest)), done)
+        before = [w for w in [self._wide(config, store, done)] if w]
+        return self._add(f"expert {digest}", Call(_train_expert, (config, store.uri, self.folder, digest), before), done)
 
 
 def _settle(config: Config, store_uri: str) -> None:

@@ -8,8 +8,8 @@ from mmkt_ray.models import ExpertModel
 from mmkt_ray.search.finalists import _fit_one, score_finalists, seeded
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import search_score
+from mmkt_ray.training.identity import training_fingerprint
 from mmkt_ray.training.loop import fit
-from mmkt_ray.training.trainer import training_fingerprint
 
 
 def test_a_finalist_has_experts_and_takes_no_more_cores_than_its_call_has(make_config, store, tmp_path):

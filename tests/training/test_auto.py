@@ -209,7 +209,7 @@ def test_held_out_rows_may_lack_a_class():
 def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, table, tmp_path, monkeypatch):
     """Catches val rows that are left out of the last fit, a choice made again for each seed or resume, and a card without it."""
     uri, store = str(tmp_path / "model"), write_store(str(tmp_path / "store"), table)
-    config = make_auto(**{"training.steps": 20, "evaluation.calibrate": False})
+    config = make_auto(**{"training.steps": 20, "evaluation.calibrate": False, "model.wide": False})
     asked = []
     real = trainer.choose
     monkeypatch.setattr(trainer, "choose", lambda *args: asked.append(1) or real(*args))

@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mmkt_ray.config import parse_config
 from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.training.baselines import fit_logregs, fit_majorities
+from mmkt_ray.training.baselines import Logreg, fit_majorities, logreg_configs
+from mmkt_ray.training.linear import linear_result
 from tests.labels import MISSING, UNSEEN, coded, codes_of
 
 CONFIG = parse_config(
@@ -23,9 +24,18 @@ CONFIG = parse_config(
 )
 
 
+def logregs(config, table):
+    """Name -> logistic regression on a table, without a folder."""
+    found = {}
+    for name, own in logreg_configs(config, table).items():
+        result, heldout, path = linear_result(own, table)
+        found[name] = Logreg(own, "", result.model, heldout, path, result.seconds)
+    return found
+
+
 def baselines(table):
     """name -> what tells probabilities of a table."""
-    majorities, fitted = fit_majorities(CONFIG, table), fit_logregs(CONFIG, table)
+    majorities, fitted = fit_majorities(CONFIG, table), logregs(CONFIG, table)
     found = {"majority": majorities["t"].predict} if majorities else {}
     return found | {name: lambda part, model=model: model.predict(part)["t"] for name, model in fitted.items()}
 
@@ -61,10 +71,10 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
     train = table.take(table.rows("train"))
     rows = train.present["image"]
     scaler = StandardScaler().fit(train.features["image"][rows].astype(float))
-    fitted = fit_logregs(CONFIG, table)["logreg:image"]
-    assert fitted.fit.num_rows == {"t": rows.sum()}
+    fitted = logregs(CONFIG, table)["logreg:image"]
+    assert fitted.path.num_rows == {"t": rows.sum()}
     width = train.features["image"].shape[1]  # the mean squared length of a standardised row
-    model = LogisticRegression(C=1 / fitted.fit.l2["t"], tol=1e-8, max_iter=1000).fit(
+    model = LogisticRegression(C=1 / fitted.path.l2["t"], tol=1e-8, max_iter=1000).fit(
         scaler.transform(train.features["image"][rows].astype(float)) / np.sqrt(width), codes_of(train.labels["t"])[rows]
     )
     test = table.take(table.rows("test"))

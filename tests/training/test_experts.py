@@ -29,11 +29,11 @@ from mmkt_ray.training.experts import (
     expert_sets,
     join_experts,
     levels,
-    model_identity,
     with_heldout,
 )
+from mmkt_ray.training.identity import model_identity, training_fingerprint
 from mmkt_ray.training.loop import fit
-from mmkt_ray.training.trainer import train, training_fingerprint
+from mmkt_ray.training.trainer import train
 from tests.labels import MISSING, coded, codes_of, labels_of
 from tests.models.examples import make_spec
 from tests.training.test_trainer import write_store

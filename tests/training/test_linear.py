@@ -190,7 +190,7 @@ def test_the_result_reads_like_any_fit(table):
     assert result.val.metrics["accuracy"]["three"] == pytest.approx((z.argmax(axis=1) == y)[scored].mean())
     assert result.best_epoch == 1
     assert result.epochs[0].val == result.val
-    assert set(extra["l2"]) == set(KINDS)
+    assert set(extra.l2) == set(KINDS)
     assert sum(result.num_parameters.values()) == sum(p.numel() for p in result.model.parameters())
 
 

@@ -15,12 +15,13 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import predict_out_of_fold
 from mmkt_ray.training.auto import choose
-from mmkt_ray.training.baselines import fit_logregs, fit_majorities
+from mmkt_ray.training.baselines import fit_majorities
 from mmkt_ray.training.boosting import fit_boosting
 from mmkt_ray.training.experts import expert_configs
 from mmkt_ray.training.linear import fit_linear
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.population import Population
+from tests.training.test_baselines import logregs
 
 NUM_ROWS = 400
 
@@ -95,10 +96,10 @@ def test_baselines_choose_and_stack() -> None:
     """Catches a ridge on raw prices, a choice of settings by a log loss that numbers lack, and members whose losses mix."""
     table = prices()
     config = config_of(table)
-    majorities, linear = fit_majorities(config, table), fit_logregs(config, table)
+    majorities, linear = fit_majorities(config, table), logregs(config, table)
     assert majorities["price"].outputs[0] == pytest.approx(table.labels["price"].values[:250].mean(), rel=1e-5)
-    assert r2_on_test(linear["logreg:a+b"].fit.model, table) > 0.7
-    assert r2_on_test(linear["logreg:a+b"].fit.model, table) > r2_on_test(linear["logreg:a"].fit.model, table)
+    assert r2_on_test(linear["logreg:a+b"].model, table) > 0.7
+    assert r2_on_test(linear["logreg:a+b"].model, table) > r2_on_test(linear["logreg:a"].model, table)
     open_keys = ["training.lr", "training.steps", "training.label_smoothing"]
     choice, _ = choose(config.with_overrides({"training.auto": open_keys}), table)
     assert choice.settings["training.label_smoothing"] == 0
