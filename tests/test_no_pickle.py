@@ -27,6 +27,7 @@ from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.weights import read_weights
 from mmkt_ray.errors import UserError
 from mmkt_ray.features.store import open_store
+from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.rows import read_parts
 from mmkt_ray.kinds.images import decode_image
@@ -218,7 +219,7 @@ def test_pickle_as_a_model(tmp_path, disguised):
     with pytest.raises(UserError, match="damaged"):
         load_model(str(tmp_path))
     spec = {"modalities": {}, "tasks": {}}
-    (tmp_path / "config.json").write_text(f'{{"schema_version": 3, "spec": {spec!r}}}'.replace("'", '"'))
+    (tmp_path / "config.json").write_text(f'{{"schema_version": {Card.schema_version}, "spec": {spec!r}}}'.replace("'", '"'))
     with pytest.raises(UserError, match="damaged"):
         load_model(str(tmp_path))
 
@@ -265,7 +266,7 @@ def test_pickle_as_a_model_to_learn_from(tmp_path, disguised, what, name):
     """Catches a folder that training.transfer names and that runs code."""
     folder = tmp_path / "source"
     folder.mkdir()
-    (folder / "config.json").write_text('{"schema_version": 3, "spec": {}}')
+    (folder / "config.json").write_text(f'{{"schema_version": {Card.schema_version}, "spec": {{}}}}')
     for file in (name, "model.pt", "pytorch_model.bin", "optimizer.pkl"):
         (folder / file).write_bytes(disguised)
     given = {"init": {"init": {"image": "source"}}, "teachers": {"teachers": ["source"]}}[what]

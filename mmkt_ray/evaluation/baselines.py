@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
+import torch
 
 from mmkt_ray import storage
+from mmkt_ray.cluster import cores
 from mmkt_ray.cluster.side_by_side import Call, run_here
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, part_of, scores_of_task
@@ -57,6 +59,7 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesF
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
     settings = ScoreSettings(config.evaluation, config.seed)
+    torch.set_num_threads(cores())  # the same bits whether or not a model was trained in this process
     data = load_rows(store, modalities, tasks)
     part = part_of(data, store, "test")
     majorities = fit_majorities(config, data.table)

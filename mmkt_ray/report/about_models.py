@@ -108,7 +108,7 @@ def parameters(run_uri: str, results: Results) -> Parameters | None:
         if fit and fit.num_params_by_part:
             rows.append(ModelParameters(name, about, fit.num_params_by_part))
     columns = list(dict.fromkeys(part for row in rows for part in row.parts))
-    order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads"]
+    order = ["input", *sorted(c for c in columns if c.startswith("level_")), "fusion", "heads", "wide"]
     columns = sorted(columns, key=lambda c: order.index(c) if c in order else len(order))
     return Parameters(sorted(rows, key=lambda r: r.total), columns) if rows else None
 
@@ -122,9 +122,10 @@ def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
             candidates = list(enumerate(fit.auto.candidates, start=1))
             losses = {i: candidate.loss for i, candidate in candidates}
             rank = next((i for i, candidate in candidates if candidate.chosen), None)
-            rows.append({"model": name, "losses": losses, "rank": rank, **fit.auto.to_dict()})
+            rows.append({"model": name, "losses": losses, "rank": rank, "wide": fit.wide or {}, **fit.auto.to_dict()})
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    return {"rows": rows, "keys": keys} if rows else None
+    wide = sorted({t for row in rows for t in row["wide"]})
+    return {"rows": rows, "keys": keys, "wide": wide} if rows else None
 
 
 def fit_of(run_uri: str, folder: str) -> Training | None:

@@ -29,7 +29,7 @@ from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import HeldOut, pattern_name
 from mmkt_ray.training.linear import is_linear
 
-SHARES = np.linspace(0, 1, 11)  # of the network, that are tried
+SHARES = tuple(tenth / 10 for tenth in range(11))  # of the network, that are tried
 
 
 def is_wide(config: Config) -> bool:
@@ -93,7 +93,7 @@ def best_share(network: np.ndarray, linear: np.ndarray, labels: Labels) -> tuple
     if not len(labels):
         return 1.0, (1.0, 0.0)
     inverse = 1 / fit_temperature(network, labels), 1 / fit_temperature(linear, labels)
-    tried = [(float(w) * inverse[0], float(1 - w) * inverse[1]) for w in SHARES]
+    tried = [(w * inverse[0], (1 - w) * inverse[1]) for w in SHARES]
     losses = [float(labels.kind.each_loss(a * network + b * linear, labels).mean()) for a, b in tried]
     best = int(np.argmin(losses))
-    return float(SHARES[best]), tried[best]
+    return SHARES[best], tried[best]

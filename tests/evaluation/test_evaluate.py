@@ -297,7 +297,7 @@ def test_a_baseline_is_shipped_as_a_model_that_says_the_same(finished):
     val = record["models"]["logreg:image+text"]["tasks"]["thing"]["val"]
     assert (val["num_rows"], val["on"]) == ((y >= 0).sum(), "cv")
     assert val["accuracy"] == pytest.approx((z.argmax(axis=1) == y)[y >= 0].mean())
-    assert card.training.l2.keys() == {"thing", "colour"}
+    assert card.training.linear.l2.keys() == {"thing", "colour"}
 
 
 def test_the_difference_is_paired_over_shared_samples(finished):
