@@ -141,10 +141,11 @@ def with_rare_modality(store: Store, config: Config, uri: str) -> Store:
 def fit_all(config: Config, store: Store, seed: int) -> dict[str, str]:
     """Folders of the fused model (`fused`) and of each modality alone (`only:<modality>`), from one seed."""
     config = config.with_overrides({"training.seed": seed})
-    folder = storage.join(run_folder(config), "defaults", str(seed))
-    train(config, store.uri, storage.join(folder, "fused"))
+    folder = storage.join(run_folder(config), "defaults")  # of all seeds, which share linear models
+    fused = storage.join(folder, f"seed-{seed}")
+    train(config, store.uri, fused)
     singles = train_singles({"fused": config}, store, folder)
-    return {"fused": storage.join(folder, "fused"), **{f"only:{m}": uri for m, uri in singles.items()}}
+    return {"fused": fused, **{f"only:{m}": uri for m, uri in singles.items()}}
 
 
 def scores_of(uri: str, test: FeatureTable, task: str) -> np.ndarray:

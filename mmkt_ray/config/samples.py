@@ -91,6 +91,7 @@ class SplitConfig(Section):
         0.1, ge=0, lt=1, description="share for validation; also taken from given train rows if no source gives val"
     )
     test_frac: float = Field(0.2, ge=0, lt=1, description="share for test")
+    draw: int = Field(0, ge=0, description="another number draws other rows, to see how much a result hangs on the split")
 
     @model_validator(mode="after")
     def _leave_some_for_training(self) -> SplitConfig:

@@ -38,7 +38,7 @@ def assign_split(sample_id: str, key: str | None, given: str | None, plan: Readi
     A source's own `split` outranks the row's `given` one. Rows without any are drawn by the fractions of
     `samples.split`. Given train rows give `val_frac` of themselves to val where no source of the config says
     which rows are val: none has `split: val`, none maps a split column. What is drawn depends on the sample
-    id alone, or under `combine: join` on the key alone, so that the partners of a sample never part.
+    id and `split.draw` alone, or under `combine: join` on the key, so that the partners of a sample never part.
 
     Raises: ValueError if the given split is no known word.
     """
@@ -47,8 +47,8 @@ def assign_split(sample_id: str, key: str | None, given: str | None, plan: Readi
     if source.split is not None or given is not None:
         split = source.split or normalise_split(given or "")
         lacks_val = split == "train" and fractions.val_frac > 0 and not _any_source_gives_val(plan)
-        return "val" if lacks_val and _draw(drawn_by) < fractions.val_frac else split
-    drawn = _draw(drawn_by)
+        return "val" if lacks_val and _draw(drawn_by, fractions.draw) < fractions.val_frac else split
+    drawn = _draw(drawn_by, fractions.draw)
     if drawn < fractions.test_frac:
         return "test"
     return "val" if drawn < fractions.test_frac + fractions.val_frac else "train"
@@ -58,6 +58,7 @@ def _any_source_gives_val(plan: ReadingPlan) -> bool:
     return any(source.split == "val" or "split" in source.columns for source in plan.sources)
 
 
-def _draw(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone."""
+def _draw(text: str, number: int) -> float:
+    """A number in [0, 1) that depends on `text` and on which draw it is alone."""
+    text = f"{number}/{text}" if number else text
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64

@@ -29,6 +29,18 @@ def test_known_draws_never_change(make_config):
     assert " ".join(drawn) == "train val test val train train train train test train train train"
 
 
+def test_another_draw_is_another_split(make_config):
+    """Catches draws that are the first one shifted: rows of one test split would be more or less likely in the next."""
+    splits = []
+    for draw in (0, 1, 2):
+        config = make_config("d", SOURCE, samples={"split": {"val_frac": 0.1, "test_frac": 0.2, "draw": draw}})
+        plan = ReadingPlan.of(config)
+        splits.append([assign_split(i, None, None, plan, config.samples.sources[0]) for i in IDS])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        both = sum(a == b == "test" for a, b in zip(splits[one], splits[other], strict=True))
+        assert abs(both / len(IDS) - 0.04) < 0.01
+
+
 def test_val_is_taken_from_given_train_rows(make_config):
     """Catches train-and-test data that leaves nothing to choose the best epoch by, or touches test."""
     config = make_config("d", {**SOURCE, "split": "train"}, {**SOURCE, "path": "b", "split": "test"})
