@@ -43,6 +43,7 @@ class ModalityKind(Choice):
     holds: ClassVar[str]  # for the config's help
     # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
     takes_several: ClassVar[bool] = False
+    is_table: ClassVar[bool] = False  # features are facts of several columns, which trees split well
     is_text: ClassVar[bool] = False  # a value is what somebody may type
     takes_arrays: ClassVar[bool] = False  # may be filled from the rows of an array beside the shard, `vectors.npy`
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
@@ -399,6 +400,7 @@ class Table(ModalityKind):
     )
     holds: ClassVar[str] = "a row of cells, each a number, a category, a boolean or a date, or null"
     takes_several: ClassVar[bool] = True
+    is_table: ClassVar[bool] = True
     stored_bytes: ClassVar[float] = 1.0
 
     def columns_in(self, words: str) -> str | tuple[str, ...]:

@@ -9,6 +9,7 @@ Source: Ke et al. 2017, LightGBM. Axes: N rows, D features, K outputs of the tas
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,10 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.scoring.heldout import Folds, make_folds
 
+log = logging.getLogger(__name__)
+
 MAX_ROWS = 50_000  # that a model is fitted on
-MAX_WIDTH = 500  # columns: each is searched for splits
+MAX_SPLITS = 10_000  # features that are searched for splits, times the trees of a round: one for each class
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,19 @@ class Boosting:
 
 
 def boosted_modalities(config: Config, table: FeatureTable, task: str) -> list[str]:
-    """The modalities with several columns, at most MAX_WIDTH features wide, that a task reads."""
+    """The tables that a task reads; those for which boosting would take minutes are left out, as the log says."""
     kind = table.kinds[task]
     if not (kind.exclusive or not kind.classes):
         return []
     read = config.tasks[task].inputs or sorted(table.features)
-    several = [m for m in read if m in table.features and config.modalities[m].kind.takes_several]
-    return [m for m in several if table.features[m].shape[1] <= MAX_WIDTH]
+    found, num_trees = [], table.width(task)
+    for m in (m for m in read if m in table.features and config.modalities[m].kind.is_table):
+        width = table.features[m].shape[1]
+        if width * num_trees <= MAX_SPLITS:
+            found.append(m)
+        else:
+            log.info("no gradient boosting of %s for %s: %d features for each of %d outputs", m, task, width, num_trees)
+    return found
 
 
 def fit_boosting(config: Config, table: FeatureTable, task: str, modality: str) -> Boosting | None:

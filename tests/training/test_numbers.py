@@ -14,9 +14,10 @@ from mmkt_ray.inference.conformal import conformal_quantile, coverage, fit_margi
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import predict_out_of_fold
+from mmkt_ray.training import boosting
 from mmkt_ray.training.auto import choose
 from mmkt_ray.training.baselines import fit_majorities
-from mmkt_ray.training.boosting import fit_boosting
+from mmkt_ray.training.boosting import boosted_modalities, fit_boosting
 from mmkt_ray.training.experts import expert_configs
 from mmkt_ray.training.linear import fit_linear
 from mmkt_ray.training.loop import fit
@@ -46,10 +47,11 @@ def config_of(table: FeatureTable, **overrides) -> Config:
 
     kind = dataclasses.replace(table.kinds["price"], scale=None).as_json()
     vector = {"kind": {"name": "vector"}, "encoder": "identity"}
+    facts = {"kind": {"name": "table"}, "encoder": "table"}
     raw = {
         "name": "numbers",
-        "samples": {"sources": [{"reader": "parquet", "path": "x", "columns": {"a": "a", "b": "b", "price": "price"}}]},
-        "modalities": {"a": vector, "b": vector},
+        "samples": {"sources": [{"reader": "parquet", "path": "x", "columns": {"a": "a", "b": ["c", "d"], "price": "price"}}]},
+        "modalities": {"a": vector, "b": facts},
         "tasks": {"price": {"kind": kind}},
         "model": {"hidden_dim": 32},
         "training": {"auto": [], "epochs": 25, "lr": 0.01},
@@ -131,7 +133,7 @@ def test_boosting_is_that_of_scikit_learn_and_predicts_each_held_out_row_blindly
     """Catches boosting of raw prices, of test rows, and held-out predictions by a model that knew the row."""
     table = prices()
     config = config_of(table)
-    assert set(fit_boosted(config, table)) == {"boosting:a", "boosting:b"}
+    assert set(fit_boosted(config, table)) == {"boosting:b"}
     found = fit_boosting(config, table, "price", "b")
     assert found is not None
     train = np.flatnonzero((table.split != "test") & table.present["b"])
@@ -146,3 +148,14 @@ def test_boosting_is_that_of_scikit_learn_and_predicts_each_held_out_row_blindly
     known = np.isfinite(blind)
     error, seen = np.abs(np.log(blind / y))[known].mean(), np.abs(np.log(said[found.heldout] / y))[known].mean()
     assert seen < error < 0.5
+
+
+def test_boosting_of_what_is_wide_for_many_classes_is_left_out(monkeypatch, caplog) -> None:
+    """Catches a run that waits minutes for thousands of trees on an embedding, and a table left out in silence."""
+    table = prices()
+    config = config_of(table)
+    assert boosted_modalities(config, table, "price") == ["b"]
+    monkeypatch.setattr(boosting, "MAX_SPLITS", 3)
+    with caplog.at_level("INFO"):
+        assert boosted_modalities(config, table, "price") == []
+    assert "no gradient boosting of b for price: 4 features for each of 1 outputs" in caplog.text
