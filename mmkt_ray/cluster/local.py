@@ -50,6 +50,8 @@ def start_ahead() -> None:
     one still imports what it needs itself."""
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or _own.get(os.getpid()) or sys.platform != "linux":
         return
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # by whoever calls us from Python
+        return
     with suppress(OSError, ResourceError):  # `start_local` will tell
         set_variables()
         keep_token_private()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkt_ray.cluster import fork_server, forked_worker
+from mmkt_ray.cluster import fork_server, forked_worker, local
 from mmkt_ray.cluster.fork_server import PRELOADED
 
 LOOK = """
@@ -93,13 +93,22 @@ def test_ray_takes_forks() -> None:
 
     def look() -> tuple[list[str], set[str], int]:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
-        return parent, set(PRELOADED) - sys.modules.keys(), os.getpid()
+        return parent, {entry.partition(":")[0] for entry in PRELOADED} - sys.modules.keys(), os.getpid()
 
     parent, missing, pid = ray.get(ray.remote(look).remote())
     assert fork_server.START in parent
     assert not missing
     os.kill(pid, signal.SIGKILL)
     assert ray.get(ray.remote(look).remote())[2] != pid
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_no_server_starts_ahead_where_a_ray_is_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches seconds of imports, and their memory, for nothing: `mm.run` in a program that has called `ray.init`."""
+    monkeypatch.setattr(local, "_own", {})
+    monkeypatch.setattr(local, "fork_server", lambda folder: pytest.fail("started"))
+    local.start_ahead()
+    assert not local._own
 
 
 RAY_OF_ITS_OWN = """
@@ -144,21 +153,22 @@ import os, ray
 from mmkt_ray import cluster
 from mmkt_ray.cluster import fork_server, local
 local.start_ahead()
-if {ray}:
-    cluster.connect()
-    parent = ray.get(ray.remote(lambda: os.getppid()).remote())
-    print([parent] == [server.pid for server in fork_server._servers], len(os.listdir({folder!r})))
+local.stop_local()
+print(os.listdir({folder!r}), [server.wait(30) is not None for server in fork_server._servers])
+local.start_ahead()
+cluster.connect()
+parent = ray.get(ray.remote(lambda: os.getppid()).remote())
+print([parent] == [server.pid for server in fork_server._servers[1:]], len(os.listdir({folder!r})))
 local.stop_local()
 print(os.listdir({folder!r}), [server.wait(30) is not None for server in fork_server._servers])
 local.start_ahead()  # the process's end removes this one
 """
-    for ray, told in ((False, ["[] [True]"]), (True, ["True 1", "[] [True]"])):
-        script = code.format(ray=ray, folder=str(folder))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stdout.splitlines() == told, done.stderr
-        assert not list(folder.iterdir())
+    script = code.format(folder=str(folder))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[] [True]", "True 1", "[] [True, True]"], done.stderr
+    assert not list(folder.iterdir())
     attached = {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": "127.0.0.1:6379"}
     code = f"import os; from mmkt_ray.cluster import local; local.start_ahead(); print(os.listdir({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60)
