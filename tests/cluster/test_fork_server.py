@@ -111,22 +111,6 @@ def test_no_server_starts_ahead_where_a_ray_is_already(monkeypatch: pytest.Monke
     assert not local._own
 
 
-RAY_OF_ITS_OWN = """
-import ray
-from mmkt_ray.cluster import connect
-connect()
-print(ray.get(ray.remote(lambda: "answered").remote(), timeout=60), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_workers_know_the_token_that_ray_turns_on_by_itself(tmp_path: Path) -> None:
-    """Catches workers that Ray turns away, while the driver waits for ever: all other tests run with tokens turned off."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", RAY_OF_ITS_OWN], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["answered"], done.stderr
-
-
 IDS = """
 import mmkt_ray.cluster.fork_server as server
 server.serve = lambda *_: print(server.forks_differ(), server.random_id() and server.forks_differ())
