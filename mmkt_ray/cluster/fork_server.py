@@ -40,8 +40,8 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "mmkt_ray.evaluation.baselines",
     "mmkt_ray.training.trainer",
     "mmkt_ray.encoders.text:compile_kernels",  # Numba's own imports, which wait for the first call: 0.4 s
-    "torch._dynamo",  # the first optimizer imports it, though nothing is compiled: 1.5 s
 )
+TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
 # The driver may have found the package by a path of its own, which is not that of a worker.
 START = """
 import importlib, json, sys
@@ -61,7 +61,7 @@ MAX_REQUEST_BYTES = 1 << 20
 _servers: list[subprocess.Popen[bytes]] = []  # that this process has started: each ends as its pipe is closed
 
 
-def fork_server(folder: str, modules: Sequence[str] = PRELOADED) -> tuple[str, dict[str, str]]:
+def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -> tuple[str, dict[str, str]]:
     """Start the server, with its socket in `folder`, on Linux. Returns the script that stands for a worker, and the variables
     that its environment needs."""
     path = f"{folder}/{FILE}"

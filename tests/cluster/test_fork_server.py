@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmkt_ray.cluster import fork_server, forked_worker, local
-from mmkt_ray.cluster.fork_server import PRELOADED
+from mmkt_ray.cluster.fork_server import PRELOADED, TRAINING
 
 LOOK = """
 import json, os, signal, sys
@@ -93,7 +93,7 @@ def test_ray_takes_forks() -> None:
 
     def look() -> tuple[list[str], set[str], int]:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
-        return parent, {entry.partition(":")[0] for entry in PRELOADED} - sys.modules.keys(), os.getpid()
+        return parent, {entry.partition(":")[0] for entry in (*PRELOADED, *TRAINING)} - sys.modules.keys(), os.getpid()
 
     parent, missing, pid = ray.get(ray.remote(look).remote())
     assert fork_server.START in parent
@@ -106,7 +106,7 @@ def test_ray_takes_forks() -> None:
 def test_no_server_starts_ahead_where_a_ray_is_already(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches seconds of imports, and their memory, for nothing: `mm.run` in a program that has called `ray.init`."""
     monkeypatch.setattr(local, "_own", {})
-    monkeypatch.setattr(local, "fork_server", lambda folder: pytest.fail("started"))
+    monkeypatch.setattr(local, "fork_server", lambda *_: pytest.fail("started"))
     local.start_ahead()
     assert not local._own
 
@@ -120,7 +120,7 @@ server.serve = lambda *_: print(server.forks_differ(), server.random_id() and se
 @pytest.mark.slow
 def test_each_fork_draws_ids_of_its_own() -> None:
     """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the other's."""
-    told = json.dumps({"path": sys.path, "modules": PRELOADED, "listener": 0})
+    told = json.dumps({"path": sys.path, "modules": [*PRELOADED, *TRAINING], "listener": 0})
     code = fork_server.START.replace("sys.modules[", f"exec({IDS!r})\nsys.modules[")
     done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["True", "False"], done.stderr
