@@ -496,14 +496,14 @@ def _search(config: Config) -> str:
     return f"{result_table(result)}\n\n{places}{steps.refresh_report(config)}"
 
 
-def _start_ahead() -> None:
+def _start_ahead(trains: bool = True) -> None:
     from mmkt_ray.cluster.local import start_ahead
 
-    start_ahead()
+    start_ahead(trains)
 
 
 def _predict(args: argparse.Namespace) -> str:
-    _start_ahead()
+    _start_ahead(trains=False)
     from mmkt_ray.inference.output import Output
     from mmkt_ray.inference.prediction import predict
 
@@ -517,7 +517,7 @@ def _score_files(args: argparse.Namespace) -> str:
             "mmkt evaluate takes either CONFIG, to score the models of its run, or --model MODEL --data FILE... --out FOLDER, "
             "to score one model on labelled files"
         )
-    _start_ahead()
+    _start_ahead(trains=False)
     from mmkt_ray.evaluation.scoring_files import score_files, scores_text
 
     result = score_files(args.model, args.data, args.out, _reading(args))

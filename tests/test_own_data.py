@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mmkt_ray.cli import main
 from tests.shapes import COLOURS, png
 from tests.test_readme import SHELL_BLOCK
 
@@ -57,46 +59,59 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.timeout(900)
-def test_your_own_data_in_five_minutes(shop: Path) -> None:
-    """Catches a README whose commands do not work one after another, or print something else than it shows."""
+def test_your_own_data_in_five_minutes(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a README whose commands do not work one after another, or print something else than it shows. Those that come
+    after the first run need no process and no Ray of their own."""
+    monkeypatch.chdir(shop)
     lines = SHELL_BLOCK.findall(section("Your own data in five minutes"))[0][1].splitlines()
     told = in_shell(lines[0].removeprefix("$ "), shop)
     for line in lines[1 : lines.index("$ mmkt run run.yaml --quick")]:
         assert " ".join(line.split()) in " ".join(told.split())
-    for line in lines:
-        if line.startswith("$ ") and "init" not in line:
-            told = in_shell(line.removeprefix("$ "), shop)
-            assert "Ship " in told or "predictions: " in told
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ") and "init" not in line]
+    assert "Ship " in in_shell(commands[0], shop)
+    for command in commands[1:]:
+        assert main(shlex.split(command)[1:]) == 0
+        told = capsys.readouterr().out
+        assert "Ship " in told or "predictions: " in told
     found = list(csv.DictReader((shop / "predictions" / "predictions.csv").open()))
     assert [row["sku"] for row in found] == [f"A{i}" for i in range(90, 96)]
     right = [row["category_pred"] == CLASSES[list(COLOURS)[i % 3]] for i, row in zip(range(90, 96), found, strict=True)]
     assert sum(right) >= 5
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.timeout(900)
-def test_from_python(shop: Path) -> None:
+def test_from_python(shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a README, or a page on Python, whose code does not run. After the test above the run is done already."""
+    monkeypatch.chdir(shop)
     code = re.findall(r"```python\n(.*?)```", section("From Python") + (ROOT / "docs" / "python.md").read_text(), re.S)
     assert len(code) > 4
     if not (shop / "run.yaml").exists():
         in_shell("mmkt init shop.csv --target category", shop)
-    (shop / "example.py").write_text("\n".join(code))
-    told = in_shell(f'"{sys.executable}" example.py', shop)
+    exec("\n".join(code), {"__name__": "__main__"})
+    told = capsys.readouterr().out
     assert "accuracy_high" in told
     assert "category_pred" in told  # pandas leaves columns out of the middle of a wide table
     assert told.rstrip().endswith("log")  # of the last example
 
 
+def code_of(notebook: str) -> str:
+    """All its cells."""
+    cells = json.loads((ROOT / "docs" / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 5
+    return "\n\n".join(code)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_notebooks(tmp_path: Path) -> None:
-    """Catches a cell that no longer runs. The second notebook reads the run of the first."""
-    for name in ("own_data", "reading_a_run"):
-        cells = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        assert len(code) >= 5
-        (tmp_path / f"{name}.py").write_text("\n\n".join(code))
-        in_shell(f'"{sys.executable}" {name}.py', tmp_path)
+def test_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a cell that no longer runs. The first notebook is a program of its own; the second reads its run."""
+    (tmp_path / "own_data.py").write_text(code_of("own_data"))
+    in_shell(f'"{sys.executable}" own_data.py', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(code_of("reading_a_run"), {"__name__": "__main__"})

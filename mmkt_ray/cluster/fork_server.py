@@ -29,7 +29,7 @@ from mmkt_ray.cluster import forked_worker
 from mmkt_ray.ray_private import WORKER_MODULES, random_id, set_variables, worker_environment
 
 FILE = "fork-server"  # the socket, in the session's folder
-PRELOADED = (  # what actors that encode, the tasks around them, and those that train import
+PRELOADED = (  # what actors that encode, the tasks around them, and those that train import; after a colon, call
     *WORKER_MODULES,
     "pandas",
     "scipy.sparse",
@@ -39,7 +39,9 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "mmkt_ray.kinds.images",
     "mmkt_ray.evaluation.baselines",
     "mmkt_ray.training.trainer",
+    "mmkt_ray.encoders.text:compile_kernels",  # Numba's own imports, which wait for the first call: 0.4 s
 )
+TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
 # The driver may have found the package by a path of its own, which is not that of a worker.
 START = """
 import importlib, json, sys
@@ -47,8 +49,11 @@ own, told = [*sys.path], json.loads(sys.argv[1])
 sys.path[:] = told["path"]
 from mmkt_ray.ray_private import randomness_unspent
 with randomness_unspent():
-    for name in ("mmkt_ray.cluster.fork_server", *told["modules"]):
-        importlib.import_module(name)
+    for entry in ("mmkt_ray.cluster.fork_server", *told["modules"]):
+        name, _, function = entry.partition(":")
+        module = importlib.import_module(name)
+        if function:
+            getattr(module, function)()
 sys.modules["mmkt_ray.cluster.fork_server"].serve(own, told["listener"])
 """
 MAX_REQUEST_BYTES = 1 << 20
@@ -56,7 +61,7 @@ MAX_REQUEST_BYTES = 1 << 20
 _servers: list[subprocess.Popen[bytes]] = []  # that this process has started: each ends as its pipe is closed
 
 
-def fork_server(folder: str, modules: Sequence[str] = PRELOADED) -> tuple[str, dict[str, str]]:
+def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -> tuple[str, dict[str, str]]:
     """Start the server, with its socket in `folder`, on Linux. Returns the script that stands for a worker, and the variables
     that its environment needs."""
     path = f"{folder}/{FILE}"

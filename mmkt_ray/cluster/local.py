@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil  # comes with Ray, which the package has imported
 
-from mmkt_ray.cluster.fork_server import fork_server
+from mmkt_ray.cluster.fork_server import PRELOADED, fork_server
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.ray_private import (
     SERVERS,
@@ -45,16 +45,18 @@ _own: dict[int, str] = {}  # process that started a Ray (a fork of it has not) -
 _ahead: dict[str, tuple[str, dict[str, str]]] = {}  # folder of a Ray that will start -> what `fork_server` has returned
 
 
-def start_ahead() -> None:
+def start_ahead(trains: bool = True) -> None:
     """Where a Ray of our own will be wanted: have the process that its workers are forks of import what they need, while this
-    one still imports what it needs itself."""
+    one still imports what it needs itself. trains: whether workers will train."""
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or _own.get(os.getpid()) or sys.platform != "linux":
+        return
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # by whoever calls us from Python
         return
     with suppress(OSError, ResourceError):  # `start_local` will tell
         set_variables()
         keep_token_private()
         folder = private_folder()
-        _ahead[folder] = fork_server(folder)
+        _ahead[folder] = fork_server(folder) if trains else fork_server(folder, PRELOADED)
 
 
 def start_local() -> None:

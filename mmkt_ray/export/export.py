@@ -191,11 +191,12 @@ def write_onnx(program: Any, path: Path, graph: ExportGraph, about: Mapping[str,
     names = [i.name for i in graph.inputs]
     with quiet():
         exported = torch.onnx.export(
-            program.run_decompositions(_lacking()),
+            program,
             input_names=names,
             output_names=graph.outputs,
             opset_version=OPSET,
             dynamo=True,
+            custom_translation_table=_lacking(),
             verbose=False,
         )
     assert exported is not None  # as `dynamo` is asked for
@@ -207,10 +208,9 @@ def write_onnx(program: Any, path: Path, graph: ExportGraph, about: Mapping[str,
 
 
 def _lacking() -> dict[Any, Any]:
-    """What operators that ONNX has no function for are made of."""
-    table: dict[Any, Any] = torch.export.default_decompositions()
-    table[torch.ops.aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()
-    return table
+    """Of operators that torch's exporter does not know: what they are made of in ONNX."""
+    op = importlib.import_module("onnxscript").opset20
+    return {torch.ops.aten.hypot.default: lambda x, y: op.Sqrt(op.Add(op.Mul(x, x), op.Mul(y, y)))}
 
 
 def require_onnx() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -27,8 +28,9 @@ def render(template: str, context: Mapping[str, Any], models: Mapping[str, Seque
     return _environment().get_template(template).render({**context, **own})
 
 
+@cache
 def _environment() -> jinja2.Environment:
-    """Autoescaping always: class names and texts come from the data."""
+    """Autoescaping always: class names and texts come from the data. It compiles each template once."""
     loader = jinja2.PackageLoader("mmkt_ray.report", ".")
     environment = jinja2.Environment(
         autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -53,6 +54,11 @@ def draw(height: float, paint: Callable[[Figure], None]) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in scripts without a font here
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         paint(figure)
+        if layout := figure.get_layout_engine():  # `savefig` would draw all of it once before, for the layout alone
+            FigureCanvasSVG(figure)
+            figure.dpi = 72  # as the format has it
+            layout.execute(figure)
+            figure.set_layout_engine(None)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     return svg.for_page(out.getvalue())

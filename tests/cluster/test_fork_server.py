@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkt_ray.cluster import fork_server, forked_worker
-from mmkt_ray.cluster.fork_server import PRELOADED
+from mmkt_ray.cluster import fork_server, forked_worker, local
+from mmkt_ray.cluster.fork_server import PRELOADED, TRAINING
 
 LOOK = """
 import json, os, signal, sys
@@ -93,7 +93,7 @@ def test_ray_takes_forks() -> None:
 
     def look() -> tuple[list[str], set[str], int]:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
-        return parent, set(PRELOADED) - sys.modules.keys(), os.getpid()
+        return parent, {entry.partition(":")[0] for entry in (*PRELOADED, *TRAINING)} - sys.modules.keys(), os.getpid()
 
     parent, missing, pid = ray.get(ray.remote(look).remote())
     assert fork_server.START in parent
@@ -102,20 +102,13 @@ def test_ray_takes_forks() -> None:
     assert ray.get(ray.remote(look).remote())[2] != pid
 
 
-RAY_OF_ITS_OWN = """
-import ray
-from mmkt_ray.cluster import connect
-connect()
-print(ray.get(ray.remote(lambda: "answered").remote(), timeout=60), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_workers_know_the_token_that_ray_turns_on_by_itself(tmp_path: Path) -> None:
-    """Catches workers that Ray turns away, while the driver waits for ever: all other tests run with tokens turned off."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", RAY_OF_ITS_OWN], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["answered"], done.stderr
+@pytest.mark.usefixtures("ray_local")
+def test_no_server_starts_ahead_where_a_ray_is_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches seconds of imports, and their memory, for nothing: `mm.run` in a program that has called `ray.init`."""
+    monkeypatch.setattr(local, "_own", {})
+    monkeypatch.setattr(local, "fork_server", lambda *_: pytest.fail("started"))
+    local.start_ahead()
+    assert not local._own
 
 
 IDS = """
@@ -127,7 +120,7 @@ server.serve = lambda *_: print(server.forks_differ(), server.random_id() and se
 @pytest.mark.slow
 def test_each_fork_draws_ids_of_its_own() -> None:
     """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the other's."""
-    told = json.dumps({"path": sys.path, "modules": PRELOADED, "listener": 0})
+    told = json.dumps({"path": sys.path, "modules": [*PRELOADED, *TRAINING], "listener": 0})
     code = fork_server.START.replace("sys.modules[", f"exec({IDS!r})\nsys.modules[")
     done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["True", "False"], done.stderr
@@ -144,21 +137,22 @@ import os, ray
 from mmkt_ray import cluster
 from mmkt_ray.cluster import fork_server, local
 local.start_ahead()
-if {ray}:
-    cluster.connect()
-    parent = ray.get(ray.remote(lambda: os.getppid()).remote())
-    print([parent] == [server.pid for server in fork_server._servers], len(os.listdir({folder!r})))
+local.stop_local()
+print(os.listdir({folder!r}), [server.wait(30) is not None for server in fork_server._servers])
+local.start_ahead()
+cluster.connect()
+parent = ray.get(ray.remote(lambda: os.getppid()).remote())
+print([parent] == [server.pid for server in fork_server._servers[1:]], len(os.listdir({folder!r})))
 local.stop_local()
 print(os.listdir({folder!r}), [server.wait(30) is not None for server in fork_server._servers])
 local.start_ahead()  # the process's end removes this one
 """
-    for ray, told in ((False, ["[] [True]"]), (True, ["True 1", "[] [True]"])):
-        script = code.format(ray=ray, folder=str(folder))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stdout.splitlines() == told, done.stderr
-        assert not list(folder.iterdir())
+    script = code.format(folder=str(folder))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[] [True]", "True 1", "[] [True, True]"], done.stderr
+    assert not list(folder.iterdir())
     attached = {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": "127.0.0.1:6379"}
     code = f"import os; from mmkt_ray.cluster import local; local.start_ahead(); print(os.listdir({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60)

@@ -30,10 +30,10 @@ import json, sys
 from mmkt_ray import cluster
 cluster.connect()
 import psutil, ray
-ray.get(ray.remote(lambda: None).options(num_cpus=1).remote())
+answer = ray.get(ray.remote(lambda: "answered").options(num_cpus=1).remote(), timeout=60)
 tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
 ports = [(p.name(), *c.laddr) for p in tree for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-told = {"gcs": ray.get_runtime_context().gcs_address, "ports": ports, "pids": [p.pid for p in tree[1:]]}
+told = {"gcs": ray.get_runtime_context().gcs_address, "ports": ports, "pids": [p.pid for p in tree[1:]], "answer": answer}
 print(json.dumps(told), flush=True)
 sys.stdin.read()
 """
@@ -68,10 +68,17 @@ def driver(home: Path) -> Iterator[dict[str, Any]]:
         own = environment(home, RAY_TMPDIR=scratch, AWS_SECRET_ACCESS_KEY=SECRET)
         with subprocess.Popen(command, env=own, **pipes) as process:
             assert process.stdout is not None
-            told = {**json.loads(process.stdout.readline()), "scratch": scratch}
+            line = process.stdout.readline()
+            assert line, "Ray turned the driver or its worker away"
+            told = {**json.loads(line), "scratch": scratch}
             yield told
             process.communicate()
         assert not any(map(lives, told["pids"]))
+
+
+def test_workers_know_the_token_that_ray_turns_on_by_itself(driver: dict[str, Any]) -> None:
+    """Catches workers that Ray turns away, while the driver waits for ever: most tests run with tokens turned off."""
+    assert driver["answer"] == "answered"
 
 
 def test_every_port_is_on_the_loopback(driver: dict[str, Any]) -> None:

@@ -332,10 +332,11 @@ def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: M
 
 def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     """Rows lost or doubled, or other values, after an encoder actor and later the driver died at some moment."""
-    config = make_config(
-        modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.15}},
-        extract__chunk_rows=4,
-    )
+    slow = tmp_path / "slow"  # what comes after the kills need not be
+    slow.touch()
+    options = {"delay_s": 0.15, "while_there": str(slow)}
+    encoder = {"name": "slow_encoder:SlowLength", "options": options}
+    config = make_config(modalities__text__encoder=encoder, extract__chunk_rows=4)
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "config.json"), f"{config.run_root}/shapes"]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]])
@@ -348,6 +349,7 @@ def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig
     wait_until(lambda: num_parts(data) >= written + 3, first)  # another actor goes on
     first.kill()
     first.wait(timeout=120)
+    slow.unlink()
     done, _ = stored_chunks(str(data.parent))
     assert 0 < sum(map(len, done.values())) < 30
     store = run(config)

@@ -40,6 +40,7 @@ def config_of(make_config: MakeConfig, **overrides: Any) -> Config:
         "text": {"kind": "text", "encoder": "tfidf", "reduce": {"name": "select", "by": "chi2", "task": "colour", "dim": 3}},
     }
     settings = {"training__epochs": 30, "training__lr": 0.02, "evaluation__bootstrap_samples": 100}
+    settings["variants"] = {"model": {}, "table_alone": {"model.modalities": ["table"]}}
     return make_config(**({"samples__sources": [source], "modalities": modalities} | settings | overrides))
 
 
@@ -85,14 +86,9 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig, cap
 
 def check_as_vectors(tmp_path: Path, config: Config) -> None:
     """The table's features of one run as the vectors of another: the same features, the same predictions."""
-    raw = config.model_dump(mode="json")
-    del raw["modalities"]["text"]
+    raw = config.model_dump(mode="json") | {"variants": {}}
     source = raw["samples"]["sources"][0]
-    del source["columns"]["text"]
-    raw["name"] = "before"
-    before = Config.model_validate(raw)
-    run(before)
-    (features,) = (tmp_path / "runs" / "before" / "features").glob("encoded-*")
+    (features,) = (tmp_path / "runs" / "shapes" / "features").glob("encoded-*")
     names = storage.read_json(str(features / "manifest.json"))["parts"]
     rows = pd.concat([pd.read_parquet(features / "data" / name) for name in names])
     (tmp_path / "data" / "vectors").mkdir()
@@ -106,7 +102,7 @@ def check_as_vectors(tmp_path: Path, config: Config) -> None:
     vectors = pd.read_parquet(again / "data").set_index("sample_id")["table_features"]
     for sample_id, vector in rows.set_index("sample_id")["table_features"].items():
         np.testing.assert_array_equal(vectors[sample_id], vector)
-    models = [tmp_path / "runs" / name / "models" / "model" for name in ("before", "after")]
+    models = [tmp_path / "runs" / place for place in ("shapes/models/table_alone", "after/models/model")]
     told = [pd.read_parquet(model / "predictions-test.parquet") for model in models]
     proba = [np.stack(t.set_index("sample_id").sort_index()["colour_proba"]) for t in told]
     np.testing.assert_allclose(proba[0], proba[1], atol=1e-6)
