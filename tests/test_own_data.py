@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import SHELL_BLOCK
 from tests.shapes import COLOURS, png
-from tests.test_readme import SHELL_BLOCK
 
 ROOT = Path(__file__).parents[1]
 CLASSES = dict(zip(COLOURS, ("mug", "shirt", "lamp"), strict=True))
