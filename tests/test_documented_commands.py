@@ -105,7 +105,8 @@ def to_run() -> Iterator[Any]:
     for words in chosen.values():
         command = shlex.join(words)
         costly = any(part in command for part in COSTLY)
-        yield pytest.param(words, id=command.removeprefix("mmkt "), marks=[pytest.mark.cluster] if costly else [])
+        marks = [pytest.mark.cluster, pytest.mark.timeout(900)] if costly else []
+        yield pytest.param(words, id=command.removeprefix("mmkt "), marks=marks)
 
 
 def small(config: Any) -> Any:
