@@ -25,6 +25,7 @@ round by round. Start-up (Ray's processes, imports, loading the encoder) is told
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import shutil
@@ -50,6 +51,7 @@ from benchmark_plan import measure_plan
 from benchmark_search import draw_curves, search_contenders  # beside this file
 from benchmark_suspects import measure_suspects
 from benchmark_together import measure_together
+from PIL import Image
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray import cluster
@@ -229,9 +231,7 @@ def loop_extract(config: Config, shards: list[str], uri: str, folder: Path) -> R
             table = pq.read_table(path).slice(0, limit)
             data = table.column("img").combine_chunks().field("bytes").to_pylist()
             mark = _lap(seconds, "read", mark)
-            images = np.stack([simplejpeg.decode_jpeg(d, fastdct=True, fastupsample=True) for d in data]).transpose(
-                0, 3, 1, 2
-            )
+            images = np.stack([decode_by_hand(d) for d in data]).transpose(0, 3, 1, 2)
             mark = _lap(seconds, "decode", mark)
             batches = torch.from_numpy(images).split(512)
             features = torch.cat([encoder.model.features(batch) for batch in batches]).float().numpy()
@@ -247,6 +247,13 @@ def loop_extract(config: Config, shards: list[str], uri: str, folder: Path) -> R
     wall = time.perf_counter() - start
     rates = {"rows_per_s": num_rows / wall, "steady_rows_per_s": num_rows / (wall - seconds["start"])}
     return rates | {f"{k}_s": v for k, v in seconds.items()} | {"wall_s": wall}
+
+
+def decode_by_hand(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 of a JPEG, or of a PNG as `mmkt fetch cifar10` writes them."""
+    if simplejpeg.is_jpeg(data):
+        return np.asarray(simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def _lap(seconds: dict[str, float], name: str, mark: float) -> float:

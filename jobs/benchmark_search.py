@@ -145,7 +145,9 @@ def choose(space: Space, trial: Any) -> dict[str, Any]:
 def fit_one(space: Space, chosen: dict[str, Any], table: FeatureTable, score: Any) -> float:
     """The validation score of one candidate, trained alone; 0 if it diverges."""
     try:
-        return float(score(fit(space.configure(chosen), table).val))
+        val = fit(space.configure(chosen), table).val
+        assert val is not None, "a search takes val rows"
+        return float(score(val.metrics))
     except ValueError:  # the loss is no number
         return 0.0
 

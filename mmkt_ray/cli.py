@@ -387,9 +387,10 @@ def _dispatch(args: argparse.Namespace) -> str:
     if args.command in OUTWARD:
         return run_command(args)
     if args.command == "fetch":
-        from mmkt_ray.samples.fetch import fetch
+        with progress.stage("fetch"):
+            from mmkt_ray.samples.fetch import fetch
 
-        return "\n".join(fetch(name, args.out) for name in args.names)
+            return "\n".join(fetch(name, args.out) for name in args.names)
     if args.command == "config" and args.config is None:
         return _config_help()
     if args.command == "completion":

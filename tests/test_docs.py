@@ -1,6 +1,6 @@
 """What README, CONTRIBUTING and docs/ show is there: commands with their options, configs with their keys, Python names, links.
 
-Commands that take data are carried out by `test_own_data.py`; here they are read as the command line would read them.
+Here commands are read as the command line would read them; `test_documented_commands.py` carries them out.
 """
 
 import argparse
@@ -20,21 +20,15 @@ import mmkt_ray
 from mmkt_ray.cli import build_parser
 from mmkt_ray.config import describe_fields, load_config, parse_config, parse_override
 from mmkt_ray.config.reading import shipped
-from tests.test_readme import PROJECT_FILE, mmkt_arguments, shell_commands
+from tests.pages import PAGES, ROOT, mmkt_arguments, shell_commands, text
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PROJECT_FILE = re.compile(r"(?<![\w./-])(?:jobs|tests|docs|mmkt_ray)/[\w./-]*\w")
 CODE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.M)
 KEY = re.compile(r"(samples|modalities|tasks|extract|model|training|evaluation|transfer|search|tracking)(\.\w+)+")
 MAX_LINE = 118
-
-
-@cache
-def text(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(page: str, language: str) -> list[str]:

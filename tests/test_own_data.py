@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mmkt_ray.cli import main
+from tests.pages import SHELL_BLOCK
 from tests.shapes import COLOURS, png
-from tests.test_readme import SHELL_BLOCK
 
 ROOT = Path(__file__).parents[1]
 CLASSES = dict(zip(COLOURS, ("mug", "shirt", "lamp"), strict=True))

@@ -268,6 +268,8 @@ def joint_heldout(
     for given, by_task in fused.heldout.logits.items():
         logits[given] = dict(by_task)
         for t, by_pattern in routes.items():
+            if t not in by_task:  # there is no held-out row
+                continue
             values = by_task[t].copy()
             inputs = fused.model.spec.inputs[t]
             seen = {m: table.present[m][rows] & (m in given.split("+")) for m in inputs}

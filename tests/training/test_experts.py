@@ -162,12 +162,14 @@ def test_rows_are_answered_by_what_they_have(trio):
 
 
 def test_without_val_rows_who_learnt_from_just_these_answers(trio):
-    """Catches a choice by the mean of nothing."""
+    """Catches a choice by the mean of nothing, and a run that ends in a KeyError where nothing is held out: `val_frac: 0` with
+    `training.auto: []`."""
     fused, experts, table = trio
     blind = replace(table, split=np.full(len(table.split), "train", dtype=object))
     none = with_heldout(fused.model, None, blind)
-    routes = choose_routes(none, {m: with_heldout(e.model, None, blind) for m, e in experts.items()}, blind)
-    assert routes == {"a": {m: m for m in DIMS}, "b": {"audio": "audio", "image": "image"}}
+    model, heldout = join_experts(none, {m: with_heldout(e.model, None, blind) for m, e in experts.items()}, blind)
+    assert len(heldout.rows) == 0
+    assert model.spec.routes == {"a": {m: m for m in DIMS}, "b": {"audio": "audio", "image": "image"}}
 
 
 def test_modalities_that_often_come_without_the_others_have_an_expert(make_config, table):
