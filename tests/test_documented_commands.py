@@ -214,7 +214,7 @@ def left_behind(words: list[str]) -> Iterator[Path]:
             yield Path(value)
 
 
-@pytest.mark.parametrize("words", to_run())
+@pytest.mark.parametrize("words", list(to_run()))
 def test_the_command_does_what_it_should(words: list[str], desk: Desk) -> None:
     """Catches a page whose command ends in an error, or leaves no result."""
     if "docs/picture.py" in words and not CHROMIUM:
