@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmkt_ray import storage
 from mmkt_ray.inference.model_card import read_card
-from mmkt_ray.inference.training_record import Training
+from mmkt_ray.inference.training_record import Choice, Training
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.metrics import Probabilities
@@ -113,18 +113,30 @@ def parameters(run_uri: str, results: Results) -> Parameters | None:
     return Parameters(sorted(rows, key=lambda r: r.total), columns) if rows else None
 
 
-def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
-    """What `training.auto` chose for each trained model, and the scores by which."""
+@dataclass(frozen=True)
+class SettingsRow:
+    """What `training.auto` chose for one model."""
+
+    model: str
+    found: Choice
+
+
+@dataclass(frozen=True)
+class SettingsSection:
+    """What `training.auto` chose for each trained model, and the losses by which."""
+
+    rows: list[SettingsRow]
+    keys: list[str]  # dotted
+
+
+def settings(run_uri: str, results: Results) -> SettingsSection | None:
+    """None where nothing was chosen."""
     rows = []
     for name, about in results.models.items():
         fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
         if fit and fit.auto:
-            candidates = list(enumerate(fit.auto.candidates, start=1))
-            losses = {i: candidate.loss for i, candidate in candidates}
-            rank = next((i for i, candidate in candidates if candidate.chosen), None)
-            rows.append({"model": name, "losses": losses, "rank": rank, **fit.auto.to_dict()})
-    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    return {"rows": rows, "keys": keys} if rows else None
+            rows.append(SettingsRow(name, fit.auto))
+    return SettingsSection(rows, list(dict.fromkeys(key for row in rows for key in row.found.settings))) if rows else None
 
 
 def fit_of(run_uri: str, folder: str) -> Training | None:
