@@ -35,7 +35,7 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import model_fingerprint
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.run_file import Place, RunFile
 from mmkt_ray.scoring.tables import comparison_table, recommendation_text
 from mmkt_ray.studies.contribution import insights
@@ -156,7 +156,7 @@ def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[
             storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
 
 
-def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
+def evaluate_step(config: Config, stores: dict[str, Store]) -> ResultsFile:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri, by_uri = run_folder(config), {s.uri: s for s in stores.values()}
     scored = {f"evaluate {place}": (step, call) for place, step, call in _to_evaluate(config, stores)}
@@ -215,11 +215,11 @@ def _baselines_step(config: Config, store: Store) -> Step:
     return Step(uri, folder, decided_by, [f"{folder}/metrics.json", f"{folder}/predictions-test.parquet"])
 
 
-def _compare(uri: str) -> Results:
+def _compare(uri: str) -> ResultsFile:
     """The comparison of all that was evaluated, made again only if that has changed."""
     decided_by = [steps_done(uri, ("evaluate ", "baselines/")), _without_seconds(uri)]
     Step(uri, "compare", decided_by, ["report/results.json"]).once(lambda: compare(uri))
-    return Results.read(storage.join(uri, "report", "results.json"))
+    return ResultsFile.read(storage.join(uri, "report", "results.json"))
 
 
 def _table_bytes(stores: dict[str, Store]) -> int:
@@ -232,7 +232,7 @@ def _identity(store: Store) -> list[Any]:
     return [store.manifest.fingerprint, store.manifest.checksums]
 
 
-def study_step(config: Config, stores: dict[str, Store], results: Results) -> None:
+def study_step(config: Config, stores: dict[str, Store], results: ResultsFile) -> None:
     """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads."""
     wanted = config.evaluation.studies
     with _record(config, "study"):
@@ -246,7 +246,7 @@ def study_step(config: Config, stores: dict[str, Store], results: Results) -> No
                 it.advance()
 
 
-def _studies(config: Config, stores: dict[str, Store], results: Results) -> Iterator[tuple[str, Step, Call]]:
+def _studies(config: Config, stores: dict[str, Store], results: ResultsFile) -> Iterator[tuple[str, Step, Call]]:
     """Name of each study, the step that it is, and the call that does it; there may be several of a name."""
     uri, main = run_folder(config), results.main or ""
     evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]

@@ -17,8 +17,7 @@ from mmkt_ray.done import run_folder
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about_table
-from mmkt_ray.scoring.results import Recommended
-from mmkt_ray.scoring.results import Results as Summary
+from mmkt_ray.scoring.results import Recommended, ResultsFile
 from mmkt_ray.scoring.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -77,9 +76,9 @@ class Results:
     text: str = field(default="", repr=False)  # the comparison, as `mmkt run` prints it; empty if it was opened only
 
     @cached_property
-    def summary(self) -> Summary:
+    def summary(self) -> ResultsFile:
         """All of `report/results.json`; `summary.to_dict()` is its JSON."""
-        return Summary.read(storage.join(self.folder, "report", "results.json"))
+        return ResultsFile.read(storage.join(self.folder, "report", "results.json"))
 
     @property
     def report(self) -> str:

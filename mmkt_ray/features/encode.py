@@ -19,7 +19,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.chunks import Row, make_row, open_row, part_name
+from mmkt_ray.features.chunks import ChunkRow, make_row, open_row, part_name
 from mmkt_ray.features.decode import (
     UNREADABLE,
     Prepared,
@@ -210,7 +210,7 @@ class EncodeChunk(SampleEncoder):
         torch.set_num_threads(plan.num_threads)
         super().__init__(plan, assigned_device(plan.use_gpu, plan.gpu_frac))
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: ChunkRow) -> ChunkRow:
         unit, index, last, samples, rejects, seconds, prepared = open_row(row)
         stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
         part, own = self.encode_samples(samples, unit, stored, seconds, prepared)
@@ -360,7 +360,7 @@ def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples:
 
 def reduce_part(
     batch: dict[str, Any], source_uri: str, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32"
-) -> Row:
+) -> ChunkRow:
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()
     name = str(batch["name"][0])

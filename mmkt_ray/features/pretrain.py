@@ -27,7 +27,7 @@ from safetensors.torch import save as save_tensors
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config.samples import SamplesConfig
-from mmkt_ray.encoders.base import Training
+from mmkt_ray.encoders.base import EncoderTraining
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decode_column
@@ -192,7 +192,7 @@ def _train(args: dict[str, Any], rank: int, world_size: int, device: torch.devic
 
     try:
         values, labels, held_out = _map_values(job.pieces, encoder, class_names, folder)
-        training = Training(job.seed, device, rank, world_size, checkpoint=state, on_epoch=keep, held_out=held_out)
+        training = EncoderTraining(job.seed, device, rank, world_size, state, on_epoch=keep, held_out=held_out)
         weights: dict[str, np.ndarray] = encoder.train(values, labels, class_names, training)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

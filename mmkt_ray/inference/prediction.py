@@ -36,7 +36,7 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def shipped(uri: str) -> str:
     if fs.get_file_info(path).is_file:
         raise DataError(f"'{uri}' is a file: name the folder of a model or of a run")
     place = storage.join(uri, "report", "results.json")
-    results = None if storage.exists(storage.join(uri, "config.json")) else Results.read_or_none(place)
+    results = None if storage.exists(storage.join(uri, "config.json")) else ResultsFile.read_or_none(place)
     if results is None:
         return uri
     chosen = results.recommended

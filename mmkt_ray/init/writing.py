@@ -15,7 +15,7 @@ from mmkt_ray.config import parse_config
 from mmkt_ray.config.parsing import read_yaml
 from mmkt_ray.config.run import OWN_COLUMNS
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.init.classify import KINDS, Column, Look, Target, classify_all, classify_target
+from mmkt_ray.init.classify import KINDS, ClassifiedColumn, Look, Target, classify_all, classify_target
 from mmkt_ray.init.looking import Seen, clean_name, default_name, look_at
 
 
@@ -72,7 +72,7 @@ def _likely(seen: Seen) -> str:
     return f"it may be: {', '.join(found)}" if found else f"the columns are: {', '.join(look.name for look in seen.looks)}"
 
 
-def _lines(columns: Sequence[Column], tasks: Sequence[Target]) -> list[str]:
+def _lines(columns: Sequence[ClassifiedColumn], tasks: Sequence[Target]) -> list[str]:
     """A line for each column: its name, what it was taken for, why."""
     rows = [(t.look.name, f"label, {t.kind}", t.why) for t in tasks]
     for column in columns:
@@ -88,7 +88,7 @@ def _lines(columns: Sequence[Column], tasks: Sequence[Target]) -> list[str]:
 # --- YAML --------------------
 
 
-def _yaml(seen: Seen, columns: Sequence[Column], tasks: Sequence[Target], name: str) -> str:
+def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Target], name: str) -> str:
     used = [c for c in columns if KINDS[c.kind].role != "unused"]
     names: dict[str, str] = {}  # their column -> ours
     for look in [*(c.look for c in used if KINDS[c.kind].role == "modality"), *(t.look for t in tasks)]:

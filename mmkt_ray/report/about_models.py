@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from mmkt_ray import storage
 from mmkt_ray.inference.model_card import read_card
-from mmkt_ray.inference.training_record import Choice, Training
+from mmkt_ray.inference.training_record import ChosenSettings, Training
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.metrics import Probabilities
-from mmkt_ray.scoring.results import Described, Results
+from mmkt_ray.scoring.results import Described, ResultsFile
 
 if TYPE_CHECKING:
     from mmkt_ray.report.page import ShownModel
@@ -48,7 +48,7 @@ class CalibrationSection:
 
 
 def calibration(
-    models: Mapping[str, ShownModel], results: Results, colors: Mapping[str, str], figures: Figures
+    models: Mapping[str, ShownModel], results: ResultsFile, colors: Mapping[str, str], figures: Figures
 ) -> list[CalibrationSection]:
     """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
     sections = []
@@ -100,7 +100,7 @@ class Parameters:
     columns: list[str]  # parts
 
 
-def parameters(run_uri: str, results: Results) -> Parameters | None:
+def parameters(run_uri: str, results: ResultsFile) -> Parameters | None:
     """Numbers of trained parameters by part of each trained model."""
     rows = []
     for name, about in results.models.items():
@@ -118,7 +118,7 @@ class SettingsRow:
     """What `training.auto` chose for one model."""
 
     model: str
-    found: Choice
+    found: ChosenSettings
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class SettingsSection:
     keys: list[str]  # dotted
 
 
-def settings(run_uri: str, results: Results) -> SettingsSection | None:
+def settings(run_uri: str, results: ResultsFile) -> SettingsSection | None:
     """None where nothing was chosen."""
     rows = []
     for name, about in results.models.items():

@@ -21,7 +21,7 @@ from mmkt_ray.report import curves, words
 from mmkt_ray.report.about_models import fit_of
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.provenance import Current, about_table
-from mmkt_ray.scoring.results import Answer, Results
+from mmkt_ray.scoring.results import Answer, ResultsFile
 from mmkt_ray.scoring.tables import points
 from mmkt_ray.studies.insight import Disagreement, Insight, Shapley
 from mmkt_ray.studies.missing_results import ANY, MissingCurves, Triple, WorstRate
@@ -47,7 +47,7 @@ class TaskKnowledge:
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class KnowledgeSection:
     """Plain answers, Shapley values and disagreement of every task."""
 
     tasks: list[TaskKnowledge]
@@ -55,7 +55,9 @@ class Knowledge:
     confidence: float
 
 
-def knowledge(current: Current, results: Results, colors: Mapping[str, str], figures: Figures) -> Knowledge | None:
+def knowledge(
+    current: Current, results: ResultsFile, colors: Mapping[str, str], figures: Figures
+) -> KnowledgeSection | None:
     """None without such a file, or where it says nothing."""
     insight = current.read(Insight, "insight.json", "mmkt run")
     if insight is None:
@@ -73,7 +75,7 @@ def knowledge(current: Current, results: Results, colors: Mapping[str, str], fig
             figure = figures.add(f"{task}-shapley", f"{task}: what {share.model} takes from each modality", alt, paint)
         if share or found.answers or found.disagreement:
             tasks.append(TaskKnowledge(task, metrics, figure, found.answers, found.disagreement, share))
-    return Knowledge(tasks, insight.notes, insight.confidence) if tasks else None
+    return KnowledgeSection(tasks, insight.notes, insight.confidence) if tasks else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Missing:
     experts: list[Route]
 
 
-def missing(current: Current, results: Results, colors: Mapping[str, str], figures: Figures) -> Missing | None:
+def missing(current: Current, results: ResultsFile, colors: Mapping[str, str], figures: Figures) -> Missing | None:
     """None if no model has such a file."""
     folders = {name: about.folder_to_ship for name, about in results.models.items() if about.folder_to_ship}
     read = {

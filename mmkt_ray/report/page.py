@@ -31,7 +31,7 @@ from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
-from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, TaskResults
+from mmkt_ray.scoring.results import Described, ModelScores, Recommended, ResultsFile, TaskResults
 from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.scoring.tables import kind_text, path_of, predict_command, same_samples
 from mmkt_ray.studies.gallery_results import Gallery
@@ -105,7 +105,7 @@ class Recommendation:
     command: str  # that uses it
 
 
-def _recommended(results: Results, run_uri: str) -> Recommendation | None:
+def _recommended(results: ResultsFile, run_uri: str) -> Recommendation | None:
     """None if there is no such model."""
     chosen = results.recommended
     if chosen is None:
@@ -154,7 +154,7 @@ class TaskSection:
 
 
 def _task_section(
-    task: str, results: Results, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
+    task: str, results: ResultsFile, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
 ) -> TaskSection:
     found = results.tasks[task]
     shown = found.best_trained or found.best or ""
@@ -264,7 +264,7 @@ def _number_figures(
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-def _stores(run: RunFile, results: Results) -> dict[str, list[str]]:
+def _stores(run: RunFile, results: ResultsFile) -> dict[str, list[str]]:
     """Store folder -> the variants that use it."""
     stores: dict[str, list[str]] = {}
     for name, place in run.variants.items():

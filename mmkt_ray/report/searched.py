@@ -17,7 +17,7 @@ from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.search_plots import Measure
 from mmkt_ray.scoring.intervals import Interval, verdict
 from mmkt_ray.scoring.provenance import Current
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.tables import metric_name, points
 from mmkt_ray.search.search_results import (
     Finalist,
@@ -98,7 +98,7 @@ class SearchSection:
     found: SearchFound | None  # None: there is no winner
 
 
-def search_section(current: Current, figures: Figures, results: Results | None = None) -> SearchSection | None:
+def search_section(current: Current, figures: Figures, results: ResultsFile | None = None) -> SearchSection | None:
     """None without a finished search."""
     summary = SearchSummary.read_or_none(storage.join(current.run_uri, "search", "report.json"))
     result = current.read(SearchResult, "search/result.json", "mmkt search") if summary else None
@@ -128,7 +128,7 @@ def search_section(current: Current, figures: Figures, results: Results | None =
     return SearchSection(result, measure, found)
 
 
-def shown_metrics(results: Results | None, *tasks: str) -> list[dict[str, str]]:
+def shown_metrics(results: ResultsFile | None, *tasks: str) -> list[dict[str, str]]:
     """The first two metrics of the tasks: {name, title}, titles of several kinds side by side; of tasks that `results`
     (of `compare`) does not have those of classes."""
     found = results.tasks if results else {}
@@ -304,7 +304,7 @@ class SeedsSection:
     tasks: list[SeedsTask]
 
 
-def seeds_section(current: Current, results: Results | None = None) -> SeedsSection | None:
+def seeds_section(current: Current, results: ResultsFile | None = None) -> SeedsSection | None:
     """Every task's models with a verdict each; None without such a file."""
     found = current.read(Seeds, "seeds.json", "mmkt repeat")
     if found is None or not found.tasks:

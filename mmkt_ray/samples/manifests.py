@@ -20,7 +20,7 @@ from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.json_rows import Fault, parse_row
-from mmkt_ray.samples.lines import LINE, Lines, open_lines, other_separator, read_header, told_separator
+from mmkt_ray.samples.lines import LINE, TextLines, open_lines, other_separator, read_header, told_separator
 from mmkt_ray.samples.parquet import (
     RENAME,
     class_names_in,
@@ -191,13 +191,13 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
             yield reading.unreadable(error)
 
 
-def _check_closed(reading: Reading, lines: Lines, first: int) -> None:
+def _check_closed(reading: Reading, lines: TextLines, first: int) -> None:
     """Raises: DataError if the file ended within the row that began at line `first`: only an open quote asks for more lines."""
     if lines.ended:
         raise _not_closed(reading, lines, first)
 
 
-def _not_closed(reading: Reading, lines: Lines, first: int) -> DataError:
+def _not_closed(reading: Reading, lines: TextLines, first: int) -> DataError:
     """The error for a row, begun at line `first`, that goes on to the end of the file or is longer than a row may be."""
     row, start = "".join(lines.row), 0
     while (found := _CSV_FIELD.match(row, start)) and found.end() > start:

@@ -25,7 +25,7 @@ from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import copy_model, load_model, save_model
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.inference.training_record import Choice, Outcome, Training, ValScores
+from mmkt_ray.inference.training_record import ChosenSettings, Outcome, Training, ValScores
 from mmkt_ray.models import ExpertModel
 from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
@@ -124,7 +124,7 @@ class WorkerArgs:
     """What a worker is given."""
 
     config: Config
-    choice: Choice | None  # of the settings that the config leaves open
+    choice: ChosenSettings | None  # of the settings that the config leaves open
     store_uri: str
     model_uri: str
     scratch: str  # folder of what a killed run goes on from
@@ -161,14 +161,14 @@ def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int)
     return outcome
 
 
-def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[Choice, str]:
+def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[ChosenSettings, str]:
     """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
 
     They are chosen once for the models of the same modalities and tasks, whatever their seeds.
     """
     folder = settings_uri(config, store)
     if storage.exists(f"{folder}.json"):
-        choice = Choice.read(f"{folder}.json")
+        choice = ChosenSettings.read(f"{folder}.json")
     else:
         choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
         if heldout is not None:
@@ -196,7 +196,7 @@ def settings_uri(config: Config, store: Store) -> str:
 
 def choose_on_worker(
     args: WorkerArgs, rank: int, world_size: int, device: torch.device
-) -> tuple[Choice, HeldOut | None] | UserError:
+) -> tuple[ChosenSettings, HeldOut | None] | UserError:
     """One worker's part of `settle`."""
     try:
         return choose(args.config, _table(args.config, args.store_uri), device)

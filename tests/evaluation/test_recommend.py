@@ -9,7 +9,7 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import Evaluated
 from mmkt_ray.evaluation.recommend import Candidate, _can_ship, choose, standard_error
 from mmkt_ray.scoring.metrics import ModelMetrics
-from mmkt_ray.scoring.results import Recommended, Results
+from mmkt_ray.scoring.results import Recommended, ResultsFile
 from mmkt_ray.scoring.tables import recommendation_text
 
 ROWS = np.arange(100)
@@ -56,8 +56,8 @@ def test_one_row_or_none_wrong_is_no_certainty():
     assert choose(models[:1])[0].model == "big"
 
 
-def results(recommended: Recommended | None) -> Results:
-    return Results(
+def results(recommended: Recommended | None) -> ResultsFile:
+    return ResultsFile(
         run="r", split="test", confidence=0.95, models={}, tasks={}, recommended=recommended, main=None, notes=[]
     )
 

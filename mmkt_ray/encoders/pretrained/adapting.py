@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from mmkt_ray.encoders.base import Training
+from mmkt_ray.encoders.base import EncoderTraining
 from mmkt_ray.encoders.device import autocast
 from mmkt_ray.errors import ConfigError, DataError
 
@@ -219,7 +219,7 @@ class _Data:
 class _Run:
     """A network in training: its optimiser, its place among the workers, what was best so far."""
 
-    def __init__(self, encoder: Any, num_classes: int, data: _Data, training: Training) -> None:
+    def __init__(self, encoder: Any, num_classes: int, data: _Data, training: EncoderTraining) -> None:
         encoder.model = None  # as it was pretrained, also after another fold
         encoder.load()
         self.section, self.precision, self.data, self.training = encoder.config.adapt, encoder.config.precision, data, training
@@ -382,7 +382,7 @@ class _Run:
 
 
 def adapt(
-    encoder: Any, values: np.ndarray, labels: np.ndarray, num_classes: int, training: Training
+    encoder: Any, values: np.ndarray, labels: np.ndarray, num_classes: int, training: EncoderTraining
 ) -> dict[str, np.ndarray]:
     """Train an Adaptable encoder on prepared values (N, ..) and class numbers (N,). Returns what changed, as `kept` names it.
 
@@ -405,7 +405,7 @@ def adapt(
 
 
 def _fit(
-    encoder: Any, num_classes: int, data: _Data, training: Training, done: dict[str, Tensor], fold: int
+    encoder: Any, num_classes: int, data: _Data, training: EncoderTraining, done: dict[str, Tensor], fold: int
 ) -> dict[str, Tensor]:
     """Train one network; returns what changed in its best epoch. done: what earlier folds have come to."""
     state = training.checkpoint if training.checkpoint is not None and int(training.checkpoint["fold"]) == fold else None
