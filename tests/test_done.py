@@ -8,7 +8,7 @@ import pytest
 
 from mmkt_ray import done, storage
 from mmkt_ray.config import Config
-from mmkt_ray.features.siblings import take_over
+from mmkt_ray.features.siblings import copy_from_sibling
 from tests.shapes import shapes_config, write_shard
 
 
@@ -125,9 +125,9 @@ def test_a_folder_is_taken_over_from_a_whole_run_only(tmp_path: Path) -> None:
         for file in files:
             storage.write_bytes(str(tmp_path / run / "features" / "s" / file), run.encode())
     runs = storage.join(str(tmp_path), "new")
-    assert not take_over(runs, "features/s", "manifest.json", lambda uri: False)
+    assert not copy_from_sibling(runs, "features/s", "manifest.json", lambda uri: False)
     assert not (tmp_path / "new").exists()
-    assert take_over(runs, "features/s", "manifest.json", lambda uri: "/b/" not in uri)
+    assert copy_from_sibling(runs, "features/s", "manifest.json", lambda uri: "/b/" not in uri)
     mine = tmp_path / "new" / "features" / "s" / "data" / "p"
     assert mine.read_bytes() == b"c"
     storage.write_bytes(str(mine), b"changed")

@@ -31,7 +31,7 @@ from mmkt_ray.features.store import column_of, from_arrow
 from mmkt_ray.inference.conformal import margins_of
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.inference.prediction import finite, prediction_config, restrict, shipped, usable_encoders
+from mmkt_ray.inference.prediction import check_finite, model_to_ship, prediction_config, restrict, usable_encoders
 from mmkt_ray.inference.rows import missing_column, prediction_columns, without_unreadable
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.models import Predictor
@@ -52,7 +52,7 @@ def load(
 
     Raises: DataError if there is no whole model, ConfigError if it asks for code or files and `trust_code` is not set.
     """
-    uri = shipped(storage.absolute(str(folder)))
+    uri = model_to_ship(storage.absolute(str(folder)))
     network, card = load_model(uri)
     own = dict(overrides or {})
     trained = restrict(parse_config(card.config), own)
@@ -216,7 +216,7 @@ class Model:
         features, present = {m: f for m, (f, _) in read.items()}, {m: p for m, (_, p) in read.items()}
         split = np.full(len(part), "test", dtype=object)
         table = FeatureTable(Ids.of(part.column("sample_id")), split, features, present, {}, {})
-        proba = without_unreadable(finite(predict_table(self.network, table)), table, self.network.spec.inputs)
+        proba = without_unreadable(check_finite(predict_table(self.network, table)), table, self.network.spec.inputs)
         found: dict[str, Any] = {"row": part.column("sample_id").cast(pa.int64())}
         for task, names in sorted(self.classes.items()):
             margins = self.network.margins.get(task)

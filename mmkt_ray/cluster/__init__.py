@@ -18,7 +18,7 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_variables, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_ray_defaults, start_local
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
@@ -55,7 +55,7 @@ def connect() -> Resources:
 
     Raises: ResourceError if the address does not answer.
     """
-    set_variables()
+    set_ray_defaults()
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":

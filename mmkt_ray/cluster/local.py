@@ -51,7 +51,7 @@ def start_ahead() -> None:
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or _own.get(os.getpid()) or sys.platform != "linux":
         return
     with suppress(OSError, ResourceError):  # `start_local` will tell
-        set_variables()
+        set_ray_defaults()
         keep_token_private()
         folder = private_folder()
         _ahead[folder] = fork_server(folder)
@@ -62,7 +62,7 @@ def start_local() -> None:
 
     Raises: ResourceError if there is no place for it, or if this machine is too busy.
     """
-    set_variables()
+    set_ray_defaults()
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quieten()
@@ -95,7 +95,7 @@ def forked_workers(folder: str) -> Iterator[None]:
         yield
 
 
-def set_variables() -> None:
+def set_ray_defaults() -> None:
     """What Ray reads from the environment of this process and of those that it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen

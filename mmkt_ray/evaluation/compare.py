@@ -20,7 +20,7 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.evaluation.adapted import adaptations
-from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, settle
+from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, correct_answers
 from mmkt_ray.evaluation.recommend import (
     HeldOutRows,
     best_of,
@@ -324,7 +324,7 @@ def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
 
 def _answer(tasks: dict[str, TaskResults], asked: dict[str, Asked], confidence: float) -> None:
     """Settle what was asked of each task, all together, and put it into words."""
-    for task, (fusing, answers) in settle(asked, Settings(confidence)).items():
+    for task, (fusing, answers) in correct_answers(asked, Settings(confidence)).items():
         for answer in answers:
             answer.sentence = sentences.answer_sentence(task, answer)
         tasks[task].answers = answers

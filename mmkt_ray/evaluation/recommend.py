@@ -52,7 +52,7 @@ class Candidate:
         return len(self.modalities), self.num_params, -self.score
 
 
-def choose(candidates: Sequence[Candidate]) -> list[Considered]:
+def rank_candidates(candidates: Sequence[Candidate]) -> list[Considered]:
     """All candidates: the chosen one first, then by score. They all have the same tasks; there is one."""
     best = max(candidates, key=lambda c: (c.score, -c.simplicity()[0], -c.simplicity()[1]))
     errors = {c.name: standard_error(best, c) for c in candidates}
@@ -164,7 +164,7 @@ def smallest_of_best(task: str, models: list[Evaluated], scores: dict[str, float
     if not models:
         return None
     most = _most_rows(task, models)
-    found = choose([_candidate(m, {task: scores[m.name]}, {task: most[m.name]}, "val") for m in models])
+    found = rank_candidates([_candidate(m, {task: scores[m.name]}, {task: most[m.name]}, "val") for m in models])
     return next(m for m in models if m.name == found[0].model)
 
 
@@ -198,7 +198,7 @@ def recommend(
     ons = {tasks[t].selected_on for t in mine}
     on = next(place for place in ("test", "cv", "val") if place in ons)
     by_name = {m.name: m for m in able[mine[0]]}
-    considered = choose(
+    considered = rank_candidates(
         [_candidate(by_name[n], {t: scores[t][n] for t in mine}, {t: rows[t][n] for t in mine}, on) for n in names]
     )
     chosen, best = considered[0], max(considered, key=lambda c: c.score)

@@ -107,7 +107,7 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     path = folder / TARGETS[to]
     (write_onnx if to == "onnx" else write_torch)(program, path, graph, about)
     runner = onnx_runner(path) if to == "onnx" else torch_runner(program)
-    about["check"] = compare(graph, runner, folders, rows, mixed, half)
+    about["check"] = compare_outputs(graph, runner, folders, rows, mixed, half)
     about["speed"] = measure(runner, lambda count: graph_arrays(graph, {m: v[:count] for m, v in rows.values.items()}))
     about["bytes"] = sum(file.stat().st_size for file in folder.glob(f"{TARGETS[to]}*"))
     for part in graph.parts:
@@ -268,7 +268,7 @@ def torch_runner(program: Any) -> Runner:
     return run
 
 
-def compare(
+def compare_outputs(
     graph: ExportGraph,
     runner: Runner,
     folders: Mapping[str, list[str]],

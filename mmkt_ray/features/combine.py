@@ -83,7 +83,7 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
         return store
     index = read_index(source, sorted(config.modalities), sorted(config.tasks))
     combined = join(index, how) if isinstance(how, JoinCombine) else pair(index, how, config.seed)
-    write_parts(config, source, uri, unit, combined, index)
+    write_combined(config, source, uri, unit, combined, index)
     rejects = pa.concat_tables([source_rejects(source), reject_table(combined.rejects)])
     origin = Origin([unit], source=source, rejects=rejects, num_conflicts=combined.num_conflicts)
     return publish(uri, config, origin, source.manifest.modalities)
@@ -211,7 +211,7 @@ def _cycle(rng: np.random.Generator, rows: list[int]) -> Iterator[int]:
         yield from rng.permutation(rows).tolist()
 
 
-def write_parts(config: Config, source: Store, uri: str, unit: str, combined: Combined, index: RowIndex) -> None:
+def write_combined(config: Config, source: Store, uri: str, unit: str, combined: Combined, index: RowIndex) -> None:
     """Gather the samples' features and labels from the source, one part at a time."""
     with tempfile.TemporaryDirectory(prefix="mmkt-combine-") as folder:
         spilled = _spill(source, f"{folder}/rows.arrow")

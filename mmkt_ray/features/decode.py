@@ -143,7 +143,7 @@ def _regrouped(column: pa.ChunkedArray, items: Decoded) -> Decoded:
     return decoded
 
 
-def choose(values: Sequence[Any], keep: np.ndarray) -> Sequence[Any]:
+def select_values(values: Sequence[Any], keep: np.ndarray) -> Sequence[Any]:
     """Of the values (N,) those with `keep` (N,) true."""
     if isinstance(values, Prepared):
         return values.filter(keep)

@@ -24,11 +24,11 @@ from mmkt_ray.features.decode import (
     UNREADABLE,
     Prepared,
     changes_of,
-    choose,
     decode_column,
     note_changes,
     note_content,
     prepared_values,
+    select_values,
     settle_broken,
 )
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
@@ -144,7 +144,7 @@ class SampleEncoder:
         for name in self.encoders:
             part = stored.get(name)
             if part is None:
-                chosen = choose(values[name], keep)
+                chosen = select_values(values[name], keep)
                 columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
                 with self._turns[name]:
                     changes = changes_in(self.encoders[name], chosen)

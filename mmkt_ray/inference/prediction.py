@@ -86,7 +86,7 @@ def predict(
     output: another form of the predictions, written beside the file and returned in its place.
     Raises: ConfigError, DataError.
     """
-    model_uri = shipped(model_uri)
+    model_uri = model_to_ship(model_uri)
     model, card = load_model(model_uri)
     own, columns = reading.own, reading.columns
     trained = restrict(parse_config(card.config), own)
@@ -128,7 +128,7 @@ def _predict(
     return path
 
 
-def shipped(uri: str) -> str:
+def model_to_ship(uri: str) -> str:
     """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none, or is a
     file."""
     fs, path = storage.resolve(uri)
@@ -279,7 +279,7 @@ def prediction_config(
     return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {t: config.tasks[t] for t in tasks}})
 
 
-def finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def check_finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The probabilities, task -> (N, C), as they are. Raises: DataError if one is not finite: the weights overflow."""
     for task, values in proba.items():
         if not np.isfinite(values).all():
@@ -356,7 +356,7 @@ def write_predictions(path: str, model: Predictor, store: Store, class_names: Ma
 
     def parts() -> Iterator[pa.Table]:
         for table, labels in zip(store.tables(modalities, tasks=[]), store.read(["sample_id", *tasks]), strict=True):
-            proba = without_unreadable(finite(predict_table(model, table)), table, model.spec.inputs)
+            proba = without_unreadable(check_finite(predict_table(model, table)), table, model.spec.inputs)
             columns = {
                 "sample_id": pa.array(table.sample_id[:], pa.string()),
                 "missing": missing_column(table, modalities),

@@ -237,7 +237,8 @@ def totals(config: Config, rates: Rates, machines: Machines, samples: float, ste
     busy = sum(step.core_s for step in steps if not step.part) / 3600 / (hours * machines.all_cpus)
     least = "at least " if machines.gpus else ""
     cost = f", cost {least}{hours * machines.nodes * machines.price:,.0f}" if machines.price is not None else ""
-    yield f"together   {least}{span(hours * 3600)}, {hours * machines.nodes:,.1f} node-hours{cost}; CPUs busy {busy:.0%} of it"
+    took = f"{least}{time_text(hours * 3600)}, {hours * machines.nodes:,.1f} node-hours"
+    yield f"together   {took}{cost}; CPUs busy {busy:.0%} of it"
     extract_s = next(step.seconds for step in steps if step.name == "extract")
     stored = samples * rates.store_bytes
     yield f"storage    {size(stored)} of features; {size(stored / extract_s)}/s at most while extracting"
@@ -257,11 +258,11 @@ def step_table(steps: list[PlannedStep]) -> str:
     lines = [f"{'step':30}{'core-hours':>14}{'time':>12}  "]
     for step in steps:
         work = f"{step.core_s / 3600:,.{0 if step.core_s > 360_000 else 2}f}" if step.core_s else ""
-        lines.append(f"{step.name:30}{work:>14}{span(step.seconds):>12}  {step.place}".rstrip())
+        lines.append(f"{step.name:30}{work:>14}{time_text(step.seconds):>12}  {step.place}".rstrip())
     return "\n".join(lines)
 
 
-def span(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """A time in a unit that fits; nothing for none."""
     if not seconds:
         return ""

@@ -72,7 +72,7 @@ def calibration(
             f"{task}: does {shown.model} know how sure it may be?",
             f"Reliability of {shown.model} on task {task}: share that came true by confidence; "
             f"calibration error {words.percent(shown.after.calibration_error)}",
-            partial(curves.reliability, lines, colors[shown.model]),
+            partial(curves.draw_reliability, lines, colors[shown.model]),
         )
         rows.sort(key=lambda r: r.after.calibration_error or 0.0)
         sections.append(CalibrationSection(task, figure, rows))
@@ -104,7 +104,7 @@ def parameters(run_uri: str, results: ResultsFile) -> Parameters | None:
     """Numbers of trained parameters by part of each trained model."""
     rows = []
     for name, about in results.models.items():
-        fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        fit = training_of(run_uri, about.folder) if about.kind == "trained" else None
         if fit and fit.num_params_by_part:
             rows.append(ModelParameters(name, about, fit.num_params_by_part))
     columns = list(dict.fromkeys(part for row in rows for part in row.parts))
@@ -133,13 +133,13 @@ def settings(run_uri: str, results: ResultsFile) -> SettingsSection | None:
     """None where nothing was chosen."""
     rows = []
     for name, about in results.models.items():
-        fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        fit = training_of(run_uri, about.folder) if about.kind == "trained" else None
         if fit and fit.auto:
             rows.append(SettingsRow(name, fit.auto))
     return SettingsSection(rows, list(dict.fromkeys(key for row in rows for key in row.found.settings))) if rows else None
 
 
-def fit_of(run_uri: str, folder: str) -> Training | None:
+def training_of(run_uri: str, folder: str) -> Training | None:
     """How a model of the run was trained; None where that is not known."""
     card = read_card(storage.join(run_uri, folder))
     return card.fit if card else None

@@ -18,7 +18,7 @@ from mmkt_ray.features.audit import Audit, LabelIssues
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
-from mmkt_ray.report.about_models import fit_of
+from mmkt_ray.report.about_models import training_of
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.provenance import Current, about_table
 from mmkt_ray.scoring.results import Answer, ResultsFile
@@ -71,7 +71,7 @@ def knowledge(
             alt = f"Shapley values of {title} on task {task}: " + ", ".join(
                 f"{m} {points(v['value'])} points" for m, v in own.values.items() if v
             )
-            paint = partial(curves.contributions, own, title, colors[share.model])
+            paint = partial(curves.draw_contributions, own, title, colors[share.model])
             figure = figures.add(f"{task}-shapley", f"{task}: what {share.model} takes from each modality", alt, paint)
         if share or found.answers or found.disagreement:
             tasks.append(TaskKnowledge(task, metrics, figure, found.answers, found.disagreement, share))
@@ -163,7 +163,7 @@ def missing(current: Current, results: ResultsFile, colors: Mapping[str, str], f
 
 def _experts_of(run_uri: str, name: str, folder: str) -> list[Route]:
     """Who answers what, of a model with experts."""
-    fit = fit_of(run_uri, folder)
+    fit = training_of(run_uri, folder)
     routes = (fit.experts_for if fit else None) or {}
     return [
         Route(name, task, there.replace("+", " + "), expert)
@@ -205,7 +205,7 @@ def _missing_of(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
         f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(lines)}; also in the table",
-        partial(curves.missing_curves, rates, lines, reference, colors, metric=main["title"], ends=ends),
+        partial(curves.draw_missing_curves, rates, lines, reference, colors, metric=main["title"], ends=ends),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
     rows = []
@@ -242,7 +242,7 @@ def transfer(current: Current, figures: Figures) -> Transfer | None:
                 f"transfer-{method}-{frac:g}",
                 f"{method}, {100 * frac:g} % of the labels",
                 f"Gain over from scratch in points by {method} with {100 * frac:g} % of the labels; also in the table",
-                partial(curves.gains, chosen, reach),
+                partial(curves.draw_gains, chosen, reach),
             )
         )
     worse = [c for c in cells if c.verdict == "negative"]

@@ -60,7 +60,7 @@ def choice_name(text: str) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else text
 
 
-def heat_map(found: HeatMap, measure: Measure, ends: tuple[float, float]) -> str:
+def draw_heat_map(found: HeatMap, measure: Measure, ends: tuple[float, float]) -> str:
     """The best score of each cell, under it the number of candidates; cells without one are empty.
 
     ends: lowest and highest score of all maps that are compared, which have one scale.
@@ -84,7 +84,7 @@ def heat_map(found: HeatMap, measure: Measure, ends: tuple[float, float]) -> str
     return draw(min(1.5 + 0.46 * len(rows), 8), paint)
 
 
-def anytime(curve: Sequence[CurvePoint], measure: Measure) -> str:
+def draw_anytime(curve: Sequence[CurvePoint], measure: Measure) -> str:
     """The best score so far against the time of search."""
     at, best, count = (np.array(column, dtype=float) for column in zip(*curve, strict=True))
     unit, size = ("min", 60.0) if at[-1] > 180 else ("s", 1.0)
@@ -112,7 +112,7 @@ def anytime(curve: Sequence[CurvePoint], measure: Measure) -> str:
     return draw(2.9, paint)
 
 
-def importance(explained: Mapping[str, float]) -> str:
+def draw_importance(explained: Mapping[str, float]) -> str:
     """Share of the scores' variance that each key explains, the most important at the top."""
     keys = sorted(explained, key=lambda k: explained[k])
 
@@ -129,7 +129,7 @@ def importance(explained: Mapping[str, float]) -> str:
     return draw(1.0 + 0.34 * len(keys), paint)
 
 
-def slices(points: Sequence[SlicePoint], key: str, measure: Measure, ends: tuple[float, float]) -> str:
+def draw_slices(points: Sequence[SlicePoint], key: str, measure: Measure, ends: tuple[float, float]) -> str:
     """Score of the candidates against one key's value: a scale of numbers, else a row for each value. The ring is the best.
 
     The more epochs, the stronger the colour. ends: lowest and highest score of all slices, which have one scale.

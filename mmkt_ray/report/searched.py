@@ -225,12 +225,12 @@ def _figures(summary: SearchSummary, measure: Measure, figures: Figures) -> Sear
     curve, importance, explained = None, None, summary.importance or {}
     if summary.curve:
         alt = f"Best val {measure.name} so far over the time of search; at the end {measure.with_unit(summary.curve[-1][1])}"
-        paint = partial(search_plots.anytime, summary.curve, measure)
+        paint = partial(search_plots.draw_anytime, summary.curve, measure)
         curve = figures.add("search-curve", "The best score so far", alt, paint)
     if explained:
         ranked = sorted(explained.items(), key=lambda item: -item[1])
         alt = "Share of the variance of scores by key: " + ", ".join(f"{k} {words.percent(s)}" for k, s in ranked)
-        paint = partial(search_plots.importance, explained)
+        paint = partial(search_plots.draw_importance, explained)
         importance = figures.add("search-importance", "What matters", alt, paint)
     slices = {k: p for k, p in summary.slices.items() if len({point[0] for point in p}) > 1}
     keys = sorted(slices, key=lambda k: -explained.get(k, 0.0))
@@ -240,7 +240,7 @@ def _figures(summary: SearchSummary, measure: Measure, figures: Figures) -> Sear
             f"search-slice-{key}",
             search_plots.key_name(key),
             f"Val {measure.name} of {len(slices[key])} candidates by {key}; the best one has {_plain(slices[key])}",
-            partial(search_plots.slices, slices[key], key, measure, (min(every), max(every))),
+            partial(search_plots.draw_slices, slices[key], key, measure, (min(every), max(every))),
         )
         for key in keys[:MAX_SLICES]
     ]
@@ -262,7 +262,7 @@ def _heat_maps(heat_maps: list[HeatMap], measure: Measure, figures: Figures) -> 
         best, where = max(cells)
         alt = f"Best val {measure.name} by {rows} and {columns}; the highest, {measure.with_unit(best)}, is {where}"
         title = f"{rows} × {columns}: best val {measure.name}, {measure.unit}"
-        paint = partial(search_plots.heat_map, found, measure, (min(every), max(every)))
+        paint = partial(search_plots.draw_heat_map, found, measure, (min(every), max(every)))
         drawn.append(figures.add(f"search-{rows}-{columns}", title, alt, paint))
     return drawn
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.cells import is_nan
-from mmkt_ray.kinds.label_columns import named, plain_values
+from mmkt_ray.kinds.label_columns import plain_values, with_class_names
 from mmkt_ray.kinds.lists import items_in
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.addresses import Fetcher, find_addresses
@@ -271,7 +271,7 @@ def _named_values(column: pa.Array, class_names: list[str] | None) -> list[Any]:
     values: list[Any] = plain_values(column)
     for i, value in enumerate(values) if class_names is not None else ():
         try:
-            values[i] = value if isinstance(value, ValueError) else named(value, class_names)
+            values[i] = value if isinstance(value, ValueError) else with_class_names(value, class_names)
         except ValueError as error:
             values[i] = error
     return values

@@ -126,7 +126,7 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a size or a name in the file's metadata
         if not is_damage(error, fs):
             raise
-        start = next(storage.read_chunks(reading.shard.uri, 64), b"")
+        start = next(storage.read_pieces(reading.shard.uri, 64), b"")
         yield Block([], {}, rejects=[reading.unreadable(error, "" if start.startswith(b"PAR1") else what_else(start))])
 
 

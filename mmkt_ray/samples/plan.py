@@ -10,7 +10,7 @@ from typing import Any
 from mmkt_ray.config import Config, SourceConfig, TaskConfig
 from mmkt_ray.config.samples import SplitConfig
 from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.section import named
+from mmkt_ray.section import as_mapping
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class ReadingPlan:
         """The plan that `to_json` was called on, in a process that may not have imported its kinds yet."""
         parts: dict[str, Any] = {
             "sources": tuple(SourceConfig(**source) for source in told["sources"]),
-            "modalities": {m: _class_of(name).model_validate(named(kind)) for m, (name, kind) in told["modalities"].items()},
+            "modalities": {
+                m: _class_of(name).model_validate(as_mapping(kind)) for m, (name, kind) in told["modalities"].items()
+            },
             "tasks": {t: _imported(module)(**task) for t, (module, task) in told["tasks"].items()},
             "split": SplitConfig(**told["split"]),
             "named": tuple(map(tuple, told["named"])),

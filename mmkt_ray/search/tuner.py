@@ -33,7 +33,7 @@ from mmkt_ray import cluster
 from mmkt_ray.config import ParameterConfig, seed_32
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.leaderboard import Known, Leaderboard
-from mmkt_ray.search.space import Overrides, Space, text_of, values_of
+from mmkt_ray.search.space import Overrides, Space, parameter_values, text_of
 from mmkt_ray.search.trial import SearchContext, Trial
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def value_of(parameter: ParameterConfig, suggested: Any) -> Any:
     """The value that Optuna's suggestion stands for."""
     if parameter.choice is None:
         return suggested
-    return next(v for v in values_of(parameter) if text_of(v) == suggested)
+    return next(v for v in parameter_values(parameter) if text_of(v) == suggested)
 
 
 def suggestion_of(parameter: ParameterConfig, value: Any) -> Any:

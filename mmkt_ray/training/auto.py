@@ -68,7 +68,7 @@ def is_plain(config: Config) -> bool:
     )
 
 
-def plain(config: Config) -> Config:
+def plain_config(config: Config) -> Config:
     """The config without what `is_plain` refuses."""
     return config.with_overrides(
         {
@@ -90,7 +90,7 @@ def screening_config(config: Config) -> Config:
         alone["model.sharing"] = "task"
         if config.model.fusion.name in LIKE_CONCAT:
             alone["model.fusion"] = "concat"
-    return plain(config).with_overrides({**alone, "training.auto": list(config.training.auto)})
+    return plain_config(config).with_overrides({**alone, "training.auto": list(config.training.auto)})
 
 
 def is_screened(config: Config) -> bool:
@@ -155,7 +155,7 @@ def with_settings(config: Config, settings: Mapping[str, Setting | None]) -> Con
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def choose(
+def choose_settings(
     config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")  # noqa: B008
 ) -> tuple[ChosenSettings, HeldOut | None]:
     """Choose the settings that `training.auto` leaves open. With them come held-out predictions of the chosen

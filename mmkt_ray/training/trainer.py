@@ -33,7 +33,7 @@ from mmkt_ray.training.auto import (
     BASE,
     CANDIDATES,
     FEW_ROWS,
-    choose,
+    choose_settings,
     for_depth,
     is_plain,
     is_screened,
@@ -97,7 +97,8 @@ def train(
     if has_experts(config):
         return _outcome(_train_with_experts(config, store, model_uri, folder, run), "trained")
     scratch = storage.join(model_uri, ".train")
-    choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
+    has_settings = bool(config.training.auto) and not is_linear(config)
+    choice, settings = find_settings(config, store, run) if has_settings else (None, "")
     wide = train_wide(config, store, folder, run)
     args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings, wide)
     if args.holds_out and config.training.num_workers > 1:
@@ -161,7 +162,7 @@ def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int)
     return outcome
 
 
-def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[ChosenSettings, str]:
+def find_settings(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[ChosenSettings, str]:
     """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
 
     They are chosen once for the models of the same modalities and tasks, whatever their seeds.
@@ -197,9 +198,9 @@ def settings_uri(config: Config, store: Store) -> str:
 def choose_on_worker(
     args: WorkerArgs, rank: int, world_size: int, device: torch.device
 ) -> tuple[ChosenSettings, HeldOut | None] | UserError:
-    """One worker's part of `settle`."""
+    """One worker's part of `find_settings`."""
     try:
-        return choose(args.config, _table(args.config, args.store_uri), device)
+        return choose_settings(args.config, _table(args.config, args.store_uri), device)
     except UserError as error:
         return error
 

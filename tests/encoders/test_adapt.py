@@ -237,7 +237,7 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):
     """Catches LoRA that changes nothing, as a network has no linear layers, and a state of another rank that is taken."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1))
     with pytest.raises(ConfigError, match="this network has none: use last_layers or full"):
-        adapting.choose(net, section(folder).adapt, 0)
+        adapting.make_trainable(net, section(folder).adapt, 0)
     config = section(folder, how="lora", rank=2, epochs=1)
     tensors = train(config)
     name = next(iter(tensors)).rsplit(".", 1)[0]

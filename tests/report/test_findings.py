@@ -191,7 +191,7 @@ def test_a_task_of_several_classes_per_sample_has_its_table_of_classes(told, tmp
 def test_curves_with_undefined_points_are_drawn():
     """Catches a rate at which no score is defined that fails the whole page."""
     points = [[0.9, 0.8, 1.0], None]
-    assert curves.missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}).startswith("<svg")
+    assert curves.draw_missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}).startswith("<svg")
 
 
 def test_what_is_out_of_date_is_left_out_and_named(told, tmp_path):

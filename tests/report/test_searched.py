@@ -263,7 +263,7 @@ def test_values_that_are_choices_get_rows_and_scales_do_not():
 def test_a_heat_map_with_one_value_is_drawn():
     """Catches a range of zero width that fails the page."""
     one = HeatMap(rows="a", columns="b", row_names=["x"], column_names=["y"], score=[[0.5]], candidates=[[1]])
-    assert "50.0" in search_plots.heat_map(one, search_plots.Measure.of("macro_f1"), (0.5, 0.5))
+    assert "50.0" in search_plots.draw_heat_map(one, search_plots.Measure.of("macro_f1"), (0.5, 0.5))
 
 
 @pytest.fixture

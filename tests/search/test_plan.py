@@ -7,7 +7,7 @@ import pytest
 
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.search.leaderboard import Known, Leaderboard
-from mmkt_ray.search.search import check_features, check_search, notes_of, search_digest
+from mmkt_ray.search.search import check_search, check_searchable, notes_of, search_digest
 from mmkt_ray.search.search_results import NumTried
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import SearchContext, Trial, search_score
@@ -129,7 +129,7 @@ def test_an_objective_that_cannot_be_had_is_refused(make_config, store):
     mood, topic = (codes_of(table.labels[t]) for t in ("mood", "topic"))
     one = table.take(np.flatnonzero((table.split != "val") | ((mood == 0) & (topic == 0))))
     with pytest.raises(DataError, match="chooses by auroc on val, which is undefined for mood, topic"):
-        check_features(build_space(make_config(**{"search.objective": {"metric": "auroc"}})), one)
+        check_searchable(build_space(make_config(**{"search.objective": {"metric": "auroc"}})), one)
 
 
 def test_a_task_that_a_candidate_lacks_counts_as_the_constant_prediction(make_config, store):

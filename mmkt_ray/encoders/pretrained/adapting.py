@@ -59,7 +59,7 @@ class LowRank(nn.Module):
         return weight + LORA_SCALE * (self.b @ self.a)
 
 
-def choose(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Parameter]:
+def make_trainable(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Parameter]:
     """Make the weights trainable that `section` asks for; returns them by name. Raises: ConfigError if there are none."""
     model.requires_grad_(False)
     if section.how == "full":
@@ -230,7 +230,7 @@ class _Run:
         rows = np.sort(np.random.default_rng(training.seed).permutation(data.train)[:HEAD_ROWS])
         if training.checkpoint is None:
             self.net.fit_head(data.values[rows], data.labels[rows])
-        chosen = choose(encoder.model, self.section, training.seed)
+        chosen = make_trainable(encoder.model, self.section, training.seed)
         self.trained = self._used(chosen, data.values[rows[:2]])
         lr = self.section.lr or LR[self.section.how]
         groups = [{"params": list(self.trained.values()), "lr": lr}, {"params": list(self.net.head.parameters()), "lr": HEAD_LR}]
