@@ -111,13 +111,13 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
         first, samples, faults = first_samples(alone, shards)
     except UserError as error:
         return Finding(what, str(error).replace("sources[0]", f"sources[{number}]"), ok=False), 0
-    told, lost = tell_faults(faults), len(faults)
+    reasons, lost = tell_faults(faults), len(faults)
     spent = lost >= ENOUGH_FAULTS and lost > max(config.samples.max_reject_frac, FAULTY_FRAC) * (lost + len(samples))
     if not len(samples):
-        text = f"no sample in the first rows of '{first.name}': {told or 'it is empty'}"
+        text = f"no sample in the first rows of '{first.name}': {reasons or 'it is empty'}"
         return Finding(what, text, ok=False, stops=spent), 0
     if spent:
-        text = f"in the first rows of '{first.name}' {lost} are rejected or lack a modality: {told}"
+        text = f"in the first rows of '{first.name}' {lost} are rejected or lack a modality: {reasons}"
         return Finding(what, text, ok=False), 0
     rows = estimate_rows(shards, first, samples, source.limit)
     gaps = tell_gaps(samples, list(source.columns))
@@ -125,8 +125,8 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
         looks = [(m, kind.look(samples[m])) for m, kind in sorted(alone.modalities.items()) if m in source.columns]
     except UserError as error:
         return Finding(what, f"in the first rows of '{first.name}': {error}", ok=False, stops=False), rows
-    told = "".join(f"; {m}: {look}" for m, look in looks if look)
-    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{told}"), rows
+    notes = "".join(f"; {m}: {look}" for m, look in looks if look)
+    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{notes}"), rows
 
 
 def look_at_columns(config: Config, number: int, found: Finding, total: int) -> Finding:

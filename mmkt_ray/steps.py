@@ -23,7 +23,7 @@ from mmkt_ray import cluster, progress, storage
 from mmkt_ray.cluster.side_by_side import Call, SideBySide
 from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
-from mmkt_ray.done import NOTHING, Step, keep_told, listing, run_folder, steps_done, told_before
+from mmkt_ray.done import NOTHING, Step, keep_printed, listing, printed_before, run_folder, steps_done
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.evaluation.baselines import evaluate_baselines, logreg_calls
 from mmkt_ray.evaluation.compare import compare
@@ -65,8 +65,8 @@ def run(config: Config) -> str:
     """
     uri = run_folder(config)
     with locked(uri):
-        if (told := told_before(config)) is not None:
-            return f"{NOTHING}\n\n{told}"
+        if (printed := printed_before(config)) is not None:
+            return f"{NOTHING}\n\n{printed}"
         before = listing(uri)
         stores = extract_step(config, trains=True)
         check_test(stores)
@@ -75,7 +75,7 @@ def run(config: Config) -> str:
         study_step(config, stores, results)
         page = report_step(config, again=False)
         text = f"{comparison_table(results)}\n\nreport: {page}\n\n{recommendation_text(results, uri)}".rstrip()
-        keep_told(config, text)
+        keep_printed(config, text)
         return f"{NOTHING}\n\n{text}" if listing(uri) == before else text
 
 
@@ -111,14 +111,14 @@ def check_test(stores: dict[str, Store]) -> None:
                 "source `split: test`; `mmkt train` needs none"
             )
         without = [task for task, by_split in sorted(counts.by_task.items()) if not by_split.get("test")]
-        told = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
+        message = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
         if len(without) == len(counts.by_task):
             raise DataError(
-                f"{told}, so there is nothing to compare models on: map the label column in the source of the test split, or "
+                f"{message}, so there is nothing to compare models on: map the label column in the source of the test split, or "
                 "let samples.split draw one of labelled samples; `mmkt train` needs none"
             )
         if without:
-            log.warning("%s: the comparison leaves that out", told)
+            log.warning("%s: the comparison leaves that out", message)
 
 
 def _is_there(uri: str, store: str | None) -> bool:

@@ -198,20 +198,20 @@ class Model:
             elif m in named:
                 raise DataError(f"columns: there is no column '{named[m]}' for '{m}': {nearest(named[m], map(str, known))}")
         if absent := sorted(self.modalities.keys() - found.keys()):
-            told = f"no column for {', '.join(map(repr, absent))}; the columns are {[str(n) for n in known]}"
+            message = f"no column for {', '.join(map(repr, absent))}; the columns are {[str(n) for n in known]}"
             if not found:
-                raise DataError(f"{told}: rename one, or say columns={{'{absent[0]}': ..}}")
-            warnings.warn(f"{told}: predicting from what is left", stacklevel=4)
+                raise DataError(f"{message}: rename one, or say columns={{'{absent[0]}': ..}}")
+            warnings.warn(f"{message}: predicting from what is left", stacklevel=4)
         return found
 
     def _predict(self, samples: pa.Table, lost: Sequence[Reject], rejects: list[Reject]) -> pa.Table:
         """Columns of predictions for samples whose ids are positions; rejects are added to."""
         with self._turn, self.encoder.answering(len(samples)):
-            part, told = self.encoder.encode_samples(samples, "rows", {}, {})
+            part, lost_rows = self.encoder.encode_samples(samples, "rows", {}, {})
         dims = {m: e.dim for m, e in self.encoder.encoders.items()}
         part = reduce_features(part, dict(self.reducers), dims, self.config.extract.feature_dtype)
         dims |= {m: reducer.dim for m, reducer in self.reducers.items()}
-        rejects += [*lost, *(Reject(**row) for row in told.to_pylist())]
+        rejects += [*lost, *(Reject(**row) for row in lost_rows.to_pylist())]
         read = {m: from_arrow(part.column(column_of(m)), dim) for m, dim in dims.items()}
         features, present = {m: f for m, (f, _) in read.items()}, {m: p for m, (_, p) in read.items()}
         split = np.full(len(part), "test", dtype=object)

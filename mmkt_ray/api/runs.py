@@ -158,9 +158,9 @@ def _scores(found: Results) -> pd.DataFrame:
     rows = []
     for task, about in found.summary.tasks.items():
         for row in about.rows:
-            told = {k: v for k, v in row.to_dict().items() if k not in ("rows_id", "unseen", "versus")}
-            told = {"task": task, "model": row.model} | dict(sorted(told.items()))
-            rows.append(_flat(told) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_"))
+            cells = {k: v for k, v in row.to_dict().items() if k not in ("rows_id", "unseen", "versus")}
+            cells = {"task": task, "model": row.model} | dict(sorted(cells.items()))
+            rows.append(_flat(cells) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_"))
     return pd.DataFrame(rows)
 
 

@@ -182,9 +182,9 @@ def _run_train(
     from mmkt_ray.cluster.process_group import NodeAddressConfig
 
     resources = connect()
-    told = "INFO"  # which worker is on which node
+    level = "INFO"  # which worker is on which node
     if not os.environ.get("RAY_ADDRESS"):
-        told = "WARNING"
+        level = "WARNING"
         for name, value in ON_ONE_MACHINE.items():
             os.environ.setdefault(name, value)
     use_gpu = resources.num_gpus >= num_workers
@@ -213,7 +213,7 @@ def _run_train(
                     name=name,
                     storage_path=scratch_uri or scratch,
                     failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                    logging_config=LoggingConfig(log_level=told),
+                    logging_config=LoggingConfig(log_level=level),
                 ),
             )
             try:

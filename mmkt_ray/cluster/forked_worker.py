@@ -56,9 +56,9 @@ def ask(server: socket.socket) -> None:
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "oom_score_adj": oom_score_adj,
     }
-    told = json.dumps(request).encode() + b"\n"
-    sent = socket.send_fds(server, [told], [0, 1, 2])
-    server.sendall(told[sent:])
+    line = json.dumps(request).encode() + b"\n"
+    sent = socket.send_fds(server, [line], [0, 1, 2])
+    server.sendall(line[sent:])
 
 
 if __name__ == "__main__":

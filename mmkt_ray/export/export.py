@@ -286,11 +286,11 @@ def compare_outputs(
     difference = max(difference, largest_difference(alone, {t: values[-1:] for t, values in found.items()}))
     if not difference <= TOLERANCE:
         raise DataError(
-            f"the exported graph differs from mmkt predict by {difference:.2g} on {rows.told}, more than {TOLERANCE:g}: "
+            f"the exported graph differs from mmkt predict by {difference:.2g} on {rows.about}, more than {TOLERANCE:g}: "
             "do not use it; say which encoders and fusion the model has when you report this"
         )
     check: dict[str, Any] = {
-        "rows": f"{rows.told}, half of which lack a modality",
+        "rows": f"{rows.about}, half of which lack a modality",
         "tolerance": TOLERANCE,
         "difference": difference,
     }

@@ -309,10 +309,10 @@ def count_reasons(rejects: pa.Table) -> list[AlikeRejects]:
             counts[kind := without_details(reason)] += num_rows
             place = (shard, len(row), row)  # of two numbers the shorter one is the smaller
             first[kind] = min(first.get(kind, (place, reason)), (place, reason))
-    return [AlikeRejects(first[kind][1], _told_row(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()]
+    return [AlikeRejects(first[kind][1], _row_name(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()]
 
 
-def _told_row(shard: str, _: int, row: str) -> str:
+def _row_name(shard: str, _: int, row: str) -> str:
     return row if row.startswith(shard) else f"{row} in {shard}"
 
 

@@ -123,8 +123,8 @@ def _predict(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
     counts = store.manifest.counts
-    told = "%d predicted, %d of them without a modality that could not be read; %d rejected%s"
-    log.info(told, counts.rows, counts.unreadable_modalities, counts.rejects, absent)
+    message = "%d predicted, %d of them without a modality that could not be read; %d rejected%s"
+    log.info(message, counts.rows, counts.unreadable_modalities, counts.rejects, absent)
     return path
 
 
@@ -336,17 +336,17 @@ def tell_absent(config: Config, store: Store, named: Mapping[str, str]) -> str:
 
     Raises: DataError for one that the user named and that no row has.
     """
-    num_rows, told = store.manifest.counts.rows, ""
+    num_rows, absences = store.manifest.counts.rows, ""
     for modality, by_split in sorted(store.manifest.counts.missing.items()):
         absent = sum(by_split.values())
         if absent == num_rows and modality in named:
             plan = ReadingPlan.of(config)
             check_found(plan, list_shards(plan), modality)
         if absent > num_rows / 2:
-            told += f"; {modality} is absent in {absent} of {num_rows} rows"
-    if told:
-        log.warning("predicting from what is left%s: do columns and suffixes have the right names?", told)
-    return told
+            absences += f"; {modality} is absent in {absent} of {num_rows} rows"
+    if absences:
+        log.warning("predicting from what is left%s: do columns and suffixes have the right names?", absences)
+    return absences
 
 
 def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:

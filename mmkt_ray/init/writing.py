@@ -24,7 +24,7 @@ class Draft:
     """A config that was not written yet."""
 
     text: str  # YAML
-    told: str  # what each column was taken for, and why
+    columns: str  # what each column was taken for, and why
 
 
 def init(place: str, targets: Sequence[str], out: str, *, as_classes: bool = False, force: bool = False) -> str:
@@ -41,7 +41,7 @@ def init(place: str, targets: Sequence[str], out: str, *, as_classes: bool = Fal
     with open(out, "w", encoding="utf-8") as file:
         file.write(draft.text)
     config = shlex.quote(out)
-    return f"{draft.told}\n\nwrote {out}\nnext: mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
+    return f"{draft.columns}\n\nwrote {out}\nnext: mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
 
 
 def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) -> Draft:
@@ -55,10 +55,10 @@ def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) 
         raise ConfigError(f"--target: no column '{unknown[0]}': {nearest(unknown[0], looks)}")
     tasks = [classify_target(looks[t], as_classes) for t in targets]
     columns = classify_all([look for look in seen.looks if look.name not in targets])
+    lines = "\n".join(_lines(columns, tasks))
     if not any(KINDS[c.kind].role in ("modality", "cell") for c in columns):
-        told = "\n".join(_lines(columns, tasks))
-        raise DataError(f"no column holds anything to predict from:\n{told}")
-    return Draft(_yaml(seen, columns, tasks, name), "\n".join(_lines(columns, tasks)))
+        raise DataError(f"no column holds anything to predict from:\n{lines}")
+    return Draft(_yaml(seen, columns, tasks, name), lines)
 
 
 def _likely(seen: Seen) -> str:

@@ -134,7 +134,7 @@ class Scale:
 
     @classmethod
     def of(cls, given: Any) -> Scale:
-        """The scale that `as_json` told. Raises: ConfigError for anything else, as a card may come from anyone."""
+        """The scale that `as_json` gave. Raises: ConfigError for anything else, as a card may come from anyone."""
         try:
             rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in given.items()}
             found = cls(**rest)
@@ -150,8 +150,8 @@ class Scale:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able."""
-        told = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in told.items() if v != []}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in fields.items() if v != []}
 
     def forward(self, y: Tensor) -> Tensor:
         """Numbers as z, of any shape; z is float32."""

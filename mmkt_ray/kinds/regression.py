@@ -82,8 +82,8 @@ class Regression(TaskKind):
 
     def as_json(self) -> Any:
         """See TaskKind; without `scale` where none is fitted."""
-        told = {"name": self.name, "transform": self.transform, "loss": self.loss, "quantile": self.quantile}
-        return told | ({"scale": self.scale.as_json()} if self.scale else {})
+        section = {"name": self.name, "transform": self.transform, "loss": self.loss, "quantile": self.quantile}
+        return section | ({"scale": self.scale.as_json()} if self.scale else {})
 
     # --- labels
 

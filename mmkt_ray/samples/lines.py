@@ -68,8 +68,8 @@ def open_lines(reading: Reading, newline: str) -> Iterator[TextLines]:
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
         raw = io.BufferedReader(cast(Any, stream), 1 << 20)
         start = raw.peek(400)[:400]
-        if told := what_else(start):
-            raise DataError(f"'{reading.shard.name}' is no table: it is {told}")
+        if other := what_else(start):
+            raise DataError(f"'{reading.shard.name}' is no table: it is {other}")
         likely = likely_encoding(start)
         named = codecs.lookup(encoding).name
         if likely is not None and not _can_read(named, likely):
@@ -133,7 +133,7 @@ def other_separator(header: list[str]) -> str:
     return next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), "")
 
 
-def told_separator(file: str, mark: str) -> DataError:
+def separator_error(file: str, mark: str) -> DataError:
     """The error for a CSV with another separator."""
     advice = f"pandas.read_csv(.., sep={mark!r}).to_csv(.., index=False)"
     return DataError(f"'{file}' is separated by {mark!r}, not by commas: write it again, {advice}")

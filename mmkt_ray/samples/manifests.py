@@ -20,7 +20,7 @@ from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.json_rows import Fault, parse_row
-from mmkt_ray.samples.lines import LINE, TextLines, open_lines, other_separator, read_header, told_separator
+from mmkt_ray.samples.lines import LINE, TextLines, open_lines, other_separator, read_header, separator_error
 from mmkt_ray.samples.parquet import (
     RENAME,
     class_names_in,
@@ -165,16 +165,16 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
                 yield reading.unreadable(ValueError("it has no header, and no rows"))
                 return
             if (mark := other_separator(header)) and header[0] not in reading.paths:
-                raise told_separator(reading.shard.name, mark)
+                raise separator_error(reading.shard.name, mark)
             _check_columns(reading, header)
             _check_closed(reading, lines, line)
             wanted, line = set(reading.paths), table.line_num + 1
             lines.start_row()
             for cells in table:
                 _check_closed(reading, lines, line)
-                told = f"{len(cells)} cells where the header names {len(header)}"
+                why = f"{len(cells)} cells where the header names {len(header)}"
                 if cells and len(cells) < len(header) and lines.is_open:
-                    yield reading.unreadable(ValueError(f"it breaks off in line {line}, the last one: {told}"))
+                    yield reading.unreadable(ValueError(f"it breaks off in line {line}, the last one: {why}"))
                     return
                 lines.start_row()
                 place, line = reading.place("#", line), table.line_num + 1
@@ -184,7 +184,7 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
                     pairs = zip(header, cells, strict=True)
                     yield place, {name: None if cell == _MISSING else cell for name, cell in pairs if name in wanted}
                 elif any(cell.strip() for cell in cells):
-                    yield reading.reject(place, told)
+                    yield reading.reject(place, why)
         except (csv.Error, UnicodeError) as error:  # UnicodeError: of an encoding in which a byte cannot be passed over
             if len(lines.row) > 1 and isinstance(error, csv.Error):  # within quotes
                 raise _not_closed(reading, lines, line) from None
@@ -226,11 +226,11 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
                 except csv.Error:
                     lines.skip_rest()
                     line, num_rows = "", num_rows + 1
-                    told = f"more than the {MAX_ROW_BYTES:,} characters of one row at most"
+                    why = f"more than the {MAX_ROW_BYTES:,} characters of one row at most"
                     if lines.cut:
-                        yield reading.unreadable(ValueError(f"line {number} goes on to its end: {told}"))
+                        yield reading.unreadable(ValueError(f"line {number} goes on to its end: {why}"))
                         break
-                    yield reading.reject(place, told)
+                    yield reading.reject(place, why)
                 if line is None or num_rows == reading.source.limit:
                     break
                 if not line.strip():

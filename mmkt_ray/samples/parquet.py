@@ -210,10 +210,10 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int, beside: Mappin
             raise DataError(
                 f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
             ) from None
-        told = unread if column in reading.plan.modalities else errors
+        reasons = unread if column in reading.plan.modalities else errors
         for i, reason in wrong.items():
             reason = f"{column}: {reason}{reading.theirs(column)}"
-            told[i] = f"{told[i]}; {reason}" if i in told else reason
+            reasons[i] = f"{reasons[i]}; {reason}" if i in reasons else reason
     if "sample_id" in converted:
         mapped = converted.pop("sample_id").to_pylist()
         for i, value in enumerate(mapped):

@@ -79,8 +79,8 @@ class Leaderboard:
         self.parts_uri = storage.join(search_uri, "parts")
         self.uri = storage.join(search_uri, "leaderboard.parquet")
         self.score = Score.of(space.config.training.objective, space.config.task_kinds)
-        told = [m for kind in space.config.task_kinds.values() for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))]
-        self.metrics = list(dict.fromkeys([*told, *([self.score.metric] if self.score.metric else [])]))
+        usual = [m for kind in space.config.task_kinds.values() for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))]
+        self.metrics = list(dict.fromkeys([*usual, *([self.score.metric] if self.score.metric else [])]))
 
     @property
     def schema(self) -> pa.Schema:

@@ -78,18 +78,18 @@ def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, Mod
 
 def answer(model: Model, rows: Sequence[RequestRow], top: int) -> list[dict[str, Any]]:
     """Per row {task: {prediction, and of classes top: [{class, probability}]}, missing, unreadable}; top: how many classes."""
-    told = model.predict_arrow(list(rows), read_files=False).to_pylist()
+    predicted = model.predict_arrow(list(rows), read_files=False).to_pylist()
     return [
         {
-            "predictions": {t: _told(row, t, model.classes.get(t, []), top) for t in model.tasks},
+            "predictions": {t: _prediction(row, t, model.classes.get(t, []), top) for t in model.tasks},
             "missing": row["missing"],
             "unreadable": row["unreadable"],
         }
-        for row in told
+        for row in predicted
     ]
 
 
-def _told(row: Mapping[str, Any], task: str, names: Sequence[str], top: int) -> dict[str, Any]:
+def _prediction(row: Mapping[str, Any], task: str, names: Sequence[str], top: int) -> dict[str, Any]:
     found: dict[str, Any] = {"prediction": finite(row[f"{task}_pred"])}
     proba = row.get(f"{task}_proba")
     if proba is not None and len(proba) == len(names):
