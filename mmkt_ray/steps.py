@@ -25,11 +25,11 @@ from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
 from mmkt_ray.done import NOTHING, Step, keep_printed, listing, printed_before, run_folder, steps_done
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.baselines import evaluate_baselines, logreg_calls
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.evaluation.readme import README, write_readme
 from mmkt_ray.evaluation.recommend import fused_to_study
+from mmkt_ray.evaluation.scoring_baselines import evaluate_baselines, logreg_calls
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked

@@ -37,7 +37,7 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "torch",
     "mmkt_ray.features.extract",
     "mmkt_ray.kinds.images",
-    "mmkt_ray.evaluation.baselines",
+    "mmkt_ray.evaluation.scoring_baselines",
     "mmkt_ray.training.trainer",
 )
 # The driver may have found the package by a path of its own, which is not that of a worker.

@@ -43,8 +43,7 @@ from mmkt_ray.training.auto import (
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.experts import expert_configs, join_experts, with_heldout
-from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
-from mmkt_ray.training.identity import (
+from mmkt_ray.training.fingerprint import (
     find_model,
     has_experts,
     is_trained,
@@ -52,6 +51,7 @@ from mmkt_ray.training.identity import (
     model_identity,
     training_fingerprint,
 )
+from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.imbalance import read_excluded

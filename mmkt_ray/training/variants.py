@@ -18,7 +18,7 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.training_record import Outcome
 from mmkt_ray.training.experts import expert_configs, single_configs
-from mmkt_ray.training.identity import find_model, has_experts, is_trained, linear_place, training_fingerprint
+from mmkt_ray.training.fingerprint import find_model, has_experts, is_trained, linear_place, training_fingerprint
 from mmkt_ray.training.linear import is_linear
 from mmkt_ray.training.trainer import find_settings, settings_uri, train, train_expert
 from mmkt_ray.training.wide import is_wide, wide_config

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmkt_ray import storage
+from mmkt_ray.report.compared_runs import ComparisonTable, as_page
 from mmkt_ray.report.page import build_report
-from mmkt_ray.report.side_by_side import ComparisonTable, as_page
 from tests.browser import Browser
 from tests.report.pages import HOSTILE, audit_of
 

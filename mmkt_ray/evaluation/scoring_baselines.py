@@ -28,7 +28,7 @@ from mmkt_ray.training.baselines import (
     logreg_configs,
 )
 from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
-from mmkt_ray.training.identity import is_trained, linear_place, training_fingerprint
+from mmkt_ray.training.fingerprint import is_trained, linear_place, training_fingerprint
 from mmkt_ray.training.trainer import train
 
 

@@ -10,7 +10,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import write_card
-from mmkt_ray.report.side_by_side import against, as_page, chosen_model, compare_models, compare_runs
+from mmkt_ray.report.compared_runs import against, as_page, chosen_model, compare_models, compare_runs
 from mmkt_ray.scoring.intervals import exact_p
 from mmkt_ray.scoring.results import ResultsFile
 from tests.manifests import make_card

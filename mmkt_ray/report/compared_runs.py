@@ -147,4 +147,4 @@ def as_text(table: ComparisonTable) -> str:
 
 def as_page(tables: Sequence[ComparisonTable]) -> str:
     """A page that loads nothing."""
-    return render("side_by_side.html.j2", {"tables": tables})
+    return render("compared_runs.html.j2", {"tables": tables})
