@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_number(cell: Any) -> float | None:
+def number_in(cell: Any) -> float | None:
     """A raw cell as a finite number; null, NaN and blanks are none. Raises: ValueError that says what is wrong."""
     if isinstance(cell, bytes):
         cell = decode_text(cell, "utf-8")
@@ -84,7 +84,7 @@ def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     for i, cell in enumerate(values_of(raw)):
         try:
             check_value(cell)
-            values.append(read_number(cell if class_names is None else name_of_code(cell, class_names)))
+            values.append(number_in(cell if class_names is None else name_of_code(cell, class_names)))
         except ValueError as error:
             values.append(None)
             errors[i] = str(error)
