@@ -429,8 +429,8 @@ def _step(args: argparse.Namespace, config: Config) -> str:
 
         return f"report: {steps.report_step(config)}"
     with locked(done.run_folder(config)):  # for all steps of the command
-        if args.command == "run" and (told := done.told_before(config)) is not None:
-            text = f"{done.NOTHING}\n\n{told}"
+        if args.command == "run" and (printed := done.printed_before(config)) is not None:
+            text = f"{done.NOTHING}\n\n{printed}"
         else:
             text = _locked_step(args, config)
         if args.command == "run" and args.json:

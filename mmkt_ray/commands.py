@@ -53,7 +53,7 @@ def run_command(args: argparse.Namespace) -> str:
         return _serve(args)
     if len(args.runs) < 2:
         raise DataError("mmkt compare takes at least two folders: the others are held against the first")
-    from mmkt_ray.report.side_by_side import compare_runs
+    from mmkt_ray.report.compared_runs import compare_runs
 
     return compare_runs(args.runs, args.html)
 

@@ -25,7 +25,7 @@ from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
-from mmkt_ray.features.publish import is_spent, shorten
+from mmkt_ray.features.publish import is_spent, without_details
 from mmkt_ray.plan.rates import size, stored_bytes
 from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
@@ -111,22 +111,22 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
         first, samples, faults = first_samples(alone, shards)
     except UserError as error:
         return Finding(what, str(error).replace("sources[0]", f"sources[{number}]"), ok=False), 0
-    told, lost = tell_faults(faults), len(faults)
+    reasons, lost = tell_faults(faults), len(faults)
     spent = lost >= ENOUGH_FAULTS and lost > max(config.samples.max_reject_frac, FAULTY_FRAC) * (lost + len(samples))
     if not len(samples):
-        text = f"no sample in the first rows of '{first.name}': {told or 'it is empty'}"
+        text = f"no sample in the first rows of '{first.name}': {reasons or 'it is empty'}"
         return Finding(what, text, ok=False, stops=spent), 0
     if spent:
-        text = f"in the first rows of '{first.name}' {lost} are rejected or lack a modality: {told}"
+        text = f"in the first rows of '{first.name}' {lost} are rejected or lack a modality: {reasons}"
         return Finding(what, text, ok=False), 0
-    rows = count_rows(shards, first, samples, source.limit)
+    rows = estimate_rows(shards, first, samples, source.limit)
     gaps = tell_gaps(samples, list(source.columns))
     try:
         looks = [(m, kind.look(samples[m])) for m, kind in sorted(alone.modalities.items()) if m in source.columns]
     except UserError as error:
         return Finding(what, f"in the first rows of '{first.name}': {error}", ok=False, stops=False), rows
-    told = "".join(f"; {m}: {look}" for m, look in looks if look)
-    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{told}"), rows
+    notes = "".join(f"; {m}: {look}" for m, look in looks if look)
+    return Finding(what, f"{len(shards):,} shards, about {rows:,} rows{gaps}{notes}"), rows
 
 
 def look_at_columns(config: Config, number: int, found: Finding, total: int) -> Finding:
@@ -161,11 +161,11 @@ def first_samples(plan: ReadingPlan, shards: list[Shard]) -> tuple[Shard, pa.Tab
 
 def tell_faults(reasons: list[str]) -> str:
     """The most frequent kinds of reasons, each with its first one as it is."""
-    first = {shorten(reason): reason for reason in reversed(reasons)}
-    return "; ".join(f"{n} x {first[kind]}" for kind, n in Counter(map(shorten, reasons)).most_common(3))
+    first = {without_details(reason): reason for reason in reversed(reasons)}
+    return "; ".join(f"{n} x {first[kind]}" for kind, n in Counter(map(without_details, reasons)).most_common(3))
 
 
-def count_rows(shards: list[Shard], first: Shard, samples: pa.Table, limit: int | None) -> int:
+def estimate_rows(shards: list[Shard], first: Shard, samples: pa.Table, limit: int | None) -> int:
     """Rows of all shards, about: as many in each as in three of them."""
     some = {first.uri: first} | {shard.uri: shard for shard in (shards[len(shards) // 2], shards[-1])}
     counts = [min(rows_in(shard, samples), limit or 2**63) for shard in some.values()]
@@ -189,7 +189,7 @@ def rows_in(shard: Shard, first: pa.Table) -> int:
     if info.type == pafs.FileType.Directory:
         return len(storage.list_files(shard.uri))
     if has_suffix(path, (".csv", ".jsonl")):
-        start = next(storage.read_chunks(shard.uri), b"")
+        start = next(storage.read_pieces(shard.uri), b"")
         return int(start.count(b"\n") * info.size / max(1, len(start)))
     return int(max(len(first), info.size * len(first) / first.nbytes))
 

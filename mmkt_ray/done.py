@@ -125,14 +125,14 @@ def _checksums(run_uri: str, places: Iterable[str]) -> dict[str, str | None]:
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def told_before(config: Config) -> str | None:
+def printed_before(config: Config) -> str | None:
     """What `mmkt run` printed when it had done all of this; None if it has not, or anything is not as it was then."""
     uri = run_folder(config)
     known = _read(uri).run
     return known.text if known and known.digest and known.digest == _run_digest(config, uri) else None
 
 
-def keep_told(config: Config, text: str) -> None:
+def keep_printed(config: Config, text: str) -> None:
     """Everything is done, and this is what was printed."""
     uri = run_folder(config)
     _write(uri, _read(uri).replaced(run=RunDone(digest=_run_digest(config, uri), text=text)))

@@ -77,7 +77,7 @@ def hold_by_kernel(uri: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _told(uri, _read(uri)) from None
+            raise _locked_error(uri, _read(uri)) from None
         except OSError:  # a file system that has no such locks
             with hold_by_signature(f"{uri}.json"):
                 yield
@@ -94,12 +94,12 @@ def hold_by_signature(uri: str) -> Iterator[None]:
     """Hold an object. Raises: ResourceError if another process does."""
     other = _read(uri)
     if other and not _is_stale(other):
-        raise _told(uri, other)
+        raise _locked_error(uri, other)
     own = _signature()
     storage.write_json(uri, own)
     time.sleep(SETTLE_S)
     if (now := _read(uri)).get("token") != own["token"]:
-        raise _told(uri, now)
+        raise _locked_error(uri, now)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(uri, own, ended), daemon=True)
     heart.start()
@@ -124,7 +124,7 @@ def _beat(uri: str, own: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
         try:
             if (now := _read(uri)).get("token", own["token"]) != own["token"]:
-                log.error("%s; this command did not renew its lock for %g s", _told(uri, now), STALE_S)
+                log.error("%s; this command did not renew its lock for %g s", _locked_error(uri, now), STALE_S)
                 return
             storage.write_json(uri, own | {"at": time.time()})
         except (OSError, ResourceError) as error:
@@ -153,7 +153,7 @@ def _is_stale(other: dict[str, Any]) -> bool:
     return bool(time.time() - other["at"] > STALE_S)
 
 
-def _told(uri: str, other: dict[str, Any]) -> ResourceError:
+def _locked_error(uri: str, other: dict[str, Any]) -> ResourceError:
     """What a user reads who gave a second command."""
     who = "another process"
     if other:

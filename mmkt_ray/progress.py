@@ -44,8 +44,8 @@ class Stage:
             parts.insert(0, f"{self.done:,} of {self.total:,} {self.unit}".rstrip())
             if self.done and seconds >= 1:
                 rate = self.done / seconds
-                told = f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.0f} s for one"
-                parts.append(told.replace(" /s", "/s"))
+                pace = f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.0f} s for one"
+                parts.append(pace.replace(" /s", "/s"))
                 if self.done < self.total:
                     parts.append(f"about {(self.total - self.done) / rate:.0f} s left")
         return plain(f"{self.name}: {', '.join(parts)}")

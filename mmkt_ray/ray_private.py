@@ -124,8 +124,8 @@ def worker_environment() -> dict[str, str]:
     RAY_RAYLET_PID names is gone; here that is the driver, with which the raylet ends too. Where nothing is said of tokens,
     `ray.init` turns them on in the driver's environment, which is too late for this process.
     """
-    told = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
-    return told | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    variables = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
+    return variables | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
 
 
 @contextmanager

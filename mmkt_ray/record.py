@@ -48,7 +48,7 @@ class Record(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            faults = "; ".join(_told(dict(fault)) for fault in error.errors(include_input=False)[:MAX_FAULTS])
+            faults = "; ".join(_in_words(dict(fault)) for fault in error.errors(include_input=False)[:MAX_FAULTS])
             raise DataError(
                 f"'{where}' is damaged: it does not hold what this version of mmkt writes there: {faults}; {again}"
             ) from None
@@ -123,7 +123,7 @@ class About(Record, frozen=True):
     recipes: dict[str, str] = Field(default_factory=dict)  # variant, "" without variants -> digest of what decides its training
 
 
-def _told(fault: dict[str, Any]) -> str:
+def _in_words(fault: dict[str, Any]) -> str:
     """One of pydantic's errors in words."""
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":

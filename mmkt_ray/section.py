@@ -92,7 +92,7 @@ class OneOf:
         name = name_in(value)
         section = self.section_of(name)
         try:
-            return section.model_validate(named(value))
+            return section.model_validate(as_mapping(value))
         except ValidationError as error:  # the name belongs to the place that messages tell
             raise ValidationError.from_exception_data(error.title, [_at(name, dict(e)) for e in error.errors()]) from None
 
@@ -125,7 +125,7 @@ def name_in(value: Any) -> str:
     return str(value.get("name", "") if isinstance(value, Mapping) else getattr(value, "name", value))
 
 
-def named(value: Any) -> Any:
+def as_mapping(value: Any) -> Any:
     """A choice given as its bare name, as the mapping that it stands for."""
     return {"name": value} if isinstance(value, str) else value
 

@@ -23,19 +23,19 @@ from mmkt_ray import cluster, progress, storage
 from mmkt_ray.cluster.side_by_side import Call, SideBySide
 from mmkt_ray.config import Config, EvaluationConfig, fingerprint
 from mmkt_ray.doctor import check_before_work
-from mmkt_ray.done import NOTHING, Step, keep_told, listing, run_folder, steps_done, told_before
+from mmkt_ray.done import NOTHING, Step, keep_printed, listing, printed_before, run_folder, steps_done
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.evaluation.baselines import evaluate_baselines, logreg_calls
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.evaluation.readme import README, write_readme
 from mmkt_ray.evaluation.recommend import fused_to_study
+from mmkt_ray.evaluation.scoring_baselines import evaluate_baselines, logreg_calls
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import model_fingerprint
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.run_file import Place, RunFile
 from mmkt_ray.scoring.tables import comparison_table, recommendation_text
 from mmkt_ray.studies.contribution import insights
@@ -65,8 +65,8 @@ def run(config: Config) -> str:
     """
     uri = run_folder(config)
     with locked(uri):
-        if (told := told_before(config)) is not None:
-            return f"{NOTHING}\n\n{told}"
+        if (printed := printed_before(config)) is not None:
+            return f"{NOTHING}\n\n{printed}"
         before = listing(uri)
         stores = extract_step(config, trains=True)
         check_test(stores)
@@ -75,7 +75,7 @@ def run(config: Config) -> str:
         study_step(config, stores, results)
         page = report_step(config, again=False)
         text = f"{comparison_table(results)}\n\nreport: {page}\n\n{recommendation_text(results, uri)}".rstrip()
-        keep_told(config, text)
+        keep_printed(config, text)
         return f"{NOTHING}\n\n{text}" if listing(uri) == before else text
 
 
@@ -111,14 +111,14 @@ def check_test(stores: dict[str, Store]) -> None:
                 "source `split: test`; `mmkt train` needs none"
             )
         without = [task for task, by_split in sorted(counts.by_task.items()) if not by_split.get("test")]
-        told = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
+        message = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
         if len(without) == len(counts.by_task):
             raise DataError(
-                f"{told}, so there is nothing to compare models on: map the label column in the source of the test split, or "
+                f"{message}, so there is nothing to compare models on: map the label column in the source of the test split, or "
                 "let samples.split draw one of labelled samples; `mmkt train` needs none"
             )
         if without:
-            log.warning("%s: the comparison leaves that out", told)
+            log.warning("%s: the comparison leaves that out", message)
 
 
 def _is_there(uri: str, store: str | None) -> bool:
@@ -156,7 +156,7 @@ def _copy_encoders(uri: str, model_uri: str, store: Store, modalities: Sequence[
             storage.copy_folder(storage.join(uri, "encoders", folder), storage.join(model_uri, "encoders", folder))
 
 
-def evaluate_step(config: Config, stores: dict[str, Store]) -> Results:
+def evaluate_step(config: Config, stores: dict[str, Store]) -> ResultsFile:
     """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
     uri, by_uri = run_folder(config), {s.uri: s for s in stores.values()}
     scored = {f"evaluate {place}": (step, call) for place, step, call in _to_evaluate(config, stores)}
@@ -215,11 +215,11 @@ def _baselines_step(config: Config, store: Store) -> Step:
     return Step(uri, folder, decided_by, [f"{folder}/metrics.json", f"{folder}/predictions-test.parquet"])
 
 
-def _compare(uri: str) -> Results:
+def _compare(uri: str) -> ResultsFile:
     """The comparison of all that was evaluated, made again only if that has changed."""
     decided_by = [steps_done(uri, ("evaluate ", "baselines/")), _without_seconds(uri)]
     Step(uri, "compare", decided_by, ["report/results.json"]).once(lambda: compare(uri))
-    return Results.read(storage.join(uri, "report", "results.json"))
+    return ResultsFile.read(storage.join(uri, "report", "results.json"))
 
 
 def _table_bytes(stores: dict[str, Store]) -> int:
@@ -232,7 +232,7 @@ def _identity(store: Store) -> list[Any]:
     return [store.manifest.fingerprint, store.manifest.checksums]
 
 
-def study_step(config: Config, stores: dict[str, Store], results: Results) -> None:
+def study_step(config: Config, stores: dict[str, Store], results: ResultsFile) -> None:
     """What `evaluation.studies` asks for; each leaves a file in the run folder that the report reads."""
     wanted = config.evaluation.studies
     with _record(config, "study"):
@@ -246,7 +246,7 @@ def study_step(config: Config, stores: dict[str, Store], results: Results) -> No
                 it.advance()
 
 
-def _studies(config: Config, stores: dict[str, Store], results: Results) -> Iterator[tuple[str, Step, Call]]:
+def _studies(config: Config, stores: dict[str, Store], results: ResultsFile) -> Iterator[tuple[str, Step, Call]]:
     """Name of each study, the step that it is, and the call that does it; there may be several of a name."""
     uri, main = run_folder(config), results.main or ""
     evaluated = [steps_done(uri, ("compare",)), {name: _identity(store) for name, store in stores.items()}]

@@ -233,7 +233,7 @@ def checksum(data: Any) -> str:
 def file_checksum(uri: str) -> str:
     """The `checksum` of a file's bytes. Raises: FileNotFoundError."""
     digest = xxhash.xxh3_64()
-    for piece in read_chunks(uri):
+    for piece in read_pieces(uri):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -477,7 +477,7 @@ def _seal(content: dict[str, Any]) -> str:
     return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
-def read_chunks(uri: str, size: int = 1 << 20) -> Iterator[bytes]:
+def read_pieces(uri: str, size: int = 1 << 20) -> Iterator[bytes]:
     """The file in pieces of at most `size` bytes. Raises: FileNotFoundError; DataError if it is no regular file."""
     check_regular(uri)
     fs, path = resolve(uri)

@@ -87,24 +87,24 @@ def submit(job: Job, address: str, submission_id: str | None = None, wait: bool 
     Raises: ResourceError if the cluster does not answer or refuses the token; ConfigError for an id of another job and for
     a folder that is too large.
     """
-    client = connect(address)
+    client = job_client(address)
     name = submission_id or f"{job.config.name}-{job.command}-{uuid.uuid4().hex[:8]}"
     with told_if_lost(address, name):
         known = {info.submission_id: info for info in client.list_jobs()}.get(name)
     if known is None:
         upload = choose_files(job.folder, job.excludes)
-        tell(str(upload))
+        say(str(upload))
         with packed(upload) as package, told_if_lost(address, name):
             client.submit_job(
                 entrypoint=job.entrypoint, submission_id=name, runtime_env={"working_dir": str(package)}
             )
-        tell(f"submitted as {name}; the same command with --submission-id {name} follows it again")
+        say(f"submitted as {name}; the same command with --submission-id {name} follows it again")
     elif known.entrypoint != job.entrypoint:
         raise ConfigError(f"submission id '{name}' is taken by another job, `{known.entrypoint}`: choose another")
     elif known.status.is_terminal():
         return tell_result(known)
     else:
-        tell(f"{name} runs already; following it")
+        say(f"{name} runs already; following it")
     if not wait:
         return 0
     return tell_result(follow(client, name))
@@ -122,7 +122,7 @@ def told_if_lost(address: str, name: str) -> Iterator[None]:
         ) from None
 
 
-def connect(address: str) -> Any:
+def job_client(address: str) -> Any:
     """A client of the job server at `address`. Raises: ResourceError if it does not answer or refuses the token."""
     match_authentication(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would win over what was asked for
@@ -199,13 +199,13 @@ def tell_result(job: Any) -> int:
     """Say how an ended job ended, and what to do; its exit status."""
     name, again = job.submission_id, "the same command with another --submission-id"
     if job.status == "SUCCEEDED":
-        tell(f"{name} is done")
+        say(f"{name} is done")
         return 0
     if job.status == "STOPPED":
-        tell(f"{name} was stopped; {again} goes on from there")
+        say(f"{name} was stopped; {again} goes on from there")
         return STOPPED
     code = exit_status(job.driver_exit_code)
-    tell(f"{name} failed with exit code {code}: {job.message}\n{again} runs it again, from where it broke off")
+    say(f"{name} failed with exit code {code}: {job.message}\n{again} runs it again, from where it broke off")
     return code
 
 
@@ -216,6 +216,6 @@ def exit_status(driver_exit_code: int | None) -> int:
     return driver_exit_code if driver_exit_code > 0 else 128 - driver_exit_code
 
 
-def tell(text: str) -> None:
+def say(text: str) -> None:
     """To the user, apart from the job's own output."""
     print(f"mmkt: {text}", file=sys.stderr)

@@ -16,7 +16,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.done import Step, run_folder
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 
 MAX_VALUE = 250  # characters of a setting: MLflow's limit was this
 MODULES = {"mlflow": "mlflow", "tensorboard": "tensorboardX", "wandb": "wandb"}  # by tracker
@@ -48,7 +48,7 @@ def check_tracking(config: Config) -> None:
             raise ConfigError(f"tracking.{tracker} writes to a local folder, '{place}' is none: copy the files from there")
 
 
-def track(config: Config, results: Results) -> None:
+def track(config: Config, results: ResultsFile) -> None:
     """Write all trained models that have not been written just so."""
     uri = run_folder(config)
     for tracker, place in _wanted(config).items():
@@ -71,7 +71,7 @@ def _writer(tracker: str, place: str, run: str, model: Tracked) -> Callable[[], 
     return lambda: write(Path(place).absolute(), run, model)
 
 
-def tracked_models(config: Config, results: Results) -> list[Tracked]:
+def tracked_models(config: Config, results: ResultsFile) -> list[Tracked]:
     """The trained models of the results, with their variant's settings."""
     uri, variants, found = run_folder(config), config.expand_variants(), []
     for name, about in results.models.items():

@@ -61,7 +61,7 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
     kept_back: list[str] = []
 
     def stays(path: Path) -> bool:
-        if path != root and (holds_secret(path) or leads_out(path, root)):
+        if path != root and (is_secret(path) or leads_out(path, root)):
             kept_back.append(str(path.relative_to(root)))
             return True
         return False
@@ -75,7 +75,7 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
     return Upload(root, sizes, tuple(sorted(kept_back)))
 
 
-def holds_secret(path: Path) -> bool:
+def is_secret(path: Path) -> bool:
     """Whether a file or folder is one that credentials are kept in, by its name, or a private key by its beginning."""
     name = path.name.lower()
     if path.suffix not in SOURCE and any(fnmatch.fnmatchcase(name, pattern) for pattern in SECRET_NAMES):

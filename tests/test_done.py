@@ -8,7 +8,7 @@ import pytest
 
 from mmkt_ray import done, storage
 from mmkt_ray.config import Config
-from mmkt_ray.features.siblings import take_over
+from mmkt_ray.features.siblings import copy_from_sibling
 from tests.shapes import shapes_config, write_shard
 
 
@@ -81,14 +81,14 @@ def told(tmp_path: Path) -> Config:
     config = shapes_config(tmp_path)
     uri = done.run_folder(config)
     storage.write_json(storage.join(uri, "models/concat/metrics.json"), {"accuracy": 1})
-    done.keep_told(config, "the table")
+    done.keep_printed(config, "the table")
     return config
 
 
 def test_nothing_is_to_be_done_twice(told: Config) -> None:
     """A finished run that is not known again, be it for its lock."""
     Path(done.run_folder(told), ".lock").write_text("")
-    assert done.told_before(told) == "the table"
+    assert done.printed_before(told) == "the table"
 
 
 @pytest.mark.parametrize("what", ["new shard", "changed shard", "result", "lost result", "new file", "setting", "code"])
@@ -109,14 +109,14 @@ def test_whatever_changes_is_noticed(told: Config, tmp_path: Path, what: str, mo
         told = told.with_overrides({"evaluation.confidence": 0.9})
     else:
         monkeypatch.setattr(done, "code_digest", lambda: "another")
-    assert done.told_before(told) is None
+    assert done.printed_before(told) is None
 
 
 def test_models_from_elsewhere_are_looked_at_each_time(told: Config) -> None:
     """A run that is called finished although the model outside, from which it learns, may be another now."""
     config = told.with_overrides({"training.transfer.init": {"image": "/elsewhere/model"}})
-    done.keep_told(config, "the table")
-    assert done.told_before(config) is None
+    done.keep_printed(config, "the table")
+    assert done.printed_before(config) is None
 
 
 def test_a_folder_is_taken_over_from_a_whole_run_only(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_a_folder_is_taken_over_from_a_whole_run_only(tmp_path: Path) -> None:
         for file in files:
             storage.write_bytes(str(tmp_path / run / "features" / "s" / file), run.encode())
     runs = storage.join(str(tmp_path), "new")
-    assert not take_over(runs, "features/s", "manifest.json", lambda uri: False)
+    assert not copy_from_sibling(runs, "features/s", "manifest.json", lambda uri: False)
     assert not (tmp_path / "new").exists()
-    assert take_over(runs, "features/s", "manifest.json", lambda uri: "/b/" not in uri)
+    assert copy_from_sibling(runs, "features/s", "manifest.json", lambda uri: "/b/" not in uri)
     mine = tmp_path / "new" / "features" / "s" / "data" / "p"
     assert mine.read_bytes() == b"c"
     storage.write_bytes(str(mine), b"changed")

@@ -1,5 +1,5 @@
 """Imports run downwards only, models know no Ray, functions take at most seven parameters, nothing unpickles, the top level
-stays bare.
+stays bare, a class name occurs once.
 
 Files are parsed, not imported. Each rule goes from source to faults and is tried on planted faults as well.
 """
@@ -8,7 +8,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -168,6 +168,18 @@ def many_parameters(source: str, path: Path) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: `{node.name}` has more than {MAX_PARAMETERS} parameters"
 
 
+def repeated_classes(sources: Mapping[str, str]) -> list[str]:
+    """Public classes that several files define at their top level. sources: by file; a file counts once."""
+    files: dict[str, set[str]] = {}
+    for file, source in sources.items():
+        module = nodes(source)[0]
+        assert isinstance(module, ast.Module)
+        for node in module.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, set()).add(file)
+    return [f"`{name}` is in {', '.join(sorted(places))}" for name, places in files.items() if len(places) > 1]
+
+
 def is_true(value: ast.expr | None) -> bool:
     return isinstance(value, ast.Constant) and value.value is True
 
@@ -182,6 +194,20 @@ def faults(rule: Rule, *folders: str) -> list[str]:
 @pytest.mark.parametrize("rule", [upward_imports, ray_imports, private_ray, foreign_imports_of_models, many_parameters])
 def test_the_package_keeps_the_rule(rule):
     assert not faults(rule, PACKAGE)
+
+
+@pytest.mark.slow
+def test_a_class_name_means_one_thing():
+    """Catches a second class with the name of another: who looks for one finds the other, and a traceback does not say
+    which of them it is about."""
+    assert not repeated_classes({str(path): path.read_text() for path in (ROOT / PACKAGE).rglob("*.py")})
+
+
+def test_a_repeated_class_is_found():
+    """Catches a search for repeated classes that finds nothing, or one that refuses what each file may have."""
+    own = "class _Row: ...\nclass Encoder:\n    class Section: ..."
+    found = repeated_classes({"a.py": f"{own}\nclass Row: ...", "b.py": f"class Row: ...\n{own.replace('Encoder', 'Other')}"})
+    assert found == ["`Row` is in a.py, b.py"]
 
 
 def test_nothing_unpickles_or_evaluates():

@@ -14,7 +14,7 @@ from mmkt_ray.config import Config, load_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.plan import (
     Machines,
-    Step,
+    PlannedStep,
     extract_steps,
     find_limits,
     fit_steps,
@@ -38,12 +38,12 @@ RATES = Rates(
 )
 
 
-def all_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> list[Step]:
+def all_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> list[PlannedStep]:
     parts = (fit_steps, extract_steps, reduce_steps, train_steps)
     return [step for part in parts for step in part(config, rates, machines, samples)]
 
 
-def named(found: list[Step], name: str) -> Step:
+def named(found: list[PlannedStep], name: str) -> PlannedStep:
     return next(step for step in found if step.name == name)
 
 

@@ -12,7 +12,7 @@ from mmkt_ray.features.manifest import Manifest
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.record import IfAny, OpenRecord, Record
 from mmkt_ray.scoring.metrics import BaselinesFile, FilesMetrics, ModelMetrics
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.run_file import RunFile
 from tests.evaluation.runs import KINDS, TAGS, draw_samples, make_config, write_run
 
@@ -20,7 +20,7 @@ FILES = {  # file of a run -> what it holds
     "models/concat/metrics.json": ModelMetrics,
     "models/image/metrics.json": ModelMetrics,
     "baselines/union/metrics.json": BaselinesFile,
-    "report/results.json": Results,
+    "report/results.json": ResultsFile,
     "models/concat/config.json": Card,
     "features/union/manifest.json": Manifest,
     "run.json": RunFile,

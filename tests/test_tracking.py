@@ -9,11 +9,11 @@ import pytest
 
 from mmkt_ray import tracking
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from tests.evaluation.runs import make_config
 
 ABOUT = {"fusion": None, "sharing": None, "store": None}
-RESULTS = Results.from_dict(
+RESULTS = ResultsFile.from_dict(
     {
         "run": "things", "split": "test", "confidence": 0.95, "recommended": None, "main": "concat", "notes": [],
         "models": {

@@ -241,8 +241,8 @@ def tell_modalities(rows: Rows) -> dict[str, str]:
     found = classify_all(looks, given)
     kinds = {name: c.kind for name, c in zip(names, found, strict=True) if KINDS[c.kind].role == "modality"}
     if not kinds:
-        told = ", ".join(f"{c.name}: {c.kind} ({c.why})" for c in found)
-        raise DataError(f"no column holds images, sounds or texts: {told or 'there are no columns'}; say modalities={{..}}")
+        columns = ", ".join(f"{c.name}: {c.kind} ({c.why})" for c in found)
+        raise DataError(f"no column holds images, sounds or texts: {columns or 'there are no columns'}; say modalities={{..}}")
     return kinds
 
 

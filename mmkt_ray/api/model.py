@@ -31,7 +31,7 @@ from mmkt_ray.features.store import column_of, from_arrow
 from mmkt_ray.inference.conformal import margins_of
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.inference.prediction import finite, prediction_config, restrict, shipped, usable_encoders
+from mmkt_ray.inference.prediction import check_finite, model_to_ship, prediction_config, restrict, usable_encoders
 from mmkt_ray.inference.rows import missing_column, prediction_columns, without_unreadable
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.models import Predictor
@@ -52,7 +52,7 @@ def load(
 
     Raises: DataError if there is no whole model, ConfigError if it asks for code or files and `trust_code` is not set.
     """
-    uri = shipped(storage.absolute(str(folder)))
+    uri = model_to_ship(storage.absolute(str(folder)))
     network, card = load_model(uri)
     own = dict(overrides or {})
     trained = restrict(parse_config(card.config), own)
@@ -198,25 +198,25 @@ class Model:
             elif m in named:
                 raise DataError(f"columns: there is no column '{named[m]}' for '{m}': {nearest(named[m], map(str, known))}")
         if absent := sorted(self.modalities.keys() - found.keys()):
-            told = f"no column for {', '.join(map(repr, absent))}; the columns are {[str(n) for n in known]}"
+            message = f"no column for {', '.join(map(repr, absent))}; the columns are {[str(n) for n in known]}"
             if not found:
-                raise DataError(f"{told}: rename one, or say columns={{'{absent[0]}': ..}}")
-            warnings.warn(f"{told}: predicting from what is left", stacklevel=4)
+                raise DataError(f"{message}: rename one, or say columns={{'{absent[0]}': ..}}")
+            warnings.warn(f"{message}: predicting from what is left", stacklevel=4)
         return found
 
     def _predict(self, samples: pa.Table, lost: Sequence[Reject], rejects: list[Reject]) -> pa.Table:
         """Columns of predictions for samples whose ids are positions; rejects are added to."""
         with self._turn, self.encoder.answering(len(samples)):
-            part, told = self.encoder.encode_samples(samples, "rows", {}, {})
+            part, lost_rows = self.encoder.encode_samples(samples, "rows", {}, {})
         dims = {m: e.dim for m, e in self.encoder.encoders.items()}
         part = reduce_features(part, dict(self.reducers), dims, self.config.extract.feature_dtype)
         dims |= {m: reducer.dim for m, reducer in self.reducers.items()}
-        rejects += [*lost, *(Reject(**row) for row in told.to_pylist())]
+        rejects += [*lost, *(Reject(**row) for row in lost_rows.to_pylist())]
         read = {m: from_arrow(part.column(column_of(m)), dim) for m, dim in dims.items()}
         features, present = {m: f for m, (f, _) in read.items()}, {m: p for m, (_, p) in read.items()}
         split = np.full(len(part), "test", dtype=object)
         table = FeatureTable(Ids.of(part.column("sample_id")), split, features, present, {}, {})
-        proba = without_unreadable(finite(predict_table(self.network, table)), table, self.network.spec.inputs)
+        proba = without_unreadable(check_finite(predict_table(self.network, table)), table, self.network.spec.inputs)
         found: dict[str, Any] = {"row": part.column("sample_id").cast(pa.int64())}
         for task, names in sorted(self.classes.items()):
             margins = self.network.margins.get(task)

@@ -17,8 +17,7 @@ from mmkt_ray.done import run_folder
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about_table
-from mmkt_ray.scoring.results import Recommended
-from mmkt_ray.scoring.results import Results as Summary
+from mmkt_ray.scoring.results import Recommended, ResultsFile
 from mmkt_ray.scoring.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -77,9 +76,9 @@ class Results:
     text: str = field(default="", repr=False)  # the comparison, as `mmkt run` prints it; empty if it was opened only
 
     @cached_property
-    def summary(self) -> Summary:
+    def summary(self) -> ResultsFile:
         """All of `report/results.json`; `summary.to_dict()` is its JSON."""
-        return Summary.read(storage.join(self.folder, "report", "results.json"))
+        return ResultsFile.read(storage.join(self.folder, "report", "results.json"))
 
     @property
     def report(self) -> str:
@@ -159,9 +158,9 @@ def _scores(found: Results) -> pd.DataFrame:
     rows = []
     for task, about in found.summary.tasks.items():
         for row in about.rows:
-            told = {k: v for k, v in row.to_dict().items() if k not in ("rows_id", "unseen", "versus")}
-            told = {"task": task, "model": row.model} | dict(sorted(told.items()))
-            rows.append(_flat(told) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_"))
+            cells = {k: v for k, v in row.to_dict().items() if k not in ("rows_id", "unseen", "versus")}
+            cells = {"task": task, "model": row.model} | dict(sorted(cells.items()))
+            rows.append(_flat(cells) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_"))
     return pd.DataFrame(rows)
 
 

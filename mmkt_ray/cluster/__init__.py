@@ -18,7 +18,7 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_variables, start_local
+from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_ray_defaults, start_local
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
@@ -55,7 +55,7 @@ def connect() -> Resources:
 
     Raises: ResourceError if the address does not answer.
     """
-    set_variables()
+    set_ray_defaults()
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":
@@ -182,9 +182,9 @@ def _run_train(
     from mmkt_ray.cluster.process_group import NodeAddressConfig
 
     resources = connect()
-    told = "INFO"  # which worker is on which node
+    level = "INFO"  # which worker is on which node
     if not os.environ.get("RAY_ADDRESS"):
-        told = "WARNING"
+        level = "WARNING"
         for name, value in ON_ONE_MACHINE.items():
             os.environ.setdefault(name, value)
     use_gpu = resources.num_gpus >= num_workers
@@ -213,7 +213,7 @@ def _run_train(
                     name=name,
                     storage_path=scratch_uri or scratch,
                     failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                    logging_config=LoggingConfig(log_level=told),
+                    logging_config=LoggingConfig(log_level=level),
                 ),
             )
             try:

@@ -37,7 +37,7 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "torch",
     "mmkt_ray.features.extract",
     "mmkt_ray.kinds.images",
-    "mmkt_ray.evaluation.baselines",
+    "mmkt_ray.evaluation.scoring_baselines",
     "mmkt_ray.training.trainer",
     "mmkt_ray.encoders.text:compile_kernels",  # Numba's own imports, which wait for the first call: 0.4 s
 )
@@ -45,16 +45,16 @@ TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing 
 # The driver may have found the package by a path of its own, which is not that of a worker.
 START = """
 import importlib, json, sys
-own, told = [*sys.path], json.loads(sys.argv[1])
-sys.path[:] = told["path"]
+own, settings = [*sys.path], json.loads(sys.argv[1])
+sys.path[:] = settings["path"]
 from mmkt_ray.ray_private import randomness_unspent
 with randomness_unspent():
-    for entry in ("mmkt_ray.cluster.fork_server", *told["modules"]):
+    for entry in ("mmkt_ray.cluster.fork_server", *settings["modules"]):
         name, _, function = entry.partition(":")
         module = importlib.import_module(name)
         if function:
             getattr(module, function)()
-sys.modules["mmkt_ray.cluster.fork_server"].serve(own, told["listener"])
+sys.modules["mmkt_ray.cluster.fork_server"].serve(own, settings["listener"])
 """
 MAX_REQUEST_BYTES = 1 << 20
 
@@ -71,9 +71,9 @@ def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -
         listener.bind(path)
         os.chmod(path, 0o600)  # whoever connects has code run
         listener.listen(128)  # a worker that comes before the server has its imports waits
-        told = json.dumps({"path": sys.path, "modules": list(modules), "listener": listener.fileno()})
+        settings = json.dumps({"path": sys.path, "modules": list(modules), "listener": listener.fileno()})
         server = subprocess.Popen(
-            [sys.executable, "-c", START, told, path],  # the path: tells whose process it is
+            [sys.executable, "-c", START, settings, path],  # the path: tells whose process it is
             stdin=subprocess.PIPE,  # whose end tells that this process has ended
             env=environment,
             pass_fds=[listener.fileno()],
@@ -130,12 +130,12 @@ def next_request(listener: socket.socket) -> Request | None:
         if 0 in ready:
             return None
         connection, _ = listener.accept()
-        told, streams, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 3)
-        while told and not told.endswith(b"\n"):
+        request, streams, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 3)
+        while request and not request.endswith(b"\n"):
             more = connection.recv(MAX_REQUEST_BYTES)
-            told = told + more if more else b""
-        if told and len(streams) == 3:
-            return json.loads(told), connection, streams
+            request = request + more if more else b""
+        if request and len(streams) == 3:
+            return json.loads(request), connection, streams
         close(connection, streams)  # killed as it asked
 
 

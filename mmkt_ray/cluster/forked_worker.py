@@ -19,7 +19,7 @@ def main() -> None:
         server = socket.socket(socket.AF_UNIX)
         try:
             server.connect(os.environ[SOCKET])
-            ask(server)
+            request_worker(server)
             if server.recv(1):  # the worker is there
                 server.recv(1)
                 return
@@ -44,7 +44,7 @@ def context_of(arguments: list[str]) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def ask(server: socket.socket) -> None:
+def request_worker(server: socket.socket) -> None:
     """Send what the worker takes over: arguments, environment, folder, priority, and the standard streams."""
     with open("/proc/self/oom_score_adj") as file:  # Ray has the kernel end workers first
         oom_score_adj = file.read()
@@ -56,9 +56,9 @@ def ask(server: socket.socket) -> None:
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "oom_score_adj": oom_score_adj,
     }
-    told = json.dumps(request).encode() + b"\n"
-    sent = socket.send_fds(server, [told], [0, 1, 2])
-    server.sendall(told[sent:])
+    line = json.dumps(request).encode() + b"\n"
+    sent = socket.send_fds(server, [line], [0, 1, 2])
+    server.sendall(line[sent:])
 
 
 if __name__ == "__main__":

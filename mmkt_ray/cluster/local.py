@@ -53,7 +53,7 @@ def start_ahead(trains: bool = True) -> None:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # by whoever calls us from Python
         return
     with suppress(OSError, ResourceError):  # `start_local` will tell
-        set_variables()
+        set_ray_defaults()
         keep_token_private()
         folder = private_folder()
         _ahead[folder] = fork_server(folder) if trains else fork_server(folder, PRELOADED)
@@ -64,7 +64,7 @@ def start_local() -> None:
 
     Raises: ResourceError if there is no place for it, or if this machine is too busy.
     """
-    set_variables()
+    set_ray_defaults()
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quieten()
@@ -97,7 +97,7 @@ def forked_workers(folder: str) -> Iterator[None]:
         yield
 
 
-def set_variables() -> None:
+def set_ray_defaults() -> None:
     """What Ray reads from the environment of this process and of those that it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen

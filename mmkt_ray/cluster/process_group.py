@@ -44,7 +44,7 @@ class NodeAddressBackend(Backend):
         """NCCL for workers with GPUs, gloo for others."""
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         host, port = worker_group.execute_single(0, serve_store)
-        worker_group.execute(set_variables)
+        worker_group.execute(set_torchrun_variables)
         size = len(worker_group)
         place = (backend, host, port, size, backend_config.timeout_s)
         ray.get([worker_group.execute_single_async(rank, join_group, rank, *place) for rank in range(size)])
@@ -55,7 +55,7 @@ class NodeAddressBackend(Backend):
             ray.get(worker_group.execute_async(leave_group), timeout=LEAVE_TIMEOUT_S)
 
 
-def set_variables() -> None:
+def set_torchrun_variables() -> None:
     """What `torchrun` sets: NCCL picks a GPU by LOCAL_RANK."""
     context = get_context()
     os.environ["LOCAL_RANK"] = str(context.get_local_rank())

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from mmkt_ray.errors import unknown_name
-from mmkt_ray.section import Once, Section, named
+from mmkt_ray.section import Once, Section, as_mapping
 
 SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
 MAX_DIM = 2**16  # of a layer; the largest language models have 2**14
@@ -54,7 +54,7 @@ class ModelConfig(Section):
 
     modalities: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="modalities it reads; null: all")
     tasks: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="tasks it predicts; null: all")
-    fusion: Annotated[FusionConfig, BeforeValidator(named)] = Field(FusionConfig(), description="fusion method")
+    fusion: Annotated[FusionConfig, BeforeValidator(as_mapping)] = Field(FusionConfig(), description="fusion method")
     sharing: str | tuple[str, ...] = Field(
         "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES)
     )

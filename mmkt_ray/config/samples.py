@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_serializer, model_validator
 
-from mmkt_ray.section import Once, Section, name_in, named, without_later
+from mmkt_ray.section import Once, Section, as_mapping, name_in, without_later
 
 
 def known_encoding(name: str) -> str:
@@ -130,7 +130,7 @@ class PairCombine(Section):
 CombineConfig = Annotated[
     Annotated[UnionCombine, Tag("union")] | Annotated[JoinCombine, Tag("join")] | Annotated[PairCombine, Tag("pair")],
     Discriminator(name_in),
-    BeforeValidator(named),
+    BeforeValidator(as_mapping),
 ]
 
 

@@ -123,7 +123,7 @@ class ListedEncoder:
 
 
 @dataclass(frozen=True)
-class Training:
+class EncoderTraining:
     """Where an encoder is trained: one of `world_size` processes that share the work."""
 
     seed: int
@@ -155,7 +155,7 @@ class Trained(Protocol):
         ...
 
     def train(
-        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: Training
+        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
         """Prepared values (N, ..) and class numbers (N,) int64 of this process -> fitted tensors."""
         ...

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmkt_ray.encoders.base import ListedEncoder, Training, check_array
+from mmkt_ray.encoders.base import EncoderTraining, ListedEncoder, check_array
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy
 
@@ -97,7 +97,7 @@ class TrainedCnn(FrozenNetwork):
         return cnn_training.CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
 
     def train(
-        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: Training
+        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
         """See `base.Trained`; values: (N, 3, S, S) uint8."""
         model = cnn_training.fit_cnn(

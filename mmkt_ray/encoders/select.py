@@ -137,8 +137,8 @@ class SelectReducer(Reducer):
         """Name the chosen ones in the card, the best first. names: of all D features, or none."""
         columns, scores = self._tensors["columns"], self._tensors["scores"]
         first = np.argsort(-scores, kind="stable")[:NUM_NAMED]
-        told = [[names[columns[i]] if names else f"feature {columns[i]}", float(f"{scores[i]:.6g}")] for i in first]
-        self._rest["found"] = {"selected": told}
+        selected = [[names[columns[i]] if names else f"feature {columns[i]}", float(f"{scores[i]:.6g}")] for i in first]
+        self._rest["found"] = {"selected": selected}
 
     def encode(self, features: Features) -> Features:
         """(B, D) -> (B, K) float32."""

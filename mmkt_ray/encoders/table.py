@@ -188,15 +188,15 @@ class TableEncoder(ListedEncoder):
 
     def changes(self, values: Sequence[Mapping[str, str]]) -> list[list[str]]:
         """By row the columns whose cell cannot be read as their type, and so counts as null."""
-        told: list[list[str]] = [[] for _ in values]
+        notes: list[list[str]] = [[] for _ in values]
         for column in self._fitted():
             read = table_rows.READ.get(column.type)
             if read is not None:
-                for own, row in zip(told, values, strict=True):
+                for own, row in zip(notes, values, strict=True):
                     text = row.get(column.name)
                     if text is not None and read(text, column.stated) is None:
                         own.append(f"'{column.name}' is no {column.type}{table_rows.NULLED}")
-        return told
+        return notes
 
     def _encode_dense(self, values: Sequence[Mapping[str, str]]) -> np.ndarray:
         features = np.zeros((len(values), self.dim), np.float32)
@@ -265,7 +265,7 @@ class TableEncoder(ListedEncoder):
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Become what `state` was taken of. Raises: ValueError, KeyError, TypeError if that was no state."""
-        columns = tuple(Column(**{**told, "categories": tuple(told["categories"])}) for told in rest["columns"])
+        columns = tuple(Column(**{**fields, "categories": tuple(fields["categories"])}) for fields in rest["columns"])
         points = {}
         for i, column in enumerate(columns):
             known = column.type in ("category", *table_rows.READ)

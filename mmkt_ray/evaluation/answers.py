@@ -236,7 +236,7 @@ def _shown_worse(model: Scored, best: Scored, ids: np.ndarray, settings: Setting
     return bool(gain.mean() > 0 and paired_p(gain) < settings.alpha)
 
 
-def settle(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[Answer | None, list[Answer]]]:
+def correct_answers(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[Answer | None, list[Answer]]]:
     """Task -> the answer whether fusing helps, or None, and all answers (the former too where no other is about the same two
     models), P corrected for all questions together. They have no sentences yet.
     """

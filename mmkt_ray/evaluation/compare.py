@@ -20,9 +20,9 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.evaluation.adapted import adaptations
-from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, settle
+from mmkt_ray.evaluation.answers import Asked, Scored, Settings, ask, correct_answers
 from mmkt_ray.evaluation.recommend import (
-    HeldOutScores,
+    HeldOutRows,
     best_of,
     best_single,
     name_of,
@@ -37,7 +37,7 @@ from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import agreeing, holm, paired_difference, paired_p, verdict
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
-from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, Shared, TaskResults, Versus
+from mmkt_ray.scoring.results import Described, ModelScores, Recommended, ResultsFile, Shared, TaskResults, Versus
 from mmkt_ray.scoring.run_file import RunFile
 
 DIFFERENT_SAMPLES = "different samples"
@@ -46,7 +46,7 @@ REFERENCE = "best single modality"
 HELD_OUT = "predictions-heldout.parquet"
 
 
-def compare(run_uri: str) -> Results:
+def compare(run_uri: str) -> ResultsFile:
     """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned.
 
     A verdict is that of the interval and of an exact test, corrected for all of its kind (Holm): the chosen fused models are
@@ -66,7 +66,7 @@ def compare(run_uri: str) -> Results:
     _judge_rows(tasks, confidence)
     _answer(tasks, asked, confidence)
     recommended = recommend(run_uri, scored_on, tasks)
-    results = Results(
+    results = ResultsFile(
         run=run.name or run_uri.rstrip("/").rpartition("/")[2],
         split=models[0].record.split,
         confidence=confidence,
@@ -97,7 +97,7 @@ class Evaluated:
     card: Card | None = None  # of a trained one
     automatic: bool = False  # trained without being asked for, to compare with
     _outcomes: dict[str, LabelledPredictions] = field(default_factory=dict)  # of the task that was last asked for
-    _held_out: dict[str, HeldOutScores | None] = field(default_factory=dict)
+    _held_out: dict[str, HeldOutRows | None] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Evaluated:
         training, metric, trained = self.config.get("training"), found.kind.row_metric, self.kind == "trained"
         return Scored(self.name, trained, self.reads(task), held_out, found.ids, labels, scores, training, metric)
 
-    def held_out(self, task: str) -> HeldOutScores | None:
+    def held_out(self, task: str) -> HeldOutRows | None:
         """How right it has each held-out row, where it left their predictions."""
         if task not in self._held_out:
             uri = storage.join(self.predictions_uri.rpartition("/")[0], HELD_OUT)
@@ -324,7 +324,7 @@ def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
 
 def _answer(tasks: dict[str, TaskResults], asked: dict[str, Asked], confidence: float) -> None:
     """Settle what was asked of each task, all together, and put it into words."""
-    for task, (fusing, answers) in settle(asked, Settings(confidence)).items():
+    for task, (fusing, answers) in correct_answers(asked, Settings(confidence)).items():
         for answer in answers:
             answer.sentence = sentences.answer_sentence(task, answer)
         tasks[task].answers = answers
@@ -357,7 +357,7 @@ def _unseen(tasks: dict[str, TaskResults]) -> str:
     return f": {', '.join(named)}" if named else ""
 
 
-def _notes(results: Results, run: RunFile) -> list[str]:
+def _notes(results: ResultsFile, run: RunFile) -> list[str]:
     """What a reader must know to read the numbers right; first whether adapting encoders paid."""
     notes = [found.sentence for found in results.adapted]
     if any(t.selected_on == "test" for t in results.tasks.values()):

@@ -46,7 +46,7 @@ from mmkt_ray.scoring.heldout import load_heldout, pattern_name
 from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals
 from mmkt_ray.scoring.metrics import (
     Calibration,
-    HeldOut,
+    HeldOutScores,
     Metrics,
     ModelMetrics,
     PointScores,
@@ -266,19 +266,19 @@ def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, Po
     return found
 
 
-def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOut]:
+def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOutScores]:
     """See `heldout_record`, for tasks with labels there."""
     scores = {task: heldout_record(table, task, values, on) for task, values in proba.items()}
     return {task: s for task, s in scores.items() if s}
 
 
-def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> HeldOut | None:
+def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> HeldOutScores | None:
     """Accuracy and macro-F1 on held-out rows, how they were held out (`on`), and of rows held out by cross-validation the same
     of those in the val split (`split_val`, None if there are none): models without cross-validation know only these. None
     without a labelled row."""
     rows = has_prediction(proba)
     scores = point_scores(table, task, rows, proba)
-    record = HeldOut(num_rows=scores.num_rows, on=on, values=scores.values)
+    record = HeldOutScores(num_rows=scores.num_rows, on=on, values=scores.values)
     if on == "cv":
         inside = point_scores(table, task, rows & (table.split == "val"), proba)
         record.split_val = inside if inside.num_rows else None

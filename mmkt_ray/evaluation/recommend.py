@@ -22,13 +22,13 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.evaluation import sentences
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.scoring.metrics import HeldOut, PointScores, TaskScores
-from mmkt_ray.scoring.results import Considered, Recommended, Results, TaskResults
+from mmkt_ray.scoring.metrics import HeldOutScores, PointScores, TaskScores
+from mmkt_ray.scoring.results import Considered, Recommended, ResultsFile, TaskResults
 
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.compare import Evaluated
 
-HeldOutScores = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), see `LabelledPredictions.right` (N,)
+HeldOutRows = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), see `LabelledPredictions.right` (N,)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Candidate:
     num_params: int
     scores: Mapping[str, float]  # share of the held-out rows that it has right; of numbers R2
     num_rows: Mapping[str, int]  # N, those that it can't read among them
-    rows: Mapping[str, HeldOutScores | None]
+    rows: Mapping[str, HeldOutRows | None]
     on: str = "val"  # val | cv | test
 
     @property
@@ -52,7 +52,7 @@ class Candidate:
         return len(self.modalities), self.num_params, -self.score
 
 
-def choose(candidates: Sequence[Candidate]) -> list[Considered]:
+def rank_candidates(candidates: Sequence[Candidate]) -> list[Considered]:
     """All candidates: the chosen one first, then by score. They all have the same tasks; there is one."""
     best = max(candidates, key=lambda c: (c.score, -c.simplicity()[0], -c.simplicity()[1]))
     errors = {c.name: standard_error(best, c) for c in candidates}
@@ -82,7 +82,7 @@ def standard_error(best: Candidate, other: Candidate) -> tuple[float, bool]:
     return float(np.mean(errors)), None not in paired
 
 
-def _paired_error(ours: HeldOutScores | None, theirs: HeldOutScores | None, num_rows: int) -> float | None:
+def _paired_error(ours: HeldOutRows | None, theirs: HeldOutRows | None, num_rows: int) -> float | None:
     """None where a model left no held-out predictions, or there are too few rows."""
     if ours is None or theirs is None or num_rows < 2:
         return None
@@ -116,7 +116,7 @@ def selected_on(task: str, models: list[Evaluated]) -> str:
     return ways.pop() if ways else "val"
 
 
-def _on_val(held: HeldOut) -> PointScores | None:
+def _on_val(held: HeldOutScores) -> PointScores | None:
     """Of the rows of the val split alone."""
     return held.split_val if held.on == "cv" else held
 
@@ -164,7 +164,7 @@ def smallest_of_best(task: str, models: list[Evaluated], scores: dict[str, float
     if not models:
         return None
     most = _most_rows(task, models)
-    found = choose([_candidate(m, {task: scores[m.name]}, {task: most[m.name]}, "val") for m in models])
+    found = rank_candidates([_candidate(m, {task: scores[m.name]}, {task: most[m.name]}, "val") for m in models])
     return next(m for m in models if m.name == found[0].model)
 
 
@@ -198,7 +198,7 @@ def recommend(
     ons = {tasks[t].selected_on for t in mine}
     on = next(place for place in ("test", "cv", "val") if place in ons)
     by_name = {m.name: m for m in able[mine[0]]}
-    considered = choose(
+    considered = rank_candidates(
         [_candidate(by_name[n], {t: scores[t][n] for t in mine}, {t: rows[t][n] for t in mine}, on) for n in names]
     )
     chosen, best = considered[0], max(considered, key=lambda c: c.score)
@@ -221,7 +221,7 @@ def recommend(
     )
 
 
-def fused_to_study(results: Results) -> list[str]:
+def fused_to_study(results: ResultsFile) -> list[str]:
     """The models whose scores with missing modalities matter: the recommended one, and the best fused trained ones of the
     tasks where that one reads a single modality."""
     names = [results.recommended.model] if results.recommended else []

@@ -18,7 +18,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import read_card
-from mmkt_ray.inference.prediction import NewShards, predict, shipped
+from mmkt_ray.inference.prediction import NewShards, model_to_ship, predict
 from mmkt_ray.inference.rows import classes_outside
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
@@ -43,7 +43,7 @@ def score_files(
     Returns what metrics.json holds, for the tasks that some row has a label of.
     Raises: ConfigError, DataError as `predict`; DataError if no row has a label.
     """
-    model_uri = shipped(model_uri)
+    model_uri = model_to_ship(model_uri)
     path = predict(model_uri, inputs, out_uri, reading)
     card = read_card(model_uri)
     if card is None:

@@ -13,7 +13,7 @@ TONES = {"adds": "good", "hurts": "bad"}
 
 
 def answer_sentence(task: str, answer: Answer) -> str:
-    """An answer of `answers.settle` in words; differences in points."""
+    """An answer of `answers.correct_answers` in words; differences in points."""
     what, rest = _and(answer.modalities), _and(answer.rest_modalities)
     several = len(answer.modalities) > 1
     interval = f"[{points(answer.low)}, {points(answer.high)}]"
@@ -37,7 +37,7 @@ def answer_sentence(task: str, answer: Answer) -> str:
 def headline(task: str, answer: Answer | None, found: TaskResults, confidence: float) -> Headline:
     """The answer whether fusing helps one task.
 
-    answer: of `answers.settle`; None: no fused model stands beside one of a single modality. found: the task's results.
+    answer: of `answers.correct_answers`; None: no fused model stands beside one of a single modality. found: the task's results.
     """
     rows, kind = {r.model: r for r in found.rows}, task_kind(found.kind)
     if answer is None:

@@ -43,7 +43,7 @@ class CheckRows:
     """Decoded values to check with."""
 
     values: dict[str, list[Any]]  # modality -> (B,), None where the row has none
-    told: str  # what rows they are
+    about: str  # what rows they are
     stored: Proba | None = None  # what the run's own evaluation made of them
 
 

@@ -107,7 +107,7 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
     path = folder / TARGETS[to]
     (write_onnx if to == "onnx" else write_torch)(program, path, graph, about)
     runner = onnx_runner(path) if to == "onnx" else torch_runner(program)
-    about["check"] = compare(graph, runner, folders, rows, mixed, half)
+    about["check"] = compare_outputs(graph, runner, folders, rows, mixed, half)
     about["speed"] = measure(runner, lambda count: graph_arrays(graph, {m: v[:count] for m, v in rows.values.items()}))
     about["bytes"] = sum(file.stat().st_size for file in folder.glob(f"{TARGETS[to]}*"))
     for part in graph.parts:
@@ -268,7 +268,7 @@ def torch_runner(program: Any) -> Runner:
     return run
 
 
-def compare(
+def compare_outputs(
     graph: ExportGraph,
     runner: Runner,
     folders: Mapping[str, list[str]],
@@ -286,11 +286,11 @@ def compare(
     difference = max(difference, largest_difference(alone, {t: values[-1:] for t, values in found.items()}))
     if not difference <= TOLERANCE:
         raise DataError(
-            f"the exported graph differs from mmkt predict by {difference:.2g} on {rows.told}, more than {TOLERANCE:g}: "
+            f"the exported graph differs from mmkt predict by {difference:.2g} on {rows.about}, more than {TOLERANCE:g}: "
             "do not use it; say which encoders and fusion the model has when you report this"
         )
     check: dict[str, Any] = {
-        "rows": f"{rows.told}, half of which lack a modality",
+        "rows": f"{rows.about}, half of which lack a modality",
         "tolerance": TOLERANCE,
         "difference": difference,
     }

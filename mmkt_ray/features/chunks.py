@@ -25,7 +25,7 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, count_stages, reject_table
 
-Row: TypeAlias = "pa.Table"  # of one row
+ChunkRow: TypeAlias = "pa.Table"  # of one row
 TABLES = ("table", "rejects")
 ARRAY = "array "  # beginning of the names of columns with prepared values
 
@@ -81,7 +81,7 @@ def make_row(
     rejects: pa.Table,
     seconds: dict[str, float],
     prepared: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Row:
+) -> ChunkRow:
     """A chunk as a row of Ray, see `OpenedRow`."""
     cells = {"table": pack(table), "rejects": pack(rejects)}
     cells |= {ARRAY + name: pa.py_buffer(np.ascontiguousarray(array)) for name, array in prepared.items()}
@@ -95,7 +95,7 @@ def _one_cell(buffer: pa.Buffer) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
 
 
-def open_row(row: Row) -> OpenedRow:
+def open_row(row: ChunkRow) -> OpenedRow:
     """The chunk in a row, in place."""
     unit, index, last, seconds = (row.column(name)[0].as_py() for name in ("unit", "index", "last", "seconds"))
     cells = {n: cell_buffers(row.column(n))[0] for n in row.column_names if n in TABLES or n.startswith(ARRAY)}
@@ -104,7 +104,7 @@ def open_row(row: Row) -> OpenedRow:
     return OpenedRow(unit, index, last, samples, rejects, json.loads(seconds), prepared)
 
 
-def read_shard(batch: dict[str, Any], plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[Row]:
+def read_shard(batch: dict[str, Any], plan: ReadingPlan, done: dict[str, set[int]]) -> Iterator[ChunkRow]:
     """Stage 1: stream one shard into chunks, leaving out those that are stored already."""
     shard = Shard(int(batch["source"][0]), *(str(batch[name][0]) for name in ("uri", "name", "identity")))
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def read_shard(batch: dict[str, Any], plan: ReadingPlan, done: dict[str, set[int
         start = time.perf_counter()
 
 
-def write_part(row: Row, store_uri: str) -> dict[str, list[Any]]:
+def write_part(row: ChunkRow, store_uri: str) -> dict[str, list[Any]]:
     """Last stage: the part and its rejects, each written atomically under a name that its input decides."""
     start = time.perf_counter()
     chunk = open_row(row)

@@ -82,8 +82,8 @@ def combine(config: Config, run_uri: str, source: Store) -> Store:
         log.info("%s samples are up to date: %s", unit, uri)
         return store
     index = read_index(source, sorted(config.modalities), sorted(config.tasks))
-    combined = join(index, how) if isinstance(how, JoinCombine) else pair(index, how, config.seed)
-    write_parts(config, source, uri, unit, combined, index)
+    combined = join_by_key(index, how) if isinstance(how, JoinCombine) else pair(index, how, config.seed)
+    write_combined(config, source, uri, unit, combined, index)
     rejects = pa.concat_tables([source_rejects(source), reject_table(combined.rejects)])
     origin = Origin([unit], source=source, rejects=rejects, num_conflicts=combined.num_conflicts)
     return publish(uri, config, origin, source.manifest.modalities)
@@ -117,7 +117,7 @@ def shared_values(column: pa.ChunkedArray) -> list[Any]:
     ]
 
 
-def join(index: RowIndex, how: JoinCombine) -> Combined:
+def join_by_key(index: RowIndex, how: JoinCombine) -> Combined:
     """Rows with the same key become one sample. A second row of the same modality and key is rejected. Of conflicting
     labels the first is kept, and the conflict is counted. An inner join rejects rows without a partner."""
     by_key: dict[str, list[int]] = {}
@@ -211,7 +211,7 @@ def _cycle(rng: np.random.Generator, rows: list[int]) -> Iterator[int]:
         yield from rng.permutation(rows).tolist()
 
 
-def write_parts(config: Config, source: Store, uri: str, unit: str, combined: Combined, index: RowIndex) -> None:
+def write_combined(config: Config, source: Store, uri: str, unit: str, combined: Combined, index: RowIndex) -> None:
     """Gather the samples' features and labels from the source, one part at a time."""
     with tempfile.TemporaryDirectory(prefix="mmkt-combine-") as folder:
         spilled = _spill(source, f"{folder}/rows.arrow")

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from mmkt_ray.config import Config
 from mmkt_ray.config.samples import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
-from mmkt_ray.features.chunks import Row, cell_buffers, make_row, open_row
+from mmkt_ray.features.chunks import ChunkRow, cell_buffers, make_row, open_row
 from mmkt_ray.features.store import hash_of
 from mmkt_ray.kinds.content import hash_json
 from mmkt_ray.kinds.modalities import ModalityKind
@@ -143,7 +143,7 @@ def _regrouped(column: pa.ChunkedArray, items: Decoded) -> Decoded:
     return decoded
 
 
-def choose(values: Sequence[Any], keep: np.ndarray) -> Sequence[Any]:
+def select_values(values: Sequence[Any], keep: np.ndarray) -> Sequence[Any]:
     """Of the values (N,) those with `keep` (N,) true."""
     if isinstance(values, Prepared):
         return values.filter(keep)
@@ -170,7 +170,7 @@ def changes_of(part: pa.Table, name: str) -> list[list[str]]:
     return [[c.removeprefix(f"{name}: ") for c in cell or () if c.startswith(f"{name}: ")] for cell in cells]
 
 
-def decode_chunk(row: Row, config: Config) -> Row:
+def decode_chunk(row: ChunkRow, config: Config) -> ChunkRow:
     """Stage 2, only where encoders run on GPUs: files are decoded and prepared on CPUs, so that the GPU does not wait.
 
     The prepared values of a modality travel as one array beside the samples, whose column then names rows of it; a broken one

@@ -19,16 +19,16 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.chunks import Row, make_row, open_row, part_name
+from mmkt_ray.features.chunks import ChunkRow, make_row, open_row, part_name
 from mmkt_ray.features.decode import (
     UNREADABLE,
     Prepared,
     changes_of,
-    choose,
     decode_column,
     note_changes,
     note_content,
     prepared_values,
+    select_values,
     settle_broken,
 )
 from mmkt_ray.features.store import column_of, feature_type, from_arrow, hash_of, part_schema, to_arrow
@@ -144,7 +144,7 @@ class SampleEncoder:
         for name in self.encoders:
             part = stored.get(name)
             if part is None:
-                chosen = choose(values[name], keep)
+                chosen = select_values(values[name], keep)
                 columns[column_of(name)], refused[name] = self._encode(name, chosen, seconds)
                 with self._turns[name]:
                     changes = changes_in(self.encoders[name], chosen)
@@ -210,7 +210,7 @@ class EncodeChunk(SampleEncoder):
         torch.set_num_threads(plan.num_threads)
         super().__init__(plan, assigned_device(plan.use_gpu, plan.gpu_frac))
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: ChunkRow) -> ChunkRow:
         unit, index, last, samples, rejects, seconds, prepared = open_row(row)
         stored = {m: _stored(uri, unit, index, last, m, samples) for m, uri in self.plan.reuse.items()}
         part, own = self.encode_samples(samples, unit, stored, seconds, prepared)
@@ -360,7 +360,7 @@ def _stored(uri: str, unit: str, index: int, last: bool, modality: str, samples:
 
 def reduce_part(
     batch: dict[str, Any], source_uri: str, reducers: dict[str, Any], dims: dict[str, int], dtype: str = "float32"
-) -> Row:
+) -> ChunkRow:
     """Reducers applied to one stored part; every other column as it is."""
     start = time.perf_counter()
     name = str(batch["name"][0])

@@ -44,7 +44,7 @@ from mmkt_ray.features.publish import (
     tell_counts,
     tell_reasons,
 )
-from mmkt_ray.features.siblings import take_over_store
+from mmkt_ray.features.siblings import copy_store_from_sibling
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
 from mmkt_ray.samples.lines import that_may_be_cut
@@ -117,7 +117,7 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
     if store := published(uri, units):
         log.info("features are up to date: %s", uri)
         return store
-    if not encoded_by_user(config) and (store := take_over_store(run_uri, uri, units)):
+    if not encoded_by_user(config) and (store := copy_store_from_sibling(run_uri, uri, units)):
         return store
     todo = [shard for shard in shards if shard.unit not in complete]
     stats = RunStats(uri, config.samples, {s.unit: s.name for s in shards})
@@ -208,7 +208,7 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
     if store := published(uri, units, source=encoded):
         log.info("reduced features are up to date: %s", uri)
         return store
-    if not encoded_by_user(config) and (store := take_over_store(run_uri, uri, units, encoded)):
+    if not encoded_by_user(config) and (store := copy_store_from_sibling(run_uri, uri, units, encoded)):
         return store
     present = {f.base_name for f in storage.list_files(storage.join(uri, "data"), "*.parquet")}
     todo = [

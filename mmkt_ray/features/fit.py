@@ -30,7 +30,7 @@ from mmkt_ray.encoders.build import (
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decoding
 from mmkt_ray.features.publish import tell_reasons
-from mmkt_ray.features.siblings import take_over
+from mmkt_ray.features.siblings import copy_from_sibling
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
@@ -89,7 +89,7 @@ def fit_encoder(
     if kept := find_fit(run_uri, prefix, units):
         return kept
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
-    if not isinstance(section, CustomEncoder) and take_over(  # the user's code may have changed since
+    if not isinstance(section, CustomEncoder) and copy_from_sibling(  # the user's code may have changed since
         run_uri,
         f"encoders/{uri.rsplit('/', 1)[-1]}",
         ENCODER_CARD,
@@ -188,7 +188,7 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
         return kept
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
     reducer = build_reducer(section)
-    if not encoded_by_user(config) and take_over(
+    if not encoded_by_user(config) and copy_from_sibling(
         run_uri,
         f"encoders/{uri.rsplit('/', 1)[-1]}",
         ENCODER_CARD,

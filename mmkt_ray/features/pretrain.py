@@ -27,11 +27,11 @@ from safetensors.torch import save as save_tensors
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config.samples import SamplesConfig
-from mmkt_ray.encoders.base import Training
+from mmkt_ray.encoders.base import EncoderTraining
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decode_column
-from mmkt_ray.features.publish import shorten, tell_reasons
+from mmkt_ray.features.publish import tell_reasons, without_details
 from mmkt_ray.features.spellings import respelled
 from mmkt_ray.kinds.spelling import index_in, sort_classes
 from mmkt_ray.samples.plan import ReadingPlan
@@ -105,7 +105,7 @@ def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dic
         rows = used.filter(pc.and_(used.column(modality).is_valid(), used.column(task).is_valid()))
         kind = job.plan.modalities[modality]
         decoded = decode_column(rows.column(modality), kind, encoder, job.samples)
-        reasons.update(map(shorten, decoded.broken.values()))
+        reasons.update(map(without_details, decoded.broken.values()))
         found = {i: value for i, value in enumerate(decoded.values) if value is not None}
         if not kind.decoder:
             found = {i: encoder.prepare(value) for i, value in found.items()}
@@ -192,7 +192,7 @@ def _train(args: dict[str, Any], rank: int, world_size: int, device: torch.devic
 
     try:
         values, labels, held_out = _map_values(job.pieces, encoder, class_names, folder)
-        training = Training(job.seed, device, rank, world_size, checkpoint=state, on_epoch=keep, held_out=held_out)
+        training = EncoderTraining(job.seed, device, rank, world_size, state, on_epoch=keep, held_out=held_out)
         weights: dict[str, np.ndarray] = encoder.train(values, labels, class_names, training)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -306,17 +306,17 @@ def count_reasons(rejects: pa.Table) -> list[AlikeRejects]:
     first: dict[str, tuple[tuple[str, int, str], str]] = {}
     for batch in rejects.select(["reason", "sample_id", "source", "num_rows"]).to_batches(max_chunksize=65536):
         for reason, row, shard, num_rows in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            counts[kind := shorten(reason)] += num_rows
+            counts[kind := without_details(reason)] += num_rows
             place = (shard, len(row), row)  # of two numbers the shorter one is the smaller
             first[kind] = min(first.get(kind, (place, reason)), (place, reason))
-    return [AlikeRejects(first[kind][1], _told_row(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()]
+    return [AlikeRejects(first[kind][1], _row_name(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()]
 
 
-def _told_row(shard: str, _: int, row: str) -> str:
+def _row_name(shard: str, _: int, row: str) -> str:
     return row if row.startswith(shard) else f"{row} in {shard}"
 
 
-def shorten(reason: str) -> str:
+def without_details(reason: str) -> str:
     """A reject's reason without what differs from row to row, quoted names and numbers, for counting."""
     return re.sub(r"""(?<!\w)b?(['"]).*?\1|\b(0x[0-9a-f]+|\d+)\b""", "..", reason)[:120]
 

@@ -20,7 +20,7 @@ from mmkt_ray.features.store import Store
 log = logging.getLogger(__name__)
 
 
-def take_over(run_uri: str, place: str, last: str, is_whole: Callable[[str], bool]) -> bool:
+def copy_from_sibling(run_uri: str, place: str, last: str, is_whole: Callable[[str], bool]) -> bool:
     """Copy a folder from another run to the same place in this one. Returns whether there was one.
 
     place: in the run folder, e.g. `encoders/text-1a2b`. last: the file that is written last. is_whole: folder ->
@@ -40,14 +40,18 @@ def take_over(run_uri: str, place: str, last: str, is_whole: Callable[[str], boo
     return False
 
 
-def take_over_store(run_uri: str, uri: str, units: list[str], source: Store | None = None) -> Store | None:
+def copy_store_from_sibling(run_uri: str, uri: str, units: list[str], source: Store | None = None) -> Store | None:
     """The store that belongs at `uri`, copied from another run that has it for exactly these units (and this source),
     or None.
 
     Label issues that the other run has found in it are left out.
     """
     place = f"features/{uri.rsplit('/', 1)[-1]}"
-    if storage.exists(uri) or not take_over(run_uri, place, "manifest.json", lambda u: bool(published(u, units, source))):
+
+    def is_whole(folder: str) -> bool:
+        return published(folder, units, source) is not None
+
+    if storage.exists(uri) or not copy_from_sibling(run_uri, place, "manifest.json", is_whole):
         return None
     audit_uri = storage.join(uri, "audit.json")
     if audit := Audit.read_or_none(audit_uri):

@@ -130,12 +130,12 @@ def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
     if not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type):
         return column
 
-    def told(value: Any) -> str | None:
+    def cell_text(value: Any) -> str | None:
         if value is None or isinstance(value, list):
             return None if value is None else SEPARATOR.join(map(str, value))
         return json.dumps(value, default=str, ensure_ascii=False)
 
-    return pa.array(map(told, column.to_pylist()), pa.string())
+    return pa.array(map(cell_text, column.to_pylist()), pa.string())
 
 
 # --- the input's columns --------------------

@@ -36,7 +36,7 @@ from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, known_columns, list_shards
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def predict(
     output: another form of the predictions, written beside the file and returned in its place.
     Raises: ConfigError, DataError.
     """
-    model_uri = shipped(model_uri)
+    model_uri = model_to_ship(model_uri)
     model, card = load_model(model_uri)
     own, columns = reading.own, reading.columns
     trained = restrict(parse_config(card.config), own)
@@ -123,19 +123,19 @@ def _predict(
         storage.join(out_uri, "rejects.parquet"), storage.read_bytes(storage.join(store.uri, "rejects.parquet"))
     )
     counts = store.manifest.counts
-    told = "%d predicted, %d of them without a modality that could not be read; %d rejected%s"
-    log.info(told, counts.rows, counts.unreadable_modalities, counts.rejects, absent)
+    message = "%d predicted, %d of them without a modality that could not be read; %d rejected%s"
+    log.info(message, counts.rows, counts.unreadable_modalities, counts.rejects, absent)
     return path
 
 
-def shipped(uri: str) -> str:
+def model_to_ship(uri: str) -> str:
     """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none, or is a
     file."""
     fs, path = storage.resolve(uri)
     if fs.get_file_info(path).is_file:
         raise DataError(f"'{uri}' is a file: name the folder of a model or of a run")
     place = storage.join(uri, "report", "results.json")
-    results = None if storage.exists(storage.join(uri, "config.json")) else Results.read_or_none(place)
+    results = None if storage.exists(storage.join(uri, "config.json")) else ResultsFile.read_or_none(place)
     if results is None:
         return uri
     chosen = results.recommended
@@ -279,7 +279,7 @@ def prediction_config(
     return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {t: config.tasks[t] for t in tasks}})
 
 
-def finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def check_finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The probabilities, task -> (N, C), as they are. Raises: DataError if one is not finite: the weights overflow."""
     for task, values in proba.items():
         if not np.isfinite(values).all():
@@ -336,17 +336,17 @@ def tell_absent(config: Config, store: Store, named: Mapping[str, str]) -> str:
 
     Raises: DataError for one that the user named and that no row has.
     """
-    num_rows, told = store.manifest.counts.rows, ""
+    num_rows, absences = store.manifest.counts.rows, ""
     for modality, by_split in sorted(store.manifest.counts.missing.items()):
         absent = sum(by_split.values())
         if absent == num_rows and modality in named:
             plan = ReadingPlan.of(config)
             check_found(plan, list_shards(plan), modality)
         if absent > num_rows / 2:
-            told += f"; {modality} is absent in {absent} of {num_rows} rows"
-    if told:
-        log.warning("predicting from what is left%s: do columns and suffixes have the right names?", told)
-    return told
+            absences += f"; {modality} is absent in {absent} of {num_rows} rows"
+    if absences:
+        log.warning("predicting from what is left%s: do columns and suffixes have the right names?", absences)
+    return absences
 
 
 def write_predictions(path: str, model: Predictor, store: Store, class_names: Mapping[str, list[str]]) -> None:
@@ -356,7 +356,7 @@ def write_predictions(path: str, model: Predictor, store: Store, class_names: Ma
 
     def parts() -> Iterator[pa.Table]:
         for table, labels in zip(store.tables(modalities, tasks=[]), store.read(["sample_id", *tasks]), strict=True):
-            proba = without_unreadable(finite(predict_table(model, table)), table, model.spec.inputs)
+            proba = without_unreadable(check_finite(predict_table(model, table)), table, model.spec.inputs)
             columns = {
                 "sample_id": pa.array(table.sample_id[:], pa.string()),
                 "missing": missing_column(table, modalities),

@@ -141,10 +141,10 @@ def prediction_columns(
     list of K float32, of numbers <task>_low and _high where margins (N,) are known; null where NaN."""
     values = outputs.astype(np.float32)
     known = has_prediction(values)
-    told = kind.decode(kind.predict(values), names)
+    predicted = kind.decode(kind.predict(values), names)
     further = kind.further_columns(values, margin)
     return {
-        f"{task}_pred": pa.array([v if k else None for v, k in zip(told, known, strict=True)], kind.arrow_type),
+        f"{task}_pred": pa.array([v if k else None for v, k in zip(predicted, known, strict=True)], kind.arrow_type),
         **{f"{task}_{end}": column for end, column in further.items()},
     }
 
@@ -269,8 +269,8 @@ def read_outcomes(uri: str, task: str, kind: TaskKind, model: str | None = None)
         rows = rows.filter(pc.and_(rows.column(names[1]).is_valid(), rows.column(names[2]).is_valid()))
         ids.add(pd.util.hash_array(rows.column("sample_id").to_numpy(), categorize=False))
         for grown, name in ((label, names[1]), (pred, names[2])):
-            told = map(kind.value, rows.column(name).to_pylist())
-            grown.add(np.fromiter((index.setdefault(v, len(index)) for v in told), np.int32, len(rows)))
+            values = map(kind.value, rows.column(name).to_pylist())
+            grown.add(np.fromiter((index.setdefault(v, len(index)) for v in values), np.int32, len(rows)))
     return LabelledPredictions(ids.array(), label.array(), pred.array(), list(index), kind)
 
 

@@ -43,7 +43,7 @@ class Tried(Record, frozen=True, strict=True):
     chosen: bool
 
 
-class Choice(Record, frozen=True, strict=True):
+class ChosenSettings(Record, frozen=True, strict=True):
     """What `training: auto` chose, and why."""
 
     settings: dict[str, Setting]  # dotted key -> value, for `Config.with_overrides`
@@ -82,7 +82,7 @@ class Training(Record, frozen=True, strict=True):
     num_workers: int
     device: str
     history: list[Epoch]
-    auto: IfAny[Choice] = None
+    auto: IfAny[ChosenSettings] = None
     linear: IfAny[LinearPath] = None
     wide: IfAny[dict[str, float]] = None  # task -> share of the network beside a linear model
     experts_for: IfAny[dict[str, dict[str, str]]] = None  # see `ExpertSpec.routes`
@@ -94,7 +94,7 @@ class Outcome(Training, frozen=True, strict=True):
     status: str  # trained | up to date
 
 
-class Member(Record, frozen=True, strict=True):
+class EnsembleMember(Record, frozen=True, strict=True):
     """A candidate of a search in an ensemble."""
 
     candidate: str
@@ -107,7 +107,7 @@ class Ensembled(Record, frozen=True, strict=True):
     val: float  # its score
     best_member_val: float
     library: int  # candidates that it was picked from
-    members: list[Member]
+    members: list[EnsembleMember]
 
 
 def _which(value: Any) -> str:

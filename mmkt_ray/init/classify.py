@@ -63,7 +63,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Column:
+class ClassifiedColumn:
     """What a column was taken for, and why."""
 
     look: Look
@@ -208,26 +208,27 @@ KINDS: dict[str, Kind] = {  # in the order in which they are tried
 }
 
 
-def classify(look: Look) -> Column:
+def classify(look: Look) -> ClassifiedColumn:
     """What a column is, the target aside. A column without values, or without a name, is `other`."""
     if look.name == "":
-        return Column(look, "other", "it has no name; an index of pandas, as a rule")
+        return ClassifiedColumn(look, "other", "it has no name; an index of pandas, as a rule")
     if not look.values:
-        return Column(look, "other", f"no value in the first {look.num_rows:,} rows")
+        return ClassifiedColumn(look, "other", f"no value in the first {look.num_rows:,} rows")
     for name, kind in KINDS.items():
         if why := kind.rule(look):
-            return Column(look, name, why)
+            return ClassifiedColumn(look, name, why)
     raise AssertionError("the last kind takes everything")
 
 
-def classify_all(looks: Sequence[Look], given: Mapping[str, str] | None = None) -> list[Column]:
+def classify_all(looks: Sequence[Look], given: Mapping[str, str] | None = None) -> list[ClassifiedColumn]:
     """All columns; of several ids and splits the first one counts. given: column -> kind, where the user says so."""
     found, taken = [], set()
     for look in looks:
-        column = Column(look, given[look.name], "as you say") if given and look.name in given else classify(look)
+        said = given.get(look.name) if given else None
+        column = ClassifiedColumn(look, said, "as you say") if said is not None else classify(look)
         role = KINDS[column.kind].role
         if role in ("sample_id", "split") and role in taken:
-            column = Column(look, "other", f"{column.why}, but another column is the {column.kind} already")
+            column = ClassifiedColumn(look, "other", f"{column.why}, but another column is the {column.kind} already")
         taken.add(role)
         found.append(column)
     return found

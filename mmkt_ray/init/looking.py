@@ -20,7 +20,7 @@ from mmkt_ray.kinds.cells import is_nan, likely_encoding
 from mmkt_ray.kinds.content import what_else
 from mmkt_ray.samples.columns import MAX_ROW_BYTES
 from mmkt_ray.samples.json_rows import Fault, parse_row
-from mmkt_ray.samples.lines import other_separator, read_header, told_separator
+from mmkt_ray.samples.lines import other_separator, read_header, separator_error
 from mmkt_ray.samples.shards import visible
 
 LOOK_ROWS = 10_000
@@ -183,8 +183,8 @@ def _parquet_rows(file: Path) -> tuple[dict[str, list[Any]], int]:
 def _encoding(file: Path) -> str:
     with file.open("rb") as stream:
         start = stream.read(1 << 20)
-    if told := what_else(start):
-        raise DataError(f"'{file}' is no table: it is {told}")
+    if other := what_else(start):
+        raise DataError(f"'{file}' is no table: it is {other}")
     if guess := likely_encoding(start[:400]):
         return guess
     try:
@@ -202,7 +202,7 @@ def _csv_rows(file: Path, encoding: str) -> tuple[list[str], list[dict[str, Any]
         try:
             header = read_header(table)
             if mark := other_separator(header):
-                raise told_separator(str(file), mark)
+                raise separator_error(str(file), mark)
             rows = [dict(zip(header, cells, strict=False)) for cells in islice(table, LOOK_ROWS)]
         except csv.Error as error:
             raise DataError(f"'{file}', line {table.line_num}: {error}") from None

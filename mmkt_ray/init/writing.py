@@ -15,7 +15,7 @@ from mmkt_ray.config import parse_config
 from mmkt_ray.config.parsing import read_yaml
 from mmkt_ray.config.run import OWN_COLUMNS
 from mmkt_ray.errors import ConfigError, DataError, nearest
-from mmkt_ray.init.classify import KINDS, Column, Look, Target, classify_all, classify_target
+from mmkt_ray.init.classify import KINDS, ClassifiedColumn, Look, Target, classify_all, classify_target
 from mmkt_ray.init.looking import Seen, clean_name, default_name, look_at
 
 
@@ -24,7 +24,7 @@ class Draft:
     """A config that was not written yet."""
 
     text: str  # YAML
-    told: str  # what each column was taken for, and why
+    columns: str  # what each column was taken for, and why
 
 
 def init(place: str, targets: Sequence[str], out: str, *, as_classes: bool = False, force: bool = False) -> str:
@@ -41,7 +41,7 @@ def init(place: str, targets: Sequence[str], out: str, *, as_classes: bool = Fal
     with open(out, "w", encoding="utf-8") as file:
         file.write(draft.text)
     config = shlex.quote(out)
-    return f"{draft.told}\n\nwrote {out}\nnext: mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
+    return f"{draft.columns}\n\nwrote {out}\nnext: mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
 
 
 def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) -> Draft:
@@ -55,10 +55,10 @@ def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) 
         raise ConfigError(f"--target: no column '{unknown[0]}': {nearest(unknown[0], looks)}")
     tasks = [classify_target(looks[t], as_classes) for t in targets]
     columns = classify_all([look for look in seen.looks if look.name not in targets])
+    lines = "\n".join(_lines(columns, tasks))
     if not any(KINDS[c.kind].role in ("modality", "cell") for c in columns):
-        told = "\n".join(_lines(columns, tasks))
-        raise DataError(f"no column holds anything to predict from:\n{told}")
-    return Draft(_yaml(seen, columns, tasks, name), "\n".join(_lines(columns, tasks)))
+        raise DataError(f"no column holds anything to predict from:\n{lines}")
+    return Draft(_yaml(seen, columns, tasks, name), lines)
 
 
 def _likely(seen: Seen) -> str:
@@ -72,7 +72,7 @@ def _likely(seen: Seen) -> str:
     return f"it may be: {', '.join(found)}" if found else f"the columns are: {', '.join(look.name for look in seen.looks)}"
 
 
-def _lines(columns: Sequence[Column], tasks: Sequence[Target]) -> list[str]:
+def _lines(columns: Sequence[ClassifiedColumn], tasks: Sequence[Target]) -> list[str]:
     """A line for each column: its name, what it was taken for, why."""
     rows = [(t.look.name, f"label, {t.kind}", t.why) for t in tasks]
     for column in columns:
@@ -88,7 +88,7 @@ def _lines(columns: Sequence[Column], tasks: Sequence[Target]) -> list[str]:
 # --- YAML --------------------
 
 
-def _yaml(seen: Seen, columns: Sequence[Column], tasks: Sequence[Target], name: str) -> str:
+def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Target], name: str) -> str:
     used = [c for c in columns if KINDS[c.kind].role != "unused"]
     names: dict[str, str] = {}  # their column -> ours
     for look in [*(c.look for c in used if KINDS[c.kind].role == "modality"), *(t.look for t in tasks)]:

@@ -120,4 +120,4 @@ def what_else(start: bytes) -> str:
     start = start[:64].lower()
     if start and not any(start):
         return "full of zeros, as a transfer that broke off leaves it: fetch it again"
-    return next((told for begin, told in _OTHERS.items() if start.startswith(begin)), "")
+    return next((meaning for begin, meaning in _OTHERS.items() if start.startswith(begin)), "")

@@ -217,8 +217,8 @@ def _decode_any(data: bytes, max_pixels: int) -> Decoded:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            told = f"it is {what_else(data)}" if what_else(data) else f"it begins with {data[:8]!r}"
-            raise ValueError(f"not a readable {', '.join(FORMATS)}; {told}") from None
+            seen = f"it is {what_else(data)}" if what_else(data) else f"it begins with {data[:8]!r}"
+            raise ValueError(f"not a readable {', '.join(FORMATS)}; {seen}") from None
         except MemoryError:
             raise
         except Exception as error:  # decoders meet damaged data with errors of every kind

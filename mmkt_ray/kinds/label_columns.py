@@ -23,17 +23,17 @@ def label_column(raw: pa.Array, class_names: list[str] | None, text_of: Callable
         raise TypeError(f"it holds several values, {inner}: name the one that is meant, with a dot before it")
     # strings as bytes: Arrow reads them unchecked, and an undecodable one must cost its rows only
     encoded = (raw.cast(pa.large_binary()) if is_string(raw.type) else raw).dictionary_encode()
-    named: list[str | None] = []
+    texts: list[str | None] = []
     wrong: dict[int, str] = {}
     for code, value in enumerate(plain_values(encoded.dictionary)):
         try:
             check_value(value)
-            named.append(text_of(value if class_names is None else name_of_code(value, class_names)))
+            texts.append(text_of(value if class_names is None else name_of_code(value, class_names)))
         except ValueError as error:
-            named.append(None)
+            texts.append(None)
             wrong[code] = str(error)
     errors = {i: wrong[c] for i, c in enumerate(encoded.indices.to_pylist()) if c in wrong} if wrong else {}
-    return pa.array(named, pa.string()).take(encoded.indices), errors
+    return pa.array(texts, pa.string()).take(encoded.indices), errors
 
 
 def plain_values(column: pa.Array) -> list[Any]:
@@ -55,14 +55,14 @@ def labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) 
     for i, value in enumerate(values_of(raw)):
         try:
             check_value(value)
-            values.append(label_names(named(value, class_names), separator))
+            values.append(label_names(with_class_names(value, class_names), separator))
         except ValueError as error:
             values.append(None)
             errors[i] = str(error)
     return pa.array(values, pa.list_(pa.string())), errors
 
 
-def named(value: Any, class_names: list[str] | None) -> Any:
+def with_class_names(value: Any, class_names: list[str] | None) -> Any:
     """A value with names in place of a ClassLabel's numbers, also in a list. Raises: ValueError for a number without a name."""
     if class_names is None:
         return value

@@ -63,12 +63,12 @@ def map_items(column: pa.Array, change: Callable[[pa.Array], tuple[pa.Array, dic
     """A column (N,) of lists with its items changed, those that became null left out; and row -> what was changed in it."""
     row = _rows_of(column)
     items, changed = change(column.flatten())
-    told: dict[int, list[str]] = {}
+    by_row: dict[int, list[str]] = {}
     for i, changes in changed.items():
-        told.setdefault(int(row[i]), []).extend(changes)
+        by_row.setdefault(int(row[i]), []).extend(changes)
     there = items.is_valid().to_numpy(zero_copy_only=False)
     kept = _gathered(items.filter(pa.array(there)), row[there], len(column), "")
-    return kept.cast(column.type), {i: list(dict.fromkeys(changes)) for i, changes in told.items()}
+    return kept.cast(column.type), {i: list(dict.fromkeys(changes)) for i, changes in by_row.items()}
 
 
 def _rows_of(column: pa.Array) -> np.ndarray:

@@ -55,9 +55,9 @@ class ModalityKind(Choice):
     @model_serializer(mode="wrap")
     def _as_written(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
         """A kind whose options are as by default as its bare name."""
-        told = handler(self)
+        dumped = handler(self)
         plain = all(getattr(self, n) == f.get_default(call_default_factory=True) for n, f in type(self).model_fields.items())
-        return self.name if plain else told
+        return self.name if plain else dumped
 
     # --- reading --------------------
 
@@ -196,7 +196,7 @@ class _Listed(ModalityKind):
 
         if self.pool is None:
             if isinstance(cell, list | tuple):
-                raise ValueError(self._told_several())
+                raise ValueError(self._why_not_several())
             return self.item_from_cell(cell, encoding)
         items = [self.item_from_cell(item, encoding) for item in items_in(cell)]
         return one_of([item for item in items if item is not None], self.pool)
@@ -207,12 +207,12 @@ class _Listed(ModalityKind):
 
         if self.pool is None:
             if is_list(raw.type):
-                raise TypeError(self._told_several())
+                raise TypeError(self._why_not_several())
             return self.items_from_arrow(raw, source)
         column, errors = lists_from_arrow(raw, self.pool, lambda items: self.items_from_arrow(items, source))
         return column.cast(self.arrow_type), errors
 
-    def _told_several(self) -> str:
+    def _why_not_several(self) -> str:
         return f"must be one {self.name}, got several: say what becomes of them, kind: {{name: {self.name}, pool: first}}"
 
 
@@ -453,8 +453,8 @@ class Table(ModalityKind):
         from mmkt_ray.kinds.table_rows import ITEM_MARK
 
         pairs = cell.items() if isinstance(cell, dict) else cell
-        told = "; ".join(f"{column}: {text.replace(ITEM_MARK, ', ')}" for column, text in pairs)
-        return {"kind": "text", "text": excerpt(told)}
+        shown = "; ".join(f"{column}: {text.replace(ITEM_MARK, ', ')}" for column, text in pairs)
+        return {"kind": "text", "text": excerpt(shown)}
 
 
 class Vector(ModalityKind):

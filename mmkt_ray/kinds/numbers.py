@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_number(cell: Any) -> float | None:
+def number_in(cell: Any) -> float | None:
     """A raw cell as a finite number; null, NaN and blanks are none. Raises: ValueError that says what is wrong."""
     if isinstance(cell, bytes):
         cell = decode_text(cell, "utf-8")
@@ -84,7 +84,7 @@ def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     for i, cell in enumerate(values_of(raw)):
         try:
             check_value(cell)
-            values.append(read_number(cell if class_names is None else name_of_code(cell, class_names)))
+            values.append(number_in(cell if class_names is None else name_of_code(cell, class_names)))
         except ValueError as error:
             values.append(None)
             errors[i] = str(error)
@@ -134,7 +134,7 @@ class Scale:
 
     @classmethod
     def of(cls, given: Any) -> Scale:
-        """The scale that `as_json` told. Raises: ConfigError for anything else, as a card may come from anyone."""
+        """The scale that `as_json` gave. Raises: ConfigError for anything else, as a card may come from anyone."""
         try:
             rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in given.items()}
             found = cls(**rest)
@@ -150,8 +150,8 @@ class Scale:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able."""
-        told = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in told.items() if v != []}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in fields.items() if v != []}
 
     def forward(self, y: Tensor) -> Tensor:
         """Numbers as z, of any shape; z is float32."""

@@ -25,7 +25,7 @@ from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.kinds.base import Outcomes, TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.number_metrics import IN_UNITS
-from mmkt_ray.kinds.numbers import TRANSFORMS, Scale, number_column, read_number
+from mmkt_ray.kinds.numbers import TRANSFORMS, Scale, number_column, number_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,8 +82,8 @@ class Regression(TaskKind):
 
     def as_json(self) -> Any:
         """See TaskKind; without `scale` where none is fitted."""
-        told = {"name": self.name, "transform": self.transform, "loss": self.loss, "quantile": self.quantile}
-        return told | ({"scale": self.scale.as_json()} if self.scale else {})
+        section = {"name": self.name, "transform": self.transform, "loss": self.loss, "quantile": self.quantile}
+        return section | ({"scale": self.scale.as_json()} if self.scale else {})
 
     # --- labels
 
@@ -98,7 +98,7 @@ class Regression(TaskKind):
         return f"{task} {replace(self, scale=None).as_json()}"
 
     def from_cell(self, cell: Any, separator: str) -> Any:
-        return read_number(cell)
+        return number_in(cell)
 
     def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
         return number_column(raw, class_names)

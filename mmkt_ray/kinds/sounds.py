@@ -60,8 +60,8 @@ def decode_audio(data: bytes) -> Clip:
             samples, sample_rate = _read_mono(sound), sound.samplerate
     except soundfile.LibsndfileError as error:
         if error.code == _UNKNOWN_FORMAT:
-            told = f"it is {what_else(data)}" if what_else(data) else f"it begins with {data[:8]!r}"
-            raise ValueError(f"no sound that soundfile reads (WAV, FLAC, OGG, MP3, ...); {told}") from None
+            seen = f"it is {what_else(data)}" if what_else(data) else f"it begins with {data[:8]!r}"
+            raise ValueError(f"no sound that soundfile reads (WAV, FLAC, OGG, MP3, ...); {seen}") from None
         raise ValueError(f"damaged: {error.error_string}") from None
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a header that names no known encoding
         raise ValueError(f"damaged: {error}") from None

@@ -25,7 +25,7 @@ import xxhash
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import Converted, check_value, is_list, is_string, values_of
 from mmkt_ray.kinds.cells import canonical, decode_text, key_text, label_text
-from mmkt_ray.kinds.label_columns import label_column, named
+from mmkt_ray.kinds.label_columns import label_column, with_class_names
 
 ColumnType = Literal["number", "category", "boolean", "date"]
 
@@ -141,7 +141,7 @@ def _column_texts(column: pa.Array, class_names: list[str] | None) -> Converted:
         for i, value in enumerate(values_of(column)):
             try:
                 check_value(value)
-                texts.append(cell_text(named(value, class_names)))
+                texts.append(cell_text(with_class_names(value, class_names)))
             except ValueError as error:
                 texts.append(None)
                 wrong[i] = str(error)

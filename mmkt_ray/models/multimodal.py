@@ -196,13 +196,14 @@ class MultimodalModel(nn.Module):
     def num_parameters_by_part(self) -> dict[str, int]:
         """Trained numbers in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`,
         and `wide`, if there is a linear model beside the network."""
-        parts = {"input": count(self.inputs) + sum(count(level.adapters) for level in self.levels)}
+        adapters = sum(count_parameters(level.adapters) for level in self.levels)
+        parts = {"input": count_parameters(self.inputs) + adapters}
         for i, level in enumerate(self.levels, start=1):
-            parts[f"level_{i}"] = count(level) - count(level.adapters)
-        parts |= {"fusion": count(self.fusions), "heads": count(self.heads)}
-        return parts | ({"wide": count(self.wide)} if self.wide else {})
+            parts[f"level_{i}"] = count_parameters(level) - count_parameters(level.adapters)
+        parts |= {"fusion": count_parameters(self.fusions), "heads": count_parameters(self.heads)}
+        return parts | ({"wide": count_parameters(self.wide)} if self.wide else {})
 
 
-def count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Trained numbers of a module."""
     return sum(p.numel() for p in module.parameters())

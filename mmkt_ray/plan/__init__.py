@@ -46,7 +46,7 @@ class Machines:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """One line of the table."""
 
     name: str
@@ -95,7 +95,7 @@ def plan(config: Config, rates: Rates, machines: Machines, samples: float, candi
     )
 
 
-def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[Step]:
+def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
     """Encoders that learn from the samples read them all once, or decode them all and go over them again and again."""
     rows = samples * rates.train_frac
     for name, modality in sorted(config.modalities.items()):
@@ -103,24 +103,25 @@ def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) 
         encoder = build_encoder(section)
         if section.name in known.FIT_S:
             core_s = samples * rates.stages["read"] + rows * known.FIT_S[section.name]
-            yield Step(f"fit {name}", core_s, core_s / machines.all_cpus, "all CPUs")
+            yield PlannedStep(f"fit {name}", core_s, core_s / machines.all_cpus, "all CPUs")
         elif fit_of(encoder) == "training":
             core_s = samples * (rates.stages["read"] + rates.stages["decode"])
-            yield Step(f"decode {name} to train on", core_s, core_s / machines.all_cpus, "all CPUs")
+            yield PlannedStep(f"decode {name} to train on", core_s, core_s / machines.all_cpus, "all CPUs")
             asked: Any = section
             adapts = getattr(section, "adapt", None) is not None
             each = known.FORTH_AND_BACK * rates.stages[f"encode {name}"] if adapts else known.PRETRAIN_S
             core_s = rows * asked.epochs * each
             workers = min(asked.num_workers, machines.nodes)
-            yield Step(f"train {name} encoder", core_s, core_s / (workers * machines.cpus), f"{workers} worker(s)")
+            seconds = core_s / (workers * machines.cpus)
+            yield PlannedStep(f"train {name} encoder", core_s, seconds, f"{workers} worker(s)")
 
 
-def extract_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[Step]:
+def extract_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
     """The pipeline: encoders beside readers and writers, as slow as the slowest of these and the driver; then publishing."""
     work = {stage: samples * seconds for stage, seconds in rates.stages.items()}
     for stage, core_s in work.items():
         where = "GPUs: not measured" if machines.gpus and stage.startswith("encode") else ""
-        yield Step(f"  {stage}", 0.0 if where else core_s, 0.0, where, part=True)
+        yield PlannedStep(f"  {stage}", 0.0 if where else core_s, 0.0, where, part=True)
     moving = work["read"] + work["write"]
     chunks_s = samples / config.extract.chunk_rows * known.CHUNK_S
     if machines.gpus:
@@ -136,7 +137,7 @@ def extract_steps(config: Config, rates: Rates, machines: Machines, samples: flo
             DRIVER: chunks_s,
         }
     slowest = max(paces, key=lambda who: paces[who])
-    yield Step("extract", core_s, paces[slowest], f"held up by: {slowest}")
+    yield PlannedStep("extract", core_s, paces[slowest], f"held up by: {slowest}")
     yield publish_step("features", samples)
 
 
@@ -145,24 +146,24 @@ def num_actors(config: Config, machines: Machines) -> int:
     return config.extract.num_actors or max(1, machines.all_cpus // 2)
 
 
-def publish_step(what: str, samples: float) -> Step:
+def publish_step(what: str, samples: float) -> PlannedStep:
     """Ids, counts and duplicates, part after part."""
-    return Step(f"publish {what}", samples * known.PUBLISH_S, samples * known.PUBLISH_S, DRIVER)
+    return PlannedStep(f"publish {what}", samples * known.PUBLISH_S, samples * known.PUBLISH_S, DRIVER)
 
 
-def reduce_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[Step]:
+def reduce_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
     """Reducers: fitted over the stored train rows, then applied to all."""
     reducers = {name: modality.reduce.name for name, modality in sorted(config.modalities.items()) if modality.reduce}
     for name, reducer in reducers.items():
         core_s = samples * rates.train_frac * known.FIT_S[reducer]
-        yield Step(f"fit {reducer} of {name}", core_s, core_s / machines.all_cpus, "all CPUs")
+        yield PlannedStep(f"fit {reducer} of {name}", core_s, core_s / machines.all_cpus, "all CPUs")
     if reducers:
         core_s, chunks_s = samples * rates.reduce, samples / config.extract.chunk_rows * known.CHUNK_S
-        yield Step("reduce", core_s, max(core_s / machines.all_cpus, chunks_s), "all CPUs and the driver")
+        yield PlannedStep("reduce", core_s, max(core_s / machines.all_cpus, chunks_s), "all CPUs and the driver")
         yield publish_step("reduced", samples)
 
 
-def train_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[Step]:
+def train_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
     """Each variant on as many workers as it asks for, and the experts that are no variant, each at what its variant costs."""
     from mmkt_ray.training.experts import expert_fits
 
@@ -171,13 +172,13 @@ def train_steps(config: Config, rates: Rates, machines: Machines, samples: float
         workers = min(variant.training.num_workers, machines.all_cpus)
         work = samples * rates.train_frac * variant.training.epochs * rates.train[name]
         for what in (name, *(f"expert of {m}, beside {name}" for m in experts[name])):
-            yield Step(f"train {what}", work * known.WORKER_CPUS, work / workers, f"{workers} worker(s)")
+            yield PlannedStep(f"train {what}", work * known.WORKER_CPUS, work / workers, f"{workers} worker(s)")
 
 
-def search_step(config: Config, rates: Rates, machines: Machines, samples: float, candidates: float) -> Step:
+def search_step(config: Config, rates: Rates, machines: Machines, samples: float, candidates: float) -> PlannedStep:
     """Candidates in stacks, most of them stopped early; one CPU a trial."""
     core_s = candidates * mean_epochs(config) * samples * rates.train_frac * known.CANDIDATE_S
-    return Step(f"search {candidates:.3g} candidates", core_s, core_s / machines.all_cpus, "all CPUs")
+    return PlannedStep(f"search {candidates:.3g} candidates", core_s, core_s / machines.all_cpus, "all CPUs")
 
 
 def mean_epochs(config: Config) -> float:
@@ -230,13 +231,14 @@ def find_limits(config: Config, rates: Rates, machines: Machines, candidates: fl
         )
 
 
-def totals(config: Config, rates: Rates, machines: Machines, samples: float, steps: list[Step]) -> Iterator[str]:
+def totals(config: Config, rates: Rates, machines: Machines, samples: float, steps: list[PlannedStep]) -> Iterator[str]:
     """Sentences below the table."""
     hours = sum(step.seconds for step in steps) / 3600
     busy = sum(step.core_s for step in steps if not step.part) / 3600 / (hours * machines.all_cpus)
     least = "at least " if machines.gpus else ""
     cost = f", cost {least}{hours * machines.nodes * machines.price:,.0f}" if machines.price is not None else ""
-    yield f"together   {least}{span(hours * 3600)}, {hours * machines.nodes:,.1f} node-hours{cost}; CPUs busy {busy:.0%} of it"
+    took = f"{least}{time_text(hours * 3600)}, {hours * machines.nodes:,.1f} node-hours"
+    yield f"together   {took}{cost}; CPUs busy {busy:.0%} of it"
     extract_s = next(step.seconds for step in steps if step.name == "extract")
     stored = samples * rates.store_bytes
     yield f"storage    {size(stored)} of features; {size(stored / extract_s)}/s at most while extracting"
@@ -251,16 +253,16 @@ def totals(config: Config, rates: Rates, machines: Machines, samples: float, ste
         yield f"GPUs       each must encode {pace:,.0f} samples/s or it holds up the rest: measure one on a few shards"
 
 
-def step_table(steps: list[Step]) -> str:
+def step_table(steps: list[PlannedStep]) -> str:
     """One line a step."""
     lines = [f"{'step':30}{'core-hours':>14}{'time':>12}  "]
     for step in steps:
         work = f"{step.core_s / 3600:,.{0 if step.core_s > 360_000 else 2}f}" if step.core_s else ""
-        lines.append(f"{step.name:30}{work:>14}{span(step.seconds):>12}  {step.place}".rstrip())
+        lines.append(f"{step.name:30}{work:>14}{time_text(step.seconds):>12}  {step.place}".rstrip())
     return "\n".join(lines)
 
 
-def span(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """A time in a unit that fits; nothing for none."""
     if not seconds:
         return ""

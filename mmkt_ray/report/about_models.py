@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmkt_ray import storage
 from mmkt_ray.inference.model_card import read_card
-from mmkt_ray.inference.training_record import Training
+from mmkt_ray.inference.training_record import ChosenSettings, Training
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.metrics import Probabilities
-from mmkt_ray.scoring.results import Described, Results
+from mmkt_ray.scoring.results import Described, ResultsFile
 
 if TYPE_CHECKING:
     from mmkt_ray.report.page import ShownModel
@@ -48,7 +48,7 @@ class CalibrationSection:
 
 
 def calibration(
-    models: Mapping[str, ShownModel], results: Results, colors: Mapping[str, str], figures: Figures
+    models: Mapping[str, ShownModel], results: ResultsFile, colors: Mapping[str, str], figures: Figures
 ) -> list[CalibrationSection]:
     """Reliability of each task's shown model, and every trained model's calibration error and log loss."""
     sections = []
@@ -72,7 +72,7 @@ def calibration(
             f"{task}: does {shown.model} know how sure it may be?",
             f"Reliability of {shown.model} on task {task}: share that came true by confidence; "
             f"calibration error {words.percent(shown.after.calibration_error)}",
-            partial(curves.reliability, lines, colors[shown.model]),
+            partial(curves.draw_reliability, lines, colors[shown.model]),
         )
         rows.sort(key=lambda r: r.after.calibration_error or 0.0)
         sections.append(CalibrationSection(task, figure, rows))
@@ -100,11 +100,11 @@ class Parameters:
     columns: list[str]  # parts
 
 
-def parameters(run_uri: str, results: Results) -> Parameters | None:
+def parameters(run_uri: str, results: ResultsFile) -> Parameters | None:
     """Numbers of trained parameters by part of each trained model."""
     rows = []
     for name, about in results.models.items():
-        fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        fit = training_of(run_uri, about.folder) if about.kind == "trained" else None
         if fit and fit.num_params_by_part:
             rows.append(ModelParameters(name, about, fit.num_params_by_part))
     columns = list(dict.fromkeys(part for row in rows for part in row.parts))
@@ -113,22 +113,36 @@ def parameters(run_uri: str, results: Results) -> Parameters | None:
     return Parameters(sorted(rows, key=lambda r: r.total), columns) if rows else None
 
 
-def settings(run_uri: str, results: Results) -> dict[str, Any] | None:
-    """What `training.auto` chose for each trained model, and the scores by which."""
+@dataclass(frozen=True)
+class SettingsRow:
+    """What `training.auto` chose for one model."""
+
+    model: str
+    found: ChosenSettings
+    wide: dict[str, float]  # task -> share of the network beside a linear model
+
+
+@dataclass(frozen=True)
+class SettingsSection:
+    """What `training.auto` chose for each trained model, and the losses by which."""
+
+    rows: list[SettingsRow]
+    keys: list[str]  # dotted
+    wide: list[str]  # tasks for which a linear model stands beside some network
+
+
+def settings(run_uri: str, results: ResultsFile) -> SettingsSection | None:
+    """None where nothing was chosen."""
     rows = []
     for name, about in results.models.items():
-        fit = fit_of(run_uri, about.folder) if about.kind == "trained" else None
+        fit = training_of(run_uri, about.folder) if about.kind == "trained" else None
         if fit and fit.auto:
-            candidates = list(enumerate(fit.auto.candidates, start=1))
-            losses = {i: candidate.loss for i, candidate in candidates}
-            rank = next((i for i, candidate in candidates if candidate.chosen), None)
-            rows.append({"model": name, "losses": losses, "rank": rank, "wide": fit.wide or {}, **fit.auto.to_dict()})
-    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    wide = sorted({t for row in rows for t in row["wide"]})
-    return {"rows": rows, "keys": keys, "wide": wide} if rows else None
+            rows.append(SettingsRow(name, fit.auto, fit.wide or {}))
+    keys = list(dict.fromkeys(key for row in rows for key in row.found.settings))
+    return SettingsSection(rows, keys, sorted({t for row in rows for t in row.wide})) if rows else None
 
 
-def fit_of(run_uri: str, folder: str) -> Training | None:
+def training_of(run_uri: str, folder: str) -> Training | None:
     """How a model of the run was trained; None where that is not known."""
     card = read_card(storage.join(run_uri, folder))
     return card.fit if card else None

@@ -19,7 +19,7 @@ from mmkt_ray.studies.missing_results import Triple
 from mmkt_ray.studies.transfer_results import Gain
 
 
-def contributions(share: Shares, metric: str, color: str) -> str:
+def draw_contributions(share: Shares, metric: str, color: str) -> str:
     """A staircase: from what the class frequencies give, each modality's Shapley value on top, to what all give together.
 
     Modalities that cost something step back. color: the model's.
@@ -59,7 +59,7 @@ def contributions(share: Shares, metric: str, color: str) -> str:
     return draw(1.1 + 0.36 * len(names), paint)
 
 
-def missing_curves(
+def draw_missing_curves(
     rates: Sequence[float],
     curves: Mapping[str, Sequence[Triple | None]],
     reference: Sequence[Triple | None] | None,
@@ -110,7 +110,7 @@ def scale_of(lines: Sequence[Sequence[Triple | None] | None]) -> tuple[float, fl
     return min(values) - room, max(values) + room
 
 
-def reliability(lines: Mapping[str, Sequence[Bin]], color: str) -> str:
+def draw_reliability(lines: Mapping[str, Sequence[Bin]], color: str) -> str:
     """How often forecasts of a confidence came true. lines: by label, the last in the model's color; diagonal: as said."""
 
     def paint(figure: Figure) -> None:
@@ -133,7 +133,7 @@ def reliability(lines: Mapping[str, Sequence[Bin]], color: str) -> str:
     return draw(3.9, paint)
 
 
-def gains(cells: Sequence[Gain], reach: float) -> str:
+def draw_gains(cells: Sequence[Gain], reach: float) -> str:
     """Sources (rows) by targets (columns), the gain over from scratch in points; * where the interval leaves out zero. reach:
     the gain, in points, of the strongest colour."""
     sources, targets = sorted({c.source for c in cells}), sorted({c.target for c in cells})

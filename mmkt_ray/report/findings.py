@@ -18,10 +18,10 @@ from mmkt_ray.features.audit import Audit, LabelIssues
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
-from mmkt_ray.report.about_models import fit_of
+from mmkt_ray.report.about_models import training_of
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.scoring.provenance import Current, about_table
-from mmkt_ray.scoring.results import Answer, Results
+from mmkt_ray.scoring.results import Answer, ResultsFile
 from mmkt_ray.scoring.tables import points
 from mmkt_ray.studies.insight import Disagreement, Insight, Shapley
 from mmkt_ray.studies.missing_results import ANY, MissingCurves, Triple, WorstRate
@@ -47,7 +47,7 @@ class TaskKnowledge:
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class KnowledgeSection:
     """Plain answers, Shapley values and disagreement of every task."""
 
     tasks: list[TaskKnowledge]
@@ -55,7 +55,9 @@ class Knowledge:
     confidence: float
 
 
-def knowledge(current: Current, results: Results, colors: Mapping[str, str], figures: Figures) -> Knowledge | None:
+def knowledge(
+    current: Current, results: ResultsFile, colors: Mapping[str, str], figures: Figures
+) -> KnowledgeSection | None:
     """None without such a file, or where it says nothing."""
     insight = current.read(Insight, "insight.json", "mmkt run")
     if insight is None:
@@ -69,11 +71,11 @@ def knowledge(current: Current, results: Results, colors: Mapping[str, str], fig
             alt = f"Shapley values of {title} on task {task}: " + ", ".join(
                 f"{m} {points(v['value'])} points" for m, v in own.values.items() if v
             )
-            paint = partial(curves.contributions, own, title, colors[share.model])
+            paint = partial(curves.draw_contributions, own, title, colors[share.model])
             figure = figures.add(f"{task}-shapley", f"{task}: what {share.model} takes from each modality", alt, paint)
         if share or found.answers or found.disagreement:
             tasks.append(TaskKnowledge(task, metrics, figure, found.answers, found.disagreement, share))
-    return Knowledge(tasks, insight.notes, insight.confidence) if tasks else None
+    return KnowledgeSection(tasks, insight.notes, insight.confidence) if tasks else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Missing:
     experts: list[Route]
 
 
-def missing(current: Current, results: Results, colors: Mapping[str, str], figures: Figures) -> Missing | None:
+def missing(current: Current, results: ResultsFile, colors: Mapping[str, str], figures: Figures) -> Missing | None:
     """None if no model has such a file."""
     folders = {name: about.folder_to_ship for name, about in results.models.items() if about.folder_to_ship}
     read = {
@@ -161,7 +163,7 @@ def missing(current: Current, results: Results, colors: Mapping[str, str], figur
 
 def _experts_of(run_uri: str, name: str, folder: str) -> list[Route]:
     """Who answers what, of a model with experts."""
-    fit = fit_of(run_uri, folder)
+    fit = training_of(run_uri, folder)
     routes = (fit.experts_for if fit else None) or {}
     return [
         Route(name, task, there.replace("+", " + "), expert)
@@ -203,7 +205,7 @@ def _missing_of(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
         f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(lines)}; also in the table",
-        partial(curves.missing_curves, rates, lines, reference, colors, metric=main["title"], ends=ends),
+        partial(curves.draw_missing_curves, rates, lines, reference, colors, metric=main["title"], ends=ends),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
     rows = []
@@ -240,7 +242,7 @@ def transfer(current: Current, figures: Figures) -> Transfer | None:
                 f"transfer-{method}-{frac:g}",
                 f"{method}, {100 * frac:g} % of the labels",
                 f"Gain over from scratch in points by {method} with {100 * frac:g} % of the labels; also in the table",
-                partial(curves.gains, chosen, reach),
+                partial(curves.draw_gains, chosen, reach),
             )
         )
     worse = [c for c in cells if c.verdict == "negative"]

@@ -31,7 +31,7 @@ from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics, TaskScores
 from mmkt_ray.scoring.provenance import Current
-from mmkt_ray.scoring.results import Described, ModelScores, Recommended, Results, TaskResults
+from mmkt_ray.scoring.results import Described, ModelScores, Recommended, ResultsFile, TaskResults
 from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.scoring.tables import kind_text, path_of, predict_command, same_samples
 from mmkt_ray.studies.gallery_results import Gallery
@@ -72,8 +72,8 @@ def build_report(run_uri: str) -> str:
         "gallery": models[gallery_of].gallery if gallery_of else None,
         "gallery_of": gallery_of,
         "knowledge": findings.knowledge(current, results, colors, figures),
-        "search": searched.search(current, figures, results),
-        "seeds": searched.seeds(current, results),
+        "search": searched.search_section(current, figures, results),
+        "seeds": searched.seeds_section(current, results),
         "missing": findings.missing(current, results, colors, figures),
         "calibration": about_models.calibration(models, results, colors, figures),
         "transfer": findings.transfer(current, figures),
@@ -105,7 +105,7 @@ class Recommendation:
     command: str  # that uses it
 
 
-def _recommended(results: Results, run_uri: str) -> Recommendation | None:
+def _recommended(results: ResultsFile, run_uri: str) -> Recommendation | None:
     """None if there is no such model."""
     chosen = results.recommended
     if chosen is None:
@@ -154,7 +154,7 @@ class TaskSection:
 
 
 def _task_section(
-    task: str, results: Results, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
+    task: str, results: ResultsFile, models: dict[str, ShownModel], colors: dict[str, str], figures: Figures
 ) -> TaskSection:
     found = results.tasks[task]
     shown = found.best_trained or found.best or ""
@@ -196,7 +196,7 @@ def _task_figures(
             if len(groups) == 1
             else f"{main['title']} of the models scored on {words.count(best.num_rows)} samples",
             f"Bars of {main['title']} on task {task}; best: {best.model}, {words.percent(best.interval(kind.main)['value'])}",
-            lambda: plots.score_bars(rows, (main, second), colors),
+            lambda: plots.draw_score_bars(rows, (main, second), colors),
         )
     ]
     compared = [r for r in rows if r.versus and r.reads]  # what reads nothing is far behind, and would set the scale
@@ -207,14 +207,14 @@ def _task_figures(
                 f"{task}-differences",
                 "Against the best single modality",
                 alt,
-                lambda: plots.differences(compared, main, colors),
+                lambda: plots.draw_differences(compared, main, colors),
             )
         )
     histories = {name: m.history for name, m in models.items() if m.history and task in m.tasks}
     if histories and (with_loss or plots.has_val(histories, task, main["name"])):
         what = f"{'Loss and validation' if with_loss else 'Validation'} {main['title']}"
         alt = f"{what} over epochs on task {task} for {', '.join(histories)}"
-        paint = partial(plots.learning_curves, histories, task, main, colors, with_loss)
+        paint = partial(plots.draw_learning_curves, histories, task, main, colors, with_loss)
         drawn.append(figures.add(f"{task}-learning", "Learning curves", alt, paint))
     record = models[shown].tasks[task]
     if not kind.classes:
@@ -226,7 +226,7 @@ def _task_figures(
                 f"{task}-confusion",
                 f"What {shown} takes for what, %",
                 alt,
-                lambda: plots.confusion(record.confusion or [], record.class_names),
+                lambda: plots.draw_confusion(record.confusion or [], record.class_names),
             )
         )
     other = single if single != shown else found.best_fused
@@ -234,7 +234,7 @@ def _task_figures(
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
     worst, num = plots.worst_classes(per_class[shown])
     title = "F1 of each class" if len(worst) == num else f"F1 of each class: the {len(worst)} worst of the {num} that were tested"
-    drawn.append(figures.add(f"{task}-classes", title, alt, lambda: plots.class_f1(per_class, colors)))
+    drawn.append(figures.add(f"{task}-classes", title, alt, lambda: plots.draw_class_f1(per_class, colors)))
     return drawn
 
 
@@ -250,13 +250,13 @@ def _number_figures(
             f"{task}-predicted",
             f"What {shown} says, and the label",
             f"Predictions of {shown} against labels of task {task}; R2 {words.percent(record['r2'])}",
-            lambda: plots.predicted(points, colors[shown], log_scale),
+            lambda: plots.draw_predicted(points, colors[shown], log_scale),
         ),
         figures.add(
             f"{task}-residuals",
             f"What {shown} leaves unexplained",
             f"Label minus prediction against the prediction of {shown} on task {task}",
-            lambda: plots.residuals(points, colors[shown], log_scale),
+            lambda: plots.draw_residuals(points, colors[shown], log_scale),
         ),
     ]
 
@@ -264,7 +264,7 @@ def _number_figures(
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-def _stores(run: RunFile, results: Results) -> dict[str, list[str]]:
+def _stores(run: RunFile, results: ResultsFile) -> dict[str, list[str]]:
     """Store folder -> the variants that use it."""
     stores: dict[str, list[str]] = {}
     for name, place in run.variants.items():

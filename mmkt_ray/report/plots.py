@@ -108,7 +108,9 @@ def matrix(axes: Axes, columns: Sequence[str], rows: Sequence[str], size: int, r
     axes.spines[:].set_visible(False)
 
 
-def score_bars(rows: Sequence[ModelScores], metrics: Sequence[Mapping[str, str]], colors: Mapping[str, str]) -> str:
+def draw_score_bars(
+    rows: Sequence[ModelScores], metrics: Sequence[Mapping[str, str]], colors: Mapping[str, str]
+) -> str:
     """One bar per model, best first, with its interval; a diamond marks the second metric. metrics: two {name, title}."""
     main, second = metrics
     rows = sorted(rows, key=lambda r: r.interval(main["name"])["value"])
@@ -135,7 +137,7 @@ def score_bars(rows: Sequence[ModelScores], metrics: Sequence[Mapping[str, str]]
     return draw(1.0 + 0.34 * len(rows), paint)
 
 
-def differences(rows: Sequence[ModelScores], main: Mapping[str, str], colors: Mapping[str, str]) -> str:
+def draw_differences(rows: Sequence[ModelScores], main: Mapping[str, str], colors: Mapping[str, str]) -> str:
     """Paired differences to the best single modality with intervals; right of zero is better. Rows without
     one are left out."""
     compared = [(r.model, r.versus.model, r.versus.interval(main["name"])) for r in rows if r.versus]
@@ -159,7 +161,7 @@ def differences(rows: Sequence[ModelScores], main: Mapping[str, str], colors: Ma
     return draw(1.0 + 0.34 * len(compared), paint)
 
 
-def learning_curves(
+def draw_learning_curves(
     histories: Mapping[str, Sequence[Epoch]],
     task: str,
     main: Mapping[str, str],
@@ -213,7 +215,7 @@ def _curve(axes: Axes, series: tuple[list[int], list[float]], name: str, color: 
         tip(dots, *(f"{name}, epoch {e}: {v:.4g}" for e, v in zip(epochs, values, strict=True)))
 
 
-def confusion(matrix_of: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+def draw_confusion(matrix_of: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
     """Row-normalised confusion matrix: of the samples of a class (row), the share taken for each class (column), %."""
     counts = np.asarray(matrix_of, dtype=float)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -233,7 +235,7 @@ def confusion(matrix_of: Sequence[Sequence[int]], class_names: Sequence[str]) ->
     return draw(min(1.8 + 0.45 * num_classes, WIDTH), paint)
 
 
-def predicted(points: Sequence[Sequence[float]], color: str, log_scale: bool) -> str:
+def draw_predicted(points: Sequence[Sequence[float]], color: str, log_scale: bool) -> str:
     """Predictions against labels, pairs (label, prediction); the line is where they agree."""
     labels, said = np.array(points).T
 
@@ -252,7 +254,7 @@ def predicted(points: Sequence[Sequence[float]], color: str, log_scale: bool) ->
     return draw(4.2, paint)
 
 
-def residuals(points: Sequence[Sequence[float]], color: str, log_scale: bool) -> str:
+def draw_residuals(points: Sequence[Sequence[float]], color: str, log_scale: bool) -> str:
     """Label minus prediction against the prediction; pairs (label, prediction)."""
     labels, said = np.array(points).T
 
@@ -276,7 +278,7 @@ def worst_classes(per_class: Mapping[str, ClassScores]) -> tuple[list[str], int]
     return names[:MAX_F1_CLASSES], len(names)
 
 
-def class_f1(per_class: Mapping[str, Mapping[str, ClassScores]], colors: Mapping[str, str]) -> str:
+def draw_class_f1(per_class: Mapping[str, Mapping[str, ClassScores]], colors: Mapping[str, str]) -> str:
     """F1 of each class, worst at the top, of one or several models. per_class: model -> class.
 
     Classes without test samples are left out; of more than MAX_F1_CLASSES the worst of the first model are drawn.

@@ -15,6 +15,7 @@ from mmkt_ray.report.colors import ACCENT, BAD
 from mmkt_ray.report.plots import cell, draw, legend, matrix, name_rows, shares, shorten
 from mmkt_ray.report.svg import tip
 from mmkt_ray.scoring.tables import metric_name
+from mmkt_ray.search.search_results import CurvePoint, HeatMap, SlicePoint
 
 MAX_LISTED_VALUES = 8  # more whole numbers are drawn as a scale
 _BEST = BAD  # ring around the best candidate
@@ -59,24 +60,23 @@ def choice_name(text: str) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else text
 
 
-def heat_map(found: Mapping[str, Any], measure: Measure, ends: tuple[float, float]) -> str:
+def draw_heat_map(found: HeatMap, measure: Measure, ends: tuple[float, float]) -> str:
     """The best score of each cell, under it the number of candidates; cells without one are empty.
 
-    found: {rows, columns (keys), row_names, column_names, score, candidates}; ends: lowest and highest score of all maps that
-    are compared, which have one scale.
+    ends: lowest and highest score of all maps that are compared, which have one scale.
     """
     low, reach = ends[0], max(ends[1] - ends[0], 1e-9)
-    rows, columns = ([choice_name(n) for n in found[k]] for k in ("row_names", "column_names"))
+    rows, columns = ([choice_name(n) for n in names] for names in (found.row_names, found.column_names))
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         across, down = ([shorten(n, 18) for n in names] for names in (columns, rows))
         matrix(axes, across, down, 8, rotation=30 if len(columns) > 3 else 0)
-        axes.set(xlabel=key_name(found["columns"]), ylabel=key_name(found["rows"]))
-        for y, scores in enumerate(found["score"]):
+        axes.set(xlabel=key_name(found.columns), ylabel=key_name(found.rows))
+        for y, scores in enumerate(found.score):
             for x, score in enumerate(scores):
                 if score is not None:
-                    num = f"{found['candidates'][y][x]:,}"
+                    num = f"{found.candidates[y][x]:,}"
                     hover = f"{rows[y]} with {columns[x]}: {measure.with_unit(score)}, the best of {num} candidates"
                     strength = 0.1 + 0.9 * (score - low) / reach
                     cell(axes, x, y, ACCENT, strength, f"{measure.text(score)}\n×{num}", hover)
@@ -84,8 +84,8 @@ def heat_map(found: Mapping[str, Any], measure: Measure, ends: tuple[float, floa
     return draw(min(1.5 + 0.46 * len(rows), 8), paint)
 
 
-def anytime(curve: Sequence[Sequence[float]], measure: Measure) -> str:
-    """The best score so far against the time of search. curve: [seconds, best, candidates by then]."""
+def draw_anytime(curve: Sequence[CurvePoint], measure: Measure) -> str:
+    """The best score so far against the time of search."""
     at, best, count = (np.array(column, dtype=float) for column in zip(*curve, strict=True))
     unit, size = ("min", 60.0) if at[-1] > 180 else ("s", 1.0)
     scaled = measure.scale * best
@@ -112,7 +112,7 @@ def anytime(curve: Sequence[Sequence[float]], measure: Measure) -> str:
     return draw(2.9, paint)
 
 
-def importance(explained: Mapping[str, float]) -> str:
+def draw_importance(explained: Mapping[str, float]) -> str:
     """Share of the scores' variance that each key explains, the most important at the top."""
     keys = sorted(explained, key=lambda k: explained[k])
 
@@ -129,11 +129,10 @@ def importance(explained: Mapping[str, float]) -> str:
     return draw(1.0 + 0.34 * len(keys), paint)
 
 
-def slices(points: Sequence[Sequence[Any]], key: str, measure: Measure, ends: tuple[float, float]) -> str:
+def draw_slices(points: Sequence[SlicePoint], key: str, measure: Measure, ends: tuple[float, float]) -> str:
     """Score of the candidates against one key's value: a scale of numbers, else a row for each value. The ring is the best.
 
-    points: [value, score, epochs]; the more epochs, the stronger the colour. ends: lowest and highest score of all slices,
-    which have one scale.
+    The more epochs, the stronger the colour. ends: lowest and highest score of all slices, which have one scale.
     """
     names, at = _rows_of(points)
     score, epochs = (np.array([p[i] for p in points], dtype=float) for i in (1, 2))
@@ -174,7 +173,7 @@ def _value(value: Any) -> str:
     return choice_name(value) if isinstance(value, str) else f"{value:.4g}"
 
 
-def _rows_of(points: Sequence[Sequence[Any]]) -> tuple[list[str], np.ndarray]:
+def _rows_of(points: Sequence[SlicePoint]) -> tuple[list[str], np.ndarray]:
     """Names of rows, the last one at the top, and each point's row; no names and the numbers where these are a scale."""
     values = [p[0] for p in points]
     if any(isinstance(v, str) for v in values):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.number_metrics import IN_UNITS
+from mmkt_ray.scoring.intervals import Interval
 
 
 def percent(value: float | None) -> str:
@@ -18,10 +17,10 @@ def score(value: float | None, metric: str) -> str:
     return percent(value) if metric not in IN_UNITS or value is None else f"{value:.4g}"
 
 
-def span(interval: Mapping[str, float], metric: str) -> str:
+def span(interval: Interval, metric: str) -> str:
     """`89.9–92.3`: the ends of an interval."""
     factor, form = (1.0, ".4g") if metric in IN_UNITS else (100.0, ".1f")
-    return "–".join(format(factor * interval[end], form) for end in ("low", "high"))
+    return "–".join(format(factor * end, form) for end in (interval["low"], interval["high"]))
 
 
 def metrics_of(kind: TaskKind) -> list[dict[str, str]]:

@@ -102,7 +102,7 @@ class Fetcher:
                 async with asyncio.timeout(self.limits.timeout_s):
                     return await self._follow(address)
             except ValueError as error:
-                return ValueError(f"cannot fetch '{shown(address)}': {error}")
+                return ValueError(f"cannot fetch '{without_secrets(address)}': {error}")
             except TimeoutError:
                 reason, after_s = f"no answer within {self.limits.timeout_s:g} s", 0.0
             except _Again as error:
@@ -110,7 +110,7 @@ class Fetcher:
             if attempt < self.limits.num_retries:
                 pause = FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)  # apart, so that many do not come back at once
                 await asyncio.sleep(min(max(pause, after_s), LONGEST_PAUSE_S))
-        return ValueError(f"cannot fetch '{shown(address)}': {reason}, after {self.limits.num_retries + 1} tries")
+        return ValueError(f"cannot fetch '{without_secrets(address)}': {reason}, after {self.limits.num_retries + 1} tries")
 
     async def _follow(self, address: str) -> bytes:
         """The bytes behind an address and its redirects. Raises: ValueError, _Again."""
@@ -135,7 +135,7 @@ class Fetcher:
         """Raises: ValueError for an address that is not asked. Names are checked as they are looked up."""
         parts = urlsplit(address)
         if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"it leads to '{shown(address)}', which is no http(s) address")
+            raise ValueError(f"it leads to '{without_secrets(address)}', which is no http(s) address")
         if parts.username or parts.password:
             raise ValueError("it holds a name or a password")
         if not self.allow_private and (number := _as_number(parts.hostname)):
@@ -212,7 +212,7 @@ def _as_number(host: str) -> str | None:
         return None
 
 
-def shown(address: str) -> str:
+def without_secrets(address: str) -> str:
     """An address without what may be secret in it, at most 200 characters."""
     try:
         parts = urlsplit(address)

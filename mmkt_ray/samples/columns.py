@@ -190,12 +190,12 @@ class Reading:
 
         what_else: what the file is, and what to do, if it is another kind of file.
         """
-        told = f"the shard is {what_else}" if what_else else (
+        why = f"the shard is {what_else}" if what_else else (
             f"the shard is damaged, its rows from here on are lost: {error}; fetch or write the file again"
         )
         return self.reject(
             escape_id(self.shard.name),
-            told,
+            why,
             DAMAGE,
             num_rows=0,
         )
@@ -283,9 +283,9 @@ def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Tab
     table = pa.table(columns, schema=reading.schema)
     if errors:
         table = table.filter(pa.array([i not in errors for i in range(num_rows)]))
-    told = {i: reading.reject(block.ids[i], reason, MODALITY) for i, reason in block.unread.items()}
-    told |= {i: reading.reject(block.ids[i], reason) for i, reason in errors.items()}
-    return table, block.rejects + [told[i] for i in sorted(told)]
+    rejects = {i: reading.reject(block.ids[i], reason, MODALITY) for i, reason in block.unread.items()}
+    rejects |= {i: reading.reject(block.ids[i], reason) for i, reason in errors.items()}
+    return table, block.rejects + [rejects[i] for i in sorted(rejects)]
 
 
 def _check_unseen(sample_id: str, seen: set[str]) -> None:

@@ -83,7 +83,7 @@ def _count(reading: Reading) -> int:
     if suffix == "parquet":
         return _footer_rows(reading) or 0
     if suffix in ("csv", "jsonl"):
-        start = next(storage.read_chunks(reading.shard.uri, LOOK_BYTES), b"")
+        start = next(storage.read_pieces(reading.shard.uri, LOOK_BYTES), b"")
         num_rows, num_bytes = start.count(b"\n"), len(start)
     else:
         num_rows, num_bytes = count_samples(reading, LOOK_BYTES)

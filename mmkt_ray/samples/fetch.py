@@ -197,14 +197,14 @@ def _with_keywords(rows: Rows) -> Rows:
     source = resources.files("em") / "emojis.json"
     by_emoji: dict[str, list[str]] = json.loads(source.read_text(encoding="utf-8"))
     by_code = {_code(emoji): words[1:] for emoji, words in by_emoji.items()}  # the first one is the name
-    told = [
+    kept = [
         {w for w in by_code.get(_code(_characters(row["code"])), []) if not _words(w) & _words(row["text"])}
         for row in rows
     ]
-    counts = Counter(word for words in told for word in words)
+    counts = Counter(word for words in kept for word in words)
     return [
         row | {"keywords": sorted(w for w in words if counts[w] >= MIN_KEYWORD_EMOJI)}
-        for row, words in zip(rows, told, strict=True)
+        for row, words in zip(rows, kept, strict=True)
     ]
 
 

@@ -131,7 +131,7 @@ def _unpack(frame: dict[str, Any], data: bytes) -> Block:
     table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
     columns = {n: table.column(n).combine_chunks() for n in table.column_names}
     errors, unread = ({int(i): why for i, why in frame[name].items()} for name in ("errors", "unread"))
-    return Block(frame["ids"], columns, errors, unread, [Reject(*told) for told in frame["rejects"]])
+    return Block(frame["ids"], columns, errors, unread, [Reject(*reject) for reject in frame["rejects"]])
 
 
 # --- child --------------------
@@ -188,8 +188,8 @@ def _pack(block: Block) -> tuple[dict[str, Any], bytes]:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     rejects = [list(vars(r).values()) for r in block.rejects]
-    told = {"ids": block.ids, "errors": block.errors, "unread": block.unread, "rejects": rejects}
-    return told, sink.getvalue().to_pybytes()
+    rest = {"ids": block.ids, "errors": block.errors, "unread": block.unread, "rejects": rejects}
+    return rest, sink.getvalue().to_pybytes()
 
 
 if __name__ == "__main__":

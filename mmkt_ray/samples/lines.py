@@ -22,7 +22,7 @@ BOM, LINE = "\ufeff", "\n"
 _LINE_ENDS = ("\n", "\r")
 
 
-class Lines:
+class TextLines:
     """The lines of a text without its byte order mark; `room` is what is left of MAX_ROW_BYTES characters for a row."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
@@ -34,7 +34,7 @@ class Lines:
         """What comes next is a new row."""
         self.room, self.row = MAX_ROW_BYTES, []
 
-    def __iter__(self) -> Lines:
+    def __iter__(self) -> TextLines:
         return self
 
     def __next__(self) -> str:
@@ -61,15 +61,15 @@ class Lines:
 
 
 @contextmanager
-def open_lines(reading: Reading, newline: str) -> Iterator[Lines]:
+def open_lines(reading: Reading, newline: str) -> Iterator[TextLines]:
     """The lines of a shard. Raises: DataError if it is plainly no text, or in another encoding than its source names."""
     fs, path = storage.resolve(reading.shard.uri)
     encoding = reading.source.encoding
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
         raw = io.BufferedReader(cast(Any, stream), 1 << 20)
         start = raw.peek(400)[:400]
-        if told := what_else(start):
-            raise DataError(f"'{reading.shard.name}' is no table: it is {told}")
+        if other := what_else(start):
+            raise DataError(f"'{reading.shard.name}' is no table: it is {other}")
         likely = likely_encoding(start)
         named = codecs.lookup(encoding).name
         if likely is not None and not _can_read(named, likely):
@@ -80,7 +80,8 @@ def open_lines(reading: Reading, newline: str) -> Iterator[Lines]:
         if likely == "utf-8":
             raw.read(len(codecs.BOM_UTF8))  # the mark: it would be three characters in an encoding such as latin-1
         # undecodable bytes pass as surrogates, so that they cost their own row only
-        yield Lines(io.TextIOWrapper(_without_mark(raw, named), encoding, errors="surrogateescape", newline=newline))
+        text = io.TextIOWrapper(_without_mark(raw, named), encoding, errors="surrogateescape", newline=newline)
+        yield TextLines(text)
 
 
 def _can_read(named: str, likely: str) -> bool:
@@ -132,7 +133,7 @@ def other_separator(header: list[str]) -> str:
     return next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), "")
 
 
-def told_separator(file: str, mark: str) -> DataError:
+def separator_error(file: str, mark: str) -> DataError:
     """The error for a CSV with another separator."""
     advice = f"pandas.read_csv(.., sep={mark!r}).to_csv(.., index=False)"
     return DataError(f"'{file}' is separated by {mark!r}, not by commas: write it again, {advice}")

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.cells import is_nan
-from mmkt_ray.kinds.label_columns import named, plain_values
+from mmkt_ray.kinds.label_columns import plain_values, with_class_names
 from mmkt_ray.kinds.lists import items_in
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.samples.addresses import Fetcher, find_addresses
@@ -20,7 +20,7 @@ from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.json_rows import Fault, parse_row
-from mmkt_ray.samples.lines import LINE, Lines, open_lines, other_separator, read_header, told_separator
+from mmkt_ray.samples.lines import LINE, TextLines, open_lines, other_separator, read_header, separator_error
 from mmkt_ray.samples.parquet import (
     RENAME,
     class_names_in,
@@ -165,16 +165,16 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
                 yield reading.unreadable(ValueError("it has no header, and no rows"))
                 return
             if (mark := other_separator(header)) and header[0] not in reading.paths:
-                raise told_separator(reading.shard.name, mark)
+                raise separator_error(reading.shard.name, mark)
             _check_columns(reading, header)
             _check_closed(reading, lines, line)
             wanted, line = set(reading.paths), table.line_num + 1
             lines.start_row()
             for cells in table:
                 _check_closed(reading, lines, line)
-                told = f"{len(cells)} cells where the header names {len(header)}"
+                why = f"{len(cells)} cells where the header names {len(header)}"
                 if cells and len(cells) < len(header) and lines.is_open:
-                    yield reading.unreadable(ValueError(f"it breaks off in line {line}, the last one: {told}"))
+                    yield reading.unreadable(ValueError(f"it breaks off in line {line}, the last one: {why}"))
                     return
                 lines.start_row()
                 place, line = reading.place("#", line), table.line_num + 1
@@ -184,20 +184,20 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
                     pairs = zip(header, cells, strict=True)
                     yield place, {name: None if cell == _MISSING else cell for name, cell in pairs if name in wanted}
                 elif any(cell.strip() for cell in cells):
-                    yield reading.reject(place, told)
+                    yield reading.reject(place, why)
         except (csv.Error, UnicodeError) as error:  # UnicodeError: of an encoding in which a byte cannot be passed over
             if len(lines.row) > 1 and isinstance(error, csv.Error):  # within quotes
                 raise _not_closed(reading, lines, line) from None
             yield reading.unreadable(error)
 
 
-def _check_closed(reading: Reading, lines: Lines, first: int) -> None:
+def _check_closed(reading: Reading, lines: TextLines, first: int) -> None:
     """Raises: DataError if the file ended within the row that began at line `first`: only an open quote asks for more lines."""
     if lines.ended:
         raise _not_closed(reading, lines, first)
 
 
-def _not_closed(reading: Reading, lines: Lines, first: int) -> DataError:
+def _not_closed(reading: Reading, lines: TextLines, first: int) -> DataError:
     """The error for a row, begun at line `first`, that goes on to the end of the file or is longer than a row may be."""
     row, start = "".join(lines.row), 0
     while (found := _CSV_FIELD.match(row, start)) and found.end() > start:
@@ -226,11 +226,11 @@ def _json_rows(reading: Reading) -> Iterator[Placed]:
                 except csv.Error:
                     lines.skip_rest()
                     line, num_rows = "", num_rows + 1
-                    told = f"more than the {MAX_ROW_BYTES:,} characters of one row at most"
+                    why = f"more than the {MAX_ROW_BYTES:,} characters of one row at most"
                     if lines.cut:
-                        yield reading.unreadable(ValueError(f"line {number} goes on to its end: {told}"))
+                        yield reading.unreadable(ValueError(f"line {number} goes on to its end: {why}"))
                         break
-                    yield reading.reject(place, told)
+                    yield reading.reject(place, why)
                 if line is None or num_rows == reading.source.limit:
                     break
                 if not line.strip():
@@ -271,7 +271,7 @@ def _named_values(column: pa.Array, class_names: list[str] | None) -> list[Any]:
     values: list[Any] = plain_values(column)
     for i, value in enumerate(values) if class_names is not None else ():
         try:
-            values[i] = value if isinstance(value, ValueError) else named(value, class_names)
+            values[i] = value if isinstance(value, ValueError) else with_class_names(value, class_names)
         except ValueError as error:
             values[i] = error
     return values

@@ -126,7 +126,7 @@ def read_batches(reading: Reading, paths: list[str], group: int | None = None) -
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a size or a name in the file's metadata
         if not is_damage(error, fs):
             raise
-        start = next(storage.read_chunks(reading.shard.uri, 64), b"")
+        start = next(storage.read_pieces(reading.shard.uri, 64), b"")
         yield Block([], {}, rejects=[reading.unreadable(error, "" if start.startswith(b"PAR1") else what_else(start))])
 
 
@@ -210,10 +210,10 @@ def _convert(reading: Reading, batch: pa.RecordBatch, first: int, beside: Mappin
             raise DataError(
                 f"'{reading.shard.name}': column '{path}' ({raw.type}) cannot be read as {column}: {error}"
             ) from None
-        told = unread if column in reading.plan.modalities else errors
+        reasons = unread if column in reading.plan.modalities else errors
         for i, reason in wrong.items():
             reason = f"{column}: {reason}{reading.theirs(column)}"
-            told[i] = f"{told[i]}; {reason}" if i in told else reason
+            reasons[i] = f"{reasons[i]}; {reason}" if i in reasons else reason
     if "sample_id" in converted:
         mapped = converted.pop("sample_id").to_pylist()
         for i, value in enumerate(mapped):

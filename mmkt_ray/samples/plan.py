@@ -10,7 +10,7 @@ from typing import Any
 from mmkt_ray.config import Config, SourceConfig, TaskConfig
 from mmkt_ray.config.samples import SplitConfig
 from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.section import named
+from mmkt_ray.section import as_mapping
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,18 @@ class ReadingPlan:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> ReadingPlan:
+    def from_json(cls, saved: Mapping[str, Any]) -> ReadingPlan:
         """The plan that `to_json` was called on, in a process that may not have imported its kinds yet."""
         parts: dict[str, Any] = {
-            "sources": tuple(SourceConfig(**source) for source in told["sources"]),
-            "modalities": {m: _class_of(name).model_validate(named(kind)) for m, (name, kind) in told["modalities"].items()},
-            "tasks": {t: _imported(module)(**task) for t, (module, task) in told["tasks"].items()},
-            "split": SplitConfig(**told["split"]),
-            "named": tuple(map(tuple, told["named"])),
+            "sources": tuple(SourceConfig(**source) for source in saved["sources"]),
+            "modalities": {
+                m: _class_of(name).model_validate(as_mapping(kind)) for m, (name, kind) in saved["modalities"].items()
+            },
+            "tasks": {t: _imported(module)(**task) for t, (module, task) in saved["tasks"].items()},
+            "split": SplitConfig(**saved["split"]),
+            "named": tuple(map(tuple, saved["named"])),
         }
-        return cls(**{**told, **parts})
+        return cls(**{**saved, **parts})
 
 
 def _named(source: SourceConfig) -> tuple[str, ...]:

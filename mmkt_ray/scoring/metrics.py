@@ -110,7 +110,7 @@ class PointScores(Values):
     num_rows: int
 
 
-class HeldOut(PointScores):
+class HeldOutScores(PointScores):
     """Of the rows by which models are chosen."""
 
     on: str = "val"  # val | cv (out-of-fold predictions)
@@ -144,7 +144,7 @@ class TaskScores(Metrics):
     intervals: dict[str, Interval | None]
     subsets: dict[str, SubsetScores] = Field(default_factory=dict)  # `image+text` -> scores from these alone
     patterns: dict[str, PointScores] = Field(default_factory=dict)  # by the modalities that a row has
-    val: HeldOut | None = None  # of held-out rows
+    val: HeldOutScores | None = None  # of held-out rows
     calibration: Calibration | None = None
     coverage: Coverage | None = None
 
@@ -152,7 +152,7 @@ class TaskScores(Metrics):
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
-class Scored(Record):
+class ScoredSplit(Record):
     """What was scored, and how intervals were drawn."""
 
     split: str
@@ -175,18 +175,18 @@ class BaselineMetrics(Record):
     tasks: dict[str, TaskScores] = Field(default_factory=dict)  # empty until it is scored
 
 
-class BaselinesFile(Scored):
+class BaselinesFile(ScoredSplit):
     """`<run>/baselines/<store>/metrics.json`."""
 
     models: dict[str, BaselineMetrics]
 
     def of(self, name: str) -> ModelMetrics:
         """One of them as a model's metrics."""
-        scored = {key: getattr(self, key) for key in Scored.model_fields if key in self.model_fields_set}
+        scored = {key: getattr(self, key) for key in ScoredSplit.model_fields if key in self.model_fields_set}
         return ModelMetrics.model_validate(scored | self.models[name].to_dict())
 
 
-class ModelMetrics(Scored):
+class ModelMetrics(ScoredSplit):
     """`<model>/metrics.json`."""
 
     name: str

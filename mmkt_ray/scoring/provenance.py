@@ -15,7 +15,7 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint, parse_config
 from mmkt_ray.record import About, IfAny, Record
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.run_file import RunFile
 
 
@@ -82,7 +82,7 @@ class Current:
     left_out: list[LeftOut] = field(default_factory=list)
 
     @classmethod
-    def of(cls, run_uri: str, run: RunFile, results: Results) -> Current:
+    def of(cls, run_uri: str, run: RunFile, results: ResultsFile) -> Current:
         """What a run holds by its results and its run.json."""
         stores = frozenset(m.store for m in results.models.values() if m.store)
         recipes = {}

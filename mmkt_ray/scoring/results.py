@@ -170,7 +170,7 @@ class Recommended(Record):
     per_task: dict[str, str | None]
 
 
-class Results(Record):
+class ResultsFile(Record):
     """`<run>/report/results.json`."""
 
     run: str

@@ -9,7 +9,7 @@ from mmkt_ray import storage
 from mmkt_ray.kinds.number_metrics import IN_UNITS
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval
-from mmkt_ray.scoring.results import ModelScores, Recommended, Results, TaskResults
+from mmkt_ray.scoring.results import ModelScores, Recommended, ResultsFile, TaskResults
 
 _WIDTH = 100
 
@@ -51,7 +51,7 @@ def metric_text(metric: str, interval: Interval | None) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def comparison_table(results: Results) -> str:
+def comparison_table(results: ResultsFile) -> str:
     """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first among the
     models that were scored on the same samples."""
     lines = []
@@ -90,7 +90,7 @@ def same_samples(rows: Sequence[ModelScores], main: str) -> list[list[ModelScore
     return sorted(groups.values(), key=lambda group: (-group[0].num_rows, -len(group)))
 
 
-def recommendation_text(results: Results, run_uri: str) -> str:
+def recommendation_text(results: ResultsFile, run_uri: str) -> str:
     """Which model to ship, why, where it is, and the command that uses it; empty if there is none."""
     chosen = results.recommended
     if chosen is None:

@@ -18,7 +18,7 @@ from mmkt_ray import cluster
 from mmkt_ray.config import SearchConfig
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.inference.training_record import Ensembled, Member
+from mmkt_ray.inference.training_record import Ensembled, EnsembleMember
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.search.leaderboard import overrides_of
@@ -78,7 +78,7 @@ def build_ensemble(
         val=value,
         best_member_val=max(score(p) for p in library),
         library=len(library),
-        members=[Member(candidate=best.iloc[i]["candidate"], picks=n) for i, n in counts.items()],
+        members=[EnsembleMember(candidate=best.iloc[i]["candidate"], picks=n) for i, n in counts.items()],
     )
     return EnsembleModel(spec, [models[i] for i in counts]).eval(), about
 

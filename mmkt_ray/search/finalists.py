@@ -34,7 +34,7 @@ from mmkt_ray.scoring.objective import Score
 from mmkt_ray.scoring.seeds import metric_seed_scores, seed_scores
 from mmkt_ray.search.search_results import Finalist, Finals, JudgedInterval, PairedGains, RoleScores
 from mmkt_ray.search.space import Overrides, Space
-from mmkt_ray.training.identity import training_fingerprint
+from mmkt_ray.training.fingerprint import training_fingerprint
 from mmkt_ray.training.trainer import train
 
 SINGLE, CONCAT = "best single modality", "best concat"

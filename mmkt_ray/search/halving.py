@@ -23,7 +23,7 @@ Build = Callable[[Sequence[Mapping[str, Any]]], Population]
 
 
 @dataclass
-class Candidate:
+class SearchCandidate:
     """One member and what became of it."""
 
     member: dict[str, Any]
@@ -42,7 +42,7 @@ class Candidate:
 class Stack:
     """Candidates that train together; the population is made when they first do."""
 
-    candidates: list[Candidate]
+    candidates: list[SearchCandidate]
     population: Population | None = field(default=None, repr=False)
 
 
@@ -60,7 +60,7 @@ class Halving:
     ) -> None:
         """size: P at most; rungs: epochs at which candidates are compared, the last one ends it."""
         self.build, self.rungs, self.eta, self.clock = build, rungs, eta, clock
-        self.candidates = [Candidate(dict(member)) for member in members]
+        self.candidates = [SearchCandidate(dict(member)) for member in members]
         self.stacks = [Stack(part) for part in _chunks(self.candidates, size)]
         self.rung = 0
 

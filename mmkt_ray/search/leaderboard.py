@@ -4,8 +4,8 @@
                                                   A part with candidates of status `running` is of a trial that goes on, or died
     <run>/search/leaderboard.parquet              all candidates of this search, in the order of the trials
 
-Columns: those of `Row`, one for each searched key (null where it does not apply), and one for each metric and task,
-accuracy.<task> say. A log loss is negated, so that higher is better.
+Columns: those of `LeaderboardRow`, one for each searched key (null where it does not apply), and one for each metric and
+task, accuracy.<task> say. A log loss is negated, so that higher is better.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, ParameterConfig
 from mmkt_ray.record import OpenRecord
 from mmkt_ray.scoring.objective import COUNTED, Score
-from mmkt_ray.search.halving import Candidate
+from mmkt_ray.search.halving import SearchCandidate
 from mmkt_ray.search.space import Overrides, Space, label_of, text_of
 
 NUMBERS = {"epochs": pa.int32(), "best_epoch": pa.int32(), "seconds": pa.float64(), "finished_at": pa.float64()}
 
 
-class Row(OpenRecord, frozen=True):
+class LeaderboardRow(OpenRecord, frozen=True):
     """What is known of a candidate."""
 
     spread: ClassVar[str] = "further"
@@ -79,8 +79,8 @@ class Leaderboard:
         self.parts_uri = storage.join(search_uri, "parts")
         self.uri = storage.join(search_uri, "leaderboard.parquet")
         self.score = Score.of(space.config.training.objective, space.config.task_kinds)
-        told = [m for kind in space.config.task_kinds.values() for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))]
-        self.metrics = list(dict.fromkeys([*told, *([self.score.metric] if self.score.metric else [])]))
+        usual = [m for kind in space.config.task_kinds.values() for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))]
+        self.metrics = list(dict.fromkeys([*usual, *([self.score.metric] if self.score.metric else [])]))
 
     @property
     def schema(self) -> pa.Schema:
@@ -99,11 +99,11 @@ class Leaderboard:
         reference: str | None,
         architecture: Overrides,
         config: Config | None,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[SearchCandidate],
     ) -> None:
         """What is known of a trial's candidates by now. config: of the architecture, None if it has none."""
         rows = [
-            Row(
+            LeaderboardRow(
                 candidate=f"{trial}-{i}",
                 trial=trial,
                 reference=reference,
@@ -170,7 +170,7 @@ class Leaderboard:
         """The trials on disk."""
         found = []
         for part in self.parts():
-            row = Row.model_validate(part.slice(0, 1).to_pylist()[0])
+            row = LeaderboardRow.model_validate(part.slice(0, 1).to_pylist()[0])
             chosen = {} if row.reference else row.chosen
             architecture = {key: chosen[key] for key in self.space.architecture if key in chosen}
             best = pc.max(part["score"]).as_py()

@@ -30,7 +30,7 @@ from mmkt_ray.search.ensemble_selection import build_ensemble
 from mmkt_ray.search.finalists import choose_finalists, fit_finalists, score_finalists
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
 from mmkt_ray.search.search_results import ChosenBy, Finalist, NumTried, SearchResult
-from mmkt_ray.search.space import Space, build_space, label_of, values_of
+from mmkt_ray.search.space import Space, build_space, label_of, parameter_values
 from mmkt_ray.search.study import write_study
 from mmkt_ray.search.summary import summarise_search
 from mmkt_ray.search.trial import SearchContext, constant_by_task, search_score, stacks_per_trial
@@ -47,7 +47,7 @@ def check_search(config: Config) -> Space:
     settled = with_settings(config, usual_settings(config) | {"training.steps": None})  # a search chooses by itself, by epochs
     space = build_space(settled)
     task, own = space.config.training.objective.task, space.architecture.get("model.tasks")
-    without = [v for v in values_of(own) if v is not None and task not in v] if own and task is not None else []
+    without = [v for v in parameter_values(own) if v is not None and task not in v] if own and task is not None else []
     if without or (task is not None and task not in space.config.model_tasks):
         raise ConfigError(
             f"search.objective.task: candidates are chosen by '{task}', which {without or 'model.tasks'} leaves out: add it "
@@ -65,7 +65,7 @@ def search(config: Config, store: Store, run_uri: str) -> SearchResult:
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
     space, settings = check_search(config), config.search or SearchConfig()
     table = store.table(config.model_modalities, config.model_tasks)
-    check_features(space, table)
+    check_searchable(space, table)
     with locked(run_uri):
         return _search(space, settings, store, table, run_uri)
 
@@ -146,7 +146,7 @@ def notes_of(space: Space, settings: SearchConfig, tried: NumTried) -> list[str]
     return []
 
 
-def check_features(space: Space, table: FeatureTable) -> None:
+def check_searchable(space: Space, table: FeatureTable) -> None:
     """Raises: ConfigError if an architecture can't be trained in stacks on these features, DataError if no val row has a
     label to choose by."""
     for overrides in [{}, *space.some_architectures()]:

@@ -72,7 +72,7 @@ class Space:
             elif not self.applies(keys[0], chosen):
                 yield from extend(keys[1:], chosen)
             else:
-                for value in values_of(self.architecture[keys[0]], thin):
+                for value in parameter_values(self.architecture[keys[0]], thin):
                     yield from extend(keys[1:], {**chosen, keys[0]: value})
 
         return extend(list(self.architecture), {})
@@ -162,7 +162,7 @@ def _with_all_of(config: Config, parameters: Mapping[str, ParameterConfig]) -> C
     """The config with every modality and task that some candidate has, so that there are features and labels for each."""
     for key, own in (("model.modalities", config.model.modalities), ("model.tasks", config.model.tasks)):
         if key in parameters and own is not None:
-            chosen = [value for value in values_of(parameters[key])]
+            chosen = [value for value in parameter_values(parameters[key])]
             every = None if None in chosen else sorted({*own, *(name for names in chosen for name in names)})
             config = config.with_overrides({key: every})
     return config
@@ -189,7 +189,7 @@ def read_dotted(config: Config, key: str) -> Any:
     return node
 
 
-def values_of(parameter: ParameterConfig, thin: bool = False) -> list[Any]:
+def parameter_values(parameter: ParameterConfig, thin: bool = False) -> list[Any]:
     """Its values; of a continuous range, and if `thin` of a long one too, both ends and the middle."""
     if parameter.choice is not None:
         return list(parameter.choice)
@@ -209,7 +209,7 @@ def value_at(parameter: ParameterConfig, u: float) -> Any:
     if parameter.int is not None:
         low_int, high_int = parameter.int
         return min(low_int + int(u * (high_int - low_int + 1)), high_int)
-    values = values_of(parameter)
+    values = parameter_values(parameter)
     return values[min(int(u * len(values)), len(values) - 1)]
 
 

@@ -33,7 +33,7 @@ from mmkt_ray import cluster
 from mmkt_ray.config import ParameterConfig, seed_32
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.search.leaderboard import Known, Leaderboard
-from mmkt_ray.search.space import Overrides, Space, text_of, values_of
+from mmkt_ray.search.space import Overrides, Space, parameter_values, text_of
 from mmkt_ray.search.trial import SearchContext, Trial
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def value_of(parameter: ParameterConfig, suggested: Any) -> Any:
     """The value that Optuna's suggestion stands for."""
     if parameter.choice is None:
         return suggested
-    return next(v for v in values_of(parameter) if text_of(v) == suggested)
+    return next(v for v in parameter_values(parameter) if text_of(v) == suggested)
 
 
 def suggestion_of(parameter: ParameterConfig, value: Any) -> Any:
@@ -127,7 +127,7 @@ def architecture_of(space: Space, proposal: Mapping[str, Any]) -> Overrides:
     return {k: value_of(p, proposal[k]) for k, p in space.architecture.items() if k in proposal}
 
 
-def plan(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[int, Turn]]:
+def planned_trials(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[int, Turn]]:
     """Number and turn of the trials that are settled beforehand: those whose process died, then the references, fused ones
     first, with an architecture after each, then the other architectures once, if there is time for them.
 
@@ -160,7 +160,7 @@ def build_sampler(context: SearchContext, num_trials: int) -> OptunaSearch:
     """Optuna's searcher, told of the trials that are on disk; first come those of the plan."""
     space = context.space
     known = context.leaderboard.trials()
-    turns = plan(space, known, num_trials)
+    turns = planned_trials(space, known, num_trials)
     next_number = max([t.number for t in known] + [number for number, _ in turns], default=-1) + 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

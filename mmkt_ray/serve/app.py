@@ -19,7 +19,7 @@ from mmkt_ray import __version__
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.kinds.modalities import ModalityKind
 from mmkt_ray.serve.limits import BodyLimit, Busy, ServerLimits, Work
-from mmkt_ray.serve.requests import MAX_ROWS, Row, answer, request_schema, row_from_form, rows_from_json
+from mmkt_ray.serve.requests import MAX_ROWS, RequestRow, answer, request_schema, row_from_form, rows_from_json
 
 if TYPE_CHECKING:
     from mmkt_ray.api.model import Model
@@ -78,7 +78,7 @@ def create_app(model: Model, name: str, limits: ServerLimits, hosts: Sequence[st
     return app
 
 
-async def _rows(request: Request, modalities: dict[str, ModalityKind]) -> list[Row]:
+async def _rows(request: Request, modalities: dict[str, ModalityKind]) -> list[RequestRow]:
     """The rows that a request asks about. Raises: DataError; HTTPException for a body of another type."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from mmkt_ray.api.model import Model
 
 MAX_ROWS = 256  # of a request
-Row = dict[str, Any]
+RequestRow = dict[str, Any]
 
 
-def rows_from_json(body: bytes, modalities: Mapping[str, ModalityKind]) -> list[Row]:
+def rows_from_json(body: bytes, modalities: Mapping[str, ModalityKind]) -> list[RequestRow]:
     """The rows of a JSON body; modalities: name -> kind. Raises: DataError that says what is wrong with it."""
     try:
         asked = json.loads(body)
@@ -35,7 +35,7 @@ def rows_from_json(body: bytes, modalities: Mapping[str, ModalityKind]) -> list[
     return [_row(row, i, modalities) for i, row in enumerate(rows)]
 
 
-def _row(given: Any, number: int, modalities: Mapping[str, ModalityKind]) -> Row:
+def _row(given: Any, number: int, modalities: Mapping[str, ModalityKind]) -> RequestRow:
     if not isinstance(given, dict):
         raise DataError(f"row {number} must be an object with a value for each of {sorted(modalities)}")
     if unknown := sorted(given.keys() - modalities.keys()):
@@ -55,7 +55,7 @@ def _value(value: Any, number: int, modality: str, kind: ModalityKind) -> Any:
         raise DataError(f"row {number}: {modality} is no base64 ({error})") from None
 
 
-def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, ModalityKind]) -> Row:
+def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, ModalityKind]) -> RequestRow:
     """The row of a multipart form whose uploads were read as bytes. An empty field is an absent modality. Raises: DataError."""
     fields = dict(parts)
     if len(fields) < len(parts):
@@ -63,7 +63,7 @@ def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, Mod
         raise DataError(f"the form has '{twice}' twice: a form is one row, send several as JSON")
     if unknown := sorted(fields.keys() - modalities.keys()):
         raise DataError(f"the model reads no '{unknown[0]}': {nearest(unknown[0], modalities)}")
-    row: Row = {}
+    row: RequestRow = {}
     for m, kind in modalities.items():
         value = fields.get(m)
         if isinstance(value, bytes) and not kind.is_file:
@@ -76,20 +76,20 @@ def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, Mod
     return row
 
 
-def answer(model: Model, rows: Sequence[Row], top: int) -> list[dict[str, Any]]:
+def answer(model: Model, rows: Sequence[RequestRow], top: int) -> list[dict[str, Any]]:
     """Per row {task: {prediction, and of classes top: [{class, probability}]}, missing, unreadable}; top: how many classes."""
-    told = model.predict_arrow(list(rows), read_files=False).to_pylist()
+    predicted = model.predict_arrow(list(rows), read_files=False).to_pylist()
     return [
         {
-            "predictions": {t: _told(row, t, model.classes.get(t, []), top) for t in model.tasks},
+            "predictions": {t: _prediction(row, t, model.classes.get(t, []), top) for t in model.tasks},
             "missing": row["missing"],
             "unreadable": row["unreadable"],
         }
-        for row in told
+        for row in predicted
     ]
 
 
-def _told(row: Mapping[str, Any], task: str, names: Sequence[str], top: int) -> dict[str, Any]:
+def _prediction(row: Mapping[str, Any], task: str, names: Sequence[str], top: int) -> dict[str, Any]:
     found: dict[str, Any] = {"prediction": finite(row[f"{task}_pred"])}
     proba = row.get(f"{task}_proba")
     if proba is not None and len(proba) == len(names):

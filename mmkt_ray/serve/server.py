@@ -59,7 +59,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def tell(model_uri: str, host: str, port: int, how: str = "") -> None:
+def log_address(model_uri: str, host: str, port: int, how: str = "") -> None:
     """Where the model answers, and to whom."""
     address = f"[{host}]" if ":" in host else host
     log.info("serving %s on http://%s:%d%s; Ctrl-C ends it", model_name(model_uri), address, port, how)
@@ -76,7 +76,7 @@ def serve(model_uri: str, host: str, port: int, limits: ServerLimits, *, trust_c
         from mmkt_ray.serve.app import create_app
 
         app = create_app(load(model_uri, trust_code=trust_code), model_name(model_uri), limits, allowed_hosts(host))
-        tell(model_uri, host, listener.getsockname()[1])
+        log_address(model_uri, host, listener.getsockname()[1])
         config = uvicorn.Config(
             app, log_level="warning", timeout_keep_alive=5, limit_concurrency=200, server_header=False, access_log=False
         )
@@ -122,7 +122,7 @@ def serve_on_ray(
     deployment = ray_serve.deployment(ray_serve.ingress(build)(), **options)
     try:
         ray_serve.run(deployment.bind(), name=APP, route_prefix="/")
-        tell(model_uri, host, port, f" from {replicas} process{'es' if replicas > 1 else ''}")
+        log_address(model_uri, host, port, f" from {replicas} process{'es' if replicas > 1 else ''}")
         threading.Event().wait()
     finally:
         if os.environ.get("RAY_ADDRESS"):  # a Ray of our own ends with all that runs on it

@@ -16,13 +16,13 @@ from mmkt_ray import storage
 from mmkt_ray.inference.rows import read_predictions
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.studies.insight import DifferingRow, Disagreement, FusedOnDiffering, Prediction
 
 NUM_EXAMPLES = 8
 
 
-def disagreements(run_uri: str, results: Results, task: str) -> Disagreement | None:
+def disagreements(run_uri: str, results: ResultsFile, task: str) -> Disagreement | None:
     """The best model of each single modality beside the others; None for numbers, or where there are fewer than two or no
     common row.
 
@@ -66,7 +66,7 @@ def disagreements(run_uri: str, results: Results, task: str) -> Disagreement | N
     )
 
 
-def _single_models(results: Results, task: str) -> dict[str, str]:
+def _single_models(results: ResultsFile, task: str) -> dict[str, str]:
     """modality -> the model that reads it alone: trained before baselines, then the best on held-out rows."""
     chosen: dict[str, tuple[bool, float, str]] = {}
     main = task_kind(results.tasks[task].kind).main
@@ -78,7 +78,7 @@ def _single_models(results: Results, task: str) -> dict[str, str]:
     return {modality: key[2] for modality, key in sorted(chosen.items())}
 
 
-def predictions_of(run_uri: str, results: Results, name: str, task: str) -> pd.DataFrame:
+def predictions_of(run_uri: str, results: ResultsFile, name: str, task: str) -> pd.DataFrame:
     """Columns label, pred and proba of `read_predictions` of one of the run's models."""
     about = results.models[name]
     uri = storage.join(run_uri, about.folder, f"predictions-{results.split}.parquet")

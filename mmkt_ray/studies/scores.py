@@ -22,7 +22,7 @@ from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.rows import subsets
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring import provenance
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.studies.scores_results import (
     Cka,
     FeatureSet,
@@ -47,7 +47,7 @@ def transferability(run_uri: str, stores: Mapping[str, Store]) -> Transferabilit
     between the two. Writes `<run>/transferability.json` and returns what is in it.
     """
     started = time.perf_counter()
-    results = Results.read_or_none(storage.join(run_uri, "report", "results.json"))
+    results = ResultsFile.read_or_none(storage.join(run_uri, "report", "results.json"))
     found = _Found()
     for uri in dict.fromkeys(s.uri for s in stores.values()):
         variants = [name for name, s in stores.items() if s.uri == uri]
@@ -77,7 +77,7 @@ class _Found:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def _score_store(store: Store, found: _Found, results: Results | None, variants: Sequence[str]) -> None:
+def _score_store(store: Store, found: _Found, results: ResultsFile | None, variants: Sequence[str]) -> None:
     """Add one store's scores to `found`."""
     name = store.uri.rstrip("/").rpartition("/")[2]
     about = store.manifest.modalities
@@ -179,7 +179,7 @@ def _targets(table: FeatureTable, tasks: Sequence[str]) -> np.ndarray:
 
 
 def _trained_score(
-    task: str, subset: Sequence[str], store: str, results: Results | None, variants: Sequence[str]
+    task: str, subset: Sequence[str], store: str, results: ResultsFile | None, variants: Sequence[str]
 ) -> TrainedScore | None:
     """The model that reads just this subset of this store: the trained one best on val, else logistic regression."""
     if results is None or task not in results.tasks:
@@ -210,7 +210,7 @@ def _rank_correlation(sets: Sequence[FeatureSet], score: str) -> RankCorrelation
     )
 
 
-def _leep_cells(run_uri: str, results: Results) -> list[Leep]:
+def _leep_cells(run_uri: str, results: ResultsFile) -> list[Leep]:
     """LEEP from each task to each other one, by the predictions of every trained model of both, on the scored split."""
     cells = []
     for name, about in results.models.items():

@@ -36,7 +36,7 @@ from mmkt_ray.scoring.intervals import Interval, agreeing, holm, paired_p
 from mmkt_ray.scoring.seeds import mean_interval
 from mmkt_ray.studies.transfer_results import Gain, Scratch, Transfers
 from mmkt_ray.training.auto import usual_settings, with_settings
-from mmkt_ray.training.identity import training_fingerprint
+from mmkt_ray.training.fingerprint import training_fingerprint
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.transfer import load_knowledge
 from mmkt_ray.training.trainer import train

@@ -25,7 +25,7 @@ import torch
 from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.inference.training_record import Choice, Setting, Tried
+from mmkt_ray.inference.training_record import ChosenSettings, Setting, Tried
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
@@ -68,7 +68,7 @@ def is_plain(config: Config) -> bool:
     )
 
 
-def plain(config: Config) -> Config:
+def plain_config(config: Config) -> Config:
     """The config without what `is_plain` refuses."""
     return config.with_overrides(
         {
@@ -90,7 +90,7 @@ def screening_config(config: Config) -> Config:
         alone["model.sharing"] = "task"
         if config.model.fusion.name in LIKE_CONCAT:
             alone["model.fusion"] = "concat"
-    return plain(config).with_overrides({**alone, "training.auto": list(config.training.auto)})
+    return plain_config(config).with_overrides({**alone, "training.auto": list(config.training.auto)})
 
 
 def is_screened(config: Config) -> bool:
@@ -155,9 +155,9 @@ def with_settings(config: Config, settings: Mapping[str, Setting | None]) -> Con
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def choose(
+def choose_settings(
     config: Config, table: FeatureTable, device: torch.device = torch.device("cpu")  # noqa: B008
-) -> tuple[Choice, HeldOut | None]:
+) -> tuple[ChosenSettings, HeldOut | None]:
     """Choose the settings that `training.auto` leaves open. With them come held-out predictions of the chosen
     candidate, where it learnt from all other rows (None otherwise).
 
@@ -171,7 +171,7 @@ def choose(
     parts = range(min(SCREENING_PARTS, folds.num_held))
     tried = unique([settings_of(config, c, num_rows) for c in CANDIDATES])
     if len(tried) == 1 or not any(folds.held(p).any() for p in parts):
-        return Choice(settings=tried[0], candidates=[], on=folds.on, num_rows=0), None
+        return ChosenSettings(settings=tried[0], candidates=[], on=folds.on, num_rows=0), None
     few = drawn(whole, folds, FEW_ROWS)
     stack_rows = len(training_rows(config, few, {})[1])
     stacked = unique([settings_of(config, c, stack_rows) for c in CANDIDATES])
@@ -185,7 +185,7 @@ def choose(
         for i, (s, mean) in enumerate(zip(tried, losses.mean(axis=1), strict=True))
     ]
     heldout = None if few is not whole else held_out_rows(table, folds, parts, found[best])
-    return Choice(settings=tried[best], candidates=records, on=folds.on, num_rows=losses.shape[1]), heldout
+    return ChosenSettings(settings=tried[best], candidates=records, on=folds.on, num_rows=losses.shape[1]), heldout
 
 
 def unique(settings: Sequence[dict[str, Setting]]) -> list[dict[str, Setting]]:

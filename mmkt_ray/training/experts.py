@@ -23,8 +23,8 @@ from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import HeldOut, pattern_name
+from mmkt_ray.training.fingerprint import has_experts, model_identity
 from mmkt_ray.training.fold_stack import given_subsets
-from mmkt_ray.training.identity import has_experts, model_identity
 from mmkt_ray.training.loop import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty

@@ -66,7 +66,7 @@ def _fit_parts(
     folds, learnt = make_folds(table, config.seed), as_train(table)
     every = [p for p in range(folds.num_held) if folds.held(p).any()]
     parts = every if known is None else [p for p in every if not (folds.fold[known.rows] == p).any()]
-    own = {key: value_of(config, key) for key in (*MEMBER_KEYS, "training.steps")}
+    own = {key: value_in(config, key) for key in (*MEMBER_KEYS, "training.steps")}
     logits = _no_logits(learnt, given_subsets(list(table.features)))
     result = None
     for (_, part), (stack, j) in trained(config, learnt, folds, [(own, p) for p in (*parts, *[WHOLE] * whole)], device):
@@ -97,7 +97,7 @@ def _no_logits(table: FeatureTable, given: Sequence[tuple[str, ...]]) -> dict[st
     return {pattern_name(g): {t: np.zeros((len(table.split), k), np.float32) for t, k in widths.items()} for g in given}
 
 
-def value_of(config: Config, key: str) -> Any:
+def value_in(config: Config, key: str) -> Any:
     """A key's value in a config."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)

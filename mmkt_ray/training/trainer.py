@@ -25,7 +25,7 @@ from mmkt_ray.features.store import FeatureTable, Store, open_store
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import copy_model, load_model, save_model
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.inference.training_record import Choice, Outcome, Training, ValScores
+from mmkt_ray.inference.training_record import ChosenSettings, Outcome, Training, ValScores
 from mmkt_ray.models import ExpertModel
 from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
@@ -33,7 +33,7 @@ from mmkt_ray.training.auto import (
     BASE,
     CANDIDATES,
     FEW_ROWS,
-    choose,
+    choose_settings,
     for_depth,
     is_plain,
     is_screened,
@@ -43,8 +43,7 @@ from mmkt_ray.training.auto import (
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.experts import expert_configs, join_experts, with_heldout
-from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
-from mmkt_ray.training.identity import (
+from mmkt_ray.training.fingerprint import (
     find_model,
     has_experts,
     is_trained,
@@ -52,6 +51,7 @@ from mmkt_ray.training.identity import (
     model_identity,
     training_fingerprint,
 )
+from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.imbalance import read_excluded
@@ -97,7 +97,8 @@ def train(
     if has_experts(config):
         return _outcome(_train_with_experts(config, store, model_uri, folder, run), "trained")
     scratch = storage.join(model_uri, ".train")
-    choice, settings = settle(config, store, run) if config.training.auto and not is_linear(config) else (None, "")
+    has_settings = bool(config.training.auto) and not is_linear(config)
+    choice, settings = find_settings(config, store, run) if has_settings else (None, "")
     wide = train_wide(config, store, folder, run)
     args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings, wide)
     if args.holds_out and config.training.num_workers > 1:
@@ -124,7 +125,7 @@ class WorkerArgs:
     """What a worker is given."""
 
     config: Config
-    choice: Choice | None  # of the settings that the config leaves open
+    choice: ChosenSettings | None  # of the settings that the config leaves open
     store_uri: str
     model_uri: str
     scratch: str  # folder of what a killed run goes on from
@@ -161,14 +162,14 @@ def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int)
     return outcome
 
 
-def settle(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[Choice, str]:
+def find_settings(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[ChosenSettings, str]:
     """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
 
     They are chosen once for the models of the same modalities and tasks, whatever their seeds.
     """
     folder = settings_uri(config, store)
     if storage.exists(f"{folder}.json"):
-        choice = Choice.read(f"{folder}.json")
+        choice = ChosenSettings.read(f"{folder}.json")
     else:
         choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
         if heldout is not None:
@@ -196,10 +197,10 @@ def settings_uri(config: Config, store: Store) -> str:
 
 def choose_on_worker(
     args: WorkerArgs, rank: int, world_size: int, device: torch.device
-) -> tuple[Choice, HeldOut | None] | UserError:
-    """One worker's part of `settle`."""
+) -> tuple[ChosenSettings, HeldOut | None] | UserError:
+    """One worker's part of `find_settings`."""
     try:
-        return choose(args.config, _table(args.config, args.store_uri), device)
+        return choose_settings(args.config, _table(args.config, args.store_uri), device)
     except UserError as error:
         return error
 

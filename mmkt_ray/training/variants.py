@@ -18,9 +18,9 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.training_record import Outcome
 from mmkt_ray.training.experts import expert_configs, single_configs
-from mmkt_ray.training.identity import find_model, has_experts, is_trained, linear_place, training_fingerprint
+from mmkt_ray.training.fingerprint import find_model, has_experts, is_trained, linear_place, training_fingerprint
 from mmkt_ray.training.linear import is_linear
-from mmkt_ray.training.trainer import settings_uri, settle, train, train_expert
+from mmkt_ray.training.trainer import find_settings, settings_uri, train, train_expert
 from mmkt_ray.training.wide import is_wide, wide_config
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class _Calls:
 
 
 def _settle(config: Config, store_uri: str) -> None:
-    settle(config, open_store(store_uri), run_here)
+    find_settings(config, open_store(store_uri), run_here)
 
 
 def _train(config: Config, store_uri: str, model_uri: str) -> Outcome:

@@ -116,7 +116,7 @@ def test_files_of_a_run(s3: Server, share: float) -> None:
     storage.write_bytes(storage.join(root, "b", "empty"), b"")
     if not share:  # moto, unlike S3, does not take the end of an upload twice
         storage.write_bytes(storage.join(root, "b", "big"), big)
-        assert b"".join(storage.read_chunks(storage.join(root, "b", "big"))) == big
+        assert b"".join(storage.read_pieces(storage.join(root, "b", "big"))) == big
     assert storage.read_json(storage.join(root, "a", "x.json")) == {"é": 1}
     fs, path = storage.resolve(storage.join(root, "a", "t.parquet"))
     assert pq.read_table(path, filesystem=fs).equals(table)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmkt_ray.config.modalities import ModalityConfig
-from mmkt_ray.encoders.base import Training, fit_of
+from mmkt_ray.encoders.base import EncoderTraining, fit_of
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.pretrained import adapting
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
@@ -61,7 +61,7 @@ def train(
     encoder = build_encoder(config)
     values, labels, held_out = data(encoder)
     keep = on_epoch or (lambda *_: None)
-    return encoder.train(values, labels, CLASSES, Training(0, CPU, 0, 1, checkpoint, keep, held_out))
+    return encoder.train(values, labels, CLASSES, EncoderTraining(0, CPU, 0, 1, checkpoint, keep, held_out))
 
 
 def fitted(config: Any, tensors: dict[str, np.ndarray]) -> Any:
@@ -86,7 +86,7 @@ def test_what_is_kept_makes_the_features_that_were_trained(how: str, folder: Pat
     assert fit_of(encoder) == "training"
     values, labels, held_out = data(encoder)
     seen = []
-    training = Training(0, CPU, 0, 1, None, lambda _, metrics, __: seen.append(metrics), held_out)
+    training = EncoderTraining(0, CPU, 0, 1, None, lambda _, metrics, __: seen.append(metrics), held_out)
     tensors = encoder.train(values, labels, CLASSES, training)
     rows = texts(30, 2)[0]
     frozen = build_encoder(section(folder).model_copy(update={"adapt": None}))
@@ -114,7 +114,7 @@ def test_an_adapted_encoder_tells_classes_apart_that_the_frozen_one_mixes(folder
     config = section(folder, how="full", epochs=30)
     frozen, encoder = build_encoder(section(folder).model_copy(update={"adapt": None})), build_encoder(config)
     values, labels, _ = data(encoder)
-    tensors = encoder.train(values, labels, CLASSES, Training(0, CPU, 0, 1, None, lambda *_: None))
+    tensors = encoder.train(values, labels, CLASSES, EncoderTraining(0, CPU, 0, 1, None, lambda *_: None))
     assert separation(fitted(config, tensors)) > 1.5 * separation(frozen)
 
 
@@ -157,7 +157,7 @@ def test_no_train_value_is_encoded_by_a_network_that_learnt_it(folder: Path, tmp
         left_out = adapting.fold_of(hashes, 3) == number
         chosen = held_out | ~left_out
         one: Any = build_encoder(section(folder, how="last_layers", num_layers=1, epochs=2))
-        training = Training(0, CPU, 0, 1, None, lambda *_: None, held_out[chosen])
+        training = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None, held_out[chosen])
         changes = one.train(values[chosen], labels[chosen], CLASSES, training)
         alone.append(fitted(one.config, changes).encode(rows + new))
     learnt = np.isin(hashes, np.unique(hashes[~held_out]))
@@ -227,7 +227,7 @@ def test_every_kind_of_network_can_be_adapted(make: Any, network: str, kind: str
         values = rng.normal(0, 0.1, (8, *shape)).astype(np.float32)
     assert values.shape[1:] == shape
     assert values.dtype == dtype
-    training = Training(0, CPU, 0, 1, None, lambda *_: None)
+    training = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None)
     tensors = encoder.train(values, np.arange(8) % 2, CLASSES, training)
     assert tensors
     assert all(np.isfinite(value).all() for value in tensors.values())
@@ -237,7 +237,7 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):
     """Catches LoRA that changes nothing, as a network has no linear layers, and a state of another rank that is taken."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1))
     with pytest.raises(ConfigError, match="this network has none: use last_layers or full"):
-        adapting.choose(net, section(folder).adapt, 0)
+        adapting.make_trainable(net, section(folder).adapt, 0)
     config = section(folder, how="lora", rank=2, epochs=1)
     tensors = train(config)
     name = next(iter(tensors)).rsplit(".", 1)[0]
@@ -261,7 +261,8 @@ def test_images_are_augmented_in_training_alone(tmp_path: Path) -> None:
             into.append((torch.is_grad_enabled(), x.numpy().copy())),
             forward(x),
         )[1]
-        encoder.train(images, np.arange(24) % 2, CLASSES, Training(0, CPU, 0, 1, None, lambda *_: None, held_out))
+        alone = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None, held_out)
+        encoder.train(images, np.arange(24) % 2, CLASSES, alone)
         seen[tuple(names)] = [np.concatenate([x for t, x in batches if t is training]) for training in (True, False)]
     originals = {image.tobytes() for image in images}
     mirrored = {np.ascontiguousarray(image[..., ::-1]).tobytes() for image in images}

@@ -16,9 +16,9 @@ from PIL import Image
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.evaluation.baselines import evaluate_baselines
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
+from mmkt_ray.evaluation.scoring_baselines import evaluate_baselines
 from mmkt_ray.features.store import (
     Store,
     column_of,

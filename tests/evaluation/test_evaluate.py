@@ -18,9 +18,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 from mmkt_ray import storage
 from mmkt_ray.cluster import cores
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.baselines import evaluate_baselines
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model, modality_subsets
+from mmkt_ray.evaluation.scoring_baselines import evaluate_baselines
 from mmkt_ray.features import feature_table as table_module
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference import rows as rows_module

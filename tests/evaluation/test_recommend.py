@@ -7,9 +7,9 @@ import pytest
 
 from mmkt_ray import storage
 from mmkt_ray.evaluation.compare import Evaluated
-from mmkt_ray.evaluation.recommend import Candidate, _can_ship, choose, standard_error
+from mmkt_ray.evaluation.recommend import Candidate, _can_ship, rank_candidates, standard_error
 from mmkt_ray.scoring.metrics import ModelMetrics
-from mmkt_ray.scoring.results import Recommended, Results
+from mmkt_ray.scoring.results import Recommended, ResultsFile
 from mmkt_ray.scoring.tables import recommendation_text
 
 ROWS = np.arange(100)
@@ -26,18 +26,18 @@ def test_the_standard_error_is_that_of_paired_differences():
     best, other = candidate("best", 60, 9), candidate("other", 56, 1)
     gain = (ROWS < 60).astype(float) - (ROWS < 56)
     assert standard_error(best, other) == (pytest.approx(gain.std(ddof=1) / 10), True)
-    assert [c.model for c in choose([best, other])] == ["best", "other"]
+    assert [c.model for c in rank_candidates([best, other])] == ["best", "other"]
     blind = candidate("other", 56, 1, predicted=False)
     error, paired = standard_error(best, blind)
     assert (error, paired) == (pytest.approx(0.049, abs=1e-3), False)
-    assert choose([best, blind])[0].model == "other"
+    assert rank_candidates([best, blind])[0].model == "other"
 
 
 def test_fewer_modalities_come_before_fewer_parameters():
     """Catches a fused model that is shipped though one modality does as well, because it is narrower."""
     models = [candidate("fused", 80, 10), candidate("single", 80, 99, "a"), candidate("small", 80, 50, "b")]
-    assert choose(models)[0].model == "small"
-    assert {c.model for c in choose(models) if c.within} == {"fused", "single", "small"}
+    assert rank_candidates(models)[0].model == "small"
+    assert {c.model for c in rank_candidates(models) if c.within} == {"fused", "single", "small"}
 
 
 def test_a_row_that_a_model_cannot_read_counts_as_wrong():
@@ -45,19 +45,19 @@ def test_a_row_that_a_model_cannot_read_counts_as_wrong():
     best = candidate("best", 90, 9)
     half = Candidate("half", ("a",), 1, {"t": 0.5}, {"t": 100}, {"t": (ROWS[:50], np.ones(50, bool))})
     assert standard_error(best, half)[1]
-    assert choose([best, half])[0].model == "best"
+    assert rank_candidates([best, half])[0].model == "best"
 
 
 def test_one_row_or_none_wrong_is_no_certainty():
     """Catches an error of zero where the best has everything right."""
     blind = {"t": None}
     models = [Candidate(n, ("a",), p, {"t": s}, {"t": 10}, blind) for n, p, s in (("big", 9, 1.0), ("small", 1, 0.95))]
-    assert choose(models)[0].model == "small"
-    assert choose(models[:1])[0].model == "big"
+    assert rank_candidates(models)[0].model == "small"
+    assert rank_candidates(models[:1])[0].model == "big"
 
 
-def results(recommended: Recommended | None) -> Results:
-    return Results(
+def results(recommended: Recommended | None) -> ResultsFile:
+    return ResultsFile(
         run="r", split="test", confidence=0.95, models={}, tasks={}, recommended=recommended, main=None, notes=[]
     )
 

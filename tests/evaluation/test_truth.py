@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from mmkt_ray.evaluation.answers import NEGLIGIBLE, Scored, Settings, ask, settle
-from mmkt_ray.evaluation.recommend import Candidate, choose
+from mmkt_ray.evaluation.answers import NEGLIGIBLE, Scored, Settings, ask, correct_answers
+from mmkt_ray.evaluation.recommend import Candidate, rank_candidates
 from mmkt_ray.scoring.results import Answer
 
 NUM_SEEDS = 200
@@ -82,13 +82,13 @@ def conclude(world: World, seed: int) -> tuple[Answer | None, list[Answer], str]
         labels = np.zeros(len(ids), int)
         models.append(Scored(name, trained, reads, held_out[name], ids, labels, right))
     fused, single = (max(names, key=held_out.__getitem__) for names in (("concat", "gated"), ("image", "text")))
-    fusing, answers = settle({"t": ask(models, fused, single, Settings())}, Settings())["t"]
+    fusing, answers = correct_answers({"t": ask(models, fused, single, Settings())}, Settings())["t"]
     sizes = {"image": 10, "text": 10, "logreg:image": 5, "logreg:both": 9}
     candidates = [
         Candidate(m, READS.get(m, ("image", "text")), sizes.get(m, 30), {"t": held_out[m]}, {"t": num_val}, {"t": val[m]})
         for m in held_out
     ]
-    return fusing, answers, choose(candidates)[0].model
+    return fusing, answers, rank_candidates(candidates)[0].model
 
 
 def wrong(world: World, answer: Answer, about_fusing: bool) -> bool:
@@ -147,7 +147,7 @@ def test_few_rows_that_are_all_alike_suffice_for_nothing(num_rows, kinds):
     models = [
         Scored(n, True, r, 0.9, ids, ids * 0, right) for n, r in (("image", ("image",)), ("both", ("image", "text")))
     ]
-    fusing, answers = settle({"t": ask(models, "both", "image", Settings())}, Settings())["t"]
+    fusing, answers = correct_answers({"t": ask(models, "both", "image", Settings())}, Settings())["t"]
     assert {a.kind for a in [fusing, *answers]} == kinds
     assert fusing.low < -0.01
     assert fusing.high > 0.01
@@ -173,6 +173,6 @@ def test_a_gain_is_told_over_the_rival_that_comes_closest():
         Scored(m, True, READS.get(m, ("image", "text")), held_out[m], ids, labels, right.astype(float))
         for m, right in scores.items()
     ]
-    fusing, _ = settle({"t": ask(models, "concat", "image", Settings())}, Settings())["t"]
+    fusing, _ = correct_answers({"t": ask(models, "concat", "image", Settings())}, Settings())["t"]
     assert (fusing.kind, fusing.fused, fusing.rest) == ("adds", "concat", "text")
     assert fusing.value == pytest.approx(scores["concat"].mean() - scores["text"].mean())

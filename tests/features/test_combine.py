@@ -12,7 +12,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine, PairCombine
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join, pair
+from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join_by_key, pair
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.publish import DUPLICATE, check_budget, parts_of_ids
 from mmkt_ray.samples.plan import ReadingPlan
@@ -93,7 +93,7 @@ def test_inner_and_outer_join() -> None:
         ("d", "train", "text", None, "space"),
     ]
     index = index_of(rows, keys=["1", "1", "2", None])
-    inner, outer = join(index, JoinCombine()), join(index, JoinCombine(how="outer"))
+    inner, outer = join_by_key(index, JoinCombine()), join_by_key(index, JoinCombine(how="outer"))
     assert inner.sample_ids == ["a|b"]
     assert outer.sample_ids == ["a|b", "c"]
     assert (outer.modality_rows["text"], outer.task_rows["topic"]) == ([1, ABSENT], [1, ABSENT])
@@ -111,7 +111,7 @@ def test_join_tells_of_conflicts() -> None:
         ("d", "test", "text", None, None),
     ]
     index = index_of(rows, keys=["1", "1", "1", "1"])
-    combined = join(index, JoinCombine())
+    combined = join_by_key(index, JoinCombine())
     assert combined.num_conflicts == 1
     assert {r.sample_id for r in combined.rejects} == {"c", "d"}
     assert combined.task_rows["object"] == [0]
@@ -128,10 +128,10 @@ def test_join_of_the_same_ids() -> None:
         {"image": np.array([1, 1, 0, 0], bool), "text": np.array([0, 0, 1, 1], bool)},
         {"label": [None] * 4},
     )
-    assert join(index, JoinCombine()).sample_ids == ["a", "b"]
+    assert join_by_key(index, JoinCombine()).sample_ids == ["a", "b"]
     crossed = replace(index, keys=["1", "2", "2", "1"])
-    assert sorted(join(crossed, JoinCombine()).sample_ids) == ["a|b", "b|a"]
-    apart = join(replace(index, keys=["1", "2", "3", "4"]), JoinCombine(how="outer"))
+    assert sorted(join_by_key(crossed, JoinCombine()).sample_ids) == ["a|b", "b|a"]
+    apart = join_by_key(replace(index, keys=["1", "2", "3", "4"]), JoinCombine(how="outer"))
     assert len(set(apart.sample_ids)) == 4
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, save_fitted
-from mmkt_ray.features.chunks import Row, open_row, read_shard, write_part
+from mmkt_ray.features.chunks import ChunkRow, open_row, read_shard, write_part
 from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import count_cleaned, nulled
@@ -22,7 +22,7 @@ from tests.shapes import png, write_shard
 MakeConfig = Callable[..., Config]
 
 
-def read(config: Config) -> Row:
+def read(config: Config) -> ChunkRow:
     plan = ReadingPlan.of(config)
     return next(read_shard({k: [v] for k, v in vars(list_shards(plan)[0]).items()}, plan, done={}))
 

@@ -19,7 +19,7 @@ from mmkt_ray.config import Config, JoinCombine
 from mmkt_ray.errors import ResourceError
 from mmkt_ray.features import feature_table as table_module
 from mmkt_ray.features.audit import audit
-from mmkt_ray.features.combine import ABSENT, gather, join, read_index
+from mmkt_ray.features.combine import ABSENT, gather, join_by_key, read_index
 from mmkt_ray.features.fit import merge_in_tree
 from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
@@ -119,7 +119,7 @@ def test_joining_holds_ids_keys_and_row_numbers(stores: dict[int, str]) -> None:
 
     def work(uri: str) -> None:
         source = Store(uri, make_manifest(parts=[f.base_name for f in storage.list_files(f"{uri}/data")]))
-        join(read_index(source, ["image", "text"], ["colour"]), JoinCombine())
+        join_by_key(read_index(source, ["image", "text"], ["colour"]), JoinCombine())
 
     assert bytes_per_row(stores, work) < 440
 

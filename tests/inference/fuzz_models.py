@@ -37,7 +37,7 @@ from mmkt_ray.features.encode import encode_column
 from mmkt_ray.features.store import FeatureTable, from_arrow
 from mmkt_ray.inference.model_folder import load_model, save_calibration, save_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.inference.prediction import finite, prediction_config, restrict, usable_encoders
+from mmkt_ray.inference.prediction import check_finite, prediction_config, restrict, usable_encoders
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
@@ -78,7 +78,7 @@ def answer(folder: Path) -> Answer:
     ids = np.arange(len(TEXTS)).astype(str).astype(object)
     split = np.full(len(ids), "test", dtype=object)
     table = FeatureTable(ids, split, features, present, {}, card.class_names)
-    return finite(predict_table(model, table)), {t: card.class_names[t] for t in model.spec.tasks}
+    return check_finite(predict_table(model, table)), {t: card.class_names[t] for t in model.spec.tasks}
 
 
 def check_answer(found: Answer, right: Answer, forged: bool) -> str:

@@ -16,7 +16,7 @@ from mmkt_ray.record import About
 from mmkt_ray.report import about_models, curves, findings
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import Current, LeftOut, with_about
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.missing import missing_curves
 from mmkt_ray.studies.scores import transferability
@@ -164,7 +164,7 @@ def test_parameters_are_counted_by_part(told):
     models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")}
     models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
     rest = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
-    found = about_models.parameters(str(told), Results(models=models, **rest))
+    found = about_models.parameters(str(told), ResultsFile(models=models, **rest))
     assert found.columns == ["level_1", "level_2", "fusion", "heads"]
     assert [(r.model, r.total) for r in found.rows] == [("small", 7), ("big", 17)]
 
@@ -191,7 +191,7 @@ def test_a_task_of_several_classes_per_sample_has_its_table_of_classes(told, tmp
 def test_curves_with_undefined_points_are_drawn():
     """Catches a rate at which no score is defined that fails the whole page."""
     points = [[0.9, 0.8, 1.0], None]
-    assert curves.missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}).startswith("<svg")
+    assert curves.draw_missing_curves([0.0, 1.0], {"a": points}, points, {"a": "#000000"}).startswith("<svg")
 
 
 def test_what_is_out_of_date_is_left_out_and_named(told, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmkt_ray import storage
+from mmkt_ray.report.compared_runs import ComparisonTable, as_page
 from mmkt_ray.report.page import build_report
-from mmkt_ray.report.side_by_side import Table, as_page
 from tests.browser import Browser
 from tests.report.pages import HOSTILE, audit_of
 
@@ -136,7 +136,7 @@ def test_runs_side_by_side_are_a_page_too(browser, tmp_path):
     rows = [("none/m", "no shared rows", ""), ("one/m", "9.0 [8.0, 10.0]", "")]
     rows += [("two/m", "10.0 [9.0, 11.0]", "better"), ("three/m", "−1.0", "worse")]
     path = tmp_path / "page.html"
-    path.write_text(as_page([Table("t", ("model", "accuracy", ""), rows)]), encoding="utf-8")
+    path.write_text(as_page([ComparisonTable("t", ("model", "accuracy", ""), rows)]), encoding="utf-8")
     show(browser, f"file://{path}")
     browser.evaluate("document.querySelectorAll('th button')[1].click()")
     names = browser.evaluate("[...document.querySelectorAll('tbody th')].map(cell => cell.textContent)")

@@ -233,7 +233,7 @@ def test_nothing_is_off_the_scale(page, finished):
     about = {"reads": [], "num_rows": 9, "num_unseen": None, "balanced_accuracy": None, "val_accuracy": None, "versus": None}
     intervals = {"r2": {"value": -3.0, "low": -4.0, "high": -2.0}, "spearman": None}
     row = ModelScores(model="a", intervals=intervals, verdict="", **about)
-    axes = plots.score_bars(
+    axes = plots.draw_score_bars(
         [row],
         ({"name": "r2", "title": "R2"}, {"name": "spearman", "title": "Spearman"}),
         {"a": "#fd0000"},

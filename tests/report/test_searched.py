@@ -11,6 +11,7 @@ from mmkt_ray.report import search_plots, searched
 from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import Current
+from mmkt_ray.search.search_results import HeatMap, SearchResult
 from tests.report.pages import HOSTILE, Elements
 from tests.report.test_findings import text_of
 
@@ -162,13 +163,14 @@ def test_ties_are_called_ties(page):
 
 def test_a_winner_that_is_its_own_rival_is_said_so():
     """Catches a winner that reads one modality and is said to beat the best single modality, or a failure for want of it."""
-    found = result() | {"compared_with": {"best single modality": "candidate 1"}, "ensemble": None}
-    assert [a["kind"] for a in searched.answers_of("thing", found)] == ["won"]
-    assert [a["text"] for a in searched.notes_of(found)] == [
+    alone = {"compared_with": {"best single modality": "candidate 1"}, "ensemble": None}
+    found, usual = (SearchResult.from_dict(result() | more, "result.json") for more in (alone, {}))
+    assert [line.kind for line in searched.lines_on("thing", found, "candidate 1")] == ["won"]
+    assert [line.text for line in searched.lines_on_rivals(found)] == [
         "The winner is the best single modality itself.",
         "The best plain concat was not tried.",
     ]
-    assert searched.notes_of(result()) == []
+    assert searched.lines_on_rivals(usual) == []
 
 
 def test_every_figure_of_the_search_is_there(page, run):
@@ -214,8 +216,16 @@ def test_an_unfinished_search_has_no_section(run, tmp_path, lost):
     """Catches a page that fails, or tells half a story, while a search still runs."""
     folder = Path(shutil.copytree(run / "search", tmp_path / "search")).parent
     (folder / lost).unlink()
-    assert searched.search(Current(str(folder)), Figures(str(folder / "report"))) is None
-    assert searched.seeds(Current(str(folder))) is None
+    assert searched.search_section(Current(str(folder)), Figures(str(folder / "report"))) is None
+    assert searched.seeds_section(Current(str(folder))) is None
+
+
+def drawn_in(folder: Path) -> searched.SearchFigures:
+    """The figures of a search."""
+    section = searched.search_section(Current(str(folder)), Figures(str(folder / "report")))
+    assert section is not None
+    assert section.found is not None
+    return section.found.figures
 
 
 def test_a_search_of_one_candidate_is_told(tmp_path):
@@ -223,9 +233,9 @@ def test_a_search_of_one_candidate_is_told(tmp_path):
     bare = {"heat_maps": [], "curve": [[1.0, 0.5, 1]], "importance": None, "slices": {"training.lr": [[0.1, 0.5, 9]]}}
     storage.write_json(str(tmp_path / "search" / "result.json"), result())
     storage.write_json(str(tmp_path / "search" / "report.json"), bare)
-    found = searched.search(Current(str(tmp_path)), Figures(str(tmp_path / "report")))
-    assert found["curve"]
-    assert (found["maps"], found["importance"], found["slices"]) == ([], None, [])
+    drawn = drawn_in(tmp_path)
+    assert drawn.curve
+    assert (drawn.maps, drawn.importance, drawn.slices) == ([], None, [])
 
 
 def test_the_most_important_keys_are_drawn(tmp_path):
@@ -235,9 +245,9 @@ def test_the_most_important_keys_are_drawn(tmp_path):
     told["importance"] = {f"k{searched.MAX_SLICES + 1}": 0.9}
     storage.write_json(str(tmp_path / "search" / "result.json"), result())
     storage.write_json(str(tmp_path / "search" / "report.json"), told)
-    found = searched.search(Current(str(tmp_path)), Figures(str(tmp_path / "report")))
-    assert [f["title"] for f in found["slices"]][:2] == [f"k{searched.MAX_SLICES + 1}", "k0"]
-    assert (len(found["slices"]), found["num_slices_hidden"]) == (searched.MAX_SLICES, 2)
+    drawn = drawn_in(tmp_path)
+    assert [f["title"] for f in drawn.slices][:2] == [f"k{searched.MAX_SLICES + 1}", "k0"]
+    assert (len(drawn.slices), drawn.num_slices_hidden) == (searched.MAX_SLICES, 2)
 
 
 def test_values_that_are_choices_get_rows_and_scales_do_not():
@@ -252,15 +262,8 @@ def test_values_that_are_choices_get_rows_and_scales_do_not():
 
 def test_a_heat_map_with_one_value_is_drawn():
     """Catches a range of zero width that fails the page."""
-    one = {
-        "rows": "a",
-        "columns": "b",
-        "row_names": ["x"],
-        "column_names": ["y"],
-        "score": [[0.5]],
-        "candidates": [[1]],
-    }
-    assert "50.0" in search_plots.heat_map(one, search_plots.Measure.of("macro_f1"), (0.5, 0.5))
+    one = HeatMap(rows="a", columns="b", row_names=["x"], column_names=["y"], score=[[0.5]], candidates=[[1]])
+    assert "50.0" in search_plots.draw_heat_map(one, search_plots.Measure.of("macro_f1"), (0.5, 0.5))
 
 
 @pytest.fixture

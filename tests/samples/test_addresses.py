@@ -17,7 +17,7 @@ import pytest
 from mmkt_ray.config.samples import SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.samples import addresses
-from mmkt_ray.samples.addresses import Fetcher, find_addresses, is_public, shown
+from mmkt_ray.samples.addresses import Fetcher, find_addresses, is_public, without_secrets
 from tests.shapes import png
 
 pytestmark = pytest.mark.slow
@@ -176,7 +176,7 @@ def test_which_numbers_are_public():
 
 def test_secrets_in_an_address_are_not_told():
     """Catches a signed address, or a password, in rejects.parquet."""
-    assert shown("https://me:word@store.example/a.png?Signature=abc") == "https://store.example/a.png"
+    assert without_secrets("https://me:word@store.example/a.png?Signature=abc") == "https://store.example/a.png"
     assert "holds a name or a password" in fetch("http://me:word@127.0.0.1/x")
     assert "cannot fetch" in fetch("http://[broken/x")
 

@@ -8,7 +8,7 @@ from mmkt_ray.models import ExpertModel
 from mmkt_ray.search.finalists import _fit_one, score_finalists, seeded
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import search_score
-from mmkt_ray.training.identity import training_fingerprint
+from mmkt_ray.training.fingerprint import training_fingerprint
 from mmkt_ray.training.loop import fit
 
 

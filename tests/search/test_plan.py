@@ -7,11 +7,11 @@ import pytest
 
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.search.leaderboard import Known, Leaderboard
-from mmkt_ray.search.search import check_features, check_search, notes_of, search_digest
+from mmkt_ray.search.search import check_search, check_searchable, notes_of, search_digest
 from mmkt_ray.search.search_results import NumTried
 from mmkt_ray.search.space import build_space
 from mmkt_ray.search.trial import SearchContext, Trial, search_score
-from mmkt_ray.search.tuner import Proposals, architecture_of, build_sampler, plan
+from mmkt_ray.search.tuner import Proposals, architecture_of, build_sampler, planned_trials
 from tests.labels import codes_of
 
 LR = {"training.lr": {"loguniform": [1e-3, 1e-1]}}
@@ -27,7 +27,7 @@ def fused(space, turn):
 def test_fused_candidates_come_first_and_references_between_them(make_config, num_trials):
     """Catches a search whose budget is spent on single modalities before anything is fused."""
     space = build_space(make_config())
-    turns = plan(space, [], num_trials)
+    turns = planned_trials(space, [], num_trials)
     assert [number for number, _ in turns] == list(range(len(turns)))
     kinds = [fused(space, turn) for _, turn in turns]
     assert kinds[:2] == [True, True]
@@ -53,17 +53,17 @@ def test_optuna_proposes_what_is_planned(make_config, store, tmp_path):
 
 def test_few_candidates_are_not_all_references(make_config):
     """Catches `max_candidates` that references use up: a winner is declared and nothing of the space was tried."""
-    turns = plan(build_space(make_config()), [], 3 + 2)
+    turns = planned_trials(build_space(make_config()), [], 3 + 2)
     assert sum(not isinstance(turn, str) for _, turn in turns) == 2
 
 
 def test_a_search_that_goes_on_keeps_the_numbers_of_its_plan(make_config):
     """Catches a restart that repeats a trial that has ended, or draws other candidates for one that died."""
     space = build_space(make_config())
-    first = plan(space, [], 5)
+    first = planned_trials(space, [], 5)
     ended = [Known(0, "concat", {}, 0.5, True), Known(1, None, {"model.fusion.name": "concat"}, 0.5, True)]
     died = Known(2, "image", {}, 0.0, False)
-    again = plan(space, [*ended, died], 3)
+    again = planned_trials(space, [*ended, died], 3)
     assert again == [turn for turn in first if turn[0] >= 2]
     proposals = Proposals(space, count(9), list(again))
     assert proposals(None) == {"number": 2, "reference": "image"}
@@ -129,7 +129,7 @@ def test_an_objective_that_cannot_be_had_is_refused(make_config, store):
     mood, topic = (codes_of(table.labels[t]) for t in ("mood", "topic"))
     one = table.take(np.flatnonzero((table.split != "val") | ((mood == 0) & (topic == 0))))
     with pytest.raises(DataError, match="chooses by auroc on val, which is undefined for mood, topic"):
-        check_features(build_space(make_config(**{"search.objective": {"metric": "auroc"}})), one)
+        check_searchable(build_space(make_config(**{"search.objective": {"metric": "auroc"}})), one)
 
 
 def test_a_task_that_a_candidate_lacks_counts_as_the_constant_prediction(make_config, store):

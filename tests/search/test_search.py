@@ -20,7 +20,7 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.search.leaderboard import Leaderboard, overrides_of
-from mmkt_ray.search.search import check_features, check_search, explore, result_table, search, search_digest
+from mmkt_ray.search.search import check_search, check_searchable, explore, result_table, search, search_digest
 from mmkt_ray.search.search_results import SearchResult, SearchSummary
 from tests.labels import codes_of
 
@@ -220,10 +220,10 @@ def test_a_val_split_without_labels_to_choose_by_is_refused(make_config, store):
     table = replace(table, labels={**table.labels, "mood": hidden})
     for task in ("topic", None):
         config = make_config(**{"search.objective.task": task})
-        check_features(check_search(config), table)
+        check_searchable(check_search(config), table)
     config = make_config(**{"search.objective.task": "mood"})
     with pytest.raises(DataError, match="labels of mood"):
-        check_features(check_search(config), table)
+        check_searchable(check_search(config), table)
 
 
 def test_rows_left_out_are_found_from_anywhere_and_decide_the_result(

@@ -17,7 +17,14 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.tasks import Multiclass
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
 from mmkt_ray.training import auto, trainer
-from mmkt_ray.training.auto import choose, choose_candidate, for_depth, screening_config, settings_of, with_settings
+from mmkt_ray.training.auto import (
+    choose_candidate,
+    choose_settings,
+    for_depth,
+    screening_config,
+    settings_of,
+    with_settings,
+)
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.fold_stack import WHOLE, FoldStack, fit_and_hold_out, hold_out
 from mmkt_ray.training.loop import Fitting, fit, seed_of
@@ -188,7 +195,7 @@ def test_a_candidate_that_learns_nothing_is_not_chosen(make_auto, table, monkeyp
     """Catches candidates that are judged by another's predictions."""
     monkeypatch.setattr(auto, "CANDIDATES", ({"training.lr": 1e-7}, {"training.lr": 0.02}, {"training.lr": 1e-6}))
     config = make_auto(**{"training.auto": ["training.lr"], "training.steps": 30})
-    choice, heldout = choose(config, table)
+    choice, heldout = choose_settings(config, table)
     assert choice.settings == {"training.lr": 0.02}
     assert [record.chosen for record in choice.candidates] == [False, True, False]
     assert (choice.on, choice.num_rows > 100) == ("cv", True)
@@ -211,8 +218,8 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
     uri, store = str(tmp_path / "model"), write_store(str(tmp_path / "store"), table)
     config = make_auto(**{"training.steps": 20, "evaluation.calibrate": False, "model.wide": False})
     asked = []
-    real = trainer.choose
-    monkeypatch.setattr(trainer, "choose", lambda *args: asked.append(1) or real(*args))
+    real = trainer.choose_settings
+    monkeypatch.setattr(trainer, "choose_settings", lambda *args: asked.append(1) or real(*args))
     summary = train(config, store, uri)
     train(config.with_overrides({"training.seed": 5}), store, str(tmp_path / "other"))
     assert len(asked) == 1
@@ -233,7 +240,7 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
 def test_what_is_known_of_held_out_parts_is_not_trained_again(make_auto, table, monkeypatch):
     """Catches members of the choice that are thrown away, taken for a model of another seed, or put into the wrong rows."""
     config = make_auto(**{"training.steps": 20})
-    choice, known = choose(config, table)
+    choice, known = choose_settings(config, table)
     assert auto.is_screened(config)
     assert auto.is_screened(config.with_overrides({"model.experts": True}))
     assert not auto.is_screened(config.with_overrides({"training.seed": 5}))

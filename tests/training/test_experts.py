@@ -31,7 +31,7 @@ from mmkt_ray.training.experts import (
     levels,
     with_heldout,
 )
-from mmkt_ray.training.identity import model_identity, training_fingerprint
+from mmkt_ray.training.fingerprint import model_identity, training_fingerprint
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.trainer import train
 from tests.labels import MISSING, coded, codes_of, labels_of

@@ -8,14 +8,14 @@ import pytest
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.baselines import fit_boosted
+from mmkt_ray.evaluation.scoring_baselines import fit_boosted
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.studies.label_issues import predict_out_of_fold
 from mmkt_ray.training import boosting
-from mmkt_ray.training.auto import choose
+from mmkt_ray.training.auto import choose_settings
 from mmkt_ray.training.baselines import fit_majorities
 from mmkt_ray.training.boosting import boosted_modalities, fit_boosting
 from mmkt_ray.training.experts import expert_configs
@@ -103,7 +103,7 @@ def test_baselines_choose_and_stack() -> None:
     assert r2_on_test(linear["logreg:a+b"].model, table) > 0.7
     assert r2_on_test(linear["logreg:a+b"].model, table) > r2_on_test(linear["logreg:a"].model, table)
     open_keys = ["training.lr", "training.steps", "training.label_smoothing"]
-    choice, _ = choose(config.with_overrides({"training.auto": open_keys}), table)
+    choice, _ = choose_settings(config.with_overrides({"training.auto": open_keys}), table)
     assert choice.settings["training.label_smoothing"] == 0
     assert choice.num_rows > 0
     population = Population.start(config, table, [{"training.lr": 0.01}, {"training.lr": 1e-6}])

@@ -13,7 +13,7 @@ from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.kinds.tasks import Multiclass
 from mmkt_ray.scoring.heldout import load_heldout
 from mmkt_ray.training import linear, trainer
-from mmkt_ray.training.identity import linear_place, model_identity
+from mmkt_ray.training.fingerprint import linear_place, model_identity
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.wide import best_share, is_wide, wide_config
 from tests.labels import MISSING, labels_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection, Training, check_array
+from mmkt_ray.encoders.base import EncoderSection, EncoderTraining, check_array
 from mmkt_ray.encoders.pretrained.weights import FixedWeights
 from mmkt_ray.lazy import lazy
 from mmkt_ray.section import Once, Section
@@ -138,7 +138,7 @@ class Adaptable(FixedWeights):
                 own[name].copy_(value)
 
     def train(
-        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: Training
+        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
         """See `base.Trained`. Returns the tensors that differ from the pretrained ones."""
         self.device = training.device

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from mmkt_ray.encoders.base import Training
+from mmkt_ray.encoders.base import EncoderTraining
 from mmkt_ray.encoders.device import autocast
 from mmkt_ray.errors import ConfigError, DataError
 
@@ -59,7 +59,7 @@ class LowRank(nn.Module):
         return weight + LORA_SCALE * (self.b @ self.a)
 
 
-def choose(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Parameter]:
+def make_trainable(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Parameter]:
     """Make the weights trainable that `section` asks for; returns them by name. Raises: ConfigError if there are none."""
     model.requires_grad_(False)
     if section.how == "full":
@@ -219,7 +219,7 @@ class _Data:
 class _Run:
     """A network in training: its optimiser, its place among the workers, what was best so far."""
 
-    def __init__(self, encoder: Any, num_classes: int, data: _Data, training: Training) -> None:
+    def __init__(self, encoder: Any, num_classes: int, data: _Data, training: EncoderTraining) -> None:
         encoder.model = None  # as it was pretrained, also after another fold
         encoder.load()
         self.section, self.precision, self.data, self.training = encoder.config.adapt, encoder.config.precision, data, training
@@ -230,7 +230,7 @@ class _Run:
         rows = np.sort(np.random.default_rng(training.seed).permutation(data.train)[:HEAD_ROWS])
         if training.checkpoint is None:
             self.net.fit_head(data.values[rows], data.labels[rows])
-        chosen = choose(encoder.model, self.section, training.seed)
+        chosen = make_trainable(encoder.model, self.section, training.seed)
         self.trained = self._used(chosen, data.values[rows[:2]])
         lr = self.section.lr or LR[self.section.how]
         groups = [{"params": list(self.trained.values()), "lr": lr}, {"params": list(self.net.head.parameters()), "lr": HEAD_LR}]
@@ -382,7 +382,7 @@ class _Run:
 
 
 def adapt(
-    encoder: Any, values: np.ndarray, labels: np.ndarray, num_classes: int, training: Training
+    encoder: Any, values: np.ndarray, labels: np.ndarray, num_classes: int, training: EncoderTraining
 ) -> dict[str, np.ndarray]:
     """Train an Adaptable encoder on prepared values (N, ..) and class numbers (N,). Returns what changed, as `kept` names it.
 
@@ -405,7 +405,7 @@ def adapt(
 
 
 def _fit(
-    encoder: Any, num_classes: int, data: _Data, training: Training, done: dict[str, Tensor], fold: int
+    encoder: Any, num_classes: int, data: _Data, training: EncoderTraining, done: dict[str, Tensor], fold: int
 ) -> dict[str, Tensor]:
     """Train one network; returns what changed in its best epoch. done: what earlier folds have come to."""
     state = training.checkpoint if training.checkpoint is not None and int(training.checkpoint["fold"]) == fold else None

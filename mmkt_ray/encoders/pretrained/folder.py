@@ -80,14 +80,14 @@ def open_network(folder: Path, auto: str, may_lack: tuple[str, ...] = ()) -> tup
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what is missing is told below
     try:
-        model, told = getattr(transformers, auto).from_pretrained(
+        model, loaded = getattr(transformers, auto).from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **SAFE
         )
     except (*_OF_FILES, safetensors.SafetensorError) as error:
         raise DataError(f"cannot load the model in '{folder}': {error}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-    lacking = {str(name) for name in told["missing_keys"]} | {str(key[0]) for key in told.get("mismatched_keys", ())}
+    lacking = {str(name) for name in loaded["missing_keys"]} | {str(key[0]) for key in loaded.get("mismatched_keys", ())}
     if needed := sorted(name for name in lacking if not name.startswith(may_lack)):
         raise DataError(
             f"the weights in '{folder}' lack {len(needed)} tensors of the network that its config.json describes, the first "

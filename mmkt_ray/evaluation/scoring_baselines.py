@@ -19,7 +19,7 @@ from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, p
 from mmkt_ray.features.store import FeatureTable, Store
 from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, write_parts
 from mmkt_ray.scoring.heldout import make_folds
-from mmkt_ray.scoring.metrics import BaselineMetrics, BaselinesFile, HeldOut
+from mmkt_ray.scoring.metrics import BaselineMetrics, BaselinesFile, HeldOutScores
 from mmkt_ray.training.baselines import (
     BOOSTING,
     MAJORITY,
@@ -30,7 +30,7 @@ from mmkt_ray.training.baselines import (
     logreg_configs,
 )
 from mmkt_ray.training.boosting import Boosting, boosted_modalities, fit_boosting
-from mmkt_ray.training.identity import is_trained, linear_place, training_fingerprint
+from mmkt_ray.training.fingerprint import is_trained, linear_place, training_fingerprint
 from mmkt_ray.training.trainer import train
 
 
@@ -64,7 +64,7 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesF
     part = part_of(data, store, "test")
     majorities = fit_majorities(config, data.table)
     run_uri = out_uri.rpartition("/baselines/")[0] or out_uri
-    found, known = dict[str, Proba](), dict[str, Known]()
+    found, known = dict[str, Proba](), dict[str, UnscoredBaseline]()
     for name, model in fit_logregs(config, store, data.table, storage.join(run_uri, "models")).items():
         found[name], known[name] = model.predict(part.table), _logreg_record(name, model, data, run_uri)
         for m in model.modalities:
@@ -95,10 +95,10 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesF
     return result
 
 
-Known = tuple[BaselineMetrics, dict[str, HeldOut | None]]  # of a baseline before it is scored; task -> scores of held-out rows
+UnscoredBaseline = tuple[BaselineMetrics, dict[str, HeldOutScores | None]]  # of a baseline before it is scored; by task
 
 
-def _logreg_record(name: str, model: Logreg, data: Rows, run_uri: str) -> Known:
+def _logreg_record(name: str, model: Logreg, data: Rows, run_uri: str) -> UnscoredBaseline:
     """What is known of a logistic regression before it is scored."""
     record = BaselineMetrics(
         name=name,
@@ -122,10 +122,10 @@ def fit_boosted(config: Config, table: FeatureTable) -> dict[str, dict[str, Boos
     return found
 
 
-def _boosting_record(name: str, boosted: Mapping[str, Boosting], data: Rows) -> Known:
+def _boosting_record(name: str, boosted: Mapping[str, Boosting], data: Rows) -> UnscoredBaseline:
     """What is known of gradient boosting before it is scored."""
     first = next(iter(boosted.values()))
-    val: dict[str, HeldOut | None] = {}
+    val: dict[str, HeldOutScores | None] = {}
     for task, model in boosted.items():
         val |= _held_out_scores(data.table.take(model.heldout), {task: model.outputs}, model.on)
     record = BaselineMetrics(
@@ -138,7 +138,7 @@ def _boosting_record(name: str, boosted: Mapping[str, Boosting], data: Rows) -> 
     return record, val
 
 
-def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) -> Known:
+def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) -> UnscoredBaseline:
     """What is known of the majority class before it is scored."""
     folds = make_folds(data.table, seed)
     held = data.table.take(np.flatnonzero(np.isin(folds.fold, range(folds.num_held))))
@@ -147,6 +147,6 @@ def _majority_record(majorities: Mapping[str, Majority], data: Rows, seed: int) 
     return record, _held_out_scores(held, {t: m.predict(held) for t, m in majorities.items()}, folds.on)
 
 
-def _held_out_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOut | None]:
+def _held_out_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOutScores | None]:
     """Task -> scores of held-out rows, None without a labelled one; on: cv or val."""
     return {t: heldout_record(table, t, values, on) for t, values in proba.items()}

@@ -10,9 +10,9 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import write_card
-from mmkt_ray.report.side_by_side import against, as_page, chosen_model, compare_models, compare_runs
+from mmkt_ray.report.compared_runs import against, as_page, chosen_model, compare_models, compare_runs
 from mmkt_ray.scoring.intervals import exact_p
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from tests.manifests import make_card
 
 
@@ -66,7 +66,7 @@ def test_a_run_that_ships_a_linear_model_is_compared_by_it(runs, tmp_path):
     table = pa.table({"sample_id": ids, "split": ["test"] * 40, "t_label": labels, "t_pred": ["a"] * 40})
     pq.write_table(table.append_column("model", pa.array(["logreg:text"] * 40)), run / "baselines/s/predictions-test.parquet")
     chosen = {"model": "logreg:text", "folder": own["folder_to_ship"], "tasks": ["t"], "why": [], "considered": []}
-    results = Results(run="ships", split="test", confidence=0.95, models={}, tasks={}, main=None, notes=[], recommended=None)
+    results = ResultsFile(run="ships", split="test", confidence=0.95, models={}, tasks={}, main=None, notes=[], recommended=None)
     results.replaced(recommended=chosen | {"per_task": {"t": "logreg:text"}}).write(str(run / "report" / "results.json"))
     assert chosen_model(str(run)).name == "ships/logreg:text"
     assert "34" in compare_runs([str(run), other])

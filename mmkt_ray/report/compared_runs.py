@@ -19,7 +19,7 @@ from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report.html import render
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm, verdict
 from mmkt_ray.scoring.metrics import ModelMetrics
-from mmkt_ray.scoring.results import Results
+from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.scoring.tables import metric_name, metric_text, points
 
@@ -27,7 +27,7 @@ DEFAULT_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Table:
+class ComparisonTable:
     """One task: a row of cells for each model."""
 
     title: str
@@ -54,7 +54,7 @@ def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
 def chosen_model(uri: str) -> Evaluated:
     """The evaluated model of a model folder, or the one that a run's report recommends. Raises: DataError."""
     uri = storage.absolute(uri)
-    results = Results.read_or_none(storage.join(uri, "report", "results.json"))
+    results = ResultsFile.read_or_none(storage.join(uri, "report", "results.json"))
     if results is not None and not storage.exists(storage.join(uri, "config.json")):
         main = results.models.get(results.main or "")
         folder = results.recommended.folder if results.recommended else main and main.folder_to_ship
@@ -75,7 +75,7 @@ def chosen_model(uri: str) -> Evaluated:
     return Evaluated(name, "trained", uri, record, storage.join(uri, f"predictions-{record.split}.parquet"), card)
 
 
-def compare_models(models: Sequence[Evaluated]) -> list[Table]:
+def compare_models(models: Sequence[Evaluated]) -> list[ComparisonTable]:
     """A table for each task that the first model shares with another. P values are corrected over all of them (Holm)."""
     first, *others = models
     shared = [t for t in sorted(first.tasks) if any(t in other.tasks for other in others)]
@@ -109,7 +109,7 @@ def _table(
     others: Sequence[Evaluated],
     found: dict[tuple[str, int], Against | None],
     corrected: dict[tuple[str, int], float],
-) -> Table:
+) -> ComparisonTable:
     metrics = list(first.tasks[task].intervals)
     percent = f"{first.record.confidence:.0%}"
     own = (f"{metric_name(m)} [{percent}]" for m in metrics)
@@ -128,7 +128,7 @@ def _table(
         shown = verdict(agreeing(difference, p, first.record.confidence))
         rows.append((*_own(task, other, metrics), gain, str(pair["num_rows"]), f"{p:.3g}", shown))
     score = metric_name(task_kind(first.tasks[task].kind).row_metric)
-    return Table(f"{task}: differences are of the {score}, in points", head, rows)
+    return ComparisonTable(f"{task}: differences are of the {score}, in points", head, rows)
 
 
 def _own(task: str, model: Evaluated, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ def _own(task: str, model: Evaluated, metrics: Sequence[str]) -> tuple[str, ...]
     return (model.name, "+".join(model.reads(task)), str(scores.num_rows), *texts)
 
 
-def as_text(table: Table) -> str:
+def as_text(table: ComparisonTable) -> str:
     """For a terminal."""
     cells = [table.head, *table.rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(table.head))]
@@ -145,6 +145,6 @@ def as_text(table: Table) -> str:
     return "\n".join([table.title, *(f"  {line}" for line in lines)])
 
 
-def as_page(tables: Sequence[Table]) -> str:
+def as_page(tables: Sequence[ComparisonTable]) -> str:
     """A page that loads nothing."""
-    return render("side_by_side.html.j2", {"tables": tables})
+    return render("compared_runs.html.j2", {"tables": tables})
