@@ -153,7 +153,7 @@ class Desk:
         meant = {
             "FOLDER": str(self.data),
             "data_root=FOLDER": f"data_root={self.data}",
-            "modalities.image.encoder.weights=FILE": "modalities.image.encoder.weights=resnet18.safetensors",
+            "modalities.image.encoder.weights=FILE": f"modalities.image.encoder.weights={self.folder / 'resnet18.safetensors'}",
             "modalities.text.encoder.folder=FOLDER": f"modalities.text.encoder.folder={minilm_folder()}",
         }
         words = [str(SMALL_OPTIONS.get(before, meant.get(word, word))) for before, word in pairwise(["", *words])]
