@@ -132,7 +132,7 @@ class SettingsSection:
 
 
 def settings(run_uri: str, results: ResultsFile) -> SettingsSection | None:
-    """None where nothing was chosen."""
+    """What `training.auto` chose for the run's trained models; None where nothing was chosen."""
     rows = []
     for name, about in results.models.items():
         fit = training_of(run_uri, about.folder) if about.kind == "trained" else None

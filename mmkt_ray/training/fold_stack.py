@@ -247,5 +247,4 @@ class FoldStack:
             Epoch(epoch=i, train_loss=loss, val=None, seconds=s)
             for i, (loss, s) in enumerate(zip(losses, self.seconds, strict=False), start=1)
         ]
-        sizes = model.num_parameters_by_part()
-        return FitResult(model, epochs, len(epochs), None, sizes, sum(self.seconds))
+        return FitResult(model, epochs, len(epochs), None, sum(self.seconds))

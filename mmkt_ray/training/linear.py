@@ -118,9 +118,8 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     val = summarise(tallies, table.kinds)
     scores = ValScores.model_validate({"on": found.heldout.on, **val}) if np.isfinite(val["score"]) else None
     epoch = Epoch(epoch=1, train_loss=found.loss, val=scores, seconds=found.seconds)
-    parts = found.model.num_parameters_by_part()
     path = {"l2": found.l2, "path": found.path, "on": found.heldout.on, "num_rows": found.num_rows}
-    result = FitResult(found.model, [epoch], 1, scores, parts, found.seconds)
+    result = FitResult(found.model, [epoch], 1, scores, found.seconds)
     return result, found.heldout, LinearPath.model_validate(path)
 
 

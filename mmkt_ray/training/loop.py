@@ -49,7 +49,6 @@ class FitResult:
     epochs: list[Epoch]
     best_epoch: int  # from 1
     val: ValScores | None  # of the best epoch
-    num_parameters: dict[str, int]  # by part of the model
     seconds: float  # of all epochs, those before a resume included
 
 
@@ -272,7 +271,6 @@ class Fitting:
             epochs=self.epochs,
             best_epoch=self.best_epoch,
             val=self.epochs[self.best_epoch - 1].val,
-            num_parameters=self.model.num_parameters_by_part(),
             seconds=sum(epoch.seconds for epoch in self.epochs),
         )
 

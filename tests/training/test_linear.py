@@ -191,7 +191,7 @@ def test_the_result_reads_like_any_fit(table):
     assert result.best_epoch == 1
     assert result.epochs[0].val == result.val
     assert set(extra.l2) == set(KINDS)
-    assert sum(result.num_parameters.values()) == sum(p.numel() for p in result.model.parameters())
+    assert sum(result.model.num_parameters_by_part().values()) == sum(p.numel() for p in result.model.parameters())
 
 
 def test_what_is_linear():
