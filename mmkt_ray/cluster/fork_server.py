@@ -44,7 +44,14 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
 TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
 # The driver may have found the package by a path of its own, which is not that of a worker.
 START = """
-import importlib, json, sys
+import atexit, importlib, json, os, sys
+in_worker = []
+def end():  # registered first, it comes after all that ends in order: libraries of no more use would tell what they still hold
+    if in_worker:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(in_worker[0])
+atexit.register(end)
 own, settings = [*sys.path], json.loads(sys.argv[1])
 sys.path[:] = settings["path"]
 from mmkt_ray.ray_private import randomness_unspent
@@ -54,7 +61,7 @@ with randomness_unspent():
         module = importlib.import_module(name)
         if function:
             getattr(module, function)()
-sys.modules["mmkt_ray.cluster.fork_server"].serve(own, settings["listener"])
+sys.modules["mmkt_ray.cluster.fork_server"].serve(own, settings["listener"], in_worker)
 """
 MAX_REQUEST_BYTES = 1 << 20
 
@@ -83,10 +90,11 @@ def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -
     return forked_worker.__file__, {forked_worker.SOCKET: path}
 
 
-def serve(worker_path: list[str], listening: int) -> None:
+def serve(worker_path: list[str], listening: int, in_worker: list[int]) -> None:
     """Fork until the driver has ended. Returns in each worker, when that has ended.
 
-    worker_path: `sys.path` of a worker. listening: number of the socket's file.
+    worker_path: `sys.path` of a worker. listening: number of the socket's file. in_worker: gets a
+    worker's exit status.
     """
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)  # its only thread is jemalloc's
     if not forks_differ():  # Ray starts its workers in its own way, see forked_worker.py
@@ -99,7 +107,7 @@ def serve(worker_path: list[str], listening: int) -> None:
     while (request := next_request(listener)) is not None:
         if os.fork() == 0:
             listener.close()
-            become(*request)
+            in_worker.append(become(*request))
             return
         close(*request[1:])
 
@@ -146,8 +154,8 @@ def close(connection: socket.socket, streams: list[int]) -> None:
         os.close(stream)
 
 
-def become(request: dict[str, Any], connection: socket.socket, streams: list[int]) -> None:
-    """Be that worker, to its end."""
+def become(request: dict[str, Any], connection: socket.socket, streams: list[int]) -> int:
+    """Be that worker, to its end. Returns its exit status."""
     os.setpgid(0, 0)  # Ray ends all of a worker's group with it
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, stream in enumerate(streams):
@@ -165,7 +173,11 @@ def become(request: dict[str, Any], connection: socket.socket, streams: list[int
     try:
         connection.sendall(b"1")  # it stays open to this process's end, for which the stand-in waits
     except BrokenPipeError:
-        return  # Ray has given the stand-in up
+        return 1  # Ray has given the stand-in up
     sys.argv[:] = arguments = request["arguments"]
     sys.path[0] = os.path.dirname(arguments[0])
-    runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0

@@ -23,6 +23,17 @@ print(json.dumps(told))
 """
 
 
+ENDS = """
+import atexit, sys
+class Late:
+    def __del__(self, write=sys.stdout.write):
+        write("late")
+late = sys.modules["sys"].late = Late()
+atexit.register(print, "in order")
+sys.exit(3)
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], list[str], dict[str, str]]]:
     """A server without Ray, the command that stands for a worker and its environment."""
@@ -32,6 +43,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
     yield process, [sys.executable, script], os.environ | variables | {forked_worker.OWN_SCRIPT: str(folder / "none")}
     process.kill()
     process.wait()
+
+
+@pytest.mark.slow
+def test_a_worker_ends_without_last_words_of_its_libraries(server: tuple, tmp_path: Path) -> None:
+    """Catches a worker whose libraries, as the interpreter is taken down, tell the terminal what they still hold (nanobind's
+    "leaked" lines, a dozen for each encoder); and one that ends before what was registered for its end."""
+    _, command, environment = server
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    done = subprocess.run([*command, str(script)], env=environment, cwd=tmp_path, capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == (b"in order\n", b"")
 
 
 @pytest.mark.slow
