@@ -33,7 +33,7 @@ test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 	MMKT_FUZZ=20000 $(PYTEST) tests/samples/test_fuzz.py $(ARGS)
 
-test-cluster: env  ## runs through faults, on object stores, on several nodes. On hosts: root, openssh-server, rsync, iproute2
+test-cluster: env  ## the rest: faults, object stores, several nodes, whole programs. On hosts: root, openssh-server, rsync, iproute2
 	$(PYTEST) $(SIDE_BY_SIDE) -m cluster $(ARGS)
 
 lint: env  ## ruff over all Python files

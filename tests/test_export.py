@@ -289,7 +289,9 @@ WHOLE = {kind: SEEDS[kind] for kind in ("ensemble", "experts", "cnn", "reduced")
 
 
 @needs_onnx
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.cluster] if kind == "pretrained" else []) for kind in WHOLE]
+)
 def test_a_whole_model_folder_becomes_a_graph(tmp_path, kind):
     """Catches an encoder whose operators ONNX lacks, one that the graph can't be built with, and metadata that is no JSON."""
     if kind == "pretrained":

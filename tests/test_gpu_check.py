@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SMALL = ["--cpu", "--small", "--seconds", "0.05"]

@@ -16,6 +16,8 @@ from tests.pages import SHELL_BLOCK
 from tests.shapes import COLOURS, png
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.cluster
+
 CLASSES = dict(zip(COLOURS, ("mug", "shirt", "lamp"), strict=True))
 
 

@@ -139,7 +139,7 @@ server.serve = lambda *_: print(server.forks_differ(), server.random_id() and se
 """
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_each_fork_draws_ids_of_its_own() -> None:
     """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the other's."""
     told = json.dumps({"path": sys.path, "modules": [*PRELOADED, *TRAINING], "listener": 0})
@@ -148,7 +148,7 @@ def test_each_fork_draws_ids_of_its_own() -> None:
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
 def test_a_server_that_starts_ahead_is_that_of_the_ray_or_ends_unused() -> None:
     """Catches a second server with its imports for the Ray that starts then, and a folder or a process that a command leaves

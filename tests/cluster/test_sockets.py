@@ -20,7 +20,7 @@ from tests.inference.fuzz_models import make_config, write_folder
 
 import psutil  # isort: skip  (Ray ships it)
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
 SECRET = "planted-key-of-an-object-store"
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -25,6 +25,7 @@ def encoder(folder: Path, **adapt: Any) -> dict[str, Any]:
     return {"name": "huggingface", "folder": str(folder), "adapt": options}
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_local")
 def test_two_workers_adapt_one_network(shapes: Path, make_config: Callable[..., Config]) -> None:
     """Catches gradients of one worker alone, rows of test that are trained on, and a fit that is done twice."""

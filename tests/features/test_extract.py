@@ -330,6 +330,7 @@ def test_missing_column_and_path_name_what_is_there(shapes: Path, make_config: M
         run(make_config(samples__sources__0__columns__text="captoin"))
 
 
+@pytest.mark.cluster
 def test_kill_9_and_the_same_command_again(shapes: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     """Rows lost or doubled, or other values, after an encoder actor and later the driver died at some moment."""
     slow = tmp_path / "slow"  # what comes after the kills need not be
