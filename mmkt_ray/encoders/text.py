@@ -30,6 +30,9 @@ else:
     tokens, sklearn_text = lazy("mmkt_ray.encoders.tokens"), lazy("sklearn.feature_extraction.text")
 
 
+MAX_REPEATED = 4  # times as many rows as distinct terms, before they are added up
+
+
 @cache
 def term_schema() -> pa.Schema:
     """Of a table of terms: the texts that each is in, and its occurrences in all."""
@@ -38,10 +41,11 @@ def term_schema() -> pa.Schema:
 
 @dataclass(frozen=True)
 class TermStatistics:
-    """What TF-IDF must know of a set of texts: as large as their vocabulary, whatever their number."""
+    """What TF-IDF must know of a set of texts: at most some times as large as their vocabulary, whatever their number."""
 
-    terms: pa.Table  # of `term_schema`, each term once
+    terms: pa.Table  # of `term_schema`; a term may have several rows, whose counts add up
     num_texts: int
+    num_distinct: int  # terms when each last had one row
 
 
 class TfidfEncoder(ListedEncoder):
@@ -118,17 +122,22 @@ class TfidfEncoder(ListedEncoder):
     def partial(self, values: Sequence[str]) -> TermStatistics:
         """Term statistics of one chunk of texts."""
         columns = self._count_words(values) if self._words_only else self._count_ngrams(values)
-        return TermStatistics(pa.table(columns, schema=term_schema()), len(values))
+        table = pa.table(columns, schema=term_schema())
+        return TermStatistics(table, len(values), len(table))
 
     def merge(self, parts: list[TermStatistics]) -> TermStatistics:
-        """Statistics of all parts together, terms in the order of first appearance."""
+        """Statistics of all parts together. Rows of the same term are added up now and then: at each merge it would take
+        longer than all counting."""
         table = pa.concat_tables([term_schema().empty_table(), *(part.terms for part in parts)])
-        counts = table.group_by("term", use_threads=False).aggregate([("text_count", "sum"), ("term_count", "sum")])
-        return TermStatistics(pa.table(counts.columns, schema=term_schema()), sum(part.num_texts for part in parts))
+        num_texts, num_distinct = sum(part.num_texts for part in parts), max((part.num_distinct for part in parts), default=0)
+        if len(table) > MAX_REPEATED * num_distinct:
+            table = _added_up(table)
+            num_distinct = len(table)
+        return TermStatistics(table, num_texts, num_distinct)
 
     def finish(self, total: TermStatistics) -> None:
         """Choose the vocabulary and its inverse document frequencies. Raises: DataError if no term is left."""
-        table = total.terms.sort_by("term")
+        table = _added_up(total.terms).sort_by("term")
         kept = self._kept_rows(table, total.num_texts)
         text_counts = table["text_count"].to_numpy()[kept]
         self._terms = table["term"].take(kept).combine_chunks()
@@ -229,6 +238,12 @@ class TfidfEncoder(ListedEncoder):
     def _prepared(self, values: Sequence[str]) -> pa.LargeStringArray:
         """The texts as the tokenizer takes them."""
         return pa.array([v.lower() for v in values] if self._section.lowercase else values, pa.large_string())
+
+
+def _added_up(terms: pa.Table) -> pa.Table:
+    """Each term once."""
+    counts = terms.group_by("term", use_threads=False).aggregate([("text_count", "sum"), ("term_count", "sum")])
+    return pa.table(counts.columns, schema=term_schema())
 
 
 def _to_utf8(texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:

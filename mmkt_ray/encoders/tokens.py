@@ -109,23 +109,29 @@ def _code_point(text: np.ndarray, position: int) -> tuple[np.int64, int]:
 @_compiled
 def _next_token(
     text: np.ndarray, position: int, end: int, is_word: np.ndarray, hash_mask: int
-) -> tuple[int, int, np.int64]:
-    """(start, stop, hash) of the first token in text[position:end]; start == stop if there is none."""
-    start, length, hash_ = position, 0, FNV_OFFSET
-    while position < end:
-        code, size = np.int64(text[position]), 1
-        if code >= 0x80:
-            code, size = _code_point(text, position)
-        if is_word[code]:
-            hash_ = (hash_ ^ code) * FNV_PRIME
+) -> tuple[np.int64, np.int64, np.int64]:
+    """(start, stop, hash) of the first token in text[position:end]; start == stop if there is none.
+
+    Unsigned indices: for others Numba asks at each byte whether it counts from the end.
+    """
+    here, last, one = np.uint64(position), np.uint64(end), np.uint64(1)
+    while here < last:
+        start, length, hash_ = here, 0, FNV_OFFSET
+        while here < last:
+            code, size = np.uint64(text[here]), one
+            if code >= np.uint64(0x80):
+                wide, num_bytes = _code_point(text, np.int64(here))
+                code, size = np.uint64(wide), np.uint64(num_bytes)
+            if not is_word[code]:
+                break
+            hash_ = (hash_ ^ np.int64(code)) * FNV_PRIME
             length += 1
-            position += size
-        elif length >= 2:
-            break
-        else:
-            position += size
-            start, length, hash_ = position, 0, FNV_OFFSET
-    return (start, position, hash_ & hash_mask) if length >= 2 else (end, end, hash_)
+            here += size
+        if length >= 2:
+            return np.int64(start), np.int64(here), hash_ & hash_mask
+        if here < last:
+            here += size
+    return np.int64(end), np.int64(end), FNV_OFFSET
 
 
 @_compiled

@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray.encoders import tokens
 from mmkt_ray.encoders.base import Encoder, Mergeable
-from mmkt_ray.encoders.text import TfidfEncoder
+from mmkt_ray.encoders.text import MAX_REPEATED, TfidfEncoder
 from mmkt_ray.errors import DataError
 
 TEXTS = [
@@ -86,8 +86,22 @@ def assert_same_features(features, expected):
 
 
 def as_dict(statistics):
-    rows = statistics.terms.to_pylist()
-    return statistics.num_texts, {row["term"]: (row["text_count"], row["term_count"]) for row in rows}
+    counts = dict[str, tuple[int, int]]()
+    for term, text_count, term_count in zip(*statistics.terms.to_pydict().values(), strict=True):
+        others = counts.get(term, (0, 0))
+        counts[term] = others[0] + text_count, others[1] + term_count
+    return statistics.num_texts, counts
+
+
+def test_statistics_grow_with_the_vocabulary_alone():
+    """Catches statistics of a shard that hold the terms of each of its chunks."""
+    encoder = TfidfEncoder(TfidfEncoder.Section())
+    part = encoder.partial(TEXTS)
+    total = part
+    for _ in range(50):
+        total = encoder.merge([total, part])
+        assert len(total.terms) <= MAX_REPEATED * len(part.terms)
+    assert as_dict(total) == (51 * len(TEXTS), {t: (51 * a, 51 * b) for t, (a, b) in as_dict(part)[1].items()})
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
