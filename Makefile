@@ -8,7 +8,7 @@ ARGS   ?=
 export UV_SYSTEM_CERTS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo quick test test-fuzz test-cluster lint types docs lock clean
+.PHONY: help env demo quick test test-fuzz test-cluster bench-peers lint types docs lock clean
 
 PYTEST = $(BIN)/python -m pytest
 # A file at a time on each core: much of a test on Ray is waiting. Files keep together, because their tests share runs, and
@@ -36,6 +36,10 @@ test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 test-cluster: env  ## the rest: faults, object stores, several nodes, whole programs. On hosts: root, openssh-server, rsync, iproute2
 	$(PYTEST) $(SIDE_BY_SIDE) -m cluster $(ARGS)
 
+bench-peers: $(VENV)/peers/.stamp  ## photos and small images, this package against Daft and Ray Data by themselves, 30 min
+	$(BIN)/python jobs/benchmark_peers.py photos
+	$(BIN)/python jobs/benchmark_peers.py small --rows 50000
+
 lint: env  ## ruff over all Python files
 	$(BIN)/ruff check .
 
@@ -45,9 +49,11 @@ types: env  ## mypy over the package and jobs/
 docs: $(VENV)/docs/.stamp  ## docs/ as a site in site/, by MkDocs in an environment of its own
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
 
-lock: $(BIN)/uv  ## refresh requirements.lock and docs/requirements.lock: the newest versions that pyproject.toml allows
+lock: $(BIN)/uv  ## refresh the three lock files: the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --generate-hashes --quiet \
 		--custom-compile-command "make lock" --output-file requirements.lock
+	$(BIN)/uv pip compile --group pyproject.toml:peers --universal --python-version 3.11 --upgrade --generate-hashes --quiet \
+		--custom-compile-command "make lock" --output-file jobs/peers.lock
 	$(BIN)/uv pip compile --group pyproject.toml:docs --universal --python-version 3.11 --upgrade --generate-hashes --quiet \
 		--custom-compile-command "make lock" --output-file docs/requirements.lock
 
@@ -70,6 +76,11 @@ $(VENV)/.stamp: pyproject.toml requirements.lock | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@$(BIN)/python -c "from mmkt_ray.encoders.text import compile_kernels; compile_kernels()"
 	@$(BIN)/python -m compileall -q mmkt_ray
+	@touch $@
+
+# Beside the environment, not in it: only the peers' own programs look there.
+$(VENV)/peers/.stamp: jobs/peers.lock $(VENV)/.stamp
+	$(BIN)/uv pip install --quiet --require-hashes --python $(BIN)/python --target $(VENV)/peers -r jobs/peers.lock
 	@touch $@
 
 $(VENV)/docs/.stamp: docs/requirements.lock | $(BIN)/uv

@@ -1,4 +1,4 @@
-"""requirements.lock pins all that pyproject.toml asks for with the hashes of its files, and names no place to download from."""
+"""Lock files pin all that pyproject.toml asks for with the hashes of its files, and name no place to download from."""
 
 import re
 import tomllib
@@ -17,7 +17,7 @@ ASKED = [
     for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for line in lines
 ]
-LOCKS = ["requirements.lock", "docs/requirements.lock"]
+LOCKS = ["requirements.lock", "docs/requirements.lock", "jobs/peers.lock"]
 HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 # An option, an address, a file, a host.
 PLACE = re.compile(r"(?:^|\s)-|://|\bhttps?\b|\.whl|(?<![\w.-])(?:[\w-]+\.)+(?:org|com|io|net|dev)\b", re.I)
