@@ -42,7 +42,8 @@ from mmkt_ray.search.space import Space
 from mmkt_ray.search.summary import anytime_curve
 from mmkt_ray.search.trial import search_score
 from mmkt_ray.search.tuner import suggest, value_of
-from mmkt_ray.steps import extract_step, hardware, read_commit
+from mmkt_ray.stages import hardware, read_commit
+from mmkt_ray.steps import extract_step
 from mmkt_ray.training.loop import fit
 
 Point = tuple[float, float]  # seconds, score of a finished candidate

@@ -27,8 +27,8 @@ from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
 from mmkt_ray.features.publish import is_spent, without_details
 from mmkt_ray.plan.rates import size, stored_bytes
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.shards import has_suffix
 from mmkt_ray.samples.survey import survey_source

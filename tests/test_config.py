@@ -10,7 +10,15 @@ import yaml
 from pydantic import ValidationError
 
 from mmkt_ray.cli import main
-from mmkt_ray.config import SCHEMES, Config, describe_fields, fingerprint, load_config, parse_config, parse_override
+from mmkt_ray.config import (
+    SCHEME_NAMES,
+    Config,
+    describe_fields,
+    fingerprint,
+    load_config,
+    parse_config,
+    parse_override,
+)
 from mmkt_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -41,7 +49,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"training.epoch": 1}, ["did you mean 'epochs'"]),
         ({"modalities.image.encoder.image_sise": 32}, ["did you mean 'image_size'"]),
         ({"modalities.text.encoder": "tfid"}, ["unknown encoder 'tfid'", "did you mean 'tfidf'"]),
-        ({"model.sharing": "taks"}, ["did you mean 'task'", *SCHEMES]),
+        ({"model.sharing": "taks"}, ["did you mean 'task'", *SCHEME_NAMES]),
         ({"model.fusion": "conca"}, ["unknown fusion 'conca'", "did you mean 'concat'"]),
         ({"model.fusion": {"name": "concat", "depth": 3}}, ["depth means nothing to concat fusion"]),
         ({"model.sharing": ["task", "modality"]}, ["names 2 levels but num_levels is 1"]),

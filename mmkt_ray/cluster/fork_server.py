@@ -54,7 +54,7 @@ with randomness_unspent():
         module = importlib.import_module(name)
         if function:
             getattr(module, function)()
-sys.modules["mmkt_ray.cluster.fork_server"].serve(own, settings["listener"])
+sys.modules["mmkt_ray.cluster.fork_server"].serve_forks(own, settings["listener"])
 """
 MAX_REQUEST_BYTES = 1 << 20
 
@@ -83,7 +83,7 @@ def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -
     return forked_worker.__file__, {forked_worker.SOCKET: path}
 
 
-def serve(worker_path: list[str], listening: int) -> None:
+def serve_forks(worker_path: list[str], listening: int) -> None:
     """Fork until the driver has ended. Returns in each worker, when that has ended.
 
     worker_path: `sys.path` of a worker. listening: number of the socket's file.

@@ -18,7 +18,6 @@ import ray
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, CustomEncoder, Section, fingerprint
-from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import (
     ENCODER_CARD,
     build_encoder,
@@ -27,6 +26,7 @@ from mmkt_ray.encoders.build import (
     read_encoder_card,
     save_fitted,
 )
+from mmkt_ray.encoders.encoder import fit_of
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decoding
 from mmkt_ray.features.publish import tell_reasons
@@ -34,8 +34,8 @@ from mmkt_ray.features.siblings import copy_from_sibling
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)

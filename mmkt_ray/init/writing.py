@@ -13,7 +13,7 @@ from typing import Any
 
 from mmkt_ray.config import parse_config
 from mmkt_ray.config.parsing import read_yaml
-from mmkt_ray.config.run import OWN_COLUMNS
+from mmkt_ray.config.run_config import OWN_COLUMNS
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.init.classify import KINDS, ClassifiedColumn, Look, Target, classify_all, classify_target
 from mmkt_ray.init.looking import Seen, clean_name, default_name, look_at

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.models.sharing import own_widths
 

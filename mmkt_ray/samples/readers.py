@@ -20,7 +20,7 @@ from mmkt_ray.samples.damage import with_estimates
 from mmkt_ray.samples.isolated import died_before, read_isolated
 from mmkt_ray.samples.manifests import manifest_columns, read_manifest
 from mmkt_ray.samples.parquet import parquet_columns, read_parquet
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema
 from mmkt_ray.samples.shards import list_shards
 

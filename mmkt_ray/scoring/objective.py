@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mmkt_ray.config import ObjectiveConfig
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.task_kind import TaskKind
 
 USUAL = "macro_f1"  # the metric of tasks that have no other default
 COUNTED = ("accuracy", "macro_f1")  # what validation always counts; all else takes the probabilities of every row

@@ -25,7 +25,7 @@ from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models.predictor import Predictor
 from mmkt_ray.scoring.heldout import HeldOut, load_heldout, pattern_name
 from mmkt_ray.training.fingerprint import linear_place
-from mmkt_ray.training.loop import can_learn
+from mmkt_ray.training.setup import can_learn
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.wide import linear_config
 

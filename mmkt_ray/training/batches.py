@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs

@@ -25,7 +25,7 @@ from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import HeldOut, pattern_name
 from mmkt_ray.training.fingerprint import has_experts, model_identity
 from mmkt_ray.training.fold_stack import given_subsets
-from mmkt_ray.training.loop import can_learn
+from mmkt_ray.training.setup import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty
 ALPHA = 0.1  # significance level at which a model replaces the default one

@@ -24,9 +24,10 @@ from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import FitResult, diverged, seed_of, spec_of
+from mmkt_ray.training.loop import FitResult, diverged, seed_of
 from mmkt_ray.training.model_stack import MEMBER_KEYS, ModelStack
 from mmkt_ray.training.optimizer import lr_factor
+from mmkt_ray.training.setup import spec_of
 
 WHOLE = -2  # the part of a member that leaves no row out
 STACK_BYTES = 1.5e9  # weights, gradients and averages of the members that train at once

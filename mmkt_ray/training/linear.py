@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.config import Config
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.features.feature_table import TAKE_ROWS, Growing
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits
@@ -38,7 +38,8 @@ from mmkt_ray.models.imputation import mean_squared_norm
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.logistic import FeatureBlock, Problem, make_block, minimise
-from mmkt_ray.training.loop import FitResult, build_model, training_rows
+from mmkt_ray.training.loop import FitResult
+from mmkt_ray.training.setup import build_model, training_rows
 from mmkt_ray.training.validation import summarise
 
 STRONGEST = 0.1  # penalty, times the rows that are learnt from

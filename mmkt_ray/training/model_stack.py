@@ -25,7 +25,8 @@ from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import Fitting, build_criterion, spec_of
+from mmkt_ray.training.loop import Fitting
+from mmkt_ray.training.setup import build_criterion, spec_of
 
 MEMBER_KEYS = frozenset(
     {

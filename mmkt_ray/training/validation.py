@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmkt_ray.config import Config
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.inference.rows import readable
+from mmkt_ray.inference.training_record import ValScores
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models import MultimodalModel
+from mmkt_ray.scoring.heldout import HeldOut, pattern_name
 from mmkt_ray.scoring.objective import metric_score
 from mmkt_ray.training.batches import Worker
 
@@ -90,3 +94,14 @@ def summarise(tallies: Mapping[str, np.ndarray], kinds: Mapping[str, TaskKind]) 
     defined = [found[kinds[t].val_metric] for t, found in scores.items() if kinds[t].val_metric in found]
     defined = defined or [found[kinds[t].main] for t, found in scores.items() if found]
     return {"loss": loss, "score": float(np.mean(defined)), **by_metric}
+
+
+def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> ValScores:
+    """The scores of `validate` on held-out rows, and how these were held out."""
+    logits = heldout.logits[pattern_name(config.model_modalities)]
+    tallies = {}
+    for t, values in logits.items():
+        able = readable(table, config.task_inputs(t))[heldout.rows]
+        labels = table.labels[t][heldout.rows[able]].tensors()
+        tallies[t] = labels.kind.tally(torch.from_numpy(values[able]), labels).numpy()
+    return ValScores.model_validate({"on": heldout.on, **summarise(tallies, table.kinds)})

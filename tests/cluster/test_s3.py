@@ -23,8 +23,8 @@ from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError, ResourceError
 from mmkt_ray.features.store import open_store
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from tests.shapes import COLOURS, png, write_shard
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join_by_key, pair
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.publish import DUPLICATE, check_budget, parts_of_ids
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, reject_table
 from tests.shapes import write_shard
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from mmkt_ray import storage
+from mmkt_ray import record, storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.encoders import build
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, load_reducer, save_fitted
@@ -337,7 +337,7 @@ def resealed(files: Files, keep_fingerprint: bool) -> Files:
         pass
     if isinstance(card, dict):
         card.pop("checksum", None)
-        files["config.json"] = json.dumps(card | {"checksum": storage._seal(card)}).encode()
+        files["config.json"] = json.dumps(card | {"checksum": record._seal(card)}).encode()
     return files
 
 

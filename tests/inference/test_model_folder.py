@@ -17,6 +17,7 @@ from mmkt_ray.inference.model_folder import load_model, read_card, save_model, w
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
+from mmkt_ray.record import write_sealed
 from tests.labels import labels_of
 from tests.manifests import make_manifest, make_training
 
@@ -140,7 +141,7 @@ def cut_weights(folder):
 
 def change_card(folder, key, value):
     """As somebody would who knows of the checksum."""
-    storage.write_sealed(str(folder / "config.json"), {**json.loads((folder / "config.json").read_text()), key: value})
+    write_sealed(str(folder / "config.json"), {**json.loads((folder / "config.json").read_text()), key: value})
 
 
 def flip(path, position):

@@ -4,13 +4,13 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from mmkt_ray.config import FUSIONS, FusionConfig
+from mmkt_ray.config import FUSION_NAMES, FusionConfig
 from mmkt_ray.kinds.tasks import Binary, Multilabel
 from mmkt_ray.models import InputSpec, ModelSpec, SparseBatch
 
 B = 9
 # every fusion, and hierarchical ones of some depth and fuse
-FUSIONS_TO_TRY = {name: FusionConfig(name=name, num_heads=2 if name == "attention" else 4) for name in FUSIONS} | {
+FUSIONS_TO_TRY = {name: FusionConfig(name=name, num_heads=2 if name == "attention" else 4) for name in FUSION_NAMES} | {
     "hierarchical 3": FusionConfig(name="hierarchical", depth=3),
     "hierarchical gated": FusionConfig(name="hierarchical", depth=2, fuse="gated"),
     "hierarchical sum": FusionConfig(name="hierarchical", depth=3, fuse="sum"),

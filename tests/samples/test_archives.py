@@ -12,8 +12,8 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.samples import archives
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import UNMAPPED
 
 WEBDATASET = {

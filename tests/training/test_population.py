@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmkt_ray.config import FUSIONS, SCHEMES
+from mmkt_ray.config import FUSION_NAMES, SCHEME_NAMES
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
@@ -25,7 +25,7 @@ def dense(table) -> FeatureTable:
     return FeatureTable(**{**vars(table), "features": {**table.features, "text": table.features["text"].toarray()}})
 
 
-@pytest.mark.parametrize(("fusion", "scheme"), list(product(FUSIONS, SCHEMES)))
+@pytest.mark.parametrize(("fusion", "scheme"), list(product(FUSION_NAMES, SCHEME_NAMES)))
 def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, scheme):
     """Catches members that see each other, other batches, masks or decay than alone, and a stack that forgets a buffer."""
     depth = {"model.fusion.depth": 2} if fusion == "hierarchical" else {}

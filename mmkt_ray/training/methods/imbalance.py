@@ -17,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from mmkt_ray import storage
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.kinds.labels import concat_labels

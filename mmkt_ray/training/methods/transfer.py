@@ -23,7 +23,7 @@ from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models import MultimodalModel, Predictor, fused_part
 from mmkt_ray.models.sharing import without_key
 
