@@ -20,19 +20,14 @@ from mmkt_ray.config import (
     parse_override,
 )
 from mmkt_ray.errors import ConfigError
+from tests.configs import raw_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
 def raw() -> dict[str, Any]:
-    source = {"reader": "parquet", "path": "x/*.parquet", "columns": {"image": "img", "text": "txt", "label": "label"}}
-    return {
-        "name": "tiny",
-        "samples": {"sources": [source]},
-        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {"label": {}},
-    }
+    return raw_config({"label": "multiclass"}, {"image": "img", "text": "txt", "label": "label"}, "x/*.parquet")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

@@ -41,6 +41,7 @@ from mmkt_ray.inference.prediction import check_finite, prediction_config, restr
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
+from tests.configs import build_config, raw_config
 from tests.manifests import make_manifest, make_training
 from tests.samples.fuzz_worker import Watch, peak_bytes
 
@@ -100,17 +101,7 @@ def check_answer(found: Answer, right: Answer, forged: bool) -> str:
 def make_config(root: Path, **overrides: Any) -> Config:
     """Images and texts, three tasks of all kinds."""
     tasks = {"thing": "multiclass", "warm": "binary", "tags": "multilabel"}
-    raw = {
-        "name": "fuzz",
-        "data_root": str(root),
-        "samples": {
-            "sources": [{"reader": "parquet", "path": "*.parquet", "columns": {c: c for c in ("image", "text", *tasks)}}]
-        },
-        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {t: {"kind": kind} for t, kind in tasks.items()},
-        "model": {"hidden_dim": 8},
-    }
-    return parse_config(raw).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+    return build_config(raw_config(tasks, data_root=str(root), model={"hidden_dim": 8}), **overrides)
 
 
 def write_encoders(folder: Path, config: Config) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
 from mmkt_ray.record import write_sealed
+from tests.configs import build_config, raw_config
 from tests.labels import labels_of
 from tests.manifests import make_manifest, make_training
 
@@ -34,22 +35,8 @@ N = 50
 
 @pytest.fixture(scope="module")
 def config():
-    return parse_config(
-        {
-            "name": "test",
-            "samples": {
-                "sources": [
-                    {"reader": "parquet", "path": "x.parquet", "columns": {"image": "i", "text": "t", "topic": "y"}}
-                ]
-            },
-            "modalities": {
-                "image": {"kind": "image", "encoder": "pixels"},
-                "text": {"kind": "text", "encoder": "tfidf"},
-            },
-            "tasks": {"topic": {}},
-            "model": {"fusion": {"name": "hierarchical", "depth": 2}, "sharing": "task_modality", "hidden_dim": 16},
-        }
-    )
+    model = {"fusion": {"name": "hierarchical", "depth": 2}, "sharing": "task_modality", "hidden_dim": 16}
+    return build_config(raw_config({"topic": "multiclass"}, model=model))
 
 
 @pytest.fixture(scope="module")
