@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -133,11 +132,11 @@ def score_finalists(
     )
 
 
-def _val_of(card: Card) -> dict[str, Any]:
+def _val_of(card: Card) -> dict[str, dict[str, float]]:
     """What the model scored on val, which a search has."""
     assert card.fit is not None
     assert card.fit.val is not None
-    return card.fit.val.to_dict()
+    return card.fit.val.metrics
 
 
 @dataclass(frozen=True)

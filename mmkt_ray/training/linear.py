@@ -29,7 +29,7 @@ from mmkt_ray.features.feature_table import TAKE_ROWS, Growing
 from mmkt_ray.features.store import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
-from mmkt_ray.inference.training_record import Epoch, LinearPath, ValScores
+from mmkt_ray.inference.training_record import Epoch, LinearPath
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
@@ -116,8 +116,8 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     logits = found.heldout.logits[pattern_name(config.model_modalities)]
     tensors = {t: y.tensors() for t, y in labels.items()}
     tallies = {t: y.kind.tally(torch.from_numpy(logits[t]), y).numpy() for t, y in tensors.items()}
-    val = summarise(tallies, table.kinds)
-    scores = ValScores.model_validate({"on": found.heldout.on, **val}) if np.isfinite(val["score"]) else None
+    val = summarise(tallies, table.kinds, found.heldout.on)
+    scores = val if np.isfinite(val.score) else None
     epoch = Epoch(epoch=1, train_loss=found.loss, val=scores, seconds=found.seconds)
     path = {"l2": found.l2, "path": found.path, "on": found.heldout.on, "num_rows": found.num_rows}
     result = FitResult(found.model, [epoch], 1, scores, found.seconds)

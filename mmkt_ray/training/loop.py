@@ -37,7 +37,7 @@ from mmkt_ray.training.optimizer import build_optimizer, lr_factor
 from mmkt_ray.training.setup import build_criterion, build_model, training_rows
 from mmkt_ray.training.validation import validate
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[Epoch, int], None]  # an epoch, and how many there are in all
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def fit(
             if checkpoint is not None and worker.rank == 0:
                 checkpoint.save(*run.state())
             if report is not None:
-                report({**epoch.to_dict(), "num_epochs": run.num_epochs})
+                report(epoch, run.num_epochs)
         return run.result()
 
 
@@ -159,10 +159,9 @@ class Fitting:
         val = validate(self.model, self.table, rows, self.worker, metric=extra) if len(rows) else None
         best = self.epochs[self.best_epoch - 1].val if self.best_epoch else None
         top = max((self.score(e.val.metrics) for e in self.epochs if e.val), default=-math.inf)
-        scores = None if val is None else ValScores.model_validate(val)
         seconds = time.perf_counter() - started_s
-        self.epochs.append(Epoch(epoch=epoch, train_loss=train_loss, val=scores, seconds=seconds))
-        if val is None or best is None or is_better(val, best.to_dict(), top, len(self.val_rows), self.score):
+        self.epochs.append(Epoch(epoch=epoch, train_loss=train_loss, val=val, seconds=seconds))
+        if val is None or best is None or is_better(val, best, top, len(self.val_rows), self.score):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
         return self.epochs[-1]
@@ -226,20 +225,20 @@ class Fitting:
         )
 
 
-def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int, score: Score) -> bool:
+def is_better(val: ValScores, best: ValScores, top: float, num_rows: int, score: Score) -> bool:
     """Whether an epoch's val scores are better than those of the best epoch so far. top: the highest score so far.
 
     Scores within half a standard error of `top` are ties, and the lower loss decides. The standard error is that of a
     share over `num_rows`; scores outside of [0, 1] tie only if they are equal.
     """
-    ours, theirs = score(val), score(best)
+    ours, theirs = score(val.metrics), score(best.metrics)
     top = max(top, ours)
     level = top
     if 0 <= top <= 1:
         level -= 0.5 * math.sqrt(max(top * (1 - top), 1 / num_rows) / num_rows)
     if not ours >= level:
         return False
-    return not theirs >= level or val["loss"] < best["loss"]
+    return not theirs >= level or val.loss < best.loss
 
 
 def diverged(lr: float, loss: float, epoch: int) -> ConfigError:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ from mmkt_ray.errors import UserError
 from mmkt_ray.features.store import FeatureTable, open_store
 from mmkt_ray.inference.model_card import read_training
 from mmkt_ray.inference.model_folder import save_model
-from mmkt_ray.inference.training_record import ChosenSettings, Outcome, Training
+from mmkt_ray.inference.training_record import ChosenSettings, Epoch, Outcome, Training
 from mmkt_ray.scoring.heldout import HELDOUT_FILE, HeldOut, as_train, load_heldout, pattern_name, save_heldout
 from mmkt_ray.training.auto import FEW_ROWS, is_plain, is_screened, with_settings
 from mmkt_ray.training.batches import Worker
@@ -37,7 +35,7 @@ from mmkt_ray.training.experts import with_heldout
 from mmkt_ray.training.fingerprint import has_experts, is_trained, training_fingerprint
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
-from mmkt_ray.training.loop import fit
+from mmkt_ray.training.loop import Report, fit
 from mmkt_ray.training.methods.transfer import load_knowledge
 from mmkt_ray.training.validation import heldout_scores
 from mmkt_ray.training.wide import widen
@@ -167,7 +165,7 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
     elif in_stack:
         result, heldout = fit_and_hold_out(config, table, device, args.known())
         if report:
-            report({**result.epochs[-1].to_dict(), "num_epochs": len(result.epochs)})
+            report(result.epochs[-1], len(result.epochs))
     else:
         whole = as_train(table) if heldout else table
         result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
@@ -201,17 +199,16 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
     return training
 
 
-def progress_log(what: str) -> Callable[[dict[str, Any]], None]:
+def progress_log(what: str) -> Report:
     """A report for `fit` that logs an epoch every few seconds, and the last one. what: is trained."""
     told_s = time.monotonic()
 
-    def tell(record: dict[str, Any]) -> None:
+    def tell(epoch: Epoch, num_epochs: int) -> None:
         nonlocal told_s
-        if record["epoch"] < record["num_epochs"] and time.monotonic() - told_s < LOG_INTERVAL_S:
+        if epoch.epoch < num_epochs and time.monotonic() - told_s < LOG_INTERVAL_S:
             return
         told_s = time.monotonic()
-        score = f", val score {record['val']['score']:.3f}" if record["val"] else ""
-        epoch, num_epochs, loss = record["epoch"], record["num_epochs"], record["train_loss"]
-        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch, num_epochs, loss, score)
+        score = f", val score {epoch.val.score:.3f}" if epoch.val else ""
+        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch.epoch, num_epochs, epoch.train_loss, score)
 
     return tell

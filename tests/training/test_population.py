@@ -37,7 +37,7 @@ def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, 
         assert population.best_epoch[i] == alone.best_epoch
         for metric in ("accuracy", "macro_f1"):
             for task, value in alone.val.metrics[metric].items():
-                assert population.val[i][metric][task] == pytest.approx(value, abs=1e-3)
+                assert population.val[i].metrics[metric][task] == pytest.approx(value, abs=1e-3)
         theirs, own = (predict_table(model, dense) for model in (population.model(i), alone.model))
         for task in own:
             np.testing.assert_allclose(theirs[task], own[task], atol=5e-3)
