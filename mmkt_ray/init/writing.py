@@ -17,6 +17,7 @@ from mmkt_ray.config.run_config import OWN_COLUMNS
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.init.classify import KINDS, ClassifiedColumn, Look, Target, classify_all, classify_target
 from mmkt_ray.init.looking import Seen, clean_name, default_name, look_at
+from mmkt_ray.kinds.tasks import TASK_KINDS
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Targe
         source.append(f"      encoding: {seen.encoding}")
     if any(os.path.isabs(text) for c in used if c.kind in ("image", "audio") for text in c.look.texts[:20]):
         source.append("      allow_outside: true  # the paths are absolute")
-    first_task = names[next((t.look.name for t in tasks if t.kind in ("multiclass", "binary")), tasks[0].look.name)]
+    first_task = names[next((t.look.name for t in tasks if TASK_KINDS[t.kind].exclusive), tasks[0].look.name)]
     modalities = [
         f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_comment(c.kind)}"
         for c in used

@@ -72,6 +72,7 @@ class Image(FileKind):
 
     name: Literal["image"] = "image"
     holds: ClassVar[str] = "the bytes of an image file"
+    media: ClassVar[str] = "image/*"
     decoder: ClassVar[str] = "mmkt_ray.kinds.images:decode_file"
     scales: ClassVar[bool] = True
     objects: ClassVar[str] = "a path, bytes, a PIL image or an array"
@@ -98,6 +99,7 @@ class Audio(FileKind):
 
     name: Literal["audio"] = "audio"
     holds: ClassVar[str] = "the bytes of a sound file"
+    media: ClassVar[str] = "audio/*"
     decoder: ClassVar[str] = "mmkt_ray.kinds.sounds:decode_file"
 
     def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:

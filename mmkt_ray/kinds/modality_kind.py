@@ -44,6 +44,7 @@ class ModalityKind(Choice):
     is_text: ClassVar[bool] = False  # a value is what somebody may type
     takes_arrays: ClassVar[bool] = False  # may be filled from the rows of an array beside the shard, `vectors.npy`
     is_file: ClassVar[bool] = False  # a cell is a file's content; a manifest names the file
+    media: ClassVar[str] = ""  # type of such files, as a browser's file dialog takes it; "": any
     decoder: ClassVar[str] = ""  # `module:function` that a child process decodes values with; "": a value needs none
     scales: ClassVar[bool] = False  # the decoder makes large values smaller, where `samples.decode` lets it
     # of one encoded float32 feature in a store, for estimates: what bf16 networks give, and zeros, compress
