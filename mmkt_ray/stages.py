@@ -59,6 +59,7 @@ def without_seconds(uri: str) -> dict[str, Any]:
 
 
 def write_run_json(config: Config, stores: dict[str, Store]) -> None:
+    """What was run: the config, where each variant's features and model lie, versions, commit and machine."""
     uri = run_folder(config)
     known = RunFile.of(uri)
     changed = known.replaced(

@@ -40,9 +40,9 @@ EXTRACTED = {"samples", "modalities", "tasks", "extract", "seed", "data_root"}  
 
 
 def run_steps(config: Config) -> str:
-    """Everything that is not done yet; returns the comparison as a table of text, ending with where the report is.
+    """Do what is not done yet. Returns the comparison as a text table, the path of the report, and the model to ship.
 
-    Where all was done before, a first line says so.
+    If nothing was to be done, the first line says so.
     """
     uri = run_folder(config)
     with locked(uri):
@@ -61,9 +61,9 @@ def run_steps(config: Config) -> str:
 
 
 def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
-    """The feature store of each variant; variants that differ in model or training only share one.
+    """The feature store of each variant. Variants that differ only in model or training settings share a store.
 
-    What has never been extracted is examined first. trains: training follows, and must fit too.
+    Sources and cluster are examined before a first extraction. trains: training follows, so its workers must fit too.
     """
     check_tracking(config)
     uri = run_folder(config)
@@ -83,7 +83,7 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
 
 def check_test(stores: dict[str, Store]) -> None:
-    """Before anything is trained that is to be compared. Raises: DataError if there is nothing to compare it on."""
+    """See, before anything is trained, that there are test rows to compare models on. Raises: DataError if there are none."""
     for store in {s.uri: s for s in stores.values()}.values():
         counts = store.manifest.counts
         if not (num_rows := counts.by_split.get("test")):
@@ -103,12 +103,12 @@ def check_test(stores: dict[str, Store]) -> None:
 
 
 def _is_there(uri: str, store: str | None) -> bool:
-    """Whether what an earlier extraction left is complete; new shards in it are not asked for."""
+    """Whether an earlier extraction finished this store; it may lack new shards."""
     return store is not None and storage.exists(storage.join(uri, store, "manifest.json"))
 
 
 def train_step(config: Config, stores: dict[str, Store]) -> None:
-    """A model folder for each variant, with the encoders that its features came from, and one of each modality alone."""
+    """Train a model for each variant, and one of each modality alone. Each folder gets the encoders of its features."""
     uri = run_folder(config)
     variants = config.expand_variants()
     with recorded(config, "train") as added, progress.stage("models", len(variants), "models") as it:
@@ -131,7 +131,7 @@ def train_step(config: Config, stores: dict[str, Store]) -> None:
 
 
 def evaluate_step(config: Config, stores: dict[str, Store]) -> ResultsFile:
-    """Metrics and predictions of every variant and of the baselines on the test split, and their comparison."""
+    """Score every model and the baselines on the test split, and compare them."""
     uri, by_uri = run_folder(config), {s.uri: s for s in stores.values()}
     scored = {f"evaluate {place}": (step, call) for place, step, call in _to_evaluate(config, stores)}
     fitted = {store_uri: _baselines_step(config, store) for store_uri, store in by_uri.items() if config.evaluation.baselines}
@@ -163,7 +163,7 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> ResultsFile:
 
 
 def _to_evaluate(config: Config, stores: dict[str, Store]) -> Iterator[tuple[str, Step, Call]]:
-    """Place of each model of the run, the step that scores it, and the call that does it."""
+    """For each model of the run: its place, the step that scores it, and the call that does so."""
     uri, by_place = run_folder(config), {store.place: store for store in stores.values()}
     models = [(name, f"models/{name}", stores[name], v.evaluation) for name, v in config.expand_variants().items()]
     for name, place in RunFile.of(uri).singles.items():
@@ -197,7 +197,7 @@ def _compare(uri: str) -> ResultsFile:
 
 
 def report_step(config: Config, again: bool = True) -> str:
-    """The HTML page; returns where it is. again: also where nothing that it shows has changed since it was made."""
+    """Write the HTML page; returns its path. again: even if nothing that it shows has changed."""
     uri = run_folder(config)
     with recorded(config, "report"):
         shown = {place: about for place, about in listing(uri).items() if not place.startswith(("report/", "run.json"))}
@@ -207,7 +207,7 @@ def report_step(config: Config, again: bool = True) -> str:
 
 
 def refresh_report(config: Config) -> str:
-    """The page made anew with what has come to the run since, and a line that says where; nothing if there is none yet."""
+    """Write the page anew, if the run has one. Returns a line with its path, else nothing."""
     if not storage.exists(storage.join(run_folder(config), "report", "index.html")):
         return ""
     return f"\n\nreport: {report_step(config)}"

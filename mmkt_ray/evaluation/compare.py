@@ -41,8 +41,8 @@ REFERENCE = "best single modality"
 def compare(run_uri: str) -> ResultsFile:
     """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned.
 
-    A verdict is that of the interval and of an exact test, corrected for all of its kind (Holm): the chosen fused models are
-    one family over the tasks, all other rows another.
+    For a verdict, the interval and an exact test must agree. The tests are corrected (Holm) within two families: the chosen
+    fused models of all tasks, and all other rows.
 
     Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`, and
     `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
@@ -78,7 +78,7 @@ def compare(run_uri: str) -> ResultsFile:
 
 
 def _compare_task(task: str, models: list[Evaluated], asked: dict[str, Asked]) -> TaskResults:
-    """The rows of one task, without its answers; what is asked of it goes into `asked`. `models` were all scored on it."""
+    """The rows of one task, without its answers. What is to be answered goes into `asked`. All `models` were scored on it."""
     scores = selection_scores(task, models)
     trained = [m for m in models if m.kind == "trained"]
     fused = [m for m in trained if len(m.reads(task)) > 1]
@@ -102,7 +102,7 @@ def _compare_task(task: str, models: list[Evaluated], asked: dict[str, Asked]) -
 
 
 def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> ModelScores:
-    """One model's line: its scores, and the paired difference to the best single modality. trained: there is one."""
+    """One model's line: its scores, and the paired difference to the best single modality. trained: whether the run has one."""
     record = model.tasks[task]
     ids = np.sort(model.outcomes(task).ids)
     main, name = model.kind_of(task).main, "balanced_accuracy"
@@ -124,7 +124,7 @@ def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -
 
 
 def _paired(task: str, model: Evaluated, other: Evaluated) -> Versus | None:
-    """Differences model - other over the samples both predicted; None if they share none with the same label."""
+    """Differences model - other over the samples that both predicted; None if they share none with the same label."""
     ours, theirs = model.outcomes(task), other.outcomes(task)
     rows, other_rows = ours.same_labels(theirs)
     if not len(rows):
@@ -146,7 +146,7 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> Versus | None:
 
 
 def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
-    """Correct the P of the rows' differences, and with it their verdicts."""
+    """Correct the P values of the rows' differences, and the verdicts with them."""
     families: dict[bool, list[tuple[ModelScores, Versus, str]]] = {True: [], False: []}  # the chosen fused models, all others
     for found in tasks.values():
         for row in found.rows:
@@ -159,7 +159,7 @@ def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
 
 
 def _answer(tasks: dict[str, TaskResults], asked: dict[str, Asked], confidence: float) -> None:
-    """Settle what was asked of each task, all together, and put it into words."""
+    """Answer what was asked of each task, corrected over all tasks, and put it into words."""
     for task, (fusing, answers) in correct_answers(asked, Settings(confidence)).items():
         for answer in answers:
             answer.sentence = sentences.answer_sentence(task, answer)

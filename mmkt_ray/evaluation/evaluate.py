@@ -1,4 +1,4 @@
-"""Score a trained model, or the baselines, on a split of a feature store, and leave the result files beside them.
+"""Score a trained model on a split of a feature store, and leave the result files in its folder.
 
 Called by steps.py for each model folder of training/trainer.py; evaluation/compare.py reads what it leaves.
 
@@ -52,7 +52,7 @@ def evaluate_model(
     """Score a model folder on a split; also on held-out rows, by which models are chosen.
 
     Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
-    evaluation: how; None: as when the model was trained. name: what results call it; None: as its folder.
+    evaluation: settings; None: those that the model was trained with. name: of the model in results; None: as its folder.
     With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so that
     prediction uses it too; without, the card's temperatures are taken back.
 
@@ -154,7 +154,7 @@ def _calibrate(held: _Held) -> dict[str, Calibration]:
 
 
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """The subsets that are scored, largest first: all; of more than four modalities only all, all but one, each alone."""
+    """The subsets that are scored, largest first. Of more than four modalities: all, all but one, each alone."""
     num = len(modalities)
     sizes = range(1, num + 1) if num <= MAX_MODALITIES_FOR_ALL_SUBSETS else (1, num - 1, num)
     return sorted(subsets(sorted(modalities), sizes), key=len, reverse=True)

@@ -71,7 +71,7 @@ def check_not_empty(store: Store) -> None:
 
 
 def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str, str]) -> Store:
-    """The store of all shards through fitted encoders (modality -> folder)."""
+    """Encode all shards; returns their store. encoders: modality -> folder of the fitted encoder."""
     cards = {m: read_encoder_card(uri) for m, uri in sorted(encoders.items())}
     layout = fingerprint(reading_layout(config))
     plan: dict[str, Any] = {"layout": layout, "encoders": {m: c.fingerprint for m, c in cards.items()}}
@@ -115,7 +115,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
 
 
 def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
-    """Encoder actors, and the GPUs of each: as the config says, else as many as the GPUs hold, or one per two logical CPUs."""
+    """Number of encoder actors, and GPUs of each. Where the config leaves it open, there are as many actors as the GPUs hold, or
+    one for two logical CPUs."""
     num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
     default = cluster.gpu_places(resources, num_gpus) if num_gpus else resources.num_cpus // 2
     return config.extract.num_actors or max(1, int(default)), num_gpus
@@ -135,7 +136,7 @@ def run_encode(
     reuse: dict[str, str],
     stats: RunStats,
 ) -> None:
-    """The pipeline itself."""
+    """The pipeline on Ray Data: read, decode, encode, write."""
     resources = cluster.connect()
     num_actors, num_gpus = encoder_pool(config, resources)
     cluster.check_fits(resources, num_actors, 1, num_gpus)
@@ -167,7 +168,10 @@ def run_encode(
 
 
 def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str]) -> Store:
-    """The store with fitted reducers (modality -> folder) applied; the encoded store itself where there are none."""
+    """Reduce the features of a store; returns the reduced store, or `encoded` itself if there are no reducers.
+
+    reducers: modality -> folder of the fitted reducer.
+    """
     if not reducers:
         return encoded
     cards = {m: read_encoder_card(uri) for m, uri in sorted(reducers.items())}

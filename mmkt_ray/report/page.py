@@ -136,7 +136,7 @@ def _stores(run: RunFile, results: ResultsFile) -> dict[str, list[str]]:
 
 
 def _data_card(store: str, variants: list[str], run_uri: str) -> dict[str, Any]:
-    """What the page tells about a feature store; `manifest` is None if it is not there."""
+    """What the page shows of a feature store; `manifest` is None if it is not there."""
     manifest = Manifest.read_or_none(storage.join(run_uri, store, MANIFEST))
     shown: dict[str, Any] = {"store": store, "variants": variants, "manifest": manifest}
     if manifest is None:

@@ -64,7 +64,7 @@ def fit(
 
     With `worker.world_size` > 1, torch.distributed is initialised and every rank calls with the same config and table. The
     same seed and number of workers give the same bits on a CPU. `report` gets each epoch's record, on every rank.
-    `knowledge` holds the models that `training.transfer` names; the table has what the teachers among them read.
+    `knowledge` holds the models that `training.transfer` names. The table must have what the teachers among them read.
 
     Raises:
         ConfigError: the table lacks a modality or a task of the model; the loss is no number.
@@ -133,7 +133,7 @@ class Fitting:
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        """Made where it is asked for: a stack of models has its own, and the first one of a process takes torch seconds."""
+        """Made on first use: a stack of models has an optimiser of its own, and the first one of a process takes seconds."""
         return build_optimizer(self.learner, self.training.lr, self.training.weight_decay)
 
     @property
@@ -144,7 +144,7 @@ class Fitting:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or `patience` epochs went by without a better score."""
+        """Whether all epochs are done, or `patience` epochs went by without a better score."""
         waited = len(self.epochs) - self.best_epoch
         return len(self.epochs) >= self.num_epochs or 0 < self.training.patience <= waited
 

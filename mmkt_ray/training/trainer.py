@@ -55,8 +55,8 @@ def train(
 ) -> Outcome:
     """Fit `config`'s model to the store and publish it as `model_uri`; a model of the same fingerprint is left as it is.
 
-    folder: where the models lie that `training.transfer` names, and experts; None: beside this one. run: what does the work.
-    The same command resumes a killed run.
+    folder: of the run's models, such as experts and those that `training.transfer` names; None: the one that this model is in.
+    run: carries out a loop on workers. The same command resumes a killed run.
 
     Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
     """
@@ -100,11 +100,11 @@ class WorkerArgs:
     choice: ChosenSettings | None  # of the settings that the config leaves open
     store_uri: str
     model_uri: str
-    scratch: str  # folder of what a killed run goes on from
+    scratch: str  # folder that a killed run resumes from
     fingerprint: str
     folder: str  # of the models that knowledge comes from
-    settings: str = ""  # folder of what is known from choosing
-    wide: str = ""  # folder of the linear model that the network gets beside it
+    settings: str = ""  # folder of held-out predictions that choosing the settings left
+    wide: str = ""  # folder of the linear model that is added to the network
 
     @property
     def settled(self) -> Config:
@@ -113,21 +113,21 @@ class WorkerArgs:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the model is judged by others of its settings that leave rows out, and itself learns from all rows."""
+        """Whether the model learns from all rows, and models of the same settings that leave rows out are scored for it."""
         return self.choice is not None and is_plain(self.config)
 
     def in_stack(self, table: FeatureTable) -> bool:
-        """Whether the model trains in one stack with those that judge it: it is done before a checkpoint would pay."""
+        """Whether the model trains in one stack with those: with few rows all are done before a checkpoint would pay."""
         few = np.isin(table.split, ("train", "val")).sum() <= FEW_ROWS
         return self.holds_out and bool(few) and self.config.training.num_workers == 1
 
     def known(self) -> HeldOut | None:
-        """Held-out predictions of models of this config that are there from choosing its settings."""
+        """Held-out predictions that choosing the settings left, if its models were those of this config."""
         return load_heldout(self.settings) if self.settings and is_screened(self.config) else None
 
 
 def hold_out_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> UserError | None:
-    """Predictions of held-out rows into the scratch folder, unless they are there."""
+    """Write predictions of held-out rows into the scratch folder, unless they are there."""
     if storage.exists(storage.join(args.scratch, HELDOUT_FILE)):
         return None
     try:
@@ -141,7 +141,7 @@ def hold_out_on_worker(args: WorkerArgs, rank: int, world_size: int, device: tor
 
 
 def train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> Training | UserError:
-    """One worker's part: what the card keeps, or the user's error as a value: raised, it would be tried again as a crash."""
+    """One worker's part. Returns what the card keeps; or the user's error as a value, see `ask_workers`."""
     try:
         return _train_on_worker(args, rank, world_size, device)
     except UserError as error:  # a full disk among them
@@ -200,7 +200,7 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
 
 
 def progress_log(what: str) -> Report:
-    """A report for `fit` that logs an epoch every few seconds, and the last one. what: is trained."""
+    """A report for `fit` that logs an epoch every few seconds, and the last one. what: names the model."""
     told_s = time.monotonic()
 
     def tell(epoch: Epoch, num_epochs: int) -> None:
