@@ -24,7 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mmkt_ray.config import Config, load_config, parse_override
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.rows import load_rows, readable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models.imputation import mean_squared_norm

@@ -35,7 +35,8 @@ from ray import tune
 
 from mmkt_ray import cluster
 from mmkt_ray.config import Config, SearchConfig, load_config
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.search.space import Space

@@ -366,14 +366,6 @@ def read_json(uri: str) -> Any:
         raise DataError(f"'{uri}' is damaged ({error}): remove it and run the same command again") from None
 
 
-def read_json_or_none(uri: str) -> Any:
-    """A JSON file; None if it is not there."""
-    try:
-        return read_json(uri)
-    except FileNotFoundError:
-        return None
-
-
 def write_json(uri: str, value: Any) -> None:
     """Write readable JSON, atomically."""
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())

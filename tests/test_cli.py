@@ -17,8 +17,9 @@ from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_card import CARD, Card
 from mmkt_ray.record import write_sealed
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from mmkt_ray.steps import check_test
 from mmkt_ray.terminal import plain
 from tests.heads import free_port

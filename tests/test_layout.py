@@ -184,6 +184,29 @@ def repeated_names(sources: Mapping[str, str], *kinds: type[ast.stmt]) -> list[s
     return [f"`{name}` is in {', '.join(sorted(places))}" for name, places in files.items() if len(places) > 1]
 
 
+def passed_on(sources: Mapping[str, str]) -> list[str]:
+    """Names that are imported from a file which has them from another one. sources: by file; packages may pass names on."""
+    own: dict[str, set[str]] = {}
+    for file, source in sources.items():
+        module = nodes(source)[0]
+        assert isinstance(module, ast.Module)
+        found = {name.id for node in module.body for name in ast.walk(node) if is_set(name)}
+        own[file] = found | {node.name for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    faults = []
+    for file, source in sources.items():
+        for line, name in imports(source, Path(file)):
+            module, _, what = name.rpartition(".")
+            home = f"{module.replace('.', '/')}.py"
+            if home in own and what not in own[home]:
+                faults.append(f"{file}:{line}: `{what}` is not defined in {home}: import it from where it is")
+    return faults
+
+
+def is_set(node: ast.AST) -> bool:
+    """Whether it is a name that is given a value."""
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
 def repeated_files(paths: Iterable[Path]) -> list[str]:
     """Files of one name in several folders, but for those that every package may have."""
     places: dict[str, list[str]] = {}
@@ -227,6 +250,19 @@ def test_no_file_outgrows_a_sitting():
     """Catches a file that collects a second purpose."""
     num_lines = {path: len(path.read_text().splitlines()) for path in (ROOT / PACKAGE).rglob("*.py")}
     assert not {str(path): num for path, num in num_lines.items() if num > MAX_LINES}
+
+
+@pytest.mark.slow
+def test_a_name_is_imported_from_where_it_is_defined():
+    """Catches a second address of a thing: who reads the import looks for it in a file that only passes it on."""
+    assert not passed_on({str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / PACKAGE).rglob("*.py")})
+
+
+def test_a_name_that_is_passed_on_is_found():
+    """Catches a search that finds nothing, or one that refuses constants and what a package offers."""
+    sources = {"mmkt_ray/a.py": "X: int = 1\nclass A: ...", "mmkt_ray/b.py": "from mmkt_ray.a import A, X"}
+    assert not passed_on(sources | {"mmkt_ray/c.py": "from mmkt_ray.a import X\nfrom mmkt_ray.d import Y"})
+    assert len(passed_on(sources | {"mmkt_ray/c.py": "from mmkt_ray.b import A"})) == 1
 
 
 def test_a_repeated_name_is_found():

@@ -39,8 +39,6 @@ from mmkt_ray.samples.columns import Reading, Row, clean, rows_to_blocks
 from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, Shard
 
-__all__ = ["Model", "TableLike", "load"]
-
 
 def load(
     folder: str, *, overrides: Mapping[str, Any] | None = None, trust_code: bool = False, device: str = "cpu"

@@ -18,14 +18,12 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_ray_defaults, start_local
+from mmkt_ray.cluster.local import set_ray_defaults, start_local
 from mmkt_ray.errors import ResourceError, UserError
 from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
 if TYPE_CHECKING:
     import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
-
-__all__ = ["OBJECT_STORE_BYTES"]
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from mmkt_ray.evaluation.task_scores import (
     scores_of_task,
     subset_scores,
 )
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.conformal import coverage, fit_margins, margins_of
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model, save_calibration

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmkt_ray.config import EvaluationConfig
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.rows import Rows, chosen, has_prediction, presence_patterns, unseen_classes
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import probability_scores

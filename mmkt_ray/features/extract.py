@@ -34,9 +34,9 @@ from mmkt_ray.features.run_stats import RunStats
 from mmkt_ray.features.siblings import copy_store_from_sibling
 from mmkt_ray.features.store import Store
 from mmkt_ray.samples.lines import that_may_be_cut
-from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.shards import list_shards
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,6 @@ from mmkt_ray.features.manifest import MANIFEST, Manifest
 from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 
-__all__ = ["FeatureTable", "Store", "concat_tables", "open_store"]
-
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
 
 

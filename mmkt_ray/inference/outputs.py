@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.models import FeatureBatch, Predictor, PredictorSpec, SparseBatch
 
 Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities

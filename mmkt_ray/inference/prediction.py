@@ -32,10 +32,10 @@ from mmkt_ray.inference.rows import missing_column, prediction_columns, without_
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
 from mmkt_ray.samples.columns import Reading
-from mmkt_ray.samples.readers import has_column, known_columns, list_shards
+from mmkt_ray.samples.readers import has_column, known_columns
 from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
-from mmkt_ray.samples.shards import has_suffix
+from mmkt_ray.samples.shards import has_suffix, list_shards
 from mmkt_ray.scoring.results import ResultsFile
 
 log = logging.getLogger(__name__)

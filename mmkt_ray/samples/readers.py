@@ -24,8 +24,6 @@ from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema
 from mmkt_ray.samples.shards import list_shards
 
-__all__ = ["Chunk", "find_samples", "has_column", "known_columns", "list_shards", "read_chunks"]
-
 LOOK_ROWS = 64  # of an archive, to see whether it has a column
 _ROW_READERS: dict[str, Callable[[Reading], Iterator[Row | Reject]]] = {
     "webdataset": read_webdataset,

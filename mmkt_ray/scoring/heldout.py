@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mmkt_ray import storage
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 
 FOLDS = 5
 ENOUGH_ROWS = 2500  # held-out rows: the standard error of an accuracy is at most one point

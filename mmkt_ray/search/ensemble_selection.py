@@ -16,7 +16,7 @@ import torch
 
 from mmkt_ray import cluster
 from mmkt_ray.config import SearchConfig
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import Proba, predict_table
 from mmkt_ray.inference.training_record import Ensembled, EnsembleMember
 from mmkt_ray.models import MultimodalModel

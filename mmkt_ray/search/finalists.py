@@ -20,7 +20,8 @@ from mmkt_ray import storage
 from mmkt_ray.cluster.side_by_side import Call, run_here, side_by_side
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.inference.training_record import ChosenSettings, Setting, Tried
 from mmkt_ray.scoring.calibration import fit_temperature

@@ -16,7 +16,8 @@ import numpy as np
 from mmkt_ray.cluster.side_by_side import run_here
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable, without_unreadable

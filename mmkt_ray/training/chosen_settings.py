@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mmkt_ray import storage
-from mmkt_ray.cluster import Run, ask_workers, run_on_workers
+from mmkt_ray.cluster import Run, ask_workers
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import UserError
 from mmkt_ray.features.store import Store, open_store
@@ -19,7 +19,7 @@ from mmkt_ray.training.fingerprint import model_identity
 from mmkt_ray.training.methods.imbalance import read_excluded
 
 
-def find_settings(config: Config, store: Store, run: Run = run_on_workers) -> tuple[ChosenSettings, str]:
+def find_settings(config: Config, store: Store, run: Run) -> tuple[ChosenSettings, str]:
     """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
 
     They are chosen once for the models of the same modalities and tasks, whatever their seeds.

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel

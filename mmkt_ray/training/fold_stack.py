@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.inference.training_record import Epoch
@@ -48,10 +48,7 @@ def hold_out(
 
 
 def fit_and_hold_out(
-    config: Config,
-    table: FeatureTable,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
-    known: HeldOut | None = None,
+    config: Config, table: FeatureTable, device: torch.device, known: HeldOut | None
 ) -> tuple[FitResult, HeldOut | None]:
     """`fit` on train and val, and `hold_out`, in one stack. Raises: as `fit`."""
     heldout, result = _fit_parts(config, table, device, known, whole=True)

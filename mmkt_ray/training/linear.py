@@ -25,8 +25,7 @@ from torch import Tensor
 
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.encoder import Features
-from mmkt_ray.features.feature_table import TAKE_ROWS, Growing
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import TAKE_ROWS, FeatureTable, Growing
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.inference.training_record import Epoch, LinearPath

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.training_record import Epoch, ValScores
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.objective import Score

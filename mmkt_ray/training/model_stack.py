@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.criterion import Criterion

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.training_record import ValScores
 from mmkt_ray.models import MultimodalModel

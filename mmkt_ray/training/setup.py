@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
 from mmkt_ray.scoring.heldout import as_train
 from mmkt_ray.training.batches import Worker, complete_rows, feature_statistics, narrow, usable_rows

@@ -21,7 +21,8 @@ from mmkt_ray import storage
 from mmkt_ray.cluster import Run, ask_workers, run_on_workers
 from mmkt_ray.config import Config
 from mmkt_ray.errors import UserError
-from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_training
 from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.inference.training_record import ChosenSettings, Epoch, Outcome, Training

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.inference.training_record import ValScores

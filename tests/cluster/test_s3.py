@@ -23,8 +23,9 @@ from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError, ResourceError
 from mmkt_ray.features.store import open_store
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.configs import raw_config
 from tests.shapes import COLOURS, SHAPES, png, write_shard
 

@@ -29,7 +29,7 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
-from mmkt_ray.sandbox.decoding import Limits
+from mmkt_ray.sandbox.child import Limits
 from mmkt_ray.scoring.heldout import load_heldout
 from mmkt_ray.scoring.tables import comparison_table
 from mmkt_ray.studies.gallery import show, write_gallery

@@ -23,8 +23,8 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.features.fit import fit_encoder
 from mmkt_ray.features.resume import stored_chunks
 from mmkt_ray.features.store import Store, column_of, open_store
-from mmkt_ray.samples.readers import list_shards
 from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png, write_shard
 
 pytestmark = pytest.mark.usefixtures("ray_local")

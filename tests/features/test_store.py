@@ -13,8 +13,9 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.manifest import MANIFEST, Manifest
 from mmkt_ray.features.publish import published
 from mmkt_ray.features.store import _COMPARED, Store, column_of, from_arrow, open_store, to_arrow, write_manifest
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.kinds.spelling import sort_classes
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
 from mmkt_ray.record import write_sealed
 from tests.labels import MISSING, UNSEEN, codes_of
 from tests.manifests import make_manifest

@@ -34,7 +34,8 @@ from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, l
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import UserError
 from mmkt_ray.features.encode import encode_column
-from mmkt_ray.features.store import FeatureTable, from_arrow
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import from_arrow
 from mmkt_ray.inference.model_folder import load_model, save_calibration, save_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.prediction import check_finite, prediction_config, restrict, usable_encoders

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.inference.model_folder import load_model, read_card, save_model, write_card
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.inference.model_card import read_card, write_card
+from mmkt_ray.inference.model_folder import load_model, save_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec

@@ -19,8 +19,9 @@ from mmkt_ray.features.encode import encode_column
 from mmkt_ray.features.statistics import encoder_statistics
 from mmkt_ray.features.store import from_arrow
 from mmkt_ray.kinds.lists import pool_features
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png
 
 TEXTS = [["a red cat", "a cat"], ["dog"], [], None, [None, " ", "a  dog\u0007"]]

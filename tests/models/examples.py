@@ -5,7 +5,8 @@ import scipy.sparse as sp
 import torch
 
 from mmkt_ray.config import FUSION_NAMES, FusionConfig
-from mmkt_ray.kinds.tasks import Binary, Multilabel
+from mmkt_ray.kinds.multiclass import Binary
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.models import InputSpec, ModelSpec, SparseBatch
 
 B = 9

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.func import functional_call
 
 from mmkt_ray.config import MISSING_STRATEGIES, SCHEME_NAMES
-from mmkt_ray.kinds.tasks import Binary, Multiclass
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.models import ModelSpec, MultimodalModel
 from mmkt_ray.models.sparse import SparseLinear, append_column
 from mmkt_ray.models.towers import Tower

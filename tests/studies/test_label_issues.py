@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.features.audit import Audit, LabelIssueCounts
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.studies import label_issues
 from mmkt_ray.studies.label_issues import OutOfFold, divergence, find_label_issues, predict_out_of_fold
 from tests.configs import build_config, raw_config

@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from tests.configs import build_config, raw_config
 from tests.labels import MISSING, UNSEEN, coded
 

@@ -10,11 +10,12 @@ import torch
 
 from mmkt_ray.config import load_config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.kinds.tasks import Multiclass
+from mmkt_ray.kinds.multiclass import Multiclass
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
 from mmkt_ray.training import auto, chosen_settings
 from mmkt_ray.training.auto import (

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.training.baselines import Logreg, fit_majorities, logreg_configs
 from mmkt_ray.training.linear import linear_result
 from tests.configs import build_config, raw_config

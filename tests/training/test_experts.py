@@ -11,11 +11,13 @@ from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card, write_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_logits, predict_table
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, fused_part, model_of_spec
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.studies.contribution import shapley_values

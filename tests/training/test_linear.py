@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits, predict_table
 from mmkt_ray.scoring.heldout import make_folds
 from mmkt_ray.training.linear import fit_linear, is_linear, linear_result

@@ -8,7 +8,7 @@ import torch
 
 from mmkt_ray.config import FUSION_NAMES, SCHEME_NAMES
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.population import Population

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.checkpoint import FileCheckpoint

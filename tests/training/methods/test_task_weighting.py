@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.tasks import Binary, Multiclass
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.criterion import Criterion
