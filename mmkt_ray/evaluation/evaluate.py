@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmkt_ray import storage
-from mmkt_ray.config import EvaluationConfig, parse_config
+from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.task_scores import (
     ScoreSettings,
@@ -38,7 +38,7 @@ from mmkt_ray.inference.training_record import Training
 from mmkt_ray.models import Predictor
 from mmkt_ray.scoring.calibration import fit_temperatures
 from mmkt_ray.scoring.heldout import load_heldout, pattern_name
-from mmkt_ray.scoring.metrics import Calibration, ModelMetrics
+from mmkt_ray.scoring.metrics import Calibration, ModelMetrics, TaskScores
 
 MAX_MODALITIES_FOR_ALL_SUBSETS = 4
 
@@ -74,33 +74,15 @@ def evaluate_model(
     model.margins = fit_margins(held.rows.table, held_proba, settings.evaluation.confidence) if held else {}
     save_calibration(model_uri, model)
 
-    def predict(table: FeatureTable, subset: Sequence[str] = config.model_modalities) -> Proba:
-        proba = predict_table(model, table, drop=[m for m in config.model_modalities if m not in subset])
-        inputs = {t: [m for m in config.task_inputs(t) if m in subset] for t in proba}
-        return without_unreadable(_checked(proba, model_uri), table, inputs)
-
-    part = part_of(data, store, split)
-    proba = predict(part.table)
+    part, subject = part_of(data, store, split), _Subject(model_uri, model, config)
+    proba = subject.predict(part.table)
     tasks = {t: scores_of_task(part, t, proba[t], settings) for t in config.model_tasks}
-    for scores in tasks.values():
-        scores.subsets = {}
-    for subset in modality_subsets(config.model_modalities):
-        found = predict(part.table, subset)
-        for t, scores in tasks.items():
-            if set(subset) & set(config.task_inputs(t)):
-                name = "+".join(subset)
-                scores.subsets[name] = subset_scores(part.table, t, subset, found[t], proba[t], settings)
-    if calibration:
-        raw = probabilities(model, predict_logits(model, part.table), temperatures={})
-        raw = without_unreadable(raw, part.table, {t: config.task_inputs(t) for t in raw})
-        for t, fitted in calibration.items():
-            fitted.before, fitted.after = (calibration_scores(part.table, t, p) for p in (raw[t], proba[t]))
+    _score_subsets(tasks, subject, part.table, proba, settings)
+    for t, raw in subject.uncalibrated(part.table).items() if calibration else ():
+        if (fitted := calibration.get(t)) is not None:
+            fitted.before, fitted.after = (calibration_scores(part.table, t, p) for p in (raw, proba[t]))
             tasks[t].calibration = fitted
-    val = {}
-    if held:
-        val = {t: heldout_record(held.rows.table, t, found, held.on) for t, found in held_proba.items()}
-        parts = prediction_parts(held.rows, config.model_modalities, held_proba)
-        write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
+    val = {t: heldout_record(held.rows.table, t, found, held.on) for t, found in held_proba.items()} if held else {}
     margins = {t: margins_of(part.table, config.model_modalities, found) for t, found in model.margins.items()}
     for t, scores in tasks.items():
         scores.patterns, scores.val = pattern_scores(part.table, t, proba[t]), val.get(t)
@@ -120,11 +102,53 @@ def evaluate_model(
         tasks=tasks,
         seconds=time.perf_counter() - started,
     )
+    if held:
+        parts = prediction_parts(held.rows, config.model_modalities, held_proba)
+        write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
     parts = prediction_parts(part, config.model_modalities, proba, margins=margins)
     made_by = {"store": record.store or "", "fingerprint": record.fingerprint or ""}
     write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts, made_by)
     record.write(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"))
     return record
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is scored."""
+
+    uri: str
+    model: Predictor
+    config: Config
+
+    def predict(self, table: FeatureTable, subset: Sequence[str] | None = None) -> Proba:
+        """From a subset of its modalities, None: from all. NaN where a row has none of those that the task reads.
+
+        Raises: DataError if the model predicts NaN elsewhere.
+        """
+        given = self.config.model_modalities if subset is None else subset
+        proba = predict_table(self.model, table, drop=[m for m in self.config.model_modalities if m not in given])
+        for task, values in proba.items():
+            if not np.isfinite(values).all():
+                raise DataError(f"'{self.uri}' predicts NaN for task '{task}': its training diverged; lower training.lr")
+        return without_unreadable(proba, table, {t: [m for m in self.config.task_inputs(t) if m in given] for t in proba})
+
+    def uncalibrated(self, table: FeatureTable) -> Proba:
+        """The same by temperatures of 1."""
+        raw = probabilities(self.model, predict_logits(self.model, table), temperatures={})
+        return without_unreadable(raw, table, {t: self.config.task_inputs(t) for t in raw})
+
+
+def _score_subsets(
+    tasks: Mapping[str, TaskScores], subject: _Subject, table: FeatureTable, proba: Proba, settings: ScoreSettings
+) -> None:
+    """Add to each task's scores those from subsets of the modalities that it reads. proba: from all modalities."""
+    for scores in tasks.values():
+        scores.subsets = {}
+    for subset in modality_subsets(subject.config.model_modalities):
+        found = subject.predict(table, subset)
+        for t, scores in tasks.items():
+            if set(subset) & set(subject.config.task_inputs(t)):
+                scores.subsets["+".join(subset)] = subset_scores(table, t, subset, found[t], proba[t], settings)
 
 
 @dataclass(frozen=True)
@@ -170,10 +194,3 @@ def part_of(data: Rows, store: Store, split: str) -> Rows:
             f"'{store.uri}' has no '{split}' rows with any of {sorted(data.table.present)}; its splits: {known}"
         )
     return data.take(rows)
-
-
-def _checked(proba: Proba, model_uri: str) -> Proba:
-    for task, values in proba.items():
-        if not np.isfinite(values).all():
-            raise DataError(f"'{model_uri}' predicts NaN for task '{task}': its training diverged; lower training.lr")
-    return proba
