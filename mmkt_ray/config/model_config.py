@@ -59,7 +59,7 @@ class ModelConfig(Section):
         "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEME_NAMES)
     )
     num_levels: int = Field(1, ge=0, le=16, description="tower levels; 0: features go straight into the fusion")
-    num_experts: int = Field(4, ge=1, le=64, description="experts of each mmoe level")
+    mmoe_experts: int = Field(4, ge=1, le=64, description="experts of each mmoe level")
     hidden_dim: int = Field(256, ge=1, le=MAX_DIM, description="width of towers and fusion")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout in towers and fusion")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input features")

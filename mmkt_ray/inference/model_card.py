@@ -42,7 +42,7 @@ class _Spec(_Strict):
     inputs: dict[str, Annotated[list[str], Field(min_length=1)]]
     fusion: FusionConfig
     schemes: list[Literal[SCHEME_NAMES]] = Field(max_length=16)  # type: ignore[valid-type]
-    num_experts: int = Field(ge=1, le=64)
+    mmoe_experts: int = Field(ge=1, le=64)
     hidden_dim: Size
     dropout: Fraction
     feature_dropout: Fraction
@@ -119,7 +119,7 @@ class Versions(Record, frozen=True, strict=True):
 class Card(SealedRecord):
     """What a model folder's `config.json` holds: with the weights, all that is needed to use the model."""
 
-    schema_version: ClassVar[int] = 4  # 4: spec.wide
+    schema_version: ClassVar[int] = 5  # 5: spec.mmoe_experts
     again: ClassVar[str] = "remove the folder and train again"
 
     checksums: dict[str, str]  # of the other files

@@ -216,7 +216,7 @@ FUSION = {"name": "hierarchical", "depth": 2, "fuse": "concat", "rank": 16, "num
         lambda f: change_spec(f, hidden_dim=10**30),
         lambda f: change_card(f, "training", {"members": 10**9}),
         lambda f: change_spec(f, hidden_dim=10**9),  # 8 TB, if it were made before it is compared
-        lambda f: change_spec(f, num_experts=10**9),
+        lambda f: change_spec(f, mmoe_experts=10**9),
         lambda f: change_spec(f, fusion=FUSION | {"depth": 10**9}),
         lambda f: change_spec(f, kinds={"topic": "os:system"}),
         lambda f: change_spec(f, inputs={"topic": ["smell"]}),

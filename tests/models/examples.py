@@ -32,7 +32,7 @@ def make_spec(schemes=("task",), fusion="concat", dims=None, sparse=("text",), i
         "inputs": {t: tuple(sorted((inputs or {}).get(t, dims))) for t in "ab"},
         "fusion": FUSIONS_TO_TRY[fusion].model_dump(mode="json"),
         "schemes": tuple(schemes),
-        "num_experts": 3,
+        "mmoe_experts": 3,
         "hidden_dim": 6,
         "dropout": dropout,
         "feature_dropout": dropout,

@@ -79,7 +79,7 @@ def test_experts_work_once_on_a_signal_that_all_pairs_of_a_modality_share(scheme
     monkeypatch.setattr(Tower, "forward", lambda self, x: calls.append(self) or forward(self, x))
     model = MultimodalModel(make_spec((scheme, "mmoe")))
     model(*make_batch(model.spec))
-    assert len(calls) == 2 + 2 * model.spec.num_experts
+    assert len(calls) == 2 + 2 * model.spec.mmoe_experts
 
 
 def test_tasks_that_share_all_towers_share_the_fusion():
