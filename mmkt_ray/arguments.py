@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from mmkt_ray import __version__
 from mmkt_ray.commands import add_commands
 from mmkt_ray.completion import SHELLS
 from mmkt_ray.submit import SUBMITTED
 
-if TYPE_CHECKING:
-    pass
-
 DESCRIPTION = """\
-Multimodal knowledge transfer as batch processing on Ray: what does each modality know, what transfers, which model to ship?
+Multimodal knowledge transfer as batch processing on Ray:
+what does each modality know, what transfers, which model to ship?
 
 A run goes from raw shards to a report:  extract -> train -> evaluate -> report  (`mmkt run` does all four).
 Every step is resumable: give the same command again, and what is done already is not done again.

@@ -7,12 +7,8 @@ import re
 import sys
 import tempfile
 import traceback
-from typing import TYPE_CHECKING
 
 from mmkt_ray.errors import ResourceError, UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def tell_error(error: Exception, with_traceback: bool = False) -> int:

@@ -42,7 +42,8 @@ def init(place: str, targets: Sequence[str], out: str, *, as_classes: bool = Fal
     with open(out, "w", encoding="utf-8") as file:
         file.write(draft.text)
     config = shlex.quote(out)
-    return f"{draft.columns}\n\nwrote {out}\nnext: mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
+    then = f"mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
+    return f"{draft.columns}\n\nwrote {out}\nnext: {then}"
 
 
 def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) -> Draft:
