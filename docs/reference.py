@@ -11,7 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from mmkt_ray.config.reading import default_of, fields_of
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import TASK_KINDS
 from mmkt_ray.section import OneOf
 

@@ -63,9 +63,10 @@ from mmkt_ray.encoders.device import autocast
 from mmkt_ray.features.extract import encode
 from mmkt_ray.features.fit import fit_encoders
 from mmkt_ray.features.store import Store
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
-from mmkt_ray.steps import extract_step, hardware, read_commit
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
+from mmkt_ray.stages import hardware, read_commit
+from mmkt_ray.steps import extract_step
 
 Result = dict[str, float]
 

@@ -15,8 +15,9 @@ from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.encoders.device import Forward
 from mmkt_ray.features.store import open_store
 from mmkt_ray.kinds.images import decode_image
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 
 
 def score_cnn(config: Config, run_uri: str) -> dict[str, Any]:

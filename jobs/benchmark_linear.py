@@ -28,7 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 
 from mmkt_ray.config import Config, load_config, parse_override
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import load_rows, readable
 from mmkt_ray.kinds.labels import Labels

@@ -5,7 +5,7 @@ pixels, one of ten labels. Each case runs `mmkt` as a user does, with a Ray of i
 0.2 s each process of the command, by the kernel's count of its pages (/proc/<pid>/smaps_rollup, Linux).
 
 - own: pages that only this process holds and the kernel cannot drop (anonymous). Shared libraries, mapped files and Ray's object
-  store, which is bounded by `cluster.OBJECT_STORE_BYTES` and shared by all, are not in it
+  store, which is bounded by `cluster.local.OBJECT_STORE_BYTES` and shared by all, are not in it
 - resident: all pages that are in memory for the process, those shared with others and mapped files included
 - all: every process together, pages that several hold counted once (PSS), the object store included
 """

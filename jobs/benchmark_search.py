@@ -35,14 +35,16 @@ from ray import tune
 
 from mmkt_ray import cluster
 from mmkt_ray.config import Config, SearchConfig, load_config
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.search import check_search, explore, search_digest
 from mmkt_ray.search.space import Space
 from mmkt_ray.search.summary import anytime_curve
 from mmkt_ray.search.trial import search_score
 from mmkt_ray.search.tuner import suggest, value_of
-from mmkt_ray.steps import extract_step, hardware, read_commit
+from mmkt_ray.stages import hardware, read_commit
+from mmkt_ray.steps import extract_step
 from mmkt_ray.training.loop import fit
 
 Point = tuple[float, float]  # seconds, score of a finished candidate

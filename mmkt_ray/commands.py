@@ -6,7 +6,7 @@ import argparse
 
 from mmkt_ray.errors import DataError
 
-NAMES = ("export", "serve", "compare")
+OUTWARD = ("export", "serve", "compare")
 
 
 def port(text: str) -> int:

@@ -10,7 +10,7 @@ from mmkt_ray.errors import ConfigError
 
 _CREDENTIALS = re.compile(
     r"""(?<!abfs)(?<!abfss)://[^/@\s]*(?:@|%40)    # user@, user:password@, SECRET@ before the host or bucket
-    | (?:(?<=abfs)|(?<=abfss))://(?!(?-i:[a-z0-9-]{3,63})@[\w.-]+\.dfs\.)[^/@\s]*(?:@|%40)    # CONTAINER@ACCOUNT.dfs.. is none
+    | (?:(?<=abfs)|(?<=abfss))://(?!(?-i:[a-z0-9-]{3,63})@[\w.-]+\.dfs\.)[^/@\s]*(?:@|%40)  # not CONTAINER@ACCOUNT.dfs
     | ://[^/:@\s]*:(?!\d+/)[^@\s]*@              # a password with a slash in it, which is no port
     | (?:s3a?|gs|gcs|abfss?):/+[^/:@\s]*:[^@\s]*@    # nor have these a port; a slash may be missing
     | ://[^\s?\#]*[?\#](?:[^\s=]*&)?[\w.%-]+=     # a query string, a fragment: settings, signatures, keys""",
@@ -25,7 +25,8 @@ _TOKENS = re.compile(
     | eyJ[\w-]{10,}\.eyJ[\w-]{5,}                # a JSON web token
     )
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY
-    | (?i:(?<!\w)(?:account|sharedaccess)key\s*=\s*\S | [;\s](?:password|passwd|pwd|secret|token)\s*=\s*\S)   # of a DSN""",
+    | (?i:(?<!\w)(?:account|sharedaccess)key\s*=\s*\S    # of a DSN
+      | [;\s](?:password|passwd|pwd|secret|token)\s*=\s*\S)""",
     re.VERBOSE,
 )
 

@@ -27,10 +27,10 @@ from mmkt_ray.errors import DataError, ResourceError, UserError
 from mmkt_ray.features.extract import encoder_pool
 from mmkt_ray.features.publish import is_spent, without_details
 from mmkt_ray.plan.rates import size, stored_bytes
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
-from mmkt_ray.samples.shards import has_suffix
+from mmkt_ray.samples.shards import has_suffix, list_shards
 from mmkt_ray.samples.survey import survey_source
 
 LOOK_ROWS = 64  # read of the first shard of each source

@@ -140,7 +140,7 @@ def keep_printed(config: Config, text: str) -> None:
 
 def _run_digest(config: Config, uri: str) -> str | None:
     """Of the code, the config, the shards, and all that is in the run folder; None where models come from elsewhere."""
-    from mmkt_ray.samples.plan import ReadingPlan
+    from mmkt_ray.samples.reading_plan import ReadingPlan
     from mmkt_ray.samples.shards import list_shards
 
     variants = [config, *config.expand_variants().values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmkt_ray.config import Config
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.shards import list_shards
 
 ROWS = 600  # of all shards together

@@ -6,6 +6,7 @@ older files, which lack a field, stay as they are.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from pydantic import (
@@ -19,7 +20,7 @@ from pydantic import (
 )
 
 from mmkt_ray import storage
-from mmkt_ray.errors import DataError
+from mmkt_ray.errors import DataError, OtherVersionError
 
 T = TypeVar("T")
 IfAny: TypeAlias = Annotated[T | None, Field(exclude_if=lambda value: value is None)]  # a key that is left out where it is None
@@ -83,13 +84,13 @@ class SealedRecord(Record):
     def read(cls, uri: str) -> Self:
         """Raises: FileNotFoundError; OtherVersionError; DataError if the file is damaged or was changed by hand."""
         again = cls.again.format(folder=uri.rpartition("/")[0])
-        content = storage.read_sealed(uri, cls.schema_version, again)
+        content = read_sealed(uri, cls.schema_version, again)
         del content["schema_version"]
         return cls.from_dict(content, uri, again)
 
     def write(self, uri: str) -> None:
         """Write readable JSON with version and checksum, atomically."""
-        storage.write_sealed(uri, {"schema_version": self.schema_version, **self.to_dict()})
+        write_sealed(uri, {"schema_version": self.schema_version, **self.to_dict()})
 
 
 class OpenRecord(Record):
@@ -131,3 +132,29 @@ def _in_words(fault: dict[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"'{where}' is missing"
     return f"'{where}': {fault['msg']}"
+
+
+def write_sealed(uri: str, value: dict[str, Any]) -> None:
+    """A mapping as JSON, with the checksum of its content as the key `checksum`."""
+    content = json.loads(json.dumps(value))  # as it will be read: keys are text
+    content.pop("checksum", None)
+    storage.write_json(uri, content | {"checksum": _seal(content)})
+
+
+def read_sealed(uri: str, version: int, again: str) -> dict[str, Any]:
+    """What `write_sealed` was given. version: the `schema_version` it must have; again: what to do else.
+
+    Raises: FileNotFoundError; OtherVersionError; DataError if it is damaged or was changed by hand.
+    """
+    value = storage.read_json(uri)
+    if not isinstance(value, dict):
+        raise DataError(f"'{uri}' is damaged: it holds no mapping; {again}")
+    if (found := value.get("schema_version")) != version:
+        raise OtherVersionError(f"'{uri}' has schema version {found!r:.20}, this is {version}: {again}")
+    if value.pop("checksum", None) != _seal(value):
+        raise DataError(f"'{uri}' is damaged or was changed by hand: its content is not that of its checksum; {again}")
+    return value
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return storage.checksum(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())

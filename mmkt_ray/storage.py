@@ -13,11 +13,9 @@ import os
 import shutil
 import stat
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,12 +26,12 @@ import pyarrow.parquet as pq
 import xxhash
 
 from mmkt_ray.credentials import credentials_at, refusal
-from mmkt_ray.errors import DataError, OtherVersionError, ResourceError
+from mmkt_ray.errors import DataError, ResourceError
+from mmkt_ray.s3 import s3_filesystem
 
 MAX_FILE_BYTES = 64 * 2**30  # of a file that is read as a whole
 MAX_JSON_BYTES = 256 * 2**20  # parsed, it takes up to twenty times as much
 
-S3_ATTEMPTS = 12  # at a request that is throttled or fails for a moment: waits double from 25 ms, 50 s in all
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -55,78 +53,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"cannot open '{uri}': {error}; use a local path or a URI such as s3://bucket/folder") from None
     if isinstance(fs, pafs.S3FileSystem):
-        return _s3(fs.region, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")), path
+        return s3_filesystem(fs.region, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")), path
     return fs, path
-
-
-@lru_cache
-def _s3(region: str, endpoint: str | None) -> pafs.FileSystem:
-    """S3 that waits longer at each try (pyarrow's own: 0.2 s, for 6 s in all), and where a small file is one put.
-
-    Not the strategy called standard: within pyarrow it has 100 retries for as long as the client lives, and then no more.
-    """
-    retries = pafs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS)
-    fs = pafs.S3FileSystem(region=region, endpoint_override=endpoint, retry_strategy=retries, allow_delayed_open=True)
-    return pafs.PyFileSystem(_PatientS3(fs))
-
-
-def _as_is(name: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self.fs, name)(*args)
-
-
-class _PatientS3(pafs.FileSystemHandler):
-    """S3 but for its reads, see `_PatientFile`."""
-
-    get_file_info = get_file_info_selector = _as_is("get_file_info")
-    delete_file, delete_dir = _as_is("delete_file"), _as_is("delete_dir")
-    move, copy_file, normalize_path = _as_is("move"), _as_is("copy_file"), _as_is("normalize_path")
-    delete_dir_contents, open_append_stream = _as_is("delete_dir_contents"), _as_is("open_append_stream")
-
-    def __init__(self, fs: pafs.S3FileSystem) -> None:
-        self.fs = fs
-
-    def get_type_name(self) -> str:
-        return "s3"
-
-    def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError("nobody empties all buckets")
-
-    def create_dir(self, path: str, recursive: bool) -> None:
-        self.fs.create_dir(path, recursive=recursive)
-
-    def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(_PatientFile(self.fs.open_input_file(path)), mode="r")
-
-    open_input_stream = open_input_file
-
-    def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        return self.fs.open_output_stream(path, compression=None, metadata=metadata)
-
-
-class _PatientFile:
-    """Tries a read again if the reply was an error whose text is longer than the bytes that were asked for.
-
-    The SDK has no room for that text then, and takes the error for one of its own that is not worth another attempt.
-    """
-
-    def __init__(self, file: pa.NativeFile) -> None:
-        self.tell, self.seek, self.close, self.file = file.tell, file.seek, file.close, file
-
-    @property
-    def closed(self) -> bool:
-        return self.file.closed
-
-    def read(self, size: int | None = None) -> bytes:
-        start = self.file.tell()
-        for attempt in range(S3_ATTEMPTS - 1):
-            try:
-                return self.file.read(size)
-            except OSError as error:
-                if "Failed to flush response stream" not in str(error):
-                    raise
-            time.sleep(0.025 * 2**attempt)
-            self.file.seek(start)
-        return self.file.read(size)
 
 
 def absolute(uri: str) -> str:
@@ -438,43 +366,9 @@ def read_json(uri: str) -> Any:
         raise DataError(f"'{uri}' is damaged ({error}): remove it and run the same command again") from None
 
 
-def read_json_or_none(uri: str) -> Any:
-    """A JSON file; None if it is not there."""
-    try:
-        return read_json(uri)
-    except FileNotFoundError:
-        return None
-
-
 def write_json(uri: str, value: Any) -> None:
     """Write readable JSON, atomically."""
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def write_sealed(uri: str, value: dict[str, Any]) -> None:
-    """A mapping as JSON, with the checksum of its content as the key `checksum`."""
-    content = json.loads(json.dumps(value))  # as it will be read: keys are text
-    content.pop("checksum", None)
-    write_json(uri, content | {"checksum": _seal(content)})
-
-
-def read_sealed(uri: str, version: int, again: str) -> dict[str, Any]:
-    """What `write_sealed` was given. version: the `schema_version` it must have; again: what to do else.
-
-    Raises: FileNotFoundError; OtherVersionError; DataError if it is damaged or was changed by hand.
-    """
-    value = read_json(uri)
-    if not isinstance(value, dict):
-        raise DataError(f"'{uri}' is damaged: it holds no mapping; {again}")
-    if (found := value.get("schema_version")) != version:
-        raise OtherVersionError(f"'{uri}' has schema version {found!r:.20}, this is {version}: {again}")
-    if value.pop("checksum", None) != _seal(value):
-        raise DataError(f"'{uri}' is damaged or was changed by hand: its content is not that of its checksum; {again}")
-    return value
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_pieces(uri: str, size: int = 1 << 20) -> Iterator[bytes]:

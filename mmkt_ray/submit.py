@@ -29,7 +29,7 @@ from mmkt_ray.config import Config, load_config, parse_override
 from mmkt_ray.errors import ConfigError, ResourceError
 from mmkt_ray.upload import choose_files, packed
 
-COMMANDS = ("run", "extract", "train", "evaluate", "search", "doctor")
+SUBMITTED = ("run", "extract", "train", "evaluate", "search", "doctor")
 STAYS_HERE = ("/data/", "/runs/", ".git", ".venv", "venv", "__pycache__", "*.pyc", ".*_cache/", ".hypothesis/")
 STOPPED = 143  # what a shell says of a process that was asked to end: 128 + SIGTERM
 POLL_S = 1.0

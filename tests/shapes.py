@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config import Config
+from tests.configs import IMAGE_AND_TEXT, build_config, raw_config
 
+SHAPES = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}  # columns of the shards
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
 
@@ -44,19 +46,13 @@ def write_shards(folder: Path) -> None:
 
 def shapes_config(folder: Path, **overrides: Any) -> Config:
     """A config over those shards: shapes_config(folder, training__epochs=2)."""
-    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
-    raw = {
+    raw = raw_config({"colour": "multiclass"}, SHAPES, "shapes/*.parquet") | {
         "name": "shapes",
         "data_root": str(folder / "data"),
         "run_root": str(folder / "runs"),
-        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
-        "modalities": {
-            "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
-            "text": {"kind": "text", "encoder": "tfidf"},
-        },
-        "tasks": {"colour": {}},
+        "modalities": IMAGE_AND_TEXT | {"image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}}},
         "extract": {"chunk_rows": 16, "num_actors": 1},
         "model": {"experts": False},  # their fits take time
         "training": {"auto": []},  # so does choosing settings
     }
-    return parse_config(raw).with_overrides({key.replace("__", "."): value for key, value in overrides.items()})
+    return build_config(raw, **overrides)

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmkt_ray import cli, storage
+from mmkt_ray import cli, failures
 from mmkt_ray.cli import main
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError, UserError
 from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_card import CARD, Card
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.record import write_sealed
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from mmkt_ray.steps import check_test
 from mmkt_ray.terminal import plain
 from tests.heads import free_port
@@ -99,7 +101,7 @@ def test_an_object_store_that_does_not_answer(
         **{"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"},
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mmkt_ray.storage.S3_ATTEMPTS", 1)
+    monkeypatch.setattr("mmkt_ray.s3.S3_ATTEMPTS", 1)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
     assert main(["report", str(path), "--set", "run_root=s3://bucket/runs?".rstrip("?")]) == 2
@@ -124,15 +126,15 @@ def test_a_card_without_its_config(tmp_path: Path, capsys: pytest.CaptureFixture
     """Catches `KeyError: 'config'` for a card that somebody has edited."""
     (tmp_path / "model.safetensors").write_bytes(b"")
     for card in ({"spec": {}, "class_names": {}, "encoders": {}}, {}):
-        storage.write_sealed(str(tmp_path / CARD), {"schema_version": Card.schema_version, "checksums": {}, **card})
+        write_sealed(str(tmp_path / CARD), {"schema_version": Card.schema_version, "checksums": {}, **card})
         assert main(["predict", str(tmp_path), "x.parquet", "--out", str(tmp_path / "out")]) == 2
         assert "train again" in capsys.readouterr().err
 
 
 def test_errors_of_files_are_the_users() -> None:
     """Catches a full disk or a missing right that ends in a traceback, and a bug of ours that is told as one of these."""
-    assert isinstance(cli.find_user_error(PermissionError(13, "Permission denied", "/x")), UserError)
-    assert cli.find_user_error(KeyError("x")) is None
+    assert isinstance(failures.find_user_error(PermissionError(13, "Permission denied", "/x")), UserError)
+    assert failures.find_user_error(KeyError("x")) is None
 
 
 def test_a_label_of_5000_digits_is_a_label(tmp_path: Path, make_config: Callable[..., Config]) -> None:

@@ -10,21 +10,24 @@ import yaml
 from pydantic import ValidationError
 
 from mmkt_ray.cli import main
-from mmkt_ray.config import SCHEMES, Config, describe_fields, fingerprint, load_config, parse_config, parse_override
+from mmkt_ray.config import (
+    SCHEME_NAMES,
+    Config,
+    describe_fields,
+    fingerprint,
+    load_config,
+    parse_config,
+    parse_override,
+)
 from mmkt_ray.errors import ConfigError
+from tests.configs import raw_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
 def raw() -> dict[str, Any]:
-    source = {"reader": "parquet", "path": "x/*.parquet", "columns": {"image": "img", "text": "txt", "label": "label"}}
-    return {
-        "name": "tiny",
-        "samples": {"sources": [source]},
-        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {"label": {}},
-    }
+    return raw_config({"label": "multiclass"}, {"image": "img", "text": "txt", "label": "label"}, "x/*.parquet")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -41,7 +44,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"training.epoch": 1}, ["did you mean 'epochs'"]),
         ({"modalities.image.encoder.image_sise": 32}, ["did you mean 'image_size'"]),
         ({"modalities.text.encoder": "tfid"}, ["unknown encoder 'tfid'", "did you mean 'tfidf'"]),
-        ({"model.sharing": "taks"}, ["did you mean 'task'", *SCHEMES]),
+        ({"model.sharing": "taks"}, ["did you mean 'task'", *SCHEME_NAMES]),
         ({"model.fusion": "conca"}, ["unknown fusion 'conca'", "did you mean 'concat'"]),
         ({"model.fusion": {"name": "concat", "depth": 3}}, ["depth means nothing to concat fusion"]),
         ({"model.sharing": ["task", "modality"]}, ["names 2 levels but num_levels is 1"]),

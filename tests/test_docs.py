@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import mmkt_ray
-from mmkt_ray.cli import build_parser
+from mmkt_ray.arguments import build_parser
 from mmkt_ray.config import describe_fields, load_config, parse_config, parse_override
 from mmkt_ray.config.reading import shipped
 from tests.pages import PAGES, ROOT, mmkt_arguments, shell_commands, text

@@ -16,8 +16,16 @@ from mmkt_ray.config import parse_config
 from mmkt_ray.encoders.catalog import REDUCERS
 from mmkt_ray.errors import ConfigError, ResourceError
 from mmkt_ray.export import export as exporting
-from mmkt_ray.export.check import CheckRows, GivenFeatures, graph_arrays, hide_some, largest_difference, raw_values
-from mmkt_ray.export.export import TOLERANCE, as_tensors, trace, write_onnx
+from mmkt_ray.export.check import (
+    TOLERANCE,
+    CheckRows,
+    GivenFeatures,
+    graph_arrays,
+    hide_some,
+    largest_difference,
+    raw_values,
+)
+from mmkt_ray.export.export import as_tensors, trace, write_onnx
 from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import FeatureInputs, SparseInputs, reduction, to_dense
 from mmkt_ray.kinds.multilabel import Multilabel

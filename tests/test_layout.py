@@ -1,5 +1,5 @@
 """Imports run downwards only, models know no Ray, functions take at most seven parameters, nothing unpickles, the top level
-stays bare, a class name occurs once.
+stays bare; the name of a file, of a class and of a function means one thing; no file outgrows a sitting.
 
 Files are parsed, not imported. Each rule goes from source to faults and is tried on planted faults as well.
 """
@@ -8,7 +8,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -17,15 +17,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
 BASE = {
-    *("section", "lazy", "cluster", "ray_private", "storage", "locks", "errors", "interrupts", "credentials", "terminal"),
+    *("section", "lazy", "cluster", "ray_private", "storage", "s3", "locks", "errors", "interrupts", "credentials", "terminal"),
     *("progress", "record"),
 }
 # The floors from top to bottom; a file imports from its own floor and from those below it.
 FLOORS = [
-    {"cli", "commands", "__main__", "completion"},
+    {"cli", "arguments", "failures", "commands", "__main__", "completion"},
     {"serve"},
     {"api", "init"},
-    {"steps", "submit", "upload", "doctor", "plan", "done", "quick", "export", "tracking"},
+    {"steps", "stages", "study_steps", "submit", "upload", "doctor", "plan", "done", "quick", "export", "tracking"},
     {"report"},
     {"studies"},
     {"evaluation"},
@@ -47,6 +47,10 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODELS_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
 MAX_PARAMETERS = 7  # beside self
 MORE_PARAMETERS = {"fit_cnn"}  # a process of its own, whose state is given piece by piece
+# Functions that several files may define: the start of a process; what a kind of file offers to the process that decodes it.
+SAME_EVERYWHERE = {"main", "decode_file", "warm_up"}
+MAX_LINES = 400  # of a file
+MAX_LINES_OF_THE_PATH = 2_200  # of the nine files from shards to report
 UNPICKLERS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
 TOP_LEVEL = {
     *(".ci", ".dockerignore", ".gitignore", ".pre-commit-config.yaml", ".rayignore", "CHANGELOG.md", "CONTRIBUTING.md"),
@@ -168,16 +172,48 @@ def many_parameters(source: str, path: Path) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: `{node.name}` has more than {MAX_PARAMETERS} parameters"
 
 
-def repeated_classes(sources: Mapping[str, str]) -> list[str]:
-    """Public classes that several files define at their top level. sources: by file; a file counts once."""
+def repeated_names(sources: Mapping[str, str], *kinds: type[ast.stmt]) -> list[str]:
+    """Public classes or functions that several files define at their top level. sources: by file; a file counts once."""
     files: dict[str, set[str]] = {}
     for file, source in sources.items():
         module = nodes(source)[0]
         assert isinstance(module, ast.Module)
         for node in module.body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                files.setdefault(node.name, set()).add(file)
+            if isinstance(node, kinds) and not (name := node.name).startswith("_") and name not in SAME_EVERYWHERE:
+                files.setdefault(name, set()).add(file)
     return [f"`{name}` is in {', '.join(sorted(places))}" for name, places in files.items() if len(places) > 1]
+
+
+def passed_on(sources: Mapping[str, str]) -> list[str]:
+    """Names that are imported from a file which has them from another one. sources: by file; packages may pass names on."""
+    own: dict[str, set[str]] = {}
+    for file, source in sources.items():
+        module = nodes(source)[0]
+        assert isinstance(module, ast.Module)
+        found = {name.id for node in module.body for name in ast.walk(node) if is_set(name)}
+        own[file] = found | {node.name for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    faults = []
+    for file, source in sources.items():
+        for line, name in imports(source, Path(file)):
+            module, _, what = name.rpartition(".")
+            home = f"{module.replace('.', '/')}.py"
+            if home in own and what not in own[home]:
+                faults.append(f"{file}:{line}: `{what}` is not defined in {home}: import it from where it is")
+    return faults
+
+
+def is_set(node: ast.AST) -> bool:
+    """Whether it is a name that is given a value."""
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def repeated_files(paths: Iterable[Path]) -> list[str]:
+    """Files of one name in several folders, but for those that every package may have."""
+    places: dict[str, list[str]] = {}
+    for path in paths:
+        if path.name not in ("__init__.py", "conftest.py"):
+            places.setdefault(path.name, []).append(str(path))
+    return [f"`{name}`: {', '.join(sorted(found))}" for name, found in places.items() if len(found) > 1]
 
 
 def is_true(value: ast.expr | None) -> bool:
@@ -197,17 +233,47 @@ def test_the_package_keeps_the_rule(rule):
 
 
 @pytest.mark.slow
-def test_a_class_name_means_one_thing():
-    """Catches a second class with the name of another: who looks for one finds the other, and a traceback does not say
-    which of them it is about."""
-    assert not repeated_classes({str(path): path.read_text() for path in (ROOT / PACKAGE).rglob("*.py")})
+@pytest.mark.parametrize("kinds", [(ast.ClassDef,), (ast.FunctionDef, ast.AsyncFunctionDef)])
+def test_the_name_of_a_class_or_a_function_means_one_thing(kinds):
+    """Catches a second class or function with the name of another: who looks for one finds the other, and a traceback does not
+    say which of them it is about."""
+    assert not repeated_names({str(path): path.read_text() for path in (ROOT / PACKAGE).rglob("*.py")}, *kinds)
 
 
-def test_a_repeated_class_is_found():
-    """Catches a search for repeated classes that finds nothing, or one that refuses what each file may have."""
+@pytest.mark.parametrize("folder", [PACKAGE, "tests"])
+def test_the_name_of_a_file_means_one_thing(folder):
+    """Catches a second `base.py`: an editor's list, a traceback and a docstring that name it leave open which one is meant."""
+    assert not repeated_files((ROOT / folder).rglob("*.py"))
+
+
+def test_no_file_outgrows_a_sitting():
+    """Catches a file that collects a second purpose."""
+    num_lines = {path: len(path.read_text().splitlines()) for path in (ROOT / PACKAGE).rglob("*.py")}
+    assert not {str(path): num for path, num in num_lines.items() if num > MAX_LINES}
+
+
+@pytest.mark.slow
+def test_a_name_is_imported_from_where_it_is_defined():
+    """Catches a second address of a thing: who reads the import looks for it in a file that only passes it on."""
+    assert not passed_on({str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / PACKAGE).rglob("*.py")})
+
+
+def test_a_name_that_is_passed_on_is_found():
+    """Catches a search that finds nothing, or one that refuses constants and what a package offers."""
+    sources = {"mmkt_ray/a.py": "X: int = 1\nclass A: ...", "mmkt_ray/b.py": "from mmkt_ray.a import A, X"}
+    assert not passed_on(sources | {"mmkt_ray/c.py": "from mmkt_ray.a import X\nfrom mmkt_ray.d import Y"})
+    assert len(passed_on(sources | {"mmkt_ray/c.py": "from mmkt_ray.b import A"})) == 1
+
+
+def test_a_repeated_name_is_found():
+    """Catches a search for repeated names that finds nothing, or one that refuses what each file may have."""
     own = "class _Row: ...\nclass Encoder:\n    class Section: ..."
-    found = repeated_classes({"a.py": f"{own}\nclass Row: ...", "b.py": f"class Row: ...\n{own.replace('Encoder', 'Other')}"})
-    assert found == ["`Row` is in a.py, b.py"]
+    sources = {"a.py": f"{own}\nclass Row: ...", "b.py": f"class Row: ...\n{own.replace('Encoder', 'Other')}"}
+    assert repeated_names(sources, ast.ClassDef) == ["`Row` is in a.py, b.py"]
+    sources = {"a.py": "def main(): ...\ndef fit(): ...", "b.py": "def main(): ...\nasync def fit(): ..."}
+    assert repeated_names(sources, ast.FunctionDef, ast.AsyncFunctionDef) == ["`fit` is in a.py, b.py"]
+    paths = [Path("a/base.py"), Path("b/base.py"), Path("a/__init__.py"), Path("b/__init__.py"), Path("a/one.py")]
+    assert repeated_files(paths) == ["`base.py`: a/base.py, b/base.py"]
 
 
 def test_nothing_unpickles_or_evaluates():
@@ -219,7 +285,7 @@ def test_nothing_unpickles_or_evaluates():
     [
         (upward_imports, "samples/readers.py", "from mmkt_ray.features import store"),
         (upward_imports, "encoders/image.py", "from mmkt_ray import config"),
-        (upward_imports, "kinds/modalities.py", "from mmkt_ray.encoders import base"),
+        (upward_imports, "kinds/modalities.py", "from mmkt_ray.encoders import encoder"),
         (upward_imports, "scoring/intervals.py", "from ..training.loop import fit"),
         (upward_imports, "scoring/intervals.py", "def f():\n    import mmkt_ray.search.tuner"),
         (upward_imports, "config.py", "if TYPE_CHECKING:\n    from .samples import schema"),
@@ -279,6 +345,7 @@ def test_the_reading_path_leads_on():
     """Catches a file of the path that was moved, and one that does not say who calls it."""
     path = re.findall(r"^\| \d \| `(mmkt_ray/[^`]+)`", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
     assert len(path) == 9
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in path) <= MAX_LINES_OF_THE_PATH
     for file in path:
         told = ast.get_docstring(ast.parse((ROOT / file).read_text())) or ""
         assert re.search(r"^(Called by|You come from|Built and trained by) ", told, re.MULTILINE), file

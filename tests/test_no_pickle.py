@@ -21,7 +21,7 @@ import ray.data  # noqa: F401  (registers its Arrow types, one of which unpickle
 from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.config.reading import load_config
-from mmkt_ray.config.training import TransferConfig
+from mmkt_ray.config.training_config import TransferConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted, read_encoder_card
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.encoders.pretrained.weights import read_weights
@@ -32,8 +32,9 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.rows import read_parts
 from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.kinds.sounds import decode_audio
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from mmkt_ray.search.leaderboard import Leaderboard
 from mmkt_ray.search.space import Space
 from mmkt_ray.training.checkpoint import FileCheckpoint

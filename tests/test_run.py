@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from mmkt_ray import steps, storage
-from mmkt_ray.cli import main, tell_unexpected
+from mmkt_ray.cli import main
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
+from mmkt_ray.failures import tell_unexpected
 from mmkt_ray.inference.prediction import NewShards, predict
 from tests.manifests import make_manifest
 from tests.shapes import png, shapes_config, write_shard, write_shards
@@ -40,7 +41,7 @@ def finished(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     config = shapes_config(
         folder, variants=VARIANTS, training=QUICK, model={"hidden_dim": 16}, modalities__image__reduce=REDUCE
     )
-    return config, steps.run(config)
+    return config, steps.run_steps(config)
 
 
 def test_a_run_says_how_good_its_models_are(finished: tuple[Config, str]) -> None:
@@ -93,7 +94,7 @@ def test_a_copied_run_is_examined_and_left_as_it_is(
     before = snapshot(folder)
     monkeypatch.setattr(steps, "check_before_work", lambda *_: pytest.fail("examined again"))
     caplog.set_level("INFO", logger="mmkt_ray")
-    steps.run(config)
+    steps.run_steps(config)
     assert "features are up to date" in caplog.text
     assert "model concat is up to date" in caplog.text
     assert "best epoch" not in caplog.text
@@ -167,10 +168,10 @@ def test_what_is_missing_is_made_again(finished: tuple[Config, str], lost: str) 
     file = Path(steps.run_folder(config)) / lost
     right = file.read_bytes()
     file.write_bytes(b"{}") if file.suffix == ".json" else file.unlink()
-    assert not steps.run(config).startswith("nothing")
+    assert not steps.run_steps(config).startswith("nothing")
     assert len(file.read_bytes()) > 2
     assert abs(file.stat().st_size - len(right)) < 0.1 * len(right)
-    assert steps.run(config) == f"nothing was to be done: the run is finished\n\n{text}"
+    assert steps.run_steps(config) == f"nothing was to be done: the run is finished\n\n{text}"
 
 
 @pytest.mark.parametrize("command", ["run", "extract", "search"])

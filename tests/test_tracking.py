@@ -28,12 +28,12 @@ RESULTS = ResultsFile.from_dict(
         },
         "tasks": {
             "thing": {
-                "kind": "multiclass", "num_classes": 4, "selected_on": "val", "best": "concat", "best_trained": "concat",
-                "best_fused": "concat", "best_single": None,
+                "kind": "multiclass", "num_classes": 4, "selected_on": "val", "best": "concat",
+                "best_trained": "concat", "best_fused": "concat", "best_single": None,
                 "rows": [
                     {
-                        "model": "concat", "reads": [], "rows_id": "3", "num_rows": 50, "verdict": "better", "num_unseen": None,
-                        "balanced_accuracy": None, "val_accuracy": None, "versus": None,
+                        "model": "concat", "reads": [], "rows_id": "3", "num_rows": 50, "verdict": "better",
+                        "num_unseen": None, "balanced_accuracy": None, "val_accuracy": None, "versus": None,
                         "accuracy": {"value": 0.75, "low": 0.5, "high": 0.875}, "macro_f1": None,
                     },
                     {

@@ -25,7 +25,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.validation import check_is_fitted
 
-from mmkt_ray.api.frames import Rows, column_names, column_values, file_reader, raw_cell
+from mmkt_ray.api.frames import TableLike, column_names, column_values, file_reader, raw_cell
 from mmkt_ray.api.model import Model, load, proba_array
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError, DataError, nearest
@@ -35,7 +35,7 @@ from mmkt_ray.init.writing import default_encoder
 from mmkt_ray.kinds.cells import canonical, class_name, convert_cell
 from mmkt_ray.kinds.regression import Regression
 from mmkt_ray.samples.columns import Reading
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard, sample_schema
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn 
         self.folder = folder
         self.random_state = random_state
 
-    def _fit(self, rows: Rows, labels: Sequence[Any], task: Mapping[str, Any]) -> None:
+    def _fit(self, rows: TableLike, labels: Sequence[Any], task: Mapping[str, Any]) -> None:
         """Train a model of a task. labels: one of each row, as the task's kind writes them. task: its section of a config."""
         kinds = dict(self.modalities) if self.modalities is not None else tell_modalities(rows)
         if unknown := [name for name in kinds if name not in column_names(rows)]:
@@ -109,7 +109,7 @@ class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn 
         }
         return parse_config(raw).with_overrides(dict(self.settings or {}))
 
-    def _answers(self, rows: Rows) -> pa.Table:
+    def _answers(self, rows: TableLike) -> pa.Table:
         """The model's columns of predictions for new rows."""
         check_is_fitted(self, "model_")
         model: Model = self.model_
@@ -134,7 +134,7 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignor
 
     classes_: np.ndarray
 
-    def fit(self, X: Rows, y: Any) -> MultimodalClassifier:
+    def fit(self, X: TableLike, y: Any) -> MultimodalClassifier:
         """Train on N rows and their classes (N,), of any type that can be sorted. Needs Ray, which it starts on this machine.
 
         Raises: ValueError (ConfigError, DataError) for labels that are missing, of one class, or more or fewer than the rows.
@@ -148,19 +148,19 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignor
         self._order = np.array([known.index(name) if name in known else -1 for name in names])
         return self
 
-    def predict_proba(self, X: Rows) -> np.ndarray:
+    def predict_proba(self, X: TableLike) -> np.ndarray:
         """(N, C) probabilities, columns as in `classes_`; of a row without any modality how frequent the classes were."""
         values = proba_array(self._answers(X).column(f"{TASK}_proba"), len(self.model_.classes[TASK])).astype(np.float64)
         found = np.where(self._order < 0, 0.0, values[:, self._order])
         found[np.isnan(found).any(axis=1)] = self._priors
         return np.asarray(found / found.sum(axis=1, keepdims=True))
 
-    def predict(self, X: Rows) -> np.ndarray:
+    def predict(self, X: TableLike) -> np.ndarray:
         """(N,) classes."""
         best = self.predict_proba(X).argmax(axis=1)
         return np.asarray(self.classes_[best])
 
-    def _checked_labels(self, rows: Rows, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _checked_labels(self, rows: TableLike, y: Any) -> tuple[np.ndarray, np.ndarray]:
         """Codes (N,) and the classes (C,). Raises: ValueError."""
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
@@ -203,7 +203,7 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
         self.transform = transform
         self.loss = loss
 
-    def fit(self, X: Rows, y: Any) -> MultimodalRegressor:
+    def fit(self, X: TableLike, y: Any) -> MultimodalRegressor:
         """Train on N rows and their numbers (N,). Needs Ray, which it starts on this machine.
 
         Raises: ValueError (ConfigError, DataError) for labels that are no finite numbers, or more or fewer than the rows.
@@ -220,7 +220,7 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
         self._fit(X, values.tolist(), {"kind": kind.as_json()})
         return self
 
-    def predict(self, X: Rows) -> np.ndarray:
+    def predict(self, X: TableLike) -> np.ndarray:
         """(N,) numbers; of a row without any modality the mean of y."""
         found = self._answers(X).column(f"{TASK}_pred").to_numpy()
         return np.where(np.isnan(found), self.mean_, found)
@@ -229,7 +229,7 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
 # --- columns --------------------
 
 
-def tell_modalities(rows: Rows) -> dict[str, str]:
+def tell_modalities(rows: TableLike) -> dict[str, str]:
     """Column -> its kind, for those that can be read. Raises: DataError if there are none."""
     looks, given = [], {}
     names = column_names(rows)
@@ -281,7 +281,7 @@ def _name_in_run(value: Any) -> str | None:
 # --- the run --------------------
 
 
-def write_shard(path: Path, rows: Rows, columns: Mapping[str, str], labels: Sequence[Any], config: Config) -> None:
+def write_shard(path: Path, rows: TableLike, columns: Mapping[str, str], labels: Sequence[Any], config: Config) -> None:
     """The rows as one Parquet shard: `row`, `split`, the modalities as bytes and texts, the labels. Cells that cannot be read are
     null there, and a warning says so."""
     plan = ReadingPlan.of(config)

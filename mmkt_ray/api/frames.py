@@ -14,16 +14,16 @@ import pandas as pd
 import pyarrow as pa
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.samples.files import FileReader
 
 if TYPE_CHECKING:
     from mmkt_ray.samples.columns import Reading
 
-Rows: TypeAlias = pd.DataFrame | pa.Table | Sequence[Mapping[str, Any]]
+TableLike: TypeAlias = pd.DataFrame | pa.Table | Sequence[Mapping[str, Any]]
 
 
-def column_names(rows: Rows) -> list[str]:
+def column_names(rows: TableLike) -> list[str]:
     """The names of the columns; of a list of dicts all keys. Raises: DataError for anything else, and for a name that is
     there twice."""
     if isinstance(rows, pd.DataFrame):
@@ -42,7 +42,7 @@ def column_names(rows: Rows) -> list[str]:
     return names
 
 
-def column_values(rows: Rows, name: str) -> list[Any]:
+def column_values(rows: TableLike, name: str) -> list[Any]:
     """The cells of a column; None where there is no value."""
     if isinstance(rows, pd.DataFrame):
         values: Iterable[Any] = rows[name].tolist()

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import torch
 
 from mmkt_ray import storage
-from mmkt_ray.api.frames import Rows, column_names, column_values, file_reader, raw_cell
+from mmkt_ray.api.frames import TableLike, column_names, column_values, file_reader, raw_cell
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.encoders.build import load_reducer
 from mmkt_ray.errors import ConfigError, DataError, nearest
@@ -33,13 +33,11 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.prediction import check_finite, model_to_ship, prediction_config, restrict, usable_encoders
 from mmkt_ray.inference.rows import missing_column, prediction_columns, without_unreadable
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.models import Predictor
 from mmkt_ray.samples.columns import Reading, Row, clean, rows_to_blocks
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, Shard
-
-__all__ = ["Model", "Rows", "load"]
 
 
 def load(
@@ -108,7 +106,7 @@ class Model:
 
     def predict(
         self,
-        rows: Rows,
+        rows: TableLike,
         *,
         proba: bool = False,
         columns: Mapping[str, str] | None = None,
@@ -144,7 +142,7 @@ class Model:
             frame.index = rows.index
         return frame
 
-    def predict_proba(self, rows: Rows, task: str | None = None, **how: Any) -> pd.DataFrame:
+    def predict_proba(self, rows: TableLike, task: str | None = None, **how: Any) -> pd.DataFrame:
         """Probabilities of one task (N, C), a column for each class; NaN where there is no prediction.
 
         task: may be left out where the model has one. how: as in `predict`. Raises: ConfigError for an unknown task.
@@ -161,7 +159,7 @@ class Model:
 
     def predict_arrow(
         self,
-        rows: Rows,
+        rows: TableLike,
         *,
         columns: Mapping[str, str] | None = None,
         root: str | None = None,
@@ -183,7 +181,7 @@ class Model:
         parts = [self._predict(*clean(reading, block, None), rejects) for block in rows_to_blocks(reading, items())]
         return self._in_order(parts, rejects, len(rows))
 
-    def _columns(self, rows: Rows, named: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+    def _columns(self, rows: TableLike, named: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
         """Modality -> the column of the rows that holds it, or several that make it. Raises: DataError, ConfigError."""
         known = column_names(rows)
         found: dict[str, str | tuple[str, ...]] = {}
@@ -240,7 +238,7 @@ class Model:
         return found.set_column(at, "missing", missing).append_column("unreadable", unreadable)
 
 
-def _cells(rows: Rows, name: str | tuple[str, ...]) -> list[Any]:
+def _cells(rows: TableLike, name: str | tuple[str, ...]) -> list[Any]:
     """The cells of a column; of several a dict for each row."""
     if isinstance(name, str):
         return column_values(rows, name)

@@ -45,7 +45,7 @@ def run(
 
     checked = _checked(config, dict(overrides or {}))
     checked = shortened.quick(checked) if quick else checked
-    text = steps.run(checked)
+    text = steps.run_steps(checked)
     return Results(run_folder(checked), text)
 
 

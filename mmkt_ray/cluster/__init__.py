@@ -18,14 +18,12 @@ import ray
 import ray.data
 from ray.util.placement_group import placement_group_table
 
-from mmkt_ray.cluster.local import OBJECT_STORE_BYTES, set_ray_defaults, start_local
-from mmkt_ray.errors import ResourceError
+from mmkt_ray.cluster.local import set_ray_defaults, start_local
+from mmkt_ray.errors import ResourceError, UserError
 from mmkt_ray.ray_private import keep_signals, remove_groups, trainer_class, without_noise
 
 if TYPE_CHECKING:
     import torch  # imported where a model trains: a process that counts words or writes files starts seconds sooner
-
-__all__ = ["OBJECT_STORE_BYTES"]
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +150,18 @@ def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_eac
             f"{resources.num_gpus:g}, room for {gpu_places(resources, gpus_each)}: lower extract.num_actors or extract.num_gpus "
             "(0 runs on CPUs)"
         )
+
+
+Run = Callable[[Callable[..., Any], Any, int, str | None], Any]  # `run_on_workers`, or what stands in for it
+
+
+def ask_workers(run: Run, loop: Callable[..., Any], job: Any, num_workers: int, scratch_uri: str | None = None) -> Any:
+    """What the workers come to. Raises: the user's error, which a loop returns as a value: raised there, it would be tried
+    again as a crash."""
+    outcome = run(loop, job, num_workers, scratch_uri)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def run_on_workers(

@@ -44,14 +44,7 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
 TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
 # The driver may have found the package by a path of its own, which is not that of a worker.
 START = """
-import atexit, importlib, json, os, sys
-in_worker = []
-def end():  # registered first, it comes after all that ends in order: libraries of no more use would tell what they still hold
-    if in_worker:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(in_worker[0])
-atexit.register(end)
+import importlib, json, sys
 own, settings = [*sys.path], json.loads(sys.argv[1])
 sys.path[:] = settings["path"]
 from mmkt_ray.ray_private import randomness_unspent
@@ -61,7 +54,7 @@ with randomness_unspent():
         module = importlib.import_module(name)
         if function:
             getattr(module, function)()
-sys.modules["mmkt_ray.cluster.fork_server"].serve(own, settings["listener"], in_worker)
+sys.modules["mmkt_ray.cluster.fork_server"].serve_forks(own, settings["listener"])
 """
 MAX_REQUEST_BYTES = 1 << 20
 
@@ -90,11 +83,10 @@ def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -
     return forked_worker.__file__, {forked_worker.SOCKET: path}
 
 
-def serve(worker_path: list[str], listening: int, in_worker: list[int]) -> None:
+def serve_forks(worker_path: list[str], listening: int) -> None:
     """Fork until the driver has ended. Returns in each worker, when that has ended.
 
-    worker_path: `sys.path` of a worker. listening: number of the socket's file. in_worker: gets a
-    worker's exit status.
+    worker_path: `sys.path` of a worker. listening: number of the socket's file.
     """
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)  # its only thread is jemalloc's
     if not forks_differ():  # Ray starts its workers in its own way, see forked_worker.py
@@ -107,7 +99,7 @@ def serve(worker_path: list[str], listening: int, in_worker: list[int]) -> None:
     while (request := next_request(listener)) is not None:
         if os.fork() == 0:
             listener.close()
-            in_worker.append(become(*request))
+            become(*request)
             return
         close(*request[1:])
 
@@ -154,8 +146,8 @@ def close(connection: socket.socket, streams: list[int]) -> None:
         os.close(stream)
 
 
-def become(request: dict[str, Any], connection: socket.socket, streams: list[int]) -> int:
-    """Be that worker, to its end. Returns its exit status."""
+def become(request: dict[str, Any], connection: socket.socket, streams: list[int]) -> None:
+    """Be that worker, to its end."""
     os.setpgid(0, 0)  # Ray ends all of a worker's group with it
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, stream in enumerate(streams):
@@ -173,11 +165,7 @@ def become(request: dict[str, Any], connection: socket.socket, streams: list[int
     try:
         connection.sendall(b"1")  # it stays open to this process's end, for which the stand-in waits
     except BrokenPipeError:
-        return 1  # Ray has given the stand-in up
+        return  # Ray has given the stand-in up
     sys.argv[:] = arguments = request["arguments"]
     sys.path[0] = os.path.dirname(arguments[0])
-    try:
-        runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    return 0
+    runpy.run_path(arguments[0], run_name="__main__")

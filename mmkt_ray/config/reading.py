@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mmkt_ray.config.parsing import read_yaml, sections_of, set_dotted
-from mmkt_ray.config.run import Config, parse_config
+from mmkt_ray.config.run_config import Config, parse_config
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError, nearest
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.section import Section, fingerprint
 
 PACKAGE = Path(__file__).parents[1]

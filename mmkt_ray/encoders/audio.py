@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection
+from mmkt_ray.encoders.encoder import EncoderSection
 from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.lazy import lazy
 from mmkt_ray.section import Once

@@ -14,8 +14,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from mmkt_ray import storage
-from mmkt_ray.encoders.base import CustomEncoder, Encoder, EncoderSection
 from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
+from mmkt_ray.encoders.encoder import CustomEncoder, Encoder, EncoderSection
 from mmkt_ray.encoders.reduce import ReduceSection
 from mmkt_ray.errors import ConfigError, DataError, UserError
 from mmkt_ray.record import IfAny, Record

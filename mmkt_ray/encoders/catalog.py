@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmkt_ray.encoders.audio import LogMelCnnAudioEncoder
-from mmkt_ray.encoders.base import ListedEncoder
+from mmkt_ray.encoders.encoder import ListedEncoder
 from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.encoders.image import CnnImageEncoder, PixelsImageEncoder
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder

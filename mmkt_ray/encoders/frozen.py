@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmkt_ray.encoders.base import EncoderTraining, ListedEncoder, check_array
+from mmkt_ray.encoders.encoder import EncoderTraining, ListedEncoder, check_array
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy
 
@@ -99,7 +99,7 @@ class TrainedCnn(FrozenNetwork):
     def train(
         self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
-        """See `base.Trained`; values: (N, 3, S, S) uint8."""
+        """See `encoder.Trained`; values: (N, 3, S, S) uint8."""
         model = cnn_training.fit_cnn(
             values, labels, len(class_names), self.recipe(training.seed),
             device=training.device, rank=training.rank, world_size=training.world_size,

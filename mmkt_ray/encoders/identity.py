@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
+from mmkt_ray.encoders.encoder import EncoderSection, ListedEncoder
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy
 

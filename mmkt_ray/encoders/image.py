@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
+from mmkt_ray.encoders.encoder import EncoderSection, ListedEncoder
 from mmkt_ray.encoders.frozen import TrainedCnn
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import Features, check_array
+from mmkt_ray.encoders.encoder import Features, check_array
 from mmkt_ray.encoders.reduce import Reducer, ReduceSection
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy

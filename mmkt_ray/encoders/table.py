@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection, Features, ListedEncoder, check_array
+from mmkt_ray.encoders.encoder import EncoderSection, Features, ListedEncoder, check_array
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.kinds.modalities import ModalityKind, Table
+from mmkt_ray.kinds.modality_kind import ModalityKind
+from mmkt_ray.kinds.value_kinds import Table
 from mmkt_ray.lazy import lazy
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.encoders.base import EncoderSection, ListedEncoder, check_array
+from mmkt_ray.encoders.encoder import EncoderSection, ListedEncoder, check_array
 from mmkt_ray.errors import DataError
 from mmkt_ray.lazy import lazy
 

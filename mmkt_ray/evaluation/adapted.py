@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray import storage
-from mmkt_ray.config.training import CHOSEN
+from mmkt_ray.config.training_config import CHOSEN
 from mmkt_ray.encoders.build import ENCODER_CARD, EncoderCard
 from mmkt_ray.scoring.intervals import Interval, agreeing, holm
 from mmkt_ray.scoring.results import Adapted, AdaptedEncoder, Versus
 from mmkt_ray.scoring.tables import points
 
 if TYPE_CHECKING:
-    from mmkt_ray.evaluation.compare import Evaluated
+    from mmkt_ray.evaluation.evaluated import Evaluated
 
 Paired = Callable[[str, "Evaluated", "Evaluated"], Versus | None]
 

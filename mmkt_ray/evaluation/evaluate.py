@@ -1,4 +1,4 @@
-"""Score a trained model, or the baselines, on a split of a feature store, and leave the result files beside them.
+"""Score a trained model on a split of a feature store, and leave the result files in its folder.
 
 Called by steps.py for each model folder of training/trainer.py; evaluation/compare.py reads what it leaves.
 
@@ -13,50 +13,34 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
 from mmkt_ray import storage
-from mmkt_ray.config import EvaluationConfig, parse_config
+from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.evaluation.task_scores import (
+    ScoreSettings,
+    calibration_scores,
+    heldout_record,
+    pattern_scores,
+    scores_of_task,
+    subset_scores,
+)
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.conformal import coverage, fit_margins, margins_of
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model, save_calibration
-from mmkt_ray.inference.outputs import predict_logits, predict_table, probabilities
-from mmkt_ray.inference.rows import (
-    Rows,
-    chosen,
-    has_prediction,
-    load_rows,
-    prediction_parts,
-    presence_patterns,
-    subsets,
-    unseen_classes,
-    without_unreadable,
-    write_parts,
-)
+from mmkt_ray.inference.outputs import Proba, predict_logits, predict_table, probabilities
+from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, subsets, without_unreadable, write_parts
 from mmkt_ray.inference.training_record import Training
-from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.probabilities import probability_scores
 from mmkt_ray.models import Predictor
 from mmkt_ray.scoring.calibration import fit_temperatures
 from mmkt_ray.scoring.heldout import load_heldout, pattern_name
-from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals
-from mmkt_ray.scoring.metrics import (
-    Calibration,
-    HeldOutScores,
-    Metrics,
-    ModelMetrics,
-    PointScores,
-    Probabilities,
-    SubsetScores,
-    TaskScores,
-)
+from mmkt_ray.scoring.metrics import Calibration, ModelMetrics, TaskScores
 
 MAX_MODALITIES_FOR_ALL_SUBSETS = 4
-Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
 
 
 def evaluate_model(
@@ -69,7 +53,7 @@ def evaluate_model(
     """Score a model folder on a split; also on held-out rows, by which models are chosen.
 
     Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
-    evaluation: how; None: as when the model was trained. name: what results call it; None: as its folder.
+    evaluation: settings; None: those that the model was trained with. name: of the model in results; None: as its folder.
     With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so that
     prediction uses it too; without, the card's temperatures are taken back.
 
@@ -90,36 +74,18 @@ def evaluate_model(
     model.margins = fit_margins(held.rows.table, held_proba, settings.evaluation.confidence) if held else {}
     save_calibration(model_uri, model)
 
-    def predict(table: FeatureTable, subset: Sequence[str] = config.model_modalities) -> Proba:
-        proba = predict_table(model, table, drop=[m for m in config.model_modalities if m not in subset])
-        inputs = {t: [m for m in config.task_inputs(t) if m in subset] for t in proba}
-        return without_unreadable(_checked(proba, model_uri), table, inputs)
-
-    part = part_of(data, store, split)
-    proba = predict(part.table)
+    part, subject = part_of(data, store, split), _Subject(model_uri, model, config)
+    proba = subject.predict(part.table)
     tasks = {t: scores_of_task(part, t, proba[t], settings) for t in config.model_tasks}
-    for scores in tasks.values():
-        scores.subsets = {}
-    for subset in modality_subsets(config.model_modalities):
-        found = predict(part.table, subset)
-        for t, scores in tasks.items():
-            if set(subset) & set(config.task_inputs(t)):
-                name = "+".join(subset)
-                scores.subsets[name] = _subset_scores(part.table, t, subset, found[t], proba[t], settings)
-    if calibration:
-        raw = probabilities(model, predict_logits(model, part.table), temperatures={})
-        raw = without_unreadable(raw, part.table, {t: config.task_inputs(t) for t in raw})
-        for t, fitted in calibration.items():
-            fitted.before, fitted.after = (_calibration_scores(part.table, t, p) for p in (raw[t], proba[t]))
+    _score_subsets(tasks, subject, part.table, proba, settings)
+    for t, raw in subject.uncalibrated(part.table).items() if calibration else ():
+        if (fitted := calibration.get(t)) is not None:
+            fitted.before, fitted.after = (calibration_scores(part.table, t, p) for p in (raw, proba[t]))
             tasks[t].calibration = fitted
-    val = {}
-    if held:
-        val = _val_scores(held.rows.table, held_proba, held.on)
-        parts = prediction_parts(held.rows, config.model_modalities, held_proba)
-        write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
+    val = {t: heldout_record(held.rows.table, t, found, held.on) for t, found in held_proba.items()} if held else {}
     margins = {t: margins_of(part.table, config.model_modalities, found) for t, found in model.margins.items()}
     for t, scores in tasks.items():
-        scores.patterns, scores.val = _patterns(part.table, t, proba[t]), val.get(t)
+        scores.patterns, scores.val = pattern_scores(part.table, t, proba[t]), val.get(t)
         if t in margins:
             scores.coverage = coverage(part.table, t, proba[t], margins[t], settings.evaluation.confidence)
     record = ModelMetrics(
@@ -136,11 +102,53 @@ def evaluate_model(
         tasks=tasks,
         seconds=time.perf_counter() - started,
     )
+    if held:
+        parts = prediction_parts(held.rows, config.model_modalities, held_proba)
+        write_parts(storage.join(model_uri, "predictions-heldout.parquet"), parts)
     parts = prediction_parts(part, config.model_modalities, proba, margins=margins)
     made_by = {"store": record.store or "", "fingerprint": record.fingerprint or ""}
     write_parts(storage.join(model_uri, f"predictions-{split}.parquet"), parts, made_by)
     record.write(storage.join(model_uri, "metrics.json" if split == "test" else f"metrics-{split}.json"))
     return record
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is scored."""
+
+    uri: str
+    model: Predictor
+    config: Config
+
+    def predict(self, table: FeatureTable, subset: Sequence[str] | None = None) -> Proba:
+        """From a subset of its modalities, None: from all. NaN where a row has none of those that the task reads.
+
+        Raises: DataError if the model predicts NaN elsewhere.
+        """
+        given = self.config.model_modalities if subset is None else subset
+        proba = predict_table(self.model, table, drop=[m for m in self.config.model_modalities if m not in given])
+        for task, values in proba.items():
+            if not np.isfinite(values).all():
+                raise DataError(f"'{self.uri}' predicts NaN for task '{task}': its training diverged; lower training.lr")
+        return without_unreadable(proba, table, {t: [m for m in self.config.task_inputs(t) if m in given] for t in proba})
+
+    def uncalibrated(self, table: FeatureTable) -> Proba:
+        """The same by temperatures of 1."""
+        raw = probabilities(self.model, predict_logits(self.model, table), temperatures={})
+        return without_unreadable(raw, table, {t: self.config.task_inputs(t) for t in raw})
+
+
+def _score_subsets(
+    tasks: Mapping[str, TaskScores], subject: _Subject, table: FeatureTable, proba: Proba, settings: ScoreSettings
+) -> None:
+    """Add to each task's scores those from subsets of the modalities that it reads. proba: from all modalities."""
+    for scores in tasks.values():
+        scores.subsets = {}
+    for subset in modality_subsets(subject.config.model_modalities):
+        found = subject.predict(table, subset)
+        for t, scores in tasks.items():
+            if set(subset) & set(subject.config.task_inputs(t)):
+                scores.subsets["+".join(subset)] = subset_scores(table, t, subset, found[t], proba[t], settings)
 
 
 @dataclass(frozen=True)
@@ -170,13 +178,8 @@ def _calibrate(held: _Held) -> dict[str, Calibration]:
     return fit_temperatures(dict(held.logits), {t: labels[t] for t in held.logits})
 
 
-def _calibration_scores(table: FeatureTable, task: str, proba: np.ndarray) -> Probabilities:
-    known = has_prediction(proba)
-    return Probabilities(**probability_scores(table.labels[task][known], proba[known]))
-
-
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """The subsets that are scored, largest first: all; of more than four modalities only all, all but one, each alone."""
+    """The subsets that are scored, largest first. Of more than four modalities: all, all but one, each alone."""
     num = len(modalities)
     sizes = range(1, num + 1) if num <= MAX_MODALITIES_FOR_ALL_SUBSETS else (1, num - 1, num)
     return sorted(subsets(sorted(modalities), sizes), key=len, reverse=True)
@@ -191,95 +194,3 @@ def part_of(data: Rows, store: Store, split: str) -> Rows:
             f"'{store.uri}' has no '{split}' rows with any of {sorted(data.table.present)}; its splits: {known}"
         )
     return data.take(rows)
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How intervals are drawn."""
-
-    evaluation: EvaluationConfig
-    seed: int
-
-    def intervals(self, labels: Labels, pred: np.ndarray, width: int) -> dict[str, Interval | None]:
-        """Of what the kind reports; empty without labelled rows."""
-        num, confidence = self.evaluation.bootstrap_samples, self.evaluation.confidence
-        return bootstrap_intervals(labels, pred, width, num_resamples=num, confidence=confidence, seed=self.seed)
-
-
-def _checked(proba: Proba, model_uri: str) -> Proba:
-    for task, values in proba.items():
-        if not np.isfinite(values).all():
-            raise DataError(f"'{model_uri}' predicts NaN for task '{task}': its training diverged; lower training.lr")
-    return proba
-
-
-def scores_of_task(part: Rows, task: str, proba: np.ndarray, settings: ScoreSettings) -> TaskScores:
-    """Metrics and intervals of one task over the rows that are labelled and have a prediction."""
-    table, rows = part.table, has_prediction(proba)
-    labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
-    kind = labels.kind
-    return TaskScores(
-        **{
-            **kind.scores(labels, proba, names),
-            "num_unseen": int(part.unseen[task][rows].sum()),
-            "unseen": unseen_classes(part, task, rows),
-            "class_names": names,
-            "intervals": settings.intervals(labels, kind.predict(proba), table.width(task)),
-        }
-    )
-
-
-def _subset_scores(
-    table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: ScoreSettings
-) -> SubsetScores:
-    """What the model knows from a subset of its modalities, and from all of them on the same rows."""
-    rows = has_prediction(proba) & table.labels[task].labelled
-    labels, proba, names = table.labels[task][rows], chosen(proba, rows), table.class_names[task]
-    kind = labels.kind
-    return SubsetScores(
-        modalities=list(subset),
-        num_modalities=len(subset),
-        num_rows=len(labels),
-        intervals=settings.intervals(labels, kind.predict(proba), table.width(task)),
-        metrics=Metrics(**kind.scores(labels, proba, names)),
-        all=point_scores(table, task, rows, proba_all),
-    )
-
-
-def point_scores(table: FeatureTable, task: str, rows: np.ndarray, proba: np.ndarray) -> PointScores:
-    """Number of rows and what the kind reports, of some rows (N,) bool."""
-    labels = table.labels[task][rows]
-    metrics = labels.kind.scores(labels, chosen(proba, rows), table.class_names[task])
-    return PointScores(num_rows=metrics["num_rows"], values={name: metrics.get(name) for name in labels.kind.reported})
-
-
-def _patterns(table: FeatureTable, task: str, proba: np.ndarray) -> dict[str, PointScores]:
-    """Labelled and readable rows by the modalities they have, with the main metric on each kind."""
-    labels = table.labels[task]
-    rows = labels.labelled & has_prediction(proba)
-    main, found = labels.kind.main, dict[str, PointScores]()
-    for name, here in presence_patterns(table).items():
-        scored = rows & here
-        if scored.any():
-            scores = point_scores(table, task, scored, proba)
-            found[name] = PointScores(num_rows=scores.num_rows, values={main: scores[main]})
-    return found
-
-
-def _val_scores(table: FeatureTable, proba: Proba, on: str) -> dict[str, HeldOutScores]:
-    """See `heldout_record`, for tasks with labels there."""
-    scores = {task: heldout_record(table, task, values, on) for task, values in proba.items()}
-    return {task: s for task, s in scores.items() if s}
-
-
-def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> HeldOutScores | None:
-    """Accuracy and macro-F1 on held-out rows, how they were held out (`on`), and of rows held out by cross-validation the same
-    of those in the val split (`split_val`, None if there are none): models without cross-validation know only these. None
-    without a labelled row."""
-    rows = has_prediction(proba)
-    scores = point_scores(table, task, rows, proba)
-    record = HeldOutScores(num_rows=scores.num_rows, on=on, values=scores.values)
-    if on == "cv":
-        inside = point_scores(table, task, rows & (table.split == "val"), proba)
-        record.split_val = inside if inside.num_rows else None
-    return record if record.num_rows else None

@@ -26,7 +26,7 @@ from mmkt_ray.scoring.metrics import HeldOutScores, PointScores, TaskScores
 from mmkt_ray.scoring.results import Considered, Recommended, ResultsFile, TaskResults
 
 if TYPE_CHECKING:
-    from mmkt_ray.evaluation.compare import Evaluated
+    from mmkt_ray.evaluation.evaluated import Evaluated
 
 HeldOutRows = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), see `LabelledPredictions.right` (N,)
 

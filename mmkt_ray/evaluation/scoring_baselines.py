@@ -15,8 +15,11 @@ from mmkt_ray import storage
 from mmkt_ray.cluster import cores
 from mmkt_ray.cluster.side_by_side import Call, run_here
 from mmkt_ray.config import Config
-from mmkt_ray.evaluation.evaluate import Proba, ScoreSettings, heldout_record, part_of, scores_of_task
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.evaluation.evaluate import part_of
+from mmkt_ray.evaluation.task_scores import ScoreSettings, heldout_record, scores_of_task
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
+from mmkt_ray.inference.outputs import Proba
 from mmkt_ray.inference.rows import Rows, load_rows, prediction_parts, write_parts
 from mmkt_ray.scoring.heldout import make_folds
 from mmkt_ray.scoring.metrics import BaselineMetrics, BaselinesFile, HeldOutScores

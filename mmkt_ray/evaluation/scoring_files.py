@@ -20,8 +20,8 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.prediction import NewShards, model_to_ship, predict
 from mmkt_ray.inference.rows import classes_outside
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring.intervals import Interval, bootstrap_intervals, percentiles
 from mmkt_ray.scoring.metrics import ClassScores, FilesMetrics, FilesScores, PatternScores

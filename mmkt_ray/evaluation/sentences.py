@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.scoring.results import Answer, Considered, Headline, ModelScores, TaskResults
+from mmkt_ray.scoring.results import Answer, Considered, Headline, ModelScores, ResultsFile, TaskResults
+from mmkt_ray.scoring.run_file import RunFile
 from mmkt_ray.scoring.tables import points
 
 TONES = {"adds": "good", "hurts": "bad"}
@@ -132,3 +133,54 @@ def _right(words: str, score: float, rows: str) -> str:
 
 def _and(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+DIFFERENT_SAMPLES = "different samples"
+
+
+def _unseen(tasks: dict[str, TaskResults]) -> str:
+    """The classes that train lacks, with their rows, of the model of each task that meets most of them."""
+    named = []
+    for task, found in tasks.items():
+        most = max(found.rows, key=lambda row: row.num_unseen or 0)
+        named += [f"{task} '{name}' ({n})" for name, n in (most.unseen or {}).items()]
+    return f": {', '.join(named)}" if named else ""
+
+
+def notes(results: ResultsFile, run: RunFile) -> list[str]:
+    """What a reader must know to read the numbers right; first whether adapting encoders paid."""
+    notes = [found.sentence for found in results.adapted]
+    if any(t.selected_on == "test" for t in results.tasks.values()):
+        notes.append(
+            "There are no held-out rows but test, so the best models were chosen there: their scores are a little too good."
+        )
+    for task, found in results.tasks.items():
+        if (found.best or "").startswith("boosting:"):
+            notes.append(
+                f"{found.best} is the best of all for {task} on the rows that models are chosen by: gradient boosting on the "
+                "table alone would do. It is a baseline that is not saved: fit scikit-learn's HistGradientBoosting to ship it."
+            )
+    missing = [name for name in run.variants if name not in results.models]
+    if missing:
+        notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")
+    rows = [r for t in results.tasks.values() for r in t.rows]
+    if any(r.verdict == DIFFERENT_SAMPLES for r in rows):
+        notes.append(
+            '"Different samples": no single modality was scored on the same samples, so there is no fair difference.'
+        )
+    if alone := [t for t, found in results.tasks.items() if found.best_single is None]:
+        notes.append(
+            f"No model of a single modality was trained for {', '.join(alone)}: nothing says there whether fusing helps."
+        )
+    if any(r.num_unseen for r in rows):
+        notes.append(
+            f"Some test labels are of classes that the train split does not have{_unseen(results.tasks)}; they count as "
+            "wrong, or are left out of a multilabel row."
+        )
+    by_note: dict[str, list[str]] = {}
+    for task, found in results.tasks.items():
+        by_note.setdefault(task_kind(found.kind).notes, []).append(task)
+    notes += [note.format(tasks=", ".join(tasks)) for note, tasks in by_note.items() if note]
+    if any(r.versus and r.versus.num_rows < r.num_rows for r in rows):
+        notes.append("Where two models can read different samples, their difference is over those that both can read.")
+    return notes

@@ -21,11 +21,11 @@ from mmkt_ray.export.graph import ExportGraph
 from mmkt_ray.export.inputs import Arrays, GraphInputs, prepared
 from mmkt_ray.features.decode import input_size
 from mmkt_ray.features.feature_table import FeatureTable
-from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.inference.outputs import Proba, predict_table
 from mmkt_ray.inference.rows import without_unreadable
-from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.samples.readers import find_samples
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.sandbox.child import Limits
 from mmkt_ray.sandbox.decoding import Broken, decode_samples
 
@@ -35,7 +35,6 @@ NUM_ROWS = 100
 TOLERANCE = 1e-4  # of a probability, and of other values relative to their size
 PREDICTIONS = "predictions-test.parquet"  # in a model folder that was evaluated
 WORDS = 8  # of a random text
-Proba = dict[str, np.ndarray]  # task -> (B, C)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.export.check import (
     TOLERANCE,
     CheckRows,
-    Proba,
     check_rows,
     graph_arrays,
     hide_some,
@@ -40,8 +39,9 @@ from mmkt_ray.export.graph import ExportGraph, build_graph
 from mmkt_ray.export.inputs import Arrays
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
+from mmkt_ray.inference.outputs import Proba
 from mmkt_ray.inference.prediction import restrict, usable_encoders
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 
 TARGETS = {"onnx": "model.onnx", "torch": "model.pt2"}
 OPSET = 20

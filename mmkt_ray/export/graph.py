@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmkt_ray.config import Config
 from mmkt_ray.encoders.build import build_encoder, load_fitted, load_reducer
 from mmkt_ray.export.inputs import INPUTS, ROWS, GraphInput, GraphInputs, graph_inputs, reduction
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models import Predictor, SparseBatch
 from mmkt_ray.models.containers import ModuleList
 

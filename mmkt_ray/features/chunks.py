@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmkt_ray import storage
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import REJECT_SCHEMA, Shard, count_stages, reject_table
 
 ChunkRow: TypeAlias = "pa.Table"  # of one row

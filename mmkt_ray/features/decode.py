@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmkt_ray.config import Config
-from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.features.chunks import ChunkRow, cell_buffers, make_row, open_row
 from mmkt_ray.features.store import hash_of
 from mmkt_ray.kinds.content import hash_json
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.samples.schema import MODALITY, Reject, reject_table
 from mmkt_ray.sandbox.child import Limits
 from mmkt_ray.sandbox.decoding import Broken, decode_samples

@@ -10,53 +10,37 @@ paired samples are one more store (combine.py).
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray.data
 
 from mmkt_ray import cluster, progress, storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.config.samples import SamplesConfig
-from mmkt_ray.encoders.base import fit_of
-from mmkt_ray.encoders.build import build_encoder, load_reducer, read_encoder_card
+from mmkt_ray.encoders.build import load_reducer, read_encoder_card
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import read_shard, write_part
 from mmkt_ray.features.combine import combine
-from mmkt_ray.features.decode import decode_chunk, decoding
+from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, reduce_part
 from mmkt_ray.features.fit import encoded_by_user, fit_encoders, fit_reducers
-from mmkt_ray.features.leakage import find_leaking
-from mmkt_ray.features.manifest import ModalityFeatures, Speed
-from mmkt_ray.features.publish import (
-    Origin,
-    check_budget,
-    is_spent,
-    num_rejected,
-    publish,
-    published,
-    tell_counts,
-    tell_reasons,
-)
+from mmkt_ray.features.leakage import drops_rows, leaking_train_rows
+from mmkt_ray.features.manifest import ModalityFeatures
+from mmkt_ray.features.publish import Origin, publish, published, tell_reasons
+from mmkt_ray.features.resume import find_reusable, reading_layout, same_length, stored_chunks
+from mmkt_ray.features.run_stats import RunStats
 from mmkt_ray.features.siblings import copy_store_from_sibling
 from mmkt_ray.features.store import Store
-from mmkt_ray.kinds.content import NORMALISATION
 from mmkt_ray.samples.lines import that_may_be_cut
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
-from mmkt_ray.samples.schema import DAMAGE, MODALITY, Shard
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.shards import list_shards
 
 log = logging.getLogger(__name__)
 
 READ_CPUS = 0.5  # differs from an actor's on purpose: equal demands would fuse reading into the encoder actors
-BUDGET_GRACE_ROWS = 1000  # rows before the reject budget is first checked in a run
-PROGRESS_EVERY_S = 5.0
 GPU_CHUNKS = 2  # in flight in an actor with a GPU: while one is unpacked and packed, the other is on the device
 
 
@@ -73,21 +57,6 @@ def extract(config: Config, run_uri: str) -> Store:
     return combine(config, run_uri, reduced)
 
 
-def drops_rows(config: Config) -> bool:
-    """Whether leaking rows are left out before combining. With join and pair, combined samples are."""
-    return config.samples.drop_leakage and config.samples.combine.name == "union"
-
-
-def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, list[str]]:
-    """Unit of a shard -> ids of its train rows that will be left out, so that no encoder is fitted on them."""
-    sections = [modality.encoder for modality in config.modalities.values()]
-    if not drops_rows(config) or all(fit_of(build_encoder(section)) == "none" for section in sections):
-        return {}
-    uri = storage.join(run_uri, "features", f"contents-{fingerprint(reading_layout(config))}")
-    encoders = {m: modality.encoder for m, modality in config.modalities.items()}
-    return find_leaking(ReadingPlan.of(config), config.samples, encoders, uri, shards)
-
-
 def check_not_empty(store: Store) -> None:
     """Raises: DataError for a modality or a task that no row has: most likely its column is mapped to the wrong name."""
     counts = store.manifest.counts
@@ -102,7 +71,7 @@ def check_not_empty(store: Store) -> None:
 
 
 def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str, str]) -> Store:
-    """The store of all shards through fitted encoders (modality -> folder)."""
+    """Encode all shards; returns their store. encoders: modality -> folder of the fitted encoder."""
     cards = {m: read_encoder_card(uri) for m, uri in sorted(encoders.items())}
     layout = fingerprint(reading_layout(config))
     plan: dict[str, Any] = {"layout": layout, "encoders": {m: c.fingerprint for m, c in cards.items()}}
@@ -146,7 +115,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
 
 
 def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
-    """Encoder actors, and the GPUs of each: as the config says, else as many as the GPUs hold, or one per two logical CPUs."""
+    """Number of encoder actors, and GPUs of each. Where the config leaves it open, there are as many actors as the GPUs hold, or
+    one for two logical CPUs."""
     num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
     default = cluster.gpu_places(resources, num_gpus) if num_gpus else resources.num_cpus // 2
     return config.extract.num_actors or max(1, int(default)), num_gpus
@@ -166,7 +136,7 @@ def run_encode(
     reuse: dict[str, str],
     stats: RunStats,
 ) -> None:
-    """The pipeline itself."""
+    """The pipeline on Ray Data: read, decode, encode, write."""
     resources = cluster.connect()
     num_actors, num_gpus = encoder_pool(config, resources)
     cluster.check_fits(resources, num_actors, 1, num_gpus)
@@ -198,7 +168,10 @@ def run_encode(
 
 
 def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str]) -> Store:
-    """The store with fitted reducers (modality -> folder) applied; the encoded store itself where there are none."""
+    """Reduce the features of a store; returns the reduced store, or `encoded` itself if there are no reducers.
+
+    reducers: modality -> folder of the fitted reducer.
+    """
     if not reducers:
         return encoded
     cards = {m: read_encoder_card(uri) for m, uri in sorted(reducers.items())}
@@ -239,132 +212,3 @@ def reduce(config: Config, run_uri: str, encoded: Store, reducers: dict[str, str
             found=own.found | card.found,
         )
     return publish(uri, config, Origin(units, source=encoded), modalities, stats.speed(), stats.checksums)
-
-
-def reading_layout(config: Config) -> dict[str, Any]:
-    """All that decides which rows a chunk holds and what is in them before encoding."""
-    apart = {"max_reject_frac", "min_reject_budget", "combine", "drop_leakage", "decode_timeout_s", "decode"}
-    samples = config.samples.model_dump(mode="json", exclude=apart)
-    return {
-        "samples": samples,
-        "normalisation": NORMALISATION,
-        "by_key": config.samples.combine.name == "join",  # the split is then drawn by the key
-        "columns": {
-            "modalities": {m: c.kind.model_dump(mode="json") for m, c in sorted(config.modalities.items())},
-            "tasks": [c.kind.reading(t, c.separator) for t, c in sorted(config.tasks.items())],
-        },
-        "chunk": [config.extract.chunk_rows, config.extract.chunk_bytes],
-        **decoding([modality.kind for modality in config.modalities.values()], config.samples),
-    } | ({} if config.extract.feature_dtype == "float32" else {"dtype": config.extract.feature_dtype})
-
-
-def stored_chunks(uri: str) -> tuple[dict[str, set[int]], set[str]]:
-    """Chunks that are written already, by unit; and the units of which every chunk is."""
-    done: dict[str, set[int]] = {}
-    ends: dict[str, int] = {}
-    for info in storage.list_files(storage.join(uri, "data"), "*.parquet"):
-        unit, index, *end = info.base_name.removesuffix(".parquet").split("-")
-        done.setdefault(unit, set()).add(int(index))
-        if end:
-            ends[unit] = int(index)
-    return done, {unit for unit, last in ends.items() if len(done[unit]) == last + 1}
-
-
-def same_length(uri: str, other_uri: str, name: str) -> bool:
-    """Whether two stores' parts of one name have as many rows: publishing may have taken duplicates out of one since."""
-    parts = [storage.resolve(storage.join(u, "data", name)) for u in (uri, other_uri)]
-    lengths = {pq.read_metadata(path, filesystem=fs).num_rows for fs, path in parts}
-    return len(lengths) == 1
-
-
-def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str]:
-    """Modalities that another store of this run read in the same way through the same encoder: modality -> that store."""
-    reuse: dict[str, str] = {}
-    for info in storage.list_files(storage.join(run_uri, "features"), "plan.json", recursive=True):
-        other_uri = storage.join(run_uri, "features", info.path.split("/")[-2])
-        other = storage.read_json(storage.join(other_uri, "plan.json"))
-        if other_uri == uri or other["layout"] != plan["layout"]:
-            continue
-        same = (m for m, print_ in plan["encoders"].items() if other["encoders"].get(m) == print_)
-        reuse |= {m: other_uri for m in same}
-    for modality, other_uri in reuse.items():
-        log.info("%s features are taken from %s where they are there", modality, other_uri)
-    return reuse
-
-
-class ShardSizes:
-    """Rows of the largest shard of which all parts have come."""
-
-    def __init__(self) -> None:
-        self.largest = 0
-        self._parts: Counter[str] = Counter()  # of a unit, so far
-        self._rows: Counter[str] = Counter()
-        self._ends: dict[str, int] = {}  # unit -> number of its parts
-
-    def add(self, part: str, num_rows: int) -> None:
-        """A part's name, and its rows, rejected ones included."""
-        unit, index, *end = part.removesuffix(".parquet").split("-")
-        self._parts[unit] += 1
-        self._rows[unit] += num_rows
-        if end:
-            self._ends[unit] = int(index) + 1
-        if self._parts[unit] == self._ends.get(unit):
-            self.largest = max(self.largest, self._rows.pop(unit))
-
-
-class RunStats:
-    """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
-
-    def __init__(self, uri: str, samples: SamplesConfig | None = None, names: dict[str, str] | None = None) -> None:
-        """uri: of the store that the parts go to. samples: None where rows cannot be lost. names: unit -> shard name."""
-        self.uri, self.samples, self.names = uri, samples, names or {}
-        self.num_rows = 0
-        self.lost: Counter[str] = Counter()  # stage -> rows
-        self.seconds: Counter[str] = Counter()
-        self.checksums: dict[str, str] = {}  # by part
-        self.sizes = ShardSizes()
-        self.wall_s = self.startup_s = 0.0
-
-    def follow(self, parts: ray.data.Dataset, on_part: Callable[[str], None]) -> None:
-        """Run the pipeline to its end, calling `on_part` with each part's name. Raises: DataError when the reject
-        budget is spent."""
-        start = logged = time.perf_counter()
-        for part in parts.iter_rows():
-            self.num_rows += part["num_rows"]
-            self.lost.update(json.loads(part["lost"]))
-            self.checksums[part["name"]] = part["checksum"]
-            on_part(part["name"])
-            seconds = json.loads(part["seconds"])
-            self.seconds.update(seconds)
-            self.wall_s = time.perf_counter() - start
-            # until the first part is there, less the work on it: processes, imports, loading encoders
-            self.startup_s = self.startup_s or self.wall_s - sum(seconds.values())
-            if time.perf_counter() - logged > PROGRESS_EVERY_S:
-                logged = time.perf_counter()
-                log.info("%s, %.0f rows/s", tell_counts(self.num_rows, self.lost), self.num_rows / self.wall_s)
-            self.sizes.add(part["name"], part["num_rows"] + num_rejected(Counter(json.loads(part["lost"]))))
-            if self.samples is not None:
-                self._check_budget(self.samples)
-        log.info("%s in %.1f s", tell_counts(self.num_rows, self.lost), self.wall_s)
-
-    def _check_budget(self, samples: SamplesConfig) -> None:
-        """Compare rejects with the rows read so far, and damaged shards with an estimate of all rows: twice the rows
-        of the largest shard, for each shard. (One of the first ten shards may be a thousandth of all.) Raises:
-        DataError."""
-        rows = Counter({stage: n for stage, n in self.lost.items() if stage != DAMAGE})
-        if self.num_rows + num_rejected(rows) >= BUDGET_GRACE_ROWS:
-            check_budget(self.uri, samples, self.num_rows, rows, self.names)
-        lost, likely = num_rejected(self.lost), len(self.names) * self.sizes.largest
-        if self.lost[DAMAGE] and likely and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely)):
-            check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names, estimated=True)
-
-    def speed(self) -> Speed | None:
-        """For the manifest; None when nothing was run."""
-        if not self.wall_s:
-            return None
-        return Speed(
-            stages={k: round(v, 3) for k, v in sorted(self.seconds.items())},
-            wall_s=round(self.wall_s, 3),
-            startup_s=round(self.startup_s, 3),
-            rows_per_s=round((self.num_rows + num_rejected(self.lost)) / self.wall_s, 1),
-        )

@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from mmkt_ray import storage
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.errors import ResourceError
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.task_kind import TaskKind
 
 MAPPED_BYTES = 4_000_000  # of one array, above which it is mapped
 TAKE_ROWS = 8192  # copied at a time

@@ -18,7 +18,6 @@ import ray
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.config import Config, CustomEncoder, Section, fingerprint
-from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import (
     ENCODER_CARD,
     build_encoder,
@@ -27,6 +26,7 @@ from mmkt_ray.encoders.build import (
     read_encoder_card,
     save_fitted,
 )
+from mmkt_ray.encoders.encoder import fit_of
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decoding
 from mmkt_ray.features.publish import tell_reasons
@@ -34,8 +34,8 @@ from mmkt_ray.features.siblings import copy_from_sibling
 from mmkt_ray.features.statistics import encoder_statistics, reducer_statistics
 from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.content import NORMALISATION
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
@@ -89,12 +89,8 @@ def fit_encoder(
     if kept := find_fit(run_uri, prefix, units):
         return kept
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
-    if not isinstance(section, CustomEncoder) and copy_from_sibling(  # the user's code may have changed since
-        run_uri,
-        f"encoders/{uri.rsplit('/', 1)[-1]}",
-        ENCODER_CARD,
-        lambda found: load_fitted(build_encoder(section), found) is not None and read_encoder_card(found).units == units,
-    ):
+    by_user = isinstance(section, CustomEncoder)  # whose code may have changed since
+    if not by_user and copy_fit_from_sibling(run_uri, uri, units, partial(build_encoder, section)):
         return uri
     cluster.connect()
     start = time.perf_counter()
@@ -164,6 +160,15 @@ def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
     return None
 
 
+def copy_fit_from_sibling(run_uri: str, uri: str, units: list[str], build: Callable[[], Any]) -> bool:
+    """Copy the fit on exactly these shards from another run. Returns whether one had it. build: makes an unfitted one."""
+
+    def is_whole(folder: str) -> bool:
+        return load_fitted(build(), folder) is not None and read_encoder_card(folder).units == units
+
+    return copy_from_sibling(run_uri, f"encoders/{uri.rsplit('/', 1)[-1]}", ENCODER_CARD, is_whole)
+
+
 def fit_reducers(config: Config, run_uri: str, encoded: Store) -> dict[str, str]:
     """Folders of the fitted reducers by modality, for the modalities that have one."""
     return {
@@ -188,12 +193,7 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
         return kept
     uri = storage.join(run_uri, "encoders", f"{prefix}-{fingerprint(units, 8)}")
     reducer = build_reducer(section)
-    if not encoded_by_user(config) and copy_from_sibling(
-        run_uri,
-        f"encoders/{uri.rsplit('/', 1)[-1]}",
-        ENCODER_CARD,
-        lambda found: load_fitted(build_reducer(section), found) is not None and read_encoder_card(found).units == units,
-    ):
+    if not encoded_by_user(config) and copy_fit_from_sibling(run_uri, uri, units, partial(build_reducer, section)):
         return uri
     cluster.connect()
     log.info("fitting %s on the %s features of the train split", section.name, modality)

@@ -9,16 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config.samples import SamplesConfig
-from mmkt_ray.encoders.base import EncoderSection
+from mmkt_ray.config import Config, fingerprint
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.encoders.encoder import EncoderSection, fit_of
 from mmkt_ray.features.audit import leaking_rows, read_contents
 from mmkt_ray.features.decode import decode_column
+from mmkt_ray.features.resume import reading_layout
 from mmkt_ray.features.store import hash_of
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 
 log = logging.getLogger(__name__)
@@ -65,3 +68,18 @@ def hash_shard(
                 # the same as the pipeline writes to a store: None where the modality is absent or can't be decoded
                 columns[hash_of(modality)] = decode_column(column, kind, built[modality], samples, only_hashes=True).hashes
             writer.write_table(pa.table(columns, schema=schema))
+
+
+def drops_rows(config: Config) -> bool:
+    """Whether leaking rows are left out before combining. With join and pair, combined samples are."""
+    return config.samples.drop_leakage and config.samples.combine.name == "union"
+
+
+def leaking_train_rows(config: Config, run_uri: str, shards: list[Shard]) -> dict[str, list[str]]:
+    """Unit of a shard -> ids of its train rows that will be left out, so that no encoder is fitted on them."""
+    sections = [modality.encoder for modality in config.modalities.values()]
+    if not drops_rows(config) or all(fit_of(build_encoder(section)) == "none" for section in sections):
+        return {}
+    uri = storage.join(run_uri, "features", f"contents-{fingerprint(reading_layout(config))}")
+    encoders = {m: modality.encoder for m, modality in config.modalities.items()}
+    return find_leaking(ReadingPlan.of(config), config.samples, encoders, uri, shards)

@@ -26,16 +26,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mmkt_ray import cluster, storage
-from mmkt_ray.config.samples import SamplesConfig
-from mmkt_ray.encoders.base import EncoderTraining
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.encoders.encoder import EncoderTraining
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decode_column
 from mmkt_ray.features.publish import tell_reasons, without_details
 from mmkt_ray.features.spellings import respelled
 from mmkt_ray.kinds.spelling import index_in, sort_classes
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard, train_rows
 
 log = logging.getLogger(__name__)

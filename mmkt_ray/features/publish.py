@@ -15,15 +15,15 @@ import pyarrow.compute as pc
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.audit import audit
 from mmkt_ray.features.dropping import DUPLICATE, drop_leakage, parts_of_ids, read_part, read_rejects, reject_duplicates
 from mmkt_ray.features.manifest import Counts, Manifest, ModalityFeatures, Speed, TaskClasses
 from mmkt_ray.features.spellings import merge_spellings
 from mmkt_ray.features.store import Store, column_of, open_store, write_manifest
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.table_rows import NULLED
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.samples.schema import DAMAGE, LEAKAGE, MODALITY, REJECT_SCHEMA, UNMAPPED, Shard, count_stages
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 import pyarrow as pa
 
 from mmkt_ray import storage
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import canonical
+from mmkt_ray.kinds.task_kind import TaskKind
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 import ray
 
 from mmkt_ray import storage
-from mmkt_ray.config.samples import SamplesConfig
-from mmkt_ray.encoders.base import EncoderSection
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.encoders.encoder import EncoderSection
 from mmkt_ray.features.decode import decode_column
 from mmkt_ray.features.store import column_of, from_arrow
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard, train_rows
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +22,12 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.config import SPLITS, Config
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.features.feature_table import FeatureTable, Ids, concat_tables
 from mmkt_ray.features.manifest import MANIFEST, Manifest
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
-
-__all__ = ["FeatureTable", "Store", "concat_tables", "open_store"]
 
 SPARSE = pa.struct([("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
 
@@ -98,6 +97,16 @@ class Store:
 
     uri: str
     manifest: Manifest
+
+    @property
+    def place(self) -> str:
+        """The store's folder in its run folder."""
+        return f"features/{self.uri.rsplit('/', 1)[-1]}"
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells the store's content from any other's, JSON-able."""
+        return [self.manifest.fingerprint, self.manifest.checksums]
 
     def parts(self) -> list[str]:
         """URIs of the data files, in the order of the shards that they came from."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.model_card import ALL_ROWS
 from mmkt_ray.inference.rows import has_prediction, presence_patterns
 from mmkt_ray.scoring.metrics import Coverage

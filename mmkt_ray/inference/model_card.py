@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mmkt_ray import storage
-from mmkt_ray.config import SCHEMES, FusionConfig
+from mmkt_ray.config import SCHEME_NAMES, FusionConfig
 from mmkt_ray.errors import DataError, OtherVersionError
 from mmkt_ray.features.manifest import ModalityFeatures
 from mmkt_ray.inference.training_record import AnyTraining, Training
@@ -41,8 +41,8 @@ class _Spec(_Strict):
     kinds: dict[str, Annotated[Any, BeforeValidator(task_kind)]]
     inputs: dict[str, Annotated[list[str], Field(min_length=1)]]
     fusion: FusionConfig
-    schemes: list[Literal[SCHEMES]] = Field(max_length=16)  # type: ignore[valid-type]
-    num_experts: int = Field(ge=1, le=64)
+    schemes: list[Literal[SCHEME_NAMES]] = Field(max_length=16)  # type: ignore[valid-type]
+    mmoe_experts: int = Field(ge=1, le=64)
     hidden_dim: Size
     dropout: Fraction
     feature_dropout: Fraction
@@ -119,7 +119,7 @@ class Versions(Record, frozen=True, strict=True):
 class Card(SealedRecord):
     """What a model folder's `config.json` holds: with the weights, all that is needed to use the model."""
 
-    schema_version: ClassVar[int] = 4  # 4: spec.wide
+    schema_version: ClassVar[int] = 5  # 5: spec.mmoe_experts
     again: ClassVar[str] = "remove the folder and train again"
 
     checksums: dict[str, str]  # of the other files
@@ -154,6 +154,14 @@ def read_card(uri: str) -> Card | None:
         return Card.read(storage.join(uri, CARD))
     except (FileNotFoundError, OtherVersionError):
         return None
+
+
+def read_training(uri: str) -> Training:
+    """How the model that lies there was trained. Raises: DataError if there is none."""
+    card = read_card(uri)
+    if card is None or card.fit is None:
+        raise DataError(f"there is no trained model in '{uri}': remove the folder and train again")
+    return card.fit
 
 
 def check_card(uri: str, card: Card) -> None:

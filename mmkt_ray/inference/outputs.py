@@ -6,6 +6,7 @@ Axes: N samples of a table, B rows of a batch, C classes of one task.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.models import FeatureBatch, Predictor, PredictorSpec, SparseBatch
+
+Proba: TypeAlias = Mapping[str, np.ndarray]  # task -> (N, C) probabilities
 
 
 def model_inputs(

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, CustomEncoder, PairCombine, Section, UnionCombine, fingerprint, parse_config
-from mmkt_ray.config.samples import HttpConfig, SamplesConfig
-from mmkt_ray.config.training import ExtractConfig
+from mmkt_ray.config.samples_config import HttpConfig, SamplesConfig
+from mmkt_ray.config.training_config import ExtractConfig
 from mmkt_ray.encoders.build import read_encoder_card
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.features.manifest import ModalityFeatures
@@ -26,16 +26,16 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.inference.conformal import margins_of
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
-from mmkt_ray.inference.output import Output, classes_metadata, write_output
+from mmkt_ray.inference.output_formats import Output, classes_metadata, write_output
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import missing_column, prediction_columns, without_unreadable, write_parts
 from mmkt_ray.locks import locked
 from mmkt_ray.models import Predictor
 from mmkt_ray.samples.columns import Reading
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import has_column, known_columns, list_shards
+from mmkt_ray.samples.readers import has_column, known_columns
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
-from mmkt_ray.samples.shards import has_suffix
+from mmkt_ray.samples.shards import has_suffix, list_shards
 from mmkt_ray.scoring.results import ResultsFile
 
 log = logging.getLogger(__name__)

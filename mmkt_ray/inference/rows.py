@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.feature_table import LABEL_PARTS, Growing
-from mmkt_ray.features.store import FeatureTable, Store
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.features.feature_table import LABEL_PARTS, FeatureTable, Growing
+from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import spelled_as
+from mmkt_ray.kinds.task_kind import TaskKind
 
 MAX_UNSEEN = 20  # classes that train lacks and that are named
 ROW_GROUP = 10_000  # rows of a file of predictions that are in memory at a time, or those of one part of the store

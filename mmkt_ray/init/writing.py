@@ -13,10 +13,11 @@ from typing import Any
 
 from mmkt_ray.config import parse_config
 from mmkt_ray.config.parsing import read_yaml
-from mmkt_ray.config.run import OWN_COLUMNS
+from mmkt_ray.config.run_config import OWN_COLUMNS
 from mmkt_ray.errors import ConfigError, DataError, nearest
 from mmkt_ray.init.classify import KINDS, ClassifiedColumn, Look, Target, classify_all, classify_target
 from mmkt_ray.init.looking import Seen, clean_name, default_name, look_at
+from mmkt_ray.kinds.tasks import TASK_KINDS
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def init(place: str, targets: Sequence[str], out: str, *, as_classes: bool = Fal
     with open(out, "w", encoding="utf-8") as file:
         file.write(draft.text)
     config = shlex.quote(out)
-    return f"{draft.columns}\n\nwrote {out}\nnext: mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
+    then = f"mmkt run {config} --quick    # a first answer; then: mmkt run {config}"
+    return f"{draft.columns}\n\nwrote {out}\nnext: {then}"
 
 
 def make_draft(seen: Seen, targets: Sequence[str], name: str, as_classes: bool) -> Draft:
@@ -106,7 +108,7 @@ def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Targe
         source.append(f"      encoding: {seen.encoding}")
     if any(os.path.isabs(text) for c in used if c.kind in ("image", "audio") for text in c.look.texts[:20]):
         source.append("      allow_outside: true  # the paths are absolute")
-    first_task = names[next((t.look.name for t in tasks if t.kind in ("multiclass", "binary")), tasks[0].look.name)]
+    first_task = names[next((t.look.name for t in tasks if TASK_KINDS[t.kind].exclusive), tasks[0].look.name)]
     modalities = [
         f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_comment(c.kind)}"
         for c in used

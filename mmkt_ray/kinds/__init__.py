@@ -1,1 +1,1 @@
-"""What differs between kinds: of a modality in modalities.py, of a task in base.py and the classes of tasks.py."""
+"""What differs between kinds: of a modality in the classes of modalities.py, of a task in those of tasks.py."""

@@ -25,10 +25,10 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 
 if TYPE_CHECKING:
-    from mmkt_ray.kinds.modalities import ModalityKind
+    from mmkt_ray.kinds.modality_kind import ModalityKind
 
 MAX_INT_DIGITS = 4000  # of a number in JSON; Python refuses to make one of more than 4,300
 

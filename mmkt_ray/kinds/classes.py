@@ -1,4 +1,4 @@
-"""What kinds of task have in common whose labels are classes. Axes: see base.py; K is C, the number of classes."""
+"""What kinds of task have in common whose labels are classes. Axes: see task_kind.py; K is C, the number of classes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from unicodedata import normalize
 import numpy as np
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in, sort_classes
+from mmkt_ray.kinds.task_kind import TaskKind
 
 if TYPE_CHECKING:
     import pyarrow as pa

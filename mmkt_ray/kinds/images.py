@@ -65,7 +65,7 @@ def _planes(pixels: np.ndarray, size: InputSize) -> np.ndarray:
     return pixels.transpose(2, 0, 1)  # copied once, where it goes to
 
 
-Reply = tuple[np.ndarray, int, list[str], int]  # what a decoding process sends
+Reply = tuple[np.ndarray, int, list[str], int]  # of a decoding function: array, number, what was normalised, content's hash
 
 
 def decode_file(data: bytes, max_pixels: int, wanted: Sequence[Any] | None = None) -> Reply:

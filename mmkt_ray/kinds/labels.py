@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from mmkt_ray.kinds.base import TaskKind
+    from mmkt_ray.kinds.task_kind import TaskKind
 
 
 @dataclass(frozen=True, eq=False)

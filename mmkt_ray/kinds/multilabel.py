@@ -1,4 +1,4 @@
-"""Tasks where a row has any number of classes. Axes: see base.py; K is C, the number of classes."""
+"""Tasks where a row has any number of classes. Axes: see task_kind.py; K is C, the number of classes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import label_names
 from mmkt_ray.kinds.classes import NOTHING_TO_LEARN, SHARED, ClassKind
 from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.spelling import index_in
+from mmkt_ray.kinds.task_kind import Outcomes
 
 if TYPE_CHECKING:
     import pyarrow as pa

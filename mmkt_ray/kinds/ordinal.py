@@ -1,4 +1,4 @@
-"""Tasks whose classes are grades in a stated order. Axes: see base.py; K is C, the number of grades.
+"""Tasks whose classes are grades in a stated order. Axes: see task_kind.py; K is C, the number of grades.
 
 The loss is that of Cao et al. 2020 (https://arxiv.org/abs/1901.07884): for each grade but the last the binary cross-entropy of
 "above it". There a single score and C - 1 biases keep the probabilities of "above" in order; here they are sums of the
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.base import Outcomes
 from mmkt_ray.kinds.cells import canonical, class_name, label_text
 from mmkt_ray.kinds.classes import SHARED
 from mmkt_ray.kinds.divide import divide_where
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.task_kind import Outcomes
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Tasks whose labels are numbers. Axes: see base.py; K is 1.
+"""Tasks whose labels are numbers. Axes: see task_kind.py; K is 1.
 
 A model's logit z is the number on the scale that `transform` makes of the train labels (numbers.py); its output is the number
 itself. What the card needs to undo the transform is a parameter of the kind, `scale`, which the store's manifest and the
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
-from mmkt_ray.kinds.base import Outcomes, TaskKind
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.number_metrics import IN_UNITS
 from mmkt_ray.kinds.numbers import TRANSFORMS, Scale, number_column, number_in
+from mmkt_ray.kinds.task_kind import Outcomes, TaskKind
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The kinds of task that there are: a new one is a class, see base.py, and an entry here."""
+"""The kinds of task that there are: a new one is a class, see task_kind.py, and an entry here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from mmkt_ray.errors import ConfigError, nearest, unknown_name
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.kinds.ordinal import Ordinal
 from mmkt_ray.kinds.regression import Regression
+from mmkt_ray.kinds.task_kind import TaskKind
 
 TASK_KINDS: dict[str, type[TaskKind]] = {
     "multiclass": Multiclass,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models.containers import ModuleList
 from mmkt_ray.models.multimodal import MultimodalModel
 from mmkt_ray.models.spec import InputSpec, ModelSpec

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models.containers import ModuleDict, ModuleList
 from mmkt_ray.models.fuses import FUSES, Fuse, Masks, Parts, masked_softmax, stack_masks
 from mmkt_ray.models.layers import Linear, masked

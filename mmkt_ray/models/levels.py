@@ -144,10 +144,10 @@ class ExpertsLevel(nn.Module):
             if width is None and module_name(m) not in self.adapters:
                 self.adapters[module_name(m)] = make_linear(widths[source], hidden_dim)
         self.towers: ModuleList[Tower] = ModuleList(
-            Tower(width or Width(hidden_dim), hidden_dim, spec.dropout) for _ in range(spec.num_experts)
+            Tower(width or Width(hidden_dim), hidden_dim, spec.dropout) for _ in range(spec.mmoe_experts)
         )
         for pair, source in self.sources.items():
-            self.gates[module_name(*pair)] = make_linear(widths[source], spec.num_experts)
+            self.gates[module_name(*pair)] = make_linear(widths[source], spec.mmoe_experts)
 
     def forward(self, signals: Mapping[Path, FeatureBatch]) -> dict[Path, Tensor]:
         """signals: path -> (B, D). Returns this level's paths -> (B, H)."""

@@ -36,8 +36,8 @@ Signals = Mapping[Pair, FeatureBatch]  # (task, modality) -> (B, H)
 class MultimodalModel(nn.Module):
     """Features of several modalities, any of them absent in any row -> logits of several tasks.
 
-    Fusion parameters follow the top level's scheme: one fusion for all tasks that read the same modalities where it
-    gives them the same signals, else one per task. Heads are per task always.
+    Fusions follow the top level's scheme. Where it gives tasks the same signals, those that read the same modalities share
+    a fusion; else each task has its own. Each task has its own head.
     """
 
     modality_dropout: Tensor
@@ -99,7 +99,7 @@ class MultimodalModel(nn.Module):
         return [t for t, modalities in self.reads.items() if modality in modalities]
 
     def _fusion_name(self, task: str) -> str:
-        """Tasks of one name share the fusion."""
+        """Name of a task's fusion; tasks with the same name share it."""
         shared = bool(self.spec.schemes) and shares_tasks(self.spec.schemes[-1])
         return module_name(*self.reads[task]) if shared else module_name(task)
 
@@ -155,7 +155,7 @@ class MultimodalModel(nn.Module):
         return {pair: signals[path] for pair, path in self.paths.items()}, filled
 
     def decide(self, signals: Signals, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `encode` returned, or a change of it -> task -> logits (B, C)."""
+        """Task -> logits (B, C), of what `encode` returned or of a changed copy."""
         # tasks that share the fusion and all it reads share the work too
         fused: dict[Hashable, tuple[Parts, Masks]] = {}
         logits = {}
@@ -168,11 +168,11 @@ class MultimodalModel(nn.Module):
         return logits
 
     def tower(self, level: int, task: str, modality: str) -> nn.Module:
-        """What works on the pair's signal at a level (0 is the lowest); the same object for pairs that share it."""
+        """The tower of a pair at a level (0 is the lowest). Pairs that share it get the same object."""
         return self.levels[level].tower((task, modality))
 
     def modality_parameters(self, modality: str) -> list[list[str]]:
-        """Names in `state_dict` on the way of a modality's signal: of its input stage, of level 1, .., of level L.
+        """Names in `state_dict` of what a modality's signal passes through: its input stage, level 1, .., level L.
 
         What it shares with other modalities is included. Fusions, heads and generators belong to no single modality.
         """
@@ -187,15 +187,15 @@ class MultimodalModel(nn.Module):
         return [self.inputs, *self.levels, self.fusions, self.heads]
 
     def dropout_rates(self) -> dict[str, str]:
-        """The buffers that hold rates of dropout: name -> the field of the spec that it is."""
+        """The buffers that hold dropout rates: name -> the field of the spec that it comes from."""
         of_features = set(self.inputs.modules())
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, Dropout)}
         found = {f"{n}.rate": "feature_dropout" if d in of_features else "dropout" for n, d in layers.items()}
         return {"modality_dropout": "modality_dropout", **found}
 
     def num_parameters_by_part(self) -> dict[str, int]:
-        """Trained numbers in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`, `heads`,
-        and `wide`, if there is a linear model beside the network."""
+        """Number of trained parameters in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`,
+        `heads`, and `wide`, if there is a linear model beside the network."""
         adapters = sum(count_parameters(level.adapters) for level in self.levels)
         parts = {"input": count_parameters(self.inputs) + adapters}
         for i, level in enumerate(self.levels, start=1):
@@ -205,5 +205,5 @@ class MultimodalModel(nn.Module):
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Trained numbers of a module."""
+    """Number of trained parameters of a module."""
     return sum(p.numel() for p in module.parameters())

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.models.sharing import own_widths
 
@@ -32,7 +32,7 @@ class ModelSpec:
     inputs: dict[str, tuple[str, ...]]  # task -> the modalities that it reads
     fusion: dict[str, Any]  # the config's fusion section
     schemes: tuple[str, ...]  # one per tower level, bottom to top
-    num_experts: int  # of each mmoe level
+    mmoe_experts: int  # of each mmoe level
     hidden_dim: int
     dropout: float
     feature_dropout: float
@@ -85,7 +85,7 @@ def build_spec(
         inputs={t: config.task_inputs(t) for t in config.model_tasks},
         fusion=model.fusion.model_dump(mode="json"),
         schemes=model.schemes,
-        num_experts=model.num_experts,
+        mmoe_experts=model.mmoe_experts,
         hidden_dim=model.hidden_dim,
         dropout=model.dropout,
         feature_dropout=model.feature_dropout,

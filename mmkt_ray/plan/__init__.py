@@ -16,8 +16,8 @@ import numpy as np
 
 from mmkt_ray import cluster
 from mmkt_ray.config import Config, SearchConfig
-from mmkt_ray.encoders.base import fit_of
 from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.encoders.encoder import fit_of
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.plan import rates as known
 from mmkt_ray.plan.rates import Rates, rates_of, size, table_bytes

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config
-from mmkt_ray.encoders.base import Encoder
 from mmkt_ray.encoders.build import build_encoder
+from mmkt_ray.encoders.encoder import Encoder
 from mmkt_ray.errors import ConfigError, OtherVersionError
 from mmkt_ray.features.manifest import MANIFEST, Manifest, Speed
 from mmkt_ray.features.store import open_store

@@ -19,7 +19,7 @@ from mmkt_ray.scoring.metrics import Probabilities
 from mmkt_ray.scoring.results import Described, ResultsFile
 
 if TYPE_CHECKING:
-    from mmkt_ray.report.page import ShownModel
+    from mmkt_ray.report.task_section import ShownModel
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.evaluation.answers import Difference, paired_test
-from mmkt_ray.evaluation.compare import Evaluated, evaluated_models, is_stale
+from mmkt_ray.evaluation.evaluated import Evaluated, evaluated_models, is_stale
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report.html import render

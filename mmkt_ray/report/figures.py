@@ -24,8 +24,9 @@ class Figures:
         """What the template needs to show a figure: title, alt text, the `<svg>` element."""
         with matplotlib.rc_context({"svg.hashsalt": name}):  # ids differ between figures, and not between runs
             svg = draw()
-        start = f'<svg xmlns="http://www.w3.org/2000/svg"{svg.partition(">")[0].removeprefix("<svg")}><style>{self.style}</style>'
-        storage.write_bytes(storage.join(self.folder, f"{file_name(name)}.svg"), (start + svg.partition(">")[2]).encode())
+        tag, _, rest = svg.partition(">")
+        start = f'<svg xmlns="http://www.w3.org/2000/svg"{tag.removeprefix("<svg")}><style>{self.style}</style>'
+        storage.write_bytes(storage.join(self.folder, f"{file_name(name)}.svg"), (start + rest).encode())
         return {"title": title, "alt": alt, "svg": Markup(svg)}
 
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from mmkt_ray import storage
 from mmkt_ray.features.audit import Audit, LabelIssues
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.report import curves, words
 from mmkt_ray.report.about_models import training_of

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.number_metrics import IN_UNITS
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.scoring.intervals import Interval
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from mmkt_ray.config.samples import SourceConfig
+from mmkt_ray.config.samples_config import SourceConfig
 from mmkt_ray.errors import ConfigError
 
 if TYPE_CHECKING:

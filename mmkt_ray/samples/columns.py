@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 from mmkt_ray import storage
 from mmkt_ray.config import SourceConfig
 from mmkt_ray.kinds.arrow import bytes_of_cell
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import convert_cell, escape_id
-from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.kinds.modality_kind import ModalityKind
+from mmkt_ray.kinds.task_kind import TaskKind
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import DAMAGE, MODALITY, Reject, Shard, sample_schema
 from mmkt_ray.samples.splits import assign_split
 

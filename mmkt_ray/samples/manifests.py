@@ -14,7 +14,7 @@ from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.cells import is_nan
 from mmkt_ray.kinds.label_columns import plain_values, with_class_names
 from mmkt_ray.kinds.lists import items_in
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.samples.addresses import Fetcher, find_addresses
 from mmkt_ray.samples.arrays import open_arrays
 from mmkt_ray.samples.columns import MAX_ROW_BYTES, Block, Reading, Row

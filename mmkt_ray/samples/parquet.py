@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError, nearest
 from mmkt_ray.kinds.arrow import Converted, is_list
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.cells import TEXT_OF, escape_id
 from mmkt_ray.kinds.content import what_else
 from mmkt_ray.kinds.label_columns import label_column
-from mmkt_ray.kinds.modalities import Source
+from mmkt_ray.kinds.modality_kind import Source
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.samples.arrays import ArrayFile, open_arrays
 from mmkt_ray.samples.columns import BLOCK_BYTES, BLOCK_ROWS, MAX_FILE_BYTES, Block, Reading
 from mmkt_ray.samples.files import FileReader

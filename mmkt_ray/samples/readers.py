@@ -20,11 +20,9 @@ from mmkt_ray.samples.damage import with_estimates
 from mmkt_ray.samples.isolated import died_before, read_isolated
 from mmkt_ray.samples.manifests import manifest_columns, read_manifest
 from mmkt_ray.samples.parquet import parquet_columns, read_parquet
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, Shard, sample_schema
 from mmkt_ray.samples.shards import list_shards
-
-__all__ = ["Chunk", "find_samples", "has_column", "known_columns", "list_shards", "read_chunks"]
 
 LOOK_ROWS = 64  # of an archive, to see whether it has a column
 _ROW_READERS: dict[str, Callable[[Reading], Iterator[Row | Reject]]] = {
@@ -36,7 +34,7 @@ _ROW_READERS: dict[str, Callable[[Reading], Iterator[Row | Reject]]] = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """One unit of work: consecutive samples of a shard, and the rows between them that are none."""
+    """One unit of work: consecutive samples of a shard, and the rejected rows between them."""
 
     index: int  # position in the shard
     last: bool  # no chunk of the shard follows
@@ -85,7 +83,7 @@ def known_columns(plan: ReadingPlan, shard: Shard) -> set[str] | None:
 
 
 def has_column(plan: ReadingPlan, shard: Shard, column: str) -> bool:
-    """Whether a shard has what the source maps to one of our columns; of JSON lines and WebDatasets the first rows decide."""
+    """Whether a shard has what the source maps to one of our columns. Of JSON lines and WebDatasets the first rows decide."""
     source = plan.sources[shard.source]
     if source.reader == "webdataset":
         rows = islice(read_webdataset(Reading(plan, shard).only(column)), LOOK_ROWS)
@@ -97,7 +95,7 @@ def has_column(plan: ReadingPlan, shard: Shard, column: str) -> bool:
 
 
 def _cleaned(reading: Reading, blocks: Iterable[Block]) -> Iterator[tuple[pa.Table, list[Reject]]]:
-    """Sample tables of the blocks, none of them with an id that an earlier row of the shard has."""
+    """The blocks as sample tables. Rows whose id an earlier row of the shard has are rejected."""
     ids_may_repeat = "sample_id" in reading.source.columns or reading.source.reader in (
         "webdataset",
         "folders",
@@ -125,7 +123,7 @@ def _cut(tables: Iterable[tuple[pa.Table, list[Reject]]], reading: Reading) -> I
 
 
 def _rows_that_fit(table: pa.Table, reading: Reading, max_rows: int, max_bytes: int) -> int | None:
-    """Rows of the next chunk if `table` holds more than one or exactly a full one, else None."""
+    """Number of rows of the next chunk; None while `table` does not fill one."""
     sizes = sum(kind.num_bytes(table.column(name)) for name, kind in reading.plan.modalities.items())
     fitting = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right")) if table.num_rows else 0
     num_rows = min(max(fitting, 1), max_rows)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 
 # stages of a reject that stand for something else than one row that could not become a sample
 MODALITY = "modality"  # one of the row's modalities was unreadable, the row itself is kept

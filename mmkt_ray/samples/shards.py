@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 from mmkt_ray import storage
 from mmkt_ray.config import SourceConfig
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 
 SUFFIXES = {

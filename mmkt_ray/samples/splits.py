@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from mmkt_ray.config import SourceConfig
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 
 _SPELLINGS = {
     "train": "train",

@@ -10,8 +10,8 @@ from mmkt_ray.samples.addresses import is_address
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.files import FileReader
 from mmkt_ray.samples.manifests import is_missing
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import has_column, read_blocks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
 from mmkt_ray.samples.splits import normalise_split
 

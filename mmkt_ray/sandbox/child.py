@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from mmkt_ray.config.samples import SamplesConfig  # not imported here: this process is light
+    from mmkt_ray.config.samples_config import SamplesConfig  # not imported here: this process is light
+    from mmkt_ray.kinds.images import Reply
 
 BASE_BYTES, BYTES_PER_PIXEL = 1 << 30, 40  # memory of the child: itself and any sound; the largest image in floats
 OUT_OF_MEMORY = 71  # exit code
@@ -30,8 +31,6 @@ TYPES = ("uint8", "float32", "int16", "int32", "int64", "float64")
 IN_PLACE = 255  # in the place of a type: the array stands in shared memory
 ROWS_BYTES = 16 << 20  # of shared memory for such arrays
 
-# of a kind's decoding function: array, number, what was normalised, hash of the content
-Reply = tuple[np.ndarray, int, list[str], int]
 
 
 class Limits(NamedTuple):
@@ -58,7 +57,7 @@ def map_shared(fd: int) -> tuple[memoryview, np.ndarray]:
     return memoryview(memory)[: mmap.PAGESIZE].cast("Q"), np.frombuffer(memory, np.uint8, offset=mmap.PAGESIZE)
 
 
-def serve(shared_fd: int, function: str) -> None:
+def serve_decoding(shared_fd: int, function: str) -> None:
     """Answer requests with `function` until the parent closes the pipe or is gone."""
     requests, replies = _take_pipes()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also in the midst of C code
@@ -132,5 +131,5 @@ def _reply(
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
-        serve(int(sys.argv[1]), sys.argv[2])
+        serve_decoding(int(sys.argv[1]), sys.argv[2])
     os._exit(0)  # without another try to write what the parent did not take

@@ -36,7 +36,7 @@ from mmkt_ray.sandbox.child import IN_PLACE, OUT_OF_MEMORY, READY, REPLY, ROWS_B
 
 if TYPE_CHECKING:
     from mmkt_ray.kinds.images import InputSize
-    from mmkt_ray.kinds.modalities import ModalityKind
+    from mmkt_ray.kinds.modality_kind import ModalityKind
 
 GROUP_BYTES, GROUP_SAMPLES = 4 << 20, 1024  # of a request, at most; a larger sample goes alone
 FEW_SAMPLES = 64  # of a request, which a system call each costs nothing

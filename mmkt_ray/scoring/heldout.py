@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mmkt_ray import storage
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 
 FOLDS = 5
 ENOUGH_ROWS = 2500  # held-out rows: the standard error of an accuracy is at most one point
-FILE = "heldout.safetensors"
+HELDOUT_FILE = "heldout.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def save_heldout(uri: str, found: HeldOut) -> None:
     tensors = {f"/{found.on}": found.rows.astype(np.int64)}
     for given, by_task in found.logits.items():
         tensors |= {f"{task}/{given}": values.astype(np.float32) for task, values in by_task.items()}
-    storage.write_bytes(storage.join(uri, FILE), save(tensors))
+    storage.write_bytes(storage.join(uri, HELDOUT_FILE), save(tensors))
 
 
 def load_heldout(uri: str) -> HeldOut | None:
     """Read it from a model folder; None if there is none, or it is damaged."""
     try:
-        tensors = load(storage.read_bytes(storage.join(uri, FILE)))
+        tensors = load(storage.read_bytes(storage.join(uri, HELDOUT_FILE)))
     except (FileNotFoundError, SafetensorError):
         return None
     logits: dict[str, dict[str, np.ndarray]] = {}

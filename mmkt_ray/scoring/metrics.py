@@ -162,8 +162,8 @@ class ScoredSplit(Record):
     bootstrap_samples: int = DEFAULT_RESAMPLES
 
 
-class BaselineMetrics(Record):
-    """One baseline."""
+class ScoredModel(Record):
+    """What a model is, whether trained or a baseline."""
 
     name: str
     modalities: list[str]
@@ -172,6 +172,11 @@ class BaselineMetrics(Record):
     training_s: float | None = None
     l2: dict[str, float] | None = None  # task -> penalty
     folder_to_ship: str | None = None  # in the run
+
+
+class BaselineMetrics(ScoredModel):
+    """One baseline."""
+
     tasks: dict[str, TaskScores] = Field(default_factory=dict)  # empty until it is scored
 
 
@@ -186,17 +191,10 @@ class BaselinesFile(ScoredSplit):
         return ModelMetrics.model_validate(scored | self.models[name].to_dict())
 
 
-class ModelMetrics(ScoredSplit):
+class ModelMetrics(ScoredSplit, ScoredModel):
     """`<model>/metrics.json`."""
 
-    name: str
     fingerprint: str | None = None  # of the model
-    modalities: list[str]
-    num_params: int | None = None
-    num_train_rows: int | None = None
-    training_s: float | None = None
-    l2: dict[str, float] | None = None
-    folder_to_ship: str | None = None
     tasks: dict[str, TaskScores]
     seconds: float = 0.0
 

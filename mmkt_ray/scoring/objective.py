@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from mmkt_ray.config import ObjectiveConfig
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.task_kind import TaskKind
 
 USUAL = "macro_f1"  # the metric of tasks that have no other default
 COUNTED = ("accuracy", "macro_f1")  # what validation always counts; all else takes the probabilities of every row
@@ -58,7 +57,7 @@ class Score:
         """The metric that validation has to compute beside COUNTED."""
         return None if self.metric in (None, *COUNTED) else self.metric
 
-    def __call__(self, val: Mapping[str, Any]) -> float:
+    def __call__(self, val: Mapping[str, Mapping[str, float]]) -> float:
         """val: metric -> task -> value."""
         names = [self.metric] if self.metric else [USUAL, *dict.fromkeys(self.defaults.values())]
         by_task = {t: v for m in names for t, v in val.get(m, {}).items() if self.metric or self.defaults.get(t, USUAL) == m}

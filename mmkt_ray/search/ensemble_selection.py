@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ import torch
 
 from mmkt_ray import cluster
 from mmkt_ray.config import SearchConfig
-from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.inference.outputs import predict_table
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.inference.outputs import Proba, predict_table
 from mmkt_ray.inference.training_record import Ensembled, EnsembleMember
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
@@ -30,7 +30,6 @@ from mmkt_ray.training.validation import proba_scores
 
 NUM_CANDIDATES = 50  # the library that is picked from
 
-Proba = Mapping[str, np.ndarray]  # task -> (N, C)
 
 
 def select_ensemble(

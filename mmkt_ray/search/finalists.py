@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,8 @@ from mmkt_ray import storage
 from mmkt_ray.cluster.side_by_side import Call, run_here, side_by_side
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
@@ -133,11 +133,11 @@ def score_finalists(
     )
 
 
-def _val_of(card: Card) -> dict[str, Any]:
+def _val_of(card: Card) -> dict[str, dict[str, float]]:
     """What the model scored on val, which a search has."""
     assert card.fit is not None
     assert card.fit.val is not None
-    return card.fit.val.to_dict()
+    return card.fit.val.metrics
 
 
 @dataclass(frozen=True)

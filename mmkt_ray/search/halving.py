@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmkt_ray.inference.training_record import ValScores
 from mmkt_ray.training.population import Population
 
 Build = Callable[[Sequence[Mapping[str, Any]]], Population]
@@ -31,7 +32,7 @@ class SearchCandidate:
     reason: str = ""
     score: float = float("nan")  # its best so far
     first_score: float = float("nan")  # after the first rung, where all candidates have trained equally long
-    val: dict[str, Any] | None = None  # scores of its best epoch, see training.validation
+    val: ValScores | None = None  # scores of its best epoch, see training.validation
     epochs: int = 0
     best_epoch: int = 0
     seconds: float = 0.0  # its share of its stacks' training

@@ -113,14 +113,14 @@ class Leaderboard:
                 overrides=json.dumps({**architecture, **c.member}),
                 score=c.score if np.isfinite(c.score) else None,
                 first_score=c.first_score if np.isfinite(c.first_score) else None,
-                loss=c.val["loss"] if c.val is not None else None,
+                loss=c.val.loss if c.val is not None else None,
                 epochs=c.epochs,
                 best_epoch=c.best_epoch,
                 seconds=c.seconds,
                 status=c.status,
                 reason=c.reason,
                 finished_at=c.finished_at,
-                further=self._further({**architecture, **c.member}, c.val or {}),
+                further=self._further({**architecture, **c.member}, c.val.metrics if c.val else {}),
             )
             for i, c in enumerate(candidates)
             if c.epochs or c.status != "running"
@@ -129,14 +129,14 @@ class Leaderboard:
             uri = storage.join(self.parts_uri, f"{self.digest}-{trial:06d}.parquet")
             storage.write_table(uri, pa.Table.from_pylist([row.to_dict() for row in rows], self.schema))
 
-    def _further(self, overrides: Overrides, val: Mapping[str, Any]) -> dict[str, Any]:
+    def _further(self, overrides: Overrides, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """The values of searched keys and metrics."""
         found = {}
         for key, parameter in self.space.parameters.items():
             if key in overrides:
                 found[key] = text_of(overrides[key]) if arrow_type(parameter) == pa.string() else overrides[key]
         for metric in self.metrics:
-            found |= {f"{metric}.{t}": value for t, value in val.get(metric, {}).items()}
+            found |= {f"{metric}.{t}": value for t, value in metrics.get(metric, {}).items()}
         return found
 
     def parts(self) -> Iterator[pa.Table]:

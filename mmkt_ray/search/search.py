@@ -20,7 +20,8 @@ from mmkt_ray import storage
 from mmkt_ray.cluster import MAX_FAILURES
 from mmkt_ray.config import Config, SearchConfig, fingerprint
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.locks import locked
 from mmkt_ray.scoring import provenance

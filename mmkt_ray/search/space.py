@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from mmkt_ray.config import Config, ParameterConfig, describe_fields
-from mmkt_ray.config.search import DEFAULT_SPACE
+from mmkt_ray.config.search_config import DEFAULT_SPACE
 from mmkt_ray.errors import ConfigError, UserError, nearest
 from mmkt_ray.training.model_stack import MEMBER_KEYS
 

@@ -12,7 +12,7 @@ import torch
 
 from mmkt_ray.config import Config, SearchConfig
 from mmkt_ray.errors import UserError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.scoring.objective import Score, constant_scores
 from mmkt_ray.search.halving import Halving, rungs_of
 from mmkt_ray.search.leaderboard import Leaderboard

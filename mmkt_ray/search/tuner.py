@@ -31,7 +31,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mmkt_ray import cluster
 from mmkt_ray.config import ParameterConfig, seed_32
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.search.leaderboard import Known, Leaderboard
 from mmkt_ray.search.space import Overrides, Space, parameter_values, text_of
 from mmkt_ray.search.trial import SearchContext, Trial

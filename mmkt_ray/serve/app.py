@@ -17,7 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mmkt_ray import __version__
 from mmkt_ray.errors import DataError, UserError
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.serve.limits import BodyLimit, Busy, ServerLimits, Work
 from mmkt_ray.serve.requests import MAX_ROWS, RequestRow, answer, request_schema, row_from_form, rows_from_json
 

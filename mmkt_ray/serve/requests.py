@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmkt_ray.errors import DataError, nearest
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.kinds.modality_kind import ModalityKind
 
 if TYPE_CHECKING:
     from mmkt_ray.api.model import Model

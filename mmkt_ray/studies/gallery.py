@@ -16,10 +16,10 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import DataError
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.rows import read_parts
-from mmkt_ray.kinds.base import TaskKind
-from mmkt_ray.kinds.modalities import ModalityKind
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.kinds.modality_kind import ModalityKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.samples.readers import find_samples
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.sandbox.child import Limits
 from mmkt_ray.sandbox.decoding import Broken, decode_samples
 from mmkt_ray.studies.gallery_results import Gallery, GallerySample

@@ -25,9 +25,10 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from mmkt_ray import storage
 from mmkt_ray.config import Config, seed_32
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.features.audit import Audit, LabelIssue, LabelIssueCounts, LabelIssues
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.probabilities import log_loss
 from mmkt_ray.scoring import provenance

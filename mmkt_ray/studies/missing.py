@@ -22,12 +22,13 @@ import pyarrow as pa
 from mmkt_ray import storage
 from mmkt_ray.config import Config, EvaluationConfig, parse_config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.evaluation.compare import Evaluated, evaluated_models
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.evaluation.evaluated import Evaluated, evaluated_models
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import Rows, has_prediction, load_rows, presence_patterns, without_unreadable
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models import Predictor
 from mmkt_ray.record import About
 from mmkt_ray.scoring import provenance

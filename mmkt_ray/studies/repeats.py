@@ -14,7 +14,8 @@ import numpy as np
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, nearest
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable

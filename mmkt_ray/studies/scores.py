@@ -17,8 +17,9 @@ import scipy.sparse as sp
 from scipy.stats import spearmanr, weightedtau
 
 from mmkt_ray import storage
-from mmkt_ray.encoders.base import Features
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.encoders.encoder import Features
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.rows import subsets
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.scoring import provenance

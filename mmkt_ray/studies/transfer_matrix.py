@@ -28,7 +28,8 @@ from mmkt_ray import storage
 from mmkt_ray.cluster.side_by_side import Call, SideBySide
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import ConfigError, nearest
-from mmkt_ray.features.store import FeatureTable, Store, open_store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.outputs import score_rows
 from mmkt_ray.record import About
 from mmkt_ray.scoring import provenance

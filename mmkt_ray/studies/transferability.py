@@ -20,7 +20,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 
 DENSE_FROM = 0.03  # share of non-zeros above which dense products are faster
 _STEPS, _TOLERANCE = 100, 1e-4  # LogME's fixed point

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.inference.training_record import ChosenSettings, Setting, Tried
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.fold_stack import held_out_rows, heldout_logits
-from mmkt_ray.training.loop import training_rows
 from mmkt_ray.training.model_stack import MEMBER_KEYS
+from mmkt_ray.training.setup import training_rows
 
 BASE: dict[str, float] = {
     "training.lr": 6e-3,

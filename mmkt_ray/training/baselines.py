@@ -16,7 +16,8 @@ import numpy as np
 from mmkt_ray.cluster.side_by_side import run_here
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, Store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable, without_unreadable
@@ -25,7 +26,7 @@ from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models.predictor import Predictor
 from mmkt_ray.scoring.heldout import HeldOut, load_heldout, pattern_name
 from mmkt_ray.training.fingerprint import linear_place
-from mmkt_ray.training.loop import can_learn
+from mmkt_ray.training.setup import can_learn
 from mmkt_ray.training.trainer import train
 from mmkt_ray.training.wide import linear_config
 

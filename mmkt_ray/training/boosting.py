@@ -18,8 +18,8 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from mmkt_ray.config import Config, seed_32
-from mmkt_ray.encoders.base import Features
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.encoders.encoder import Features
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.scoring.heldout import Folds, make_folds
 

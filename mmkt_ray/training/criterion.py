@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkt_ray.kinds.base import TaskKind
 from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.training.batches import Batch
 from mmkt_ray.training.methods.transfer import distillation_loss
 

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.models import ExpertModel, ExpertSpec, MultimodalModel
@@ -25,7 +25,7 @@ from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.scoring.heldout import HeldOut, pattern_name
 from mmkt_ray.training.fingerprint import has_experts, model_identity
 from mmkt_ray.training.fold_stack import given_subsets
-from mmkt_ray.training.loop import can_learn
+from mmkt_ray.training.setup import can_learn
 
 FUSED = ""  # the fused model among the experts, whose names are never empty
 ALPHA = 0.1  # significance level at which a model replaces the default one

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
 from mmkt_ray.inference.rows import readable, subsets
 from mmkt_ray.inference.training_record import Epoch
@@ -24,9 +24,10 @@ from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import FitResult, diverged, seed_of, spec_of
+from mmkt_ray.training.loop import FitResult, diverged, seed_of
 from mmkt_ray.training.model_stack import MEMBER_KEYS, ModelStack
 from mmkt_ray.training.optimizer import lr_factor
+from mmkt_ray.training.setup import spec_of
 
 WHOLE = -2  # the part of a member that leaves no row out
 STACK_BYTES = 1.5e9  # weights, gradients and averages of the members that train at once
@@ -47,10 +48,7 @@ def hold_out(
 
 
 def fit_and_hold_out(
-    config: Config,
-    table: FeatureTable,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
-    known: HeldOut | None = None,
+    config: Config, table: FeatureTable, device: torch.device, known: HeldOut | None
 ) -> tuple[FitResult, HeldOut | None]:
     """`fit` on train and val, and `hold_out`, in one stack. Raises: as `fit`."""
     heldout, result = _fit_parts(config, table, device, known, whole=True)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.models.sharing import module_name
 from mmkt_ray.training.batches import Batch, Worker

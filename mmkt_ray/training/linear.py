@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from mmkt_ray.config import Config
-from mmkt_ray.encoders.base import Features
-from mmkt_ray.features.feature_table import TAKE_ROWS, Growing
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.encoders.encoder import Features
+from mmkt_ray.features.feature_table import TAKE_ROWS, FeatureTable, Growing
 from mmkt_ray.inference.outputs import predict_logits
 from mmkt_ray.inference.rows import readable, subsets
-from mmkt_ray.inference.training_record import Epoch, LinearPath, ValScores
+from mmkt_ray.inference.training_record import Epoch, LinearPath
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.linear_target import LinearTarget, NumberTarget
 from mmkt_ray.models import MultimodalModel
@@ -38,7 +37,8 @@ from mmkt_ray.models.imputation import mean_squared_norm
 from mmkt_ray.scoring.heldout import Folds, HeldOut, as_train, make_folds, pattern_name
 from mmkt_ray.training.batches import narrow
 from mmkt_ray.training.logistic import FeatureBlock, Problem, make_block, minimise
-from mmkt_ray.training.loop import FitResult, build_model, training_rows
+from mmkt_ray.training.loop import FitResult
+from mmkt_ray.training.setup import build_model, training_rows
 from mmkt_ray.training.validation import summarise
 
 STRONGEST = 0.1  # penalty, times the rows that are learnt from
@@ -115,8 +115,8 @@ def linear_result(config: Config, table: FeatureTable) -> tuple[FitResult, HeldO
     logits = found.heldout.logits[pattern_name(config.model_modalities)]
     tensors = {t: y.tensors() for t, y in labels.items()}
     tallies = {t: y.kind.tally(torch.from_numpy(logits[t]), y).numpy() for t, y in tensors.items()}
-    val = summarise(tallies, table.kinds)
-    scores = ValScores.model_validate({"on": found.heldout.on, **val}) if np.isfinite(val["score"]) else None
+    val = summarise(tallies, table.kinds, found.heldout.on)
+    scores = val if np.isfinite(val.score) else None
     epoch = Epoch(epoch=1, train_loss=found.loss, val=scores, seconds=found.seconds)
     path = {"l2": found.l2, "path": found.path, "on": found.heldout.on, "num_rows": found.num_rows}
     result = FitResult(found.model, [epoch], 1, scores, found.seconds)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, one_hot, softplus
 
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.models.imputation import evenly
 
 MAX_ROTATED = 2048  # axes; the eigenvectors of a larger matrix cost more than they save

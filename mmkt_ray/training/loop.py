@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,24 +21,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmkt_ray.config import Config
-from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.errors import ConfigError
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.training_record import Epoch, ValScores
-from mmkt_ray.models import ModelSpec, MultimodalModel, build_spec
-from mmkt_ray.scoring.heldout import as_train
+from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.objective import Score
-from mmkt_ray.training.batches import EpochBatches, Worker, complete_rows, feature_statistics, narrow, usable_rows
+from mmkt_ray.training.batches import EpochBatches, Worker, narrow, usable_rows
 from mmkt_ray.training.checkpoint import Checkpoint
-from mmkt_ray.training.criterion import Criterion, Distillation
 from mmkt_ray.training.methods.augment import augment_batch, check_augment
 from mmkt_ray.training.methods.balance import LEARNERS
-from mmkt_ray.training.methods.imbalance import add_synthetic, keep_labels, leave_out, read_excluded, sampling_weights
+from mmkt_ray.training.methods.imbalance import add_synthetic, sampling_weights
 from mmkt_ray.training.methods.task_weighting import TASK_WEIGHTINGS
 from mmkt_ray.training.methods.transfer import Knowledge, distillation_targets, freeze, take_over, trainable_stages
 from mmkt_ray.training.optimizer import build_optimizer, lr_factor
+from mmkt_ray.training.setup import build_criterion, build_model, training_rows
 from mmkt_ray.training.validation import validate
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[Epoch, int], None]  # an epoch, and how many there are in all
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def fit(
 
     With `worker.world_size` > 1, torch.distributed is initialised and every rank calls with the same config and table. The
     same seed and number of workers give the same bits on a CPU. `report` gets each epoch's record, on every rank.
-    `knowledge` holds the models that `training.transfer` names; the table has what the teachers among them read.
+    `knowledge` holds the models that `training.transfer` names. The table must have what the teachers among them read.
 
     Raises:
         ConfigError: the table lacks a modality or a task of the model; the loss is no number.
@@ -82,56 +81,8 @@ def fit(
             if checkpoint is not None and worker.rank == 0:
                 checkpoint.save(*run.state())
             if report is not None:
-                report({**epoch.to_dict(), "num_epochs": run.num_epochs})
+                report(epoch, run.num_epochs)
         return run.result()
-
-
-def spec_of(config: Config, table: FeatureTable) -> ModelSpec:
-    """The model that `config` describes over the features of `table`."""
-    return build_spec(
-        config,
-        dims={m: f.shape[1] for m, f in table.features.items()},
-        sparse={m: sp.issparse(f) for m, f in table.features.items()},
-        num_classes={t: table.width(t) for t in table.labels},
-        kinds=table.kinds,
-    )
-
-
-def training_rows(
-    config: Config, table: FeatureTable, targets: Mapping[str, np.ndarray]
-) -> tuple[FeatureTable, np.ndarray]:
-    """The table without the rows and labels that `training` leaves out, and the train rows to learn from.
-
-    targets: task -> teachers' probabilities (N, C); rows with targets are learnt from even without a label.
-
-    Raises: DataError if a task has nothing to learn.
-    """
-    training = config.training
-    if training.exclude:
-        table = leave_out(table, read_excluded(training.exclude))
-    rows = usable_rows(table, "train")
-    if config.model.missing == "drop":
-        rows = complete_rows(table, rows)
-    if min(config.label_fracs().values()) < 1:
-        table = keep_labels(table, rows, config.label_fracs(), config.seed)
-        rows = np.intersect1d(rows, usable_rows(table, "train"))
-    for t, labels in sorted(table.labels.items()):
-        counts = labels.kind.count(labels[rows], table.width(t))
-        labels.kind.check_learnable(t, counts, table.class_names[t])
-    if targets:
-        taught = np.any([~np.isnan(values).any(axis=1) for values in targets.values()], axis=0)
-        readable = np.any(list(table.present.values()), axis=0) & (table.split == "train")
-        rows = np.union1d(rows, np.flatnonzero(taught & readable))
-    return table, rows
-
-
-def can_learn(config: Config, table: FeatureTable) -> bool:
-    """Whether each task of the model can be learnt from train and val together."""
-    try:
-        training_rows(config, as_train(narrow(table, config.model_modalities, config.model_tasks)), {})
-    except DataError:
-        return False
-    return True
 
 
 class Fitting:
@@ -182,7 +133,7 @@ class Fitting:
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        """Made where it is asked for: a stack of models has its own, and the first one of a process takes torch seconds."""
+        """Made on first use: a stack of models has an optimiser of its own, and the first one of a process takes seconds."""
         return build_optimizer(self.learner, self.training.lr, self.training.weight_decay)
 
     @property
@@ -193,7 +144,7 @@ class Fitting:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or `patience` epochs went by without a better score."""
+        """Whether all epochs are done, or `patience` epochs went by without a better score."""
         waited = len(self.epochs) - self.best_epoch
         return len(self.epochs) >= self.num_epochs or 0 < self.training.patience <= waited
 
@@ -208,10 +159,9 @@ class Fitting:
         val = validate(self.model, self.table, rows, self.worker, metric=extra) if len(rows) else None
         best = self.epochs[self.best_epoch - 1].val if self.best_epoch else None
         top = max((self.score(e.val.metrics) for e in self.epochs if e.val), default=-math.inf)
-        scores = None if val is None else ValScores.model_validate(val)
         seconds = time.perf_counter() - started_s
-        self.epochs.append(Epoch(epoch=epoch, train_loss=train_loss, val=scores, seconds=seconds))
-        if val is None or best is None or is_better(val, best.to_dict(), top, len(self.val_rows), self.score):
+        self.epochs.append(Epoch(epoch=epoch, train_loss=train_loss, val=val, seconds=seconds))
+        if val is None or best is None or is_better(val, best, top, len(self.val_rows), self.score):
             self.best_epoch = epoch
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()} if val is not None else {}
         return self.epochs[-1]
@@ -275,47 +225,20 @@ class Fitting:
         )
 
 
-def is_better(val: dict[str, Any], best: dict[str, Any], top: float, num_rows: int, score: Score) -> bool:
+def is_better(val: ValScores, best: ValScores, top: float, num_rows: int, score: Score) -> bool:
     """Whether an epoch's val scores are better than those of the best epoch so far. top: the highest score so far.
 
     Scores within half a standard error of `top` are ties, and the lower loss decides. The standard error is that of a
     share over `num_rows`; scores outside of [0, 1] tie only if they are equal.
     """
-    ours, theirs = score(val), score(best)
+    ours, theirs = score(val.metrics), score(best.metrics)
     top = max(top, ours)
     level = top
     if 0 <= top <= 1:
         level -= 0.5 * math.sqrt(max(top * (1 - top), 1 / num_rows) / num_rows)
     if not ours >= level:
         return False
-    return not theirs >= level or val["loss"] < best["loss"]
-
-
-def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
-    """An untrained model that knows the statistics of the train rows' features. Raises: DataError as `fit_generators`."""
-    model = MultimodalModel(spec_of(config, table))
-    for m, features in table.features.items():
-        statistics = feature_statistics(features, table.present[m] & (table.split == "train"))
-        model.input_stage(m).set_statistics(*statistics)
-    if config.model.missing == "generate":
-        train = table.rows("train")
-        model.fit_generators(
-            {m: f[train] for m, f in table.features.items()}, {m: p[train] for m, p in table.present.items()}
-        )
-    return model
-
-
-def build_criterion(config: Config, table: FeatureTable, rows: np.ndarray, worker: Worker) -> Criterion:
-    """The losses of the tasks, with the class frequencies of `rows`."""
-    return Criterion.of(
-        {t: labels.kind.count(labels[rows], table.width(t)) for t, labels in table.labels.items()},
-        table.kinds,
-        class_weights=config.training.class_weights,
-        label_smoothing=config.training.label_smoothing,
-        logit_adjustment=config.training.logit_adjustment,
-        loss_weights={t: config.tasks[t].loss_weight for t in table.labels},
-        distillation=Distillation(config.training.transfer.distill_weight, config.training.transfer.temperature),
-    ).to(worker.device)
+    return not theirs >= level or val.loss < best.loss
 
 
 def diverged(lr: float, loss: float, epoch: int) -> ConfigError:

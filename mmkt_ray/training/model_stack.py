@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.models import FeatureBatch, MultimodalModel
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Logits
-from mmkt_ray.training.loop import Fitting, build_criterion, spec_of
+from mmkt_ray.training.loop import Fitting
+from mmkt_ray.training.setup import build_criterion, spec_of
 
 MEMBER_KEYS = frozenset(
     {

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import model_inputs
+from mmkt_ray.inference.training_record import ValScores
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.scoring.objective import Score
 from mmkt_ray.training.loop import is_better, seed_of
@@ -35,7 +36,7 @@ class Population:
     score: Score  # what a member's epochs are compared by
     members: list[dict[str, Any]]  # overrides of some of MEMBER_KEYS each
     best: Tensor  # (P, N) weights of each one's best epoch
-    val: list[dict[str, Any] | None]  # scores of each one's best epoch
+    val: list[ValScores | None]  # scores of each one's best epoch
     scores: np.ndarray  # (P,) of their best epochs; -inf before the first, NaN of a diverged one
     best_epoch: np.ndarray  # (P,) from 1; 0 before the first
     tops: np.ndarray  # (P,) highest scores so far, see `is_better`
@@ -107,12 +108,14 @@ class Population:
         logits = {t: torch.cat(parts, dim=1) for t, parts in kept.items()}  # (P, rows, C)
         for i, tally in enumerate(tallies):
             val = summarise(tally, model.spec.kinds)
-            if metric and np.isfinite(val["loss"]):
-                val[metric] = task_scores(metric, table, rows, {t: values[i] for t, values in logits.items()})
-            if not np.isfinite(val["loss"]):
+            if not np.isfinite(val.loss):
                 self.scores[i] = np.nan
-            elif self._still_runs(i):
-                score, best = self.score(val), self.val[i]
+                continue
+            if metric:
+                further = task_scores(metric, table, rows, {t: values[i] for t, values in logits.items()})
+                val = val.replaced(**{metric: further})
+            if self._still_runs(i):
+                score, best = self.score(val.metrics), self.val[i]
                 if best is None or is_better(val, best, float(self.tops[i]), len(rows), self.score):
                     self.val[i], self.scores[i], self.best_epoch[i] = val, score, self.epoch
                     self.best[i].copy_(stack.weights[i])

@@ -3,61 +3,43 @@
 Called by steps.py with the store of features/extract.py; each worker runs training/loop.py; evaluation/evaluate.py scores the
 model folder.
 
-Every worker opens the store itself. Rank 0 writes the checkpoint and, at the end, the model folder. Experts of single
-modalities (`model.experts`) lie beside the models of a run, in `.experts/<fingerprint>`, for all variants to share.
+Every worker opens the store itself. Rank 0 writes the checkpoint and, at the end, the model folder. Beside this file,
+chosen_settings.py finds what the config leaves open, and composite.py has the parts trained that a model is made of.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
-from mmkt_ray import cluster, storage
-from mmkt_ray.config import Config, fingerprint
-from mmkt_ray.errors import ConfigError, DataError, UserError
-from mmkt_ray.features.store import FeatureTable, Store, open_store
-from mmkt_ray.inference.model_card import read_card
-from mmkt_ray.inference.model_folder import copy_model, load_model, save_model
-from mmkt_ray.inference.rows import readable
-from mmkt_ray.inference.training_record import ChosenSettings, Outcome, Training, ValScores
-from mmkt_ray.models import ExpertModel
-from mmkt_ray.scoring.heldout import FILE as HELDOUT_FILE
-from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, pattern_name, save_heldout
-from mmkt_ray.training.auto import (
-    BASE,
-    CANDIDATES,
-    FEW_ROWS,
-    choose_settings,
-    for_depth,
-    is_plain,
-    is_screened,
-    screening_config,
-    with_settings,
-)
+from mmkt_ray import storage
+from mmkt_ray.cluster import Run, ask_workers, run_on_workers
+from mmkt_ray.config import Config
+from mmkt_ray.errors import UserError
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import open_store
+from mmkt_ray.inference.model_card import read_training
+from mmkt_ray.inference.model_folder import save_model
+from mmkt_ray.inference.training_record import ChosenSettings, Epoch, Outcome, Training
+from mmkt_ray.scoring.heldout import HELDOUT_FILE, HeldOut, as_train, load_heldout, pattern_name, save_heldout
+from mmkt_ray.training.auto import FEW_ROWS, is_plain, is_screened, with_settings
 from mmkt_ray.training.batches import Worker
 from mmkt_ray.training.checkpoint import FileCheckpoint
-from mmkt_ray.training.experts import expert_configs, join_experts, with_heldout
-from mmkt_ray.training.fingerprint import (
-    find_model,
-    has_experts,
-    is_trained,
-    linear_place,
-    model_identity,
-    training_fingerprint,
-)
+from mmkt_ray.training.chosen_settings import find_settings
+from mmkt_ray.training.composite import load_network, train_wide, train_with_experts
+from mmkt_ray.training.experts import with_heldout
+from mmkt_ray.training.fingerprint import has_experts, is_trained, training_fingerprint
 from mmkt_ray.training.fold_stack import fit_and_hold_out, hold_out
 from mmkt_ray.training.linear import is_linear, linear_result
-from mmkt_ray.training.loop import fit
-from mmkt_ray.training.methods.imbalance import read_excluded
+from mmkt_ray.training.loop import Report, fit
 from mmkt_ray.training.methods.transfer import load_knowledge
-from mmkt_ray.training.validation import summarise
-from mmkt_ray.training.wide import is_wide, wide_config, widen
+from mmkt_ray.training.validation import heldout_scores
+from mmkt_ray.training.wide import widen
 
 log = logging.getLogger(__name__)
 
@@ -65,20 +47,17 @@ LOG_INTERVAL_S = 5.0
 CHECKPOINT_INTERVAL_S = 10.0  # what a killed run loses at most, beside the epoch it was in
 
 
-Run = Callable[[Callable[..., Any], Any, int, str | None], Any]  # see cluster.run_on_workers
-
-
 def train(
     config: Config,
     store_uri: str,
     model_uri: str,
     folder: str | None = None,
-    run: Run = cluster.run_on_workers,
+    run: Run = run_on_workers,
 ) -> Outcome:
     """Fit `config`'s model to the store and publish it as `model_uri`; a model of the same fingerprint is left as it is.
 
-    folder: where the models lie that `training.transfer` names, and experts; None: beside this one. run: what does the work.
-    The same command resumes a killed run.
+    folder: of the run's models, such as experts and those that `training.transfer` names; None: the one that this model is in.
+    run: carries out a loop on workers. The same command resumes a killed run.
 
     Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
     """
@@ -92,32 +71,26 @@ def train(
     if is_trained(model_uri, digest):
         for left in (".train", ".parts"):  # by a run that was killed just after it published
             storage.remove_folder(storage.join(model_uri, left))
-        return _outcome(_trained(model_uri), "up to date")
+        return _outcome(read_training(model_uri), "up to date")
     storage.make_dir(model_uri)
+    part = partial(train, run=run)
     if has_experts(config):
-        return _outcome(_train_with_experts(config, store, model_uri, folder, run), "trained")
+        return _outcome(train_with_experts(config, store, model_uri, folder, part), "trained")
     scratch = storage.join(model_uri, ".train")
     has_settings = bool(config.training.auto) and not is_linear(config)
     choice, settings = find_settings(config, store, run) if has_settings else (None, "")
-    wide = train_wide(config, store, folder, run)
+    wide = train_wide(config, store, folder, part)
     args = WorkerArgs(config, choice, store_uri, model_uri, scratch, digest, folder, settings, wide)
     if args.holds_out and config.training.num_workers > 1:
-        _ask(run, hold_out_on_worker, args, 1)
-    outcome = _ask(run, train_on_worker, args, 1 if is_linear(args.settled) else config.training.num_workers)
+        ask_workers(run, hold_out_on_worker, args, 1, scratch)
+    num_workers = 1 if is_linear(args.settled) else config.training.num_workers
+    outcome = ask_workers(run, train_on_worker, args, num_workers, scratch)
     storage.remove_folder(scratch)
     return _outcome(outcome, "trained")
 
 
 def _outcome(training: Training, status: str) -> Outcome:
     return Outcome.model_validate({**training.to_dict(), "status": status})
-
-
-def _trained(uri: str) -> Training:
-    """How the model that lies there was trained. Raises: DataError if there is none."""
-    card = read_card(uri)
-    if card is None or card.fit is None:
-        raise DataError(f"there is no trained model in '{uri}': remove the folder and train again")
-    return card.fit
 
 
 @dataclass(frozen=True)
@@ -128,11 +101,11 @@ class WorkerArgs:
     choice: ChosenSettings | None  # of the settings that the config leaves open
     store_uri: str
     model_uri: str
-    scratch: str  # folder of what a killed run goes on from
+    scratch: str  # folder that a killed run resumes from
     fingerprint: str
     folder: str  # of the models that knowledge comes from
-    settings: str = ""  # folder of what is known from choosing
-    wide: str = ""  # folder of the linear model that the network gets beside it
+    settings: str = ""  # folder of held-out predictions that choosing the settings left
+    wide: str = ""  # folder of the linear model that is added to the network
 
     @property
     def settled(self) -> Config:
@@ -141,76 +114,26 @@ class WorkerArgs:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the model is judged by others of its settings that leave rows out, and itself learns from all rows."""
+        """Whether the model learns from all rows, and models of the same settings that leave rows out are scored for it."""
         return self.choice is not None and is_plain(self.config)
 
     def in_stack(self, table: FeatureTable) -> bool:
-        """Whether the model trains in one stack with those that judge it: it is done before a checkpoint would pay."""
+        """Whether the model trains in one stack with those: with few rows all are done before a checkpoint would pay."""
         few = np.isin(table.split, ("train", "val")).sum() <= FEW_ROWS
         return self.holds_out and bool(few) and self.config.training.num_workers == 1
 
     def known(self) -> HeldOut | None:
-        """Held-out predictions of models of this config that are there from choosing its settings."""
+        """Held-out predictions that choosing the settings left, if its models were those of this config."""
         return load_heldout(self.settings) if self.settings and is_screened(self.config) else None
 
 
-def _ask(run: Run, loop: Callable[..., Any], args: WorkerArgs, num_workers: int) -> Any:
-    """Have the workers do it. Raises: the user's error, which they return as a value."""
-    outcome = run(loop, args, num_workers, args.scratch)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
-
-
-def find_settings(config: Config, store: Store, run: Run = cluster.run_on_workers) -> tuple[ChosenSettings, str]:
-    """The settings that `training.auto` leaves open, and the folder of held-out predictions that choosing them left.
-
-    They are chosen once for the models of the same modalities and tasks, whatever their seeds.
-    """
-    folder = settings_uri(config, store)
-    if storage.exists(f"{folder}.json"):
-        choice = ChosenSettings.read(f"{folder}.json")
-    else:
-        choice, heldout = _ask(run, choose_on_worker, WorkerArgs(config, None, store.uri, "", "", "", ""), 1)
-        if heldout is not None:
-            save_heldout(folder, heldout)
-        choice.write(f"{folder}.json")
-    return choice.replaced(settings=for_depth(config, choice.settings)), folder
-
-
-def settings_uri(config: Config, store: Store) -> str:
-    """Where the settings of this config's model and of all like it are kept, in the store's folder: `<uri>.json`, and the
-    folder `<uri>` of held-out predictions."""
-    asked = screening_config(config)
-    about = {
-        "store": store.manifest.fingerprint,
-        "modalities": asked.model_modalities,
-        "tasks": {t: asked.tasks[t].model_dump(mode="json") for t in asked.model_tasks},
-        "model": model_identity(asked),
-        "training": asked.training.model_dump(mode="json", exclude={"exclude"}),
-        "excluded": read_excluded(asked.training.exclude).tolist() if asked.training.exclude else [],
-        "seed": asked.seed,
-        "set": [dict(candidate) for candidate in (BASE, *CANDIDATES)],
-    }
-    return storage.join(store.uri, "settings", fingerprint(about))
-
-
-def choose_on_worker(
-    args: WorkerArgs, rank: int, world_size: int, device: torch.device
-) -> tuple[ChosenSettings, HeldOut | None] | UserError:
-    """One worker's part of `find_settings`."""
-    try:
-        return choose_settings(args.config, _table(args.config, args.store_uri), device)
-    except UserError as error:
-        return error
-
-
 def hold_out_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> UserError | None:
-    """Predictions of held-out rows into the scratch folder, unless they are there."""
+    """Write predictions of held-out rows into the scratch folder, unless they are there."""
     if storage.exists(storage.join(args.scratch, HELDOUT_FILE)):
         return None
     try:
-        found = hold_out(args.settled, _table(args.config, args.store_uri), device, args.known())
+        table = open_store(args.store_uri).table(args.config.model_modalities, args.config.model_tasks)
+        found = hold_out(args.settled, table, device, args.known())
         if found is not None:
             save_heldout(args.scratch, found)
     except UserError as error:
@@ -218,75 +141,8 @@ def hold_out_on_worker(args: WorkerArgs, rank: int, world_size: int, device: tor
     return None
 
 
-def _table(config: Config, store_uri: str) -> FeatureTable:
-    return open_store(store_uri).table(config.model_modalities, config.model_tasks)
-
-
-def _train_with_experts(config: Config, store: Store, model_uri: str, folder: str, run: Run) -> Training:
-    """The fused model and the experts that are not there yet one after the other, then all of them as one."""
-    scratch = storage.join(model_uri, ".parts")
-    own = config.with_overrides({"model.experts": False})
-    fused_uri = find_model(own, store, folder) or storage.join(scratch, "fused")
-    train(own, store.uri, fused_uri, folder, run)
-    fused = _trained(fused_uri)
-    experts, parts = dict[str, str](), dict[str, Training]()
-    columns = (config.model_modalities, config.model_tasks)  # read twice, so that no table lies here while others train
-    for name, expert in expert_configs(config, store.table(*columns)).items():
-        try:
-            experts[name] = train_expert(expert, store, storage.join(scratch, f"expert-{name}"), folder, run)
-        except (ConfigError, DataError) as error:
-            log.warning("no expert of %s: %s", name, error)
-            continue
-        parts[name] = _trained(experts[name])
-    table = store.table(*columns)
-    known = {name: with_heldout(_model(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
-    model, heldout = join_experts(known.pop(""), known, table)
-    routes = model.spec.routes if isinstance(model, ExpertModel) else {}
-    answering = sorted({m for by_pattern in routes.values() for m in by_pattern.values()})
-    by_part = fused.num_params_by_part | {f"expert.{m}": parts[m].num_params for m in answering}
-    val = fused.val
-    if load_heldout(fused_uri) is not None:
-        val = heldout_scores(heldout, config, table)
-        save_heldout(model_uri, heldout)
-    training = fused.replaced(
-        fingerprint=training_fingerprint(config, store, folder),
-        seconds=fused.seconds + sum(part.seconds for part in parts.values()),
-        num_params=sum(by_part.values()),
-        num_params_by_part=by_part,
-        experts_for=routes,
-        val=val,
-    )
-    save_model(model_uri, model, config, store.manifest, training, training.fingerprint)
-    storage.remove_folder(scratch)
-    return training
-
-
-def _model(uri: str) -> Any:
-    return load_model(uri)[0]
-
-
-def train_wide(config: Config, store: Store, folder: str, run: Run) -> str:
-    """Where the linear model lies that the config's model gets beside its network; empty if it gets none."""
-    if not is_wide(config):
-        return ""
-    own = wide_config(config)
-    uri = linear_place(own, store, folder)
-    train(own, store.uri, uri, folder, run)
-    return uri
-
-
-def train_expert(config: Config, store: Store, scratch: str, folder: str, run: Run) -> str:
-    """Where the expert lies: as a variant of the run or among its experts, to which it is added if it is new."""
-    if found := find_model(config, store, folder):
-        return found
-    digest = train(config, store.uri, scratch, folder, run).fingerprint
-    uri = storage.join(folder, ".experts", digest)
-    copy_model(scratch, uri)
-    return uri
-
-
 def train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch.device) -> Training | UserError:
-    """One worker's part: what the card keeps, or the user's error as a value: raised, it would be tried again as a crash."""
+    """One worker's part. Returns what the card keeps; or the user's error as a value, see `ask_workers`."""
     try:
         return _train_on_worker(args, rank, world_size, device)
     except UserError as error:  # a full disk among them
@@ -310,14 +166,14 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
     elif in_stack:
         result, heldout = fit_and_hold_out(config, table, device, args.known())
         if report:
-            report({**result.epochs[-1].to_dict(), "num_epochs": len(result.epochs)})
+            report(result.epochs[-1], len(result.epochs))
     else:
         whole = as_train(table) if heldout else table
         result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
     model, seconds = result.model, result.seconds
     if args.wide and rank == 0:
-        linear, known, judged = _model(args.wide), load_heldout(args.wide), with_heldout(model, heldout, table).heldout
-        seconds += _trained(args.wide).seconds
+        linear, known, judged = load_network(args.wide), load_heldout(args.wide), with_heldout(model, heldout, table).heldout
+        seconds += read_training(args.wide).seconds
         if known is not None and len(judged.rows):
             heldout, shares = widen(model, judged, linear, known, table)
     by_part = model.num_parameters_by_part()
@@ -344,28 +200,16 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
     return training
 
 
-def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> ValScores:
-    """The scores of `validate` on held-out rows, and how these were held out."""
-    logits = heldout.logits[pattern_name(config.model_modalities)]
-    tallies = {}
-    for t, values in logits.items():
-        able = readable(table, config.task_inputs(t))[heldout.rows]
-        labels = table.labels[t][heldout.rows[able]].tensors()
-        tallies[t] = labels.kind.tally(torch.from_numpy(values[able]), labels).numpy()
-    return ValScores.model_validate({"on": heldout.on, **summarise(tallies, table.kinds)})
-
-
-def progress_log(what: str) -> Callable[[dict[str, Any]], None]:
-    """A report for `fit` that logs an epoch every few seconds, and the last one. what: is trained."""
+def progress_log(what: str) -> Report:
+    """A report for `fit` that logs an epoch every few seconds, and the last one. what: names the model."""
     told_s = time.monotonic()
 
-    def tell(record: dict[str, Any]) -> None:
+    def tell(epoch: Epoch, num_epochs: int) -> None:
         nonlocal told_s
-        if record["epoch"] < record["num_epochs"] and time.monotonic() - told_s < LOG_INTERVAL_S:
+        if epoch.epoch < num_epochs and time.monotonic() - told_s < LOG_INTERVAL_S:
             return
         told_s = time.monotonic()
-        score = f", val score {record['val']['score']:.3f}" if record["val"] else ""
-        epoch, num_epochs, loss = record["epoch"], record["num_epochs"], record["train_loss"]
-        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch, num_epochs, loss, score)
+        score = f", val score {epoch.val.score:.3f}" if epoch.val else ""
+        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch.epoch, num_epochs, epoch.train_loss, score)
 
     return tell

@@ -10,17 +10,20 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
-from mmkt_ray import cluster, storage
+from mmkt_ray import storage
 from mmkt_ray.cluster.side_by_side import Call, SideBySide, run_here
 from mmkt_ray.config import Config
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.training_record import Outcome
+from mmkt_ray.training.chosen_settings import find_settings, settings_uri
+from mmkt_ray.training.composite import train_expert
 from mmkt_ray.training.experts import expert_configs, single_configs
 from mmkt_ray.training.fingerprint import find_model, has_experts, is_trained, linear_place, training_fingerprint
 from mmkt_ray.training.linear import is_linear
-from mmkt_ray.training.trainer import find_settings, settings_uri, train, train_expert
+from mmkt_ray.training.trainer import train
 from mmkt_ray.training.wide import is_wide, wide_config
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dic
     for m, config in single_configs(variants, store.table(modalities, tasks)).items():
         scratch = storage.join(folder, f".single-{m}")
         try:
-            found[m] = train_expert(config, store, scratch, folder, cluster.run_on_workers)
+            found[m] = train_expert(config, store, scratch, folder, train)
         except (ConfigError, DataError) as error:
             log.warning("no model of %s alone: %s", m, error)
         storage.remove_folder(scratch)
@@ -145,5 +148,5 @@ def _train_expert(config: Config, store_uri: str, folder: str, digest: str) -> N
     """One that cannot be trained is told by those who ask for it next."""
     scratch = storage.join(folder, ".experts", f"{digest}.parts")
     with suppress(ConfigError, DataError):
-        train_expert(config, open_store(store_uri), scratch, folder, run_here)
+        train_expert(config, open_store(store_uri), scratch, folder, partial(train, run=run_here))
     storage.remove_folder(scratch)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.rows import readable
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.models import MultimodalModel

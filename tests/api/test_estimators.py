@@ -95,9 +95,9 @@ CHECKS = [  # those of scikit-learn that give no data
     "check_set_params",
     "check_valid_tag_types",
 ]
-LEFT_OUT = """All other checks of `check_estimator` fit tables of numbers (`X = rng.normal(size=(20, 3))`), which this estimator
-refuses by its tags (`two_d_array` is False): it reads images and texts. What they ask for is tested above and below on such
-rows: missing y, lengths that differ, classes of any type, a refit, `clone`, answers before `fit`."""
+LEFT_OUT = """All other checks of `check_estimator` fit tables of numbers (`X = rng.normal(size=(20, 3))`), which this
+estimator refuses by its tags (`two_d_array` is False): it reads images and texts. What they ask for is tested above and
+below on such rows: missing y, lengths that differ, classes of any type, a refit, `clone`, answers before `fit`."""
 
 
 @pytest.mark.parametrize("estimator", [mm.MultimodalClassifier, mm.MultimodalRegressor])

@@ -29,8 +29,8 @@ from mmkt_ray.doctor import (
     quick_findings,
     refuse,
 )
+from mmkt_ray.done import run_folder
 from mmkt_ray.errors import DataError, ResourceError
-from mmkt_ray.steps import run_folder
 from tests.heads import RAY, head, running, wait_until
 from tests.shapes import png, write_shard
 

@@ -135,7 +135,7 @@ def test_no_server_starts_ahead_where_a_ray_is_already(monkeypatch: pytest.Monke
 
 IDS = """
 import mmkt_ray.cluster.fork_server as server
-server.serve = lambda *_: print(server.forks_differ(), server.random_id() and server.forks_differ())
+server.serve_forks = lambda *_: print(server.forks_differ(), server.random_id() and server.forks_differ())
 """
 
 

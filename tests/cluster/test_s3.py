@@ -23,9 +23,11 @@ from mmkt_ray import storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError, ResourceError
 from mmkt_ray.features.store import open_store
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
-from tests.shapes import COLOURS, png, write_shard
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
+from tests.configs import raw_config
+from tests.shapes import COLOURS, SHAPES, png, write_shard
 
 pytestmark = pytest.mark.slow
 
@@ -309,12 +311,10 @@ def raw(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(folder: Path, root: str, name: str) -> str:
     """A config with data and runs below `root`; returns its path."""
-    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
-    raw = {
+    raw = raw_config({"colour": "multiclass"}, SHAPES) | {
         "name": name,
         "data_root": storage.join(root, "data"),
         "run_root": storage.join(root, "runs"),
-        "samples": {"sources": [{"reader": "parquet", "path": "*.parquet", "columns": columns}]},
         "modalities": {
             "image": {
                 "kind": "image",
@@ -323,7 +323,6 @@ def write_config(folder: Path, root: str, name: str) -> str:
             },
             "text": {"kind": "text", "encoder": "tfidf", "reduce": {"name": "svd", "dim": 4}},
         },
-        "tasks": {"colour": {}},
         "extract": {"chunk_rows": 16, "num_actors": 1},
         "model": {"hidden_dim": 8, "experts": False},
         "training": {"epochs": 2, "batch_size_per_worker": 32, "lr": 0.01, "auto": []},

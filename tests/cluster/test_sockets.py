@@ -33,7 +33,8 @@ import psutil, ray
 answer = ray.get(ray.remote(lambda: "answered").options(num_cpus=1).remote(), timeout=60)
 tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
 ports = [(p.name(), *c.laddr) for p in tree for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-told = {"gcs": ray.get_runtime_context().gcs_address, "ports": ports, "pids": [p.pid for p in tree[1:]], "answer": answer}
+gcs, pids = ray.get_runtime_context().gcs_address, [p.pid for p in tree[1:]]
+told = {"gcs": gcs, "ports": ports, "pids": pids, "answer": answer}
 print(json.dumps(told), flush=True)
 sys.stdin.read()
 """

@@ -15,7 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
 
-from mmkt_ray.cli import build_parser
+from mmkt_ray.arguments import build_parser
 from mmkt_ray.config import load_config, parse_override
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import ray
 import yaml
 
 from tests.cluster.conftest import LOGIN, ROOT, STORAGE, Host
-from tests.shapes import write_shard
+from tests.configs import raw_config
+from tests.shapes import SHAPES, write_shard
 
 import psutil  # isort: skip  (Ray ships it)
 
@@ -56,17 +57,14 @@ def job_config(storage: Path) -> str:
     """
     for k in range(3):
         write_shard(storage / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
-    columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
-    config = {
+    config = raw_config({"colour": "multiclass"}, SHAPES, "shapes/*.parquet") | {
         "name": "shapes",
         "data_root": f"{STORAGE}/data",
         "run_root": f"{STORAGE}/runs",
-        "samples": {"sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}]},
         "modalities": {
             "image": {"kind": "image", "encoder": {"name": "pixels", "image_size": 16}},
             "text": {"kind": "text", "encoder": {"name": "tfidf", "ngram_range": [1, 2]}},
         },
-        "tasks": {"colour": {}},
         "model": {"hidden_dim": 16, "experts": False},
         "training": {"epochs": 2, "num_workers": 3, "auto": []},
         "extract": {"chunk_rows": 16, "num_actors": 1},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkt_ray.config.modalities import ModalityConfig
+from mmkt_ray.config.modality_config import ModalityConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.errors import ConfigError, DataError

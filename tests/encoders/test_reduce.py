@@ -15,9 +15,9 @@ from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import StandardScaler
 
-from mmkt_ray.encoders.base import Mergeable
 from mmkt_ray.encoders.build import build_reducer
 from mmkt_ray.encoders.catalog import REDUCERS
+from mmkt_ray.encoders.encoder import Mergeable
 from mmkt_ray.encoders.reduce import EXACT_WIDTH
 from mmkt_ray.errors import DataError
 

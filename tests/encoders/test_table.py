@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.preprocessing import OneHotEncoder, QuantileTransformer
 
-from mmkt_ray.config.modalities import ModalityConfig
+from mmkt_ray.config.modality_config import ModalityConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
 from mmkt_ray.encoders.table import TableEncoder, piecewise_linear
 from mmkt_ray.errors import DataError

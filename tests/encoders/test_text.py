@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_tensors
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmkt_ray.encoders import tokens
-from mmkt_ray.encoders.base import Encoder, Mergeable
+from mmkt_ray.encoders.encoder import Encoder, Mergeable
 from mmkt_ray.encoders.text import MAX_REPEATED, TfidfEncoder
 from mmkt_ray.errors import DataError
 

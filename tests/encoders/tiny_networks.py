@@ -108,14 +108,14 @@ def sound_folder(folder: Path, kind: str) -> Path:
     else:
         audio = {
             "spec_size": 64, "num_mel_bins": 16, "patch_embeds_hidden_size": 8, "depths": [1, 1], "hidden_size": 16,
-            "num_attention_heads": [2, 2], "window_size": 4, "patch_size": 4, "patch_stride": [4, 4], "projection_dim": 10,
-            "enable_fusion": False, "num_classes": 2,
+            "num_attention_heads": [2, 2], "window_size": 4, "patch_size": 4, "patch_stride": [4, 4],
+            "projection_dim": 10, "enable_fusion": False, "num_classes": 2,
         }  # fmt: skip
         text = {"vocab_size": 32, "max_position_embeddings": 40, "projection_dim": 10, "pad_token_id": 0, **SMALL}
         save(library.ClapModel(library.ClapConfig(text_config=text, audio_config=audio, projection_dim=10)), folder)
         extractor = library.ClapFeatureExtractor(
-            feature_size=16, sampling_rate=8000, hop_length=80, fft_window_size=256, max_length_s=1, frequency_max=4000,
-            truncation="rand_trunc", padding="repeatpad",
+            feature_size=16, sampling_rate=8000, hop_length=80, fft_window_size=256, max_length_s=1,
+            frequency_max=4000, truncation="rand_trunc", padding="repeatpad",
         )  # fmt: skip
         extractor.save_pretrained(folder)
         save_tokenizer(folder)

@@ -15,21 +15,16 @@ import scipy.sparse as sp
 from PIL import Image
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config import Config
 from mmkt_ray.evaluation.compare import compare
 from mmkt_ray.evaluation.evaluate import evaluate_model
 from mmkt_ray.evaluation.scoring_baselines import evaluate_baselines
-from mmkt_ray.features.store import (
-    Store,
-    column_of,
-    open_store,
-    to_arrow,
-    write_manifest,
-)
+from mmkt_ray.features.store import Store, column_of, open_store, to_arrow, write_manifest
 from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.studies.gallery import write_gallery
 from mmkt_ray.training.loop import fit
+from tests.configs import build_config, raw_config
 from tests.manifests import make_manifest, make_training
 
 THINGS = ("bird", "boat", "car", "cat")
@@ -47,19 +42,16 @@ def make_config(
 ) -> Config:
     """The config of the run; tasks: name -> kind; keyword `a__b` overrides `a.b`."""
     columns = {"sample_id": "id", "image": "image", "text": "caption", **{t: t for t in tasks}}
-    raw = {
+    raw = raw_config(tasks, columns) | {
         "name": "things",
         "data_root": str(folder / "data"),
         "run_root": str(folder / "runs"),
-        "samples": {"sources": [{"reader": "parquet", "path": "*.parquet", "columns": columns}]},
-        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {t: {"kind": kind} for t, kind in tasks.items()},
         "model": {"hidden_dim": 32},
         "training": {"epochs": 6, "batch_size_per_worker": 64, "lr": 5e-3},
         "evaluation": {"bootstrap_samples": 200},
         "variants": dict(variants),
     }
-    return parse_config(raw).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+    return build_config(raw, **overrides)
 
 
 def draw_samples(

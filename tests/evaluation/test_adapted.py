@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mmkt_ray.evaluation.adapted import adaptations
-from mmkt_ray.evaluation.compare import Evaluated
+from mmkt_ray.evaluation.evaluated import Evaluated
 from mmkt_ray.scoring.metrics import ModelMetrics, TaskScores
 from mmkt_ray.scoring.results import Shared, Versus
 from tests.manifests import make_card

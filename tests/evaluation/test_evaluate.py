@@ -29,8 +29,9 @@ from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import load_rows
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
-from mmkt_ray.sandbox.decoding import Limits
+from mmkt_ray.sandbox.child import Limits
 from mmkt_ray.scoring.heldout import load_heldout
+from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.tables import comparison_table
 from mmkt_ray.studies.gallery import show, write_gallery
 from mmkt_ray.studies.gallery_results import Gallery
@@ -83,6 +84,12 @@ def labelled_rows(samples, task: str, modalities: list[str]) -> np.ndarray:
 
 def row_of(results: dict, task: str, model: str) -> dict:
     return next(r for r in results["tasks"][task]["rows"] if r["model"] == model)
+
+
+def test_results_call_a_model_by_its_own_name(run):
+    """Every model had the name of the last subset of its modalities that was scored."""
+    for name in ("image", "text", "concat"):
+        assert ModelMetrics.read(str(run / "models" / name / "metrics.json")).name == name
 
 
 def test_classes_that_train_lacks_are_named(finished, samples):

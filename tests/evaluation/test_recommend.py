@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.compare import Evaluated
+from mmkt_ray.evaluation.evaluated import Evaluated
 from mmkt_ray.evaluation.recommend import Candidate, _can_ship, rank_candidates, standard_error
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.results import Recommended, ResultsFile

@@ -24,9 +24,9 @@ from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import Store, column_of, hash_of, part_schema, to_arrow
 from mmkt_ray.kinds.content import hash_array, hash_text
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard
+from mmkt_ray.samples.shards import list_shards
 from tests.manifests import make_features
 from tests.shapes import png, write_shard
 

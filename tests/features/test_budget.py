@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.chunks import part_name
-from mmkt_ray.features.extract import RunStats
-from mmkt_ray.features.publish import check_budget, count_reasons, count_unmapped, read_rejects, tell_counts
+from mmkt_ray.features.dropping import read_rejects
+from mmkt_ray.features.publish import check_budget, count_reasons, count_unmapped, tell_counts
+from mmkt_ray.features.run_stats import RunStats
 from mmkt_ray.samples.schema import DAMAGE, LEAKAGE, MODALITY, UNMAPPED, Reject, count_stages, reject_table
 
 SOURCE = {"reader": "parquet", "path": "a", "columns": {"text": "t"}}

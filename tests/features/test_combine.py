@@ -13,11 +13,13 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, JoinCombine, PairCombine
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.combine import ABSENT, Combined, RowIndex, join_by_key, pair
+from mmkt_ray.features.dropping import DUPLICATE, parts_of_ids
 from mmkt_ray.features.extract import extract
-from mmkt_ray.features.publish import DUPLICATE, check_budget, parts_of_ids
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.features.publish import check_budget
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject, reject_table
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import write_shard
 
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 from PIL import Image
 
 from mmkt_ray.config import Config
-from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.encoders.image import PixelsImageEncoder
 from mmkt_ray.features.chunks import make_row, open_row
 from mmkt_ray.features.decode import Prepared, decode_column, prepared_values
 from mmkt_ray.features.encode import encode_column
-from mmkt_ray.features.extract import reading_layout
+from mmkt_ray.features.resume import reading_layout
 from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.samples.schema import reject_table

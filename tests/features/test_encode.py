@@ -19,8 +19,8 @@ from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan, assigned_device
 from mmkt_ray.features.publish import Origin, publish
 from mmkt_ray.features.store import open_store
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.manifests import make_manifest
 from tests.shapes import png, write_shard
 

@@ -15,8 +15,8 @@ from mmkt_ray.features.decode import decode_chunk
 from mmkt_ray.features.encode import EncodeChunk, EncodePlan
 from mmkt_ray.features.publish import count_cleaned, nulled
 from mmkt_ray.features.statistics import encoder_statistics
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png, write_shard
 
 MakeConfig = Callable[..., Config]
@@ -91,8 +91,9 @@ def test_lists_of_images_decoded_before_or_inside(tmp_path: Path, make_config: M
 
 
 def _pixels(config: Config, files: list[bytes]) -> list[np.ndarray]:
-    from mmkt_ray.kinds.modalities import Image
-    from mmkt_ray.sandbox.decoding import Limits, decode_samples
+    from mmkt_ray.kinds.file_kinds import Image
+    from mmkt_ray.sandbox.child import Limits
+    from mmkt_ray.sandbox.decoding import decode_samples
 
     found = decode_samples(files, Image(), Limits(config.samples.max_image_pixels, config.samples.decode_timeout_s))
     return [outcome[0] for outcome in found]  # type: ignore[index]  # none is broken

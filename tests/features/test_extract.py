@@ -19,11 +19,12 @@ import pytest
 
 from mmkt_ray.config import Config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.extract import extract, stored_chunks
+from mmkt_ray.features.extract import extract
 from mmkt_ray.features.fit import fit_encoder
+from mmkt_ray.features.resume import stored_chunks
 from mmkt_ray.features.store import Store, column_of, open_store
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png, write_shard
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -203,7 +204,7 @@ def test_reject_budget_says_why_while_it_runs(
     shapes: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that stops after hours and leaves it to its user to find out what was wrong with the rows."""
-    monkeypatch.setattr("mmkt_ray.features.extract.BUDGET_GRACE_ROWS", 1)
+    monkeypatch.setattr("mmkt_ray.features.run_stats.BUDGET_GRACE_ROWS", 1)
     columns = {"sample_id": "id", "image": "image", "text": "text", "colour": "colour"}
     rows = [{"id": f"t{i}", "image": f"gone-{i}.png", "text": "a red dot", "colour": "red"} for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), shapes / "data" / "lost.parquet")

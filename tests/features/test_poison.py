@@ -10,7 +10,8 @@ import pytest
 from poison import poison
 
 from mmkt_ray.config import Config
-from mmkt_ray.features.extract import extract, reading_layout
+from mmkt_ray.features.extract import extract
+from mmkt_ray.features.resume import reading_layout
 from mmkt_ray.features.store import Store
 from tests.shapes import png, write_shard
 

@@ -19,8 +19,8 @@ from mmkt_ray.features.extract import extract
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.isolated import read_isolated
 from mmkt_ray.samples.parquet import count_row_groups
-from mmkt_ray.samples.plan import ReadingPlan
 from mmkt_ray.samples.readers import read_blocks, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.shards import list_shards
 from tests.shapes import write_shard, write_shards
 

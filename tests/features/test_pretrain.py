@@ -15,8 +15,8 @@ from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features import pretrain
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.fit import fit_encoder
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png, write_shard
 
 pytestmark = pytest.mark.usefixtures("ray_local")

@@ -17,9 +17,10 @@ from mmkt_ray.features.combine import check_mapping, pair
 from mmkt_ray.features.fit import what_is_read
 from mmkt_ray.features.pretrain import Pretraining, _decode_shard
 from mmkt_ray.features.spellings import respelled
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.features.test_audit import Sample, publish_parts
 from tests.features.test_combine import index_of
 from tests.labels import codes_of

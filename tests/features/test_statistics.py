@@ -10,8 +10,8 @@ import pytest
 from mmkt_ray.config import Config, CustomEncoder
 from mmkt_ray.features.statistics import encoder_statistics
 from mmkt_ray.kinds.images import decode_image
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png, write_shard
 
 

@@ -12,17 +12,11 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError
 from mmkt_ray.features.manifest import MANIFEST, Manifest
 from mmkt_ray.features.publish import published
-from mmkt_ray.features.store import (
-    _COMPARED,
-    Store,
-    column_of,
-    from_arrow,
-    open_store,
-    to_arrow,
-    write_manifest,
-)
+from mmkt_ray.features.store import _COMPARED, Store, column_of, from_arrow, open_store, to_arrow, write_manifest
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.kinds.spelling import sort_classes
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from mmkt_ray.record import write_sealed
 from tests.labels import MISSING, UNSEEN, codes_of
 from tests.manifests import make_manifest
 
@@ -138,7 +132,7 @@ def test_a_manifest_that_was_changed_or_is_of_an_older_version_says_what_to_do(t
     path.write_text(path.read_text().replace('"dim": 8', '"dim": 9'))
     with pytest.raises(DataError, match=r"damaged or was changed by hand.*remove the folder"):
         open_store(store.uri)
-    storage.write_sealed(str(path), {**store.manifest.to_dict(), "schema_version": 1})
+    write_sealed(str(path), {**store.manifest.to_dict(), "schema_version": 1})
     with pytest.raises(DataError, match=r"schema version 1, this is 2: remove the folder.*run the same command again"):
         open_store(store.uri)
 
@@ -152,7 +146,7 @@ def test_a_manifest_with_a_key_misspelt_or_missing_names_it(tmp_path):
         ({k: v for k, v in about.items() if k != "layout"}, "'layout' is missing"),
         (about | {"modalities": {"image": about["modalities"]["image"] | {"dim": "8"}}}, "'modalities.image.dim'"),
     ):
-        storage.write_sealed(str(tmp_path / MANIFEST), {**changed, "schema_version": Manifest.schema_version})
+        write_sealed(str(tmp_path / MANIFEST), {**changed, "schema_version": Manifest.schema_version})
         with pytest.raises(DataError, match=rf"manifest\.json' is damaged.*{told}.*remove the folder '{tmp_path}'"):
             open_store(store.uri)
 

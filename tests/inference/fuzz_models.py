@@ -27,20 +27,22 @@ import torch
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from mmkt_ray import storage
+from mmkt_ray import record, storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.encoders import build
 from mmkt_ray.encoders.build import build_encoder, build_reducer, load_fitted, load_reducer, save_fitted
 from mmkt_ray.encoders.cnn import SmallCNN
 from mmkt_ray.errors import UserError
 from mmkt_ray.features.encode import encode_column
-from mmkt_ray.features.store import FeatureTable, from_arrow
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import from_arrow
 from mmkt_ray.inference.model_folder import load_model, save_calibration, save_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.prediction import check_finite, prediction_config, restrict, usable_encoders
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.ensemble import EnsembleModel, EnsembleSpec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
+from tests.configs import build_config, raw_config
 from tests.manifests import make_manifest, make_training
 from tests.samples.fuzz_worker import Watch, peak_bytes
 
@@ -100,17 +102,7 @@ def check_answer(found: Answer, right: Answer, forged: bool) -> str:
 def make_config(root: Path, **overrides: Any) -> Config:
     """Images and texts, three tasks of all kinds."""
     tasks = {"thing": "multiclass", "warm": "binary", "tags": "multilabel"}
-    raw = {
-        "name": "fuzz",
-        "data_root": str(root),
-        "samples": {
-            "sources": [{"reader": "parquet", "path": "*.parquet", "columns": {c: c for c in ("image", "text", *tasks)}}]
-        },
-        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {t: {"kind": kind} for t, kind in tasks.items()},
-        "model": {"hidden_dim": 8},
-    }
-    return parse_config(raw).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+    return build_config(raw_config(tasks, data_root=str(root), model={"hidden_dim": 8}), **overrides)
 
 
 def write_encoders(folder: Path, config: Config) -> dict[str, Any]:
@@ -337,7 +329,7 @@ def resealed(files: Files, keep_fingerprint: bool) -> Files:
         pass
     if isinstance(card, dict):
         card.pop("checksum", None)
-        files["config.json"] = json.dumps(card | {"checksum": storage._seal(card)}).encode()
+        files["config.json"] = json.dumps(card | {"checksum": record._seal(card)}).encode()
     return files
 
 

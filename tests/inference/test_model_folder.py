@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from mmkt_ray import __version__, storage
 from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
-from mmkt_ray.inference.model_folder import load_model, read_card, save_model, write_card
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.inference.model_card import read_card, write_card
+from mmkt_ray.inference.model_folder import load_model, save_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.models import MultimodalModel, build_spec
 from mmkt_ray.models.expert_model import ExpertModel, ExpertSpec
+from mmkt_ray.record import write_sealed
+from tests.configs import build_config, raw_config
 from tests.labels import labels_of
 from tests.manifests import make_manifest, make_training
 
@@ -33,22 +36,8 @@ N = 50
 
 @pytest.fixture(scope="module")
 def config():
-    return parse_config(
-        {
-            "name": "test",
-            "samples": {
-                "sources": [
-                    {"reader": "parquet", "path": "x.parquet", "columns": {"image": "i", "text": "t", "topic": "y"}}
-                ]
-            },
-            "modalities": {
-                "image": {"kind": "image", "encoder": "pixels"},
-                "text": {"kind": "text", "encoder": "tfidf"},
-            },
-            "tasks": {"topic": {}},
-            "model": {"fusion": {"name": "hierarchical", "depth": 2}, "sharing": "task_modality", "hidden_dim": 16},
-        }
-    )
+    model = {"fusion": {"name": "hierarchical", "depth": 2}, "sharing": "task_modality", "hidden_dim": 16}
+    return build_config(raw_config({"topic": "multiclass"}, model=model))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +129,7 @@ def cut_weights(folder):
 
 def change_card(folder, key, value):
     """As somebody would who knows of the checksum."""
-    storage.write_sealed(str(folder / "config.json"), {**json.loads((folder / "config.json").read_text()), key: value})
+    write_sealed(str(folder / "config.json"), {**json.loads((folder / "config.json").read_text()), key: value})
 
 
 def flip(path, position):
@@ -227,7 +216,7 @@ FUSION = {"name": "hierarchical", "depth": 2, "fuse": "concat", "rank": 16, "num
         lambda f: change_spec(f, hidden_dim=10**30),
         lambda f: change_card(f, "training", {"members": 10**9}),
         lambda f: change_spec(f, hidden_dim=10**9),  # 8 TB, if it were made before it is compared
-        lambda f: change_spec(f, num_experts=10**9),
+        lambda f: change_spec(f, mmoe_experts=10**9),
         lambda f: change_spec(f, fusion=FUSION | {"depth": 10**9}),
         lambda f: change_spec(f, kinds={"topic": "os:system"}),
         lambda f: change_spec(f, inputs={"topic": ["smell"]}),

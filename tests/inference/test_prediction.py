@@ -19,8 +19,9 @@ from mmkt_ray.features.store import Store
 from mmkt_ray.inference.model_folder import save_model
 from mmkt_ray.inference.prediction import NewShards, predict, prediction_config, restrict, settle_columns, tell_absent
 from mmkt_ray.models import MultimodalModel, build_spec
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.evaluation.runs import make_config
 from tests.manifests import make_manifest, make_training
 

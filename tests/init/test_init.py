@@ -19,8 +19,9 @@ from mmkt_ray.doctor import look_at_columns, look_at_source
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.init.classify import KINDS, Look, classify, classify_all, classify_target
 from mmkt_ray.init.writing import init
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png
 
 CLASSES = ("mug", "shirt", "lamp")

@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.config.samples import SamplesConfig
+from mmkt_ray.config.samples_config import SamplesConfig
 from mmkt_ray.encoders.build import build_encoder
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.decode import decode_column
@@ -19,8 +19,9 @@ from mmkt_ray.features.encode import encode_column
 from mmkt_ray.features.statistics import encoder_statistics
 from mmkt_ray.features.store import from_arrow
 from mmkt_ray.kinds.lists import pool_features
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.shapes import png
 
 TEXTS = [["a red cat", "a cat"], ["dog"], [], None, [None, " ", "a  dog\u0007"]]

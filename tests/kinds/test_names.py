@@ -1,6 +1,7 @@
 """What differs between kinds of modalities is said in mmkt_ray/kinds alone."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,12 @@ def test_no_other_code_asks_for_a_name() -> None:
         if not name.startswith(("mmkt_ray/kinds/", "mmkt_ray/encoders/", "mmkt_ray/init/")) and name not in ELSEWHERE:
             found += [f"{name}:{line}" for line in asked_by_name(path.read_text(), names)]
     assert not found
+
+
+def test_no_template_asks_for_a_name() -> None:
+    """Catches a page that is worded for one kind of file and fits no other."""
+    for path in sorted((ROOT / "mmkt_ray").rglob("*.j2")):
+        assert not re.search(r"kind\.name *[=!]=|kind\.name in", path.read_text()), path
 
 
 @pytest.mark.parametrize(

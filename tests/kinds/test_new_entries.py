@@ -15,8 +15,8 @@ from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.inference.prediction import NewShards, predict
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.steps import run
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.steps import run_steps
 from mmkt_ray.studies.gallery import write_gallery
 from tests.shapes import COLOURS, write_shard
 
@@ -63,7 +63,7 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> 
         write_pulses(folder, start, 60)
     less = {"evaluation__bootstrap_samples": 100, "evaluation__studies": ["insight"]}
     config = toy(make_config, training__epochs=30, training__lr=0.02, **less)
-    told = run(config)
+    told = run_steps(config)
     assert "report: " in told
     results = storage.read_json(f"{tmp_path}/runs/shapes/report/results.json")
     assert "pulse" in str(results)

@@ -13,7 +13,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.prediction import predict
 from mmkt_ray.kinds.tasks import TASK_KINDS, task_kind
-from mmkt_ray.steps import run
+from mmkt_ray.steps import run_steps
 from mmkt_ray.studies.gallery import write_gallery
 from tests.shapes import shapes_config, write_shards
 
@@ -39,7 +39,7 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     write_shards(tmp_path)
     options = {"training__epochs": 30, "training__lr": 0.02, "evaluation__bootstrap_samples": 100}
     config = shapes_config(tmp_path, tasks={"colour": {"kind": KIND}}, **options)
-    assert "report: " in run(config)
+    assert "report: " in run_steps(config)
     (store_uri,) = (tmp_path / "runs" / "shapes" / "features").glob("encoded-*")
     store = open_store(str(store_uri))
     assert store.manifest.tasks["colour"].to_dict() == {"kind": KIND, "classes": ["BL", "GR", "RE"]}

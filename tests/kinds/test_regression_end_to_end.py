@@ -11,7 +11,7 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.inference.prediction import predict
-from mmkt_ray.steps import run
+from mmkt_ray.steps import run_steps
 
 WORDS = {"chair": 40.0, "table": 90.0, "lamp": 25.0, "sofa": 300.0}
 
@@ -59,7 +59,7 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     """Catches a stage that takes numbers for classes: a report of accuracies, predictions on the scale of the logarithm, a
     label that is guessed, intervals that hold few labels, and a fused model that is no better than its parts."""
     shard = write_things(tmp_path)
-    text = run(things_config(tmp_path))
+    text = run_steps(things_config(tmp_path))
     assert "price: numbers" in text
     uri = tmp_path / "runs" / "things"
     results = storage.read_json(str(uri / "report" / "results.json"))

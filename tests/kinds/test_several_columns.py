@@ -13,9 +13,11 @@ import pytest
 
 from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.kinds.modalities import MODALITY_KINDS
+from mmkt_ray.kinds.modality_kind import ModalityKind
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 
 ROWS = [
     {"id": "a", "price": 1.5, "x2": 2, "x10": 10, "label": "u"},

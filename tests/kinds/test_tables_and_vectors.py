@@ -19,8 +19,9 @@ from mmkt_ray.encoders.identity import IdentityEncoder
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.features.encode import encode_column
 from mmkt_ray.inference.prediction import prediction_config
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [

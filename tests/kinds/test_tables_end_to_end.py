@@ -12,7 +12,7 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.config import Config
 from mmkt_ray.inference.prediction import predict
-from mmkt_ray.steps import run
+from mmkt_ray.steps import run_steps
 from mmkt_ray.studies.gallery import write_gallery
 
 MakeConfig = Callable[..., Config]
@@ -53,7 +53,7 @@ def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig, cap
     for start in (0, 60, 120):
         goods(start, 60).to_csv(folder / f"{start}.csv", index=False)
     config = config_of(make_config)
-    run(config)
+    run_steps(config)
     run_folder = tmp_path / "runs" / "shapes"
     (store,) = (run_folder / "features").glob("reduced-*")
     manifest = storage.read_json(str(store / "manifest.json"))
@@ -97,7 +97,7 @@ def check_as_vectors(tmp_path: Path, config: Config) -> None:
     source["columns"] = {"sample_id": "sample_id", "split": "split", "table": "table_features", "colour": "colour"}
     raw["name"] = "after"
     raw["modalities"] = {"table": {"kind": "vector", "encoder": "identity"}}
-    run(Config.model_validate(raw))
+    run_steps(Config.model_validate(raw))
     (again,) = (tmp_path / "runs" / "after" / "features").glob("encoded-*")
     vectors = pd.read_parquet(again / "data").set_index("sample_id")["table_features"]
     for sample_id, vector in rows.set_index("sample_id")["table_features"].items():

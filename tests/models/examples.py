@@ -4,13 +4,14 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from mmkt_ray.config import FUSIONS, FusionConfig
-from mmkt_ray.kinds.tasks import Binary, Multilabel
+from mmkt_ray.config import FUSION_NAMES, FusionConfig
+from mmkt_ray.kinds.multiclass import Binary
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.models import InputSpec, ModelSpec, SparseBatch
 
 B = 9
 # every fusion, and hierarchical ones of some depth and fuse
-FUSIONS_TO_TRY = {name: FusionConfig(name=name, num_heads=2 if name == "attention" else 4) for name in FUSIONS} | {
+FUSIONS_TO_TRY = {name: FusionConfig(name=name, num_heads=2 if name == "attention" else 4) for name in FUSION_NAMES} | {
     "hierarchical 3": FusionConfig(name="hierarchical", depth=3),
     "hierarchical gated": FusionConfig(name="hierarchical", depth=2, fuse="gated"),
     "hierarchical sum": FusionConfig(name="hierarchical", depth=3, fuse="sum"),
@@ -31,7 +32,7 @@ def make_spec(schemes=("task",), fusion="concat", dims=None, sparse=("text",), i
         "inputs": {t: tuple(sorted((inputs or {}).get(t, dims))) for t in "ab"},
         "fusion": FUSIONS_TO_TRY[fusion].model_dump(mode="json"),
         "schemes": tuple(schemes),
-        "num_experts": 3,
+        "mmoe_experts": 3,
         "hidden_dim": 6,
         "dropout": dropout,
         "feature_dropout": dropout,

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkt_ray.config import FUSES, FusionConfig
-from mmkt_ray.config import FUSIONS as NAMES
+from mmkt_ray.config import FUSE_NAMES, FUSION_NAMES, FusionConfig
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.models import fuses
 from mmkt_ray.models.fusion import FUSIONS, DecisionHead, LinearHead
@@ -109,11 +108,11 @@ BY_HAND = {
 
 def test_the_names_are_those_of_the_config():
     """Catches a fusion that the config refuses, or one that it allows and no model knows."""
-    assert set(FUSIONS) == set(NAMES)
-    assert set(fuses.FUSES) == set(FUSES) == set(BY_HAND)
+    assert set(FUSIONS) == set(FUSION_NAMES)
+    assert set(fuses.FUSES) == set(FUSE_NAMES) == set(BY_HAND)
 
 
-@pytest.mark.parametrize("name", FUSES)
+@pytest.mark.parametrize("name", FUSE_NAMES)
 @torch.no_grad()
 def test_a_fuse_is_its_formula_for_every_presence_pattern(name):
     """Catches a gate, key or factor of an absent part that stays in, weights of the wrong part, a lost bias or norm."""
@@ -125,7 +124,7 @@ def test_a_fuse_is_its_formula_for_every_presence_pattern(name):
         torch.testing.assert_close(got[b], BY_HAND[name](fuse, row), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", FUSES)
+@pytest.mark.parametrize("name", FUSE_NAMES)
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @torch.no_grad()
 def test_hierarchical_is_its_formula(name, depth):

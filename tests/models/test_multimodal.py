@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torch.func import functional_call
 
-from mmkt_ray.config import MISSING_STRATEGIES, SCHEMES
-from mmkt_ray.kinds.tasks import Binary, Multiclass
+from mmkt_ray.config import MISSING_STRATEGIES, SCHEME_NAMES
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.models import ModelSpec, MultimodalModel
 from mmkt_ray.models.sparse import SparseLinear, append_column
 from mmkt_ray.models.towers import Tower
@@ -22,7 +22,7 @@ from tests.models.examples import FUSIONS_TO_TRY, B, garbage, make_batch, make_s
 
 
 @pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
-@pytest.mark.parametrize("schemes", [(), *((s,) for s in SCHEMES), ("separate", "mmoe", "cross_stitch")])
+@pytest.mark.parametrize("schemes", [(), *((s,) for s in SCHEME_NAMES), ("separate", "mmoe", "cross_stitch")])
 @pytest.mark.parametrize("missing", ["mask", "zero", "token"])
 def test_what_an_absent_modality_holds_has_no_influence(fusion, schemes, missing):
     """Catches a mask before a tower with a bias only, one multiplied onto NaN, or one forgotten for sparse features."""
@@ -79,19 +79,19 @@ def test_experts_work_once_on_a_signal_that_all_pairs_of_a_modality_share(scheme
     monkeypatch.setattr(Tower, "forward", lambda self, x: calls.append(self) or forward(self, x))
     model = MultimodalModel(make_spec((scheme, "mmoe")))
     model(*make_batch(model.spec))
-    assert len(calls) == 2 + 2 * model.spec.num_experts
+    assert len(calls) == 2 + 2 * model.spec.mmoe_experts
 
 
 def test_tasks_that_share_all_towers_share_the_fusion():
     """Catches a fusion of its own for each task under a trunk that all tasks share, or one for all where they share none."""
-    fusions = {s: len(MultimodalModel(make_spec((s,), "hierarchical")).fusions) for s in SCHEMES}
+    fusions = {s: len(MultimodalModel(make_spec((s,), "hierarchical")).fusions) for s in SCHEME_NAMES}
     shared = {"task", "task_modality"}
-    assert fusions == {s: 1 if s in shared else 2 for s in SCHEMES}
+    assert fusions == {s: 1 if s in shared else 2 for s in SCHEME_NAMES}
     assert len(MultimodalModel(make_spec((), "hierarchical")).fusions) == 2
 
 
 @given(
-    schemes=st.lists(st.sampled_from(SCHEMES), max_size=3),
+    schemes=st.lists(st.sampled_from(SCHEME_NAMES), max_size=3),
     fusion=st.sampled_from(sorted(FUSIONS_TO_TRY)),
     dims=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     sparse=st.sets(st.integers(0, 2)),
@@ -232,7 +232,7 @@ def test_a_task_sees_its_inputs_only(schemes, fusion):
     assert ("a", "text") not in model.encode(features, present)[0]
 
 
-SIGNAL_PATHS = [(s,) for s in SCHEMES] + [("task", "mmoe", "cross_stitch"), ("task_modality", "separate")]
+SIGNAL_PATHS = [(s,) for s in SCHEME_NAMES] + [("task", "mmoe", "cross_stitch"), ("task_modality", "separate")]
 
 
 @pytest.mark.parametrize("schemes", SIGNAL_PATHS)

@@ -38,7 +38,7 @@ def storages(module):
 
 def test_the_names_are_those_of_the_config():
     """Catches a scheme that the config refuses, or one that it allows and no model knows."""
-    assert {*SCHEMES, "cross_stitch", "mmoe"} == set(config.SCHEMES)
+    assert {*SCHEMES, "cross_stitch", "mmoe"} == set(config.SCHEME_NAMES)
     assert set(SCHEMES) == set(SHARED_IF)
 
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
 from mmkt_ray.encoders.catalog import ENCODERS
-from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
+from mmkt_ray.encoders.encoder import EncoderSection, ListedEncoder
+from mmkt_ray.kinds.modalities import MODALITY_KINDS
+from mmkt_ray.kinds.modality_kind import ModalityKind
 
 
 class Pulse(ModalityKind):

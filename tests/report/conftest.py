@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.runs import VARIANTS, draw_samples, make_config, write_run
-from tests.report.pages import THINGS
+from tests.report.page_elements import THINGS
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from mmkt_ray.studies.missing import missing_curves
 from mmkt_ray.studies.scores import transferability
 from mmkt_ray.studies.transfer_results import Gain, Transfers
 from tests.manifests import make_training
-from tests.report.pages import HOSTILE, Elements, audit_of
+from tests.report.page_elements import HOSTILE, Elements, audit_of
 
 pytestmark = pytest.mark.slow
 

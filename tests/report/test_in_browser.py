@@ -11,7 +11,7 @@ from mmkt_ray import storage
 from mmkt_ray.report.compared_runs import ComparisonTable, as_page
 from mmkt_ray.report.page import build_report
 from tests.browser import Browser
-from tests.report.pages import HOSTILE, audit_of
+from tests.report.page_elements import HOSTILE, audit_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 AXE = importlib.util.find_spec("axe_playwright_python")  # carries axe-core's script; its own code is not used

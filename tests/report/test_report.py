@@ -17,7 +17,7 @@ from mmkt_ray.evaluation import sentences
 from mmkt_ray.report import colors, plots, words
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.results import Answer, Headline, ModelScores, TaskResults
-from tests.report.pages import ATTRIBUTE, HOSTILE, Elements
+from tests.report.page_elements import ATTRIBUTE, HOSTILE, Elements
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from mmkt_ray.report.figures import Figures
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import Current
 from mmkt_ray.search.search_results import HeatMap, SearchResult
-from tests.report.pages import HOSTILE, Elements
+from tests.report.page_elements import HOSTILE, Elements
 from tests.report.test_findings import text_of
 
 pytestmark = pytest.mark.slow

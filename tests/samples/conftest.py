@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from mmkt_ray.config import Config, parse_config
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Reject
+from mmkt_ray.samples.shards import list_shards
 
 ENCODERS = {"image": "pixels", "text": "tfidf"}
 

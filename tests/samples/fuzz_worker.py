@@ -27,9 +27,10 @@ from mmkt_ray.config import Config, parse_config
 from mmkt_ray.errors import UserError
 from mmkt_ray.kinds import images, sounds
 from mmkt_ray.samples import archives, files, manifests, pages, parquet
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import UNMAPPED, reject_table
+from mmkt_ray.samples.shards import list_shards
 from tests.samples import fuzz_seeds
 from tests.samples.fuzz_seeds import Case
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from mmkt_ray.config.samples import SourceConfig
+from mmkt_ray.config.samples_config import SourceConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.samples import addresses
 from mmkt_ray.samples.addresses import Fetcher, find_addresses, is_public, without_secrets

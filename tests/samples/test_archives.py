@@ -12,9 +12,10 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.samples import archives
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
+from mmkt_ray.samples.readers import find_samples, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import UNMAPPED
+from mmkt_ray.samples.shards import list_shards
 
 WEBDATASET = {
     "reader": "webdataset",

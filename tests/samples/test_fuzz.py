@@ -23,8 +23,8 @@ import pytest
 from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.samples import archives, lines, manifests, pages, parquet
 from mmkt_ray.samples.columns import Reading
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.samples import fuzz_seeds
 
 KINDS = ("images", "sounds", "tars", "parquet", "manifests")

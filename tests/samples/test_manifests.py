@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 
 COLUMNS = {"image": "file", "text": "words", "label": "kind"}
 

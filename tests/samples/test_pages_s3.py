@@ -8,8 +8,9 @@ import pytest
 from mmkt_ray import storage
 from mmkt_ray.samples import pages, parquet
 from mmkt_ray.samples.columns import Reading
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.cluster.test_s3 import BUCKET, Server, server  # noqa: F401  (a fixture)
 
 SOURCE = {"reader": "parquet", "path": "a.parquet", "columns": {"image": "image", "label": "label"}}

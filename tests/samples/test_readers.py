@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.cells import escape_id, label_names, label_text
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import find_samples, list_shards, read_chunks
+from mmkt_ray.samples.readers import find_samples, read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import sample_schema
+from mmkt_ray.samples.shards import list_shards
 
 TEXT = {"text": "text", "label": "label"}
 PARQUET = {"reader": "parquet", "path": "a.parquet", "columns": TEXT}

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from mmkt_ray.samples.plan import ReadingPlan
+from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.splits import assign_split, normalise_split, split_in_name
 
 SOURCE = {"reader": "parquet", "path": "a", "columns": {"text": "text", "label": "label"}}

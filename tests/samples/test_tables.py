@@ -13,8 +13,9 @@ import pytest
 
 from mmkt_ray.errors import DataError
 from mmkt_ray.kinds.cells import canonical, key_text, label_names, label_text, likely_encoding
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 
 COLUMNS = {"text": "text", "label": "label"}
 TEXTS = ["caf\xe9 one", 'two, "quoted"', "three\nlines"]

@@ -21,7 +21,8 @@ from mmkt_ray.kinds.images import InputSize, decode_and_tell
 from mmkt_ray.kinds.modalities import MODALITY_KINDS
 from mmkt_ray.kinds.sounds import decode_audio
 from mmkt_ray.sandbox import decoding as decoder
-from mmkt_ray.sandbox.decoding import Broken, Limits, decode_samples
+from mmkt_ray.sandbox.child import Limits
+from mmkt_ray.sandbox.decoding import Broken, decode_samples
 
 IMAGE, AUDIO = MODALITY_KINDS["image"](), MODALITY_KINDS["audio"]()
 LIMITS = Limits(max_pixels=10_000, timeout_s=20.0)

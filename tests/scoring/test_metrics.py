@@ -16,7 +16,8 @@ from sklearn.metrics import (
 )
 
 from mmkt_ray.kinds.class_metrics import classification_metrics
-from mmkt_ray.kinds.tasks import Binary, Multiclass, Multilabel
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from tests.labels import MISSING, UNSEEN, labels_of
 
 NAMES = ["a", "b", "c", "d", "e"]

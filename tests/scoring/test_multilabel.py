@@ -14,7 +14,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmkt_ray.kinds.tasks import Multilabel
+from mmkt_ray.kinds.multilabel import Multilabel
 from tests.labels import MISSING, labels_of
 
 NAMES = ["a", "b", "c", "d"]

@@ -3,7 +3,7 @@
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.evaluation.compare import is_stale
+from mmkt_ray.evaluation.evaluated import is_stale
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.provenance import Current, LeftOut, Study, about, recipe
 from mmkt_ray.scoring.results import Described, ResultsFile

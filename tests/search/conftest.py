@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config import Config
 from mmkt_ray.features.store import Store, column_of, open_store, to_arrow, write_manifest
+from tests.configs import build_config, raw_config
 from tests.manifests import make_manifest
 
 MODALITIES, DIM, NUM_ROWS = ("image", "text"), 6, 400
@@ -21,16 +22,12 @@ def make_config(tmp_path_factory) -> Callable[..., Config]:
     folder = tmp_path_factory.mktemp("runs")
 
     def make(**overrides) -> Config:
-        columns = {c: c for c in (*MODALITIES, *CLASSES)}
-        raw = {
-            "name": "test",
+        raw = raw_config(dict.fromkeys(CLASSES, "multiclass")) | {
             "run_root": str(folder),
-            "samples": {"sources": [{"reader": "parquet", "path": "x.parquet", "columns": columns}]},
             "modalities": {
                 "image": {"kind": "image", "encoder": "pixels", "reduce": {"name": "pca", "dim": DIM}},
                 "text": {"kind": "text", "encoder": "tfidf", "reduce": {"name": "svd", "dim": DIM}},
             },
-            "tasks": {task: {} for task in CLASSES},
             "model": {"hidden_dim": 8, "experts": False},
             "training": {"auto": [], "epochs": 9, "batch_size_per_worker": 128},
             "evaluation": {"bootstrap_samples": 100},
@@ -48,7 +45,7 @@ def make_config(tmp_path_factory) -> Callable[..., Config]:
                 "seeds": 2,
             },
         }
-        return parse_config(raw).with_overrides(overrides)
+        return build_config(raw, **overrides)
 
     return make
 

@@ -36,11 +36,11 @@ def test_a_condition_may_name_several_values_and_keys_that_are_not_searched(make
         make_config,
         model__fusion__name={"choice": ["attention", "decision", "gated"]},
         model__num_levels={"choice": [1, 2], "when": {FUSION: ["attention", "gated"], "model.hidden_dim": 8}},
-        model__num_experts={"int": [2, 4], "when": {"model.hidden_dim": 16}},
+        model__mmoe_experts={"int": [2, 4], "when": {"model.hidden_dim": 16}},
     )
     found = list(space.architectures())
     assert sum("model.num_levels" in a for a in found) == 4
-    assert not any("model.num_experts" in a for a in found)
+    assert not any("model.mmoe_experts" in a for a in found)
 
 
 def test_a_chosen_name_starts_with_its_own_defaults(make_config):
@@ -118,10 +118,10 @@ def test_without_member_keys_there_is_one_candidate(make_config):
 def test_a_space_of_millions_is_tried_out_at_its_corners(make_config):
     """Catches a check that never ends, or that sees the first values of a long range only."""
     long = {"int": [1, 10_000]}
-    space = {"model__hidden_dim": long, "model__num_experts": {"int": [1, 64]}, "training__batch_size_per_worker": long}
+    space = {"model__hidden_dim": long, "model__mmoe_experts": {"int": [1, 64]}, "training__batch_size_per_worker": long}
     assert len(list(space_of(make_config, **space).some_architectures())) == 27
-    with pytest.raises(ConfigError, match="num_experts=100"):
-        space_of(make_config, **space | {"model__num_experts": {"int": [1, 100]}})
+    with pytest.raises(ConfigError, match="mmoe_experts=100"):
+        space_of(make_config, **space | {"model__mmoe_experts": {"int": [1, 100]}})
 
 
 def test_ends_of_a_range_are_its_values(make_config):

@@ -15,7 +15,7 @@ from mmkt_ray.evaluation.sentences import answer_sentence
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card, write_card
 from mmkt_ray.inference.rows import subsets
-from mmkt_ray.kinds.tasks import Multilabel
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.scoring.intervals import holm
 from mmkt_ray.scoring.results import Answer
 from mmkt_ray.studies.contribution import contributions, insights, shapley_weights

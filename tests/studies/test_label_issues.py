@@ -12,11 +12,12 @@ import pytest
 import scipy.sparse as sp
 
 from mmkt_ray import storage
-from mmkt_ray.config import Config, parse_config
+from mmkt_ray.config import Config
 from mmkt_ray.features.audit import Audit, LabelIssueCounts
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.studies import label_issues
 from mmkt_ray.studies.label_issues import OutOfFold, divergence, find_label_issues, predict_out_of_fold
+from tests.configs import build_config, raw_config
 from tests.labels import MISSING, codes_of, labels_of
 
 NONE = LabelIssueCounts(label=0, modalities=0)
@@ -34,18 +35,7 @@ class TableStore:
 
 
 def make_config(**task: Any) -> Config:
-    columns = {"image": "image", "text": "caption", "thing": "thing"}
-    return parse_config(
-        {
-            "name": "t",
-            "samples": {"sources": [{"reader": "parquet", "path": "*.parquet", "columns": columns}]},
-            "modalities": {
-                "image": {"kind": "image", "encoder": "pixels"},
-                "text": {"kind": "text", "encoder": "tfidf"},
-            },
-            "tasks": {"thing": task},
-        }
-    )
+    return build_config(raw_config({"thing": "multiclass"}) | {"tasks": {"thing": task}})
 
 
 def make_table(

@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score
 from mmkt_ray import storage
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.kinds.tasks import Multilabel
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.scoring.seeds import further_seed_scores
 from mmkt_ray.studies.missing_results import MissingCurves
 from mmkt_ray.studies.missing_seeds import missing_over_seeds

@@ -34,8 +34,8 @@ FILES: dict[type[Record], dict[str, Any]] = {
         },
     },
     MissingCurves: {
-        "model": "a", "split": "test", "confidence": 0.95, "num_seeds": 1, "modalities": ["m", "n"], "rates": [0.0, 1.0],
-        "curves": {"any": {"t": CURVE}}, "reference": {"any": {"t": CURVE | {"models": {"m": "a"}}}},
+        "model": "a", "split": "test", "confidence": 0.95, "num_seeds": 1, "modalities": ["m", "n"],
+        "rates": [0.0, 1.0], "curves": {"any": {"t": CURVE}}, "reference": {"any": {"t": CURVE | {"models": {"m": "a"}}}},
         "difference": {"any": {"t": CURVE | {"p_holm": [1.0, 1.0]}}}, "answers": [],
         "patterns": {"m+n": {"t": {"num_rows": 3, "accuracy": 1.0, "log_loss": None}}},
     },
@@ -55,7 +55,9 @@ FILES: dict[type[Record], dict[str, Any]] = {
     Transfers: {"nodes": [], "label_fracs": [0.1], "seeds": 2, "confidence": 0.95, "targets": [], "cells": []},
     Gallery: {
         "split": "test",
-        "tasks": {"t": {"right": [{"sample_id": "a", "label": "x", "pred": "x", "proba": None, "inputs": {"m": None}}]}},
+        "tasks": {
+            "t": {"right": [{"sample_id": "a", "label": "x", "pred": "x", "proba": None, "inputs": {"m": None}}]}
+        },
     },
     Audit: {
         "num_rows": 3, "nulled": {},

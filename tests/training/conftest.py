@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from mmkt_ray.config import Config, parse_config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.config import Config
+from mmkt_ray.features.feature_table import FeatureTable
+from tests.configs import build_config, raw_config
 from tests.labels import MISSING, UNSEEN, coded
 
 
@@ -17,19 +18,10 @@ def make_config() -> Callable[..., Config]:
     """make_config(**{"training.epochs": 2}): a fast run of two modalities and two tasks, without experts."""
 
     def make(**overrides) -> Config:
-        columns = {c: c for c in ("image", "text", "topic", "mood")}
-        raw = {
-            "name": "test",
-            "samples": {"sources": [{"reader": "parquet", "path": "x.parquet", "columns": columns}]},
-            "modalities": {
-                "image": {"kind": "image", "encoder": "pixels"},
-                "text": {"kind": "text", "encoder": "tfidf"},
-            },
-            "tasks": {"topic": {}, "mood": {}},
-            "model": {"hidden_dim": 16, "modality_dropout": 0.0, "experts": False},
-            "training": {"auto": [], "epochs": 4, "batch_size_per_worker": 64, "lr": 0.01},
-        }
-        return parse_config(raw).with_overrides(overrides)
+        model = {"hidden_dim": 16, "modality_dropout": 0.0, "experts": False}
+        training = {"auto": [], "epochs": 4, "batch_size_per_worker": 64, "lr": 0.01}
+        tasks = {"topic": "multiclass", "mood": "multiclass"}
+        return build_config(raw_config(tasks, model=model, training=training), **overrides)
 
     return make
 

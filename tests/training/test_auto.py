@@ -10,13 +10,14 @@ import torch
 
 from mmkt_ray.config import load_config
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
-from mmkt_ray.kinds.tasks import Multiclass
+from mmkt_ray.kinds.multiclass import Multiclass
 from mmkt_ray.scoring.heldout import HeldOut, as_train, load_heldout, make_folds, save_heldout
-from mmkt_ray.training import auto, trainer
+from mmkt_ray.training import auto, chosen_settings
 from mmkt_ray.training.auto import (
     choose_candidate,
     choose_settings,
@@ -218,8 +219,8 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
     uri, store = str(tmp_path / "model"), write_store(str(tmp_path / "store"), table)
     config = make_auto(**{"training.steps": 20, "evaluation.calibrate": False, "model.wide": False})
     asked = []
-    real = trainer.choose_settings
-    monkeypatch.setattr(trainer, "choose_settings", lambda *args: asked.append(1) or real(*args))
+    real = chosen_settings.choose_settings
+    monkeypatch.setattr(chosen_settings, "choose_settings", lambda *args: asked.append(1) or real(*args))
     summary = train(config, store, uri)
     train(config.with_overrides({"training.seed": 5}), store, str(tmp_path / "other"))
     assert len(asked) == 1

@@ -8,20 +8,13 @@ import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmkt_ray.config import parse_config
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.training.baselines import Logreg, fit_majorities, logreg_configs
 from mmkt_ray.training.linear import linear_result
+from tests.configs import build_config, raw_config
 from tests.labels import MISSING, UNSEEN, coded, codes_of
 
-CONFIG = parse_config(
-    {
-        "name": "test",
-        "samples": {"sources": [{"reader": "parquet", "path": "x", "columns": {c: c for c in ("image", "text", "t")}}]},
-        "modalities": {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kind": "text", "encoder": "tfidf"}},
-        "tasks": {"t": {}},
-    }
-)
+CONFIG = build_config(raw_config({"t": "multiclass"}))
 
 
 def logregs(config, table):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 from mmkt_ray.errors import DataError
-from mmkt_ray.kinds.tasks import Binary, Multiclass, Multilabel
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.training.batches import Batch, Mixed
 from mmkt_ray.training.criterion import Criterion, Distillation
 from tests.labels import MISSING, UNSEEN, coded, labels_of

@@ -11,16 +11,18 @@ from scipy.stats import binomtest, ttest_rel
 
 from mmkt_ray import cluster, storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable, open_store
+from mmkt_ray.features.feature_table import FeatureTable
+from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card, write_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_logits, predict_table
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.models import ExpertModel, InputSpec, MultimodalModel, fused_part, model_of_spec
 from mmkt_ray.scoring.calibration import fit_temperature
 from mmkt_ray.studies.contribution import shapley_values
+from mmkt_ray.training import composite, trainer
 from mmkt_ray.training import experts as experts_module
-from mmkt_ray.training import trainer
 from mmkt_ray.training.experts import (
     ALPHA,
     choose_routes,
@@ -287,18 +289,18 @@ def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fit
     finished before it is."""
     config, uri = make_config(**{"training.epochs": 2}), str(tmp_path / "run" / "concat")
     whole = train(config, store_uri, str(tmp_path / "other" / "concat"))
-    real = trainer.train_expert
+    real = composite.train_expert
 
     def killed(part, *args):
         if part.model_modalities == ("text",):
             raise KeyboardInterrupt
         return real(part, *args)
 
-    monkeypatch.setattr(trainer, "train_expert", killed)
+    monkeypatch.setattr(composite, "train_expert", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config, store_uri, uri)
     assert read_card(uri) is None
-    monkeypatch.setattr(trainer, "train_expert", real)
+    monkeypatch.setattr(composite, "train_expert", real)
     fits.clear()
     again = train(config, store_uri, uri)
     assert fits == ["text"]
@@ -310,14 +312,14 @@ def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fit
 
 def test_an_expert_that_cannot_be_trained_is_left_out(make_config, store_uri, tmp_path, fits, monkeypatch):
     """Catches a run that ends because of a model that nobody asked for."""
-    real = trainer.train_expert
+    real = composite.train_expert
 
     def train_expert(part, *args):
         if part.model_modalities == ("text",):
             raise DataError("nothing to learn")
         return real(part, *args)
 
-    monkeypatch.setattr(trainer, "train_expert", train_expert)
+    monkeypatch.setattr(composite, "train_expert", train_expert)
     uri = str(tmp_path / "concat")
     train(make_config(**{"training.epochs": 2}), store_uri, uri)
     routes = getattr(load_model(uri)[0].spec, "routes", {})

@@ -8,13 +8,13 @@ import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from mmkt_ray.config import parse_config
 from mmkt_ray.errors import DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_logits, predict_table
 from mmkt_ray.scoring.heldout import make_folds
 from mmkt_ray.training.linear import fit_linear, is_linear, linear_result
 from mmkt_ray.training.logistic import Problem, make_block, minimise
+from tests.configs import IMAGE_AND_TEXT, build_config, raw_config
 from tests.labels import MISSING, UNSEEN, coded, codes_of
 
 KINDS = {"three": "multiclass", "two": "binary", "tags": "multilabel"}
@@ -22,18 +22,10 @@ SPARSE = {"image": False, "text": True, "wide": False}
 
 
 def config_of(modalities=("image", "text", "wide"), tasks=tuple(KINDS), **overrides):
-    columns = {c: c for c in (*SPARSE, *KINDS)}
-    raw = {
-        "name": "test",
-        "samples": {"sources": [{"reader": "parquet", "path": "x.parquet", "columns": columns}]},
-        "modalities": {
-            m: {"kind": "text", "encoder": "tfidf"} if s else {"kind": "image", "encoder": "pixels"}
-            for m, s in SPARSE.items()
-        },
-        "tasks": {t: {"kind": kind} for t, kind in KINDS.items()},
-        "model": {"num_levels": 0, "modalities": list(modalities), "tasks": list(tasks), "experts": False},
-    }
-    return parse_config(raw).with_overrides({"training.l2": 0.5} | {k.replace("__", "."): v for k, v in overrides.items()})
+    read = {m: IMAGE_AND_TEXT["text" if s else "image"] for m, s in SPARSE.items()}
+    model = {"num_levels": 0, "modalities": list(modalities), "tasks": list(tasks), "experts": False}
+    raw = raw_config(KINDS, {c: c for c in (*SPARSE, *KINDS)}, modalities=read, model=model, training={"l2": 0.5})
+    return build_config(raw, **overrides)
 
 
 @pytest.fixture(scope="module")

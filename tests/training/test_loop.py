@@ -49,8 +49,8 @@ class Killed(Exception):
 
 
 def stop_after(epoch):
-    def report(record):
-        if record["epoch"] == epoch:
+    def report(record, num_epochs):
+        if record.epoch == epoch:
             raise Killed
 
     return report
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(make_config, table,
     with pytest.raises(Killed):
         fit(config, table, checkpoint=checkpoint, report=stop_after(epoch))
     epochs = []
-    resumed = fit(config, table, checkpoint=checkpoint, report=lambda record: epochs.append(record["epoch"]))
+    resumed = fit(config, table, checkpoint=checkpoint, report=lambda record, _: epochs.append(record.epoch))
     assert epochs == list(range(epoch + 1, config.training.epochs + 1))
     assert_equal_runs(resumed, whole)
 
@@ -101,10 +101,10 @@ def test_validation_scores_are_scikit_learns(make_config, table):
     for t, proba in predict_table(result.model, val).items():
         kept = readable & val.labels[t].labelled
         truth, pred = codes_of(val.labels[t])[kept], proba[kept].argmax(1)
-        assert scores["accuracy"][t] == pytest.approx(accuracy_score(truth, pred))
-        assert scores["macro_f1"][t] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
-    assert scores["score"] == pytest.approx(np.mean(list(scores["macro_f1"].values())))
-    assert scores["macro_f1"] == result.val.metrics["macro_f1"]
+        assert scores.metrics["accuracy"][t] == pytest.approx(accuracy_score(truth, pred))
+        assert scores.metrics["macro_f1"][t] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
+    assert scores.score == pytest.approx(np.mean(list(scores.metrics["macro_f1"].values())))
+    assert scores.metrics["macro_f1"] == result.val.metrics["macro_f1"]
 
 
 def test_the_best_epoch_is_kept_and_patience_stops(make_config, table):
@@ -115,7 +115,7 @@ def test_the_best_epoch_is_kept_and_patience_stops(make_config, table):
     assert len(scores) < 40
     kept = scores[result.best_epoch - 1]
     assert kept > max(scores) - 0.5 * np.sqrt(0.25 / len(readable_val_rows(table)))
-    assert validate(result.model, table, readable_val_rows(table), Worker())["score"] == pytest.approx(kept)
+    assert validate(result.model, table, readable_val_rows(table), Worker()).score == pytest.approx(kept)
 
 
 def test_of_level_epochs_the_one_with_the_lower_loss_is_kept(make_config, table):
@@ -232,8 +232,8 @@ def test_two_workers_count_and_learn_like_one(make_config, table, free_port):
             np.testing.assert_allclose(first[name], value, atol=5e-4, err_msg=f"{config.training.balance} {name}")
         one.model.load_state_dict({k: torch.from_numpy(v) for k, v in first.items()})
         alone = validate(one.model, table, np.flatnonzero(table.split == "val"), Worker())
-        assert (alone["accuracy"], alone["macro_f1"]) == (scores["accuracy"], scores["macro_f1"])
-        assert alone["loss"] == pytest.approx(scores["loss"])
+        assert (alone.metrics["accuracy"], alone.metrics["macro_f1"]) == (scores.metrics["accuracy"], scores.metrics["macro_f1"])
+        assert alone.loss == pytest.approx(scores.loss)
     worker.join(timeout=60)
 
 

@@ -9,7 +9,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from mmkt_ray.config import Config
 from mmkt_ray.evaluation.scoring_baselines import fit_boosted
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.conformal import conformal_quantile, coverage, fit_margins, margins_of
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.kinds.regression import Regression

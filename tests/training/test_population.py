@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmkt_ray.config import FUSIONS, SCHEMES
+from mmkt_ray.config import FUSION_NAMES, SCHEME_NAMES
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.training.loop import fit
 from mmkt_ray.training.population import Population
@@ -25,7 +25,7 @@ def dense(table) -> FeatureTable:
     return FeatureTable(**{**vars(table), "features": {**table.features, "text": table.features["text"].toarray()}})
 
 
-@pytest.mark.parametrize(("fusion", "scheme"), list(product(FUSIONS, SCHEMES)))
+@pytest.mark.parametrize(("fusion", "scheme"), list(product(FUSION_NAMES, SCHEME_NAMES)))
 def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, scheme):
     """Catches members that see each other, other batches, masks or decay than alone, and a stack that forgets a buffer."""
     depth = {"model.fusion.depth": 2} if fusion == "hierarchical" else {}
@@ -37,7 +37,7 @@ def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, 
         assert population.best_epoch[i] == alone.best_epoch
         for metric in ("accuracy", "macro_f1"):
             for task, value in alone.val.metrics[metric].items():
-                assert population.val[i][metric][task] == pytest.approx(value, abs=1e-3)
+                assert population.val[i].metrics[metric][task] == pytest.approx(value, abs=1e-3)
         theirs, own = (predict_table(model, dense) for model in (population.model(i), alone.model))
         for task in own:
             np.testing.assert_allclose(theirs[task], own[task], atol=5e-3)

@@ -10,7 +10,7 @@ from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import check_card, read_card
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_logits
-from mmkt_ray.kinds.tasks import Multiclass
+from mmkt_ray.kinds.multiclass import Multiclass
 from mmkt_ray.scoring.heldout import load_heldout
 from mmkt_ray.training import linear, trainer
 from mmkt_ray.training.fingerprint import linear_place, model_identity

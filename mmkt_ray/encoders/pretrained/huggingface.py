@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection, ListedEncoder
-from mmkt_ray.encoders.pretrained.adapt import AdaptableSection
+from mmkt_ray.encoders.encoder import EncoderSection, ListedEncoder
+from mmkt_ray.encoders.pretrained.adaptable import AdaptableSection
 from mmkt_ray.encoders.pretrained.folder import read_config_json
 from mmkt_ray.encoders.pretrained.weights import require
 from mmkt_ray.lazy import lazy
 
 if TYPE_CHECKING:
     from mmkt_ray.encoders.pretrained import folder_images, sound_networks, text_networks
-    from mmkt_ray.kinds.modalities import ModalityKind
+    from mmkt_ray.kinds.modality_kind import ModalityKind
 else:
     folder_images, sound_networks, text_networks = (
         lazy(f"mmkt_ray.encoders.pretrained.{name}") for name in ("folder_images", "sound_networks", "text_networks")

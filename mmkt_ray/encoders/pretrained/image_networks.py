@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mmkt_ray.encoders.frozen import FrozenNetwork
 from mmkt_ray.encoders.image import BICUBIC, Square
-from mmkt_ray.encoders.pretrained.adapt import Adaptable, AdaptableSection
+from mmkt_ray.encoders.pretrained.adaptable import Adaptable, AdaptableSection
 from mmkt_ray.encoders.pretrained.weights import State, digest_of, read_weights, require
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.lazy import lazy

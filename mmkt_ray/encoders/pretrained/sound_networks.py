@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmkt_ray.encoders import audio
-from mmkt_ray.encoders.base import ListedEncoder
+from mmkt_ray.encoders.encoder import ListedEncoder
 from mmkt_ray.encoders.pretrained import folder as folders
-from mmkt_ray.encoders.pretrained.adapt import Adaptable
+from mmkt_ray.encoders.pretrained.adaptable import Adaptable
 from mmkt_ray.errors import ConfigError, unknown_name
 from mmkt_ray.lazy import lazy
 

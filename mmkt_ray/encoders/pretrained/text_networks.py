@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import ListedEncoder
+from mmkt_ray.encoders.encoder import ListedEncoder
 from mmkt_ray.encoders.pretrained import folder as folders
 from mmkt_ray.encoders.pretrained import sentence_pooling
-from mmkt_ray.encoders.pretrained.adapt import Adaptable, AdaptableSection
+from mmkt_ray.encoders.pretrained.adaptable import Adaptable, AdaptableSection
 from mmkt_ray.encoders.pretrained.weights import missing_package, require
 from mmkt_ray.errors import ConfigError, DataError
 from mmkt_ray.lazy import lazy

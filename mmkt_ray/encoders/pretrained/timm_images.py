@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.pretrained.adapt import AdaptableSection
+from mmkt_ray.encoders.pretrained.adaptable import AdaptableSection
 from mmkt_ray.encoders.pretrained.image_networks import PretrainedImageEncoder
 from mmkt_ray.encoders.pretrained.weights import digest_of, read_weights, require
 from mmkt_ray.errors import ConfigError, DataError, unknown_name

@@ -17,9 +17,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from mmkt_ray import storage
-from mmkt_ray.encoders.base import Features
+from mmkt_ray.encoders.encoder import Features
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.kinds.labels import concat_labels
 
 GROWTH = 5  # a class becomes at most so many times as large, and never larger than the largest one

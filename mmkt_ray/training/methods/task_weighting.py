@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker
 

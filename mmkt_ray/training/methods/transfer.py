@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from mmkt_ray import storage
 from mmkt_ray.config import TransferConfig
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.inference.outputs import predict_table
 from mmkt_ray.inference.rows import readable
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.models import MultimodalModel, Predictor, fused_part
 from mmkt_ray.models.sharing import without_key
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.tasks import Multiclass, Multilabel
+from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.multilabel import Multilabel
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.checkpoint import FileCheckpoint
 from mmkt_ray.training.criterion import Criterion
 from mmkt_ray.training.learner import Learner, own_parameters
-from mmkt_ray.training.loop import Fitting, fit, spec_of
+from mmkt_ray.training.loop import Fitting, fit
 from mmkt_ray.training.methods.balance import (
     LEARNERS,
     GradientBlending,
@@ -25,6 +26,7 @@ from mmkt_ray.training.methods.balance import (
     pareto,
 )
 from mmkt_ray.training.methods.task_weighting import TaskWeighting
+from mmkt_ray.training.setup import spec_of
 from tests.labels import labels_of
 from tests.training.test_loop import Killed, assert_equal_runs, stop_after
 

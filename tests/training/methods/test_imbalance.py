@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from mmkt_ray import storage
 from mmkt_ray.errors import ConfigError, DataError
-from mmkt_ray.features.store import FeatureTable
+from mmkt_ray.features.feature_table import FeatureTable
 from mmkt_ray.training.batches import usable_rows
 from mmkt_ray.training.methods.imbalance import (
     GROWTH,

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.kinds.tasks import Binary, Multiclass
+from mmkt_ray.kinds.multiclass import Binary, Multiclass
 from mmkt_ray.models import MultimodalModel
 from mmkt_ray.training.batches import Worker, read_batch, usable_rows
 from mmkt_ray.training.criterion import Criterion
-from mmkt_ray.training.loop import fit, spec_of
+from mmkt_ray.training.loop import fit
 from mmkt_ray.training.methods.task_weighting import (
     GradNorm,
     TaskWeighting,
@@ -19,6 +19,7 @@ from mmkt_ray.training.methods.task_weighting import (
     move_weights,
     shared_parameters,
 )
+from mmkt_ray.training.setup import spec_of
 
 TASKS, KINDS = {"mood": 2, "topic": 3}, {"mood": Binary(), "topic": Multiclass()}
 LOSSES = {"mood": torch.tensor(0.7), "topic": torch.tensor(2.0)}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmkt_ray.config.modalities import ModalityConfig
-from mmkt_ray.encoders.base import EncoderTraining, fit_of
+from mmkt_ray.config.modality_config import ModalityConfig
 from mmkt_ray.encoders.build import build_encoder, load_fitted, save_fitted
-from mmkt_ray.encoders.pretrained import adapting
+from mmkt_ray.encoders.encoder import EncoderTraining, fit_of
+from mmkt_ray.encoders.pretrained import adapt_training, adapted_weights
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.errors import ConfigError
 from tests.encoders.tiny_networks import WORDS, image_folder, sound_folder, text_folder, transformers
@@ -150,11 +150,11 @@ def test_no_train_value_is_encoded_by_a_network_that_learnt_it(folder: Path, tmp
     rows, new = texts(160, 0)[0], [" ".join(WORDS[i:]) for i in range(6)]
     values, labels, held_out = data(encoder)
     found = again.encode(rows + new)
-    hashes = adapting.hashes_of(encoder.contents(rows))
-    assert np.array_equal(hashes, adapting.hashes_of(encoder.contents(values)))
+    hashes = adapted_weights.hashes_of(encoder.contents(rows))
+    assert np.array_equal(hashes, adapted_weights.hashes_of(encoder.contents(values)))
     alone = []
     for number in range(3):  # each network by itself, trained from the start on the other two parts
-        left_out = adapting.fold_of(hashes, 3) == number
+        left_out = adapted_weights.fold_of(hashes, 3) == number
         chosen = held_out | ~left_out
         one: Any = build_encoder(section(folder, how="last_layers", num_layers=1, epochs=2))
         training = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None, held_out[chosen])
@@ -163,7 +163,7 @@ def test_no_train_value_is_encoded_by_a_network_that_learnt_it(folder: Path, tmp
     learnt = np.isin(hashes, np.unique(hashes[~held_out]))
     expected = np.mean(alone, axis=0)
     for row in np.flatnonzero(learnt):
-        expected[row] = alone[adapting.fold_of(hashes, 3)[row]][row]
+        expected[row] = alone[adapted_weights.fold_of(hashes, 3)[row]][row]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     state = {k: torch.as_tensor(v).contiguous().clone() for k, v in states[2].items()}
     resumed = train(config, state)
@@ -188,14 +188,14 @@ def test_the_head_begins_as_the_linear_model_of_the_frozen_features(folder: Path
     encoder = build_encoder(section(folder))
     values, labels, _ = data(encoder)
     encoder.load()
-    net = adapting.Net(encoder, 2, CPU)
+    net = adapt_training.Net(encoder, 2, CPU)
     net.set_mode(False)
     net.fit_head(values, labels)
     from sklearn.linear_model import LogisticRegression
 
     features = encoder.encode(texts(160, 0)[0])
     x = (features - features.mean(0)) / features.std(0)
-    strength = 1 / (adapting.HEAD_DECAY * len(labels))  # of one row of weights; ours are two halves, of opposite sign
+    strength = 1 / (adapt_training.HEAD_DECAY * len(labels))  # of one row of weights; ours are two halves, of opposite sign
     reference = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(x, labels).predict_proba(x)
     with torch.no_grad():
         found = net(torch.from_numpy(values)).softmax(1).numpy()
@@ -237,7 +237,7 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):
     """Catches LoRA that changes nothing, as a network has no linear layers, and a state of another rank that is taken."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1))
     with pytest.raises(ConfigError, match="this network has none: use last_layers or full"):
-        adapting.make_trainable(net, section(folder).adapt, 0)
+        adapted_weights.make_trainable(net, section(folder).adapt, 0)
     config = section(folder, how="lora", rank=2, epochs=1)
     tensors = train(config)
     name = next(iter(tensors)).rsplit(".", 1)[0]

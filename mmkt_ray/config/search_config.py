@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.training import ObjectiveConfig
+from mmkt_ray.config.training_config import ObjectiveConfig
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.section import Section
 

@@ -7,16 +7,22 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from mmkt_ray.config.modalities import ModalityConfig, TaskConfig
-from mmkt_ray.config.model import ModelConfig
+from mmkt_ray.config.modality_config import ModalityConfig, TaskConfig
+from mmkt_ray.config.model_config import ModelConfig
 from mmkt_ray.config.parsing import parse, set_dotted
-from mmkt_ray.config.samples import PairCombine, SamplesConfig, SourceConfig
-from mmkt_ray.config.search import SearchConfig
-from mmkt_ray.config.tracking import TrackingConfig
-from mmkt_ray.config.training import CHOSEN, EvaluationConfig, ExtractConfig, TrainingConfig, TransferMatrixConfig
+from mmkt_ray.config.samples_config import PairCombine, SamplesConfig, SourceConfig
+from mmkt_ray.config.search_config import SearchConfig
+from mmkt_ray.config.tracking_config import TrackingConfig
+from mmkt_ray.config.training_config import (
+    CHOSEN,
+    EvaluationConfig,
+    ExtractConfig,
+    TrainingConfig,
+    TransferMatrixConfig,
+)
 from mmkt_ray.encoders.catalog import ENCODERS
 from mmkt_ray.errors import ConfigError, nearest
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.section import Name, Section
 
 OWN_COLUMNS = ("sample_id", "split", "key", "cleaned", "missing")

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
-from mmkt_ray.config.model import MAX_DIM
-from mmkt_ray.encoders.base import CustomEncoder, EncoderSection
+from mmkt_ray.config.model_config import MAX_DIM
 from mmkt_ray.encoders.catalog import ENCODERS, REDUCERS
+from mmkt_ray.encoders.encoder import CustomEncoder, EncoderSection
 from mmkt_ray.encoders.reduce import ReduceSection
-from mmkt_ray.kinds.base import TaskKind
-from mmkt_ray.kinds.modalities import MODALITY_KINDS, ModalityKind
+from mmkt_ray.kinds.modalities import MODALITY_KINDS
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.kinds.multiclass import Multiclass
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.kinds.tasks import task_kind
 from mmkt_ray.section import Once, OneOf, Section
 

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmkt_ray.errors import ConfigError
-from mmkt_ray.inference.output import CLASSES, Output, classes_metadata, write_output
+from mmkt_ray.inference.output_formats import CLASSES, Output, classes_metadata, write_output
 from mmkt_ray.inference.prediction import prediction_config
 from mmkt_ray.inference.rows import prediction_columns, write_parts
 from mmkt_ray.kinds.tasks import task_kind
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards, read_chunks
+from mmkt_ray.samples.readers import read_chunks
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.evaluation.runs import make_config
 
 CLASS_NAMES = {"colour": ["blue", "red, dark", "é"], "tags": ["a", "b"]}

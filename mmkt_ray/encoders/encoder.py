@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     import torch
 
-    from mmkt_ray.kinds.modalities import ModalityKind
+    from mmkt_ray.kinds.modality_kind import ModalityKind
 else:
     np = lazy("numpy")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmkt_ray.config import Config, SourceConfig, TaskConfig
-from mmkt_ray.config.samples import SplitConfig
-from mmkt_ray.kinds.modalities import ModalityKind
+from mmkt_ray.config.samples_config import SplitConfig
+from mmkt_ray.kinds.modality_kind import ModalityKind
 from mmkt_ray.section import as_mapping
 
 

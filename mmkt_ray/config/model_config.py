@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from mmkt_ray.errors import unknown_name
 from mmkt_ray.section import Once, Section, as_mapping
 
-SCHEMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
+SCHEME_NAMES = ("separate", "architecture", "task", "modality", "task_modality", "cross_stitch", "mmoe")
 MAX_DIM = 2**16  # of a layer; the largest language models have 2**14
-FUSES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")
-FUSIONS = (*FUSES, "hierarchical", "decision")
+FUSE_NAMES = ("concat", "sum", "gated", "low_rank_bilinear", "attention")
+FUSION_NAMES = (*FUSE_NAMES, "hierarchical", "decision")
 MissingStrategy: TypeAlias = Literal["mask", "drop", "mean", "zero", "token", "generate"]
 MISSING_STRATEGIES: tuple[str, ...] = get_args(MissingStrategy)
 
@@ -20,9 +20,9 @@ MISSING_STRATEGIES: tuple[str, ...] = get_args(MissingStrategy)
 class FusionConfig(Section):
     """How the modalities' representations become one."""
 
-    name: str = Field("concat", description="fusion method: " + ", ".join(FUSIONS))
+    name: str = Field("concat", description="fusion method: " + ", ".join(FUSION_NAMES))
     depth: int = Field(1, ge=1, le=16, description="levels of hierarchical fusion")
-    fuse: str = Field("concat", description="what hierarchical fusion does at each level: " + ", ".join(FUSES))
+    fuse: str = Field("concat", description="what hierarchical fusion does at each level: " + ", ".join(FUSE_NAMES))
     rank: int = Field(16, ge=1, description="rank of low_rank_bilinear's tensor")
     num_heads: int = Field(4, ge=1, description="attention heads; must divide model.hidden_dim")
     combine: Literal["learned", "average", "product"] = Field(
@@ -31,10 +31,10 @@ class FusionConfig(Section):
 
     @model_validator(mode="after")
     def _options_that_mean_something(self) -> FusionConfig:
-        if self.name not in FUSIONS:
-            raise unknown_name("fusion", self.name, FUSIONS)
-        if self.fuse not in FUSES:
-            raise unknown_name("fuse of hierarchical fusion", self.fuse, FUSES)
+        if self.name not in FUSION_NAMES:
+            raise unknown_name("fusion", self.name, FUSION_NAMES)
+        if self.fuse not in FUSE_NAMES:
+            raise unknown_name("fuse of hierarchical fusion", self.fuse, FUSE_NAMES)
         inner = self.fuse if self.name == "hierarchical" else self.name
         belongs = {
             "depth": self.name == "hierarchical",
@@ -56,10 +56,10 @@ class ModelConfig(Section):
     tasks: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="tasks it predicts; null: all")
     fusion: Annotated[FusionConfig, BeforeValidator(as_mapping)] = Field(FusionConfig(), description="fusion method")
     sharing: str | tuple[str, ...] = Field(
-        "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEMES)
+        "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEME_NAMES)
     )
     num_levels: int = Field(1, ge=0, le=16, description="tower levels; 0: features go straight into the fusion")
-    num_experts: int = Field(4, ge=1, le=64, description="experts of each mmoe level")
+    mmoe_experts: int = Field(4, ge=1, le=64, description="experts of each mmoe level")
     hidden_dim: int = Field(256, ge=1, le=MAX_DIM, description="width of towers and fusion")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout in towers and fusion")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input features")
@@ -86,8 +86,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _known_schemes(self) -> ModelConfig:
         for scheme in self.schemes:
-            if scheme not in SCHEMES:
-                raise unknown_name("sharing scheme", scheme, SCHEMES)
+            if scheme not in SCHEME_NAMES:
+                raise unknown_name("sharing scheme", scheme, SCHEME_NAMES)
         if len(self.schemes) != self.num_levels:
             raise ValueError(f"sharing names {len(self.schemes)} levels but num_levels is {self.num_levels}")
         fusion = self.fusion

@@ -8,7 +8,7 @@ import yaml
 
 from mmkt_ray import storage
 from mmkt_ray.errors import DataError
-from mmkt_ray.evaluation.readme import _text, readme_text, write_readme
+from mmkt_ray.evaluation.model_readme import _text, readme_text, write_readme
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_folder import load_model
 from mmkt_ray.scoring.metrics import ModelMetrics

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmkt_ray.errors import ConfigError, nearest, unknown_name
-from mmkt_ray.kinds.base import TaskKind
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.section import Once, Section
 
 

@@ -22,8 +22,9 @@ from mmkt_ray.inference.rows import read_parts, write_parts
 from mmkt_ray.kinds.cells import escape_id, key_text
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.manifests import raw_rows
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import known_columns, list_shards
+from mmkt_ray.samples.readers import known_columns
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 
 SEPARATOR = "|"  # of several values in one cell of CSV
 CLASSES = "mmkt.classes"  # key in a Parquet file's metadata: {task: class names in the order of the probabilities}, JSON

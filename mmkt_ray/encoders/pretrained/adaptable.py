@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmkt_ray.encoders.base import EncoderSection, EncoderTraining, check_array
+from mmkt_ray.encoders.encoder import EncoderSection, EncoderTraining, check_array
 from mmkt_ray.encoders.pretrained.weights import FixedWeights
 from mmkt_ray.lazy import lazy
 from mmkt_ray.section import Once, Section
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mmkt_ray.encoders.pretrained import adapting
+    from mmkt_ray.encoders.pretrained import adapt_training, adapted_weights
 else:
     np, torch = lazy("numpy"), lazy("torch")
-    adapting = lazy("mmkt_ray.encoders.pretrained.adapting")
+    adapt_training = lazy("mmkt_ray.encoders.pretrained.adapt_training")
+    adapted_weights = lazy("mmkt_ray.encoders.pretrained.adapted_weights")
 
 How = Literal["lora", "last_layers", "full"]
 
@@ -120,8 +121,8 @@ class Adaptable(FixedWeights):
         if not self.sets:
             return self.encode_as_is(values)
         assert self.learnt is not None
-        hashes = adapting.hashes_of(self.contents(values))
-        seen, fold = np.isin(hashes, self.learnt), adapting.fold_of(hashes, len(self.sets))
+        hashes = adapted_weights.hashes_of(self.contents(values))
+        seen, fold = np.isin(hashes, self.learnt), adapted_weights.fold_of(hashes, len(self.sets))
         features = np.zeros((len(values), self.dim), dtype=np.float32)
         for number, weights in enumerate(self.sets):
             rows = np.flatnonzero(~seen | (fold == number))
@@ -140,9 +141,9 @@ class Adaptable(FixedWeights):
     def train(
         self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
-        """See `base.Trained`. Returns the tensors that differ from the pretrained ones."""
+        """See `encoder.Trained`. Returns the tensors that differ from the pretrained ones."""
         self.device = training.device
-        return adapting.adapt(self, values, labels, len(class_names), training)
+        return adapt_training.adapt(self, values, labels, len(class_names), training)
 
     def rest_of_state(self, class_names: list[str]) -> dict[str, Any]:
         """What the changes belong to."""
@@ -163,11 +164,11 @@ class Adaptable(FixedWeights):
         self.weight_changes, self.class_names = tensors, [str(name) for name in rest["class_names"]]
         own = dict(self.model.named_parameters())
         sets = []
-        for changes in adapting.by_fold(tensors, self.config.adapt.folds):
-            sets.append(adapting.changed_weights(changes, own, self.config.adapt))
+        for changes in adapted_weights.by_fold(tensors, self.config.adapt.folds):
+            sets.append(adapted_weights.changed_weights(changes, own, self.config.adapt))
             for name, value in sets[-1].items():
                 check_array(name, value.numpy(), "float32", tuple(own[name].shape))
         if len(sets) == 1:
             self._take(sets[0])
         else:
-            self.sets, self.learnt = sets, check_array(adapting.LEARNT, tensors[adapting.LEARNT], "uint64", (None,))
+            self.sets, self.learnt = sets, check_array(adapted_weights.LEARNT, tensors[adapted_weights.LEARNT], "uint64", (None,))

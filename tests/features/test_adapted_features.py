@@ -12,8 +12,8 @@ from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.fit import fit_encoder
 from mmkt_ray.kinds.images import decode_image
-from mmkt_ray.samples.plan import ReadingPlan
-from mmkt_ray.samples.readers import list_shards
+from mmkt_ray.samples.reading_plan import ReadingPlan
+from mmkt_ray.samples.shards import list_shards
 from tests.encoders.tiny_networks import image_folder
 from tests.shapes import png
 
