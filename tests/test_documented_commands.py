@@ -134,6 +134,9 @@ class Desk:
         for path in (ROOT / "jobs" / "configs").glob("*.yaml"):
             config = small(yaml.safe_load(path.read_text()))
             config["data_root"] = str(self.data)  # the workers' own folder is another one
+            for modality in config["modalities"].values():
+                if isinstance(modality["encoder"], dict) and modality["encoder"]["name"].endswith("cnn"):
+                    modality["encoder"]["epochs"] = 1
             config["training"] = {"epochs": 1, **config.get("training", {}), "auto": []}
             config["evaluation"] = config.get("evaluation", {}) | {"studies": [], "baselines": False, "bootstrap_samples": 100}
             config["transfer"] = config.get("transfer", {}) | {"label_fracs": [1.0], "seeds": 1}

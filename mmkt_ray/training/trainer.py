@@ -356,16 +356,17 @@ def heldout_scores(heldout: HeldOut, config: Config, table: FeatureTable) -> Val
 
 
 def progress_log(what: str) -> Callable[[dict[str, Any]], None]:
-    """A report for `fit` that logs an epoch every few seconds, and the last one. what: is trained."""
+    """A report for `fit` that logs an epoch every few seconds, and the last one; the others too where all is shown (`--verbose`).
+    what: is trained."""
     told_s = time.monotonic()
 
     def tell(record: dict[str, Any]) -> None:
         nonlocal told_s
-        if record["epoch"] < record["num_epochs"] and time.monotonic() - told_s < LOG_INTERVAL_S:
-            return
-        told_s = time.monotonic()
+        due = record["epoch"] == record["num_epochs"] or time.monotonic() - told_s >= LOG_INTERVAL_S
+        told_s = time.monotonic() if due else told_s
         score = f", val score {record['val']['score']:.3f}" if record["val"] else ""
         epoch, num_epochs, loss = record["epoch"], record["num_epochs"], record["train_loss"]
-        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch, num_epochs, loss, score)
+        level = logging.INFO if due else logging.DEBUG
+        log.log(level, "%s: epoch %d/%d: loss %.3f%s", what, epoch, num_epochs, loss, score)
 
     return tell
