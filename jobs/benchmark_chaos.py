@@ -55,7 +55,7 @@ TIMES = {"seconds", "training_s", "finished_at"}
 # --- the run --------------------
 
 
-def write_data(folder: Path, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+def write_data(folder: Path, rows_per_shard: int) -> None:
     """Shards of noisy squares of one colour, with a caption and a colour that is not always the caption's."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -235,11 +235,11 @@ def wait(process: subprocess.Popen[bytes], until: float) -> int:
         return process.wait()
 
 
-def undisturbed(place: Place, config: Path, words: Sequence[str] = WORDS) -> Undisturbed:
+def undisturbed(place: Place, config: Path) -> Undisturbed:
     """The reference. Raises: RuntimeError if it does not end well."""
     started, first, last = time.monotonic(), dict[str, float](), dict[str, float]()
     log = place.root / "log.txt"
-    process = place.start(list(words), config, log)
+    process = place.start(WORDS, config, log)
     while process.poll() is None and time.monotonic() - started < LIMIT_S:
         now, titles = time.monotonic() - started, [title(p) for p in family(process, *place.nodes)]
         for role, text in TITLES.items():
@@ -259,7 +259,6 @@ def disturbed(
     config: Path,
     reference: Undisturbed,
     draw: random.Random,
-    words: Sequence[str] = WORDS,
 ) -> Round:
     """One round."""
     root.mkdir()
@@ -269,7 +268,7 @@ def disturbed(
         started, said, met, status, commands = time.monotonic(), [], False, -1, 0
         while (status != 0 or (fault.changes_data and commands == 1)) and commands < COMMANDS:
             log = root / f"log-{commands}.txt"
-            process = place.start(list(words), config, log)
+            process = place.start(WORDS, config, log)
             if commands == 0:
                 if fault.role:
                     first_of(fault.role, place, process)
@@ -314,7 +313,7 @@ def measure_chaos(num_rounds: int, chosen: Sequence[str] | None, seed: int = 0) 
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="mmkt-chaos-") as folder:
         root = Path(folder)
-        write_data(root / "data" / "shapes")
+        write_data(root / "data" / "shapes", ROWS_PER_SHARD)
         config = write_config(root)
         references: dict[Any, Undisturbed] = {}
         for number in range(num_rounds):

@@ -33,6 +33,11 @@ from matplotlib.figure import Figure
 
 SAMPLE_EVERY_S = 0.2
 VOCABULARY, WORDS, CLASSES, SIDE = 2000, 20, 10, 8
+CASES = {  # name -> shards, rows of each, words of a text
+    **{f"{10_000 * num:,} samples": (num, 10_000, WORDS) for num in (1, 10, 100)},
+    "1,000 shards of 100": (1000, 100, WORDS),
+    "1 GB of text in one shard": (1, 50_000, 2222),
+}
 SECTIONS = ("own", "resident")  # MB of each process
 
 ROLES = (  # the first that a command line matches
@@ -195,20 +200,11 @@ def run_watched(arguments: list[str], log: Path) -> dict[str, Any]:
 # --- cases -------------------------------------------------------------------------------------------------------------
 
 
-def list_cases(most_rows: int) -> dict[str, tuple[int, int, int]]:
-    """Name -> shards, rows of each, words of a text."""
-    counts = [n for n in (10_000, 100_000, 1_000_000) if n <= most_rows]
-    cases = {f"{n:,} samples": (n // 10_000, 10_000, WORDS) for n in counts}
-    cases["1,000 shards of 100"] = (1000, 100, WORDS)
-    cases["1 GB of text in one shard"] = (1, 50_000, 2222)
-    return cases
-
-
 def measure_memory(folder: Path, most_rows: int, train: bool, chosen: str | None = None) -> dict[str, Any]:
     """Each case's peaks by step, extract first, and with `train` what comes after it."""
     figures: dict[str, Any] = {}
-    for name, (num_shards, rows_each, words) in list_cases(most_rows).items():
-        if chosen and not re.search(chosen, name):
+    for name, (num_shards, rows_each, words) in CASES.items():
+        if num_shards * rows_each > most_rows or (chosen and not re.search(chosen, name)):
             continue
         place = folder / re.sub(r"\W+", "-", name)
         started = time.perf_counter()

@@ -40,13 +40,14 @@ def measure_plan(root: Path, num_rows: int) -> dict[str, Any]:
     """Seconds of each stage as planned and as measured, by number of nodes; and the same as a table."""
     write_data(root / "data", num_rows)
     path = write_config(root)
-    few = extract_on(2, path, root / "few", limit=num_rows // NUM_SHARDS // 4)
-    config = load_config(str(path), {"run_root": str(root / "few" / "runs")})
-    own = rates_of(config, run_folder(config))
-    figures: dict[str, Any] = {"few": few}
+    figures: dict[str, Any] = {}
     for nodes in NODES:
-        taken = extract_on(nodes, path, root / str(nodes))
-        columns = {"by default": defaults(config), "by own rates": own}
+        with on_nodes(nodes, root / str(nodes)) as place:
+            if not figures:
+                figures["few"] = extract_on(place, nodes - 1, path, root / "few", limit=num_rows // NUM_SHARDS // 4)
+                config = load_config(str(path), {"run_root": str(root / "few")})
+                columns = {"by default": defaults(config), "by own rates": rates_of(config, run_folder(config))}
+            taken = extract_on(place, nodes - 1, path, root / str(nodes) / "runs")
         planned = {name: plan_of(config, rates, nodes, num_rows) for name, rates in columns.items()}
         figures[f"{nodes} nodes"] = planned | {"measured": taken}
     return {"figures": figures, "table": "\n".join(table(figures))}
@@ -108,20 +109,19 @@ def on_nodes(num_nodes: int, root: Path) -> Iterator[Place]:
             kill(family(*place.nodes))
 
 
-def extract_on(num_nodes: int, config: Path, root: Path, limit: int | None = None) -> dict[str, float]:
+def extract_on(place: Place, num_actors: int, config: Path, runs: Path, limit: int | None = None) -> dict[str, float]:
     """Seconds by stage of `mmkt extract` there, of the pipeline after its start (extract), and of the whole command."""
     own = yaml.safe_load(config.read_text())
-    own["extract"]["num_actors"] = num_nodes - 1
+    own["extract"]["num_actors"] = num_actors
     own["samples"]["sources"][0]["limit"] = limit
-    with on_nodes(num_nodes, root) as place:
-        path, log = root / "plan.yaml", root / "log.txt"
-        path.write_text(yaml.safe_dump(own))
-        start = time.perf_counter()
-        status = place.start(["extract"], path, log).wait(LIMIT_S)
-        command_s = time.perf_counter() - start
+    path, log, place.runs = place.root / f"{runs.name}.yaml", place.root / f"{runs.name}.txt", runs
+    path.write_text(yaml.safe_dump(own))
+    start = time.perf_counter()
+    status = place.start(["extract"], path, log).wait(LIMIT_S)
+    command_s = time.perf_counter() - start
     if status:
-        raise RuntimeError(f"mmkt extract on {num_nodes} nodes: status {status}\n{log.read_text()[-3000:]}")
-    (manifest,) = (json.loads(file.read_text()) for file in root.glob("runs/plan/features/*/manifest.json"))
+        raise RuntimeError(f"mmkt extract on {num_actors + 1} nodes: status {status}\n{log.read_text()[-3000:]}")
+    (manifest,) = (json.loads(file.read_text()) for file in runs.glob("plan/features/*/manifest.json"))
     extract_s = manifest["wall_s"] - manifest["startup_s"]
     return {**manifest["stages"], "extract": extract_s, "start-up": manifest["startup_s"], "command": command_s}
 

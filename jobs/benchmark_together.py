@@ -25,6 +25,7 @@ import yaml
 from benchmark_chaos import compare, differing, keyed, write_config, write_data
 from benchmark_faults import Place, alone
 
+COMMANDS = ("run", "predict")  # in turn
 ROWS_PER_SHARD = 60
 REFUSED = "is in use by process"
 LIMIT_S = 600.0
@@ -103,7 +104,7 @@ def measure_together(num_rounds: int, seed: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="mmkt-together-") as folder:
         root = Path(folder)
         config = small_run(root)
-        expected: dict[str, Path] = {name: root / f"reference-{name}" for name in ("run", "predict")}
+        expected = {name: root / f"reference-{name}" for name in COMMANDS[:num_rounds]}
         seconds: dict[str, float] = {}
         for name, target in expected.items():
             with alone(root) as place:
@@ -113,7 +114,7 @@ def measure_together(num_rounds: int, seed: int = 0) -> dict[str, Any]:
                     raise RuntimeError(f"the undisturbed {name} failed: {log.read_text()[-3000:]}")
                 seconds[name] = time.monotonic() - begun
         for number in range(num_rounds):
-            name = ("run", "predict")[number % 2]
+            name = COMMANDS[number % len(COMMANDS)]
             later_s = 0.0 if number < 4 else draw.uniform(0, 0.9) * seconds[name]
             target = root / f"round-{number}"
             target.mkdir()

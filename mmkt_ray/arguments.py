@@ -98,7 +98,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     """How much is told; results go to standard output, all else to standard error."""
     group = command.add_argument_group("output").add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="nothing but the results, warnings and errors")
-    group.add_argument("--verbose", action="store_true", help="more than usual")
+    group.add_argument("--verbose", action="store_true", help="also each epoch, and why a step is done again")
     group.add_argument("--debug", action="store_true", help="all there is, and tracebacks")
 
 

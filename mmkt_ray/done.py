@@ -8,6 +8,7 @@ shards' identities, a listing of the run folder and what was printed: if nothing
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ from mmkt_ray import storage
 from mmkt_ray.config import Config, fingerprint
 from mmkt_ray.errors import DataError
 from mmkt_ray.record import IfAny, Record
+
+log = logging.getLogger(__name__)
 
 FILE = "done.json"
 NOTHING = "nothing was to be done: the run is finished"
@@ -88,8 +91,19 @@ class Step:
 
     def is_done(self) -> bool:
         """Whether it was done from the same before, and its files are as it left them."""
+        why = self._why_again()
+        log.debug("step %s: %s", self.name, why or "is done, from the same")
+        return why is None
+
+    def _why_again(self) -> str | None:
         known = _read(self.run_uri).steps.get(self.name)
-        return known is not None and known.digest == self._digest() and known.files == _checksums(self.run_uri, known.files)
+        if known is None:
+            return "was not done before"
+        if known.digest != self._digest():
+            return "its settings, what it reads or this version are not as they were"
+        found = _checksums(self.run_uri, known.files)
+        changed = [place for place, checksum in known.files.items() if found[place] != checksum]
+        return f"not as they were left: {', '.join(changed)}" if changed else None
 
     def keep(self) -> None:
         """It has just been done."""

@@ -20,9 +20,10 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",  # workers use this interpreter, also under `uv run`
     OMP_NUM_THREADS="1",  # several workers share few cores
 )
-PLUGINS = str(Path(__file__).parent / "plugins")  # encoders of a user's own, as workers import them
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PLUGINS, os.environ.get("PYTHONPATH")]))
-sys.path.insert(0, PLUGINS)
+# Encoders of a user's own, and what lies beside the benchmarks, as workers import them.
+BESIDE = [str(Path(__file__).parent / "plugins"), str(Path(__file__).parents[1] / "jobs")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*BESIDE, os.environ.get("PYTHONPATH")]))
+sys.path[:0] = BESIDE
 os.environ.pop("RAY_ADDRESS", None)  # never join a cluster that happens to run
 
 import pytest  # noqa: E402  (after what Ray reads on import)

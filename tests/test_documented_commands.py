@@ -28,7 +28,6 @@ import torch
 import torchvision
 import uvicorn
 import yaml
-from ray.cloudpickle import register_pickle_by_value
 
 from mmkt_ray.cli import main
 from mmkt_ray.cluster import side_by_side
@@ -55,11 +54,6 @@ ELSEWHERE = {  # how commands begin -> who carries them out, or why nobody can h
     "mmkt predict runs/shop": "test_own_data.py",
     "export": "sets variables for the commands after it",
     "python jobs/gpu_check.py": "test_gpu_check.py, with --small",
-    "python jobs/benchmark.py chaos": "several minutes a round; cluster/test_faults.py and test_lost_nodes.py carry out rounds",
-    "python jobs/benchmark.py memory": "a Ray of its own for each case, with shards of a gigabyte",
-    "python jobs/benchmark.py together": "a dozen runs with a Ray each",
-    "python jobs/benchmark.py plan": "starts three clusters",
-    "python jobs/benchmark.py photos": "its encoder is beside the script, where the workers of this Ray do not look",
 }
 MADE_BY = {  # what a command reads -> the command of a page that leaves it behind
     "runs/openmoji_search": "mmkt search jobs/configs/openmoji_search.yaml",
@@ -70,8 +64,15 @@ SMALL = {  # keys of a config, wherever they stand
     **{"epochs": 1, "dim": 16, "image_size": 32, "folds": 2},
     **{"max_candidates": 8, "population": 4, "finalists": 2, "rungs": 2},
 }
-SMALL_OPTIONS = {"--rounds": 1, "--seeds": 2, "--seconds": 1}
-SMALL_SCALES = {"NUM_CANDIDATES": (8,), "POPULATIONS": (4,), "NUM_TRIALS": 2}  # of benchmark_search.py
+SMALL_OPTIONS = {"--rounds": 1, "--seeds": 2, "--seconds": 1, "--rows": 256}
+SMALL_SCALES: dict[str, dict[str, Any]] = {  # module beside the benchmarks -> its constants
+    "benchmark_chaos": {"WORDS": ["extract"], "ROWS_PER_SHARD": 30},
+    "benchmark_memory": {"CASES": {"200 samples": (2, 100, 20)}},
+    "benchmark_photos": {"DIFFERENT": 8, "SHARDS": 2},
+    "benchmark_plan": {"NODES": (2,)},
+    "benchmark_search": {"NUM_CANDIDATES": (8,), "POPULATIONS": (4,), "NUM_TRIALS": 2},
+    "benchmark_together": {"ROWS_PER_SHARD": 30},
+}
 COSTLY = (  # words of commands for which `make test` has no time
     *("mmkt repeat", "mmkt transfer", "mmkt search", "mmkt export", "python jobs/", "search_winner"),
     *("openmoji_pretrained", "openmoji_adapted", "emoji_vendors", "baby_products", "run jobs/configs/cifar10_20news"),
@@ -133,6 +134,9 @@ class Desk:
         for path in (ROOT / "jobs" / "configs").glob("*.yaml"):
             config = small(yaml.safe_load(path.read_text()))
             config["data_root"] = str(self.data)  # the workers' own folder is another one
+            for modality in config["modalities"].values():
+                if isinstance(modality["encoder"], dict) and modality["encoder"]["name"].endswith("cnn"):
+                    modality["encoder"]["epochs"] = 1
             config["training"] = {"epochs": 1, **config.get("training", {}), "auto": []}
             config["evaluation"] = config.get("evaluation", {}) | {"studies": [], "baselines": False, "bootstrap_samples": 100}
             config["transfer"] = config.get("transfer", {}) | {"label_fracs": [1.0], "seeds": 1}
@@ -184,14 +188,10 @@ def run_script(script: str, arguments: list[str], folder: Path) -> int:
                 shutil.copy(ROOT / script, folder / script)
                 runpy.run_path(script, run_name="__main__")
                 return 0
-            patch.syspath_prepend(str(ROOT / "jobs"))
-            module = importlib.import_module(Path(script).stem)
-            for beside in [sys.modules[name] for name in sys.modules if name.startswith("benchmark_")]:
-                register_pickle_by_value(beside)  # the workers of this Ray do not look into jobs/
-            for name, value in SMALL_SCALES.items():
-                if hasattr(module, name):
-                    patch.setattr(module, name, value)
-            return module.main() or 0
+            for beside, scales in SMALL_SCALES.items():
+                for name, value in scales.items():
+                    patch.setattr(importlib.import_module(beside), name, value)
+            return importlib.import_module(Path(script).stem).main() or 0
         except SystemExit as end:
             return int(end.code or 0)
 

@@ -26,9 +26,11 @@ class Step:
         return done.Step(str(self.folder), "step", settings, ["result.json", "optional.json"]).once(self, again)
 
 
-def test_a_step_is_done_once(tmp_path: Path) -> None:
-    """A step that is done again from the same settings, or is left although they differ."""
+def test_a_step_is_done_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A step that is done again from the same settings, or is left although they differ; `--verbose` that says no more than
+    usual."""
     step = Step(tmp_path)
+    caplog.set_level("DEBUG", "mmkt_ray")
     assert [step.ask({"x": 1}), step.ask({"x": 1}), step.ask({"x": 2}), step.ask({"x": 2}, again=True)] == [
         True,
         False,
@@ -36,6 +38,14 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
         True,
     ]
     assert step.times == 3
+    (tmp_path / "result.json").unlink()
+    assert step.ask({"x": 2})
+    assert [r.getMessage() for r in caplog.records] == [
+        "step step: was not done before",
+        "step step: is done, from the same",
+        "step step: its settings, what it reads or this version are not as they were",
+        "step step: not as they were left: result.json",
+    ]
 
 
 @pytest.mark.parametrize("harm", ["removed", "changed", "damaged ledger", "a ledger with another key"])

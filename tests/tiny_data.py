@@ -14,7 +14,7 @@ from PIL import Image
 from mmkt_ray.samples import fetch as fetching
 from tests.shapes import COLOURS, png
 
-EVERY = 13  # of so many emoji one is taken
+EVERY = 26  # of so many emoji one is taken
 GROUPS = (  # of 20 Newsgroups: those that cifar10_20news.yaml pairs with a class of CIFAR-10
     *("sci.space", "rec.autos", "talk.religion.misc", "alt.atheism", "talk.politics.guns"),
     *("rec.sport.baseball", "sci.med", "rec.sport.hockey", "misc.forsale", "rec.motorcycles"),

@@ -42,9 +42,14 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "mmkt_ray.encoders.text:compile_kernels",  # Numba's own imports, which wait for the first call: 0.4 s
 )
 TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
-# The driver may have found the package by a path of its own, which is not that of a worker.
+# The driver may have found the package by a path of its own, which is not that of a worker. `leave` is registered first, so it is
+# called last: without it, the end of the interpreter finds objects that `serve_forks` froze, and nanobind reports them as leaks.
 START = """
-import importlib, json, sys
+import atexit, importlib, json, os, sys
+def leave():
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)  # nobody looks at it
+atexit.register(leave)
 own, settings = [*sys.path], json.loads(sys.argv[1])
 sys.path[:] = settings["path"]
 from mmkt_ray.ray_private import randomness_unspent

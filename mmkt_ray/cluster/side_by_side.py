@@ -44,6 +44,7 @@ class _Share:
     """What each of several calls gets."""
 
     threads: int
+    level: int  # of what is logged
     num_cpus: float  # as Ray counts them, which on one machine may be more than there are
     num_gpus: float
     memory: float  # bytes
@@ -80,7 +81,7 @@ class SideBySide:
         self._lines = ray.remote(num_cpus=0)(_Lines).remote()
         for name, call in self._calls.items():
             before = [self._refs[other] for other in call.after if other in self._calls]
-            self._refs[name] = task.remote(call.function, call.args, share.threads, self._lines, *before)
+            self._refs[name] = task.remote(call.function, call.args, share.threads, share.level, self._lines, *before)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Name and value of each as it ends. Raises: the first UserError of a call; the others are given up."""
@@ -129,7 +130,8 @@ def _share(num_calls: int, gpu: bool, num_bytes: int) -> _Share:
     num_cpus = max(1, int(resources.num_cpus / at_once)) if alone else threads
     memory = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
     num_gpus = 1.0 if gpu and resources.num_gpus >= 1 else 0.0
-    return _Share(threads, num_cpus, num_gpus, min(num_bytes, *memory), not alone)  # one fits anywhere
+    level = logging.getLogger(PACKAGE).getEffectiveLevel()
+    return _Share(threads, level, num_cpus, num_gpus, min(num_bytes, *memory), not alone)  # one fits anywhere
 
 
 class _Lines:
@@ -146,11 +148,13 @@ class _Lines:
         return taken
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...], threads: int, lines: Any, *_before: Any) -> Any:
+def _call(
+    function: Callable[..., Any], args: tuple[Any, ...], threads: int, level: int, lines: Any, *_before: Any
+) -> Any:
     """In a task: the value, or the user's error as one, because raised it would come back as Ray's."""
     keep_freed_memory()
     sent = list[Any]()
-    with _threads(threads), _logged(lambda record: sent.append(lines.add.remote(record))):
+    with _threads(threads), _logged(level, lambda record: sent.append(lines.add.remote(record))):
         try:
             value = function(*args)
         except UserError as error:
@@ -173,22 +177,22 @@ def _threads(num: int) -> Iterator[None]:
 
 
 @contextmanager
-def _logged(send: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
-    """Send what the package logs, in place of writing it to a worker's file."""
+def _logged(level: int, send: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
+    """Send what the package logs from this level on, in place of writing it to a worker's file."""
 
     class Sending(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             record.msg, record.args, record.exc_info = record.getMessage(), None, None
             send(record)
 
-    logger, handler = logging.getLogger(PACKAGE), Sending(logging.INFO)
-    level, propagate = logger.level, logger.propagate
+    logger, handler = logging.getLogger(PACKAGE), Sending()
+    before, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before)
         logger.propagate = propagate

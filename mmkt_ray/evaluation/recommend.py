@@ -4,7 +4,8 @@ Held out are the rows of val, or out-of-fold predictions of cross-validation; th
 sample that a model can't read but another one can counts as wrong. Simple is what reads fewer modalities, then what has
 fewer parameters. The standard error is that of the paired difference to the best, row by row, where both models left their
 held-out predictions, else the binomial one of the best; of several tasks it is the mean, which is no less than that of the
-mean difference.
+mean difference. Over fewer than FEW_ROWS rows it says little, as one wrong row in four is within it: then the best is taken,
+and the simplest of several.
 
 Source: the one-standard-error rule, Breiman et al. 1984, Classification and Regression Trees, 3.4.3.
 Axes: N held-out rows.
@@ -28,6 +29,7 @@ from mmkt_ray.scoring.results import Considered, Recommended, ResultsFile, TaskR
 if TYPE_CHECKING:
     from mmkt_ray.evaluation.evaluated import Evaluated
 
+FEW_ROWS = 20
 HeldOutRows = tuple[np.ndarray, np.ndarray]  # distinct sample ids (N,), see `LabelledPredictions.right` (N,)
 
 
@@ -56,7 +58,9 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Considered]:
     """All candidates: the chosen one first, then by score. They all have the same tasks; there is one."""
     best = max(candidates, key=lambda c: (c.score, -c.simplicity()[0], -c.simplicity()[1]))
     errors = {c.name: standard_error(best, c) for c in candidates}
-    within = {c.name: c is best or best.score - c.score <= errors[c.name][0] + 1e-12 for c in candidates}
+    enough = min(best.num_rows.values()) >= FEW_ROWS
+    allowed = {name: error if enough else 0.0 for name, (error, _) in errors.items()}
+    within = {c.name: c is best or best.score - c.score <= allowed[c.name] + 1e-12 for c in candidates}
     chosen = min((c for c in candidates if within[c.name]), key=Candidate.simplicity)
     order = sorted(candidates, key=lambda c: (c is not chosen, -c.score))
     return [
@@ -205,6 +209,8 @@ def recommend(
     words = {task_kind(tasks[t].kind).right for t in mine}
     right = words.pop() if len(words) == 1 else "{score} of {rows} right (of numbers: R2)"
     why = sentences.recommendation(chosen, best, len(mine), sum(c.within for c in considered), right)
+    if (fewest := min(rows[t][n] for t in mine for n in names)) < FEW_ROWS:
+        why.append(sentences.few_rows(fewest))
     for t in mine:
         helped = next((a for a in tasks[t].answers if a.kind == "adds" and a.rest == chosen.model), None)
         why += [sentences.too_few_to_tell(t, helped.fused)] if helped else []

@@ -99,6 +99,11 @@ def recommendation(
     return why
 
 
+def few_rows(num: int) -> str:
+    """Where the choice is hardly one."""
+    return f"It was chosen on {num} row{'s' * (num != 1)} alone, which say little."
+
+
 def too_few_to_tell(task: str, fused: str) -> str:
     """Where the test rows show more than those by which the model was chosen."""
     return f"On test {fused} is shown to be better for {task}; the held-out rows, by which it is chosen, are too few to tell."

@@ -167,7 +167,7 @@ def _input_rows(config: Config) -> tuple[Iterator[dict[str, dict[str, Any]]], li
         known = known_columns(plan, shard)
         if known is None:
             raise ConfigError(f"--join: '{shard.name}' is no table: only CSV, JSON lines and Parquet have columns to join")
-        own = sorted(name for name in known if name.partition(".")[0] not in known - {name})  # not what is within another
+        own = [name for name in known if name.partition(".")[0] not in known - {name}]  # not what is within another
         names |= dict.fromkeys(own)
         columns = {f"column {i}": name for i, name in enumerate(own)}
         whole = plan.with_source(shard.source, columns=columns, absent="error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from itertools import count, islice
 from typing import Any
 
@@ -82,19 +82,19 @@ def _fetched(reading: Reading, files: FileReader, rows: Iterator[Placed]) -> Ite
             yield from group
 
 
-def manifest_columns(reading: Reading) -> set[str]:
-    """The columns of a manifest; of JSON lines those of its first rows."""
+def manifest_columns(reading: Reading) -> KeysView[str]:
+    """The columns of a manifest, in their order; of JSON lines those of its first rows."""
     suffix = reading.shard.name.lower().rpartition(".")[2]
     if suffix == "parquet":
         return parquet_columns(reading)
     with open_lines(reading, newline="" if suffix == "csv" else LINE) as lines:
         try:
             if suffix == "csv":
-                return set(read_header(csv.reader(lines)))
+                return dict.fromkeys(read_header(csv.reader(lines))).keys()
             rows = [parse_row(line, []) for line in islice(lines, _LOOK_ROWS) if line.strip()]
         except (csv.Error, UnicodeError):  # told by the reader
-            return set()
-    return {name for row in rows if isinstance(row, dict) for name in _names(row)}
+            return dict[str, None]().keys()
+    return {name: None for row in rows if isinstance(row, dict) for name in _names(row)}.keys()
 
 
 def _names(row: Raw, prefix: str = "", depth: int = 0) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,14 +63,14 @@ def narrowed_to_shard(reading: Reading) -> Reading:
     return reading.settled(known).narrowed(known) if known else reading
 
 
-def parquet_columns(reading: Reading) -> set[str]:
-    """The columns of a shard and those nested in them, by dotted path; none where its footer is damaged."""
+def parquet_columns(reading: Reading) -> KeysView[str]:
+    """The columns of a shard, in their order, and those nested in them, by dotted path; none where its footer is damaged."""
     fs, path = storage.resolve(reading.shard.uri)
     try:
         schema = pq.read_schema(path, filesystem=fs)
     except (pa.ArrowException, OSError, ValueError):  # told by the reader, which opens it again
-        return set()
-    return {leaf for f in schema for leaf, _ in _leaves(f.name, f.type)}
+        return dict[str, None]().keys()
+    return {leaf: None for f in schema for leaf, _ in _leaves(f.name, f.type)}.keys()
 
 
 def count_row_groups(reading: Reading) -> int:

@@ -5,7 +5,7 @@ Called by features/extract.py in Ray tasks; what it yields goes through the enco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, KeysView
 from dataclasses import dataclass
 from itertools import islice
 
@@ -75,8 +75,9 @@ def read_blocks(reading: Reading) -> Iterator[Block]:
     return rows_to_blocks(reading, islice(rows, reading.source.limit))
 
 
-def known_columns(plan: ReadingPlan, shard: Shard) -> set[str] | None:
-    """The columns of a Parquet shard or a manifest (of JSON lines: those of the first rows); None of archives and folders."""
+def known_columns(plan: ReadingPlan, shard: Shard) -> KeysView[str] | None:
+    """The columns of a Parquet shard or a manifest, in their order (of JSON lines: those of the first rows); None of archives and
+    folders."""
     reader = plan.sources[shard.source].reader
     known = {"parquet": parquet_columns, "manifest": manifest_columns}.get(reader)
     return known(Reading(plan, shard)) if known else None

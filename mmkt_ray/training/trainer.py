@@ -201,15 +201,16 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
 
 
 def progress_log(what: str) -> Report:
-    """A report for `fit` that logs an epoch every few seconds, and the last one. what: names the model."""
+    """A report for `fit` that logs an epoch every few seconds, and the last one; the others too where all is shown (`--verbose`).
+    what: names the model."""
     told_s = time.monotonic()
 
     def tell(epoch: Epoch, num_epochs: int) -> None:
         nonlocal told_s
-        if epoch.epoch < num_epochs and time.monotonic() - told_s < LOG_INTERVAL_S:
-            return
-        told_s = time.monotonic()
+        due = epoch.epoch == num_epochs or time.monotonic() - told_s >= LOG_INTERVAL_S
+        told_s = time.monotonic() if due else told_s
         score = f", val score {epoch.val.score:.3f}" if epoch.val else ""
-        log.info("%s: epoch %d/%d: loss %.3f%s", what, epoch.epoch, num_epochs, epoch.train_loss, score)
+        level = logging.INFO if due else logging.DEBUG
+        log.log(level, "%s: epoch %d/%d: loss %.3f%s", what, epoch.epoch, num_epochs, epoch.train_loss, score)
 
     return tell

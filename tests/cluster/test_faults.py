@@ -4,7 +4,6 @@ The faults are those of jobs/benchmark_faults.py; those of a whole run are in te
 extraction in tests/features/test_extract.py.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,20 +13,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-
-from mmkt_ray.cluster import configure_data, run_on_workers
-from mmkt_ray.config import Config
-from mmkt_ray.errors import ResourceError
-from mmkt_ray.features.extract import extract
-from mmkt_ray.features.store import Store
-from mmkt_ray.inference.model_card import read_card
-from mmkt_ray.search.leaderboard import Leaderboard
-from mmkt_ray.search.search import check_search, explore, search_digest
-from mmkt_ray.training.trainer import train
-from tests.heads import IMPATIENT
-from tests.shapes import shapes_config, write_shards
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 from benchmark_chaos import compare, wait
 from benchmark_faults import (
     SMALL_DISK_BYTES,
@@ -41,6 +26,18 @@ from benchmark_faults import (
     small_disk,
     title,
 )
+
+from mmkt_ray.cluster import configure_data, run_on_workers
+from mmkt_ray.config import Config
+from mmkt_ray.errors import ResourceError
+from mmkt_ray.features.extract import extract
+from mmkt_ray.features.store import Store
+from mmkt_ray.inference.model_card import read_card
+from mmkt_ray.search.leaderboard import Leaderboard
+from mmkt_ray.search.search import check_search, explore, search_digest
+from mmkt_ray.training.trainer import train
+from tests.heads import IMPATIENT
+from tests.shapes import shapes_config, write_shards
 
 pytestmark = pytest.mark.cluster
 

@@ -1,19 +1,16 @@
 """A head lost, an object store full, a node cut off: a whole run ends as an undisturbed one; see test_faults.py."""
 
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import benchmark_faults
 import pytest
 import yaml
-
-from tests.heads import IMPATIENT
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-import benchmark_faults
 from benchmark_chaos import disturbed, in_place, write_config, write_data
 from benchmark_faults import FAULTS, alone, impossible
+
+from tests.heads import IMPATIENT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 

@@ -42,10 +42,13 @@ def die_once(path: str) -> str:
 
 
 def test_values_threads_and_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Values under other names, fits that fight for the same cores, lines that end in a worker's file, read-only arrays."""
+    """Values under other names, fits that fight for the same cores, lines that end in a worker's file, read-only arrays; and
+    `--quiet`, of which calls knew nothing."""
     monkeypatch.setattr(module, "cores", lambda: 4)
     with caplog.at_level(logging.INFO):
         found = side_by_side({name: Call(about, (i,)) for i, name in enumerate("ab")})
+        with caplog.at_level(logging.WARNING, "mmkt_ray"):
+            side_by_side({name: Call(about, (i,)) for i, name in enumerate("ab", start=2)})
     assert {name: value[0] for name, value in found.items()} == {"a": 0, "b": 1}
     assert all(value[1] != os.getpid() and value[2] == 2 for value in found.values())
     assert sorted(r.getMessage() for r in caplog.records if r.name == "mmkt_ray.somewhere") == ["call 0", "call 1"]
@@ -61,14 +64,15 @@ def wait_for(path: str) -> str:
     return "never"
 
 
-def test_what_a_call_logs_is_seen_while_it_works(tmp_path: Path) -> None:
+def test_what_a_call_logs_is_seen_while_it_works(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches hours of training whose epochs are shown when it is over."""
     logger, handler = logging.getLogger("mmkt_ray.somewhere"), logging.Handler()
     handler.emit = lambda record: (tmp_path / "go").touch()
     logger.addHandler(handler)
     try:
         calls = {name: Call(wait_for, (str(tmp_path / "go"),)) for name in "ab"}
-        assert side_by_side(calls) == {"a": "seen", "b": "seen"}
+        with caplog.at_level(logging.INFO):
+            assert side_by_side(calls) == {"a": "seen", "b": "seen"}
     finally:
         logger.removeHandler(handler)
 

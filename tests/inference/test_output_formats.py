@@ -87,13 +87,14 @@ def test_wide_and_top_k(tmp_path: Path, shard: Path) -> None:
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_the_inputs_columns_come_with_their_rows(tmp_path: Path, shard: Path, suffix: str, with_ids: bool) -> None:
-    """Catches a row that gets its neighbour's columns, and an input's column that is overwritten."""
+    """Catches a row that gets its neighbour's columns, an input's column that is overwritten, and columns sorted by name."""
     frame = pd.read_csv(shard)
     if suffix == "jsonl":
         frame.to_json(shard := shard.with_suffix(".jsonl"), orient="records", lines=True)
     elif suffix == "parquet":
         frame.assign(image=[b"png"] * 3).to_parquet(shard := shard.with_suffix(".parquet"))
     found = pq.read_table(written(tmp_path, shard, Output(join=True), with_ids)).to_pandas()
+    assert list(found.columns[:4]) == ["code", "caption", "input_colour_pred", "price"]
     assert found["code"].tolist() == [row[0] for row in ROWS]
     assert found["caption"].tolist() == [row[1] for row in ROWS]
     assert found["input_colour_pred"].tolist() == ["old"] * 3
