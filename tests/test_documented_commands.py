@@ -62,7 +62,7 @@ MADE_BY = {  # what a command reads -> the command of a page that leaves it behi
 }
 SMALL = {  # keys of a config, wherever they stand
     **{"epochs": 1, "dim": 16, "image_size": 32, "folds": 2},
-    **{"max_candidates": 8, "population": 4, "finalists": 2, "rungs": 2},
+    **{"max_candidates": 8, "population": 4, "finalists": 2, "rungs": 2, "seeds": 1},
 }
 SMALL_OPTIONS = {"--rounds": 1, "--seeds": 2, "--seconds": 1, "--rows": 256}
 SMALL_SCALES: dict[str, dict[str, Any]] = {  # module beside the benchmarks -> its constants
@@ -137,6 +137,7 @@ class Desk:
             for modality in config["modalities"].values():
                 if isinstance(modality["encoder"], dict) and modality["encoder"]["name"].endswith("cnn"):
                     modality["encoder"]["epochs"] = 1
+            config["extract"] = config.get("extract", {}) | {"encode_batch_size": 16}  # a pass is padded to it
             config["training"] = {"epochs": 1, **config.get("training", {}), "auto": []}
             config["evaluation"] = config.get("evaluation", {}) | {"studies": [], "baselines": False, "bootstrap_samples": 100}
             config["transfer"] = config.get("transfer", {}) | {"label_fracs": [1.0], "seeds": 1}

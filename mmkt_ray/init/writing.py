@@ -110,7 +110,7 @@ def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Targe
         source.append("      allow_outside: true  # the paths are absolute")
     first_task = names[next((t.look.name for t in tasks if TASK_KINDS[t.kind].exclusive), tasks[0].look.name)]
     modalities = [
-        f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_comment(c.kind)}"
+        f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_others(c.kind, first_task)}"
         for c in used
         if KINDS[c.kind].role == "modality"
     ]
@@ -147,11 +147,12 @@ def default_encoder(kind: str, task: str) -> str:
     return KINDS[kind].encoder.replace("TASK", task)
 
 
-def _comment(kind: str) -> str:
-    return {
-        "image": "  # or cnn, pixels, torchvision, efficientnet-lite0",
-        "text": "  # or minilm, of the extra pretrained",
-    }.get(kind, "")
+def _others(kind: str, task: str) -> str:
+    """A comment with encoders beside the default one."""
+    extra = "(of the extra pretrained)"
+    named = {"image": ("pixels", "cnn", "torchvision", f"efficientnet-lite0 {extra}"), "text": (f"minilm {extra}",)}
+    others = [name for name in named.get(kind, ()) if name.split()[0] != default_encoder(kind, task)]
+    return f"  # or {', '.join(others)}" if others else ""
 
 
 def _task(target: Target) -> str:

@@ -17,6 +17,7 @@ from mmkt_ray.cli import main
 from mmkt_ray.config import load_config
 from mmkt_ray.doctor import look_at_columns, look_at_source
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.init import writing
 from mmkt_ray.init.classify import KINDS, Look, classify, classify_all, classify_target
 from mmkt_ray.init.writing import init
 from mmkt_ray.samples.readers import read_chunks
@@ -287,3 +288,17 @@ def test_what_is_no_such_table_is_told(tmp_path: Path, name: str, content: str, 
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=told):
         init(str(tmp_path / name), ["kind"], str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("installed", "line"),
+    [
+        (False, "{kind: image, encoder: pixels}  # or cnn, torchvision, efficientnet-lite0 (of the extra pretrained)"),
+        (True, "{kind: image, encoder: efficientnet-lite0}  # or pixels, cnn, torchvision"),
+    ],
+)
+def test_encoders_that_are_offered(shop: Path, monkeypatch: pytest.MonkeyPatch, installed: bool, line: str) -> None:
+    """Catches a comment that offers the encoder that stands there, and one whose extra is not named."""
+    monkeypatch.setattr(writing.importlib.util, "find_spec", lambda name: installed or None)
+    init(str(shop), ["category"], str(shop.parent / "run.yaml"))
+    assert f"  photo: {line}" in (shop.parent / "run.yaml").read_text().splitlines()
