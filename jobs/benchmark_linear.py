@@ -2,11 +2,11 @@
 
     python jobs/benchmark_linear.py jobs/configs/openmoji.yaml jobs/configs/openmoji_pretrained.yaml --rounds 3
 
-For each task of a config's model: features of all of its modalities as the linear model sees them (standardised, each scaled to
-rows of unit mean squared length; one dense or one sparse matrix), the penalty that it chose itself. scikit-learn's L-BFGS has a
-tolerance of TOLERANCE: with its default, 1e-4, it ends up to a tenth above the optimum of OpenMoji's subcategory. Of a multilabel
-task it solves one problem for each class. Each round solves every problem once by each, one after the other; the ratio is the
-median over rounds. Prints a Markdown table.
+For each task of a config's model: features of all of its modalities as the linear model sees them (standardised, each
+scaled to rows of unit mean squared length; one dense or one sparse matrix), the penalty that it chose itself.
+scikit-learn's L-BFGS has a tolerance of TOLERANCE: with its default, 1e-4, it ends up to a tenth above the optimum of
+OpenMoji's subcategory. Of a multilabel task it solves one problem for each class. Each round solves every problem
+once by each, one after the other; the ratio is the median over rounds. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
-    print("| set | task | rows x columns, classes | penalty | seconds, scikit-learn | seconds, ours | ratio | accuracy | ours |")
+    print(
+        "| set | task | rows x columns, classes | penalty | seconds, scikit-learn | seconds, ours | ratio | accuracy "
+        "| ours |"
+    )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for path in args.configs:
         config = load_config(path, dict(parse_override(text) for text in args.overrides))
@@ -71,13 +74,15 @@ def measure(config: Config, num_rounds: int) -> Iterator[str]:
                 found[name].append(time.perf_counter() - started)
                 logits[name] = np.asarray(x[test] @ weights + bias)
         kind = table.kinds[t]
-        scores = {n: 100 * kind.row_scores(labels[test], kind.predict(z.astype(np.float32))).mean() for n, z in logits.items()}
+        scores = {
+            n: 100 * kind.row_scores(labels[test], kind.predict(z.astype(np.float32))).mean() for n, z in logits.items()
+        }
         seconds = {name: statistics.median(values) for name, values in found.items()}
         ratio = statistics.median(a / b for a, b in zip(*found.values(), strict=True))
         shape = f"{len(learnt)} x {x.shape[1]}, {width}"
         yield (
-            f"| {config.name} | {t} | {shape} | {l2:.3g} | {seconds['theirs']:.2f} | {seconds['ours']:.2f} | {ratio:.1f} | "
-            f"{scores['theirs']:.1f} | {scores['ours']:.1f} |"
+            f"| {config.name} | {t} | {shape} | {l2:.3g} | {seconds['theirs']:.2f} | {seconds['ours']:.2f} | "
+            f"{ratio:.1f} | {scores['theirs']:.1f} | {scores['ours']:.1f} |"
         )
 
 

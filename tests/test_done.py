@@ -120,7 +120,8 @@ def test_models_from_elsewhere_are_looked_at_each_time(told: Config) -> None:
 
 
 def test_a_folder_is_taken_over_from_a_whole_run_only(tmp_path: Path) -> None:
-    """A folder that is not finished, or does not serve, and files that are shared so that one run changes the other."""
+    """A folder that is not finished, or does not serve, and files that are shared so that one run changes the
+    other."""
     for run, files in {"a": ["data/p"], "b": ["data/p", "manifest.json"], "c": ["data/p", "manifest.json"]}.items():
         for file in files:
             storage.write_bytes(str(tmp_path / run / "features" / "s" / file), run.encode())

@@ -24,7 +24,9 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], list[str], dict[str, str]]]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[bytes], list[str], dict[str, str]]]:
     """A server without Ray, the command that stands for a worker and its environment."""
     folder = tmp_path_factory.mktemp("server")
     script, variables = fork_server.fork_server(str(folder), modules=["numpy"])
@@ -36,13 +38,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
 
 @pytest.mark.slow
 def test_a_fork_is_what_ray_asked_for(server: tuple, tmp_path: Path) -> None:
-    """Catches a worker with the arguments, folder, variables or output of another process, one that Ray ends with all others as
-    it ends its group, one with everybody's random numbers; and a server that outlives its driver."""
+    """Catches a worker with the arguments, folder, variables or output of another process, one that Ray ends with all
+    others as it ends its group, one with everybody's random numbers; and a server that outlives its driver."""
     process, command, environment = server
     script = tmp_path / "look.py"
     script.write_text(LOOK)
     context = {"command_prefix": [], "py_executable": sys.executable, "env_vars": {"OF_WORKER": "of ${OTHER}"}}
-    given = [str(script), "--first=1", f"{forked_worker.CONTEXT}{json.dumps(context)}", f"{forked_worker.LANGUAGE}PYTHON", "last"]
+    given = [
+        str(script),
+        "--first=1",
+        f"{forked_worker.CONTEXT}{json.dumps(context)}",
+        f"{forked_worker.LANGUAGE}PYTHON",
+        "last",
+    ]
     environment = environment | {"OTHER": "its own"}
     runs = [
         subprocess.run([*command, *given], env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=True)
@@ -88,7 +96,8 @@ def test_what_cannot_be_a_fork(arguments: list[str], fork: bool) -> None:
 
 @pytest.mark.usefixtures("ray_local")
 def test_ray_takes_forks() -> None:
-    """Catches a Ray that starts workers otherwise, so that they are slow again and nobody sees it; and modules that are gone."""
+    """Catches a Ray that starts workers otherwise, so that they are slow again and nobody sees it;
+    and modules that are gone."""
     import ray
 
     def look() -> tuple[list[str], set[str], int]:
@@ -119,7 +128,8 @@ server.serve_forks = lambda *_: print(server.forks_differ(), server.random_id() 
 
 @pytest.mark.slow
 def test_each_fork_draws_ids_of_its_own() -> None:
-    """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the other's."""
+    """Catches two workers whose objects have the same id: a crash of Ray at best,
+    else one's data in place of the other's."""
     told = json.dumps({"path": sys.path, "modules": [*PRELOADED, *TRAINING], "listener": 0})
     code = fork_server.START.replace("sys.modules[", f"exec({IDS!r})\nsys.modules[")
     done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, timeout=120)
@@ -129,8 +139,8 @@ def test_each_fork_draws_ids_of_its_own() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
 def test_a_server_that_starts_ahead_is_that_of_the_ray_or_ends_unused() -> None:
-    """Catches a second server with its imports for the Ray that starts then, and a folder or a process that a command leaves
-    which needed no Ray."""
+    """Catches a second server with its imports for the Ray that starts then, and a folder or a process that a command
+    leaves which needed no Ray."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as paths of sockets must be
     code = """
 import os, ray
@@ -155,6 +165,8 @@ local.start_ahead()  # the process's end removes this one
     assert not list(folder.iterdir())
     attached = {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": "127.0.0.1:6379"}
     code = f"import os; from mmkt_ray.cluster import local; local.start_ahead(); print(os.listdir({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "[]\n", done.stderr
     folder.rmdir()

@@ -59,7 +59,11 @@ def test_csv_has_the_best_class_and_its_probability(tmp_path: Path, shard: Path)
     found = pd.read_csv(written(tmp_path, shard, Output("csv")))
     assert list(found) == ["sample_id", "missing", *(f"colour_{c}" for c in ("pred", "top1", "top1_proba")),
                            *(f"tags_{c}" for c in ("pred", "top1", "top1_proba"))]  # fmt: skip
-    assert found["colour_pred"].fillna("-").tolist() == found["colour_top1"].fillna("-").tolist() == ["red, dark", "-", "é"]
+    assert (
+        found["colour_pred"].fillna("-").tolist()
+        == found["colour_top1"].fillna("-").tolist()
+        == ["red, dark", "-", "é"]
+    )
     assert found["colour_top1_proba"].fillna(-1).tolist() == pytest.approx([0.5, -1, 0.7])
     assert found["tags_pred"].fillna("").tolist() == ["a|b", "", "b"]
     assert found["missing"].fillna("").tolist() == ["image", "image|text", ""]
