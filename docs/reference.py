@@ -59,7 +59,12 @@ def _row(key: str, field: FieldInfo) -> str:
 
 def values_of(field: FieldInfo) -> str:
     """What a key may be set to, in words."""
-    bounds = [f"{sign} {getattr(mark, name)}" for mark in field.metadata for name, sign in BOUNDS.items() if hasattr(mark, name)]
+    bounds = [
+        f"{sign} {getattr(mark, name)}"
+        for mark in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(mark, name)
+    ]
     chosen = [mark for mark in field.metadata if isinstance(mark, OneOf)]
     told = list(dict.fromkeys(_values(chosen[0] if chosen else field.annotation)))
     return ", ".join(told) + (f" {', '.join(bounds)}" if bounds else "")
@@ -75,7 +80,9 @@ def _values(annotation: Any) -> Iterator[str]:
     if origin is Literal:
         yield from (f"`{value}`" if yaml.safe_load(str(value)) == value else f'`"{value}"`' for value in parts)
     elif origin in (tuple, dict):
-        inner = ", ".join(dict.fromkeys(text for part in parts[-1 if origin is dict else 0 :] for text in _values(part)))
+        inner = ", ".join(
+            dict.fromkeys(text for part in parts[-1 if origin is dict else 0 :] for text in _values(part))
+        )
         yield ("list" if origin is tuple else "mapping") + (f" of {inner}" if inner else "")
     elif annotation is TaskKind:
         yield from (f"`{name}`" for name in TASK_KINDS)

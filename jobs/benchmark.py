@@ -1,25 +1,28 @@
 """Speed, measured side by side on the same work in one run; medians with spread, hardware and commit, as JSON.
 
-    python jobs/benchmark.py extract --data ../shared/data   CIFAR-10 through the CNN: pipeline against a hand-tuned loop
-    python jobs/benchmark.py photos --rows 4000              photos to 224 x 224 for an encoder that costs nothing: pipeline
-                                                             against loops by hand; what isolating the decoder costs
-    python jobs/benchmark.py text --data ../shared/data      TF-IDF fit and transform: pipeline and kernel against scikit-learn
-    python jobs/benchmark.py search --config jobs/configs/openmoji_search.yaml   candidates per hour: search against Ray Tune,
-                                                             random search and TPE; each once, for --seconds
-    python jobs/benchmark.py cnn --config jobs/configs/cifar10_20news.yaml --data ../shared/data   accuracy of that run's CNN
-                                                             itself on the test images
-    python jobs/benchmark.py suspects --config jobs/configs/openmoji.yaml   wrong labels and swapped texts, planted in a copy of
-                                                             the emoji: how many the suspects name; --rounds plantings
-    python jobs/benchmark.py chaos --rounds 21               processes killed, disks filled, nodes lost at random moments: what
-                                                             the same command leaves afterwards
-    python jobs/benchmark.py together --rounds 20            the same command twice at one folder: who is refused, what is left
-    python jobs/benchmark.py memory --rows 1000000           peak memory of every process against samples and shards; --train: of
-                                                             training, evaluation and prediction too
-    python jobs/benchmark.py plan --rows 40000               an extraction on two and on three nodes: what `mmkt plan` says of it,
-                                                             and what it takes
+    python jobs/benchmark.py WHAT ..
 
-Each round runs every contender once, one after another, so that a machine that slows down slows all of them. Ratios are taken
-round by round. Start-up (Ray's processes, imports, loading the encoder) is told apart from the steady rate.
+    extract --data ../shared/data                  CIFAR-10 through the CNN: pipeline against a hand-tuned loop
+    photos --rows 4000                             photos to 224 x 224 for an encoder that costs nothing: pipeline
+                                                   against loops by hand; what isolating the decoder costs
+    text --data ../shared/data                     TF-IDF fit and transform: pipeline and kernel against scikit-learn
+    search --config jobs/configs/openmoji_search.yaml
+                                                   candidates per hour: against Ray Tune, random search and TPE;
+                                                   each once, for --seconds
+    cnn --config jobs/configs/cifar10_20news.yaml --data ../shared/data
+                                                   accuracy of that run's CNN itself on the test images
+    suspects --config jobs/configs/openmoji.yaml   wrong labels and swapped texts, planted in a copy of the emoji: how
+                                                   many the suspects name; --rounds plantings
+    chaos --rounds 21                              processes killed, disks filled, nodes lost at random moments: what
+                                                   the same command leaves afterwards
+    together --rounds 20                           the same command twice at one folder: who is refused, what is left
+    memory --rows 1000000                          peak memory of every process against samples and shards; --train:
+                                                   of training, evaluation and prediction too
+    plan --rows 40000                              an extraction on two and on three nodes: what `mmkt plan` says of
+                                                   it, and what it takes
+
+Each round runs every contender once, one after another, so that a machine that slows down slows all of them. Ratios
+are taken round by round. Start-up (Ray's processes, imports, loading the encoder) is told apart from the steady rate.
 """
 
 from __future__ import annotations
@@ -96,12 +99,15 @@ def main() -> int:
         default=None,
         help="chaos: some of them, e.g. 'driver,disk full'",
     )
-    parser.add_argument("--rows", type=int, default=1_000_000, help="memory: most samples of a case; plan, photos: samples")
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, help="memory: most samples of a case; plan, photos: samples"
+    )
     parser.add_argument("--train", action="store_true", help="memory: also train, evaluate and predict")
     parser.add_argument("--case", default=None, help="memory: only cases whose name this expression matches")
     parser.add_argument("--out", default=None, help="write the JSON here as well")
     args = parser.parse_args()
-    if args.what not in ("cnn", "chaos", "together", "memory", "plan"):  # these need none, or their runs bring their own
+    # these need none, or their runs bring their own
+    if args.what not in ("cnn", "chaos", "together", "memory", "plan"):
         cluster.connect()
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
         if args.what == "search":
@@ -178,7 +184,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
 
 
-# --- CIFAR-10 through the CNN ------------------------------------------------------------------------------------------
+# --- CIFAR-10 through the CNN ---------------------------------------------------------------------------------------
 
 
 def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Result]]:
@@ -217,7 +223,8 @@ def extract_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Call
 
 
 def loop_extract(config: Config, shards: list[str], uri: str, folder: Path) -> Result:
-    """What one would write by hand for one process: read, decode, encode in large bf16 batches on all cores, write."""
+    """What one would write by hand for one process: read, decode, encode in large bf16 batches on all cores,
+    write."""
     start = time.perf_counter()
     encoder: Any = load_fitted(build_encoder(config.modalities["image"].encoder), uri)
     torch.set_num_threads(cluster.cores())
@@ -280,7 +287,7 @@ def pipeline(config: Config, encoders: dict[str, str], folder: Path) -> Result:
     )
 
 
-# --- TF-IDF ------------------------------------------------------------------------------------------------------------
+# --- TF-IDF ---------------------------------------------------------------------------------------------------------
 
 
 def text_contenders(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Result]]:

@@ -1,10 +1,11 @@
-"""Faults at random moments, and what is left when the same command has been given again: all of it, once, and the same.
+"""Faults at random moments, and what is left when the same command has been given again:
+all of it, once, and the same.
 
     python jobs/benchmark.py chaos --rounds 22      the faults of benchmark_faults.py in turn; --faults picks some
 
-A small run (2,000 drawn images with captions, a model on two Ray Train workers, a search) goes undisturbed first. Then each
-round meets one fault at a moment drawn from the undisturbed run's time, and the command is given again until it ends well.
-Features are compared by id and checksum, metrics, predictions and leaderboard within 1e-6.
+A small run (2,000 drawn images with captions, a model on two Ray Train workers, a search) goes undisturbed first.
+Then each round meets one fault at a moment drawn from the undisturbed run's time, and the command is given again
+until it ends well. Features are compared by id and checksum, metrics, predictions and leaderboard within 1e-6.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def png(colour: tuple[int, int, int], rng: np.random.Generator, side: int = 48) 
 
 
 def write_config(root: Path) -> Path:
-    """The run; its search tries each architecture in one trial without early stops, so that it has one right answer: of
-    further trials Optuna decides, by what has ended until then."""
+    """The run; its search tries each architecture in one trial without early stops, so that it has one right answer:
+    of further trials Optuna decides, by what has ended until then."""
     columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
     config = {
         "name": "chaos",
@@ -166,7 +167,8 @@ def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def compare(reference: Path, run: Path, *, alone: bool = True) -> dict[str, Any]:
-    """`lost` and `doubled` rows, and `changed`: the names of what differs. alone: what the reference lacks differs too."""
+    """`lost` and `doubled` rows, and `changed`: the names of what differs.
+    alone: what the reference lacks differs too."""
     found: dict[str, Any] = {"lost": 0, "doubled": 0, "changed": []}
     there = dict(tables(run))
     for name, expected in tables(reference):
@@ -249,7 +251,9 @@ def undisturbed(place: Place, config: Path) -> Undisturbed:
         time.sleep(0.2)
     if process.poll() != 0:
         raise RuntimeError(f"the undisturbed run ended with {process.poll()}: {log.read_text()[-3000:]}")
-    return Undisturbed(place.runs / "chaos", time.monotonic() - started, {role: last[role] - first[role] for role in first})
+    return Undisturbed(
+        place.runs / "chaos", time.monotonic() - started, {role: last[role] - first[role] for role in first}
+    )
 
 
 def disturbed(
@@ -282,7 +286,8 @@ def disturbed(
                 kill(remains(place.scratch))
         seconds = time.monotonic() - started
         difference = (
-            compare(reference.run, place.runs / "chaos", alone=not fault.changes_data)  # else: features of the other data
+            # else: features of the other data
+            compare(reference.run, place.runs / "chaos", alone=not fault.changes_data)
             if status == 0
             else {"lost": -1, "doubled": -1, "changed": ["all"]}
         )
@@ -351,7 +356,8 @@ def in_place(needed: Any, root: Path, config: Path) -> Undisturbed:
 def as_markdown(rounds: Sequence[Round]) -> str:
     """A line for each fault: moments, how the command went on, and the most that was done again and lost."""
     lines = [
-        "| fault | rounds, at seconds | went on by itself | commands | time / undisturbed | lost | doubled | other values |"
+        "| fault | rounds, at seconds | went on by itself | commands | time / undisturbed | lost | doubled | other "
+        "values |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(r.fault for r in rounds):

@@ -21,7 +21,8 @@ from mmkt_ray.samples.shards import list_shards
 
 
 def score_cnn(config: Config, run_uri: str) -> dict[str, Any]:
-    """Accuracy on the test split of the task that the network was trained on: of one view of each image, and averaged over six.
+    """Accuracy on the test split of the task that the network was trained on:
+    of one view of each image, and averaged over six.
 
     Works where exactly one modality of the config has the encoder `cnn`.
     """

@@ -1,15 +1,16 @@
-"""The fused model with default settings against the best single modality and tuned logistic regression, on the same test rows.
+"""The fused model with default settings against the best single modality and tuned logistic regression on test.
 
     python jobs/benchmark_defaults.py jobs/configs/openmoji.yaml jobs/configs/openmoji_pretrained.yaml --seeds 3
-    python jobs/benchmark_defaults.py jobs/configs/openmoji.yaml --rare       what a modality costs that nine in ten rows lack
+    python jobs/benchmark_defaults.py jobs/configs/openmoji.yaml --rare    what a modality costs that few rows have
 
-Of each config the model without its variants is trained from several seeds, and one of each modality alone; the logistic
-regression reads all modalities, its penalty chosen on held-out rows. The best single modality is the one with the highest
-held-out accuracy. Intervals are over seeds and test rows, of paired differences; the calibration error on test rows is the fused
-model's, at the temperature of its held-out rows, the mean over seeds. Prints a Markdown table, row by row.
+Of each config the model without its variants is trained from several seeds, and one of each modality alone; the
+logistic regression reads all modalities, its penalty chosen on held-out rows. The best single modality is the one
+with the highest held-out accuracy. Intervals are over seeds and test rows, of paired differences; the calibration
+error on test rows is the fused model's, at the temperature of its held-out rows, the mean over seeds. Prints a
+Markdown table, row by row.
 
-With --rare the fused model is compared with one that has another modality beside, `rare`: vectors of 16 numbers, of which one
-in eight says a little about the first task's class, in a tenth of the rows.
+With --rare the fused model is compared with one that has another modality beside, `rare`: vectors of 16 numbers, of
+which one in eight says a little about the first task's class, in a tenth of the rows.
 """
 
 from __future__ import annotations
@@ -51,15 +52,18 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     args = parser.parse_args()
     if args.rare:
-        print("| set | task | test rows | fused | with a rare modality | difference |\n|---|---|---|---|---|---|", flush=True)
+        print(
+            "| set | task | test rows | fused | with a rare modality | difference |\n|---|---|---|---|---|---|",
+            flush=True,
+        )
         for path in args.configs:
             config = load_config(path, dict(parse_override(text) for text in args.overrides))
             for row in measure_rare(config.model_copy(update={"variants": {}}), args.seeds):
                 print(row, flush=True)
         return
     print(
-        "| set | task | test rows | fused, default | best single modality | difference | logistic regression | difference | "
-        "calibration error |"
+        "| set | task | test rows | fused, default | best single modality | difference | logistic regression | "
+        "difference | calibration error |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for path in args.configs:
@@ -88,7 +92,9 @@ def measure(config: Config, num_seeds: int) -> Iterator[str]:
             gain = mean_interval(fused - other, 1000, 0.95, seed=0)
             ends = [f"{100 * gain[key]:+.1f}" for key in ("value", "low", "high")]
             cells += [f"{name} {100 * other.mean():.1f}".strip(), f"{ends[0]} [{ends[1]}, {ends[2]}]"]
-        cells.append(f"{100 * np.mean([calibration_of(by_name['fused'], data.table, test, t) for by_name in uris]):.1f}")
+        cells.append(
+            f"{100 * np.mean([calibration_of(by_name['fused'], data.table, test, t) for by_name in uris]):.1f}"
+        )
         yield f"| {config.name} | {t} | {len(test.split)} | " + " | ".join(cells) + " |"
 
 
@@ -128,7 +134,9 @@ def with_rare_modality(store: Store, config: Config, uri: str) -> Store:
         values[np.arange(len(labels)), np.array(labels) % 16] += rng.random(len(labels)) < 1 / 8
         present = rng.random(len(labels)) < 0.1
         column = to_arrow(values[present], present)
-        checksums[part] = storage.write_table(storage.join(uri, "data", part), rows.append_column(column_of(RARE), column))
+        checksums[part] = storage.write_table(
+            storage.join(uri, "data", part), rows.append_column(column_of(RARE), column)
+        )
     about = {"dim": 16, "sparse": False, "kind": "vector", "encoder": {"name": "identity"}, "reduce": None}
     entry = ModalityFeatures.model_validate({**about, "fingerprint": RARE, "folders": []})
     modalities = {**store.manifest.modalities, RARE: entry}

@@ -1,7 +1,7 @@
 """What `benchmark.py chaos` does to a run: processes killed, a disk and an object store filled, a node cut off.
 
-A *place* is where the command runs: alone with a Ray of its own, or on a small cluster. Only its processes are touched: those
-below what was started there, and those that name its folder.
+A *place* is where the command runs: alone with a Ray of its own, or on a small cluster. Only its processes are
+touched: those below what was started there, and those that name its folder.
 """
 
 from __future__ import annotations
@@ -310,7 +310,8 @@ def fill_disk(place: Place, process: subprocess.Popen[bytes]) -> bool:
 
 
 def fill_store(place: Place, process: subprocess.Popen[bytes]) -> bool:
-    """A neighbour on the same cluster fills the object store and the disk that it spills to, and goes after a while."""
+    """A neighbour on the same cluster fills the object store and the disk that it spills to,
+    and goes after a while."""
     command = [*place.prefix, sys.executable, "-c", FILL_STORE, str(STORE_FULL_S)]
     filler = subprocess.Popen(command, env=place.variables(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert filler.stdout is not None

@@ -2,15 +2,16 @@
 
     python jobs/benchmark_linear.py jobs/configs/openmoji.yaml jobs/configs/openmoji_pretrained.yaml --rounds 3
 
-For each task of a config's model: features of all of its modalities as the linear model sees them (standardised, each scaled to
-rows of unit mean squared length; one dense or one sparse matrix), the penalty that it chose itself. scikit-learn's L-BFGS has a
-tolerance of TOLERANCE: with its default, 1e-4, it ends up to a tenth above the optimum of OpenMoji's subcategory. Of a multilabel
-task it solves one problem for each class. Each round solves every problem once by each, one after the other; the ratio is the
-median over rounds. Prints a Markdown table.
+For each task of a config's model: features of all of its modalities as the linear model sees them (standardised, each
+scaled to rows of unit mean squared length; one dense or one sparse matrix), the penalty that it chose itself.
+scikit-learn's L-BFGS has a tolerance of TOLERANCE: with its default, 1e-4, it ends up to a tenth above the optimum of
+OpenMoji's subcategory. Of a multilabel task it solves one problem for each class. Each round solves every problem
+once by each, one after the other; the ratio is the median over rounds. Prints a Markdown table.
 
---choose measures what a user does, for multiclass tasks: the penalty is chosen on held-out rows, then the model of all rows is
-solved. scikit-learn's LogisticRegressionCV, with its own tolerance, goes through the penalties that ours went through, each on
-all folds; ours goes through them on two, and leaves held-out predictions of all folds at the chosen one.
+--choose measures what a user does, for multiclass tasks: the penalty is chosen on held-out rows, then the model of
+all rows is solved. scikit-learn's LogisticRegressionCV, with its own tolerance, goes through the penalties that ours
+went through, each on all folds; ours goes through them on two,
+and leaves held-out predictions of all folds at the chosen one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="measure the choice of the penalty with the fit")
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
-    print("| set | task | rows x columns, classes | penalty | seconds, scikit-learn | seconds, ours | ratio | accuracy | ours |")
+    print(
+        "| set | task | rows x columns, classes | penalty | seconds, scikit-learn | seconds, ours | ratio | accuracy "
+        "| ours |"
+    )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for path in args.configs:
         config = load_config(path, dict(parse_override(text) for text in args.overrides))
@@ -79,7 +83,9 @@ def measure(config: Config, num_rounds: int) -> Iterator[str]:
                 found[name].append(time.perf_counter() - started)
                 logits[name] = np.asarray(x[test] @ weights + bias)
         kind = table.kinds[t]
-        scores = {n: 100 * kind.row_scores(labels[test], kind.predict(z.astype(np.float32))).mean() for n, z in logits.items()}
+        scores = {
+            n: 100 * kind.row_scores(labels[test], kind.predict(z.astype(np.float32))).mean() for n, z in logits.items()
+        }
         yield line(config, t, f"{len(learnt)} x {x.shape[1]}, {width}", l2, found, scores)
 
 

@@ -1,11 +1,12 @@
 """Peak memory of every process of a run against the number of samples, of shards, and the size of one shard.
 
-Shards are made up as they are written: a text of words from a fixed vocabulary, to every fourth row an image of 8 x 8 random
-pixels, one of ten labels. Each case runs `mmkt` as a user does, with a Ray of its own, and is sampled from outside: every
-0.2 s each process of the command, by the kernel's count of its pages (/proc/<pid>/smaps_rollup, Linux).
+Shards are made up as they are written: a text of words from a fixed vocabulary, to every fourth row an image of 8 x 8
+random pixels, one of ten labels. Each case runs `mmkt` as a user does, with a Ray of its own, and is sampled from
+outside: every 0.2 s each process of the command, by the kernel's count of its pages (/proc/<pid>/smaps_rollup,
+Linux).
 
-- own: pages that only this process holds and the kernel cannot drop (anonymous). Shared libraries, mapped files and Ray's object
-  store, which is bounded by `cluster.local.OBJECT_STORE_BYTES` and shared by all, are not in it
+- own: pages that only this process holds and the kernel cannot drop (anonymous). Shared libraries, mapped files and
+  Ray's object store, which is bounded by `cluster.local.OBJECT_STORE_BYTES` and shared by all, are not in it
 - resident: all pages that are in memory for the process, those shared with others and mapped files included
 - all: every process together, pages that several hold counted once (PSS), the object store included
 """
@@ -53,7 +54,7 @@ ROLES = (  # the first that a command line matches
 )
 
 
-# --- synthetic shards --------------------------------------------------------------------------------------------------
+# --- synthetic shards -----------------------------------------------------------------------------------------------
 
 
 def write_shards(folder: Path, num_shards: int, rows_each: int, words: int = WORDS) -> int:
@@ -100,7 +101,7 @@ def bitmap_header() -> np.ndarray:
     return np.concatenate([np.frombuffer(b"BM", np.uint8), numbers.view(np.uint8)])
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------------------------
 
 
 def processes_of(root: int) -> Iterator[tuple[int, str]]:
@@ -197,7 +198,7 @@ def run_watched(arguments: list[str], log: Path) -> dict[str, Any]:
     }
 
 
-# --- cases -------------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------------------------
 
 
 def measure_memory(folder: Path, most_rows: int, train: bool, chosen: str | None = None) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Features of images, by this package, by Daft and by Ray Data as its documentation writes it: each a program of its own.
+"""Features of images, by this package, by Daft and by Ray Data as its documentation writes it:
+each a program of its own.
 
     make bench-peers                                      installs Daft in .venv/peers, then does both
     python jobs/benchmark_peers.py photos                 640 x 480 to 224 x 224, for an encoder that costs nothing
     python jobs/benchmark_peers.py small --rows 50000     32 x 32 through the small CNN in bf16, drawn images
 
-Each contender is given the same Parquet shards and encoder, and writes a Parquet file of features. Time is that of the whole
-program, from its start to its end: imports, Ray, actors and encoder included. Each round runs every contender once, one after
-another, after a round that is not counted. Features are compared: they agree in the mean, since each decodes and resizes in its
-own way. Prints a Markdown table; --out writes JSON.
+Each contender is given the same Parquet shards and encoder, and writes a Parquet file of features. Time is that of
+the whole program, from its start to its end: imports, Ray, actors and encoder included. Each round runs every
+contender once, one after another, after a round that is not counted. Features are compared: they agree in the mean,
+since each decodes and resizes in its own way. Prints a Markdown table; --out writes JSON.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def side_of(what: str) -> int:
     return SIDE if what == "photos" else 32
 
 
-# --- contenders: what a program of each does --------------------------------------------------------------------------
+# --- contenders: what a program of each does ------------------------------------------------------------------------
 
 
 def mmkt(what: str, folder: Path) -> None:
@@ -178,7 +179,7 @@ def has(path: Path, column: str) -> bool:
     return column in pq.read_schema(path).names
 
 
-# --- the comparison ---------------------------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------------------------------------
 
 
 def write_shards(what: str, num_rows: int, folder: Path) -> None:

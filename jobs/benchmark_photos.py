@@ -1,13 +1,13 @@
 """Photos: 640 x 480 JPEGs of about 110 kB, decoded and resized to 224 x 224 for an encoder that costs nothing.
 
-Photos are made up: smooth colours, shapes and noise, as many different ones as `DIFFERENT`. The contenders read the same
-Parquet shards and write a feature for each row:
+Photos are made up: smooth colours, shapes and noise, as many different ones as `DIFFERENT`. The contenders read the
+same Parquet shards and write a feature for each row:
 
 - DCT loop: what one would write by hand, simplejpeg at half the size, Pillow's resize, a thread on each core
 - Pillow loop: the same with Pillow alone, every pixel decoded
 - pipeline, pipeline exact: `mmkt extract` with `samples.decode` as it is by default, and exact
-- decoding alone: in the child that isolates decoders, on one core; rows per second of CPU, and that as a share of what it is
-  in this process
+- decoding alone: in the child that isolates decoders, on one core; rows per second of CPU, and that as a share of
+  what it is in this process
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def draw_photo(rng: np.random.Generator) -> bytes:
     for _ in range(12):
         x, y, size = (int(rng.integers(low, high)) for low, high in ((0, WIDTH), (0, HEIGHT), (8, 120)))
         shape = (draw.ellipse, draw.rectangle)[rng.integers(2)]
-        shape((x, y, x + size, y + size * float(rng.uniform(0.4, 1.5))), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+        shape(
+            (x, y, x + size, y + size * float(rng.uniform(0.4, 1.5))),
+            fill=tuple(int(v) for v in rng.integers(0, 256, 3)),
+        )
     noise = rng.normal(0, 9, (HEIGHT, WIDTH, 1)) + rng.normal(0, 3, (HEIGHT, WIDTH, 3))
     buffer = io.BytesIO()
     pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
@@ -82,7 +85,9 @@ def photo_contenders(
     for number in range(SHARDS):
         own = [photos[i % len(photos)] for i in range(number, num_rows, SHARDS)]
         shards.append(folder / "photos" / f"{number}.parquet")
-        pq.write_table(pa.table({"image": pa.array(own, pa.binary()), "label": ["a"] * len(own)}), shards[-1], row_group_size=256)
+        pq.write_table(
+            pa.table({"image": pa.array(own, pa.binary()), "label": ["a"] * len(own)}), shards[-1], row_group_size=256
+        )
     config = photo_config(folder)
     exact = config.model_copy(update={"samples": config.samples.model_copy(update={"decode": "exact"})})
     encoders = {"image": str(folder / "encoder")}
@@ -99,7 +104,12 @@ def photo_contenders(
 
 def photo_config(folder: Path) -> Config:
     """One modality, read by the encoder that costs nothing."""
-    source = {"reader": "parquet", "path": "photos/*.parquet", "split": "train", "columns": {"image": "image", "label": "label"}}
+    source = {
+        "reader": "parquet",
+        "path": "photos/*.parquet",
+        "split": "train",
+        "columns": {"image": "image", "label": "label"},
+    }
     return parse_config(
         {
             "name": "photos",
@@ -117,7 +127,9 @@ def loop(shards: Sequence[Path], decode: Callable[[bytes], np.ndarray], folder: 
     start, num_rows = time.perf_counter(), 0
     with ThreadPoolExecutor(cluster.cores()) as pool:
         for path in shards:
-            images = np.stack(list(pool.map(decode, pq.read_table(path, columns=["image"]).column("image").to_pylist())))
+            images = np.stack(
+                list(pool.map(decode, pq.read_table(path, columns=["image"]).column("image").to_pylist()))
+            )
             features = FirstPixel().encode(list(images.transpose(0, 3, 1, 2)))
             column = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), FirstPixel.dim)
             pq.write_table(pa.table({"image_features": column}), folder / "loop.parquet")

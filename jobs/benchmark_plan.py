@@ -2,11 +2,12 @@
 
     python jobs/benchmark.py plan --rows 40000
 
-The nodes are raylets of this machine with one CPU each, beside a head without any. All CPUs but one encode: two nodes have one
-actor, three have two. A quarter of the rows, extracted on two nodes first, give the run's own rates.
+The nodes are raylets of this machine with one CPU each, beside a head without any. All CPUs but one encode: two nodes
+have one actor, three have two. A quarter of the rows, extracted on two nodes first, give the run's own rates.
 
-Three nodes need two cores for their encoders, and a share for reading and the driver. This shows whether work is spread over
-nodes and what passing it between processes costs; not what a network between them costs, nor more nodes than cores.
+Three nodes need two cores for their encoders, and a share for reading and the driver. This shows whether work is
+spread over nodes and what passing it between processes costs;
+not what a network between them costs, nor more nodes than cores.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def measure_plan(root: Path, num_rows: int) -> dict[str, Any]:
 
 
 def write_data(folder: Path, num_rows: int) -> None:
-    """Shards of noise of 32 x 32 pixels, each with a text of 100 of 2,000 words and a label; images repeat, rows do not."""
+    """Shards of noise of 32 x 32 pixels, each with a text of 100 of 2,000 words and a label;
+    images repeat, rows do not."""
     rng = np.random.default_rng(0)
     images = [png(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(NUM_IMAGES)]
     words = np.array([f"word{number:04d}" for number in range(2000)])
@@ -110,7 +112,8 @@ def on_nodes(num_nodes: int, root: Path) -> Iterator[Place]:
 
 
 def extract_on(place: Place, num_actors: int, config: Path, runs: Path, limit: int | None = None) -> dict[str, float]:
-    """Seconds by stage of `mmkt extract` there, of the pipeline after its start (extract), and of the whole command."""
+    """Seconds by stage of `mmkt extract` there, of the pipeline after its start (extract),
+    and of the whole command."""
     own = yaml.safe_load(config.read_text())
     own["extract"]["num_actors"] = num_actors
     own["samples"]["sources"][0]["limit"] = limit

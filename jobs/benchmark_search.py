@@ -83,8 +83,8 @@ def search_contenders(config: Config, store: Store, budget_s: float) -> dict[str
 def ours(space: Space, settings: SearchConfig, table: FeatureTable, store: Store) -> dict[str, Any]:
     """The product's search, without its finalists.
 
-    `per_hour` counts start-up, and not the stacks that were under way when the time was up, which are many where a stack takes
-    a good part of the time; `per_hour_of_stacks` is the rate of finished stacks, on all cores.
+    `per_hour` counts start-up, and not the stacks that were under way when the time was up, which are many where a
+    stack takes a good part of the time; `per_hour_of_stacks` is the rate of finished stacks, on all cores.
     """
     with tempfile.TemporaryDirectory(prefix="mmkt-benchmark-") as folder:
         leaderboard = Leaderboard(folder, space, search_digest(space, settings, store))
@@ -155,7 +155,8 @@ def fit_one(space: Space, chosen: dict[str, Any], table: FeatureTable, score: An
 
 
 def one_per_trial(space: Space, settings: SearchConfig, table: FeatureTable, score: Any) -> dict[str, Any]:
-    """Ray Tune as its documentation shows: a function, a trial for each candidate, random values; one trial per core."""
+    """Ray Tune as its documentation shows: a function, a trial for each candidate, random values;
+    one trial per core."""
 
     def objective(config: dict[str, Any], table: FeatureTable) -> dict[str, float]:
         torch.set_num_threads(1)
@@ -178,11 +179,12 @@ def one_per_trial(space: Space, settings: SearchConfig, table: FeatureTable, sco
     return told(points, settings.time_budget_s or 0)
 
 
-# --- what grows ------------------------------------------------------------------------------------------------------
+# --- what grows -----------------------------------------------------------------------------------------------------
 
 
 def measure_scaling(config: Config, store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Seconds against the number of candidates; this process's memory and Tune's files against the size of a population."""
+    """Seconds against the number of candidates; this process's memory and Tune's files against the size of a
+    population."""
     found = check_search(config)
     space = Space(found.config.with_overrides(SCALING), {}, found.members)
     table = store.table(config.model_modalities, config.model_tasks)

@@ -1,7 +1,8 @@
-"""How many of the rows that a run calls suspect are wrong indeed: errors are planted in a copy of the shards, and looked for.
+"""How many of the rows that a run calls suspect are wrong indeed:
+errors are planted in a copy of the shards, and looked for.
 
-In every planting 3 % of the rows get another class in place of their own, and another 3 % each other's texts. Then the copy goes
-through the pipeline as a run would take it: features, then `find_label_issues` over the train split.
+In every planting 3 % of the rows get another class in place of their own, and another 3 % each other's texts. Then
+the copy goes through the pipeline as a run would take it: features, then `find_label_issues` over the train split.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ TASK, TEXT = "category", "text"
 
 
 def measure_suspects(config_path: str, num_plantings: int, folder: Path) -> dict[str, Any]:
-    """By planting: how many train rows got which error, and which share of the so many most suspect rows of the task is planted.
+    """By planting: how many train rows got which error, and which share of the so many most suspect rows of the task
+    is planted.
 
-    `found`: error -> the share of its rows that is among these. `chance`: the share of planted rows in the train split.
+    `found`: error -> the share of its rows that is among these.
+    `chance`: the share of planted rows in the train split.
     """
     original = load_config(config_path)
     shards = sorted((Path(original.data_root) / original.samples.sources[0].path).parent.glob("*.parquet"))

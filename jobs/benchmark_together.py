@@ -2,9 +2,9 @@
 
     python jobs/benchmark.py together --rounds 20      `mmkt run` and `mmkt predict` in turn
 
-A small run goes by itself first. In each round a command starts in an empty folder, and the same command again after a part
-of the time that one takes, drawn by chance; at first both start at once. Then it is given once more, and what is there is
-compared with the undisturbed run by id and value.
+A small run goes by itself first. In each round a command starts in an empty folder, and the same command again after
+a part of the time that one takes, drawn by chance; at first both start at once. Then it is given once more, and what
+is there is compared with the undisturbed run by id and value.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def measure_together(num_rounds: int, seed: int = 0) -> dict[str, Any]:
                 words = words_of(name, config, expected["run"], target / "out")
                 statuses, outputs = both(place, words, later_s)
             refused = [REFUSED in text for text in outputs]
-            said = [t.strip().splitlines()[-1] for s, r, t in zip(statuses, refused, outputs, strict=True) if s and not r]
+            said = [
+                t.strip().splitlines()[-1] for s, r, t in zip(statuses, refused, outputs, strict=True) if s and not r
+            ]
             difference = compare_with(name, expected[name], target / "out")
             rounds.append(Together(name, later_s, statuses, sum(refused), said=said, **difference))
             print(f"round {number}: {asdict(rounds[-1])}", file=sys.stderr)

@@ -3,11 +3,12 @@
     python jobs/gpu_check.py --out gpu.json --data FOLDER     FOLDER has cifar10/; without it images are synthetic
     python jobs/gpu_check.py --small --seconds 0.2            a try on a CPU
 
-Needs torch; torchvision for the large networks and for nvJPEG; for `population` also what a config and a table of features need
-(pydantic, pyyaml, pyarrow, scipy, safetensors, xxhash). What is missing is told and left out. Every part compares what the device
-gave with what this machine's CPU gives in float32. A part that fails is reported, and the others go on. Parts:
+Needs torch; torchvision for the large networks and for nvJPEG; for `population` also what a config and a table of
+features need (pydantic, pyyaml, pyarrow, scipy, safetensors, xxhash). What is missing is told and left out. Every
+part compares what the device gave with what this machine's CPU gives in float32.
+A part that fails is reported, and the others go on. Parts:
 
-    networks     forward-only limits, and what an encoder's step reaches of them with prepared chunks, two in flight (aim 0.9)
+    networks     forward-only limits, and what an encoder's step reaches of them with prepared chunks (aim 0.9)
     decode       JPEG photos decoded per second, on one core and by nvJPEG
     population   1,024 heads in one stack against one by one (aim 20 times)
     pretraining  a small CNN to 94 % on CIFAR-10 (aim 10 s)
@@ -28,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,8 @@ def measure_networks(check: Check) -> dict[str, Any]:
 
 
 def measure_network(check: Check, name: str, seconds: float) -> dict[str, Any]:
-    """Images per second: of passes alone, over images that lie on the device, and of whole chunks from the host's memory."""
+    """Images per second: of passes alone, over images that lie on the device,
+    and of whole chunks from the host's memory."""
     side, size, rows = networks_of(check)[name]
     chunks = np.random.default_rng(0).integers(0, 256, (2, rows, 3, side, side), dtype=np.uint8)
     network = build(name)
@@ -185,7 +188,9 @@ def photos(num: int) -> list[bytes]:
     """JPEG files of 640 x 480 pixels, smooth with some noise, about 100 kB each. Raises: LeftOut."""
     image, rng, files = package("PIL.Image"), np.random.default_rng(0), []
     for _ in range(num):
-        small = image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), image.Resampling.BICUBIC)
+        small = image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            (640, 480), image.Resampling.BICUBIC
+        )
         noisy = np.asarray(small, np.int16) + rng.normal(0, 8, (480, 640, 3)).astype(np.int16)
         out = io.BytesIO()
         image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
@@ -225,7 +230,8 @@ def measure_decode(check: Check) -> dict[str, Any]:
                 pixels = decode(files[0]).astype(np.float32)
                 exact = pixels if exact is None else exact
                 found[f"differs_{name}"] = agreement(pixels, exact, 0.02)
-                found[name] = rate(replace(check, device=CPU), lambda: [decode(f) for f in files], len(files), check.seconds / 10)  # noqa: B023
+                work = partial(lambda decode: [decode(f) for f in files], decode)
+                found[name] = rate(replace(check, device=CPU), work, len(files), check.seconds / 10)
             found["nvjpeg"] = reported(measure_nvjpeg, check, files, exact)
     finally:
         torch.set_num_threads(threads)

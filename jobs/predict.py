@@ -1,4 +1,5 @@
-"""`mmkt predict` as a script, for: ray job submit --working-dir . -- python jobs/predict.py MODEL INPUT --out FOLDER"""
+"""`mmkt predict` as a script, for: ray job submit --working-dir .
+-- python jobs/predict.py MODEL INPUT --out FOLDER"""
 
 import sys
 

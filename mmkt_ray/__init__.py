@@ -2,9 +2,9 @@
 
     import mmkt_ray as mm
 
-    results = mm.run("run.yaml")                  # everything that is not done yet; tables, the report, the model to ship
-    model = mm.load("runs/openmoji")              # that model, or any model folder; without Ray
-    model.predict(df, proba=True)                 # a DataFrame with class names and probabilities
+    results = mm.run("run.yaml")          # everything that is not done yet; tables, the report, the model to ship
+    model = mm.load("runs/openmoji")      # that model, or any model folder; without Ray
+    model.predict(df, proba=True)         # a DataFrame with class names and probabilities
     mm.MultimodalClassifier().fit(df, df["category"])
 """
 
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"  # not from the metadata: a job brings the code to nodes where it is not installed
 
-# Read when torch loads: threads that wait for each other sleep. Spinning, they would take the cores from Ray's processes.
+# Read when torch loads: threads that wait for each other sleep.
+# Spinning, they would take the cores from Ray's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:

@@ -56,9 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--quick", action="store_true", help="a first answer: some of the rows, few steps, no studies"
             )
-            command.add_argument("--json", action="store_true", help="the results as JSON, as report/results.json has them")
+            command.add_argument(
+                "--json", action="store_true", help="the results as JSON, as report/results.json has them"
+            )
         if name == "repeat":
-            command.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)")
+            command.add_argument(
+                "--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default 3)"
+            )
             command.add_argument(
                 "--against",
                 metavar="VARIANT",
@@ -67,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--missing",
                 action="store_true",
-                help="also score the models of all seeds against the share of rows that lack a modality: missing_seeds.json",
+                help="also score the models of all seeds against the share of rows that lack a modality: "
+                "missing_seeds.json",
             )
         if name == "evaluate":
             command.add_argument(
@@ -105,12 +110,20 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "look at your data and write a config for it: what each column was taken for, and why"
     command = commands.add_parser("init", help=text, description=text)
-    command.add_argument("data", metavar="DATA", help="CSV, JSONL or Parquet file, folder (of them, or one per class), .tar")
     command.add_argument(
-        "--target", action="append", default=[], metavar="COLUMN", help="what to predict; repeatable; of class folders their name"
+        "data", metavar="DATA", help="CSV, JSONL or Parquet file, folder (of them, or one per class), .tar"
+    )
+    command.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="what to predict; repeatable; of class folders their name",
     )
     command.add_argument("--out", default="run.yaml", metavar="FILE", help="config to write (default run.yaml)")
-    command.add_argument("--classes", action="store_true", help="a target of numbers, or of many values, is a set of classes")
+    command.add_argument(
+        "--classes", action="store_true", help="a target of numbers, or of many values, is a set of classes"
+    )
     command.add_argument("--force", action="store_true", help="replace the file if it is there")
 
 
@@ -143,8 +156,10 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """What is asked before a large run, and how it is sent away."""
     texts = {
         "doctor": "what would stop a run: sources, columns, encoders, disk, nodes; ends with 1 if anything does",
-        "plan": "hours, bytes and cost of a run over more samples or nodes than there are here, and what breaks first",
-        "submit": "run a job on a cluster, follow its log and end with its exit code; with the same id again, follow it again",
+        "plan": "hours, bytes and cost of a run over more samples or nodes than there are here, and what breaks "
+        "first",
+        "submit": "run a job on a cluster, follow its log and end with its exit code; with the same id again, follow "
+        "it again",
     }
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in texts.items()}
     for command in parsers.values():
@@ -173,13 +188,19 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="raw shards (files, folders, globs); none: the sources that the model was trained with",
     )
     command.add_argument(
-        "--out", required=True, type=filled, help="folder for predictions.parquet, rejects.parquet and the features on the way"
+        "--out",
+        required=True,
+        type=filled,
+        help="folder for predictions.parquet, rejects.parquet and the features on the way",
     )
     formats = ["parquet", "csv", "jsonl"]
     command.add_argument("--format", choices=formats, default="parquet", help="of the predictions (default parquet)")
     command.add_argument("--join", action="store_true", help="the input's columns before the predictions")
     command.add_argument(
-        "--top-k", type=at_least_one, metavar="N", help="the N most probable classes of each task, with their probabilities"
+        "--top-k",
+        type=at_least_one,
+        metavar="N",
+        help="the N most probable classes of each task, with their probabilities",
     )
     command.add_argument("--wide", action="store_true", help="a column of probabilities for each class")
     _add_reading(command)
@@ -190,7 +211,9 @@ def _add_scored_files(command: argparse.ArgumentParser) -> None:
     """`mmkt evaluate --model MODEL --data FILE... --out FOLDER`, instead of a config."""
     command.add_argument("--model", metavar="MODEL", help="score this model folder on --data, without a config")
     command.add_argument("--data", nargs="+", metavar="FILE", help="labelled raw shards (files, folders, globs)")
-    command.add_argument("--out", metavar="FOLDER", type=filled, help="folder for metrics.json, predictions.parquet and more")
+    command.add_argument(
+        "--out", metavar="FOLDER", type=filled, help="folder for metrics.json, predictions.parquet and more"
+    )
     _add_reading(command)
 
 
@@ -219,10 +242,12 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help="column mapping, if it differs from training; repeatable; of tables and vectors several with commas between",
+        help="column mapping, if it differs from training; repeatable; of tables and vectors several with commas "
+        "between",
     )
     command.add_argument(
         "--trust-code",
         action="store_true",
-        help="import encoders that the model's card names as module:Class, and read files that it names outside of its folder",
+        help="import encoders that the model's card names as module:Class, and read files that it names outside of "
+        "its folder",
     )

@@ -81,7 +81,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stop_local_ray() -> None:
-    """End the Ray that the command has started, which takes a second or two: the prompt follows the result at once."""
+    """End the Ray that the command has started, which takes a second or two:
+    the prompt follows the result at once."""
     if local := sys.modules.get("mmkt_ray.cluster.local"):
         local.stop_local()
 
@@ -199,7 +200,11 @@ def _locked_step(args: argparse.Namespace, config: Config) -> str:
     if command == "train":
         return f"models: {run_folder(config)}/models"
     table = comparison_table(steps.evaluate_step(config, stores))
-    return f"{table}\n\n{study_steps.missing_step(config, stores)}{steps.refresh_report(config)}" if args.missing else table
+    return (
+        f"{table}\n\n{study_steps.missing_step(config, stores)}{steps.refresh_report(config)}"
+        if args.missing
+        else table
+    )
 
 
 def _missing_over_seeds(config: Config, stores: dict[str, Store], num_seeds: int) -> str:
@@ -246,8 +251,8 @@ def _predict(args: argparse.Namespace) -> str:
 def _score_files(args: argparse.Namespace) -> str:
     if not (args.model and args.data and args.out) or args.config or args.missing:
         raise ConfigError(
-            "mmkt evaluate takes either CONFIG, to score the models of its run, or --model MODEL --data FILE... --out FOLDER, "
-            "to score one model on labelled files"
+            "mmkt evaluate takes either CONFIG, to score the models of its run, or --model MODEL --data FILE... "
+            "--out FOLDER, to score one model on labelled files"
         )
     _start_ahead(trains=False)
     from mmkt_ray.evaluation.scoring_files import score_files, scores_text

@@ -1,4 +1,5 @@
-"""Commands that take what a run left behind: `mmkt export`, `mmkt serve`, `mmkt compare`. Loads nothing heavy by itself."""
+"""Commands that take what a run left behind: `mmkt export`, `mmkt serve`, `mmkt compare`.
+Loads nothing heavy by itself."""
 
 from __future__ import annotations
 
@@ -18,22 +19,38 @@ def port(text: str) -> int:
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Their part of the command line."""
-    command = commands.add_parser("export", help="model folder -> one ONNX file or PyTorch archive, checked against mmkt predict")
+    command = commands.add_parser(
+        "export", help="model folder -> one ONNX file or PyTorch archive, checked against mmkt predict"
+    )
     command.add_argument("model", metavar="MODEL", help="model folder, e.g. runs/openmoji/models/concat")
-    command.add_argument("--to", choices=["onnx", "torch"], default="onnx", help="default onnx (needs the extra `export`)")
-    command.add_argument("--out", metavar="FOLDER", help="local folder to write to (default exported/<name of the model>)")
+    command.add_argument(
+        "--to", choices=["onnx", "torch"], default="onnx", help="default onnx (needs the extra `export`)"
+    )
+    command.add_argument(
+        "--out", metavar="FOLDER", help="local folder to write to (default exported/<name of the model>)"
+    )
     _add_trust(command)
-    command = commands.add_parser("serve", help="model folder -> HTTP server with a page to try it (needs the extra `serve`)")
-    command.add_argument("model", metavar="MODEL", help="model folder, or a run's folder: the model that its report recommends")
+    command = commands.add_parser(
+        "serve", help="model folder -> HTTP server with a page to try it (needs the extra `serve`)"
+    )
+    command.add_argument(
+        "model", metavar="MODEL", help="model folder, or a run's folder: the model that its report recommends"
+    )
     command.add_argument("--port", type=port, default=8000, help="default 8000; 0: any that is free")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
+    )
     command.add_argument("--ray", action="store_true", help="on Ray Serve, with --replicas processes")
-    command.add_argument("--replicas", type=int, default=1, metavar="N", help="with --ray: models that answer (default 1)")
+    command.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="with --ray: models that answer (default 1)"
+    )
     command.add_argument("--max-body-mb", type=float, default=20, metavar="MB", help="largest request (default 20)")
     command.add_argument("--timeout-s", type=float, default=30, metavar="S", help="longest answer (default 30)")
     _add_trust(command)
     command = commands.add_parser("compare", help="runs side by side, with paired tests on the rows that they share")
-    command.add_argument("runs", nargs="+", metavar="RUN", help="run or model folders; the others are held against the first")
+    command.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run or model folders; the others are held against the first"
+    )
     command.add_argument("--html", metavar="FILE", help="also write the tables as a page")
 
 

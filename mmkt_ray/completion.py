@@ -26,7 +26,9 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, tuple[str, list[str]]
 def _bash(found: dict[str, tuple[str, list[str]]], shell: str) -> str:
     cases = "\n".join(f'    {name}) words="{" ".join(options)}" ;;' for name, (_, options) in found.items())
     start = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    use = 'eval "$(mmkt completion zsh)" in ~/.zshrc' if shell == "zsh" else 'eval "$(mmkt completion bash)" in ~/.bashrc'
+    use = (
+        'eval "$(mmkt completion zsh)" in ~/.zshrc' if shell == "zsh" else 'eval "$(mmkt completion bash)" in ~/.bashrc'
+    )
     return f"""# {use}
 {start}_mmkt() {{
   local words="" word="${{COMP_WORDS[COMP_CWORD]}}"

@@ -32,7 +32,8 @@ _TOKENS = re.compile(
 
 
 def holds_secret(text: str) -> bool:
-    """Whether there are credentials in a URI, a token of a well-known form, a private key, or a password of a connection."""
+    """Whether there are credentials in a URI, a token of a well-known form, a private key,
+    or a password of a connection."""
     return credentials_at(text) is not None or _TOKENS.search(text) is not None
 
 
@@ -46,8 +47,9 @@ def refusal(text: str, at: int) -> str:
     """What to say of a URI with credentials, without showing them."""
     scheme = re.split(r"[^a-z0-9+]", text[:at].lower())[-1]
     return (
-        f"the URI '{scheme}://...' has settings or keys in it, which would be written to every result: put them into the "
-        "environment instead, e.g. AWS_ENDPOINT_URL=http://host:9000, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+        f"the URI '{scheme}://...' has settings or keys in it, which would be written to every result: put them into "
+        "the environment instead, e.g. AWS_ENDPOINT_URL=http://host:9000, AWS_REGION, AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY"
     )
 
 
@@ -57,8 +59,8 @@ def refuse_credentials(value: Any, where: str) -> None:
         raise ConfigError(f"{where}: {refusal(value, at)}")
     if isinstance(value, str) and _TOKENS.search(value):
         raise ConfigError(
-            f"{where}: there is a token, a key or a password, which would be written to every result: put it into the "
-            "environment instead, e.g. HF_TOKEN"
+            f"{where}: there is a token, a key or a password, which would be written to every result: put it into "
+            "the environment instead, e.g. HF_TOKEN"
         )
     if isinstance(value, Mapping):
         for key, inner in value.items():

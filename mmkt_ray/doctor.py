@@ -34,7 +34,8 @@ from mmkt_ray.samples.shards import has_suffix, list_shards
 from mmkt_ray.samples.survey import survey_source
 
 LOOK_ROWS = 64  # read of the first shard of each source
-LOOK_S = 3.0  # at each column whose cells can be judged without reading what they stand for: all of them, if they are not more
+# at each column whose cells can be judged without reading what they stand for: all of them, if they are not more
+LOOK_S = 3.0
 LOOK_SHARDS = 3  # of a source whose first shards are empty or damaged
 ENOUGH_FAULTS, FAULTY_FRAC = 10, 0.5  # of the rows that were looked at: with more of them a run would only fail later
 NODE_TIMEOUT_S = 120.0  # for the nodes' answers: their processes start, and import torch
@@ -130,8 +131,8 @@ def look_at_source(config: Config, number: int) -> tuple[Finding, int]:
 
 
 def look_at_columns(config: Config, number: int, found: Finding, total: int) -> Finding:
-    """What was found in a source's first rows, with what its split names and paths say of all rows, or of as many as LOOK_S
-    allows. total: rows of the config, about."""
+    """What was found in a source's first rows, with what its split names and paths say of all rows, or of as many as
+    LOOK_S allows. total: rows of the config, about."""
     alone = ReadingPlan.of(config).only_source(number)
     try:
         surveys = survey_source(alone, list_shards(alone), LOOK_S)
@@ -149,7 +150,8 @@ def look_at_columns(config: Config, number: int, found: Finding, total: int) -> 
 
 
 def first_samples(plan: ReadingPlan, shards: list[Shard]) -> tuple[Shard, pa.Table, list[str]]:
-    """Samples of the first shard that has any, with that shard, else none; and the reasons of the rejects up to there."""
+    """Samples of the first shard that has any, with that shard, else none;
+    and the reasons of the rejects up to there."""
     reasons: list[str] = []
     for shard in shards[:LOOK_SHARDS]:
         for chunk in read_chunks(plan, shard):
@@ -205,7 +207,8 @@ def encoder_checks(config: Config) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def check_encoder(config: Config, name: str) -> str:
-    """Build an encoder, and what decodes its input. Raises: ConfigError, DataError for a missing extra, class or file."""
+    """Build an encoder, and what decodes its input. Raises: ConfigError, DataError for a missing extra,
+    class or file."""
     modality = config.modalities[name]
     modality.kind.check()
     build_encoder(modality.encoder)
@@ -226,8 +229,8 @@ def check_storage(run_uri: str, needed: float) -> str:
     free = shutil.disk_usage(run_uri).free
     if needed > free + sum(info.size for info in storage.list_files(storage.join(run_uri, "features"), recursive=True)):
         raise ResourceError(
-            f"features will take about {size(needed)}, and '{run_uri}' has {size(free)} left: choose another disk with --set "
-            "run_root=..., or reduce features (modalities.<name>.reduce, extract.feature_dtype=float16)"
+            f"features will take about {size(needed)}, and '{run_uri}' has {size(free)} left: choose another disk "
+            "with --set run_root=..., or reduce features (modalities.<name>.reduce, extract.feature_dtype=float16)"
         )
     return f"{run_uri}: writable; features will take about {size(needed)} of {size(free)}"
 
@@ -269,7 +272,10 @@ def check_resources(config: Config, resources: cluster.Resources, trains: bool =
             f"training.num_workers is {workers}; with their driver they need {workers + 1} CPUs and the cluster has "
             f"{resources.num_cpus:g}: set it to at most {max(1, int(resources.num_cpus) - 1)}, or add nodes"
         )
-    return f"{resources.num_cpus:g} CPUs, {resources.num_gpus:g} GPUs; {num_actors} encoder actors, {workers} training workers"
+    return (
+        f"{resources.num_cpus:g} CPUs, {resources.num_gpus:g} GPUs; {num_actors} encoder actors, {workers} training "
+        "workers"
+    )
 
 
 def own_versions() -> dict[str, str]:
@@ -305,7 +311,8 @@ def ask_nodes(nodes: list[str], config: Config, probe: str) -> dict[str, dict[st
 
 
 def look_around(node: str, config: Config, probe: str) -> dict[str, Any]:
-    """On a node: its versions, whether it sees the driver's file and the sources, and encoders that it can't build."""
+    """On a node: its versions, whether it sees the driver's file and the sources,
+    and encoders that it can't build."""
     sees = storage.exists(storage.join(probe, "driver"))
     if sees:  # else the folder would be made on a disk of its own, and stay
         storage.write_bytes(storage.join(probe, node), b"")
@@ -318,7 +325,8 @@ def look_around(node: str, config: Config, probe: str) -> dict[str, Any]:
 def judge_node(
     what: str, here: Mapping[str, str], answer: Mapping[str, Any] | str, wrote: bool, run_uri: str
 ) -> Finding:
-    """What a node's answer means. here: the driver's versions; wrote: the driver sees the file that the node wrote."""
+    """What a node's answer means. here: the driver's versions;
+    wrote: the driver sees the file that the node wrote."""
     if isinstance(answer, str):
         return Finding(what, answer, ok=False)
     wrong = [

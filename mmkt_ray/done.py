@@ -1,8 +1,9 @@
 """What of a run was done, and from what, so that the same command does what is missing and nothing else.
 
-`<run>/done.json` keeps for each step a digest of all that decides its result (settings, what it reads, this code) and the
-checksums of the files that it wrote. A step is skipped where all of that is as it was. For `mmkt run` as a whole it keeps the
-shards' identities, a listing of the run folder and what was printed: if nothing changed, not even Ray and PyTorch are loaded.
+`<run>/done.json` keeps for each step a digest of all that decides its result (settings, what it reads, this code) and
+the checksums of the files that it wrote. A step is skipped where all of that is as it was. For `mmkt run` as a whole
+it keeps the shards' identities, a listing of the run folder and what was printed:
+if nothing changed, not even Ray and PyTorch are loaded.
 """
 
 from __future__ import annotations
@@ -73,15 +74,15 @@ def listing(run_uri: str) -> dict[str, list[int]]:
     return {place: about for place, about in found.items() if place not in _NOT_RESULTS}
 
 
-# --- one step --------------------------------------------------------------------------------------------------------
+# --- one step -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
     """A step of a run.
 
-    decided_by: JSON-able, all that decides the result, but for the code. files: that it writes, by place in the run folder;
-    one that is not there afterwards is no result of this step.
+    decided_by: JSON-able, all that decides the result, but for the code. files: that it writes, by place in the run
+    folder; one that is not there afterwards is no result of this step.
     """
 
     run_uri: str
@@ -107,7 +108,9 @@ class Step:
 
     def keep(self) -> None:
         """It has just been done."""
-        found = {place: checksum for place, checksum in _checksums(self.run_uri, self.files).items() if checksum is not None}
+        found = {
+            place: checksum for place, checksum in _checksums(self.run_uri, self.files).items() if checksum is not None
+        }
         before = _read(self.run_uri)
         done = StepDone(digest=self._digest(), files=found)
         _write(self.run_uri, before.replaced(steps=before.steps | {self.name: done}))
@@ -136,7 +139,7 @@ def _checksums(run_uri: str, places: Iterable[str]) -> dict[str, str | None]:
     return {place: storage.file_checksum(uri) if storage.exists(uri) else None for place, uri in sorted(uris.items())}
 
 
-# --- a whole run -----------------------------------------------------------------------------------------------------
+# --- a whole run ----------------------------------------------------------------------------------------------------
 
 
 def printed_before(config: Config) -> str | None:
@@ -153,12 +156,15 @@ def keep_printed(config: Config, text: str) -> None:
 
 
 def _run_digest(config: Config, uri: str) -> str | None:
-    """Of the code, the config, the shards, and all that is in the run folder; None where models come from elsewhere."""
+    """Of the code, the config, the shards, and all that is in the run folder;
+    None where models come from elsewhere."""
     from mmkt_ray.samples.reading_plan import ReadingPlan
     from mmkt_ray.samples.shards import list_shards
 
     variants = [config, *config.expand_variants().values()]
-    if any("/" in name for v in variants for name in (*v.training.transfer.init.values(), *v.training.transfer.teachers)):
+    if any(
+        "/" in name for v in variants for name in (*v.training.transfer.init.values(), *v.training.transfer.teachers)
+    ):
         return None
     excluded = [storage.absolute(v.training.exclude) for v in variants if v.training.exclude]
     left_out = [storage.file_checksum(file) if storage.exists(file) else None for file in excluded]

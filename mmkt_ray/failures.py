@@ -1,4 +1,5 @@
-"""What a command says when it fails: one sentence for what the user can mend, and where the traceback is for all else."""
+"""What a command says when it fails: one sentence for what the user can mend,
+and where the traceback is for all else."""
 
 from __future__ import annotations
 

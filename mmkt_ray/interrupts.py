@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: both end a command as KeyboardInterrupt, wherever it is, and give it the exit status of a shell."""
+"""Ctrl-C and SIGTERM: both end a command as KeyboardInterrupt, wherever it is,
+and give it the exit status of a shell."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Within it each signal raises KeyboardInterrupt, also where Python would print it and go on. A second one, or GRACE_S,
-    ends the process wherever its main thread is."""
+    """Within it each signal raises KeyboardInterrupt, also where Python would print it and go on. A second one, or
+    GRACE_S, ends the process wherever its main thread is."""
     found = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield found  # no signal comes here
@@ -74,8 +75,8 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 def watch(receiver: int, found: Interrupt) -> None:
-    """End the process at the second signal, or GRACE_S after the first. The kernel's handler tells of each here at once,
-    Python's own waits for the main thread."""
+    """End the process at the second signal, or GRACE_S after the first. The kernel's handler tells of each here at
+    once, Python's own waits for the main thread."""
     first_s: float | None = None
     while True:
         left_s = None if first_s is None else first_s + GRACE_S - time.monotonic()

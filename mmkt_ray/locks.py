@@ -1,9 +1,9 @@
 """One command at a time in a folder, by a lock that does not outlive the process that holds it.
 
-On a local disk the kernel keeps the lock (flock) and gives it back however the process ends. On an object store, and on a
-disk without flock, it is a signature in <folder>/.lock that the process renews every HEARTBEAT_S: one that is older than
-STALE_S, or whose process on this machine is gone, is taken over. pyarrow knows no "create if absent": of two commands that
-begin at the same moment the one goes on whose signature is still there after SETTLE_S.
+On a local disk the kernel keeps the lock (flock) and gives it back however the process ends. On an object store, and
+on a disk without flock, it is a signature in <folder>/.lock that the process renews every HEARTBEAT_S: one that is
+older than STALE_S, or whose process on this machine is gone, is taken over. pyarrow knows no "create if absent": of
+two commands that begin at the same moment the one goes on whose signature is still there after SETTLE_S.
 """
 
 from __future__ import annotations

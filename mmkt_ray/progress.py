@@ -1,7 +1,8 @@
 """What a command is doing, told while it does it: one line a stage, with how far it is, how fast and how long still.
 
-Whoever works says `with stage("train", total=3, unit="models") as it: .. it.advance()`. Nothing is shown unless a command
-does its work within `shown`: on a terminal as live lines, else as lines of text, of which one comes at least every PERIOD_S.
+Whoever works says `with stage("train", total=3, unit="models") as it: .. it.advance()`. Nothing is shown unless a
+command does its work within `shown`: on a terminal as live lines, else as lines of text,
+of which one comes at least every PERIOD_S.
 """
 
 from __future__ import annotations

@@ -14,9 +14,11 @@ CNN_EPOCHS = 2
 
 
 def quick(config: Config) -> Config:
-    """The same question asked quickly, in a run folder of its own, `<name>-quick`: one fused model, each modality alone.
+    """The same question asked quickly, in a run folder of its own, `<name>-quick`:
+    one fused model, each modality alone.
 
-    Read are the first ROWS rows, the same number of each shard: where a file is sorted by class, some classes are not seen.
+    Read are the first ROWS rows, the same number of each shard:
+    where a file is sorted by class, some classes are not seen.
     Raises: DataError where a source has no shards.
     """
     rows_each = max(1, ROWS // len(list_shards(ReadingPlan.of(config))))

@@ -1,7 +1,8 @@
 """Everything that this package uses of Ray beyond its documented interface, each with its reason.
 
-Ray may move or remove any of it in any release. tests/test_ray_private.py fails when one is gone, and tests/test_layout.py
-when another file reaches for one. Nothing is imported before it is used: a command that needs no Ray loads none.
+Ray may move or remove any of it in any release. tests/test_ray_private.py fails when one is gone, and
+tests/test_layout.py when another file reaches for one. Nothing is imported before it is used:
+a command that needs no Ray loads none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Reason: these print a line or more at every start (that a token was made, which ignore file was read), and have no switch.
+# Reason: these print a line or more at every start (that a token was made, which ignore file was read),
+# and have no switch.
 TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.runtime_env.packaging")
 # Reason: it prints the traceback of an error in a task that is raised as well.
 TOLD_TWICE = "ray.data._internal.execution.streaming_executor_state"
@@ -61,7 +63,8 @@ def quieten() -> None:
 def init_local(folder: str, **settings: Any) -> None:
     """`ray.init` for a Ray of our own, with its session in `folder`.
 
-    Reason: `_temp_dir` is a private argument; RAY_TMPDIR, the public way, goes on to every other Ray that is started from here.
+    Reason: `_temp_dir` is a private argument; RAY_TMPDIR, the public way,
+    goes on to every other Ray that is started from here.
     """
     import ray
 
@@ -72,9 +75,10 @@ def init_local(folder: str, **settings: Any) -> None:
 def without_dashboard() -> Iterator[None]:
     """A Ray that starts meanwhile has neither dashboard nor autoscaler.
 
-    Reason: with `include_dashboard=False` Ray starts the dashboard's process all the same, for usage statistics alone, and
-    waits for it; the autoscaler's one does nothing on a single machine. Without them Ray starts in two thirds of the time.
-    The agent that a node has for the dashboard must be; it is the small one, as where Ray is installed without a dashboard.
+    Reason: with `include_dashboard=False` Ray starts the dashboard's process all the same, for usage statistics
+    alone, and waits for it; the autoscaler's one does nothing on a single machine. Without them Ray starts in two
+    thirds of the time. The agent that a node has for the dashboard must be; it is the small one, as where Ray is
+    installed without a dashboard.
     """
     from ray._private import utils
     from ray._private.node import Node
@@ -91,12 +95,12 @@ def without_dashboard() -> Iterator[None]:
 
 @contextmanager
 def workers_from(script: str, environment: dict[str, str]) -> Iterator[None]:
-    """A Ray that starts meanwhile starts its workers by that Python file, in an environment with these variables and the file
-    that Ray itself would take, as OWN_SCRIPT; none before it is needed.
+    """A Ray that starts meanwhile starts its workers by that Python file, in an environment with these variables and
+    the file that Ray itself would take, as OWN_SCRIPT; none before it is needed.
 
     Reason: Ray starts a new interpreter for each worker. It can have that import ahead
-    (https://github.com/ray-project/ray/pull/33572), but cannot share what is imported. It starts some workers as the driver
-    connects and has that wait for them: for ever, if they take longer than a minute.
+    (https://github.com/ray-project/ray/pull/33572), but cannot share what is imported. It starts some workers as the
+    driver connects and has that wait for them: for ever, if they take longer than a minute.
     """
     from ray._private import services
 
@@ -119,10 +123,10 @@ def workers_from(script: str, environment: dict[str, str]) -> Iterator[None]:
 def worker_environment() -> dict[str, str]:
     """Of a process whose forks become workers.
 
-    Reason: Ray's C++ code reads its environment once, as it is imported. A worker must find a job there: with the id of none
-    it learns its job with its first task, as the workers do that Ray starts ahead. It ends when the process that
-    RAY_RAYLET_PID names is gone; here that is the driver, with which the raylet ends too. Where nothing is said of tokens,
-    `ray.init` turns them on in the driver's environment, which is too late for this process.
+    Reason: Ray's C++ code reads its environment once, as it is imported. A worker must find a job there: with the id
+    of none it learns its job with its first task, as the workers do that Ray starts ahead. It ends when the process
+    that RAY_RAYLET_PID names is gone; here that is the driver, with which the raylet ends too. Where nothing is said
+    of tokens, `ray.init` turns them on in the driver's environment, which is too late for this process.
     """
     variables = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
     return variables | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
@@ -132,8 +136,8 @@ def worker_environment() -> dict[str, str]:
 def randomness_unspent() -> Iterator[None]:
     """Imports meanwhile draw no ids from the generator of Ray's C++ code.
 
-    Reason: Ray Data's actor classes draw theirs as they are imported. Forks of a process that has drawn one would draw the
-    same ids as each other from then on, those of objects too.
+    Reason: Ray Data's actor classes draw theirs as they are imported. Forks of a process that has drawn one would
+    draw the same ids as each other from then on, those of objects too.
     """
     from ray import actor
 
@@ -162,7 +166,8 @@ def set_variables(variables: dict[str, str]) -> None:
 def shut_down(end: Callable[[], None]) -> None:
     """`ray.shutdown`, with `end` in place of Ray's own way to end the processes that it has started.
 
-    Reason: Ray ends one after the other and gives each a second, which the user waits for at the end of every command.
+    Reason: Ray ends one after the other and gives each a second,
+    which the user waits for at the end of every command.
     """
     import ray
     from ray._private import worker
@@ -176,8 +181,9 @@ def shut_down(end: Callable[[], None]) -> None:
 def loopback_alone() -> Iterator[None]:
     """A Ray that starts meanwhile listens on 127.0.0.1 alone.
 
-    Reason: its processes do so if that is their node's address. On Linux Ray replaces it by an address that other machines
-    reach, unless this constant is False, also where it is asked for (https://github.com/ray-project/ray/issues/26293).
+    Reason: its processes do so if that is their node's address. On Linux Ray replaces it by an address that other
+    machines reach, unless this constant is False, also where it is asked for
+    (https://github.com/ray-project/ray/issues/26293).
     """
     from ray._private import ray_constants
 
@@ -192,8 +198,8 @@ def loopback_alone() -> Iterator[None]:
 def keep_replica_on_its_node() -> None:
     """In a replica of Ray Serve, before it is ready: its gRPC server listens on the node's address alone.
 
-    Reason: it takes pickled calls of other deployments, listens on all interfaces, and has no setting for it; on a Ray of
-    our own the address is 127.0.0.1.
+    Reason: it takes pickled calls of other deployments, listens on all interfaces, and has no setting for it; on a
+    Ray of our own the address is 127.0.0.1.
     """
     import ray
     from ray.serve._private import replica
@@ -207,8 +213,9 @@ def keep_replica_on_its_node() -> None:
 def without_noise() -> Iterator[None]:
     """A driver that connects meanwhile neither prints nor passes on what Ray says of actors that may be restarted.
 
-    Reason: Ray's C++ code prints an error for each that gets an argument by reference, as all actors of Ray Data and Ray
-    Train do (https://github.com/ray-project/ray/issues/53727). Only its level can be set, and only as the driver connects.
+    Reason: Ray's C++ code prints an error for each that gets an argument by reference, as all actors of Ray Data and
+    Ray Train do (https://github.com/ray-project/ray/issues/53727).
+    Only its level can be set, and only as the driver connects.
     """
     from ray._private import worker
 
@@ -274,7 +281,8 @@ def keep_signals() -> Iterator[None]:
 
 
 def has_dashboard() -> bool:
-    """Whether the Ray that this process is connected to has one. Reason: Ray tells its address on the terminal alone."""
+    """Whether the Ray that this process is connected to has one.
+    Reason: Ray tells its address on the terminal alone."""
     from ray._private import worker
 
     return bool(worker._global_node and worker._global_node.webui_url)
@@ -284,8 +292,9 @@ def trainer_class() -> Any:
     """Ray Train's `TorchTrainer`, whose `fit` ends at Ctrl-C as any other call does.
 
     Reasons: its own handler swallows the signal, and the third one ends the process with status 0
-    (https://github.com/ray-project/ray/pull/54188). Beside each training it starts an actor that gives its resources back if
-    the driver is lost; that one asks the dashboard, and where there is none it dies with a traceback. Neither has a switch.
+    (https://github.com/ray-project/ray/pull/54188). Beside each training it starts an actor that gives its resources
+    back if the driver is lost; that one asks the dashboard, and where there is none it dies with a traceback.
+    Neither has a switch.
     """
     from ray.train.torch import TorchTrainer
 
@@ -326,7 +335,8 @@ def walk(root: Path, excludes: Sequence[str], skip: Callable[[Path], bool], take
     """Call `take` for each path below `root` that Ray would upload with a job, but for what `skip` holds back.
 
     excludes: lines of a .gitignore, beside those of the folder's own .gitignore and .rayignore files.
-    Reason: what is counted and shown before an upload must be what travels, and Ray tells nobody which files it takes.
+    Reason: what is counted and shown before an upload must be what travels,
+    and Ray tells nobody which files it takes.
     """
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 

@@ -1,7 +1,7 @@
 """What a result file holds: a typed record that reads and writes itself as JSON. A misspelt key is a type error.
 
-A field that was given is written, also where it is None; one that was not given, and so has its default, is left out. So
-older files, which lack a field, stay as they are.
+A field that was given is written, also where it is None; one that was not given, and so has its default, is left out.
+So older files, which lack a field, stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mmkt_ray import storage
 from mmkt_ray.errors import DataError, OtherVersionError
 
 T = TypeVar("T")
-IfAny: TypeAlias = Annotated[T | None, Field(exclude_if=lambda value: value is None)]  # a key that is left out where it is None
+# a key that is left out where it is None
+IfAny: TypeAlias = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 MAX_FAULTS = 5  # that a message tells
 
 
@@ -94,8 +95,8 @@ class SealedRecord(Record):
 
 
 class OpenRecord(Record):
-    """A record with keys whose names depend on the kind of task: in the file, those of the field `spread` stand beside the
-    others."""
+    """A record with keys whose names depend on the kind of task: in the file, those of the field `spread` stand
+    beside the others."""
 
     spread: ClassVar[str]
 
@@ -121,7 +122,8 @@ class About(Record, frozen=True):
 
     models: dict[str, str | None] = Field(default_factory=dict)  # folder in the run -> fingerprint
     stores: list[str] = Field(default_factory=list)  # fingerprints of features
-    recipes: dict[str, str] = Field(default_factory=dict)  # variant, "" without variants -> digest of what decides its training
+    # variant, "" without variants -> digest of what decides its training
+    recipes: dict[str, str] = Field(default_factory=dict)
 
 
 def _in_words(fault: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ S3_ATTEMPTS = 12  # at a request that is throttled or fails for a moment: waits 
 def s3_filesystem(region: str, endpoint: str | None) -> pafs.FileSystem:
     """S3 that waits longer at each try (pyarrow's own: 0.2 s, for 6 s in all), and where a small file is one put.
 
-    Not the strategy called standard: within pyarrow it has 100 retries for as long as the client lives, and then no more.
+    Not the strategy called standard: within pyarrow it has 100 retries for as long as the client lives,
+    and then no more.
     """
     retries = pafs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS)
     fs = pafs.S3FileSystem(region=region, endpoint_override=endpoint, retry_strategy=retries, allow_delayed_open=True)

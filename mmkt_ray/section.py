@@ -1,4 +1,5 @@
-"""What every part of the config is: a frozen, typed section that refuses keys it does not know; and choices among such.
+"""What every part of the config is: a frozen, typed section that refuses keys it does not know;
+and choices among such.
 
 This module is below `config`, so that the section of an encoder or of a kind can stand beside its class.
 """
@@ -31,14 +32,17 @@ class Section(BaseModel):
     def _check_numbers(cls, raw: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         section = handler(raw)
         given = raw if isinstance(raw, Mapping) else {}
-        found = [at for name in section.model_fields_set for at in _no_numbers(given.get(name), getattr(section, name), name)]
+        found = [
+            at for name in section.model_fields_set for at in _no_numbers(given.get(name), getattr(section, name), name)
+        ]
         if found:
             raise ValidationError.from_exception_data(cls.__name__, found)
         return section
 
 
 def _no_numbers(raw: Any, read: Any, *place: str | int) -> Iterator[InitErrorDetails]:
-    """Where a yes or no was read as a number, and where a whole number is larger than JSON and Ray's counters take."""
+    """Where a yes or no was read as a number, and where a whole number is larger than JSON and Ray's counters
+    take."""
     if isinstance(read, int | float) and isinstance(raw, bool) and not isinstance(read, bool):
         yield _fault(place, raw, "must be a number, which yes and no are not")
     elif isinstance(read, int) and abs(read) > 2**53:
@@ -64,8 +68,8 @@ class Choice(Section):
 class OneOf:
     """Marks a field as a choice: `Annotated[EncoderSection, OneOf("encoder", ENCODERS)]`.
 
-    entries: name -> class with a `Section`, or that is one. They are looked up whenever a value is checked, so that a new
-    entry is known at once. elsewhere: the section of a name `module:Class`, of the user's own code.
+    entries: name -> class with a `Section`, or that is one. They are looked up whenever a value is checked, so that a
+    new entry is known at once. elsewhere: the section of a name `module:Class`, of the user's own code.
     """
 
     def __init__(self, what: str, entries: Mapping[str, Any], elsewhere: type[Choice] | None = None) -> None:
@@ -81,7 +85,8 @@ class OneOf:
         raise unknown_name(self.what, name, [*self.entries, *(["your.module:Class"] if self.elsewhere else [])])
 
     def sections(self) -> Iterator[tuple[str, type[Choice]]]:
-        """(name, section) of every entry with keys beside its name, and of the user's own code under an empty name."""
+        """(name, section) of every entry with keys beside its name,
+        and of the user's own code under an empty name."""
         found = ((name, self.section_of(name)) for name in self.entries)
         yield from ((name, section) for name, section in found if len(section.model_fields) > 1)
         if self.elsewhere is not None:
@@ -94,7 +99,9 @@ class OneOf:
         try:
             return section.model_validate(as_mapping(value))
         except ValidationError as error:  # the name belongs to the place that messages tell
-            raise ValidationError.from_exception_data(error.title, [_at(name, dict(e)) for e in error.errors()]) from None
+            raise ValidationError.from_exception_data(
+                error.title, [_at(name, dict(e)) for e in error.errors()]
+            ) from None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -104,14 +111,19 @@ class OneOf:
 
 
 def without_later(section: Section, dumped: dict[str, Any], later: frozenset[str]) -> dict[str, Any]:
-    """A section as dumped, without those of the options `later` that have their default: fingerprints of what was made before
-    there were such options stay."""
+    """A section as dumped, without those of the options `later` that have their default: fingerprints of what was
+    made before there were such options stay."""
     fields = type(section).model_fields
     return {key: v for key, v in dumped.items() if key not in later or getattr(section, key) != fields[key].default}
 
 
 def _at(name: str, error: dict[str, Any]) -> InitErrorDetails:
-    details = {"type": error["type"], "loc": (name, *error["loc"]), "input": error["input"], "ctx": error.get("ctx", {})}
+    details = {
+        "type": error["type"],
+        "loc": (name, *error["loc"]),
+        "input": error["input"],
+        "ctx": error.get("ctx", {}),
+    }
     return InitErrorDetails(**details)  # type: ignore[typeddict-item]
 
 

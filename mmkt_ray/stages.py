@@ -39,7 +39,8 @@ class Added:
 
 @contextmanager
 def recorded(config: Config, stage: str) -> Iterator[Added]:
-    """Keep the seconds of a stage that did something, and what it adds, in run.json; a run folder that is there is locked."""
+    """Keep the seconds of a stage that did something, and what it adds, in run.json;
+    a run folder that is there is locked."""
     start, added, uri = time.perf_counter(), Added(), run_folder(config)
     with locked(uri) if storage.exists(uri) else nullcontext(), progress.stage(stage):
         before = listing(uri)

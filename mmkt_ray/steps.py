@@ -1,6 +1,7 @@
 """A whole run, step by step: features, models, evaluation, report. Each step skips what is done already.
 
-You come from `jobs/run.py` or `mmkt run`; the first step is features/extract.py, which reads shards by samples/readers.py.
+You come from `jobs/run.py` or `mmkt run`; the first step is features/extract.py,
+which reads shards by samples/readers.py.
 
 Run folder: features/ encoders/ models/<variant>/ report/ predictions/ run.json
 """
@@ -83,20 +84,24 @@ def extract_step(config: Config, trains: bool = False) -> dict[str, Store]:
 
 
 def check_test(stores: dict[str, Store]) -> None:
-    """See, before anything is trained, that there are test rows to compare models on. Raises: DataError if there are none."""
+    """See, before anything is trained, that there are test rows to compare models on.
+    Raises: DataError if there are none."""
     for store in {s.uri: s for s in stores.values()}.values():
         counts = store.manifest.counts
         if not (num_rows := counts.by_split.get("test")):
             raise DataError(
-                "no sample is in the test split, on which models are compared: set samples.split.test_frac above 0, or give a "
-                "source `split: test`; `mmkt train` needs none"
+                "no sample is in the test split, on which models are compared: set samples.split.test_frac above 0, "
+                "or give a source `split: test`; `mmkt train` needs none"
             )
         without = [task for task, by_split in sorted(counts.by_task.items()) if not by_split.get("test")]
-        message = f"none of the {num_rows:,} samples in the test split has a label of {' or '.join(map(repr, without))}"
+        message = (
+            f"none of the {num_rows:,} samples in the test split has a label of "
+            f"{' or '.join(map(repr, without))}"
+        )
         if len(without) == len(counts.by_task):
             raise DataError(
-                f"{message}, so there is nothing to compare models on: map the label column in the source of the test split, or "
-                "let samples.split draw one of labelled samples; `mmkt train` needs none"
+                f"{message}, so there is nothing to compare models on: map the label column in the source of the "
+                "test split, or let samples.split draw one of labelled samples; `mmkt train` needs none"
             )
         if without:
             log.warning("%s: the comparison leaves that out", message)
@@ -108,7 +113,8 @@ def _is_there(uri: str, store: str | None) -> bool:
 
 
 def train_step(config: Config, stores: dict[str, Store]) -> None:
-    """Train a model for each variant, and one of each modality alone. Each folder gets the encoders of its features."""
+    """Train a model for each variant, and one of each modality alone.
+    Each folder gets the encoders of its features."""
     uri = run_folder(config)
     variants = config.expand_variants()
     with recorded(config, "train") as added, progress.stage("models", len(variants), "models") as it:
@@ -134,7 +140,9 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> ResultsFile:
     """Score every model and the baselines on the test split, and compare them."""
     uri, by_uri = run_folder(config), {s.uri: s for s in stores.values()}
     scored = {f"evaluate {place}": (step, call) for place, step, call in _to_evaluate(config, stores)}
-    fitted = {store_uri: _baselines_step(config, store) for store_uri, store in by_uri.items() if config.evaluation.baselines}
+    fitted = {
+        store_uri: _baselines_step(config, store) for store_uri, store in by_uri.items() if config.evaluation.baselines
+    }
     total = len(scored) + len(fitted)
     with recorded(config, "evaluate"), progress.stage("scores", total, "models") as it:
         calls, folder = dict[str, Call](), storage.join(uri, "models")
@@ -158,7 +166,9 @@ def evaluate_step(config: Config, stores: dict[str, Store]) -> ResultsFile:
         if (main := results.main) is not None and main in stores:
             model_uri = storage.join(uri, "models", main)
             decided_by = steps_done(uri, (f"evaluate models/{main}",))
-            Step(uri, f"gallery {main}", decided_by, [f"models/{main}/gallery.json"]).once(lambda: write_gallery(model_uri))
+            Step(uri, f"gallery {main}", decided_by, [f"models/{main}/gallery.json"]).once(
+                lambda: write_gallery(model_uri)
+            )
         return results
 
 

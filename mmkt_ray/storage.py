@@ -1,7 +1,7 @@
 """Files of a run on any pyarrow filesystem: local paths and object-store URIs alike. Writes are atomic.
 
-A *uri* is an absolute local path or anything `pyarrow.fs.FileSystem.from_uri` takes (s3://, gs://, file://) without a query
-string: server, region and keys of an object store are in the environment (docs/storage.md).
+A *uri* is an absolute local path or anything `pyarrow.fs.FileSystem.from_uri` takes (s3://, gs://, file://) without a
+query string: server, region and keys of an object store are in the environment (docs/storage.md).
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"cannot open '{uri}': {error}; use a local path or a URI such as s3://bucket/folder") from None
     if isinstance(fs, pafs.S3FileSystem):
-        return s3_filesystem(fs.region, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")), path
+        return s3_filesystem(
+            fs.region, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        ), path
     return fs, path
 
 
@@ -86,8 +88,9 @@ def list_files(uri: str, pattern: str = "*", recursive: bool = False) -> list[pa
 def glob(uri: str, fixed: str = "") -> list[pafs.FileInfo]:
     """Files and folders that match a path any part of which may have wildcards; sorted by path, each one once.
 
-    `**` stands for folders at any depth, or for none; hidden names match a part that begins with a dot alone. A part that is
-    there as it is written is taken as that: `test[1].parquet`. fixed: the beginning of `uri` whose signs are characters.
+    `**` stands for folders at any depth, or for none; hidden names match a part that begins with a dot alone. A part
+    that is there as it is written is taken as that: `test[1].parquet`.
+    fixed: the beginning of `uri` whose signs are characters.
     """
     fs, path = resolve(uri)
     parts = path.split("/")
@@ -125,7 +128,8 @@ def make_dir(uri: str) -> None:
 
 
 def read_bytes(uri: str, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The whole file. Raises: FileNotFoundError; DataError if it is no regular file, or has more than `limit` bytes."""
+    """The whole file. Raises: FileNotFoundError; DataError if it is no regular file,
+    or has more than `limit` bytes."""
     size = check_regular(uri, limit)
     fs, path = resolve(uri)
     try:
@@ -138,8 +142,8 @@ def read_bytes(uri: str, limit: int = MAX_FILE_BYTES) -> bytes:
 def check_regular(uri: str, limit: int | None = None) -> int | None:
     """The size of a local file; None for others, and where nothing is.
 
-    Raises: DataError for a file of more than `limit` bytes, and for a local pipe, socket, device or folder. Reading some of
-    these hangs, or never ends; so do files of /proc, whose size is 0.
+    Raises: DataError for a file of more than `limit` bytes, and for a local pipe, socket, device or folder. Reading
+    some of these hangs, or never ends; so do files of /proc, whose size is 0.
     """
     fs, path = resolve(uri)
     try:
@@ -170,8 +174,8 @@ def check_bytes(uri: str, data: Any, expected: str) -> None:
     """Raises: DataError if bytes that were read from `uri` are not those that were written there."""
     if (found := checksum(data)) != expected:
         raise DataError(
-            f"'{uri}' is damaged: its checksum is {found}, and was {expected} when it was written; remove it and run the "
-            "same command again, or copy it again from where it is whole"
+            f"'{uri}' is damaged: its checksum is {found}, and was {expected} when it was written; remove it and run "
+            "the same command again, or copy it again from where it is whole"
         )
 
 
@@ -185,7 +189,8 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def _put(fs: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
-    """A whole object in one write: a stream that breaks off between two is closed by pyarrow, and what it has is published.
+    """A whole object in one write: a stream that breaks off between two is closed by pyarrow,
+    and what it has is published.
 
     Raises: ResourceError if the store refuses it.
     """
@@ -201,9 +206,11 @@ def _put(fs: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
 def read_table(
     uri: str, columns: Iterable[str] | None = None, filters: Any = None, expected: str | None = None
 ) -> pa.Table:
-    """A Parquet file, or some of its columns, of the rows that the filters leave (as pyarrow.parquet.read_table takes them).
+    """A Parquet file, or some of its columns, of the rows that the filters leave (as pyarrow.parquet.read_table takes
+    them).
 
-    expected: checksum of the file, which is then read as a whole and compared. Without it the pages that are read are.
+    expected: checksum of the file, which is then read as a whole and compared.
+    Without it the pages that are read are.
     Raises: FileNotFoundError; DataError for damage, and for a column of an extension type.
     """
     fs, path = resolve(uri)
@@ -227,8 +234,9 @@ def read_table(
     for field in table.schema:
         if name := extension_in(field.type):
             raise DataError(
-                f"'{uri}' has '{field.name}' as '{name}', an extension type, whose code would run on the file's values "
-                "(Ray's unpickles them): this is no file that mmkt wrote; remove it and run the same command again"
+                f"'{uri}' has '{field.name}' as '{name}', an extension type, whose code would run on the file's "
+                "values (Ray's unpickles them): this is no file that mmkt wrote; remove it and run the same command "
+                "again"
             )
     return table
 
@@ -243,7 +251,8 @@ def extension_in(kind: pa.DataType) -> str | None:
 
 
 def write_table(uri: str, table: pa.Table) -> str:
-    """One Parquet file, atomically; zstd, no dictionary for numbers, pages with checksums. Returns the file's checksum."""
+    """One Parquet file, atomically; zstd, no dictionary for numbers, pages with checksums.
+    Returns the file's checksum."""
     strings = [f.name for f in table.schema if pa.types.is_string(f.type)]
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
     with atomic(uri) as (fs, path):
@@ -252,10 +261,11 @@ def write_table(uri: str, table: pa.Table) -> str:
 
 
 class atomic:
-    """Context manager: yields (filesystem, temporary path); on success the file becomes `uri`, on error it is removed.
+    """Context manager: yields (filesystem, temporary path); on success the file becomes `uri`,
+    on error it is removed.
 
-    Local files are written beside their place and renamed. Object stores have no rename, and publish what a stream has when
-    it is closed, be it by an error: the file is written to a local folder and put as a whole.
+    Local files are written beside their place and renamed. Object stores have no rename, and publish what a stream
+    has when it is closed, be it by an error: the file is written to a local folder and put as a whole.
     """
 
     def __init__(self, uri: str) -> None:
@@ -297,8 +307,8 @@ class atomic:
             if error.errno not in FULL:
                 raise
             raise ResourceError(
-                f"disk full while writing '{self.uri}': free some space in '{os.path.dirname(self.temporary)}' and run the "
-                "same command again"
+                f"disk full while writing '{self.uri}': free some space in '{os.path.dirname(self.temporary)}' and "
+                "run the same command again"
             ) from error
 
 
@@ -333,7 +343,8 @@ def copy_folder(source: str, target: str) -> None:
 
 
 def adopt_folder(source: str, target: str, last: str) -> None:
-    """Copy all files below a folder, the file `last` after all others; on a local disk as hard links where it has them.
+    """Copy all files below a folder, the file `last` after all others;
+    on a local disk as hard links where it has them.
 
     Files here are replaced, never written into, so what later happens to one of the two leaves the other as it is.
     Raises: OSError if a file goes away meanwhile.

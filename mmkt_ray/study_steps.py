@@ -1,4 +1,5 @@
-"""The studies of a run: those that `evaluation.studies` asks for, side by side, and those that have a command of their own.
+"""The studies of a run: those that `evaluation.studies` asks for, side by side,
+and those that have a command of their own.
 
 Called by steps.py after the comparison, and by the commands; each study is one file of studies/.
 """
@@ -37,7 +38,9 @@ def study_step(config: Config, stores: dict[str, Store], results: ResultsFile) -
         with progress.stage("studies", len(studies), "studies") as it:
             it.advance(len(studies) - len(todo))
             calls = {name: call for name, (_, call) in todo.items()}
-            for name, _ in SideBySide(calls, of=len(studies), num_bytes=max(store.table_bytes() for store in stores.values())):
+            for name, _ in SideBySide(
+                calls, of=len(studies), num_bytes=max(store.table_bytes() for store in stores.values())
+            ):
                 todo[name][0].keep()
                 it.advance()
 

@@ -1,7 +1,7 @@
 """`mmkt submit`: a job on a cluster, through Ray's job server; its log is followed and its exit code passed on.
 
-The job is `python jobs/<command>.py CONFIG ...` in a copy of the current folder. A submission id makes the command safe to
-repeat: a job that runs is followed again, one that has ended is told, and no job is started twice.
+The job is `python jobs/<command>.py CONFIG ...` in a copy of the current folder. A submission id makes the command
+safe to repeat: a job that runs is followed again, one that has ended is told, and no job is started twice.
 
 Nothing of Ray is imported before `match_authentication`: Ray reads the mode once, when it is imported.
 """
@@ -47,7 +47,8 @@ class Job:
 
     @property
     def excludes(self) -> list[str]:
-        """What the copy of the folder leaves out besides what .gitignore and .rayignore name, as lines of a .gitignore."""
+        """What the copy of the folder leaves out besides what .gitignore and .rayignore name,
+        as lines of a .gitignore."""
         roots = [Path(root).expanduser() for root in (self.config.data_root, self.config.run_root)]
         inside = [f"/{root.relative_to(self.folder)}/" for root in roots if root.is_relative_to(self.folder)]
         return [*STAYS_HERE, *(pattern for pattern in inside if pattern != "/./")]
@@ -72,8 +73,8 @@ def prepare(config_path: str, overrides: Sequence[str], command: str, folder: Pa
         root = getattr(config, name)
         if "://" not in root and not Path(root).expanduser().is_absolute():
             raise ConfigError(
-                f"{name} '{root}' is relative, and the job's copy of this folder is removed after it: give a place that all "
-                f"nodes see, e.g. --set {name}=s3://bucket/folder or --set {name}=/shared/folder"
+                f"{name} '{root}' is relative, and the job's copy of this folder is removed after it: give a place "
+                f"that all nodes see, e.g. --set {name}=s3://bucket/folder or --set {name}=/shared/folder"
             )
     words = ["python", str(script), str(path.relative_to(folder.resolve()))]
     words += [word for text in overrides for word in ("--set", text)]
@@ -81,11 +82,11 @@ def prepare(config_path: str, overrides: Sequence[str], command: str, folder: Pa
 
 
 def submit(job: Job, address: str, submission_id: str | None = None, wait: bool = True) -> int:
-    """Submit the job, or find it under its id, and follow it. Returns the exit status: 0 done (without `wait`: submitted), the
-    job's own where it failed (1 if that is unknown), STOPPED where it was stopped.
+    """Submit the job, or find it under its id, and follow it. Returns the exit status: 0 done (without `wait`:
+    submitted), the job's own where it failed (1 if that is unknown), STOPPED where it was stopped.
 
-    Raises: ResourceError if the cluster does not answer or refuses the token; ConfigError for an id of another job and for
-    a folder that is too large.
+    Raises: ResourceError if the cluster does not answer or refuses the token; ConfigError for an id of another job
+    and for a folder that is too large.
     """
     client = job_client(address)
     name = submission_id or f"{job.config.name}-{job.command}-{uuid.uuid4().hex[:8]}"
@@ -117,8 +118,8 @@ def told_if_lost(address: str, name: str) -> Iterator[None]:
         yield
     except OSError as error:  # as those of the library that Ray's client uses are
         raise ResourceError(
-            f"the connection to the job server at {address} broke off ({error}); the same command with --submission-id {name} "
-            "follows the job, or submits it if the server does not have it"
+            f"the connection to the job server at {address} broke off ({error}); the same command with "
+            f"--submission-id {name} follows the job, or submits it if the server does not have it"
         ) from None
 
 
@@ -134,15 +135,16 @@ def job_client(address: str) -> Any:
         return JobSubmissionClient(address)
     except AuthenticationError:
         raise ResourceError(
-            f"the cluster at {address} refuses the token: put the cluster's own into ~/.ray/auth_token, or name its file in "
-            "RAY_AUTH_TOKEN_PATH"
+            f"the cluster at {address} refuses the token: put the cluster's own into ~/.ray/auth_token, or name its "
+            "file in RAY_AUTH_TOKEN_PATH"
         ) from None
     except (ConnectionError, RuntimeError) as error:
         raise ResourceError(f"no job server at {address}: {error}") from None
 
 
 def match_authentication(address: str) -> None:
-    """Have Ray's client send the user's token if the cluster asks for one, and to no other: Ray leaves this to the user."""
+    """Have Ray's client send the user's token if the cluster asks for one, and to no other:
+    Ray leaves this to the user."""
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address '{address}' is no URL of a job server, e.g. http://10.0.0.1:8265")
     try:
@@ -189,8 +191,8 @@ def follow(client: Any, name: str) -> Any:
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > PATIENCE_S:
                 raise ResourceError(
-                    f"the job server has not answered for {PATIENCE_S:.0f} s ({error}); the job may go on: the same command with "
-                    f"--submission-id {name} follows it again"
+                    f"the job server has not answered for {PATIENCE_S:.0f} s ({error}); the job may go on: the same "
+                    f"command with --submission-id {name} follows it again"
                 ) from None
         time.sleep(POLL_S)
 

@@ -1,4 +1,5 @@
-"""What a command writes is text: control characters in names, labels and errors are shown, never obeyed by the terminal."""
+"""What a command writes is text: control characters in names, labels and errors are shown,
+never obeyed by the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`tracking`: what a run found, written to MLflow, TensorBoard or Weights & Biases files; one of their runs for each model.
+"""`tracking`: what a run found, written to MLflow, TensorBoard or Weights & Biases files;
+one of their runs for each model.
 
 Nothing is sent anywhere: all three write files on this machine.
 """
@@ -45,7 +46,9 @@ def check_tracking(config: Config) -> None:
                 "or leave the key out"
             ) from None
         if "://" in place:
-            raise ConfigError(f"tracking.{tracker} writes to a local folder, '{place}' is none: copy the files from there")
+            raise ConfigError(
+                f"tracking.{tracker} writes to a local folder, '{place}' is none: copy the files from there"
+            )
 
 
 def track(config: Config, results: ResultsFile) -> None:
@@ -96,7 +99,11 @@ def _numbers(task: str, row: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
-            found |= {f"{task}.{key}": value["value"], f"{task}.{key}_low": value["low"], f"{task}.{key}_high": value["high"]}
+            found |= {
+                f"{task}.{key}": value["value"],
+                f"{task}.{key}_low": value["low"],
+                f"{task}.{key}_high": value["high"],
+            }
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "rows_id":
             found[f"{task}.{key}"] = value
     return {key: float(value) for key, value in found.items() if value is not None}
@@ -149,7 +156,11 @@ def to_wandb(place: Path, run: str, model: Tracked) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(mode="offline", silent=True, console="off", disable_git=True, save_code=False)
     made = wandb.init(
-        project=allowed(run).replace("/", "_"), name=model.name, config=model.settings, dir=str(place.parent), settings=settings
+        project=allowed(run).replace("/", "_"),
+        name=model.name,
+        config=model.settings,
+        dir=str(place.parent),
+        settings=settings,
     )
     made.summary.update({**model.metrics, "report": model.report})
     made.finish()

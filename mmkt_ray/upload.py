@@ -1,4 +1,5 @@
-"""What `mmkt submit` sends: the files of a folder that a job needs, and none that holds a secret or leads out of it."""
+"""What `mmkt submit` sends: the files of a folder that a job needs,
+and none that holds a secret or leads out of it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,19 @@ SECRET_NAMES = (
     *(".env*", "*.env", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", ".my.cnf", ".s3cfg", ".boto", ".htpasswd"),
     *(".config", "*_history", ".databrickscfg", ".dockercfg", "rclone.conf", "pip.conf", "kaggle.json", "auth.json"),
     *(".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure", ".gcloud", ".oci", ".ray", ".huggingface"),
-    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keytab"),
+    *(
+        "id_rsa*",
+        "id_dsa*",
+        "id_ecdsa*",
+        "id_ed25519*",
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "*.ppk",
+        "*.jks",
+        "*.keytab",
+    ),
     *("*.key.*", "key.json", "*apikey*", "*api[-_]key*", "*accesskey*", "rootkey*", "keystore*", "*.kdbx", "password*"),
     *("*credentials", "*credentials.*", "*service[-_]account*.json", "*secret*.json", "*secret*.y*ml"),
     *("secrets", "secrets.*", "*.tfvars", "*.tfstate*"),
@@ -35,7 +48,8 @@ HEAD_BYTES = 4096  # of a file, looked at for a private key
 
 @dataclass(frozen=True)
 class Upload:
-    """Files by their path in the folder, with their sizes, and what stays because it may hold a secret or leads out."""
+    """Files by their path in the folder, with their sizes, and what stays because it may hold a secret or leads
+    out."""
 
     folder: Path
     sizes: dict[str, int]
@@ -44,7 +58,10 @@ class Upload:
     def __str__(self) -> str:
         tops = Counter(name.partition("/")[0] + "/" * ("/" in name) for name in self.sizes)
         parts = ", ".join(f"{top} ({n} files)" if top.endswith("/") else top for top, n in sorted(tops.items()))
-        text = f"uploads {len(self.sizes)} files, {sum(self.sizes.values()) / 1e6:.1f} MB, of '{self.folder}': {parts}"
+        text = (
+            f"uploads {len(self.sizes)} files, {sum(self.sizes.values()) / 1e6:.1f} MB, of '{self.folder}': "
+            f"{parts}"
+        )
         if self.kept_back:
             text += f"\nstays here, as secrets or links out of the folder do: {', '.join(self.kept_back)}"
         return text
@@ -76,7 +93,8 @@ def choose_files(folder: Path, excludes: Sequence[str]) -> Upload:
 
 
 def is_secret(path: Path) -> bool:
-    """Whether a file or folder is one that credentials are kept in, by its name, or a private key by its beginning."""
+    """Whether a file or folder is one that credentials are kept in, by its name,
+    or a private key by its beginning."""
     name = path.name.lower()
     if path.suffix not in SOURCE and any(fnmatch.fnmatchcase(name, pattern) for pattern in SECRET_NAMES):
         return True
@@ -103,8 +121,8 @@ def check_size(sizes: dict[str, int]) -> None:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:NUM_NAMED]
         named = ", ".join(f"{name} ({sizes[name] / 1e6:.1f} MB)" for name in largest)
         raise ConfigError(
-            f"the folder has {total / 1e6:.1f} MB to upload, and at most {MAX_BYTES / 1e6:.0f} MB may travel; the largest: "
-            f"{named}: name what the job does not need in .rayignore"
+            f"the folder has {total / 1e6:.1f} MB to upload, and at most {MAX_BYTES / 1e6:.0f} MB may travel; the "
+            f"largest: {named}: name what the job does not need in .rayignore"
         )
 
 

@@ -17,7 +17,12 @@ class Browser:
         self.read_end, to_us = os.pipe()
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         options += [f"--window-size={width},{height}"]
-        options += [f"--user-data-dir={folder / 'chromium'}", "--disable-dev-shm-usage", "--no-first-run", "about:blank"]
+        options += [
+            f"--user-data-dir={folder / 'chromium'}",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "about:blank",
+        ]
 
         def as_3_and_4() -> None:
             os.dup2(from_us, 103)
@@ -49,7 +54,9 @@ class Browser:
     def call(self, method: str, **params: Any) -> Any:
         """One command of the protocol. Raises: RuntimeError if the browser refuses it."""
         self.count += 1
-        message = {"id": self.count, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.count, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.write_end, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
@@ -85,7 +92,9 @@ class Browser:
         end = time.monotonic() + seconds
         while not self.evaluate(script):
             if time.monotonic() > end:
-                raise TimeoutError(f"{script} did not become true; the page shows {self.evaluate('document.body.innerText')!r}")
+                raise TimeoutError(
+                    f"{script} did not become true; the page shows {self.evaluate('document.body.innerText')!r}"
+                )
             time.sleep(0.05)
 
     def set_file(self, selector: str, path: str) -> None:
@@ -96,10 +105,14 @@ class Browser:
 
     def screenshot(self, path: str) -> None:
         """The page as a PNG."""
-        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+        Path(path).write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        )
 
     def errors(self) -> list[str]:
         """What the page complained about so far."""
-        thrown = [t["params"]["exceptionDetails"]["text"] for t in self.told if t.get("method") == "Runtime.exceptionThrown"]
+        thrown = [
+            t["params"]["exceptionDetails"]["text"] for t in self.told if t.get("method") == "Runtime.exceptionThrown"
+        ]
         entries = [t["params"]["entry"] for t in self.told if t.get("method") == "Log.entryAdded"]
         return thrown + [e["text"] for e in entries if e["level"] == "error" and "favicon" not in e.get("url", "")]

@@ -12,8 +12,8 @@ IMAGE_AND_TEXT = {"image": {"kind": "image", "encoder": "pixels"}, "text": {"kin
 def raw_config(
     tasks: Mapping[str, str], columns: Mapping[str, str] | None = None, path: str = "*.parquet", **sections: Any
 ) -> dict[str, Any]:
-    """A config as YAML has it. tasks: name -> kind; columns: as the source's, None: called as here; sections: further ones, or
-    others in the place of these."""
+    """A config as YAML has it. tasks: name -> kind; columns: as the source's, None: called as here; sections: further
+    ones, or others in the place of these."""
     named = {c: c for c in ("image", "text", *tasks)} if columns is None else dict(columns)
     return {
         "name": "test",

@@ -36,8 +36,8 @@ DATA_DIR = Path(os.environ.get("MMKT_DATA") or Path(__file__).parents[2] / "shar
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """The collector of cycles does not walk the million objects of all imports, again and again: not while they come, 4 s, nor
-    later, 0.5 s each time."""
+    """The collector of cycles does not walk the million objects of all imports, again and again: not while they come,
+    4 s, nor later, 0.5 s each time."""
     gc.disable()
     try:
         return (yield)
@@ -49,7 +49,8 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes a Ray is marked `ray`. Files that take long come first, so that no core has only one of them left."""
+    """A test that takes a Ray is marked `ray`. Files that take long come first,
+    so that no core has only one of them left."""
     for item in items:
         if "ray_local" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_S = 90  # for a head, which takes about 8 s
-# For a cluster that gives a node or its head up sooner: Ray waits 60 s for a lost head, and 25 s for a node that is silent.
+# For a cluster that gives a node or its head up sooner: Ray waits 60 s for a lost head,
+# and 25 s for a node that is silent.
 IMPATIENT = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     "RAY_health_check_period_ms": "1000",

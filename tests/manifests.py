@@ -41,7 +41,14 @@ def make_manifest(counts: Mapping[str, Any] | None = None, **about: Any) -> Mani
 
 def make_training(**about: Any) -> Training:
     """What a card says of a training that nobody asks about."""
-    given = {"fingerprint": "f00", "best_epoch": 1, "val": None, "seconds": 1.0, "num_params": 1, "num_params_by_part": {}}
+    given = {
+        "fingerprint": "f00",
+        "best_epoch": 1,
+        "val": None,
+        "seconds": 1.0,
+        "num_params": 1,
+        "num_params_by_part": {},
+    }
     return Training.model_validate({**given, "num_workers": 1, "device": "cpu", "history": [], **about})
 
 

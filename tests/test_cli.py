@@ -40,7 +40,8 @@ def test_control_characters_of_an_error_are_spelled_out_in_a_program_too() -> No
 
 
 def test_control_characters_are_spelled_out(tmp_path: Path) -> None:
-    """Catches a file's name, a config's value or a library's error that clears the screen or writes into the terminal."""
+    """Catches a file's name, a config's value or a library's error that clears the screen or writes into the
+    terminal."""
     folder = tmp_path / EVIL.replace("/", "")
     folder.mkdir()
     (folder / "c.yaml").write_text(yaml.safe_dump({"name": EVIL, EVIL: 1}))
@@ -53,7 +54,8 @@ def test_control_characters_are_spelled_out(tmp_path: Path) -> None:
 
 
 def test_text_that_the_terminal_cannot_show(tmp_path: Path) -> None:
-    """Catches UnicodeEncodeError in place of the message, for bytes that are no text and for a terminal without UTF-8."""
+    """Catches UnicodeEncodeError in place of the message, for bytes that are no text and for a terminal without
+    UTF-8."""
     path = os.fsencode(tmp_path) + b"/\xff\xe9\xc3\xa9.yaml"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "mmkt_ray.cli", "config", path]
@@ -111,7 +113,8 @@ def test_an_object_store_that_does_not_answer(
 
 
 def test_a_read_only_folder(tmp_path: Path, make_config: Callable[..., Config], capsys) -> None:
-    """Catches a traceback where a report may not be written; root may write everywhere, so the folder is a file here."""
+    """Catches a traceback where a report may not be written;
+    root may write everywhere, so the folder is a file here."""
     config = make_config()
     run = Path(config.run_root, config.name)
     run.parent.mkdir(parents=True)
@@ -132,7 +135,8 @@ def test_a_card_without_its_config(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_errors_of_files_are_the_users() -> None:
-    """Catches a full disk or a missing right that ends in a traceback, and a bug of ours that is told as one of these."""
+    """Catches a full disk or a missing right that ends in a traceback,
+    and a bug of ours that is told as one of these."""
     assert isinstance(failures.find_user_error(PermissionError(13, "Permission denied", "/x")), UserError)
     assert failures.find_user_error(KeyError("x")) is None
 
@@ -143,7 +147,9 @@ def test_a_label_of_5000_digits_is_a_label(tmp_path: Path, make_config: Callable
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text(f'{{"text": "x", "colour": {digits}}}\n{{"text": "y", "colour": 17}}\n')
     source = {"reader": "manifest", "path": "a.jsonl", "columns": {"text": "text", "colour": "colour"}}
-    config = make_config(samples__sources=[source | {"columns": {**source["columns"], "image": "none"}, "absent": "null"}])
+    config = make_config(
+        samples__sources=[source | {"columns": {**source["columns"], "image": "none"}, "absent": "null"}]
+    )
     (chunk,) = read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])
     assert chunk.table["colour"].to_pylist() == [digits, "17"]
 
@@ -167,7 +173,9 @@ def test_no_test_split_is_told_before_training() -> None:
         (["predict", "{folder}", "--out", "x"], "is no finished model folder"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+def test_a_users_mistake_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
     """Catches a traceback, or a list of 15 commands, for a slip."""
     assert main([word.format(folder=tmp_path) for word in words]) == 2
     said = capsys.readouterr()
@@ -183,7 +191,8 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    """Catches a traceback, or `Exception ignored`, where the reader of the output has enough: mmkt config | head -1."""
+    """Catches a traceback, or `Exception ignored`, where the reader of the output has enough:
+    mmkt config | head -1."""
     command = f"{sys.executable} -m mmkt_ray config | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
@@ -215,7 +224,9 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "a.csv", "a.csv", "--out", "o"], "is a file: name the folder"),
     ],
 )
-def test_odd_words_are_told(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], words: list, told: str) -> None:
+def test_odd_words_are_told(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], words: list, told: str
+) -> None:
     """Catches a traceback for a port or a column's name, and results that are written into the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("text\na\n")

@@ -56,7 +56,9 @@ def test_a_dead_address_is_told_soon(monkeypatch: pytest.MonkeyPatch, kind: str)
         if kind == "nobody":
             server.close()
         if kind == "a web server":
-            threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), daemon=True).start()
+            threading.Thread(
+                target=lambda: server.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), daemon=True
+            ).start()
         with pytest.raises(ResourceError, match=f"no Ray cluster answers at RAY_ADDRESS={address}"):
             check_answers(address)
 
@@ -103,7 +105,8 @@ def test_only_folders_without_an_owner_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_ray_that_starts_too_slowly_is_told() -> None:
-    """Catches 'unexpected Exception' and a traceback on a machine that is busy; Ray's other errors stay what they are."""
+    """Catches 'unexpected Exception' and a traceback on a machine that is busy;
+    Ray's other errors stay what they are."""
     slow = "The current node timed out during startup. This could happen because the GCS has become overloaded."
     with pytest.raises(ResourceError, match="too busy"), local.told_if_slow():
         raise Exception(slow)

@@ -35,7 +35,9 @@ def test_a_misspelt_config_names_the_nearest(tmp_path, monkeypatch):
 
 def test_the_commands_load_nothing_heavy():
     """`mmkt --help` must not wait for torch or Ray because of them."""
-    script = "import sys, mmkt_ray.commands as c; print(sorted({'torch', 'ray', 'fastapi', 'pandas'} & set(sys.modules)))"
+    script = (
+        "import sys, mmkt_ray.commands as c; print(sorted({'torch', 'ray', 'fastapi', 'pandas'} & set(sys.modules)))"
+    )
     told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert told.strip() == "[]"
 

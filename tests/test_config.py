@@ -62,10 +62,16 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"name": "a/b"}, ["name", "letters"]),
         ({"variants": {"../../../x": {}}}, ["variants.../../../x: a name consists of letters"]),
         ({"variants": {"majority": {}}}, ["variants: majority is the name of a model that a run makes by itself"]),
-        ({"tasks": {"image_hash": {}}}, ["'image_hash' belongs to 'image_hash' of modalities or tasks and to modality 'image'"]),
+        (
+            {"tasks": {"image_hash": {}}},
+            ["'image_hash' belongs to 'image_hash' of modalities or tasks and to modality 'image'"],
+        ),
         ({"tasks": {"a": {}, "a_pred": {}}}, ["'a_pred' belongs to"]),
         ({"tasks": {"split": {}}}, ["'split' belongs to"]),
-        ({"modalities.cam/front": {"kind": "image", "encoder": "pixels"}}, ["modalities.cam/front: a name consists of"]),
+        (
+            {"modalities.cam/front": {"kind": "image", "encoder": "pixels"}},
+            ["modalities.cam/front: a name consists of"],
+        ),
         ({"modalities...": {"kind": "image", "encoder": "pixels"}}, ["a name consists of"]),
         ({"model.modalities": ["image", "image"]}, ["model.modalities: is there more than once: image"]),
         ({"model.tasks": ["label", "label"]}, ["model.tasks: is there more than once: label"]),
@@ -79,10 +85,16 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"tasks.label.kind": {"name": "regression", "los": "huber"}}, ["no option 'los'", "did you mean 'loss'"]),
         ({"seed": True}, ["seed: must be a number, which yes and no are not (got True)"]),
         ({"training.lr": True}, ["training.lr: must be a number"]),
-        ({"modalities.text.encoder": {"name": "tfidf", "ngram_range": [1, True]}}, ["tfidf.ngram_range.1: must be a number"]),
+        (
+            {"modalities.text.encoder": {"name": "tfidf", "ngram_range": [1, True]}},
+            ["tfidf.ngram_range.1: must be a number"],
+        ),
         ({"samples.sources.0.limit": True}, ["samples.sources.0.limit: must be a number"]),
         ({"transfer.label_fracs": [0.1, True]}, ["transfer.label_fracs.1: must be a number"]),
-        ({"search.space": {"training.lr": {"float": [False, 2]}}}, ["search.space.training.lr.float.0: must be a number"]),
+        (
+            {"search.space": {"training.lr": {"float": [False, 2]}}},
+            ["search.space.training.lr.float.0: must be a number"],
+        ),
         ({"variants": {"a": {"seed": True}}}, ["variants.a: seed: must be a number"]),
         ({"model.hidden_dim": 10**20}, ["model.hidden_dim"]),
         ({"training.epochs": 10**20}, ["training.epochs: must have at most 53 bits"]),
@@ -94,7 +106,10 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"run_root": ""}, ["run_root", "at least 1 character"]),  # else the run lies in /
         ({"samples.sources.0.path": ""}, ["samples.sources.0.path", "at least 1 character"]),
         *(
-            ({"samples.sources.0.encoding": name}, ["samples.sources.0.encoding: unknown text encoding; usual ones: utf-8"])
+            (
+                {"samples.sources.0.encoding": name},
+                ["samples.sources.0.encoding: unknown text encoding; usual ones: utf-8"],
+            )
             for name in ("utf-99", "latin_one", "", "rot13", "base64", "a\0b")
         ),
         ({"variants": {"a": {"samples.sources.\u00b2.limit": 1}}}, ["is not inside a mapping or list"]),
@@ -182,12 +197,27 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
         ("seed: 1:30.5", "base 60"),
     ],
     ids=[
-        *("key", "variant", "brackets", "dashes", "digits", "date", "circle", "aliases", "bool", "time", "int", "map", "octal"),
+        *(
+            "key",
+            "variant",
+            "brackets",
+            "dashes",
+            "digits",
+            "date",
+            "circle",
+            "aliases",
+            "bool",
+            "time",
+            "int",
+            "map",
+            "octal",
+        ),
         *("base 60", "float 60"),
     ],
 )
 def test_yaml_that_would_mislead_or_blow_up(tmp_path: Path, text: str, words: str) -> None:
-    """A variant that is dropped in silence because its name stands twice; 010 read as 8; a traceback or a full memory."""
+    """A variant that is dropped in silence because its name stands twice; 010 read as 8;
+    a traceback or a full memory."""
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_config(tmp_path / "c.yaml")
@@ -206,13 +236,17 @@ def test_merged_keys_may_be_replaced(raw: dict[str, Any], tmp_path: Path) -> Non
 
 def test_names_that_yaml_would_type_are_text(raw: dict[str, Any], tmp_path: Path) -> None:
     """A variant called `no` that becomes False, and one called 2024-11-29 that becomes a date."""
-    text = yaml.safe_dump(raw) + "variants:\n  no: {seed: 1}\n  2024-11-29: {seed: 2}\n  1: {seed: 3}\n  1.0: {seed: 4}\n"
+    text = (
+        yaml.safe_dump(raw) + "variants:\n  no: {seed: 1}\n  2024-11-29: {seed: 2}\n  1: {seed: 3}\n  1.0: {seed: 4}\n"
+    )
     (tmp_path / "c.yaml").write_text(text)
     assert list(load_config(tmp_path / "c.yaml").expand_variants()) == ["no", "2024-11-29", "1", "1.0"]
 
 
 @pytest.mark.parametrize("words", [["lr=["], ["training.lr=.inf"], ["name=" + "[" * 20_000], ["seed=" + "9" * 5000]])
-def test_values_on_the_command_line_that_are_no_values(raw: dict[str, Any], tmp_path: Path, capsys, words: list[str]) -> None:
+def test_values_on_the_command_line_that_are_no_values(
+    raw: dict[str, Any], tmp_path: Path, capsys, words: list[str]
+) -> None:
     """A traceback in place of a sentence and exit status 2."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
     assert main(["config", str(tmp_path / "c.yaml"), "--set", *words]) == 2
@@ -222,7 +256,8 @@ def test_values_on_the_command_line_that_are_no_values(raw: dict[str, Any], tmp_
 
 
 def test_an_endless_file_and_an_empty_one_are_no_configs(tmp_path: Path) -> None:
-    """All memory taken by a device or a file of data; "got NoneType" for an empty file; a key of any length shown in full."""
+    """All memory taken by a device or a file of data; "got NoneType" for an empty file;
+    a key of any length shown in full."""
     with pytest.raises(ConfigError, match="more than 2,000,000 bytes"):
         load_config("/dev/zero")
     (tmp_path / "c.yaml").write_text("# nothing\n")

@@ -1,4 +1,5 @@
-"""What README, CONTRIBUTING and docs/ show is there: commands with their options, configs with their keys, Python names, links.
+"""What README, CONTRIBUTING and docs/ show is there: commands with their options, configs with their keys,
+Python names, links.
 
 Here commands are read as the command line would read them; `test_documented_commands.py` carries them out.
 """
@@ -103,7 +104,9 @@ def test_every_script_knows_its_options(page):
             if "benchmark" in script or script.startswith("docs/"):
                 source = "".join(path.read_text() for path in (ROOT / script).parent.glob(f"{Path(script).stem}*.py"))
                 after = words[words.index(script) :]
-                assert not [word for word in after if word.startswith("--") and f'"{word}"' not in source], shlex.join(words)
+                assert not [word for word in after if word.startswith("--") and f'"{word}"' not in source], shlex.join(
+                    words
+                )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -167,7 +170,9 @@ def test_every_file_and_every_test_named_exists(page):
 
 @cache
 def all_tests() -> set[str]:
-    return {name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    return {
+        name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -197,7 +202,9 @@ def test_the_reference_tells_values_and_bounds():
     """Catches a page that lists keys without what they may be."""
     rows = [line for line in script("reference").page().splitlines() if line.startswith("| `")]
     assert "| `lr` | number > 0 | `0.001` |" in "\n".join(rows)
-    assert any(row.startswith("| `reader` | `parquet`, `webdataset`, `folders`, `manifest` | required |") for row in rows)
+    assert any(
+        row.startswith("| `reader` | `parquet`, `webdataset`, `folders`, `manifest` | required |") for row in rows
+    )
     assert any(row.startswith("| `encoder` | ") and "`tfidf`" in row and "`module:Class`" in row for row in rows)
 
 

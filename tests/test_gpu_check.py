@@ -1,4 +1,5 @@
-"""`jobs/gpu_check.py` on a CPU, with small sizes: what waits for a GPU must not fail there for a reason of its own."""
+"""`jobs/gpu_check.py` on a CPU, with small sizes: what waits for a GPU must not fail there for a reason of its
+own."""
 
 import json
 import subprocess

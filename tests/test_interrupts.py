@@ -64,7 +64,8 @@ def test_a_signal_inside_a_finalizer_is_not_lost(signum: signal.Signals, status:
 
 @pytest.mark.slow
 def test_the_second_ctrl_c_ends_a_command_that_hangs() -> None:
-    """Catches a command that cannot be ended from the keyboard, because its main thread waits in C code for a lock."""
+    """Catches a command that cannot be ended from the keyboard,
+    because its main thread waits in C code for a lock."""
     command = [sys.executable, "-c", HANGS]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

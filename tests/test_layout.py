@@ -1,5 +1,5 @@
-"""Imports run downwards only, models know no Ray, functions take at most seven parameters, nothing unpickles, the top level
-stays bare; the name of a file, of a class and of a function means one thing; no file outgrows a sitting.
+"""Imports run downwards only, models know no Ray, functions take at most seven parameters, nothing unpickles, the top
+level stays bare; the name of a file, of a class and of a function means one thing; no file outgrows a sitting.
 
 Files are parsed, not imported. Each rule goes from source to faults and is tried on planted faults as well.
 """
@@ -17,7 +17,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mmkt_ray"
 BASE = {
-    *("section", "lazy", "cluster", "ray_private", "storage", "s3", "locks", "errors", "interrupts", "credentials", "terminal"),
+    *(
+        "section",
+        "lazy",
+        "cluster",
+        "ray_private",
+        "storage",
+        "s3",
+        "locks",
+        "errors",
+        "interrupts",
+        "credentials",
+        "terminal",
+    ),
     *("progress", "record"),
 }
 # The floors from top to bottom; a file imports from its own floor and from those below it.
@@ -47,7 +59,8 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODELS_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
 MAX_PARAMETERS = 7  # beside self
 MORE_PARAMETERS = {"fit_cnn"}  # a process of its own, whose state is given piece by piece
-# Functions that several files may define: the start of a process; what a kind of file offers to the process that decodes it.
+# Functions that several files may define: the start of a process;
+# what a kind of file offers to the process that decodes it.
 SAME_EVERYWHERE = {"main", "decode_file", "warm_up"}
 MAX_LINES = 400  # of a file
 MAX_LINES_OF_THE_PATH = 2_200  # of the nine files from shards to report
@@ -108,7 +121,8 @@ def upward_imports(source: str, path: Path) -> Iterator[str]:
         return
     for line, name in imports(source, path):
         part = package_part(name)
-        if part is None or (room_of(path) == "__init__" and part in ("__init__", "api")):  # its names, for type checkers
+        # its names, for type checkers
+        if part is None or (room_of(path) == "__init__" and part in ("__init__", "api")):
             continue
         if part not in FLOOR_OF:
             yield f"{path}:{line}: `{name}` has no floor"
@@ -133,7 +147,10 @@ def private_ray(source: str, path: Path) -> Iterator[str]:
             yield f"{path}:{line}: `{name}` is private to Ray: mmkt_ray/ray_private.py is the place for it"
     for node in nodes(source):
         if isinstance(node, ast.Attribute) and node.attr == "core_worker":
-            yield f"{path}:{node.lineno}: `core_worker` is private to Ray: mmkt_ray/ray_private.py is the place for it"
+            yield (
+                f"{path}:{node.lineno}: `core_worker` is private to Ray: mmkt_ray/ray_private.py is the place for "
+                "it"
+            )
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("ray._"):
             yield f"{path}:{node.lineno}: `{ast.unparse(node)}` is private to Ray"
 
@@ -173,7 +190,8 @@ def many_parameters(source: str, path: Path) -> Iterator[str]:
 
 
 def repeated_names(sources: Mapping[str, str], *kinds: type[ast.stmt]) -> list[str]:
-    """Public classes or functions that several files define at their top level. sources: by file; a file counts once."""
+    """Public classes or functions that several files define at their top level.
+    sources: by file; a file counts once."""
     files: dict[str, set[str]] = {}
     for file, source in sources.items():
         module = nodes(source)[0]
@@ -185,7 +203,8 @@ def repeated_names(sources: Mapping[str, str], *kinds: type[ast.stmt]) -> list[s
 
 
 def passed_on(sources: Mapping[str, str]) -> list[str]:
-    """Names that are imported from a file which has them from another one. sources: by file; packages may pass names on."""
+    """Names that are imported from a file which has them from another one.
+    sources: by file; packages may pass names on."""
     own: dict[str, set[str]] = {}
     for file, source in sources.items():
         module = nodes(source)[0]
@@ -235,14 +254,15 @@ def test_the_package_keeps_the_rule(rule):
 @pytest.mark.slow
 @pytest.mark.parametrize("kinds", [(ast.ClassDef,), (ast.FunctionDef, ast.AsyncFunctionDef)])
 def test_the_name_of_a_class_or_a_function_means_one_thing(kinds):
-    """Catches a second class or function with the name of another: who looks for one finds the other, and a traceback does not
-    say which of them it is about."""
+    """Catches a second class or function with the name of another: who looks for one finds the other, and a traceback
+    does not say which of them it is about."""
     assert not repeated_names({str(path): path.read_text() for path in (ROOT / PACKAGE).rglob("*.py")}, *kinds)
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "tests"])
 def test_the_name_of_a_file_means_one_thing(folder):
-    """Catches a second `base.py`: an editor's list, a traceback and a docstring that name it leave open which one is meant."""
+    """Catches a second `base.py`: an editor's list, a traceback and a docstring that name it leave open which one is
+    meant."""
     assert not repeated_files((ROOT / folder).rglob("*.py"))
 
 

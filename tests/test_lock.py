@@ -1,4 +1,5 @@
-"""Lock files pin all that pyproject.toml asks for with the hashes of its files, and name no place to download from."""
+"""Lock files pin all that pyproject.toml asks for with the hashes of its files,
+and name no place to download from."""
 
 import re
 import tomllib
@@ -42,7 +43,9 @@ def lock() -> str:
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_the_lock_names_no_place(name):
-    assert not [line for line in (ROOT / name).read_text().splitlines() if PLACE.search(line) and not HASH.fullmatch(line)]
+    assert not [
+        line for line in (ROOT / name).read_text().splitlines() if PLACE.search(line) and not HASH.fullmatch(line)
+    ]
 
 
 @pytest.mark.parametrize("name", LOCKS)

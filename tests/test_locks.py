@@ -76,10 +76,22 @@ def test_a_process_may_hold_a_folder_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "\x00\x1b", "[1]", "{}", '{"pid": null}', '{"at": "x"}', '{"at": NaN}', '{"since": 1e30}', '{"pid": -1}', '{"host": 1}'],
+    [
+        "",
+        "\x00\x1b",
+        "[1]",
+        "{}",
+        '{"pid": null}',
+        '{"at": "x"}',
+        '{"at": NaN}',
+        '{"since": 1e30}',
+        '{"pid": -1}',
+        '{"host": 1}',
+    ],
 )
 def test_a_signature_that_is_none_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Catches a traceback, or a folder that nobody can use again, for what a full disk or another program left there."""
+    """Catches a traceback, or a folder that nobody can use again,
+    for what a full disk or another program left there."""
     monkeypatch.setattr(locks, "SETTLE_S", 0.0)
     whole = {"token": "x", "pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "at": time.time()}
     if text.startswith('{"'):
@@ -96,7 +108,8 @@ def test_a_signature_that_is_none_holds_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("what", ["link", "pipe", "folder", "loop"])
 def test_a_lock_that_is_no_file_is_told_and_left(tmp_path: Path, what: str) -> None:
-    """Catches a file of the user's that is emptied because a run folder from elsewhere has a link to it as its lock."""
+    """Catches a file of the user's that is emptied because a run folder from elsewhere has a link to it as its
+    lock."""
     place, other = tmp_path / locks.NAME, tmp_path / "other"
     other.write_text("precious")
     if what == "pipe":
@@ -113,7 +126,8 @@ def test_a_lock_that_is_no_file_is_told_and_left(tmp_path: Path, what: str) -> N
 def test_a_signature_of_another_machine_is_believed_as_long_as_it_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a lock that is never free again after its machine was lost, and one that is taken from a living process."""
+    """Catches a lock that is never free again after its machine was lost,
+    and one that is taken from a living process."""
     monkeypatch.setattr(locks, "SETTLE_S", 0.0)
     uri = str(tmp_path / "lock")
     other = {"token": "x", "pid": os.getpid(), "host": "elsewhere", "since": 0.0}

@@ -148,7 +148,8 @@ def test_pickle_as_a_shard(tmp_path, disguised, layout):
 
 
 def test_pickle_in_a_tar(tmp_path, disguised):
-    """Catches members that are decoded by their suffix as some WebDataset readers do: .pyd, .pth and .npy by unpickling."""
+    """Catches members that are decoded by their suffix as some WebDataset readers do:
+    .pyd, .pth and .npy by unpickling."""
     suffixes = ("png", "txt", "wav", "json", "pkl", "pyd", "pth", "npy", "cls")
     (tmp_path / "a.tar").write_bytes(tar_bytes([(f"cats/1.{suffix}", disguised) for suffix in suffixes]))
     assert read(tmp_path, "webdataset", "a.tar", LAYOUTS["webdataset"][1]) >= 1
@@ -181,7 +182,8 @@ def test_pickle_in_a_cell(tmp_path, disguised, reader):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("name", ["ray.data.arrow_pickled_object", "arrow.py_extension_type"])
 def test_pickle_as_an_arrow_type(tmp_path, plant, reader, nested, name):
-    """Catches a Parquet column that says it is of Ray's or Arrow's type of pickled objects, whose cells or type are unpickled."""
+    """Catches a Parquet column that says it is of Ray's or Arrow's type of pickled objects,
+    whose cells or type are unpickled."""
     metadata = {b"ARROW:extension:name": name.encode(), b"ARROW:extension:metadata": plant if "py_" in name else b""}
     inner = pa.field("o", pa.large_binary(), metadata=metadata)
     kind = pa.list_(inner) if nested else pa.large_binary()
@@ -220,7 +222,9 @@ def test_pickle_as_a_model(tmp_path, disguised):
     with pytest.raises(UserError, match="damaged"):
         load_model(str(tmp_path))
     spec = {"modalities": {}, "tasks": {}}
-    (tmp_path / "config.json").write_text(f'{{"schema_version": {Card.schema_version}, "spec": {spec!r}}}'.replace("'", '"'))
+    (tmp_path / "config.json").write_text(
+        f'{{"schema_version": {Card.schema_version}, "spec": {spec!r}}}'.replace("'", '"')
+    )
     with pytest.raises(UserError, match="damaged"):
         load_model(str(tmp_path))
 
@@ -241,7 +245,8 @@ def test_pickle_as_a_store(tmp_path, disguised):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_pickle_in_a_table_of_the_run(tmp_path, plant, nested):
-    """Catches a part of a store, a leaderboard or predictions whose column says that it is of Ray's type of pickled objects."""
+    """Catches a part of a store, a leaderboard or predictions whose column says that it is of Ray's type of pickled
+    objects."""
     metadata = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
     inner = pa.field("o", pa.large_binary(), metadata=metadata)
     field = pa.field("sample_id", pa.list_(inner)) if nested else inner.with_name("sample_id")
@@ -277,8 +282,8 @@ def test_pickle_as_a_model_to_learn_from(tmp_path, disguised, what, name):
 
 @pytest.mark.slow
 def test_pickles_in_a_hugging_face_folder(tmp_path, disguised):
-    """Catches a text encoder that takes pytorch_model.bin, or a pickled tokenizer or config, where there are no safetensors, and
-    safetensors that are none."""
+    """Catches a text encoder that takes pytorch_model.bin, or a pickled tokenizer or config, where there are no
+    safetensors, and safetensors that are none."""
     pytest.importorskip("transformers")
     card = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 9}
     for name in (

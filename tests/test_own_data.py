@@ -39,7 +39,9 @@ def write_shop(folder: Path) -> None:
                 colour = list(COLOURS)[i % 3]
                 (folder / "img" / f"{i}.png").write_bytes(png(colour, i))
                 title = f"a fine {CLASSES[colour]} {i}" if i % 4 else f"something very fine {i}"
-                rows.writerow([f"A{i}", f"img/{i}.png", title, f"{i % 7}.99", *([CLASSES[colour]] if name == "shop" else [])])
+                rows.writerow(
+                    [f"A{i}", f"img/{i}.png", title, f"{i % 7}.99", *([CLASSES[colour]] if name == "shop" else [])]
+                )
 
 
 def in_shell(command: str, folder: Path) -> str:
@@ -66,8 +68,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_your_own_data_in_five_minutes(
     shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a README whose commands do not work one after another, or print something else than it shows. Those that come
-    after the first run need no process and no Ray of their own."""
+    """Catches a README whose commands do not work one after another, or print something else than it shows. Those
+    that come after the first run need no process and no Ray of their own."""
     monkeypatch.chdir(shop)
     lines = SHELL_BLOCK.findall(section("Your own data in five minutes"))[0][1].splitlines()
     told = in_shell(lines[0].removeprefix("$ "), shop)
@@ -88,7 +90,8 @@ def test_your_own_data_in_five_minutes(
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.timeout(900)
 def test_from_python(shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a README, or a page on Python, whose code does not run. After the test above the run is done already."""
+    """Catches a README, or a page on Python, whose code does not run.
+    After the test above the run is done already."""
     monkeypatch.chdir(shop)
     code = re.findall(r"```python\n(.*?)```", section("From Python") + (ROOT / "docs" / "python.md").read_text(), re.S)
     assert len(code) > 4

@@ -66,7 +66,8 @@ def test_arithmetic_by_hand(make_config: MakeConfig) -> None:
 
 
 def test_experts_are_counted_once(make_config: MakeConfig) -> None:
-    """Catches hours of training that the plan does not tell, and experts counted that are variants or shared by them."""
+    """Catches hours of training that the plan does not tell,
+    and experts counted that are variants or shared by them."""
     variants = {"image": {"model.modalities": ["image"]}, "a": {}, "b": {"model.fusion": "sum"}, "c": {"seed": 1}}
     config = make_config(variants=variants, model__experts=True)
     rates = replace(RATES, train=dict.fromkeys(variants, 1e-4))
@@ -125,7 +126,8 @@ def test_what_was_never_measured_is_not_made_up(make_config: MakeConfig) -> None
 
 
 def test_a_width_that_is_not_known_yet_is_estimated(make_config: MakeConfig) -> None:
-    """Catches a first run with an encoder of one's own that ends before any work, as the encoder is not fitted yet."""
+    """Catches a first run with an encoder of one's own that ends before any work,
+    as the encoder is not fitted yet."""
     config = make_config(modalities__text__encoder="late_encoder:Late")
     assert widths(config)["text"] == [known.USUAL_DIM, known.USUAL_DIM]
     reduced = config.with_overrides({"modalities.text.reduce": {"name": "pca", "dim": 16}})

@@ -29,7 +29,8 @@ Event = Callable[[Lines, PlainStream, float], object]
 
 
 def said_until(monkeypatch: pytest.MonkeyPatch, end: int, events: dict[int, Event]) -> list[str]:
-    """What lines say in so many seconds from a command's start. events: second -> what happens, given the start's time."""
+    """What lines say in so many seconds from a command's start.
+    events: second -> what happens, given the start's time."""
     out, now = io.StringIO(), time.monotonic()
     stream = PlainStream(out)
     lines = Lines(stream)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""What we use of Ray beyond its documented interface is there in the installed version, and does what we use it for."""
+"""What we use of Ray beyond its documented interface is there in the installed version,
+and does what we use it for."""
 
 import importlib
 import inspect
@@ -39,8 +40,12 @@ def test_loggers_and_texts_are_those_of_this_ray() -> None:
 
 @pytest.mark.slow
 def test_no_escape_code_ends_a_command() -> None:
-    """Catches a code on the last line of a terminal, also where Ray's own colours are loaded only after it was asked for none."""
-    code = "from mmkt_ray import ray_private; ray_private.quieten(); import ray.autoscaler._private.cli_logger; print('done')"
+    """Catches a code on the last line of a terminal, also where Ray's own colours are loaded only after it was asked
+    for none."""
+    code = (
+        "from mmkt_ray import ray_private; ray_private.quieten(); import ray.autoscaler._private.cli_logger; "
+        "print('done')"
+    )
     receiver, sender = pty.openpty()
     with open(receiver, "rb") as terminal:
         subprocess.run([sys.executable, "-c", code], stdout=sender, stderr=sender, check=True, timeout=120)
@@ -63,7 +68,12 @@ def test_patches_are_where_ray_looks_and_are_taken_back() -> None:
     assert all(name.removeprefix("RAY_").encode() in raylet for name in ray_private.NONE_AHEAD)
 
     def state() -> tuple[object, ...]:
-        patched = (node.Node.start_api_server, node.Node.start_monitor, utils.set_sigterm_handler, services.start_raylet)
+        patched = (
+            node.Node.start_api_server,
+            node.Node.start_monitor,
+            utils.set_sigterm_handler,
+            services.start_raylet,
+        )
         return ray_constants.ENABLE_RAY_CLUSTER, *patched, utils.get_dashboard_dependency_error
 
     before, handler = state(), signal.signal(signal.SIGTERM, lambda *_: None)
@@ -82,7 +92,8 @@ def test_patches_are_where_ray_looks_and_are_taken_back() -> None:
 
 
 def test_lines_of_workers_come_through_without_the_noise(capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches an error at each run that is none, and words of workers that are lost with it; a level that stays set."""
+    """Catches an error at each run that is none, and words of workers that are lost with it;
+    a level that stays set."""
     assert "print_to_stdstream" in inspect.getsource(worker.connect)
     assert "connect(" in inspect.getsource(worker.init)
     data = {"is_err": True, "pid": 1, "ip": "", "lines": ["a word", f"[E] Actor x {ray_private.NOISE}. If", "another"]}
@@ -108,7 +119,8 @@ def test_standard_error_loses_the_noise_alone(capfd: pytest.CaptureFixture[str])
 
 @pytest.mark.usefixtures("ray_local")
 def test_what_the_trainer_does_by_itself_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a handler of another name, which would swallow Ctrl-C again, and an actor that dies with a traceback."""
+    """Catches a handler of another name, which would swallow Ctrl-C again,
+    and an actor that dies with a traceback."""
     trainer = ray_private.trainer_class()(lambda: None)
     (ours,) = set(vars(type(trainer))) & {name for name in dir(TorchTrainer) if "sigint" in name}
     for called in (ours, "_create_default_callbacks"):
@@ -117,7 +129,9 @@ def test_what_the_trainer_does_by_itself_is_left_out(monkeypatch: pytest.MonkeyP
     bare = [type(c).__name__ for c in trainer._create_default_callbacks()]
     monkeypatch.setattr(worker._global_node, "_webui_url", "127.0.0.1:8265")
     assert ray_private.has_dashboard()
-    assert [n for c in trainer._create_default_callbacks() if (n := type(c).__name__) not in bare] == [ray_private.CLEANER]
+    assert [n for c in trainer._create_default_callbacks() if (n := type(c).__name__) not in bare] == [
+        ray_private.CLEANER
+    ]
 
 
 @pytest.mark.usefixtures("ray_local")

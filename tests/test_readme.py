@@ -1,4 +1,5 @@
-"""The make targets, hooks and files that README.md and CONTRIBUTING.md name exist; commands are read as a shell would."""
+"""The make targets, hooks and files that README.md and CONTRIBUTING.md name exist;
+commands are read as a shell would."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
-"""Records: what a file holds is what is written again, byte for byte, and a key that does not belong there is named."""
+"""Records: what a file holds is what is written again, byte for byte,
+and a key that does not belong there is named."""
 
 import json
 from pathlib import Path

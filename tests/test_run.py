@@ -57,7 +57,9 @@ def test_a_run_says_how_good_its_models_are(finished: tuple[Config, str]) -> Non
 
 def snapshot(folder: Path) -> dict[str, int]:
     """Modification time of each file of a run, by place in it."""
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
+    }
 
 
 QUIET = """
@@ -70,13 +72,18 @@ sys.exit(status or (f"loaded: {loaded}" if loaded else 0))
 
 
 def test_the_same_command_again(finished: tuple[Config, str], tmp_path: Path) -> None:
-    """A finished run that loads PyTorch and Ray, evaluates, studies or draws again, or does not say that it did nothing."""
+    """A finished run that loads PyTorch and Ray, evaluates, studies or draws again,
+    or does not say that it did nothing."""
     config, text = finished
     folder = Path(steps.run_folder(config))
     before = snapshot(folder)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     again = subprocess.run(
-        [sys.executable, "-c", QUIET, str(tmp_path / "c.yaml")], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", QUIET, str(tmp_path / "c.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.rstrip() == f"nothing was to be done: the run is finished\n\n{text}"
@@ -86,7 +93,8 @@ def test_the_same_command_again(finished: tuple[Config, str], tmp_path: Path) ->
 def test_a_copied_run_is_examined_and_left_as_it_is(
     finished: tuple[Config, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files with other times than when the run ended, as `cp -r` and object stores give, that make all steps run again."""
+    """Files with other times than when the run ended, as `cp -r` and object stores give,
+    that make all steps run again."""
     config, _ = finished
     folder = Path(steps.run_folder(config))
     for file in folder.rglob("*.json"):
@@ -105,7 +113,8 @@ def test_a_copied_run_is_examined_and_left_as_it_is(
 def test_a_new_name_extracts_nothing_again(
     finished: tuple[Config, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Encoders fitted and features extracted anew because the run's name differs; a run that needs the other one to live."""
+    """Encoders fitted and features extracted anew because the run's name differs;
+    a run that needs the other one to live."""
     config, _ = finished
     caplog.set_level("INFO", logger="mmkt_ray")
     monkeypatch.setattr("mmkt_ray.features.extract.run_encode", lambda *_: pytest.fail("encoded again"))
@@ -161,9 +170,12 @@ def test_a_test_split_without_labels_is_told(caplog: pytest.LogCaptureFixture) -
     assert "has a label of 'shape'" in caplog.text
 
 
-@pytest.mark.parametrize("lost", ["models/concat/metrics.json", "insight.json", "suspects.parquet", "report/index.html"])
+@pytest.mark.parametrize(
+    "lost", ["models/concat/metrics.json", "insight.json", "suspects.parquet", "report/index.html"]
+)
 def test_what_is_missing_is_made_again(finished: tuple[Config, str], lost: str) -> None:
-    """A result file that was removed, or written over by something else, and stays so because its step was done before."""
+    """A result file that was removed, or written over by something else,
+    and stays so because its step was done before."""
     config, text = finished
     file = Path(steps.run_folder(config)) / lost
     right = file.read_bytes()
@@ -217,7 +229,9 @@ def test_what_nobody_foresaw_is_one_sentence_too(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     try:
         try:
-            raise OSError("no room\nFailed to apply UDF transform after 1/1 attempts (0.0s).\nTo change `max_map_retries`")
+            raise OSError(
+                "no room\nFailed to apply UDF transform after 1/1 attempts (0.0s).\nTo change `max_map_retries`"
+            )
         except OSError as error:
             raise RuntimeError("somewhere in Ray") from error
     except RuntimeError as error:
@@ -257,7 +271,9 @@ def test_a_labelled_file_is_scored(
     rows = pq.read_table(new)
     renamed = rows.rename_columns(["hue" if name == "colour" else name for name in rows.column_names])
     pq.write_table(renamed, new)
-    columns = [x for o, t in config.samples.sources[0].columns.items() for x in ("--column", f"{o}={t}") if o != "colour"]
+    columns = [
+        x for o, t in config.samples.sources[0].columns.items() for x in ("--column", f"{o}={t}") if o != "colour"
+    ]
     command = ["evaluate", "--model", str(model), "--data", str(new), "--out", str(out), *columns]
     assert main(command) == 2
     assert "no row of" in capsys.readouterr().err

@@ -44,7 +44,8 @@ WITHOUT = [
 def test_credentials_are_refused_and_not_shown(
     make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str, place: str
 ) -> None:
-    """Catches keys that are printed by an error, by `mmkt config` or by argparse, or travel to the cluster in an entrypoint."""
+    """Catches keys that are printed by an error, by `mmkt config` or by argparse,
+    or travel to the cluster in an entrypoint."""
     raw = make_config().model_dump(mode="json") | ({"run_root": uri} if place == "config" else {})
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(raw))
@@ -59,8 +60,19 @@ def test_credentials_are_refused_and_not_shown(
 
 
 TOKENS = [
-    *("hf_" + SECRET * 3, "ghp_" + SECRET * 3, "github_pat_" + SECRET * 3, "sk-" + (SECRET + "7") * 3, "glpat-" + SECRET * 2),
-    *("xoxb-1234-" + SECRET, f"eyJhbGciOiJIUzI1NiJ9.eyJ{SECRET}.x", f"Server=x;Password={SECRET}", f"host=db password={SECRET}"),
+    *(
+        "hf_" + SECRET * 3,
+        "ghp_" + SECRET * 3,
+        "github_pat_" + SECRET * 3,
+        "sk-" + (SECRET + "7") * 3,
+        "glpat-" + SECRET * 2,
+    ),
+    *(
+        "xoxb-1234-" + SECRET,
+        f"eyJhbGciOiJIUzI1NiJ9.eyJ{SECRET}.x",
+        f"Server=x;Password={SECRET}",
+        f"host=db password={SECRET}",
+    ),
     *(f"AccountKey={SECRET}==", f"https://h/x;token={SECRET}", f"-----BEGIN RSA PRIVATE KEY-----{SECRET}"),
 ]
 
@@ -69,7 +81,8 @@ TOKENS = [
 def test_tokens_and_passwords_are_refused_and_not_shown(
     make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], token: str
 ) -> None:
-    """Catches a token as a value of a config, or in a line that YAML can't read, that is printed or travels to a cluster."""
+    """Catches a token as a value of a config, or in a line that YAML can't read,
+    that is printed or travels to a cluster."""
     raw = make_config().model_dump(mode="json")
     path = tmp_path / "c.yaml"
     for text, told in (
@@ -101,7 +114,16 @@ SECRETS = [
     *(".bash_history", "kaggle.json", ".config/gh/hosts.yml", ".pip/pip.conf", "server.key.bak"),
 ]
 SENT = [
-    *("c.yaml", "keys.py", "environment.yml", "env.yml", "api.json", "history.md", "jobs/run.py", "mmkt_ray/credentials.py"),
+    *(
+        "c.yaml",
+        "keys.py",
+        "environment.yml",
+        "env.yml",
+        "api.json",
+        "history.md",
+        "jobs/run.py",
+        "mmkt_ray/credentials.py",
+    ),
     *("token.py", "tokenizer.json", ".gitignore", "linked.py"),
 ]
 

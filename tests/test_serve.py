@@ -30,7 +30,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Colours:
-    """A stand-in for a loaded model with its interface, which answers by the mean colour and by the text's first word."""
+    """A stand-in for a loaded model with its interface, which answers by the mean colour and by the text's first
+    word."""
 
     modalities = {"image": "image", "text": "text"}  # noqa: RUF012  (as of Model)
     kinds = {m: MODALITY_KINDS[m]() for m in ("image", "text")}  # noqa: RUF012
@@ -116,7 +117,9 @@ def multipart(fields):
         is_file = isinstance(value, tuple)
         about = f'; filename="{value[0]}"\r\ncontent-type: application/octet-stream' if is_file else ""
         content = value[1] if is_file else value.encode()
-        body += f'--{boundary}\r\ncontent-disposition: form-data; name="{name}"{about}\r\n\r\n'.encode() + content + b"\r\n"
+        body += (
+            f'--{boundary}\r\ncontent-disposition: form-data; name="{name}"{about}\r\n\r\n'.encode() + content + b"\r\n"
+        )
     return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 

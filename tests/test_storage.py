@@ -54,7 +54,8 @@ def test_glob_matches_in_any_part_and_sorts(tmp_path: Path) -> None:
 
 
 def test_two_stars_are_folders_at_any_depth(tmp_path: Path) -> None:
-    """Shards two folders down, or beside the pattern's own folder, left out with exit 0. The right answer: Python's glob."""
+    """Shards two folders down, or beside the pattern's own folder, left out with exit 0.
+    The right answer: Python's glob."""
     names = ("0.parquet", "a/1.parquet", "a/b/2.parquet", "a/b/c/x.parquet/3.parquet", "a/.hidden/4.parquet", "a/5.csv")
     for name in names:
         storage.write_bytes(str(tmp_path / name), b"")

@@ -1,4 +1,5 @@
-"""What trackers get is what the comparison says, once for each result; a tracker that is not installed is named before work."""
+"""What trackers get is what the comparison says, once for each result;
+a tracker that is not installed is named before work."""
 
 import importlib
 import importlib.util
@@ -74,7 +75,9 @@ def test_only_trained_models_are_told_with_all_their_numbers(tmp_path):
 def test_a_result_is_written_once_and_a_new_one_again(tmp_path, monkeypatch):
     """A rerun must not fill a tracker with copies."""
     written = []
-    monkeypatch.setattr(tracking, "to_tensorboard", lambda place, run, model: written.append(model.metrics["thing.accuracy"]))
+    monkeypatch.setattr(
+        tracking, "to_tensorboard", lambda place, run, model: written.append(model.metrics["thing.accuracy"])
+    )
     config = config_with(tmp_path, tensorboard=str(tmp_path / "tb"))
     tracking.track(config, RESULTS)
     tracking.track(config, RESULTS)

@@ -51,7 +51,9 @@ def write_cifar10(data: Path, rng: np.random.Generator, images_each: int = 3) ->
     batches = [np.hstack([labels, images]).astype(np.uint8).tobytes() for images in pixels]
     data.mkdir(parents=True, exist_ok=True)
     archive = data / fetching.CIFAR10_ARCHIVE
-    archive.write_bytes(fetching._tar_gz([(f"cifar-10-batches-bin/{n}", b) for n, b in zip(names, batches, strict=True)]))
+    archive.write_bytes(
+        fetching._tar_gz([(f"cifar-10-batches-bin/{n}", b) for n, b in zip(names, batches, strict=True)])
+    )
     fetching.fetch("cifar10", str(data))
 
 
@@ -115,7 +117,15 @@ def write_products(path: Path) -> None:
         rows.writerow(PRODUCT)
         for i in range(120):
             kind = ("Nursery Bedding", "Strollers", "Toys")[i % 3]
-            name = [i + 1, 1000 + i, f"Peanut {kind} number {i}", f"A{i}B", f"{20 + 30 * (i % 3) + i % 5}.99", i % 2, kind]
+            name = [
+                i + 1,
+                1000 + i,
+                f"Peanut {kind} number {i}",
+                f"A{i}B",
+                f"{20 + 30 * (i % 3) + i % 5}.99",
+                i % 2,
+                kind,
+            ]
             makers = ["Peanut Shell", "", ("", "Ivy")[i % 2]]
             sizes = [("", "1.5 lbs")[i % 2], f'{i % 9 + 20}"', "", f'{i % 7 + 5}"']
             stuff = [("cotton / polyester", "taffeta", "")[i % 3], "mauve / cream", ("", "wood")[i % 2]]

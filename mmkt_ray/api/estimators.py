@@ -57,9 +57,10 @@ class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn 
         folder: str | None = None,
         random_state: int = 0,
     ) -> None:
-        """modalities: column -> image, text, ..; None: told by the values of each column. encoders: column -> encoder, as in a
-        config. settings: dotted keys of the config -> values, e.g. {"training.steps": 200}. folder: of the run, which then stays
-        and is resumed by the same data; None: a temporary one. random_state: seed of everything random.
+        """modalities: column -> image, text, ..; None: told by the values of each column. encoders: column ->
+        encoder, as in a config. settings: dotted keys of the config -> values, e.g. {"training.steps": 200}. folder:
+        of the run, which then stays and is resumed by the same data; None: a temporary one.
+        random_state: seed of everything random.
         """
         self.modalities = modalities
         self.encoders = encoders
@@ -68,10 +69,13 @@ class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn 
         self.random_state = random_state
 
     def _fit(self, rows: TableLike, labels: Sequence[Any], task: Mapping[str, Any]) -> None:
-        """Train a model of a task. labels: one of each row, as the task's kind writes them. task: its section of a config."""
+        """Train a model of a task. labels: one of each row, as the task's kind writes them.
+        task: its section of a config."""
         kinds = dict(self.modalities) if self.modalities is not None else tell_modalities(rows)
         if unknown := [name for name in kinds if name not in column_names(rows)]:
-            raise ConfigError(f"modalities: no column '{unknown[0]}': {nearest(unknown[0], map(str, column_names(rows)))}")
+            raise ConfigError(
+                f"modalities: no column '{unknown[0]}': {nearest(unknown[0], map(str, column_names(rows)))}"
+            )
         self.columns_ = own_names(kinds)
         with self._place() as folder:
             config = self._config(folder, {own: kinds[name] for own, name in self.columns_.items()}, task)
@@ -135,9 +139,11 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignor
     classes_: np.ndarray
 
     def fit(self, X: TableLike, y: Any) -> MultimodalClassifier:
-        """Train on N rows and their classes (N,), of any type that can be sorted. Needs Ray, which it starts on this machine.
+        """Train on N rows and their classes (N,), of any type that can be sorted.
+        Needs Ray, which it starts on this machine.
 
-        Raises: ValueError (ConfigError, DataError) for labels that are missing, of one class, or more or fewer than the rows.
+        Raises: ValueError (ConfigError, DataError) for labels that are missing, of one class,
+        or more or fewer than the rows.
         """
         labels, self.classes_ = self._checked_labels(X, y)
         names = class_names(self.classes_)
@@ -149,8 +155,11 @@ class MultimodalClassifier(ClassifierMixin, MultimodalEstimator):  # type: ignor
         return self
 
     def predict_proba(self, X: TableLike) -> np.ndarray:
-        """(N, C) probabilities, columns as in `classes_`; of a row without any modality how frequent the classes were."""
-        values = proba_array(self._answers(X).column(f"{TASK}_proba"), len(self.model_.classes[TASK])).astype(np.float64)
+        """(N, C) probabilities, columns as in `classes_`; of a row without any modality how frequent the classes
+        were."""
+        values = proba_array(self._answers(X).column(f"{TASK}_proba"), len(self.model_.classes[TASK])).astype(
+            np.float64
+        )
         found = np.where(self._order < 0, 0.0, values[:, self._order])
         found[np.isnan(found).any(axis=1)] = self._priors
         return np.asarray(found / found.sum(axis=1, keepdims=True))
@@ -195,8 +204,8 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
         transform: str = "standardize",
         loss: str = "squared",
     ) -> None:
-        """transform: none, log, standardize or rank; loss: squared, absolute or huber, on the transformed scale; the rest as in
-        MultimodalEstimator."""
+        """transform: none, log, standardize or rank; loss: squared, absolute or huber, on the transformed scale; the
+        rest as in MultimodalEstimator."""
         super().__init__(
             modalities=modalities, encoders=encoders, settings=settings, folder=folder, random_state=random_state
         )
@@ -206,7 +215,8 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
     def fit(self, X: TableLike, y: Any) -> MultimodalRegressor:
         """Train on N rows and their numbers (N,). Needs Ray, which it starts on this machine.
 
-        Raises: ValueError (ConfigError, DataError) for labels that are no finite numbers, or more or fewer than the rows.
+        Raises: ValueError (ConfigError, DataError) for labels that are no finite numbers,
+        or more or fewer than the rows.
         """
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
@@ -242,7 +252,9 @@ def tell_modalities(rows: TableLike) -> dict[str, str]:
     kinds = {name: c.kind for name, c in zip(names, found, strict=True) if KINDS[c.kind].role == "modality"}
     if not kinds:
         columns = ", ".join(f"{c.name}: {c.kind} ({c.why})" for c in found)
-        raise DataError(f"no column holds images, sounds or texts: {columns or 'there are no columns'}; say modalities={{..}}")
+        raise DataError(
+            f"no column holds images, sounds or texts: {columns or 'there are no columns'}; say modalities={{..}}"
+        )
     return kinds
 
 
@@ -262,7 +274,8 @@ def _encoder(kind: str) -> Any:
 
 
 def class_names(classes: np.ndarray) -> list[str]:
-    """What the classes are called in the run: as written where a run takes them for distinct ones, else `class <number>`."""
+    """What the classes are called in the run: as written where a run takes them for distinct ones,
+    else `class <number>`."""
     names = [_name_in_run(value.item() if isinstance(value, np.generic) else value) for value in classes]
     if None in names or len({canonical(str(name)) for name in names}) < len(names):
         return [f"class {number}" for number in range(len(names))]
@@ -282,8 +295,8 @@ def _name_in_run(value: Any) -> str | None:
 
 
 def write_shard(path: Path, rows: TableLike, columns: Mapping[str, str], labels: Sequence[Any], config: Config) -> None:
-    """The rows as one Parquet shard: `row`, `split`, the modalities as bytes and texts, the labels. Cells that cannot be read are
-    null there, and a warning says so."""
+    """The rows as one Parquet shard: `row`, `split`, the modalities as bytes and texts, the labels. Cells that cannot
+    be read are null there, and a warning says so."""
     plan = ReadingPlan.of(config)
     reading = Reading(plan, Shard(0, "rows", "rows", ""))
     files, schema = file_reader(reading, None), sample_schema(plan)

@@ -1,7 +1,7 @@
 """What stands in a DataFrame, an Arrow table or a list of dicts -> cells as the readers of shards give them.
 
-An image may be a path, the bytes of a file, a PIL image or an array; whatever it is, it becomes the bytes of a file, so that
-one decoder sees them all. None, NaN, pandas.NA and an empty path are an absent modality.
+An image may be a path, the bytes of a file, a PIL image or an array; whatever it is, it becomes the bytes of a file,
+so that one decoder sees them all. None, NaN, pandas.NA and an empty path are an absent modality.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TableLike: TypeAlias = pd.DataFrame | pa.Table | Sequence[Mapping[str, Any]]
 
 
 def column_names(rows: TableLike) -> list[str]:
-    """The names of the columns; of a list of dicts all keys. Raises: DataError for anything else, and for a name that is
-    there twice."""
+    """The names of the columns; of a list of dicts all keys. Raises: DataError for anything else, and for a name that
+    is there twice."""
     if isinstance(rows, pd.DataFrame):
         names = list(rows.columns)
     elif isinstance(rows, pa.Table):
@@ -58,7 +58,8 @@ def _is_absent(value: Any) -> bool:
 
 
 def raw_cell(kind: ModalityKind, value: Any, files: FileReader | None) -> Any:
-    """A cell as a reader of shards gives it, a ValueError where it cannot be read. files: None where paths are not read."""
+    """A cell as a reader of shards gives it, a ValueError where it cannot be read.
+    files: None where paths are not read."""
     if value is None:
         return None
     try:
@@ -89,7 +90,8 @@ def _described(value: Any) -> str:
 
 
 def file_reader(reading: Reading, root: str | None) -> FileReader:
-    """Reads paths in cells: relative ones from `root`, out of which none may lead; without it from the current folder."""
+    """Reads paths in cells: relative ones from `root`, out of which none may lead;
+    without it from the current folder."""
     if root is not None:
         return FileReader(reading, os.path.abspath(root))
     free = type(reading)(reading.plan.with_source(reading.shard.source, allow_outside=True), reading.shard)

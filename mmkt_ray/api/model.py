@@ -45,10 +45,12 @@ def load(
 ) -> Model:
     """A model for this process, from its folder (`runs/NAME/models/MODEL`), or from a run's folder: the one to ship.
 
-    overrides: dotted keys of the model's config -> values of your own, as `mmkt predict --set`. trust_code: import what the
-    model's card names as module:Class, and read the files that it names outside of its folder. device: as torch names it.
+    overrides: dotted keys of the model's config -> values of your own, as `mmkt predict --set`. trust_code: import
+    what the model's card names as module:Class, and read the files that it names outside of its folder.
+    device: as torch names it.
 
-    Raises: DataError if there is no whole model, ConfigError if it asks for code or files and `trust_code` is not set.
+    Raises: DataError if there is no whole model, ConfigError if it asks for code or files and `trust_code` is not
+    set.
     """
     uri = model_to_ship(storage.absolute(str(folder)))
     network, card = load_model(uri)
@@ -67,7 +69,9 @@ def load(
             if m in source.columns:
                 several = not isinstance(source.columns[m], str)
                 (parts.setdefault(m, []) if several else aliases[m]).extend(source.theirs(m))
-    return Model(uri, dict(card.class_names), network.to(torch.device(device)), config, encoder, reducers, aliases, parts)
+    return Model(
+        uri, dict(card.class_names), network.to(torch.device(device)), config, encoder, reducers, aliases, parts
+    )
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,10 @@ class Model:
     encoder: SampleEncoder = field(repr=False)
     reducers: Mapping[str, Any] = field(repr=False)
     aliases: Mapping[str, list[str]] = field(repr=False)  # modality -> what the columns of training were called
-    parts: Mapping[str, list[str]] = field(repr=False)  # modality made of several columns -> their names, or patterns for them
-    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)  # of a thread in the encoders
+    # modality made of several columns -> their names, or patterns for them
+    parts: Mapping[str, list[str]] = field(repr=False)
+    # of a thread in the encoders
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __repr__(self) -> str:
         reads = ", ".join(f"{m} ({kind})" for m, kind in self.modalities.items())
@@ -115,17 +121,18 @@ class Model:
     ) -> pd.DataFrame:
         """One row of answers for each of N rows, with the index of a DataFrame that was given.
 
-        rows: a DataFrame, an Arrow table or a list of dicts, with a column for each modality, called as the modality or as
-        the column of training; other columns are ignored, and a modality without a column is absent in all rows (a warning
-        says so). An image is a path, bytes of a file, a PIL image or an array (H, W, 3) of uint8; a sound is a path or bytes;
-        None and NaN are absent. columns: modality -> column, where it is called otherwise. root: the folder of relative
-        paths, out of which none may lead; without it any path is read, from the current folder. read_files: False refuses paths,
-        for rows that come from others.
+        rows: a DataFrame, an Arrow table or a list of dicts, with a column for each modality, called as the modality
+        or as the column of training; other columns are ignored, and a modality without a column is absent in all rows
+        (a warning says so). An image is a path, bytes of a file, a PIL image or an array (H, W, 3) of uint8; a sound
+        is a path or bytes; None and NaN are absent. columns: modality -> column, where it is called otherwise. root:
+        the folder of relative paths, out of which none may lead; without it any path is read, from the current
+        folder. read_files: False refuses paths, for rows that come from others.
 
         Returns per task `<task>_pred`: the class's name, of a multilabel task a list of names, of a regression
-        task a number, with the ends of its interval `<task>_low` and `_high` where the model knows them; None where the row has
-        none of the modalities that the task reads. With `proba` also `<task>_proba_<class>`, C columns of float32. Then
-        `missing`: the modalities that the row lacks, and `unreadable`: why, where one was there and could not be read, else None.
+        task a number, with the ends of its interval `<task>_low` and `_high` where the model knows them; None where
+        the row has none of the modalities that the task reads. With `proba` also `<task>_proba_<class>`, C columns of
+        float32. Then `missing`: the modalities that the row lacks, and `unreadable`: why, where one was there and
+        could not be read, else None.
 
         Raises: DataError if no column is a modality of the model's.
         """
@@ -152,7 +159,9 @@ class Model:
             given = "say which task" if task is None else f"the model has no task '{task}'"
             raise ConfigError(f"{given}: {nearest(name, self.tasks)}")
         if not self.network.spec.kinds[name].classes:
-            raise ConfigError(f"'{name}' is a number, which has no probabilities: `predict` gives its interval, _low and _high")
+            raise ConfigError(
+                f"'{name}' is a number, which has no probabilities: `predict` gives its interval, _low and _high"
+            )
         values = proba_array(self.predict_arrow(rows, **how).column(f"{name}_proba"), len(self.classes[name]))
         index = rows.index if isinstance(rows, pd.DataFrame) else None
         return pd.DataFrame(values, columns=self.classes[name], index=index)
@@ -182,11 +191,14 @@ class Model:
         return self._in_order(parts, rejects, len(rows))
 
     def _columns(self, rows: TableLike, named: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
-        """Modality -> the column of the rows that holds it, or several that make it. Raises: DataError, ConfigError."""
+        """Modality -> the column of the rows that holds it, or several that make it.
+        Raises: DataError, ConfigError."""
         known = column_names(rows)
         found: dict[str, str | tuple[str, ...]] = {}
         if unknown := sorted(named.keys() - self.modalities.keys()):
-            raise ConfigError(f"columns: the model has no modality '{unknown[0]}': {nearest(unknown[0], self.modalities)}")
+            raise ConfigError(
+                f"columns: the model has no modality '{unknown[0]}': {nearest(unknown[0], self.modalities)}"
+            )
         for m in self.modalities:
             wanted = [named[m]] if m in named else [m, *self.aliases[m]]
             if (name := next((n for n in wanted if n in known), None)) is not None:
@@ -194,7 +206,9 @@ class Model:
             elif own := tuple(n for n in known if any(fnmatchcase(str(n), part) for part in self.parts.get(m, ()))):
                 found[m] = own
             elif m in named:
-                raise DataError(f"columns: there is no column '{named[m]}' for '{m}': {nearest(named[m], map(str, known))}")
+                raise DataError(
+                    f"columns: there is no column '{named[m]}' for '{m}': {nearest(named[m], map(str, known))}"
+                )
         if absent := sorted(self.modalities.keys() - found.keys()):
             message = f"no column for {', '.join(map(repr, absent))}; the columns are {[str(n) for n in known]}"
             if not found:

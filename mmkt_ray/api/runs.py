@@ -32,8 +32,8 @@ def run(
 ) -> Results:
     """Everything of a run that is not done yet, as `mmkt run` does it: extract, train, evaluate, report.
 
-    config: a path of a YAML file, the same as a dict, or a `Config`. overrides: dotted keys -> values, as `--set`. quick: a first
-    answer, in a run folder of its own: some of the rows, few steps, no studies.
+    config: a path of a YAML file, the same as a dict, or a `Config`. overrides: dotted keys -> values, as `--set`.
+    quick: a first answer, in a run folder of its own: some of the rows, few steps, no studies.
 
     Raises: ConfigError, DataError, ResourceError: what is wrong and what to do next.
     """
@@ -64,7 +64,9 @@ def results(folder: str | PathLike[str]) -> Results:
     """What a finished run left in its folder. Raises: DataError if there is none."""
     uri = storage.absolute(str(folder))
     if not storage.exists(storage.join(uri, "report", "results.json")):
-        raise DataError(f"'{uri}' is no folder of a finished run (no report/results.json): run it first, e.g. by mm.run(..)")
+        raise DataError(
+            f"'{uri}' is no folder of a finished run (no report/results.json): run it first, e.g. by mm.run(..)"
+        )
     return Results(uri)
 
 
@@ -119,7 +121,10 @@ class Results:
 
     def __repr__(self) -> str:
         chosen = self.summary.recommended
-        return f"Results(folder={self.folder!r}, best={chosen.model if chosen else None!r}, tables={list(self.tables)})"
+        return (
+            f"Results(folder={self.folder!r}, best={chosen.model if chosen else None!r}, "
+            f"tables={list(self.tables)})"
+        )
 
 
 class Tables(Mapping[str, pd.DataFrame]):
@@ -160,7 +165,9 @@ def _scores(found: Results) -> pd.DataFrame:
         for row in about.rows:
             cells = {k: v for k, v in row.to_dict().items() if k not in ("rows_id", "unseen", "versus")}
             cells = {"task": task, "model": row.model} | dict(sorted(cells.items()))
-            rows.append(_flat(cells) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_"))
+            rows.append(
+                _flat(cells) | _flat(dict(sorted(row.versus.to_dict().items())) if row.versus else {}, "versus_")
+            )
     return pd.DataFrame(rows)
 
 
@@ -184,9 +191,13 @@ def _candidates(found: Results) -> pd.DataFrame:
 def _classes(found: Results) -> pd.DataFrame:
     chosen, rows = found.summary.models[found.best_name], []
     uri = storage.join(found.folder, _place(found, "BEST/metrics.json"))
-    tasks = BaselinesFile.read(uri).models[chosen.name].tasks if chosen.kind == "baseline" else ModelMetrics.read(uri).tasks
+    tasks = (
+        BaselinesFile.read(uri).models[chosen.name].tasks if chosen.kind == "baseline" else ModelMetrics.read(uri).tasks
+    )
     for task, about in tasks.items():
-        rows += [{"task": task, "class": name} | dict(sorted(s.to_dict().items())) for name, s in about.per_class.items()]
+        rows += [
+            {"task": task, "class": name} | dict(sorted(s.to_dict().items())) for name, s in about.per_class.items()
+        ]
     return pd.DataFrame(rows)
 
 
@@ -204,7 +215,8 @@ def _suspects(found: Results) -> pd.DataFrame:
 
 TABLES: dict[str, tuple[str, Callable[[Results], pd.DataFrame]]] = {  # name -> the file it needs, how it is made
     "scores": ("report/results.json", _scores),  # one row for each task and model: scores on test with their intervals
-    "candidates": ("report/results.json", _candidates),  # the models that may be shipped, by held-out rows, the chosen one first
+    # the models that may be shipped, by held-out rows, the chosen one first
+    "candidates": ("report/results.json", _candidates),
     "classes": ("BEST/metrics.json", _classes),  # precision, recall and F1 of each class, of the best model
     "predictions": ("BEST/predictions-test.parquet", _predictions),  # of the best model on test, with labels
     "suspects": ("suspects.parquet", _suspects),  # train rows that their label or the other modality contradicts

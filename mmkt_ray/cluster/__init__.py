@@ -1,4 +1,5 @@
-"""The Ray that a job runs on: its own on this machine, or the cluster that it was pointed to; never another by accident."""
+"""The Ray that a job runs on: its own on this machine, or the cluster that it was pointed to;
+never another by accident."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def _attach(address: str) -> None:
 
 
 def check_answers(address: str) -> None:
-    """Ray itself waits minutes for a head that is gone. Raises: ResourceError if no gRPC server answers in 10 s or less."""
+    """Ray itself waits minutes for a head that is gone. Raises:
+    ResourceError if no gRPC server answers in 10 s or less."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not (host and port.isascii() and port.isdigit()):
         if address == "auto" or "://" in address:
@@ -95,8 +97,8 @@ def check_answers(address: str) -> None:
 def no_cluster(address: str, why: str) -> ResourceError:
     """The error for an address where no cluster answers."""
     return ResourceError(
-        f"no Ray cluster answers at RAY_ADDRESS={address} ({why}); if the cluster uses tokens set RAY_AUTH_MODE=token "
-        "and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({why}); if the cluster uses tokens set "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
     )
 
 
@@ -111,9 +113,11 @@ def configure_data() -> None:
     context.raise_original_map_exception = True  # a user's error says what to do, Ray's hides it
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS  # Ray's own: the first one ends the job
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # fewer chunks than actors are no fault
+    # fewer chunks than actors are no fault
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # the error itself comes, and is told by the CLI
+    # the error itself comes, and is told by the CLI
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -141,14 +145,14 @@ def check_fits(resources: Resources, num_actors: int, cpus_each: float, gpus_eac
     most = int(max(0, (resources.num_cpus - 1) // cpus_each))
     if needed > resources.num_cpus:
         raise ResourceError(
-            f"{num_actors} encoder actors of {cpus_each:g} CPU and one CPU for reading need {needed:g} CPUs, the cluster has "
-            f"{resources.num_cpus:g}: set extract.num_actors to at most {most}, or add nodes"
+            f"{num_actors} encoder actors of {cpus_each:g} CPU and one CPU for reading need {needed:g} CPUs, the "
+            f"cluster has {resources.num_cpus:g}: set extract.num_actors to at most {most}, or add nodes"
         )
     if gpus_each and num_actors > gpu_places(resources, gpus_each):
         raise ResourceError(
             f"{num_actors} encoder actors of {gpus_each:g} GPU need {num_actors * gpus_each:g} GPUs, the cluster has "
-            f"{resources.num_gpus:g}, room for {gpu_places(resources, gpus_each)}: lower extract.num_actors or extract.num_gpus "
-            "(0 runs on CPUs)"
+            f"{resources.num_gpus:g}, room for {gpu_places(resources, gpus_each)}: lower extract.num_actors or "
+            "extract.num_gpus (0 runs on CPUs)"
         )
 
 
@@ -156,8 +160,8 @@ Run = Callable[[Callable[..., Any], Any, int, str | None], Any]  # `run_on_worke
 
 
 def ask_workers(run: Run, loop: Callable[..., Any], job: Any, num_workers: int, scratch_uri: str | None = None) -> Any:
-    """What the workers come to. Raises: the user's error, which a loop returns as a value: raised there, it would be tried
-    again as a crash."""
+    """What the workers come to. Raises: the user's error, which a loop returns as a value: raised there, it would be
+    tried again as a crash."""
     outcome = run(loop, job, num_workers, scratch_uri)
     if isinstance(outcome, UserError):
         raise outcome
@@ -167,10 +171,12 @@ def ask_workers(run: Run, loop: Callable[..., Any], job: Any, num_workers: int, 
 def run_on_workers(
     loop: Callable[[Any, int, int, torch.device], Any], job: Any, num_workers: int, scratch_uri: str | None = None
 ) -> Any:
-    """Run `loop(job, rank, world_size, device)` on Ray Train workers; returns rank 0's result. One worker runs right here.
+    """Run `loop(job, rank, world_size, device)` on Ray Train workers; returns rank 0's result.
+    One worker runs right here.
 
-    With several workers torch.distributed is set up (gloo on CPUs, NCCL on GPUs) and a dead worker restarts them all, up to
-    twice; the loop itself resumes from its own checkpoint. Raises: ResourceError if the cluster can't place them.
+    With several workers torch.distributed is set up (gloo on CPUs, NCCL on GPUs) and a dead worker restarts them all,
+    up to twice; the loop itself resumes from its own checkpoint.
+    Raises: ResourceError if the cluster can't place them.
     """
     import torch
 
@@ -201,7 +207,8 @@ def _run_train(
     if num_workers + 1 > resources.num_cpus:
         raise ResourceError(
             f"{num_workers} training workers and their driver need {num_workers + 1} CPUs, "
-            f"the cluster has {resources.num_cpus:g}: set num_workers to at most {int(resources.num_cpus) - 1}, or add nodes"
+            f"the cluster has {resources.num_cpus:g}: set num_workers to at most {int(resources.num_cpus) - 1}, or "
+            "add nodes"
         )
 
     def on_worker(payload: dict[str, Any]) -> Any:
@@ -237,14 +244,16 @@ def _run_train(
 
 
 def release_groups(before: set[str]) -> None:
-    """Give back this job's placement groups that came since `before`: Ray Train leaves them, with the workers, if it fails
-    while it starts them."""
+    """Give back this job's placement groups that came since `before`: Ray Train leaves them, with the workers, if it
+    fails while it starts them."""
     own = ray.get_runtime_context().get_job_id()
-    remove_groups([g for g in set(placement_group_table()) - before if g.endswith(own)])  # other jobs' groups are not ours
+    # other jobs' groups are not ours
+    remove_groups([g for g in set(placement_group_table()) - before if g.endswith(own)])
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed buffers for the next batch rather than map and unmap pages each time (1.2x in the CNN)."""
+    """Have glibc keep large freed buffers for the next batch rather than map and unmap pages each time (1.2x in the
+    CNN)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter, num_bytes in (

@@ -1,7 +1,8 @@
 """Ray's workers on one machine as forks of one process that has imported what they need.
 
-Ray starts a new interpreter for each worker and each actor, which imports Ray Data, PyTorch and this package anew: 2 to 4
-seconds of a core each, a dozen times in a small run. A fork takes a tenth of a second, and shares the memory of the imports.
+Ray starts a new interpreter for each worker and each actor, which imports Ray Data, PyTorch and this package anew: 2
+to 4 seconds of a core each, a dozen times in a small run. A fork takes a tenth of a second,
+and shares the memory of the imports.
 
     Ray's raylet -> forked_worker.py, a stand-in for each worker -> socket -> this process -> fork: the worker
 
@@ -42,8 +43,9 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "mmkt_ray.encoders.text:compile_kernels",  # Numba's own imports, which wait for the first call: 0.4 s
 )
 TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
-# The driver may have found the package by a path of its own, which is not that of a worker. `leave` is registered first, so it is
-# called last: without it, the end of the interpreter finds objects that `serve_forks` froze, and nanobind reports them as leaks.
+# The driver may have found the package by a path of its own, which is not that of a worker. `leave` is registered
+# first, so it is called last: without it, the end of the interpreter finds objects that `serve_forks` froze,
+# and nanobind reports them as leaks.
 START = """
 import atexit, importlib, json, os, sys
 def leave():
@@ -67,11 +69,12 @@ _servers: list[subprocess.Popen[bytes]] = []  # that this process has started: e
 
 
 def fork_server(folder: str, modules: Sequence[str] = (*PRELOADED, *TRAINING)) -> tuple[str, dict[str, str]]:
-    """Start the server, with its socket in `folder`, on Linux. Returns the script that stands for a worker, and the variables
-    that its environment needs."""
+    """Start the server, with its socket in `folder`, on Linux. Returns the script that stands for a worker, and the
+    variables that its environment needs."""
     path = f"{folder}/{FILE}"
     os.makedirs(folder, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **worker_environment()}  # 1: NumPy starts threads as it is imported
+    # 1: NumPy starts threads as it is imported
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **worker_environment()}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         os.chmod(path, 0o600)  # whoever connects has code run
@@ -128,7 +131,8 @@ Request = tuple[dict[str, Any], socket.socket, list[int]]
 
 
 def next_request(listener: socket.socket) -> Request | None:
-    """The next worker that Ray wants, the connection to its stand-in and the standard streams; None when the driver has ended."""
+    """The next worker that Ray wants, the connection to its stand-in and the standard streams;
+    None when the driver has ended."""
     watched: list[Any] = [listener, 0]
     while True:
         ready, _, _ = select.select(watched, [], [])

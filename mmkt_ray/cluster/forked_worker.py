@@ -1,6 +1,6 @@
-"""Stands for a Ray worker towards Ray, which starts this file in place of its own `setup_worker.py`: the worker itself is
-forked by fork_server.py. Where that cannot be, Ray's own file takes over. Imports the standard library alone: it starts in
-20 ms.
+"""Stands for a Ray worker towards Ray, which starts this file in place of its own `setup_worker.py`: the worker
+itself is forked by fork_server.py. Where that cannot be, Ray's own file takes over. Imports the standard library
+alone: it starts in 20 ms.
 """
 
 import json

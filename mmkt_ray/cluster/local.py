@@ -36,7 +36,8 @@ from mmkt_ray.ray_private import (
 MIN_LOGICAL_CPUS = 4  # Ray counts CPUs to place actors; two cores would leave no room for a read beside two encoders
 OBJECT_STORE_BYTES = 1_000_000_000
 PREFIX = "mmkt-ray-"
-MAX_PARENT = 107 - len(f"/{PREFIX}12345678/ray/session_2026-11-30_11-18-23_402342_1234567/sockets/plasma_store")  # of a socket
+# of a socket
+MAX_PARENT = 107 - len(f"/{PREFIX}12345678/ray/session_2026-11-30_11-18-23_402342_1234567/sockets/plasma_store")
 LOCK = "in-use"  # locked as long as the folder's owner lives, also on a /tmp that containers share
 TOKEN_BYTES = 32  # of the token by which Ray's processes know each other
 END_TIMEOUT_S = 10.0  # for Ray to end by itself before it is killed, and for what was killed to be gone
@@ -46,8 +47,8 @@ _ahead: dict[str, tuple[str, dict[str, str]]] = {}  # folder of a Ray that will 
 
 
 def start_ahead(trains: bool = True) -> None:
-    """Where a Ray of our own will be wanted: have the process that its workers are forks of import what they need, while this
-    one still imports what it needs itself. trains: whether workers will train."""
+    """Where a Ray of our own will be wanted: have the process that its workers are forks of import what they need,
+    while this one still imports what it needs itself. trains: whether workers will train."""
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or _own.get(os.getpid()) or sys.platform != "linux":
         return
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # by whoever calls us from Python
@@ -73,8 +74,8 @@ def start_local() -> None:
         folder = next(iter(_ahead), None) or private_folder()
     except OSError as error:
         raise ResourceError(
-            f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token in "
-            "~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
+            f"Ray cannot start: {error}; it needs a folder for its session (set RAY_TMPDIR to another) and its token "
+            "in ~/.ray (set RAY_AUTH_TOKEN_PATH to another)"
         ) from None
     with loopback_alone(), without_dashboard(), without_noise(), keep_signals(), told_if_slow(), forked_workers(folder):
         init_local(
@@ -88,8 +89,8 @@ def start_local() -> None:
 
 @contextmanager
 def forked_workers(folder: str) -> Iterator[None]:
-    """A Ray that starts meanwhile forks its workers, see fork_server.py; the socket lies in `folder`. Nothing but on Linux:
-    a fork of a process with Apple's frameworks may crash."""
+    """A Ray that starts meanwhile forks its workers, see fork_server.py; the socket lies in `folder`. Nothing but on
+    Linux: a fork of a process with Apple's frameworks may crash."""
     if sys.platform != "linux":
         yield
         return
@@ -100,8 +101,10 @@ def forked_workers(folder: str) -> Iterator[None]:
 def set_ray_defaults() -> None:
     """What Ray reads from the environment of this process and of those that it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # before the lines of workers: they go to files as often as to a screen
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15: beside another busy program its workers stand still
+    # before the lines of workers: they go to files as often as to a screen
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # Ray's own 15: beside another busy program its workers stand still
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @contextmanager
@@ -113,13 +116,14 @@ def told_if_slow() -> Iterator[None]:
         if STARTED_TOO_SLOWLY not in str(error):
             raise
         raise ResourceError(
-            "Ray did not start within 30 s: this machine is too busy with other processes; give the same command again when "
-            "there is less to do, it goes on from here"
+            "Ray did not start within 30 s: this machine is too busy with other processes; give the same command "
+            "again when there is less to do, it goes on from here"
         ) from None
 
 
 def private_folder() -> str:
-    """A new folder for this user alone, removed at exit with the Ray in it; those that a killed command left are removed now."""
+    """A new folder for this user alone, removed at exit with the Ray in it;
+    those that a killed command left are removed now."""
     parent = session_parent()
     remove_left(parent)
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)  # mode 0700
@@ -131,16 +135,16 @@ def private_folder() -> str:
 
 
 def session_parent() -> str:
-    """Where Ray itself would put its sessions; /tmp where a TMPDIR, as batch systems set it, is too long for sockets. Short
-    elsewhere than on Linux, too.
+    """Where Ray itself would put its sessions; /tmp where a TMPDIR, as batch systems set it, is too long for sockets.
+    Short elsewhere than on Linux, too.
 
     Raises: ResourceError if RAY_TMPDIR is too long.
     """
     if asked := os.environ.get("RAY_TMPDIR"):
         if len(asked) > MAX_PARENT:
             raise ResourceError(
-                f"RAY_TMPDIR is '{asked}': paths of sockets below it would be longer than Linux allows; set it to a folder of at "
-                f"most {MAX_PARENT} characters, or unset it"
+                f"RAY_TMPDIR is '{asked}': paths of sockets below it would be longer than Linux allows; set it to a "
+                f"folder of at most {MAX_PARENT} characters, or unset it"
             )
         return asked
     common = (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
@@ -178,8 +182,8 @@ def stop_local() -> None:
 
 
 def kill_local() -> None:
-    """The same at once, whatever state they are in. The process must end right after it: Ray's C++ code aborts one whose
-    servers are gone, so these are held until all else is done."""
+    """The same at once, whatever state they are in. The process must end right after it: Ray's C++ code aborts one
+    whose servers are gone, so these are held until all else is done."""
     if folder := _own.get(os.getpid()):
         servers, others = hold_servers(folder)
         kill(others, timeout_s=1)

@@ -1,4 +1,5 @@
-"""torch.distributed of training workers, with sockets on the addresses of their nodes alone: 127.0.0.1 on one machine.
+"""torch.distributed of training workers, with sockets on the addresses of their nodes alone:
+127.0.0.1 on one machine.
 
 By itself torch listens on all interfaces where the workers meet, and gloo on the address of the machine's name.
 """
@@ -83,7 +84,8 @@ def serve_store() -> tuple[str, int]:
 
 
 def join_group(rank: int, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
-    """Meet the others, and talk over the interface that has this node's address, unless the environment names another."""
+    """Meet the others, and talk over the interface that has this node's address,
+    unless the environment names another."""
     if interface := interface_of(ray.util.get_node_ip_address()):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)

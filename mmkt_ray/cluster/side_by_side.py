@@ -1,7 +1,8 @@
-"""Calls that do not wait for each other, each on its share of the cores: the fits of a run, its baselines, its studies.
+"""Calls that do not wait for each other, each on its share of the cores:
+the fits of a run, its baselines, its studies.
 
-One call runs right here. Several run as Ray tasks, on this machine or on the cluster that the command was pointed to; a task
-whose worker dies is given to another one, so a call must be one that can be made again.
+One call runs right here. Several run as Ray tasks, on this machine or on the cluster that the command was pointed to;
+a task whose worker dies is given to another one, so a call must be one that can be made again.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class _Share:
 class SideBySide:
     """Several calls that have begun.
 
-    calls: those that others come after stand before them. of: how many there were before some were found to be done, so that
-    what is left gets the threads that it would have had, and with them the same last bits. gpu: each takes a GPU if there is
-    one. num_bytes: that each holds, so that no more run at once than a node has memory for.
+    calls: those that others come after stand before them. of: how many there were before some were found to be done,
+    so that what is left gets the threads that it would have had, and with them the same last bits. gpu: each takes a
+    GPU if there is one. num_bytes: that each holds, so that no more run at once than a node has memory for.
     """
 
     def __init__(
@@ -116,7 +117,8 @@ def side_by_side(calls: Mapping[str, Call], of: int | None = None, num_bytes: in
 
 
 def run_here(loop: Loop, job: Any, num_workers: int, scratch_uri: str | None) -> Any:
-    """As `run_on_workers` with one worker, within a call: in this process, with the threads and the GPU that the call has."""
+    """As `run_on_workers` with one worker, within a call: in this process,
+    with the threads and the GPU that the call has."""
     import torch
 
     return loop(job, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,7 +1,8 @@
 """The one typed, frozen description of a run, read from YAML or built in Python.
 
 Unknown keys are errors that name the nearest known key. A choice with options of its own may be written as its bare
-name (`fusion: concat`) or as a mapping (`fusion: {name: hierarchical, depth: 2}`). Dimensions are derived, never stated.
+name (`fusion: concat`) or as a mapping (`fusion: {name: hierarchical, depth: 2}`).
+Dimensions are derived, never stated.
 """
 
 from mmkt_ray.config.modality_config import TaskConfig

@@ -25,11 +25,13 @@ class ModalityConfig(Section):
     """One modality: what it is, how it is encoded, how its features are reduced."""
 
     kind: Annotated[ModalityKind, OneOf("kind of modality", MODALITY_KINDS)] = Field(
-        description="what the column holds: " + "; ".join(f"{name}: {kind.holds}" for name, kind in MODALITY_KINDS.items())
+        description="what the column holds: "
+        + "; ".join(f"{name}: {kind.holds}" for name, kind in MODALITY_KINDS.items())
     )
     encoder: EncoderConfig = Field(description="raw values -> feature vectors")
     reduce: ReduceConfig | None = Field(
-        None, description="features -> fewer features: " + "; ".join(f"{name}: {r.does}" for name, r in REDUCERS.items())
+        None,
+        description="features -> fewer features: " + "; ".join(f"{name}: {r.does}" for name, r in REDUCERS.items()),
     )
     hidden_dim: int | None = Field(
         None, ge=1, le=MAX_DIM, description="tower width under sharing: separate; null: from the features' width"
@@ -48,13 +50,15 @@ class TaskConfig(Section):
         TaskKind, PlainValidator(task_kind), PlainSerializer(lambda kind: kind.as_json(), return_type=Any)
     ] = Field(
         Multiclass(),
-        description="multiclass: one of several classes; binary: of two, the later in sorted order is the positive one; "
-        "multilabel: any number of classes per sample (a list in the source, or a string split at `separator`); ordinal: one of "
-        "the grades in `order`, lowest first; regression: a number, with `transform` (none, log, standardize, rank), `loss` "
-        "(squared, absolute, huber, pinball) and the `quantile` of the latter",
+        description="multiclass: one of several classes; binary: of two, the later in sorted order is the positive "
+        "one; multilabel: any number of classes per sample (a list in the source, or a string split at `separator`); "
+        "ordinal: one of the grades in `order`, lowest first; regression: a number, with `transform` (none, log, "
+        "standardize, rank), `loss` (squared, absolute, huber, pinball) and the `quantile` of the latter",
     )
     separator: str = Field("|", min_length=1, description="multilabel: what separates the classes in a string")
-    inputs: Annotated[tuple[str, ...] | None, Once] = Field(None, description="modalities that the task may read; null: all")
+    inputs: Annotated[tuple[str, ...] | None, Once] = Field(
+        None, description="modalities that the task may read; null: all"
+    )
     label_frac: float | None = Field(
         None, gt=0, le=1, description="share of the task's train labels that is used; null: training.label_frac"
     )

@@ -52,8 +52,12 @@ class FusionConfig(Section):
 class ModelConfig(Section):
     """The fused, parameter-sharing model over the features."""
 
-    modalities: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="modalities it reads; null: all")
-    tasks: Annotated[tuple[str, ...] | None, Once] = Field(None, min_length=1, description="tasks it predicts; null: all")
+    modalities: Annotated[tuple[str, ...] | None, Once] = Field(
+        None, min_length=1, description="modalities it reads; null: all"
+    )
+    tasks: Annotated[tuple[str, ...] | None, Once] = Field(
+        None, min_length=1, description="tasks it predicts; null: all"
+    )
     fusion: Annotated[FusionConfig, BeforeValidator(as_mapping)] = Field(FusionConfig(), description="fusion method")
     sharing: str | tuple[str, ...] = Field(
         "task", description="sharing scheme of the towers, or one per level, bottom to top: " + ", ".join(SCHEME_NAMES)
@@ -68,19 +72,19 @@ class ModelConfig(Section):
     )
     missing: MissingStrategy = Field(
         "mask",
-        description="missing modalities: mask fuses what is there, drop trains on complete rows only, mean and zero fill "
-        "features, token learns a stand-in (from train rows that lack the modality: where there are few, with "
+        description="missing modalities: mask fuses what is there, drop trains on complete rows only, mean and zero "
+        "fill features, token learns a stand-in (from train rows that lack the modality: where there are few, with "
         "modality_dropout), generate predicts the missing features from the present ones",
     )
     wide: bool = Field(
         True,
-        description="also solve a linear model of the same features and add its logits, with a share that held-out rows choose "
-        "(wide & deep); only where training.auto leaves settings open",
+        description="also solve a linear model of the same features and add its logits, with a share that held-out "
+        "rows choose (wide & deep); only where training.auto leaves settings open",
     )
     experts: bool = Field(
         True,
-        description="also train models of fewer modalities, one of each alone among them; they answer the rows that lack the "
-        "others, and rows that lack none where they are clearly better on held-out rows",
+        description="also train models of fewer modalities, one of each alone among them; they answer the rows that "
+        "lack the others, and rows that lack none where they are clearly better on held-out rows",
     )
 
     @model_validator(mode="after")

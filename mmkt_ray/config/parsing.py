@@ -33,7 +33,9 @@ def parse(section: type[SectionT], raw: Mapping[str, Any]) -> SectionT:
     except ValidationError as error:
         faults: list[dict[str, Any]] = [dict(e) for e in error.errors()]
         places = [fault["loc"] for fault in faults]
-        own = [f for f in faults if f["type"] != "too_short" or not any(_is_inside(place, f["loc"]) for place in places)]
+        own = [
+            f for f in faults if f["type"] != "too_short" or not any(_is_inside(place, f["loc"]) for place in places)
+        ]
         raise ConfigError("\n".join(_explain(fault, section) for fault in own)) from None
 
 
@@ -85,7 +87,10 @@ class Loader(yaml.SafeLoader):
 
     def _check_base(self, node: yaml.ScalarNode) -> None:
         if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
-            why = f"YAML takes '{node.value}' for a number of base {60 if ':' in node.value else 8}: write it in base 10"
+            why = (
+                f"YAML takes '{node.value}' for a number of base {60 if ':' in node.value else 8}: write it in base "
+                "10"
+            )
             raise yaml.constructor.ConstructorError(None, None, f"{why}, or put the text in quotes", node.start_mark)
 
 
@@ -134,7 +139,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `a.b` of nested mappings and lists in place, making what is absent. Raises: ConfigError if a part holds none."""
+    """Set `a.b` of nested mappings and lists in place, making what is absent.
+    Raises: ConfigError if a part holds none."""
     *parents, last = dotted.split(".")
     node: Any = raw
     for part in parents:
@@ -160,7 +166,8 @@ def _assign(node: Any, part: str, value: Any) -> None:
 
 
 def sections_of(field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
-    """The sections inside a field, with the mark of its key: `[]` in lists, `.<name>` in mappings, `(cnn)` of a choice."""
+    """The sections inside a field, with the mark of its key:
+    `[]` in lists, `.<name>` in mappings, `(cnn)` of a choice."""
     choices = [mark for mark in field.metadata if isinstance(mark, OneOf)]
     yield from sections(choices[0] if choices else field.annotation)
 
@@ -213,7 +220,8 @@ def shortened(text: str) -> str:
 
 
 def _known_keys(parents: list[Any], root: type[Section]) -> list[str]:
-    """The fields of the section found by walking `parents` (which may hold list indices, mapping keys and union tags)."""
+    """The fields of the section found by walking `parents` (which may hold list indices, mapping keys and union
+    tags)."""
     candidates: list[type[Section]] = [root]
     for part in parents:
         fields = [c.model_fields[part] for c in candidates if isinstance(part, str) and part in c.model_fields]

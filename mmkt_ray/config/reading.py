@@ -19,7 +19,8 @@ from mmkt_ray.section import Section, fingerprint
 
 PACKAGE = Path(__file__).parents[1]
 MAX_BYTES = 2_000_000  # of a config
-SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "jobs" / "configs")  # the project's own configs: of a wheel, of a checkout
+# the project's own configs: of a wheel, of a checkout
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "jobs" / "configs")
 
 
 def shipped(path: str | Path) -> Path:
@@ -44,7 +45,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         text = data.decode()
     except FileNotFoundError:
         known = sorted(file.stem for folder in SHIPPED for file in folder.glob("*.yaml"))
-        raise ConfigError(f"no config at '{path}'; those that come with the project: {nearest(Path(path).stem, known)}") from None
+        raise ConfigError(
+            f"no config at '{path}'; those that come with the project: {nearest(Path(path).stem, known)}"
+        ) from None
     except (OSError, ValueError) as error:  # a folder, no permission; bytes that are no text
         raise ConfigError(f"'{path}' is no readable YAML file: {error}") from None
     if len(data) > MAX_BYTES:
@@ -64,7 +67,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def seed_32(seed: int) -> int:
-    """The seed itself where it has 32 bits, which is all that scikit-learn and Optuna take; else its digest of 32 bits."""
+    """The seed itself where it has 32 bits, which is all that scikit-learn and Optuna take;
+    else its digest of 32 bits."""
     return seed if seed < 2**32 else int(fingerprint(seed, 8), 16)
 
 

@@ -101,17 +101,20 @@ class Config(Section):
                 )
             if task is not None and modality.kind.pooled:
                 raise ConfigError(
-                    f"modalities.{name}: '{modality.encoder.name}' is trained on single values: set kind.pool to first"
+                    f"modalities.{name}: '{modality.encoder.name}' is trained on single values: set kind.pool to "
+                    "first"
                 )
             labels_of = modality.reduce.labels_of if modality.reduce is not None else None
             if labels_of is not None and labels_of not in self.tasks:
-                raise ConfigError(f"modalities.{name}.reduce.task: unknown task '{labels_of}': {nearest(labels_of, self.tasks)}")
+                raise ConfigError(
+                    f"modalities.{name}.reduce.task: unknown task '{labels_of}': {nearest(labels_of, self.tasks)}"
+                )
             if labels_of is not None and not self.tasks[labels_of].kind.exclusive:
                 raise ConfigError(f"modalities.{name}.reduce.task: '{labels_of}' must be a multiclass or binary task")
             if encoder is not None and modality.kind.name not in encoder.kinds:
                 raise ConfigError(
-                    f"modalities.{name}: encoder '{modality.encoder.name}' reads {' or '.join(encoder.kinds)}, the modality's "
-                    f"kind is {modality.kind.name}"
+                    f"modalities.{name}: encoder '{modality.encoder.name}' reads {' or '.join(encoder.kinds)}, the "
+                    f"modality's kind is {modality.kind.name}"
                 )
         for what, chosen, known in (
             ("modalities", self.model.modalities, self.modalities),
@@ -134,17 +137,20 @@ class Config(Section):
             for modality_name in task_config.inputs or ():
                 if modality_name not in self.modalities:
                     raise ConfigError(
-                        f"tasks.{name}.inputs: unknown modality '{modality_name}': {nearest(modality_name, self.modalities)}"
+                        f"tasks.{name}.inputs: unknown modality '{modality_name}': "
+                        f"{nearest(modality_name, self.modalities)}"
                     )
             if name in self.model_tasks and not self.task_inputs(name):
                 raise ConfigError(
-                    f"task '{name}' reads {list(task_config.inputs or ())}, the model only {list(self.model_modalities)}: "
-                    "add a modality to model.modalities, or leave the task out of model.tasks"
+                    f"task '{name}' reads {list(task_config.inputs or ())}, the model only "
+                    f"{list(self.model_modalities)}: add a modality to model.modalities, or leave the task out of "
+                    "model.tasks"
                 )
         for modality_name in self.training.transfer.init:
             if modality_name not in self.modalities:
                 raise ConfigError(
-                    f"training.transfer.init: unknown modality '{modality_name}': {nearest(modality_name, self.modalities)}"
+                    f"training.transfer.init: unknown modality '{modality_name}': "
+                    f"{nearest(modality_name, self.modalities)}"
                 )
         kinds = {name: task.kind for name, task in self.tasks.items()}
         self.training.objective.check("training.objective", kinds, self.model_tasks)
@@ -160,17 +166,19 @@ class Config(Section):
         for column, theirs in source.columns.items():
             takes_several = column in self.modalities and self.modalities[column].kind.takes_several
             if not isinstance(theirs, str) and not takes_several:
-                raise ConfigError(f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more")
+                raise ConfigError(
+                    f"source '{source.path}' fills '{column}' from a list: name one column, {column} takes no more"
+                )
             takes_arrays = column in self.modalities and self.modalities[column].kind.takes_arrays
             if column in source.arrays("") and not (takes_arrays and source.reader in ("parquet", "manifest")):
                 raise ConfigError(
-                    f"source '{source.path}' fills '{column}' from '{theirs}': an array fills vectors alone, beside shards of "
-                    "the readers parquet and manifest"
+                    f"source '{source.path}' fills '{column}' from '{theirs}': an array fills vectors alone, beside "
+                    "shards of the readers parquet and manifest"
                 )
             if source.reader not in ("parquet", "manifest") and not isinstance(theirs, str) and "*" in "".join(theirs):
                 raise ConfigError(
-                    f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader '{source.reader}' "
-                    "knows none of them before it reads"
+                    f"source '{source.path}' fills '{column}' from a pattern: name each column, as reader "
+                    f"'{source.reader}' knows none of them before it reads"
                 )
 
     def _check_columns(self, names: list[str]) -> None:
@@ -178,12 +186,15 @@ class Config(Section):
         columns = [(own, "a column of every table") for own in OWN_COLUMNS]
         columns += [(name, f"'{name}' of modalities or tasks") for name in names]
         columns += [(f"{m}_{end}", f"modality '{m}'") for m in self.modalities for end in ("features", "hash")]
-        columns += [(f"{t}_{end}", f"task '{t}'") for t in self.tasks for end in ("pred", "proba", "label", "low", "high")]
+        columns += [
+            (f"{t}_{end}", f"task '{t}'") for t in self.tasks for end in ("pred", "proba", "label", "low", "high")
+        ]
         owners: dict[str, str] = {}
         for column, owner in columns:
             if column in owners:
                 raise ConfigError(
-                    f"column names must be distinct: '{column}' belongs to {owners[column]} and to {owner}: rename one"
+                    f"column names must be distinct: '{column}' belongs to {owners[column]} and to {owner}: rename "
+                    "one"
                 )
             owners[column] = owner
 
@@ -200,7 +211,9 @@ class Config(Section):
             if task not in self.tasks:
                 raise ConfigError(f"samples.combine.labels: unknown task '{task}': {nearest(task, self.tasks)}")
             if not self.tasks[task].kind.classes:
-                raise ConfigError(f"samples.combine.labels: '{task}' is a {self.tasks[task].kind.name} task: pair by classes")
+                raise ConfigError(
+                    f"samples.combine.labels: '{task}' is a {self.tasks[task].kind.name} task: pair by classes"
+                )
 
     @property
     def task_kinds(self) -> dict[str, TaskKind]:
@@ -281,7 +294,8 @@ class Config(Section):
 
     @property
     def sources(self) -> set[str]:
-        """Names of the variants that this model takes knowledge over from; what holds a slash is a model folder instead."""
+        """Names of the variants that this model takes knowledge over from;
+        what holds a slash is a model folder instead."""
         transfer = self.training.transfer
         return {name for name in (*transfer.init.values(), *transfer.teachers) if "/" not in name}
 

@@ -10,7 +10,8 @@ from mmkt_ray.section import Section
 
 
 class TrackingConfig(Section):
-    """Settings, metrics and the report's place of each model, besides the run folder. Local folders; nothing is sent anywhere."""
+    """Settings, metrics and the report's place of each model, besides the run folder.
+    Local folders; nothing is sent anywhere."""
 
     mlflow: str | None = Field(None, description="folder of an MLflow file store; package mlflow-skinny; null: none")
     tensorboard: str | None = Field(None, description="folder for TensorBoard event files; null: none")

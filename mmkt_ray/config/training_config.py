@@ -15,18 +15,21 @@ from mmkt_ray.section import Once, Section
 class ObjectiveConfig(Section):
     """The number on val by which epochs and candidates are compared."""
 
-    task: str | None = Field(None, description="the task; null: all tasks. A model without it: the default metric of its own")
+    task: str | None = Field(
+        None, description="the task; null: all tasks. A model without it: the default metric of its own"
+    )
     metric: str | None = Field(
         None,
-        description="any metric of the task's kind in metrics.json, e.g. accuracy, balanced_accuracy, macro_recall, auroc, "
-        "log_loss; precision, recall, f1 and average_precision are a binary task's positive class; null: macro_f1 of classes, "
-        "r2 of numbers",
+        description="any metric of the task's kind in metrics.json, e.g. accuracy, balanced_accuracy, macro_recall, "
+        "auroc, log_loss; precision, recall, f1 and average_precision are a binary task's positive class; null: "
+        "macro_f1 of classes, r2 of numbers",
     )
     over: Literal["mean", "worst"] = Field("mean", description="of several tasks: their mean, or the worst of them")
     split: Literal["val"] = Field("val", description="test is for telling the result, once")
 
     def check(self, where: str, kinds: Mapping[str, TaskKind], tasks: Collection[str]) -> None:
-        """kinds: of all tasks; tasks: the model's. Raises: ConfigError for an unknown task, or a metric that its kind lacks."""
+        """kinds: of all tasks; tasks: the model's. Raises: ConfigError for an unknown task,
+        or a metric that its kind lacks."""
         if self.task is not None and self.task not in kinds:
             raise ConfigError(f"{where}.task: unknown task '{self.task}': {nearest(self.task, kinds)}")
         if self.metric is None:
@@ -53,7 +56,8 @@ class AugmentConfig(Section):
 
 
 class TransferConfig(Section):
-    """What this model takes over from models that are trained already; each is named as a variant, or is a model folder."""
+    """What this model takes over from models that are trained already;
+    each is named as a variant, or is a model folder."""
 
     init: dict[str, str] = Field(
         default_factory=dict,
@@ -89,12 +93,17 @@ class TrainingConfig(Section):
     auto: Annotated[tuple[str, ...], Once] = Field(
         (),
         description="settings that are chosen by data, see docs/methods.md: by default all of "
-        f"{', '.join(CHOSEN)} that the config does not give; [] or false: none, what is not given has its default here",
+        f"{', '.join(CHOSEN)} that the config does not give; [] or false: none, what is not given has its default "
+        "here",
     )
-    seed: int | None = Field(None, ge=0, lt=2**53, description="seed of initialisation, batches and dropout; null: the run's")
+    seed: int | None = Field(
+        None, ge=0, lt=2**53, description="seed of initialisation, batches and dropout; null: the run's"
+    )
     epochs: int = Field(30, ge=1, description="passes over the train split at most")
     steps: int | None = Field(
-        None, ge=1, description="steps of the optimiser at least, rounded up to whole epochs; null: as many as `epochs` take"
+        None,
+        ge=1,
+        description="steps of the optimiser at least, rounded up to whole epochs; null: as many as `epochs` take",
     )
     batch_size_per_worker: int = Field(256, ge=1, description="samples per step on each worker")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
@@ -102,8 +111,8 @@ class TrainingConfig(Section):
     l2: float | None = Field(
         None,
         gt=0,
-        description="penalty of a linear model (num_levels 0): weight of the squared weights against the summed losses, "
-        "1 / scikit-learn's C; null: chosen by cross-validation",
+        description="penalty of a linear model (num_levels 0): weight of the squared weights against the summed "
+        "losses, 1 / scikit-learn's C; null: chosen by cross-validation",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     label_frac: float = Field(
@@ -117,7 +126,8 @@ class TrainingConfig(Section):
     )
     generate: Literal["smote", "mixup"] | None = Field(
         None,
-        description="synthetic rows for rare classes: smote between neighbours of a class, mixup between any two of its rows",
+        description="synthetic rows for rare classes: smote between neighbours of a class, mixup between any two of "
+        "its rows",
     )
     logit_adjustment: float = Field(
         0.0, ge=0, description="times the log of the class frequencies added to the logits in training"
@@ -132,7 +142,8 @@ class TrainingConfig(Section):
     transfer: TransferConfig = Field(TransferConfig(), description="knowledge taken over from other models")
     exclude: str | None = Field(
         None,
-        description="Parquet file whose column sample_id names train rows to leave out; its path from the current folder",
+        description="Parquet file whose column sample_id names train rows to leave out; its path from the current "
+        "folder",
     )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what the best epoch is chosen by")
     patience: int = Field(
@@ -154,24 +165,25 @@ class TrainingConfig(Section):
         chosen = [name for name in ("class_weights", "resample", "logit_adjustment") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(
-                f"{' and '.join(chosen)} each make up for the class frequencies; together rare classes count twice: keep one"
+                f"{' and '.join(chosen)} each make up for the class frequencies; together rare classes count twice: "
+                "keep one"
             )
         return self
 
     def check_combinations(self, inputs: Mapping[str, tuple[str, ...]], kinds: Mapping[str, TaskKind]) -> None:
-        """inputs: task -> the modalities that the model reads for it; kinds: of all tasks. Raises: ConfigError for what makes
-        no sense, or has no meaning for a kind of task."""
+        """inputs: task -> the modalities that the model reads for it; kinds: of all tasks. Raises: ConfigError for
+        what makes no sense, or has no meaning for a kind of task."""
         for task in inputs:
             for setting, why in kinds[task].cannot.items():
                 if getattr(self, setting):
                     raise ConfigError(
-                        f"training.{setting}: '{task}' is a {kinds[task].name} task, {why}: leave it out, or leave the task out "
-                        "of model.tasks"
+                        f"training.{setting}: '{task}' is a {kinds[task].name} task, {why}: leave it out, or leave "
+                        "the task out of model.tasks"
                     )
         if self.balance and max(map(len, inputs.values())) < 2:
             raise ConfigError(
-                f"training.balance: {self.balance} balances the modalities of a task, and no task of the model reads two: "
-                "leave it out"
+                f"training.balance: {self.balance} balances the modalities of a task, and no task of the model reads "
+                "two: leave it out"
             )
         if self.task_weighting == "gradnorm" and len(inputs) < 2:
             raise ConfigError(
@@ -180,10 +192,15 @@ class TrainingConfig(Section):
 
 
 class TransferMatrixConfig(Section):
-    """What `mmkt transfer` fits: sources against targets. A node is written `image:category`, `image+text:category`."""
+    """What `mmkt transfer` fits: sources against targets. A node is written `image:category`,
+    `image+text:category`."""
 
-    sources: Annotated[tuple[str, ...] | None, Once] = Field(None, description="nodes whose knowledge is tried; null: all")
-    targets: Annotated[tuple[str, ...] | None, Once] = Field(None, description="nodes that are to gain from it; null: all")
+    sources: Annotated[tuple[str, ...] | None, Once] = Field(
+        None, description="nodes whose knowledge is tried; null: all"
+    )
+    targets: Annotated[tuple[str, ...] | None, Once] = Field(
+        None, description="nodes that are to gain from it; null: all"
+    )
     methods: Annotated[tuple[Literal["finetune", "frozen", "gradual", "distill", "joint"], ...], Once] = Field(
         ("finetune", "frozen", "distill", "joint"), description="ways to transfer, each tried where it applies"
     )
@@ -203,8 +220,8 @@ class EvaluationConfig(Section):
     )
     studies: Annotated[tuple[Literal["insight", "scores", "suspects", "missing"], ...], Once] = Field(
         ("insight", "scores", "suspects", "missing"),
-        description="what a run looks into beside the comparison: what each modality knows; how well features promised to "
-        "serve; rows that contradict their label; scores of the main model when modalities go missing",
+        description="what a run looks into beside the comparison: what each modality knows; how well features "
+        "promised to serve; rows that contradict their label; scores of the main model when modalities go missing",
     )
     baselines: bool = Field(True, description="majority class and logistic regression, each modality and concatenated")
 
@@ -226,7 +243,8 @@ class ExtractConfig(Section):
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs of each encoder actor, 0.25: four share one, for small networks; null: 1 if there are any, else 0",
+        description="GPUs of each encoder actor, 0.25: four share one, for small networks; null: 1 if there are any, "
+        "else 0",
     )
 
     @model_validator(mode="after")

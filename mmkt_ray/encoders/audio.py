@@ -36,7 +36,8 @@ class LogMelCnnAudioEncoder(TrainedCnn):
     kinds: ClassVar[tuple[str, ...]] = ("audio",)
 
     class Section(EncoderSection):
-        """Log-mel spectrogram as an image for a small convolutional network, trained here on one modality and one task."""
+        """Log-mel spectrogram as an image for a small convolutional network,
+        trained here on one modality and one task."""
 
         name: Literal["logmel_cnn"] = "logmel_cnn"
         pretrain: str = Field(description="the task it is trained on")
@@ -69,7 +70,8 @@ class LogMelCnnAudioEncoder(TrainedCnn):
 
 
 def fit_length(clip: Clip, sample_rate: int, num_samples: int) -> np.ndarray:
-    """The middle of a clip at another sample rate, or all of it with silence on both sides: (num_samples,) float32."""
+    """The middle of a clip at another sample rate, or all of it with silence on both sides:
+    (num_samples,) float32."""
     samples = cut_middle(clip, sample_rate, num_samples)
     before = (num_samples - len(samples)) // 2
     return np.pad(samples, (before, num_samples - len(samples) - before))
@@ -106,8 +108,8 @@ def log_mel(samples: np.ndarray, sample_rate: int, side: int) -> np.ndarray:
 def mel_filters(num_bands: int, sample_rate: int, shortest: int) -> np.ndarray:
     """Triangular filters (S, F) float32, their corners evenly spaced in mel from 0 to half the sample rate.
 
-    Mel as in O'Shaughnessy 1987: 2595 log10(1 + Hz / 700). F is that of the shortest transform, a power of two of at least
-    `shortest` samples, that gives every filter a bin.
+    Mel as in O'Shaughnessy 1987: 2595 log10(1 + Hz / 700). F is that of the shortest transform, a power of two of at
+    least `shortest` samples, that gives every filter a bin.
     """
     highest = 2595 * np.log10(1 + sample_rate / 2 / 700)
     corners = 700 * (10 ** (np.linspace(0, highest, num_bands + 2) / 2595) - 1)  # Hz

@@ -92,7 +92,8 @@ def save_fitted(
 def _fingerprint(
     config: dict[str, Any], version: int, rest: dict[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> str:
-    """Of what decides the features. Tensors count by content, not by the file's bytes: their order in it is not promised."""
+    """Of what decides the features. Tensors count by content, not by the file's bytes:
+    their order in it is not promised."""
     digests = {n: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for n, v in sorted(tensors.items())}
     return fingerprint([{"config": config, "version": version, "rest": rest}, digests])
 
@@ -114,8 +115,8 @@ def load_fitted(fitted: Any, uri: str) -> Any:
     card = read_encoder_card(uri)
     if card.version != fitted.version:
         raise DataError(
-            f"the encoder in '{uri}' is of version {card.version}, this one is {fitted.version}, which makes other features: "
-            "use a new run folder, or the version that it was fitted with"
+            f"the encoder in '{uri}' is of version {card.version}, this one is {fitted.version}, which makes other "
+            "features: use a new run folder, or the version that it was fitted with"
         )
     try:
         tensors = load_tensors(storage.read_bytes(storage.join(uri, "state.safetensors")))
@@ -132,7 +133,8 @@ def load_fitted(fitted: Any, uri: str) -> Any:
 
 
 def load_reducer(uri: str) -> Any:
-    """A fitted reducer, built as its own card says. Raises: as `load_fitted`; ConfigError if the card names no reducer."""
+    """A fitted reducer, built as its own card says. Raises: as `load_fitted`;
+    ConfigError if the card names no reducer."""
     try:
         section: Any = OneOf("reducer", REDUCERS).check(read_encoder_card(uri).config)
     except ValidationError as error:

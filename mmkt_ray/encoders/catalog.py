@@ -1,4 +1,5 @@
-"""All encoders and reducers of the project, by the name that a config gives. A new one is its class and an entry here."""
+"""All encoders and reducers of the project, by the name that a config gives.
+A new one is its class and an entry here."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Axes: B batch, N images of a set, C channels, S side of a square image in pixels, K classes.
 
 Recipe and schedule after airbench (Jordan 2024, https://arxiv.org/abs/2404.00498); Muon after
-https://kellerjordan.github.io/posts/muon/. No Ray and no files in here: arrays in, module out; the caller writes checkpoints
-from `on_epoch`.
+https://kellerjordan.github.io/posts/muon/. No Ray and no files in here: arrays in, module out; the caller writes
+checkpoints from `on_epoch`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class CNNRecipe:
 def augment_images(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, seed: Sequence[int]) -> Tensor:
     """Mirrors some of the uint8 `images` (B, 3, S, S), `mirror` (B,) bool, then shifts and blanks each on its own.
 
-    All at once and where the images are: one by one, as torchvision does it, takes a GPU's time many times over. The draws
-    depend on `seed` alone.
+    All at once and where the images are: one by one, as torchvision does it, takes a GPU's time many times over. The
+    draws depend on `seed` alone.
     """
     rng, num, side, device = np.random.default_rng(seed), len(images), images.shape[-1], images.device
     where = np.broadcast_to(np.arange(side), (2, num, side))  # rows and columns that each image's pixels come from
@@ -64,7 +64,9 @@ def augment_images(images: Tensor, mirror: np.ndarray, recipe: CNNRecipe, seed: 
     rows, columns = where[0], np.where(mirror[:, None], side - 1 - where[1], where[1])
     which, channels = torch.arange(num, device=device), torch.arange(3, device=device)
     rows, columns = (torch.from_numpy(np.array(index)).to(device) for index in (rows, columns))
-    images = images[which[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    images = images[
+        which[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
     if "cutout" in recipe.augment:
         size = round(recipe.cutout_frac * side)
         distance = np.arange(side) - rng.integers(0, side - size + 1, (2, num, 1))
@@ -159,7 +161,8 @@ class _Fit:
         return torch.from_numpy(column[chosen]).to(self.device)
 
     def train_epoch(self, epoch: int, images: Any, labels: Any) -> dict[str, float]:
-        """One pass over the images, which are arrays or lie on the device. Returns mean loss and accuracy over all workers."""
+        """One pass over the images, which are arrays or lie on the device.
+        Returns mean loss and accuracy over all workers."""
         recipe = self.recipe
         batch_size = min(recipe.batch_size, len(images))
         num_steps = len(images) // batch_size

@@ -22,7 +22,8 @@ WARM_UPS = 3  # passes before one is captured: libraries choose kernels and take
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which convolutions and matrix products run in bfloat16 ("bf16") or everything in float32 ("fp32").
+    """The context in which convolutions and matrix products run in bfloat16 ("bf16") or everything in float32
+    ("fp32").
 
     A GPU that only emulates bfloat16 stays with float32.
     """
@@ -53,10 +54,10 @@ class _Buffer:
 class Forward:
     """Applies `function`, a network or part of one, to chunks in passes of one fixed shape.
 
-    The fixed shape makes a row's features independent of its neighbours, and lets a GPU replay each pass as a CUDA graph.
-    On a GPU nothing waits but by events: the host fills pinned buffers while earlier passes run, copies and passes have a
-    stream each, and features come back once per chunk. Threads may share a Forward: while one waits for its features, the
-    other's passes are queued behind. On a CPU the same steps follow one another.
+    The fixed shape makes a row's features independent of its neighbours, and lets a GPU replay each pass as a CUDA
+    graph. On a GPU nothing waits but by events: the host fills pinned buffers while earlier passes run, copies and
+    passes have a stream each, and features come back once per chunk. Threads may share a Forward: while one waits for
+    its features, the other's passes are queued behind. On a CPU the same steps follow one another.
     """
 
     def __init__(

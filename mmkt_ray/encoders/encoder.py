@@ -63,12 +63,13 @@ class CustomEncoder(EncoderSection):
 class Encoder(Protocol):
     """Raw values -> features. Built as `Class(config_section)`; a user's class as `Class(**options)`.
 
-    Optional: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it travels
-    (encode then gets what prepare returned); `input_size`, a `kinds.images.InputSize`, of images that are resized to it and
-    nothing else, in the process that decodes them (encode then gets one array (B, 3, height, width)); `to(device,
-    encode_batch_size)` for encoders that can use a GPU; `refused(values)`: row -> why a value cannot be encoded, which encode
-    then does not get; `changes(values)`: by value what of it encode does not read, for the audit; `feature_names`: what each
-    feature is of, once fitted; `concurrent`: True if several threads may encode at once.
+    Optional: `prepare(value)`, run where a value is decoded, e.g. to resize an image (H, W, 3) uint8 before it
+    travels (encode then gets what prepare returned); `input_size`, a `kinds.images.InputSize`, of images that are
+    resized to it and nothing else, in the process that decodes them (encode then gets one array (B, 3, height,
+    width)); `to(device, encode_batch_size)` for encoders that can use a GPU; `refused(values)`: row -> why a value
+    cannot be encoded, which encode then does not get; `changes(values)`: by value what of it encode does not read,
+    for the audit; `feature_names`: what each feature is of, once fitted;
+    `concurrent`: True if several threads may encode at once.
     """
 
     version: int  # raised by whoever changes what encode returns
@@ -79,12 +80,13 @@ class Encoder(Protocol):
         ...
 
     def encode(self, values: Sequence[Any]) -> Features:
-        """Present values only: images as RGB uint8 (H, W, 3), audio as kinds.sounds.Clip, either also as `prepare` returns
-        it; texts as str; of another kind what its class in kinds/modalities.py says. (B, D) float32."""
+        """Present values only: images as RGB uint8 (H, W, 3), audio as kinds.sounds.Clip, either also as `prepare`
+        returns it; texts as str; of another kind what its class in kinds/modalities.py says. (B, D) float32."""
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Fitted state: tensors and JSON-able rest, whose `found` the manifest tells. Empty for a stateless encoder."""
+        """Fitted state: tensors and JSON-able rest, whose `found` the manifest tells.
+        Empty for a stateless encoder."""
         ...
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
@@ -93,9 +95,11 @@ class Encoder(Protocol):
 
 
 class ListedEncoder:
-    """Base of an encoder with an entry in ENCODERS: it has its config section beside it, and by default nothing is fitted.
+    """Base of an encoder with an entry in ENCODERS: it has its config section beside it,
+    and by default nothing is fitted.
 
-    One that is `Mergeable` is fitted from statistics; one whose section names a task, on that task's labels (`Trained`).
+    One that is `Mergeable` is fitted from statistics; one whose section names a task,
+    on that task's labels (`Trained`).
     """
 
     Section: ClassVar[type[EncoderSection]]
@@ -166,7 +170,8 @@ class Trained(Protocol):
 
 
 def fit_of(encoder: Any) -> Fit:
-    """How an encoder is fitted: not at all, from statistics of the train split that merge, or by training on a task."""
+    """How an encoder is fitted: not at all, from statistics of the train split that merge,
+    or by training on a task."""
     if getattr(getattr(encoder, "config", None), "task", None) is not None:
         return "training"
     return "statistics" if isinstance(encoder, Mergeable) else "none"

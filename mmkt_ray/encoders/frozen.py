@@ -63,7 +63,8 @@ class FrozenNetwork(ListedEncoder):
 
 
 class TrainedCnn(FrozenNetwork):
-    """Penultimate features of a `SmallCNN` that was trained on one task; D = 4 * width. A subclass says how to `prepare`."""
+    """Penultimate features of a `SmallCNN` that was trained on one task; D = 4 * width.
+    A subclass says how to `prepare`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -129,7 +130,8 @@ class TrainedCnn(FrozenNetwork):
         options = self._options(rest["class_names"])
         if rest["options"] != options:
             raise ValueError(f"the network was built with {rest['options']}, the config and the classes say {options}")
-        check_array("head.weight", tensors["head.weight"], "float32", (num_classes, 4 * width))  # before memory is taken
+        # before memory is taken
+        check_array("head.weight", tensors["head.weight"], "float32", (num_classes, 4 * width))
         model = cnn.SmallCNN(**options)
         model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
         if not all(value.isfinite().all() for value in model.state_dict().values()):

@@ -60,8 +60,8 @@ class IdentityEncoder(ListedEncoder):
         length, num = total.counts.most_common(1)[0]
         if 2 * total.counts[total.first] < total.counts.total():
             raise DataError(
-                f"the first vector of the train split has {total.first} numbers, {num:,} of {total.counts.total():,} have "
-                f"{length}: vectors of one modality must be of one length; are these of several models?"
+                f"the first vector of the train split has {total.first} numbers, {num:,} of {total.counts.total():,} "
+                f"have {length}: vectors of one modality must be of one length; are these of several models?"
             )
         self._dim = total.first
 
@@ -75,7 +75,11 @@ class IdentityEncoder(ListedEncoder):
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """(B, D) float32."""
-        return np.stack([np.asarray(value, np.float32) for value in values]) if values else np.empty((0, self.dim), np.float32)
+        return (
+            np.stack([np.asarray(value, np.float32) for value in values])
+            if values
+            else np.empty((0, self.dim), np.float32)
+        )
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The length alone."""

@@ -78,7 +78,8 @@ class CnnImageEncoder(Square, TrainedCnn):
 
 
 class PixelsImageEncoder(Square, ListedEncoder):
-    """Colour thumbnail (8 x 8 x 3), colour histogram (4 x 4 x 4, square-rooted) and HOG (9 orientations, cells of S / 8 pixels).
+    """Colour thumbnail (8 x 8 x 3), colour histogram (4 x 4 x 4, square-rooted) and HOG (9 orientations, cells of S /
+    8 pixels).
 
     HOG after Dalal & Triggs 2005 (https://doi.org/10.1109/CVPR.2005.177), each cell normalised by itself. D = 832.
     """

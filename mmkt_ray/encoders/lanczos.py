@@ -1,4 +1,5 @@
-"""Leading eigenvectors of a matrix that is only known by its products with blocks, one product per pass over the data.
+"""Leading eigenvectors of a matrix that is only known by its products with blocks,
+one product per pass over the data.
 
 Axes: D side of the matrix, L columns of a block.
 """

@@ -56,7 +56,8 @@ class Products:
 
 
 class ReduceSection(Choice):
-    """Base of the config section of a reducer: a linear reduction of one modality's features, fitted on the train split."""
+    """Base of the config section of a reducer: a linear reduction of one modality's features,
+    fitted on the train split."""
 
     dim: int | None = Field(None, ge=1, description="features kept")
     keeps_sparse: ClassVar[bool] = False  # what it makes of sparse features is sparse
@@ -142,7 +143,8 @@ def _flip_signs(components: np.ndarray) -> np.ndarray:
 
 
 def _largest_eigenvectors(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The `num` largest eigenvalues, descending, of a positive semidefinite matrix (D, D), and their vectors (D, num).
+    """The `num` largest eigenvalues, descending, of a positive semidefinite matrix (D, D),
+    and their vectors (D, num).
 
     Third comes its rank, counted up to `num`. If `num` exceeds D, all D are returned.
     """

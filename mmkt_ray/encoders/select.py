@@ -1,4 +1,5 @@
-"""Choosing the features that tell most about a task: scores as scikit-learn's, from statistics that merge over shards.
+"""Choosing the features that tell most about a task: scores as scikit-learn's,
+from statistics that merge over shards.
 
 Axes: B rows of a chunk, N labelled rows of the train split, D features in, K features out (`dim`), C classes.
 """
@@ -49,7 +50,8 @@ class SelectReducer(Reducer):
 
         name: Literal["select"] = "select"
         by: Literal["chi2", "anova", "mutual_info"] = Field(
-            description="scikit-learn's chi2 (features of 0 and above), f_classif, or mutual_info_classif of whether a sparse "
+            description="scikit-learn's chi2 (features of 0 and above), f_classif, or mutual_info_classif of whether "
+            "a sparse "
             f"feature is there, of a dense one which of {NUM_BINS} bins it is in"
         )
         task: str = Field(description="multiclass or binary task; its train labels are looked at")
@@ -121,7 +123,8 @@ class SelectReducer(Reducer):
             spread = np.sqrt(np.maximum(total.squares / total.num_rows.sum() - mean**2, 0))
             self._edges = mean + spread * special.ndtri(np.arange(1, NUM_BINS) / NUM_BINS)[:, None]
             return
-        own = replace(total, sums=total.sums.copy())  # scipy sorts in place, and what comes from Ray's object store is read-only
+        # scipy sorts in place, and what comes from Ray's object store is read-only
+        own = replace(total, sums=total.sums.copy())
         scores = np.nan_to_num(SCORES[self.by](own), nan=-1.0, posinf=np.finfo(np.float64).max)
         best = np.argsort(-scores, kind="stable")[: self.dim]
         self._tensors = {"columns": np.sort(best).astype(np.int64), "scores": scores[np.sort(best)]}

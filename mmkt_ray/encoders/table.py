@@ -1,6 +1,7 @@
 """Rows of a table -> features: numbers made comparable, categories one-hot, dates as parts, what is missing marked.
 
-Fitted on statistics that merge over shards; equal to scikit-learn's QuantileTransformer and OneHotEncoder on all rows at once.
+Fitted on statistics that merge over shards; equal to scikit-learn's QuantileTransformer and OneHotEncoder on all rows
+at once.
 Axes: B rows in a batch, D features, C columns with numbers (dates too), Q quantiles, T bins.
 """
 
@@ -42,7 +43,8 @@ TIME_PARTS = ("day sin", "day cos")
 
 
 class TableStatistics(NamedTuple):
-    """What the encoder must know of a set of rows: as large as the columns' different values, bounded for each column."""
+    """What the encoder must know of a set of rows: as large as the columns' different values,
+    bounded for each column."""
 
     num_rows: int
     columns: dict[str, ColumnStatistics]
@@ -82,8 +84,12 @@ class TableEncoder(ListedEncoder):
             description="numbers through their quantiles to a normal distribution, then to mean 0 and variance 1; or "
             "`num_bins` features each, piecewise linear between quantiles (Gorishniy et al. 2022)",
         )
-        num_quantiles: int = Field(1000, ge=2, le=10_000, description="quantiles of a number, at most as many as train rows")
-        num_bins: int = Field(16, ge=2, le=256, description="piecewise_linear: bins of a number, fewer where values repeat")
+        num_quantiles: int = Field(
+            1000, ge=2, le=10_000, description="quantiles of a number, at most as many as train rows"
+        )
+        num_bins: int = Field(
+            16, ge=2, le=256, description="piecewise_linear: bins of a number, fewer where values repeat"
+        )
         min_count: int = Field(5, ge=1, description="categories in fewer train rows share one feature with unseen ones")
         max_categories: int = Field(500, ge=1, description="categories of a column that have a feature of their own")
         split: dict[str, str] = Field(
@@ -97,7 +103,9 @@ class TableEncoder(ListedEncoder):
             if self.types and not kind.types:
                 raise ConfigError("encoder.types: state the types of columns at the kind, {name: table, types: {..}}")
             if wrong := [c for c in self.split if kind.types.get(c, "category") != "category"]:
-                raise ConfigError(f"encoder.split: column '{wrong[0]}' is a {kind.types[wrong[0]]} by kind.types, no category")
+                raise ConfigError(
+                    f"encoder.split: column '{wrong[0]}' is a {kind.types[wrong[0]]} by kind.types, no category"
+                )
             return self.model_copy(update={"types": kind.types})
 
     def __init__(self, section: Section) -> None:
@@ -136,11 +144,19 @@ class TableEncoder(ListedEncoder):
     def _fit_column(self, name: str, found: ColumnStatistics, num_rows: int) -> Column | None:
         kind: ColumnType = self._types.get(name) or found.type_of()
         readable = found.readable.get(kind, found.num_cells)
-        about: dict[str, Any] = {"name": name, "type": kind, "stated": name in self._types, "num_cells": found.num_cells}
+        about: dict[str, Any] = {
+            "name": name,
+            "type": kind,
+            "stated": name in self._types,
+            "num_cells": found.num_cells,
+        }
         about |= {"num_unreadable": found.num_cells - readable, "has_missing": readable < num_rows}
         if kind == "category":
             if found.items is None:
-                why = f"column '{name}' has more than {table_rows.MAX_TEXTS:,} different texts, too many for categories"
+                why = (
+                    f"column '{name}' has more than {table_rows.MAX_TEXTS:,} different texts, too many for "
+                    "categories"
+                )
                 if about["stated"]:
                     raise DataError(f"{why}: make it a modality of kind text, or leave it out")
                 log.warning("%s: it is left out; a modality of kind text could read it", why)
@@ -292,7 +308,8 @@ class TableEncoder(ListedEncoder):
 
 
 def to_normal(numbers: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
-    """Numbers (N,) to a normal distribution by their rank among quantiles (Q,), as QuantileTransformer does; NaN stays."""
+    """Numbers (N,) to a normal distribution by their rank among quantiles (Q,), as QuantileTransformer does;
+    NaN stays."""
     references = np.linspace(0, 1, len(quantiles))
     ranks = 0.5 * (
         np.interp(numbers, quantiles, references) - np.interp(-numbers, -quantiles[::-1], -references[::-1])
@@ -303,7 +320,8 @@ def to_normal(numbers: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
 
 
 def piecewise_linear(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """(N, T): 1 for each bin below a number, its place 0..1 in the bin that it is in, 0 above (Gorishniy et al. 2022, eq. 1).
+    """(N, T): 1 for each bin below a number, its place 0..1 in the bin that it is in,
+    0 above (Gorishniy et al. 2022, eq. 1).
 
     Other than there, a number outside the outer edges counts as on them. edges: (T + 1,) ascending.
     """

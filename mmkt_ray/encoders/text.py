@@ -41,7 +41,8 @@ def term_schema() -> pa.Schema:
 
 @dataclass(frozen=True)
 class TermStatistics:
-    """What TF-IDF must know of a set of texts: at most some times as large as their vocabulary, whatever their number."""
+    """What TF-IDF must know of a set of texts: at most some times as large as their vocabulary,
+    whatever their number."""
 
     terms: pa.Table  # of `term_schema`; a term may have several rows, whose counts add up
     num_texts: int
@@ -51,8 +52,9 @@ class TermStatistics:
 class TfidfEncoder(ListedEncoder):
     """Texts -> TF-IDF weights, equal to `TfidfVectorizer` with the same options, fitted on shards in any order.
 
-    Single words go through the compiled `tokens`, n-grams through scikit-learn's own analyzer. Where neither n-grams nor stop
-    words are asked for, scikit-learn is not imported: it takes each process of a pipeline more than a second.
+    Single words go through the compiled `tokens`, n-grams through scikit-learn's own analyzer. Where neither n-grams
+    nor stop words are asked for, scikit-learn is not imported:
+    it takes each process of a pipeline more than a second.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("text",)
@@ -126,10 +128,13 @@ class TfidfEncoder(ListedEncoder):
         return TermStatistics(table, len(values), len(table))
 
     def merge(self, parts: list[TermStatistics]) -> TermStatistics:
-        """Statistics of all parts together. Rows of the same term are added up now and then: at each merge it would take
-        longer than all counting."""
+        """Statistics of all parts together. Rows of the same term are added up now and then: at each merge it would
+        take longer than all counting."""
         table = pa.concat_tables([term_schema().empty_table(), *(part.terms for part in parts)])
-        num_texts, num_distinct = sum(part.num_texts for part in parts), max((part.num_distinct for part in parts), default=0)
+        num_texts, num_distinct = (
+            sum(part.num_texts for part in parts),
+            max((part.num_distinct for part in parts), default=0),
+        )
         if len(table) > MAX_REPEATED * num_distinct:
             table = _added_up(table)
             num_distinct = len(table)
@@ -162,7 +167,8 @@ class TfidfEncoder(ListedEncoder):
         return {"term_bytes": term_bytes, "term_offsets": term_offsets, "idf": self._idf}, {}
 
     def load_state(self, tensors: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        """Become what `state` was taken of. Raises: ValueError, KeyError if that was no state: compiled code trusts it."""
+        """Become what `state` was taken of. Raises: ValueError, KeyError if that was no state:
+        compiled code trusts it."""
         data = check_array("term_bytes", tensors["term_bytes"], "uint8", (None,))
         offsets = check_array("term_offsets", tensors["term_offsets"], "int64", (None,))
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
@@ -260,7 +266,8 @@ def _from_utf8(data: np.ndarray, offsets: np.ndarray) -> pa.LargeStringArray:
 
 
 def compile_kernels() -> None:
-    """Compile the token kernels into their cache on disk, so that the first job does not (about 6 s, in every process)."""
+    """Compile the token kernels into their cache on disk, so that the first job does not (about 6 s, in every
+    process)."""
     encoder = TfidfEncoder(TfidfEncoder.Section())
     encoder.finish(encoder.partial(["to be compiled"]))
     encoder.encode(["compiled"])

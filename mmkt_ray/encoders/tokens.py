@@ -43,12 +43,14 @@ class TermIndex:
     """A fixed vocabulary: finds each token's term, and none for a token that is no term."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> None:
-        """`order` (D,): the terms' numbers, frequent ones first, so that their entries share the processor's cache."""
+        """`order` (D,): the terms' numbers, frequent ones first,
+        so that their entries share the processor's cache."""
         self._terms, self._order = data, order.astype(np.int32)
         self._slots, self._entries = _index_terms(data, offsets, self._order, _word_characters(), HASH_MASK)
 
     def count(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Compressed rows: counts float64, term numbers int32 (in order of appearance), row offsets (B + 1,) int64."""
+        """Compressed rows: counts float64, term numbers int32 (in order of appearance),
+        row offsets (B + 1,) int64."""
         table = (self._terms, self._slots, self._entries)
         counts, found, row_offsets = _count_rows(data, offsets, _word_characters(), HASH_MASK, *table)
         return counts, self._order[found], row_offsets
@@ -76,9 +78,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled
 def normalize_rows(values: np.ndarray, offsets: np.ndarray, squared: bool) -> None:
-    """Divide each compressed row, in place, by its length (`squared`: l2), or by the sum of its sizes; rows of zeros stay.
+    """Divide each compressed row, in place, by its length (`squared`: l2), or by the sum of its sizes;
+    rows of zeros stay.
 
-    values: float64; offsets: (B + 1,). Adds in the order of scikit-learn's `normalize`, so its result is the same to the bit.
+    values: float64; offsets: (B + 1,). Adds in the order of scikit-learn's `normalize`,
+    so its result is the same to the bit.
     """
     for row in range(len(offsets) - 1):
         total = 0.0

@@ -20,7 +20,8 @@ Paired = Callable[[str, "Evaluated", "Evaluated"], Versus | None]
 
 
 def adaptations(run_uri: str, models: Sequence[Evaluated], tasks: Sequence[str], paired: Paired) -> list[Adapted]:
-    """Whether it paid, for each trained model with an adapted encoder beside which the same model with frozen ones was scored.
+    """Whether it paid, for each trained model with an adapted encoder beside which the same model with frozen ones
+    was scored.
 
     paired: of `compare`. P is corrected for their number (Holm).
     """
@@ -41,7 +42,9 @@ def _pairs(
         twins = [
             other
             for other in models
-            if encoders and recipes.get(other.name) == recipes[model.name] and not list(_adapted_encoders(run_uri, other))
+            if encoders
+            and recipes.get(other.name) == recipes[model.name]
+            and not list(_adapted_encoders(run_uri, other))
         ]
         for task in tasks if twins else ():
             difference = paired(task, model, twins[0]) if all(task in m.tasks for m in (model, twins[0])) else None
@@ -60,7 +63,8 @@ def _pairs(
 
 
 def recipe_but_for_adapting(config: Mapping[str, Any], modalities: Sequence[str]) -> str:
-    """What decides a model, without whether its encoders are adapted, the modalities' names and what was chosen by data."""
+    """What decides a model, without whether its encoders are adapted,
+    the modalities' names and what was chosen by data."""
     own = {key.partition(".")[2] for key in CHOSEN if key.startswith("model.")} | {"modalities"}
     read = []
     for name in modalities:

@@ -1,8 +1,8 @@
 """Plain answers from paired tests between the models of a run: does fusing help, what a modality adds, what suffices.
 
-A question is what the best fused model (chosen on held-out rows) gains over models that read less, its rivals: all models of
-the best single modality, or those that read all modalities but one. Rivals that are shown to be worse than the best of them
-are left out. The rules, on differences row by row over the rows that both models predicted:
+A question is what the best fused model (chosen on held-out rows) gains over models that read less, its rivals: all
+models of the best single modality, or those that read all modalities but one. Rivals that are shown to be worse than
+the best of them are left out. The rules, on differences row by row over the rows that both models predicted:
 
     adds      better than every rival (so the largest P counts); the answer has the gain over the closest one
     depends   not so, but another fused model is; P counts times the number of other models and of questions
@@ -10,10 +10,11 @@ are left out. The rules, on differences row by row over the rows that both model
     suffices  none of these, and for every fused model tried the interval leaves out a gain of NEGLIGIBLE or more
     unclear   anything else: these rows cannot tell
 
-P is that of an exact test by rows, corrected for all questions of the run (Holm 1979). The same question is asked once,
-so one page never gives two answers to it. Words: sentences.py.
+P is that of an exact test by rows, corrected for all questions of the run (Holm 1979). The same question is asked
+once, so one page never gives two answers to it. Words: sentences.py.
 
-Source of the largest P of several tests that must all hold: Berger 1982, https://doi.org/10.1080/00401706.1982.10487790
+Source of the largest P of several tests that must all hold: Berger 1982,
+https://doi.org/10.1080/00401706.1982.10487790
 Axes: N rows that a model predicted.
 """
 
@@ -86,8 +87,8 @@ class Difference(Interval):
 def paired_test(ours: np.ndarray, theirs: np.ndarray, confidence: float, num_resamples: int) -> Difference:
     """Row scores (N,) of two models -> value, low, high of their mean difference, and p that it is zero.
 
-    Right or wrong: the exact McNemar test and the interval that goes with it. Else the same test by random signs, and a
-    bootstrap of rows. The interval holds zero where p tells no difference.
+    Right or wrong: the exact McNemar test and the interval that goes with it. Else the same test by random signs, and
+    a bootstrap of rows. The interval holds zero where p tells no difference.
     """
     p = paired_p(ours - theirs)
     if np.isin([ours, theirs], (0, 1)).all():
@@ -138,8 +139,8 @@ class Question:
         return min(1.0, self.factor * len(self.pairs) * min(pair.p(-1) for pair in self.pairs))
 
     def decide(self, p_holm: float, alpha: float, num_questions: int = 1) -> tuple[str, Pair]:
-        """The kind of the answer and the pair that it is about, by the rules at the top of this file. p_holm: the smaller of
-        `p_adds` and `p_hurts`, corrected for the number of questions."""
+        """The kind of the answer and the pair that it is about, by the rules at the top of this file. p_holm: the
+        smaller of `p_adds` and `p_hurts`, corrected for the number of questions."""
         shown = p_holm < alpha
         if shown and self.p_adds <= self.p_hurts:
             return "adds", _closest(self.pairs)
@@ -237,8 +238,8 @@ def _shown_worse(model: Scored, best: Scored, ids: np.ndarray, settings: Setting
 
 
 def correct_answers(asked: Mapping[str, Asked], settings: Settings) -> dict[str, tuple[Answer | None, list[Answer]]]:
-    """Task -> the answer whether fusing helps, or None, and all answers (the former too where no other is about the same two
-    models), P corrected for all questions together. They have no sentences yet.
+    """Task -> the answer whether fusing helps, or None, and all answers (the former too where no other is about the
+    same two models), P corrected for all questions together. They have no sentences yet.
     """
     every = [q for found in asked.values() for q in found.every()]
     tests = [min(q.p_adds, q.p_hurts) for q in every]

@@ -1,10 +1,11 @@
-"""All models of a run side by side, each against the best single modality on the same samples. Reads result files only.
+"""All models of a run side by side, each against the best single modality on the same samples.
+Reads result files only.
 
 Called by steps.py after evaluation/evaluate.py; report/page.py shows what it writes.
 
-The best single modality of a task is the trained model that reads exactly one modality with the highest accuracy on held-out
-rows (on `test`, with a note, if there are none). Differences are paired over the samples that both models predicted. Models
-that share none were scored on different samples; their scores are shown, not compared.
+The best single modality of a task is the trained model that reads exactly one modality with the highest accuracy on
+held-out rows (on `test`, with a note, if there are none). Differences are paired over the samples that both models
+predicted. Models that share none were scored on different samples; their scores are shown, not compared.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ REFERENCE = "best single modality"
 def compare(run_uri: str) -> ResultsFile:
     """Compare what was evaluated in a run folder; written to `<run>/report/results.json` and returned.
 
-    For a verdict, the interval and an exact test must agree. The tests are corrected (Holm) within two families: the chosen
-    fused models of all tasks, and all other rows.
+    For a verdict, the interval and an exact test must agree. The tests are corrected (Holm) within two families: the
+    chosen fused models of all tasks, and all other rows.
 
-    Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`, and
-    `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
+    Reads the variants of `<run>/run.json` ({name: {model: folder}}), without it all `<run>/models/*/metrics.json`,
+    and `<run>/baselines/*/metrics.json`. Raises: DataError if nothing was evaluated.
     """
     run = RunFile.of(run_uri)
     models = evaluated_models(run_uri, run)
     if not models:
         raise DataError(f"nothing is evaluated in '{run_uri}': run `mmkt evaluate` (or `mmkt run`) first")
-    scored_on = {t: [m for m in models if m.scores(t)] for t in sorted({t for m in models for t in m.tasks if m.scores(t)})}
+    scored_on = {
+        t: [m for m in models if m.scores(t)] for t in sorted({t for m in models for t in m.tasks if m.scores(t)})
+    }
     asked: dict[str, Asked] = {}
     tasks = {t: _compare_task(t, scored, asked) for t, scored in scored_on.items()}
     confidence = models[0].record.confidence
@@ -78,7 +81,8 @@ def compare(run_uri: str) -> ResultsFile:
 
 
 def _compare_task(task: str, models: list[Evaluated], asked: dict[str, Asked]) -> TaskResults:
-    """The rows of one task, without its answers. What is to be answered goes into `asked`. All `models` were scored on it."""
+    """The rows of one task, without its answers. What is to be answered goes into `asked`.
+    All `models` were scored on it."""
     scores = selection_scores(task, models)
     trained = [m for m in models if m.kind == "trained"]
     fused = [m for m in trained if len(m.reads(task)) > 1]
@@ -102,7 +106,8 @@ def _compare_task(task: str, models: list[Evaluated], asked: dict[str, Asked]) -
 
 
 def _row(task: str, model: Evaluated, single: Evaluated | None, trained: bool) -> ModelScores:
-    """One model's line: its scores, and the paired difference to the best single modality. trained: whether the run has one."""
+    """One model's line: its scores, and the paired difference to the best single modality.
+    trained: whether the run has one."""
     record = model.tasks[task]
     ids = np.sort(model.outcomes(task).ids)
     main, name = model.kind_of(task).main, "balanced_accuracy"
@@ -147,7 +152,8 @@ def _paired(task: str, model: Evaluated, other: Evaluated) -> Versus | None:
 
 def _judge_rows(tasks: dict[str, TaskResults], confidence: float) -> None:
     """Correct the P values of the rows' differences, and the verdicts with them."""
-    families: dict[bool, list[tuple[ModelScores, Versus, str]]] = {True: [], False: []}  # the chosen fused models, all others
+    # the chosen fused models, all others
+    families: dict[bool, list[tuple[ModelScores, Versus, str]]] = {True: [], False: []}
     for found in tasks.values():
         for row in found.rows:
             if row.versus:
@@ -170,8 +176,8 @@ def _answer(tasks: dict[str, TaskResults], asked: dict[str, Asked], confidence: 
 def _main_model(
     scored_on: dict[str, list[Evaluated]], models: list[Evaluated], recommended: Recommended | None
 ) -> str | None:
-    """The recommended model, if it is a trained one; else the trained model that scores most tasks, and among those the best
-    on average."""
+    """The recommended model, if it is a trained one; else the trained model that scores most tasks, and among those
+    the best on average."""
     trained = [m for m in models if m.kind == "trained"]
     if recommended and recommended.model in [m.name for m in trained]:
         return recommended.model

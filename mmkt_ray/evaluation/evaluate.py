@@ -2,8 +2,8 @@
 
 Called by steps.py for each model folder of training/trainer.py; evaluation/compare.py reads what it leaves.
 
-Which rows count for a task: all labelled rows of the split that have at least one modality that the model reads for it.
-When only a subset of its modalities is given, the rows that have at least one of the subset.
+Which rows count for a task: all labelled rows of the split that have at least one modality that the model reads for
+it. When only a subset of its modalities is given, the rows that have at least one of the subset.
 
 Axes: N rows of the split that the model can read, C classes.
 """
@@ -53,9 +53,9 @@ def evaluate_model(
     """Score a model folder on a split; also on held-out rows, by which models are chosen.
 
     Held-out rows are those of `heldout.safetensors` where the model has that file, else the val split.
-    evaluation: settings; None: those that the model was trained with. name: of the model in results; None: as its folder.
-    With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so that
-    prediction uses it too; without, the card's temperatures are taken back.
+    evaluation: settings; None: those that the model was trained with. name: of the model in results; None: as its
+    folder. With `calibrate`, one temperature per task is fitted on held-out rows and kept in the model's card, so
+    that prediction uses it too; without, the card's temperatures are taken back.
 
     Writes `metrics.json` (`metrics-<split>.json` for other splits), `predictions-<split>.parquet`, and
     `predictions-heldout.parquet` into the folder. Returns what metrics.json holds.
@@ -70,7 +70,9 @@ def evaluate_model(
     held = _held_out(model_uri, model, card, store, data) if split != "val" else None
     calibration = _calibrate(held) if settings.evaluation.calibrate and held else {}
     model.temperatures = {t: fitted.temperature for t, fitted in calibration.items()}
-    held_proba = without_unreadable(probabilities(model, held.logits), held.rows.table, model.spec.inputs) if held else {}
+    held_proba = (
+        without_unreadable(probabilities(model, held.logits), held.rows.table, model.spec.inputs) if held else {}
+    )
     model.margins = fit_margins(held.rows.table, held_proba, settings.evaluation.confidence) if held else {}
     save_calibration(model_uri, model)
 
@@ -129,8 +131,12 @@ class _Subject:
         proba = predict_table(self.model, table, drop=[m for m in self.config.model_modalities if m not in given])
         for task, values in proba.items():
             if not np.isfinite(values).all():
-                raise DataError(f"'{self.uri}' predicts NaN for task '{task}': its training diverged; lower training.lr")
-        return without_unreadable(proba, table, {t: [m for m in self.config.task_inputs(t) if m in given] for t in proba})
+                raise DataError(
+                    f"'{self.uri}' predicts NaN for task '{task}': its training diverged; lower training.lr"
+                )
+        return without_unreadable(
+            proba, table, {t: [m for m in self.config.task_inputs(t) if m in given] for t in proba}
+        )
 
     def uncalibrated(self, table: FeatureTable) -> Proba:
         """The same by temperatures of 1."""

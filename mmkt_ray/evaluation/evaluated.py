@@ -153,7 +153,11 @@ def _trained(run_uri: str, run: RunFile) -> list[Evaluated]:
 
 def is_stale(record: ModelMetrics, card: Card | None) -> bool:
     """Whether metrics are those of another model than the one that lies there now."""
-    return card is not None and None not in (record.fingerprint, card.fingerprint) and record.fingerprint != card.fingerprint
+    return (
+        card is not None
+        and None not in (record.fingerprint, card.fingerprint)
+        and record.fingerprint != card.fingerprint
+    )
 
 
 def _baselines(run_uri: str, run: RunFile) -> list[Evaluated]:

@@ -1,7 +1,7 @@
 """A model folder's README.md: a model card in the Hugging Face form, from what evaluation found.
 
-It tells data, tasks, metrics with intervals, limits and use. It names no path, no source and no option of an encoder: a model
-folder travels, where its data lies does not.
+It tells data, tasks, metrics with intervals, limits and use. It names no path, no source and no option of an encoder:
+a model folder travels, where its data lies does not.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _opening(folder: str, card: Card, metrics: ModelMetrics) -> Iterator[str]:
     tasks = ", ".join(f"{_text(t)} ({_kind(s.kind)})" for t, s in metrics.tasks.items())
     yield f"Predicts {tasks} from {', '.join(map(_text, metrics.modalities))}; any of these may be missing in a row."
     num_experts = len(card.spec.get("experts", ()))
-    experts = f" Rows that lack some may be answered by {num_experts} models of fewer modalities." if num_experts else ""
+    experts = (
+        f" Rows that lack some may be answered by {num_experts} models of fewer modalities." if num_experts else ""
+    )
     num_params, seconds = metrics.num_params or 0, metrics.training_s or 0
     yield f"Fusion: {_text(model['fusion']['name'])}; {num_params:,} parameters, trained in {seconds:.0f} s.{experts}"
     yield f"Made by mmkt_ray {card.versions.mmkt_ray} with torch {card.versions.torch}.\n"
@@ -103,7 +105,10 @@ def _data(card: Card, manifest: Manifest) -> Iterator[str]:
         shares = [f"{gone.get(s, 0) / max(1, counts.by_split.get(s, 0)):.1%}" for s in ("train", "test")]
         section = card.config["modalities"][m]
         named = section["encoder"]["name"].partition(":")[2] or section["encoder"]["name"]
-        yield f"| {_text(m)} | {_kind(section['kind'])} | {_text(named)} | {about.dim:,} | {shares[0]} | {shares[1]} |"
+        yield (
+            f"| {_text(m)} | {_kind(section['kind'])} | {_text(named)} | {about.dim:,} | {shares[0]} | {shares[1]} "
+            "|"
+        )
     yield ""
 
 
@@ -131,16 +136,28 @@ def _limits(metrics: ModelMetrics, manifest: Manifest) -> Iterator[str]:
     yield f"- It knows rows like those of its data set; on others it was not measured.{always}"
     for task, scores in metrics.tasks.items():
         if scores.num_unseen:
-            yield f"- {_text(task)}: {scores.num_unseen:,} test rows are of classes that it never saw, and count as wrong."
+            yield (
+                f"- {_text(task)}: {scores.num_unseen:,} test rows are of classes that it never saw, and count as "
+                "wrong."
+            )
         if (error := scores.values.get("calibration_error")) is not None:
-            yield f"- {_text(task)}: probabilities are off by {100 * error:.1f} points on average (expected calibration error)."
+            yield (
+                f"- {_text(task)}: probabilities are off by {100 * error:.1f} points on average (expected "
+                "calibration error)."
+            )
         per_class = scores.per_class
         if few := [name for name, own in per_class.items() if own.support < FEW_ROWS]:
             share = f"{len(few)} of {len(per_class)} classes have fewer than {FEW_ROWS} test rows"
             yield f"- {_text(task)}: {share}; their scores say little."
-        known = {name: f1 for name, own in per_class.items() if own.support >= FEW_ROWS and (f1 := own["f1"]) is not None}
+        known = {
+            name: f1 for name, own in per_class.items() if own.support >= FEW_ROWS and (f1 := own["f1"]) is not None
+        }
         if worst := sorted(known, key=lambda name: known[name])[:NUM_WORST]:
-            yield f"- {_text(task)}: weakest classes (F1): " + ", ".join(f"{_text(n)} {known[n]:.2f}" for n in worst) + "."
+            yield (
+                f"- {_text(task)}: weakest classes (F1): "
+                + ", ".join(f"{_text(n)} {known[n]:.2f}" for n in worst)
+                + "."
+            )
     if rejects := manifest.counts.rejects:
         yield f"- {rejects:,} rows of the source could not be read and are in none of these numbers."
     yield "- No licence is stated here: that of the data, and of pretrained encoders, holds.\n"

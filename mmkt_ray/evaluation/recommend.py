@@ -1,11 +1,11 @@
 """Which model to ship: the simplest of those within one standard error of the best on held-out rows.
 
-Held out are the rows of val, or out-of-fold predictions of cross-validation; the test split only where there are none. A
-sample that a model can't read but another one can counts as wrong. Simple is what reads fewer modalities, then what has
-fewer parameters. The standard error is that of the paired difference to the best, row by row, where both models left their
-held-out predictions, else the binomial one of the best; of several tasks it is the mean, which is no less than that of the
-mean difference. Over fewer than FEW_ROWS rows it says little, as one wrong row in four is within it: then the best is taken,
-and the simplest of several.
+Held out are the rows of val, or out-of-fold predictions of cross-validation; the test split only where there are
+none. A sample that a model can't read but another one can counts as wrong. Simple is what reads fewer modalities,
+then what has fewer parameters. The standard error is that of the paired difference to the best, row by row, where
+both models left their held-out predictions, else the binomial one of the best; of several tasks it is the mean, which
+is no less than that of the mean difference. Over fewer than FEW_ROWS rows it says little, as one wrong row in four is
+within it: then the best is taken, and the simplest of several.
 
 Source: the one-standard-error rule, Breiman et al. 1984, Classification and Regression Trees, 3.4.3.
 Axes: N held-out rows.
@@ -108,8 +108,8 @@ def _binomial_error(score: float, num_rows: int) -> float:
 
 
 def selected_on(task: str, models: list[Evaluated]) -> str:
-    """val, cv (out-of-fold predictions of train and val), or test where a model has neither. Where only some of the models
-    were cross-validated, all are compared on val."""
+    """val, cv (out-of-fold predictions of train and val), or test where a model has neither. Where only some of the
+    models were cross-validated, all are compared on val."""
     held = [m.tasks[task].val for m in models]
     found = [h for h in held if h is not None]
     if len(found) < len(held):
@@ -136,9 +136,9 @@ def _selected_by(task: str, models: list[Evaluated]) -> dict[str, PointScores | 
 
 
 def selection_scores(task: str, models: list[Evaluated]) -> dict[str, float]:
-    """Model -> the score by which models are chosen: the main metric on held-out rows (or test), where a labelled sample that the
-    model can't read but another one of the same store can counts as wrong. Without that, the model that only sees the easy
-    samples would win."""
+    """Model -> the score by which models are chosen: the main metric on held-out rows (or test), where a labelled
+    sample that the model can't read but another one of the same store can counts as wrong. Without that, the model
+    that only sees the easy samples would win."""
     found, most = _selected_by(task, models), _most_rows(task, models)
     return {m.name: found[m.name].value(m.kind_of(task).main) * found[m.name].num_rows / most[m.name] for m in models}
 
@@ -163,8 +163,8 @@ def best_single(
 
 
 def smallest_of_best(task: str, models: list[Evaluated], scores: dict[str, float]) -> Evaluated | None:
-    """The simplest of the models within one standard error of the best: of equals the one that costs least to run, where the
-    highest score would be chance; see recommend.py."""
+    """The simplest of the models within one standard error of the best: of equals the one that costs least to run,
+    where the highest score would be chance; see recommend.py."""
     if not models:
         return None
     most = _most_rows(task, models)
@@ -228,8 +228,8 @@ def recommend(
 
 
 def fused_to_study(results: ResultsFile) -> list[str]:
-    """The models whose scores with missing modalities matter: the recommended one, and the best fused trained ones of the
-    tasks where that one reads a single modality."""
+    """The models whose scores with missing modalities matter: the recommended one, and the best fused trained ones of
+    the tasks where that one reads a single modality."""
     names = [results.recommended.model] if results.recommended else []
     if not names or len(results.models[names[0]].modalities) < 2:
         names = sorted({found.best_fused for found in results.tasks.values() if found.best_fused})

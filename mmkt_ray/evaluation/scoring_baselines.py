@@ -38,8 +38,8 @@ from mmkt_ray.training.trainer import train
 
 
 def logreg_calls(config: Config, store: Store, folder: str) -> dict[str, Call]:
-    """Name -> the call that fits a logistic regression of the store and publishes it in the folder of the run's models, the
-    widest first; without those that lie there."""
+    """Name -> the call that fits a logistic regression of the store and publishes it in the folder of the run's
+    models, the widest first; without those that lie there."""
     data = load_rows(store, sorted(config.modalities), sorted(config.tasks))
     found = {n: (own, linear_place(own, store, folder)) for n, own in logreg_configs(config, data.table).items()}
     return {
@@ -56,9 +56,9 @@ def _fit_logreg(own: Config, store_uri: str, uri: str) -> None:
 def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesFile:
     """Score the baselines of a store on `test`; those that are not there yet are fitted on its train and val rows.
 
-    Writes `<out_uri>/metrics.json`, without subsets and patterns, `<out_uri>/predictions-test.parquet` with one more column,
-    `model`, and each logistic regression as a model folder. Returns what metrics.json holds. Raises: DataError if the split
-    has no rows.
+    Writes `<out_uri>/metrics.json`, without subsets and patterns, `<out_uri>/predictions-test.parquet` with one more
+    column, `model`, and each logistic regression as a model folder. Returns what metrics.json holds. Raises:
+    DataError if the split has no rows.
     """
     modalities, tasks = sorted(config.modalities), sorted(config.tasks)
     settings = ScoreSettings(config.evaluation, config.seed)
@@ -72,7 +72,9 @@ def evaluate_baselines(config: Config, store: Store, out_uri: str) -> BaselinesF
         found[name], known[name] = model.predict(part.table), _logreg_record(name, model, data, run_uri)
         for m in model.modalities:
             for folder in store.manifest.modalities[m].folders:
-                storage.copy_folder(storage.join(run_uri, "encoders", folder), storage.join(model.uri, "encoders", folder))
+                storage.copy_folder(
+                    storage.join(run_uri, "encoders", folder), storage.join(model.uri, "encoders", folder)
+                )
     if majorities:
         found = {MAJORITY: {t: m.predict(part.table) for t, m in majorities.items()}, **found}
         known = {MAJORITY: _majority_record(majorities, data, config.seed), **known}

@@ -47,7 +47,9 @@ def score_files(
     path = predict(model_uri, inputs, out_uri, reading)
     card = read_card(model_uri)
     if card is None:
-        raise DataError(f"'{model_uri}' is no finished model folder of this version: run `mmkt train` with the same config")
+        raise DataError(
+            f"'{model_uri}' is no finished model folder of this version: run `mmkt train` with the same config"
+        )
     config = parse_config(card.config)
     rows = storage.read_table(path)
     tasks = [t for t in config.model_tasks if f"{t}_label" in rows.column_names]
@@ -123,7 +125,8 @@ def _scores(labels: Labels, proba: np.ndarray, names: list[str], config: Config)
 
 
 def scores_text(result: FilesMetrics) -> str:
-    """The scores as text: by task the metrics with intervals, then a line for each class and each presence pattern."""
+    """The scores as text: by task the metrics with intervals,
+    then a line for each class and each presence pattern."""
     percent = f"{100 * result.confidence:g} %"
     lines = [f"{result.num_rows} rows; brackets are {percent} intervals"]
     for task, found in result.tasks.items():

@@ -1,4 +1,5 @@
-"""What the comparison of a run says in words: the only place that makes its sentences, for the page and for the terminal."""
+"""What the comparison of a run says in words: the only place that makes its sentences,
+for the page and for the terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def answer_sentence(task: str, answer: Answer) -> str:
 def headline(task: str, answer: Answer | None, found: TaskResults, confidence: float) -> Headline:
     """The answer whether fusing helps one task.
 
-    answer: of `answers.correct_answers`; None: no fused model stands beside one of a single modality. found: the task's results.
+    answer: of `answers.correct_answers`; None: no fused model stands beside one of a single modality.
+    found: the task's results.
     """
     rows, kind = {r.model: r for r in found.rows}, task_kind(found.kind)
     if answer is None:
@@ -65,7 +67,10 @@ def _not_compared(
     fused: ModelScores | None, single: ModelScores | None, models: Sequence[str], kind: TaskKind
 ) -> tuple[str, str]:
     if fused is not None:
-        why = "No model of a single modality was trained and scored on the same samples, so there is no fair difference."
+        why = (
+            "No model of a single modality was trained and scored on the same samples, so there is no fair "
+            "difference."
+        )
         return f"Whether fusing helps is not known: {fused.model} stands alone", f"{_score(fused, kind)} {why}"
     if single is not None:
         text = f"{_score(single, kind)} No fused model was trained for this task."
@@ -76,8 +81,8 @@ def _not_compared(
 def recommendation(
     chosen: Considered, best: Considered, num_tasks: int, num_simple: int, right: str = TaskKind.right
 ) -> list[str]:
-    """Why a model is the one to ship. chosen, best: entries of `considered` (see `recommend`); num_simple: models within one
-    standard error of the best; right: see `TaskKind`."""
+    """Why a model is the one to ship. chosen, best: entries of `considered` (see `recommend`); num_simple: models
+    within one standard error of the best; right: see `TaskKind`."""
     mean = f" (mean of {num_tasks} tasks)" if num_tasks > 1 else ""
     where = {"val": "the val rows", "cv": "held-out rows (cross-validation)", "test": "the test rows"}
     score = f"{chosen.model} gets {_right(right, chosen.score, where.get(chosen.on, 'held-out rows'))}{mean}"
@@ -106,12 +111,17 @@ def few_rows(num: int) -> str:
 
 def too_few_to_tell(task: str, fused: str) -> str:
     """Where the test rows show more than those by which the model was chosen."""
-    return f"On test {fused} is shown to be better for {task}; the held-out rows, by which it is chosen, are too few to tell."
+    return (
+        f"On test {fused} is shown to be better for {task}; the held-out rows, by which it is chosen, are too few to "
+        "tell."
+    )
 
 
 def _no_other(answer: Answer) -> str:
     num = answer.num_fused - 1
-    return f"; nor does any of the {num} other fused models gain a point" if num > 1 else "; nor does the other one" * num
+    return (
+        f"; nor does any of the {num} other fused models gain a point" if num > 1 else "; nor does the other one" * num
+    )
 
 
 def _size(answer: Answer) -> str:
@@ -157,17 +167,21 @@ def notes(results: ResultsFile, run: RunFile) -> list[str]:
     notes = [found.sentence for found in results.adapted]
     if any(t.selected_on == "test" for t in results.tasks.values()):
         notes.append(
-            "There are no held-out rows but test, so the best models were chosen there: their scores are a little too good."
+            "There are no held-out rows but test, so the best models were chosen there: their scores are a little "
+            "too good."
         )
     for task, found in results.tasks.items():
         if (found.best or "").startswith("boosting:"):
             notes.append(
-                f"{found.best} is the best of all for {task} on the rows that models are chosen by: gradient boosting on the "
-                "table alone would do. It is a baseline that is not saved: fit scikit-learn's HistGradientBoosting to ship it."
+                f"{found.best} is the best of all for {task} on the rows that models are chosen by: gradient "
+                "boosting on the table alone would do. It is a baseline that is not saved: fit scikit-learn's "
+                "HistGradientBoosting to ship it."
             )
     missing = [name for name in run.variants if name not in results.models]
     if missing:
-        notes.append(f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again.")
+        notes.append(
+            f"Not evaluated, or trained anew since, so not shown: {', '.join(missing)}; run `mmkt evaluate` again."
+        )
     rows = [r for t in results.tasks.values() for r in t.rows]
     if any(r.verdict == DIFFERENT_SAMPLES for r in rows):
         notes.append(
@@ -175,12 +189,13 @@ def notes(results: ResultsFile, run: RunFile) -> list[str]:
         )
     if alone := [t for t, found in results.tasks.items() if found.best_single is None]:
         notes.append(
-            f"No model of a single modality was trained for {', '.join(alone)}: nothing says there whether fusing helps."
+            f"No model of a single modality was trained for {', '.join(alone)}: nothing says there whether fusing "
+            "helps."
         )
     if any(r.num_unseen for r in rows):
         notes.append(
-            f"Some test labels are of classes that the train split does not have{_unseen(results.tasks)}; they count as "
-            "wrong, or are left out of a multilabel row."
+            f"Some test labels are of classes that the train split does not have{_unseen(results.tasks)}; they count "
+            "as wrong, or are left out of a multilabel row."
         )
     by_note: dict[str, list[str]] = {}
     for task, found in results.tasks.items():

@@ -1,4 +1,5 @@
-"""What is said of a model on one task: metrics with intervals, also by modality subset, by presence pattern, on held-out rows.
+"""What is said of a model on one task: metrics with intervals, also by modality subset, by presence pattern,
+on held-out rows.
 
 Called by evaluate.py, and by whatever scores predictions.
 
@@ -51,7 +52,12 @@ def scores_of_task(part: Rows, task: str, proba: np.ndarray, settings: ScoreSett
 
 
 def subset_scores(
-    table: FeatureTable, task: str, subset: Sequence[str], proba: np.ndarray, proba_all: np.ndarray, settings: ScoreSettings
+    table: FeatureTable,
+    task: str,
+    subset: Sequence[str],
+    proba: np.ndarray,
+    proba_all: np.ndarray,
+    settings: ScoreSettings,
 ) -> SubsetScores:
     """What the model knows from a subset of its modalities, and from all of them on the same rows."""
     rows = has_prediction(proba) & table.labels[task].labelled
@@ -88,9 +94,9 @@ def pattern_scores(table: FeatureTable, task: str, proba: np.ndarray) -> dict[st
 
 
 def heldout_record(table: FeatureTable, task: str, proba: np.ndarray, on: str) -> HeldOutScores | None:
-    """Accuracy and macro-F1 on held-out rows, how they were held out (`on`), and of rows held out by cross-validation the same
-    of those in the val split (`split_val`, None if there are none): models without cross-validation know only these. None
-    without a labelled row."""
+    """Accuracy and macro-F1 on held-out rows, how they were held out (`on`), and of rows held out by cross-validation
+    the same of those in the val split (`split_val`, None if there are none): models without cross-validation know
+    only these. None without a labelled row."""
     rows = has_prediction(proba)
     scores = point_scores(table, task, rows, proba)
     record = HeldOutScores(num_rows=scores.num_rows, on=on, values=scores.values)

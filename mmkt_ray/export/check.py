@@ -46,7 +46,9 @@ class CheckRows:
     stored: Proba | None = None  # what the run's own evaluation made of them
 
 
-def check_rows(model_uri: str, config: Config, graph: ExportGraph, class_names: Mapping[str, Sequence[str]]) -> CheckRows:
+def check_rows(
+    model_uri: str, config: Config, graph: ExportGraph, class_names: Mapping[str, Sequence[str]]
+) -> CheckRows:
     """Test rows of the run, if its predictions and its data are where they were; else random ones."""
     try:
         return _test_rows(model_uri, config, graph, class_names)
@@ -96,7 +98,9 @@ def _spread(found: Any, there: np.ndarray, spec: Any) -> Any:
     if spec.sparse:
         chosen = sp.csr_matrix((np.ones(there.sum(), np.float32), (np.flatnonzero(there), np.arange(there.sum()))))
         chosen.resize(len(there), there.sum())
-        return (chosen @ found).tocsr() if found is not None else sp.csr_matrix((len(there), spec.dim), dtype=np.float32)
+        return (
+            (chosen @ found).tocsr() if found is not None else sp.csr_matrix((len(there), spec.dim), dtype=np.float32)
+        )
     dense = np.zeros((len(there), spec.dim), np.float32)
     if found is not None:
         dense[there] = found
@@ -114,7 +118,7 @@ def largest_difference(found: Proba, expected: Proba) -> float:
     return largest
 
 
-# --- test rows -------------------------------------------------------------------------------------------------------
+# --- test rows ------------------------------------------------------------------------------------------------------
 
 
 def _test_rows(
@@ -161,7 +165,7 @@ def _decoded(raw: list[Any], kind: ModalityKind, config: Config, encoder: Any) -
     return [None if value is None else next(decoded) for value in raw]
 
 
-# --- random rows -----------------------------------------------------------------------------------------------------
+# --- random rows ----------------------------------------------------------------------------------------------------
 
 
 class GivenFeatures:

@@ -1,7 +1,7 @@
 """`mmkt export`: the graph of a model is traced, written, run by its own runtime, and compared with the library.
 
     <out>/model.onnx or model.pt2    the graph; its metadata has the key `mmkt`, the text of mmkt.json
-    <out>/mmkt.json                  inputs, outputs, class names, preprocessing, what it was checked on, sizes and times
+    <out>/mmkt.json                  inputs, outputs, class names, preprocessing, how it was checked, sizes, times
     <out>/vocabulary-<modality>.json terms and idf of TF-IDF, whose weights are inputs
 """
 
@@ -73,7 +73,8 @@ class Exported:
                 *inside,
                 f"outputs: {', '.join(o['name'] for o in about['outputs'])}",
                 f"checked on {check['rows']}: largest difference from mmkt predict {check['difference']:.1e}{run}",
-                f"time: {speed['one_ms']:.2f} ms a row alone, {speed['batch_ms']:.3f} ms a row in batches of {speed['batch']}",
+                f"time: {speed['one_ms']:.2f} ms a row alone, {speed['batch_ms']:.3f} ms a row in batches of "
+                f"{speed['batch']}",
             ]
         )
 
@@ -83,7 +84,8 @@ def export_model(model_uri: str, to: str = "onnx", out: str | None = None, *, tr
 
     to: `onnx` (needs the extra `export`) or `torch` (a `torch.export` archive, .pt2). out: a local folder, by default
     `exported/<name of the model>`. trust_code: as for `predict`.
-    Raises: ConfigError, DataError; DataError too where the graph's results differ from the library's by more than TOLERANCE.
+    Raises: ConfigError, DataError; DataError too where the graph's results differ from the library's by more than
+    TOLERANCE.
     """
     if to not in TARGETS:
         raise unknown_name("target of --to", to, TARGETS)
@@ -152,7 +154,7 @@ def describe(model_uri: str, graph: ExportGraph, config: Config, card: Card) -> 
     }
 
 
-# --- tracing and writing ---------------------------------------------------------------------------------------------
+# --- tracing and writing --------------------------------------------------------------------------------------------
 
 
 def trace(graph: ExportGraph, example: Arrays) -> Any:
@@ -239,7 +241,7 @@ def quiet() -> Iterator[None]:
                 log.setLevel(level)
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------------------------
 
 
 def onnx_runner(path: Path) -> Runner:
@@ -278,7 +280,8 @@ def compare_outputs(
 ) -> dict[str, Any]:
     """How far the graph is from the library, and from what the run itself predicted.
 
-    rows: as they are; mixed: the second half of them lacks modalities. Raises: DataError if it is too far from the library.
+    rows: as they are; mixed: the second half of them lacks modalities.
+    Raises: DataError if it is too far from the library.
     """
     found = runner(graph_arrays(graph, mixed.values))
     difference = largest_difference(found, library_proba(graph, folders, mixed.values))
@@ -286,8 +289,8 @@ def compare_outputs(
     difference = max(difference, largest_difference(alone, {t: values[-1:] for t, values in found.items()}))
     if not difference <= TOLERANCE:
         raise DataError(
-            f"the exported graph differs from mmkt predict by {difference:.2g} on {rows.about}, more than {TOLERANCE:g}: "
-            "do not use it; say which encoders and fusion the model has when you report this"
+            f"the exported graph differs from mmkt predict by {difference:.2g} on {rows.about}, more than "
+            f"{TOLERANCE:g}: do not use it; say which encoders and fusion the model has when you report this"
         )
     check: dict[str, Any] = {
         "rows": f"{rows.about}, half of which lack a modality",

@@ -1,4 +1,5 @@
-"""The whole of a model as one graph: encoders, reducers, the fused model with its experts, temperatures, probabilities.
+"""The whole of a model as one graph: encoders, reducers, the fused model with its experts, temperatures,
+probabilities.
 
 Axes: B rows, C classes of one task.
 """
@@ -20,8 +21,8 @@ from mmkt_ray.models.containers import ModuleList
 
 
 class ExportGraph(nn.Module):
-    """Inputs by name -> `<task>_proba` (B, C), or of a task of numbers `<task>_pred` (B, 1); NaN in rows that lack all that the
-    task reads, as predictions are null there.
+    """Inputs by name -> `<task>_proba` (B, C), or of a task of numbers `<task>_pred` (B, 1); NaN in rows that lack
+    all that the task reads, as predictions are null there.
 
     There is no branch that depends on the data: all experts answer all rows, and masks select.
     """
@@ -29,7 +30,8 @@ class ExportGraph(nn.Module):
     def __init__(
         self, model: Predictor, inputs: Mapping[str, GraphInputs], reducers: Mapping[str, Any], half: bool = False
     ) -> None:
-        """inputs: by modality; reducers: fitted ones, of the modalities that have one; half: features are kept in float16."""
+        """inputs: by modality; reducers: fitted ones, of the modalities that have one;
+        half: features are kept in float16."""
         super().__init__()
         self.model, self.stored_half = model.eval(), half
         self.modalities = sorted(model.spec.modalities)
@@ -45,7 +47,9 @@ class ExportGraph(nn.Module):
         found: list[GraphInput] = []
         for m, part in zip(self.modalities, self.parts, strict=True):
             found += part.inputs
-            found.append(GraphInput(f"{m}_present", "bool", (ROWS,), f"whether the row has {m}; where not, the rest is ignored"))
+            found.append(
+                GraphInput(f"{m}_present", "bool", (ROWS,), f"whether the row has {m}; where not, the rest is ignored")
+            )
         return found
 
     @property
@@ -59,7 +63,9 @@ class ExportGraph(nn.Module):
         for m, part, reducer in zip(self.modalities, self.parts, self.reducers, strict=True):
             features[m] = self._kept(reducer(self._kept(part(tensors, present[m]))))
         logits = self.model(features, present)
-        return {name: self._predictions(t, logits[t], present) for name, t in zip(self.outputs, self.tasks, strict=True)}
+        return {
+            name: self._predictions(t, logits[t], present) for name, t in zip(self.outputs, self.tasks, strict=True)
+        }
 
     def _kept(self, x: Any) -> Any:
         """Features as a store of float16 would give them back."""

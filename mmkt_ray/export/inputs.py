@@ -1,8 +1,8 @@
 """What an exported graph takes for each modality, and which part of the encoder is inside the graph.
 
-An encoder whose work is tensor arithmetic goes into the graph. What is no such arithmetic (decoding a file, resizing, splitting
-a text) happens before, in `GraphInputs.arrays`, and the graph's metadata says it in words. An encoder that is not in `INPUTS`
-stays outside: its features are the input.
+An encoder whose work is tensor arithmetic goes into the graph. What is no such arithmetic (decoding a file, resizing,
+splitting a text) happens before, in `GraphInputs.arrays`, and the graph's metadata says it in words. An encoder that
+is not in `INPUTS` stays outside: its features are the input.
 
 Axes: B rows, Z non-zero values of all rows, S side of a square image in pixels, L tokens of a text, D features.
 """
@@ -125,8 +125,8 @@ class SpectrogramInputs(PixelInputs):
     @property
     def meaning(self) -> str:
         return (
-            "log-mel spectrogram and its first two differences in time as three channels, mel bands by time steps, as "
-            f"mmkt_ray.encoders.audio makes it at {self.encoder.config.sample_rate} samples per second"
+            "log-mel spectrogram and its first two differences in time as three channels, mel bands by time steps, "
+            f"as mmkt_ray.encoders.audio makes it at {self.encoder.config.sample_rate} samples per second"
         )
 
 

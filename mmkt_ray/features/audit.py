@@ -1,10 +1,11 @@
 """The same content twice: across splits (leakage), within one, and under different labels (conflicts).
 
-Content is compared by the 64-bit hashes that the parts of a store hold beside the features: of pixels or audio as decoded
-(of JPEGs that were made smaller meanwhile of their coded data, see docs/extraction.md), of texts as normalised, case and white
-space aside. What is found is written to `<store>/audit.json`, see `Audit`.
+Content is compared by the 64-bit hashes that the parts of a store hold beside the features: of pixels or audio as
+decoded (of JPEGs that were made smaller meanwhile of their coded data, see docs/extraction.md), of texts as
+normalised, case and white space aside. What is found is written to `<store>/audit.json`, see `Audit`.
 
-Memory: about 10 bytes a row and modality, and the ids and labels of the examples. Axes: N rows, G groups of equal content.
+Memory: about 10 bytes a row and modality, and the ids and labels of the examples.
+Axes: N rows, G groups of equal content.
 """
 
 from __future__ import annotations
@@ -101,13 +102,15 @@ class LabelIssues(Record, frozen=True):
 
 
 class Audit(Record, frozen=True):
-    """`<store>/audit.json`. Samples are duplicates where the same modalities are present, each with the same content."""
+    """`<store>/audit.json`. Samples are duplicates where the same modalities are present,
+    each with the same content."""
 
     num_rows: int = 0
     modalities: dict[str, Duplicates] = Field(default_factory=dict)  # of each modality
     samples: IfAny[Duplicates] = None  # of whole samples; None: the store was not audited
     conflicts: dict[str, Conflicts] = Field(default_factory=dict)  # by task
-    spellings: dict[str, int] = Field(default_factory=dict)  # `<task>: '1.0' read as '1'` -> rows of a class in other words
+    # `<task>: '1.0' read as '1'` -> rows of a class in other words
+    spellings: dict[str, int] = Field(default_factory=dict)
     nulled: dict[str, int] = Field(default_factory=dict)  # `<modality>: '<column>' is no number, read as null` -> rows
     suspects: IfAny[LabelIssues] = None
 

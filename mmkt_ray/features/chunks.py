@@ -31,7 +31,8 @@ ARRAY = "array "  # beginning of the names of columns with prepared values
 
 
 def part_name(unit: str, index: int, last: bool) -> str:
-    """File name of a chunk's part; the end of a shard is marked, so that a listing tells which shards are complete."""
+    """File name of a chunk's part; the end of a shard is marked,
+    so that a listing tells which shards are complete."""
     return f"{unit}-{index:06d}{'-end' if last else ''}.parquet"
 
 

@@ -1,7 +1,7 @@
 """Samples of several modalities from rows of one modality: union (nothing to do), join on a key, pairs by label.
 
-Works on encoded rows, so that nothing is encoded twice however often a row is used. The driver holds ids, splits, keys and
-labels (about 500 bytes a row); features stay in a memory-mapped file and are gathered part by part.
+Works on encoded rows, so that nothing is encoded twice however often a row is used. The driver holds ids, splits,
+keys and labels (about 500 bytes a row); features stay in a memory-mapped file and are gathered part by part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ NO_KEY = "the row has no key to join on: give its source a column for key, or fo
 
 @dataclass
 class Combined:
-    """Which source row each modality and each task of the new samples comes from: (S,) row numbers, ABSENT where none."""
+    """Which source row each modality and each task of the new samples comes from:
+    (S,) row numbers, ABSENT where none."""
 
     sample_ids: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
@@ -179,7 +180,10 @@ def pair(index: RowIndex, how: PairCombine, seed: int) -> Combined:
         wanted = same if mapping is None else mapping.get(same)
         stream = draws.get((index.splits[row], wanted or ""))
         if stream is None:
-            why = f"{first_task} '{label}' has no partner: no {second} with {second_task} '{wanted}' in split {index.splits[row]}"
+            why = (
+                f"{first_task} '{label}' has no partner: no {second} with {second_task} '{wanted}' in split "
+                f"{index.splits[row]}"
+            )
             why = why if wanted else f"{first_task} '{label}' is not in samples.combine.mapping"
             combined.rejects.append(Reject(index.sample_ids[row], "pair", "combine", why))
             continue
@@ -233,7 +237,8 @@ def write_combined(config: Config, source: Store, uri: str, unit: str, combined:
 
 
 def gather(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
-    """The values at some rows, null for ABSENT. Of the column only these are read: its own `take` would copy all of it."""
+    """The values at some rows, null for ABSENT. Of the column only these are read:
+    its own `take` would copy all of it."""
     starts = np.cumsum([0, *map(len, column.chunks)])
     chunk = np.searchsorted(starts, rows, side="right") - 1  # -1 for ABSENT
     order = np.argsort(chunk, kind="stable")

@@ -89,7 +89,8 @@ def decode_column(
 ) -> Decoded:
     """The values of a column: decoded and prepared for the encoder where the kind has a decoder, else as they are.
 
-    encoder: None prepares nothing. num_children: processes that decode side by side. only_hashes: all values are None.
+    encoder: None prepares nothing. num_children: processes that decode side by side.
+    only_hashes: all values are None.
     """
     if kind.pooled:
         single = kind.model_copy(update={"pool": None})
@@ -171,10 +172,11 @@ def changes_of(part: pa.Table, name: str) -> list[list[str]]:
 
 
 def decode_chunk(row: ChunkRow, config: Config) -> ChunkRow:
-    """Stage 2, only where encoders run on GPUs: files are decoded and prepared on CPUs, so that the GPU does not wait.
+    """Stage 2, only where encoders run on GPUs: files are decoded and prepared on CPUs,
+    so that the GPU does not wait.
 
-    The prepared values of a modality travel as one array beside the samples, whose column then names rows of it; a broken one
-    becomes null.
+    The prepared values of a modality travel as one array beside the samples, whose column then names rows of it; a
+    broken one becomes null.
     """
     start = time.perf_counter()
     broken: dict[str, dict[int, str]] = {}
@@ -202,7 +204,8 @@ def decode_chunk(row: ChunkRow, config: Config) -> ChunkRow:
 
 
 def _in_one_array(values: Sequence[Any]) -> tuple[np.ndarray, list[Any]]:
-    """Prepared values, or lists of them, as one array (P, ..), and of each row its place or places in it, None for none."""
+    """Prepared values, or lists of them, as one array (P, ..), and of each row its place or places in it,
+    None for none."""
     if isinstance(values, Prepared):
         return values.array, [None if at < 0 else at for at in values.places.tolist()]
     items: list[np.ndarray] = []

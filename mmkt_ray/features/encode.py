@@ -62,8 +62,8 @@ def assigned_device(use_gpu: bool, gpu_frac: float = 1.0) -> torch.device:
 
     if use_gpu and not torch.cuda.is_available():
         raise ResourceError(
-            "Ray gave this encoder actor a GPU, but torch finds none: is the driver there, is this torch built for it? "
-            "Set extract.num_gpus=0 to encode on CPUs"
+            "Ray gave this encoder actor a GPU, but torch finds none: is the driver there, is this torch built for "
+            "it? Set extract.num_gpus=0 to encode on CPUs"
         )
     if use_gpu and gpu_frac < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_frac)  # Ray counts GPUs, it does not divide them
@@ -94,11 +94,12 @@ class SampleEncoder:
 
     @contextmanager
     def answering(self, num_rows: int) -> Iterator[None]:
-        """Within it networks on a CPU take few rows one by one: a pass has one shape, and costs as much if most of it is padding.
+        """Within it networks on a CPU take few rows one by one:
+        a pass has one shape, and costs as much if most of it is padding.
 
-        They do so in one thread as long as that is quick: to wake another for each of a network's operations, where it does
-        not spin, costs more than it does (10 ms became 22 with EfficientNet-Lite0). Not for what goes into a store: its
-        features would differ in their last bits. One thread at a time.
+        They do so in one thread as long as that is quick: to wake another for each of a network's operations, where
+        it does not spin, costs more than it does (10 ms became 22 with EfficientNet-Lite0). Not for what goes into a
+        store: its features would differ in their last bits. One thread at a time.
         """
         import torch
 
@@ -174,15 +175,17 @@ class SampleEncoder:
     def _decode(
         self, samples: pa.Table, stored: Mapping[str, pa.Table | None], prepared: Mapping[str, pa.Buffer]
     ) -> tuple[pa.Table, dict[str, Sequence[Any]], dict[str, dict[int, str]]]:
-        """The samples with hashes of their content; values of each modality that is not stored already, None where absent;
-        and by modality the rows that can't be decoded."""
+        """The samples with hashes of their content; values of each modality that is not stored already, None where
+        absent; and by modality the rows that can't be decoded."""
         values: dict[str, Sequence[Any]] = {}
         broken: dict[str, dict[int, str]] = {}
         for name, encoder in self.encoders.items():
             if (part := stored.get(name)) is not None:
                 if hash_of(name) not in samples.column_names:  # not decoded by the stage before
                     known = [{NOT_ENCODED, *cell} for cell in changes_of(samples, name)]  # from reading
-                    changes = [[c for c in cell if c not in k] for cell, k in zip(changes_of(part, name), known, strict=True)]
+                    changes = [
+                        [c for c in cell if c not in k] for cell, k in zip(changes_of(part, name), known, strict=True)
+                    ]
                     lost = (i for i, cell in enumerate(changes) if UNREADABLE in cell)
                     broken[name] = dict.fromkeys(lost, "unreadable, as found when the modality was encoded")
                     samples = note_content(samples, name, part[hash_of(name)].combine_chunks(), changes)
@@ -309,8 +312,14 @@ def _not_finite(features: Any, dtype: str) -> dict[int, str]:
     if np.isfinite(numbers).all():
         return {}
     bad = ~np.isfinite(numbers)
-    rows = np.searchsorted(features.indptr, np.flatnonzero(bad), side="right") - 1 if sparse else bad.any(axis=1).nonzero()[0]
-    return {int(i): f"the encoder gave NaN, infinity or a number too large for {numbers.dtype}" for i in np.unique(rows)}
+    rows = (
+        np.searchsorted(features.indptr, np.flatnonzero(bad), side="right") - 1
+        if sparse
+        else bad.any(axis=1).nonzero()[0]
+    )
+    return {
+        int(i): f"the encoder gave NaN, infinity or a number too large for {numbers.dtype}" for i in np.unique(rows)
+    }
 
 
 def known_refused(part: pa.Table, name: str) -> dict[int, str]:
@@ -329,7 +338,8 @@ def settle_refused(
     lost: dict[str, np.ndarray],
     unit: str,
 ) -> tuple[pa.Table, pa.Table]:
-    """The samples that stay, with their features, and a reject for each row whose features of a modality were refused.
+    """The samples that stay, with their features, and a reject for each row whose features of a modality were
+    refused.
 
     Args as in `settle_broken`; columns: name -> features of all samples.
     """

@@ -58,7 +58,8 @@ def extract(config: Config, run_uri: str) -> Store:
 
 
 def check_not_empty(store: Store) -> None:
-    """Raises: DataError for a modality or a task that no row has: most likely its column is mapped to the wrong name."""
+    """Raises: DataError for a modality or a task that no row has:
+    most likely its column is mapped to the wrong name."""
     counts = store.manifest.counts
     empty = [f"modality '{m}'" for m, by_split in counts.missing.items() if sum(by_split.values()) == counts.rows]
     empty += [f"task '{t}'" for t, by_split in counts.by_task.items() if not by_split]
@@ -94,7 +95,10 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
         storage.make_dir(uri)
         storage.write_json(storage.join(uri, "plan.json"), plan)
         if cut := that_may_be_cut(shards):
-            message = "'%s'%s ends without a line end, unlike other shards of its source: it may be cut within its last cell"
+            message = (
+                "'%s'%s ends without a line end, unlike other shards of its source: it may be cut within its last "
+                "cell"
+            )
             log.warning(message, cut[0], f" and {len(cut) - 1} more" if cut[1:] else "")
         log.info("encoding %d of %d shards (%s)", len(todo), len(shards), ", ".join(sorted(cards)))
         run_encode(config, uri, todo, done, encoders, find_reusable(run_uri, uri, plan), stats)
@@ -115,8 +119,8 @@ def encode(config: Config, run_uri: str, shards: list[Shard], encoders: dict[str
 
 
 def encoder_pool(config: Config, resources: cluster.Resources) -> tuple[int, float]:
-    """Number of encoder actors, and GPUs of each. Where the config leaves it open, there are as many actors as the GPUs hold, or
-    one for two logical CPUs."""
+    """Number of encoder actors, and GPUs of each. Where the config leaves it open, there are as many actors as the
+    GPUs hold, or one for two logical CPUs."""
     num_gpus = config.extract.num_gpus if config.extract.num_gpus is not None else float(resources.num_gpus > 0)
     default = cluster.gpu_places(resources, num_gpus) if num_gpus else resources.num_cpus // 2
     return config.extract.num_actors or max(1, int(default)), num_gpus
@@ -145,9 +149,13 @@ def run_encode(
     plan = EncodePlan(config, encoders, reuse, use_gpu=num_gpus > 0, num_threads=num_threads, gpu_frac=gpu_frac)
     with cluster.one_row_blocks():
         chunks = ray.data.from_items([vars(shard) for shard in todo], override_num_blocks=len(todo))
-        chunks = chunks.map_batches(partial(read_shard, plan=ReadingPlan.of(config), done=done), batch_size=1, num_cpus=READ_CPUS)
+        chunks = chunks.map_batches(
+            partial(read_shard, plan=ReadingPlan.of(config), done=done), batch_size=1, num_cpus=READ_CPUS
+        )
         if num_gpus:
-            chunks = chunks.map_batches(partial(decode_chunk, config=config), batch_size=1, batch_format="pyarrow", num_cpus=1)
+            chunks = chunks.map_batches(
+                partial(decode_chunk, config=config), batch_size=1, batch_format="pyarrow", num_cpus=1
+            )
         features = chunks.map_batches(
             EncodeChunk,
             fn_constructor_args=(plan,),

@@ -159,13 +159,14 @@ def _explained_if_full() -> Iterator[None]:
         if error.errno not in storage.FULL:
             raise
         raise ResourceError(
-            f"disk full: '{tempfile.gettempdir()}' has no room for the features of a table, which are mapped from a file "
-            "there; free some space, or set TMPDIR to a folder on a larger disk, and run the same command again"
+            f"disk full: '{tempfile.gettempdir()}' has no room for the features of a table, which are mapped from a "
+            "file there; free some space, or set TMPDIR to a folder on a larger disk, and run the same command again"
         ) from error
 
 
 def concat_tables(tables: Iterable[FeatureTable]) -> FeatureTable:
-    """The rows of tables of the same columns (at least one table); besides the result one table is in memory at a time."""
+    """The rows of tables of the same columns (at least one table);
+    besides the result one table is in memory at a time."""
     arrays: dict[tuple[str, str], Growing] = {}
     for table in tables:
         for key, piece in _arrays(table):

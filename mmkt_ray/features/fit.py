@@ -1,7 +1,8 @@
 """Fits encoders and reducers on the train split, as Ray tasks whose statistics merge in a fixed tree.
 
 The tree is fixed so that the same shards give the same sums, bit for bit, whatever finishes first. A fit lies in
-`<run>/encoders/<modality>-<config>-<shards>`. If shards were only added since, it is used again, with a line in the log.
+`<run>/encoders/<modality>-<config>-<shards>`. If shards were only added since, it is used again,
+with a line in the log.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def find_fit(run_uri: str, prefix: str, units: list[str]) -> str | None:
 
 
 def copy_fit_from_sibling(run_uri: str, uri: str, units: list[str], build: Callable[[], Any]) -> bool:
-    """Copy the fit on exactly these shards from another run. Returns whether one had it. build: makes an unfitted one."""
+    """Copy the fit on exactly these shards from another run. Returns whether one had it.
+    build: makes an unfitted one."""
 
     def is_whole(folder: str) -> bool:
         return load_fitted(build(), folder) is not None and read_encoder_card(folder).units == units
@@ -217,10 +219,11 @@ def fit_reducer(config: Config, run_uri: str, encoded: Store, modality: str) -> 
 
 
 def merge_in_tree(statistics: Sequence[Callable[[], Any]], merge: Callable[[list[Any]], Any]) -> Any:
-    """Run each call as a Ray task and merge what they return, FAN_IN at a time, in the order given; None if all are None.
+    """Run each call as a Ray task and merge what they return, FAN_IN at a time, in the order given;
+    None if all are None.
 
-    At most a few groups are under way at once, and FAN_IN merged ones are merged further at once, so that statistics do not
-    pile up: about FAN_IN at each level of the tree are held.
+    At most a few groups are under way at once, and FAN_IN merged ones are merged further at once, so that statistics
+    do not pile up: about FAN_IN at each level of the tree are held.
     """
     compute = ray.remote(lambda call: call())
     combine = ray.remote(

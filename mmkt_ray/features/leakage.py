@@ -66,7 +66,9 @@ def hash_shard(
             for modality in names:
                 column, kind = chunk.table.column(modality), plan.modalities[modality]
                 # the same as the pipeline writes to a store: None where the modality is absent or can't be decoded
-                columns[hash_of(modality)] = decode_column(column, kind, built[modality], samples, only_hashes=True).hashes
+                columns[hash_of(modality)] = decode_column(
+                    column, kind, built[modality], samples, only_hashes=True
+                ).hashes
             writer.write_table(pa.table(columns, schema=schema))
 
 

@@ -1,7 +1,7 @@
 """Training an encoder on one modality and one task: the unimodal knowledge that is transferred.
 
-Values (images, spectrograms of audio) are decoded and prepared once into Parquet parts beside the encoder; each worker maps
-them as one array of uint8, so that every epoch is a true shuffle of all and memory is the page cache's.
+Values (images, spectrograms of audio) are decoded and prepared once into Parquet parts beside the encoder; each
+worker maps them as one array of uint8, so that every epoch is a true shuffle of all and memory is the page cache's.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def pretrain(encoder: Any, job: Pretraining, shards: list[Shard], leaking: Mappi
     class_names = sort_classes(counts)
     if len(class_names) < 2:
         raise DataError(
-            f"the {section.name} encoder of '{job.modality}' needs two classes of '{section.task}' in the train split, "
-            f"got {class_names or 'none'}{tell_reasons(sum(map(Counter, found), Counter()))}"
+            f"the {section.name} encoder of '{job.modality}' needs two classes of '{section.task}' in the train "
+            f"split, got {class_names or 'none'}{tell_reasons(sum(map(Counter, found), Counter()))}"
         )
     state = cluster.run_on_workers(_train, {"job": job, "class_names": class_names}, section.num_workers)
     encoder.load_state({k: np.asarray(v) for k, v in state.items()}, encoder.rest_of_state(class_names))
@@ -87,8 +87,8 @@ def pretrain(encoder: Any, job: Pretraining, shards: list[Shard], leaking: Mappi
 
 
 def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dict[str, int]:
-    """Write the shard's labelled train values, prepared, as parts of (pixels, label, held_out); extraction will reject broken
-    ones. Held out: values of val, for encoders that ask for them.
+    """Write the shard's labelled train values, prepared, as parts of (pixels, label, held_out); extraction will
+    reject broken ones. Held out: values of val, for encoders that ask for them.
 
     Returns why values are not among them -> how many.
     """
@@ -144,7 +144,8 @@ def _read_pieces(pieces: str, columns: list[str]) -> Any:
 def _map_values(
     pieces: str, encoder: Any, class_names: list[str], folder: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pieces as one memory-mapped array of prepared values (N, ..) in `folder`; labels (N,) int64; which are held out."""
+    """All pieces as one memory-mapped array of prepared values (N, ..) in `folder`; labels (N,) int64;
+    which are held out."""
     labels, held_out = [np.empty(0, np.int64)], [np.empty(0, bool)]
     for table in _read_pieces(pieces, ["label", "held_out"]):
         labels.append(index_in(table.column("label"), class_names))

@@ -68,8 +68,8 @@ def check_budget(
 ) -> None:
     """Raises: DataError when more than the allowed share of rows is rejected or lost a modality, and more than a few.
 
-    num_rows: in the store; estimated: by a job that is not at its end. lost: stage -> rows. names: unit -> shard name, for
-    the message.
+    num_rows: in the store; estimated: by a job that is not at its end. lost: stage -> rows. names: unit -> shard
+    name, for the message.
     """
     num_lost, num_kept = num_rejected(lost), lost[MODALITY]
     num_hit, total = num_lost + num_kept, num_rows + num_lost
@@ -84,7 +84,8 @@ def check_budget(
     share = min(1.0, math.ceil(1000 * num_hit / total) / 1000)
     damaged = f" (about {lost[DAMAGE]:,} of them in damaged shards)" if lost[DAMAGE] else ""
     advice = (
-        f"mend the data, or allow it with --set samples.max_reject_frac={share:g} (predict: --max-reject-frac {share:g})"
+        f"mend the data, or allow it with --set samples.max_reject_frac={share:g} (predict: --max-reject-frac "
+        f"{share:g})"
     )
     if reasons and reasons[0].reason.startswith(DUPLICATE):  # a higher budget would drop them
         advice = "give each row an id of its own, or join rows of one id (samples.combine: join)"
@@ -93,8 +94,8 @@ def check_budget(
     of = f"of about {total:,}" if estimated else f"of {total:,}"
     raise DataError(
         f"{num_lost:,} {of} rows were rejected{damaged} and {num_kept:,} lost a modality, more than "
-        f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {folder} has each row's "
-        f"reason: {advice}, and give the same command again"
+        f"samples.max_reject_frac = {samples.max_reject_frac:g} allows{tell_reasons(reasons)}; {folder} has each "
+        f"row's reason: {advice}, and give the same command again"
     )
 
 
@@ -118,10 +119,11 @@ def publish(
     speed: Speed | None = None,
     checksums: Mapping[str, str] | None = None,
 ) -> Store:
-    """Write rejects.parquet and manifest.json for the parts of the origin's units, after checking ids and the reject budget.
+    """Write rejects.parquet and manifest.json for the parts of the origin's units,
+    after checking ids and the reject budget.
 
-    checksums: of parts that were just written, others are read for theirs. Parts of other units (shards that are gone or
-    changed) are moved to superseded/. Raises: DataError when too many rows are rejected or no row is left.
+    checksums: of parts that were just written, others are read for theirs. Parts of other units (shards that are gone
+    or changed) are moved to superseded/. Raises: DataError when too many rows are rejected or no row is left.
     """
     units, source, combined = origin.units, origin.source, origin.num_conflicts is not None
     parts = keep_parts(uri, units)
@@ -201,7 +203,8 @@ def drop_rows(uri: str, config: Config, origin: Origin, parts: list[str], modali
         for together in parts_of_ids(config, parts, origin.shards):
             rewritten |= reject_duplicates(uri, together)
     paired = config.samples.combine.name != "union"
-    is_whole = origin.num_conflicts is not None if paired else origin.source is None  # the rows are samples, and decided here
+    # the rows are samples, and decided here
+    is_whole = origin.num_conflicts is not None if paired else origin.source is None
     if config.samples.drop_leakage and is_whole:
         rewritten |= drop_leakage(uri, parts, modalities)
     return rewritten
@@ -309,7 +312,9 @@ def count_reasons(rejects: pa.Table) -> list[AlikeRejects]:
             counts[kind := without_details(reason)] += num_rows
             place = (shard, len(row), row)  # of two numbers the shorter one is the smaller
             first[kind] = min(first.get(kind, (place, reason)), (place, reason))
-    return [AlikeRejects(first[kind][1], _row_name(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()]
+    return [
+        AlikeRejects(first[kind][1], _row_name(*first[kind][0]), num_rows) for kind, num_rows in counts.most_common()
+    ]
 
 
 def _row_name(shard: str, _: int, row: str) -> str:

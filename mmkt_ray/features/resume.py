@@ -1,4 +1,5 @@
-"""What earlier runs left of a store: chunks that are written, parts that are reduced, other stores of the same encoders.
+"""What earlier runs left of a store: chunks that are written, parts that are reduced,
+other stores of the same encoders.
 
 Called by extract.py, so that no chunk is encoded twice.
 """
@@ -31,14 +32,16 @@ def stored_chunks(uri: str) -> tuple[dict[str, set[int]], set[str]]:
 
 
 def same_length(uri: str, other_uri: str, name: str) -> bool:
-    """Whether two stores' parts of one name have as many rows: publishing may have taken duplicates out of one since."""
+    """Whether two stores' parts of one name have as many rows:
+    publishing may have taken duplicates out of one since."""
     parts = [storage.resolve(storage.join(u, "data", name)) for u in (uri, other_uri)]
     lengths = {pq.read_metadata(path, filesystem=fs).num_rows for fs, path in parts}
     return len(lengths) == 1
 
 
 def find_reusable(run_uri: str, uri: str, plan: dict[str, Any]) -> dict[str, str]:
-    """Modalities that another store of this run read in the same way through the same encoder: modality -> that store."""
+    """Modalities that another store of this run read in the same way through the same encoder:
+    modality -> that store."""
     reuse: dict[str, str] = {}
     for info in storage.list_files(storage.join(run_uri, "features"), "plan.json", recursive=True):
         other_uri = storage.join(run_uri, "features", info.path.split("/")[-2])

@@ -45,10 +45,12 @@ class ShardSizes:
 
 
 class RunStats:
-    """Counts rows, rejects and seconds as parts come in; tells progress; stops the job when too many rows are rejected."""
+    """Counts rows, rejects and seconds as parts come in; tells progress;
+    stops the job when too many rows are rejected."""
 
     def __init__(self, uri: str, samples: SamplesConfig | None = None, names: dict[str, str] | None = None) -> None:
-        """uri: of the store that the parts go to. samples: None where rows cannot be lost. names: unit -> shard name."""
+        """uri: of the store that the parts go to. samples: None where rows cannot be lost.
+        names: unit -> shard name."""
         self.uri, self.samples, self.names = uri, samples, names or {}
         self.num_rows = 0
         self.lost: Counter[str] = Counter()  # stage -> rows
@@ -87,7 +89,11 @@ class RunStats:
         if self.num_rows + num_rejected(rows) >= BUDGET_GRACE_ROWS:
             check_budget(self.uri, samples, self.num_rows, rows, self.names)
         lost, likely = num_rejected(self.lost), len(self.names) * self.sizes.largest
-        if self.lost[DAMAGE] and likely and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely)):
+        if (
+            self.lost[DAMAGE]
+            and likely
+            and is_spent(samples, lost + self.lost[MODALITY], max(self.num_rows + lost, 2 * likely))
+        ):
             check_budget(self.uri, samples, max(self.num_rows, likely - lost), self.lost, self.names, estimated=True)
 
     def speed(self) -> Speed | None:

@@ -20,7 +20,8 @@ MAX_SHOWN = 20  # spellings in a warning
 
 
 def respelled(names: Iterable[str]) -> dict[str, str]:
-    """Class -> its canonical spelling, for the classes that change; empty where no two spellings of one class are among them."""
+    """Class -> its canonical spelling, for the classes that change;
+    empty where no two spellings of one class are among them."""
     names = list(names)
     found = {name: canonical(name) for name in names}
     return {old: new for old, new in found.items() if old != new} if len({*found.values()}) < len(found) else {}
@@ -42,13 +43,15 @@ def merge_spellings(
 ) -> dict[str, str]:
     """Give classes with several spellings one, in the affected parts, and note it in `cleaned`.
 
-    by_task: task -> split -> class -> rows, as in a manifest's counts; kinds: of the tasks. Returns the checksums of the
-    affected parts.
+    by_task: task -> split -> class -> rows, as in a manifest's counts; kinds: of the tasks. Returns the checksums of
+    the affected parts.
     """
     for task, splits in by_task.items():
         if apart := _apart_by_case({c for counts in splits.values() for c in counts}):
             pairs = ", ".join(" and ".join(map(repr, group)) for group in apart[:MAX_SHOWN])
-            log.warning("%s: classes that differ in case alone stay apart, write them alike if they are one: %s", task, pairs)
+            log.warning(
+                "%s: classes that differ in case alone stay apart, write them alike if they are one: %s", task, pairs
+            )
     names = {task: respelled({c for counts in splits.values() for c in counts}) for task, splits in by_task.items()}
     names = {task: changes for task, changes in names.items() if changes}
     if not names:

@@ -45,7 +45,8 @@ def encoder_statistics(
 
 
 def reducer_statistics(reducer: ray.ObjectRef, part: str, modality: str, dim: int, task: str | None) -> Any:
-    """Statistics of one part's train rows, of those with a label where they need the labels of a task; None if it has none."""
+    """Statistics of one part's train rows, of those with a label where they need the labels of a task;
+    None if it has none."""
     columns = [column_of(modality), *([task] if task is not None else [])]
     table = storage.read_table(part, ["split", *columns])
     rows = table.filter(pc.equal(table.column("split"), "train")).select(columns).drop_null()

@@ -125,9 +125,11 @@ class Store:
         return task_kind(self.manifest.tasks[task].kind)
 
     def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The parts one after another, with some or all columns. Raises: DataError for a part that is damaged or gone.
+        """The parts one after another, with some or all columns.
+        Raises: DataError for a part that is damaged or gone.
 
-        A process compares a part with its checksum once, when it reads it first, for which the part is read as a whole.
+        A process compares a part with its checksum once, when it reads it first,
+        for which the part is read as a whole.
         """
         for name, uri in zip(self.manifest.parts, self.parts(), strict=True):
             expected = self.manifest.checksums.get(name)
@@ -154,7 +156,8 @@ class Store:
             yield self._load(piece, modalities, tasks)
 
     def copy_encoders(self, modalities: Iterable[str], run_uri: str, model_uri: str) -> None:
-        """Put the run's encoders that these features came from into a model's folder, which predicts by itself then."""
+        """Put the run's encoders that these features came from into a model's folder,
+        which predicts by itself then."""
         for modality in modalities:
             for folder in self.manifest.modalities[modality].folders:
                 storage.copy_folder(

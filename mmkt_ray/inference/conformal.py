@@ -1,10 +1,11 @@
 """Intervals around predicted numbers: as wide as held-out errors say (split conformal prediction).
 
-Of n held-out errors the margin is the ceil((n + 1) c)-th smallest, so that an interval holds a new label with a probability
-of c at least, if new rows are like the held-out ones. Rows with some modalities have a margin of their own where
-MIN_ROWS held-out rows have just these; others share that of all rows. Errors are those on the scale that the kind learns.
-Held-out rows by which the epoch was chosen too may not be like new ones: a tiny run with few of them had 77 % of its rows in
-intervals of 95 %. The cause was not shown. Out-of-fold rows of one real run had 96 % of the test labels inside.
+Of n held-out errors the margin is the ceil((n + 1) c)-th smallest, so that an interval holds a new label with a
+probability of c at least, if new rows are like the held-out ones. Rows with some modalities have a margin of their
+own where MIN_ROWS held-out rows have just these; others share that of all rows. Errors are those on the scale that
+the kind learns. Held-out rows by which the epoch was chosen too may not be like new ones: a tiny run with few of them
+had 77 % of its rows in intervals of 95 %. The cause was not shown.
+Out-of-fold rows of one real run had 96 % of the test labels inside.
 
 Source: Lei et al. 2018, https://arxiv.org/abs/1604.04173
 Axes: N rows.
@@ -25,9 +26,11 @@ from mmkt_ray.scoring.metrics import Coverage
 MIN_ROWS = 30
 
 
-def fit_margins(table: FeatureTable, outputs: Mapping[str, np.ndarray], confidence: float) -> dict[str, dict[str, float]]:
-    """The margins of every task of numbers, from held-out rows. outputs: task -> (N, K), NaN where there is no prediction.
-    Tasks with fewer rows than the coverage takes are left out."""
+def fit_margins(
+    table: FeatureTable, outputs: Mapping[str, np.ndarray], confidence: float
+) -> dict[str, dict[str, float]]:
+    """The margins of every task of numbers, from held-out rows. outputs: task -> (N, K), NaN where there is no
+    prediction. Tasks with fewer rows than the coverage takes are left out."""
     found: dict[str, dict[str, float]] = {}
     for task, values in outputs.items():
         labels = table.labels[task]

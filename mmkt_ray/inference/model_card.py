@@ -1,4 +1,5 @@
-"""What a model's card holds, and must be before anything is built from it: a model folder is data, and may come from anyone."""
+"""What a model's card holds, and must be before anything is built from it:
+a model folder is data, and may come from anyone."""
 
 from __future__ import annotations
 

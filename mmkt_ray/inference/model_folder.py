@@ -1,10 +1,11 @@
 """The model folder: weights and everything needed to use them.
 
     <model>/model.safetensors   the model's state
-    <model>/config.json         its card, published last: a folder without it is no model; evaluation adds `temperatures`
-                                and `margins`
+    <model>/config.json         its card, published last: a folder without it is no model; evaluation adds
+                                `temperatures` and `margins`
 
-Nothing in it is a pickle. The card has a checksum of itself and of the weights: whoever changes it writes it with `write_card`.
+Nothing in it is a pickle. The card has a checksum of itself and of the weights: whoever changes it writes it with
+`write_card`.
 """
 
 from __future__ import annotations
@@ -103,12 +104,15 @@ def load_model(uri: str) -> tuple[Predictor, Card]:
 
 
 def _with_weights(spec: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Predictor:
-    """The model of a spec with its weights. Raises: ValueError or RuntimeError if they do not fit, before memory is taken."""
+    """The model of a spec with its weights. Raises: ValueError or RuntimeError if they do not fit,
+    before memory is taken."""
     with torch.device("meta"):  # shapes alone: what the spec states may be of any size
         expected = {name: (value.shape, value.dtype) for name, value in model_of_spec(spec).state_dict().items()}
     if {name: (value.shape, value.dtype) for name, value in weights.items()} != expected:
         differing = [n for n in {*expected, *weights} if n not in weights or n not in expected]
-        raise ValueError(f"the weights are not those of the model's spec: {', '.join(sorted(differing)[:3]) or 'shapes'}")
+        raise ValueError(
+            f"the weights are not those of the model's spec: {', '.join(sorted(differing)[:3]) or 'shapes'}"
+        )
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError("there are NaN or infinite weights")
     model = model_of_spec(spec)

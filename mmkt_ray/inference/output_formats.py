@@ -1,4 +1,5 @@
-"""Predictions in the form that somebody wants: CSV, JSON lines or Parquet, a column for each class, the input's own columns.
+"""Predictions in the form that somebody wants: CSV, JSON lines or Parquet, a column for each class,
+the input's own columns.
 
 Axes: N rows, C classes of one task.
 """
@@ -27,7 +28,8 @@ from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.shards import list_shards
 
 SEPARATOR = "|"  # of several values in one cell of CSV
-CLASSES = "mmkt.classes"  # key in a Parquet file's metadata: {task: class names in the order of the probabilities}, JSON
+# key in a Parquet file's metadata: {task: class names in the order of the probabilities}, JSON
+CLASSES = "mmkt.classes"
 
 Classes = Mapping[str, Sequence[str]]
 
@@ -53,7 +55,8 @@ def classes_metadata(classes: Classes) -> dict[str, str]:
 
 
 def write_output(path: str, config: Config, classes: Classes, output: Output) -> str:
-    """Write predictions once more, beside `path`, as `output` says; returns where. config: by which the input was read.
+    """Write predictions once more, beside `path`, as `output` says; returns where.
+    config: by which the input was read.
 
     Raises: ConfigError for --join of a layout whose rows have no columns.
     """
@@ -80,8 +83,9 @@ def write_output(path: str, config: Config, classes: Classes, output: Output) ->
 def shaped(part: pa.Table, classes: Classes, output: Output) -> pa.Table:
     """Predictions with the columns `<task>_proba` as wanted.
 
-    wide: `<task>_proba_<class>`, C columns. top_k: `<task>_top1`, `<task>_top1_proba`, .. in their place; CSV, whose cells hold
-    no lists, has top 1 where nothing is said. Else JSON lines have a mapping of class to probability, and Parquet the list.
+    wide: `<task>_proba_<class>`, C columns. top_k: `<task>_top1`, `<task>_top1_proba`, .. in their place; CSV, whose
+    cells hold no lists, has top 1 where nothing is said. Else JSON lines have a mapping of class to probability,
+    and Parquet the list.
     """
     columns: dict[str, Any] = {}
     top_k = 1 if output.format == "csv" and output.top_k is None and not output.wide else output.top_k
@@ -105,7 +109,9 @@ def shaped(part: pa.Table, classes: Classes, output: Output) -> pa.Table:
 def _values(column: pa.ChunkedArray, num_classes: int) -> np.ndarray:
     """Lists of C float32 -> (N, C), 0 where null."""
     values = np.zeros((len(column), num_classes), dtype=np.float32)
-    values[column.is_valid().to_numpy()] = column.drop_null().combine_chunks().flatten().to_numpy().reshape(-1, num_classes)
+    values[column.is_valid().to_numpy()] = (
+        column.drop_null().combine_chunks().flatten().to_numpy().reshape(-1, num_classes)
+    )
     return values
 
 
@@ -155,7 +161,9 @@ def joined(parts: Iterator[pa.Table], config: Config) -> Iterator[pa.Table]:
             while sample_id not in held and (more := next(rows, None)) is not None:
                 held = more
             found.append(held.get(sample_id, {}))
-        columns = {n if n not in part.column_names else f"input_{n}": _column([row.get(n) for row in found]) for n in names}
+        columns = {
+            n if n not in part.column_names else f"input_{n}": _column([row.get(n) for row in found]) for n in names
+        }
         yield pa.table(columns | {n: part.column(n) for n in part.column_names})
 
 
@@ -166,7 +174,9 @@ def _input_rows(config: Config) -> tuple[Iterator[dict[str, dict[str, Any]]], li
     for shard in list_shards(plan):
         known = known_columns(plan, shard)
         if known is None:
-            raise ConfigError(f"--join: '{shard.name}' is no table: only CSV, JSON lines and Parquet have columns to join")
+            raise ConfigError(
+                f"--join: '{shard.name}' is no table: only CSV, JSON lines and Parquet have columns to join"
+            )
         own = [name for name in known if name.partition(".")[0] not in known - {name}]  # not what is within another
         names |= dict.fromkeys(own)
         columns = {f"column {i}": name for i, name in enumerate(own)}

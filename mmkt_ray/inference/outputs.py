@@ -50,8 +50,8 @@ def predict_table(
 ) -> dict[str, np.ndarray]:
     """Probabilities of every sample, in the table's order: task -> (N, C) float32, on the device the model is on.
 
-    Modalities in `drop` count as absent: so a fused model is evaluated on a subset of its modalities. The model must be
-    in eval mode, as `load_model` returns it; then a row's result does not depend on the rows beside it. Logits are
+    Modalities in `drop` count as absent: so a fused model is evaluated on a subset of its modalities. The model must
+    be in eval mode, as `load_model` returns it; then a row's result does not depend on the rows beside it. Logits are
     divided by the model's temperatures.
 
     Raises: DataError if the table's features are not those the model was fitted on.
@@ -105,6 +105,7 @@ def check_features(spec: PredictorSpec, table: FeatureTable) -> None:
         got, sparse = table.features[m].shape[1], sp.issparse(table.features[m])
         if (got, sparse) != (expected.dim, expected.sparse):
             raise DataError(
-                f"features of '{m}' are {got} wide ({'sparse' if sparse else 'dense'}), the model was fitted on {expected.dim} "
-                f"({'sparse' if expected.sparse else 'dense'}): use the encoders it was trained with, or train again"
+                f"features of '{m}' are {got} wide ({'sparse' if sparse else 'dense'}), the model was fitted on "
+                f"{expected.dim} ({'sparse' if expected.sparse else 'dense'}): use the encoders it was trained with, "
+                "or train again"
             )

@@ -1,7 +1,7 @@
 """A model folder and raw shards -> predictions, through the same readers, encoders and reducers as in training.
 
-A model folder is data, and may come from anyone: its card runs no code, names no file outside the folder, and raises no limit,
-unless whoever predicts says so.
+A model folder is data, and may come from anyone: its card runs no code, names no file outside the folder, and raises
+no limit, unless whoever predicts says so.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ LIMITS: dict[str, tuple[type[Section], tuple[str, ...]]] = {
     "extract": (ExtractConfig, ("chunk_rows", "chunk_bytes", "encode_batch_size")),
 }
 OPENED = ("allow_outside", "allow_http", "allow_private_addresses")  # of a source: what only the user may open
-LEARNT = ("model", "training", "search", "evaluation", "transfer", "variants", "seed")  # keys that a trained model is past
+# keys that a trained model is past
+LEARNT = ("model", "training", "search", "evaluation", "transfer", "variants", "seed")
 
 
 
@@ -58,7 +59,8 @@ class NewShards:
     reader: str | None = None  # their layout
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> theirs
     max_reject_frac: float | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys of the model's config -> values of your own
+    # dotted keys of the model's config -> values of your own
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     trust_code: bool = False  # import what the card names as module:Class, and read the files that it names elsewhere
 
     @property
@@ -78,12 +80,13 @@ def predict(
     """Write `<out>/predictions.parquet` (and rejects.parquet); returns its path.
 
     inputs: shards; none: the sources of training.
-    Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a list) and
-    <task>_proba (class probabilities in the order of the model's class names), of numbers <task>_low and _high;
-    null where no modality that the model reads for the task is there. Where some row of the input has a label, <task>_label too.
-    A modality that new shards have no column for is absent in all of their rows, unless `reading.columns` names it; one that
-    is absent in more than half of the rows is a warning. New shards need neither split nor labels nor ids.
-    output: another form of the predictions, written beside the file and returned in its place.
+    Columns written: sample_id, missing (the absent modalities), and per task <task>_pred (of a multilabel task a
+    list) and <task>_proba (class probabilities in the order of the model's class names), of numbers <task>_low and
+    _high; null where no modality that the model reads for the task is there. Where some row of the input has a label,
+    <task>_label too. A modality that new shards have no column for is absent in all of their rows, unless
+    `reading.columns` names it; one that is absent in more than half of the rows is a warning. New shards need neither
+    split nor labels nor ids. output: another form of the predictions,
+    written beside the file and returned in its place.
     Raises: ConfigError, DataError.
     """
     model_uri = model_to_ship(model_uri)
@@ -129,8 +132,8 @@ def _predict(
 
 
 def model_to_ship(uri: str) -> str:
-    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has none, or is a
-    file."""
+    """The model folder itself, or of a run's folder the one that its report recommends. Raises: DataError if it has
+    none, or is a file."""
     fs, path = storage.resolve(uri)
     if fs.get_file_info(path).is_file:
         raise DataError(f"'{uri}' is a file: name the folder of a model or of a run")
@@ -173,7 +176,8 @@ def usable_encoders(
     own: Mapping[str, Any],
     trust_code: bool,
 ) -> dict[str, list[str]]:
-    """Modality -> folders of its encoder and its reducer, if the card may use them. Raises: ConfigError, DataError."""
+    """Modality -> folders of its encoder and its reducer, if the card may use them.
+    Raises: ConfigError, DataError."""
     if not trust_code:
         check_encoders(config, own)
     if config.modalities.keys() != model.spec.modalities.keys():
@@ -191,14 +195,14 @@ def check_encoders(config: Config, own: Mapping[str, Any]) -> None:
         encoder = modality.encoder
         if isinstance(encoder, CustomEncoder):
             raise ConfigError(
-                f"the model's card names the encoder '{encoder.name}' for '{m}', code of this machine that would be imported "
-                "and run: if you trust whoever made the model, add --trust-code (in Python: trust_code=True)"
+                f"the model's card names the encoder '{encoder.name}' for '{m}', code of this machine that would be "
+                "imported and run: if you trust whoever made the model, add --trust-code (in Python: trust_code=True)"
             )
         for option, value in encoder.files.items():
             if (key := f"modalities.{m}.encoder.{option}") not in own:
                 raise ConfigError(
-                    f"the model's card names files outside of its folder, '{value}', for the encoder of '{m}': if you trust "
-                    f"whoever made the model, add --trust-code, else say where they are by --set {key}=PATH"
+                    f"the model's card names files outside of its folder, '{value}', for the encoder of '{m}': if "
+                    f"you trust whoever made the model, add --trust-code, else say where they are by --set {key}=PATH"
                 )
 
 
@@ -217,8 +221,8 @@ def encoder_folders(model_uri: str, modality: str, about: ModalityFeatures) -> l
     found = [read_encoder_card(folder).fingerprint for folder in folders]
     if (found[0] if len(found) == 1 else fingerprint(found)) != about.fingerprint:
         raise DataError(
-            f"the encoder of '{modality}' in '{saved}' is not the one that the model was trained with: copy the folder "
-            "again as a whole, or train again"
+            f"the encoder of '{modality}' in '{saved}' is not the one that the model was trained with: copy the "
+            "folder again as a whole, or train again"
         )
     return folders
 
@@ -228,8 +232,8 @@ def check_options(folder: str, asked: Mapping[str, Any]) -> None:
     differing = {k: v for k, v in read_encoder_card(folder).config.items() if asked.get(k) != v}
     if differing:
         raise DataError(
-            f"the encoder in '{folder}' was fitted with {differing}, the model's card says otherwise: copy the model's "
-            "folder again as a whole, or train again"
+            f"the encoder in '{folder}' was fitted with {differing}, the model's card says otherwise: copy the "
+            "model's folder again as a whole, or train again"
         )
 
 
@@ -241,8 +245,8 @@ def prediction_config(
     columns: Mapping[str, str],
     tasks: Sequence[str] = (),
 ) -> Config:
-    """The model's config with the new shards as sources, only its own modalities, and the labels of `tasks`, which may be
-    absent. Raises: ConfigError."""
+    """The model's config with the new shards as sources, only its own modalities, and the labels of `tasks`, which
+    may be absent. Raises: ConfigError."""
     sources = config.samples.sources
     if inputs:
         if not 0 <= like < len(sources):
@@ -276,19 +280,25 @@ def prediction_config(
     joins = not isinstance(how, PairCombine) and any("key" in s.columns for s in feeding)
     combined = how if joins else UnionCombine()  # synthetic pairs need labels; new rows may have none
     samples = config.samples.model_copy(update={"sources": feeding, "combine": combined, "drop_leakage": False})
-    return config.model_copy(update={"samples": samples, "modalities": modalities, "tasks": {t: config.tasks[t] for t in tasks}})
+    return config.model_copy(
+        update={"samples": samples, "modalities": modalities, "tasks": {t: config.tasks[t] for t in tasks}}
+    )
 
 
 def check_finite(proba: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The probabilities, task -> (N, C), as they are. Raises: DataError if one is not finite: the weights overflow."""
+    """The probabilities, task -> (N, C), as they are. Raises: DataError if one is not finite:
+    the weights overflow."""
     for task, values in proba.items():
         if not np.isfinite(values).all():
-            raise DataError(f"the model gives no finite probabilities for '{task}', its weights overflow: train it again")
+            raise DataError(
+                f"the model gives no finite probabilities for '{task}', its weights overflow: train it again"
+            )
     return proba
 def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
     """The config without ids where new shards have none; their rows are then called by their place.
 
-    named: our column -> theirs, as the user gave it. Raises: DataError for a column that is named and in no Parquet or CSV shard.
+    named: our column -> theirs, as the user gave it. Raises:
+    DataError for a column that is named and in no Parquet or CSV shard.
     """
     plan, sources = ReadingPlan.of(config), list(config.samples.sources)
     shards = list_shards(plan)
@@ -306,7 +316,8 @@ def settle_columns(config: Config, named: Mapping[str, str]) -> Config:
 
 
 def tell_lacking(config: Config, folders: Mapping[str, list[str]]) -> None:
-    """A warning for each column that a fitted encoder knows and a new shard lacks, as far as that shows before reading."""
+    """A warning for each column that a fitted encoder knows and a new shard lacks,
+    as far as that shows before reading."""
     plan = ReadingPlan.of(config)
     lacking: dict[tuple[str, str], str] = {}
     for modality, (encoder, *_) in sorted(folders.items()):

@@ -50,7 +50,8 @@ class Rows:
 
 
 def unseen_classes(data: Rows, task: str, rows: np.ndarray) -> dict[str, int]:
-    """Classes that train lacks -> how many of some rows (N,) bool have them, the most frequent first, at most MAX_UNSEEN."""
+    """Classes that train lacks -> how many of some rows (N,) bool have them, the most frequent first,
+    at most MAX_UNSEEN."""
     wanted = data.index[rows & data.unseen[task]]
     if not len(wanted):
         return {}
@@ -72,8 +73,8 @@ def readable(table: FeatureTable, modalities: Collection[str]) -> np.ndarray:
 
 
 def subsets(modalities: Sequence[str], sizes: Collection[int] | None = None) -> list[tuple[str, ...]]:
-    """The sets of so many of the modalities (None: all 2^M, the empty one first), in the order of their numbers: that of
-    number s has the modalities whose bit is set in s."""
+    """The sets of so many of the modalities (None: all 2^M, the empty one first), in the order of their numbers: that
+    of number s has the modalities whose bit is set in s."""
     every = [tuple(m for i, m in enumerate(modalities) if s >> i & 1) for s in range(2 ** len(modalities))]
     return [subset for subset in every if sizes is None or len(subset) in sizes]
 
@@ -95,8 +96,8 @@ def load_rows(
     class_names: Mapping[str, list[str]] | None = None,
     kinds: Mapping[str, TaskKind] | None = None,
 ) -> Rows:
-    """All rows of a store. `class_names` and `kinds` are those of a model, which may come from another store; None: the
-    store's."""
+    """All rows of a store. `class_names` and `kinds` are those of a model, which may come from another store; None:
+    the store's."""
     table = store.table(modalities, tasks)
     names = {t: list((class_names or table.class_names)[t]) for t in tasks}
     known = dict(kinds or table.kinds)
@@ -137,8 +138,8 @@ def has_prediction(proba: np.ndarray) -> np.ndarray:
 def prediction_columns(
     task: str, outputs: np.ndarray, names: Sequence[str], kind: TaskKind, margin: np.ndarray | None = None
 ) -> dict[str, pa.Array]:
-    """Columns <task>_pred, as labels of the kind, and those of `TaskKind.further_columns`: of classes <task>_proba, fixed-size
-    list of K float32, of numbers <task>_low and _high where margins (N,) are known; null where NaN."""
+    """Columns <task>_pred, as labels of the kind, and those of `TaskKind.further_columns`: of classes <task>_proba,
+    fixed-size list of K float32, of numbers <task>_low and _high where margins (N,) are known; null where NaN."""
     values = outputs.astype(np.float32)
     known = has_prediction(values)
     predicted = kind.decode(kind.predict(values), names)
@@ -159,9 +160,9 @@ def prediction_parts(
     """What `predictions-<split>.parquet` holds, part by part of the store.
 
     sample_id, split, missing (list of absent modalities) and per task of the rows: <task>_label (string, or list of
-    strings for a multilabel task; null if there is none), <task>_pred of the same type and <task>_proba (fixed-size list
-    of C float32). The last two are null where `proba`, task -> (N, C), is NaN or lacks the task. With `model` one more
-    column says so.
+    strings for a multilabel task; null if there is none), <task>_pred of the same type and <task>_proba (fixed-size
+    list of C float32). The last two are null where `proba`, task -> (N, C), is NaN or lacks the task. With `model`
+    one more column says so.
     """
     table, missing = rows.table, missing_column(rows.table, modalities)
     tasks, start = list(rows.unseen), 0
@@ -179,8 +180,8 @@ def prediction_parts(
 
 
 def write_parts(uri: str, parts: Iterable[pa.Table], metadata: Mapping[str, str] | None = None) -> None:
-    """Tables of the same columns (at least one) as one Parquet file, atomically; about ROW_GROUP rows are held. metadata: of
-    the file, such as fingerprints."""
+    """Tables of the same columns (at least one) as one Parquet file, atomically; about ROW_GROUP rows are held.
+    metadata: of the file, such as fingerprints."""
     with storage.atomic(uri) as (fs, temporary):
         writer: pq.ParquetWriter | None = None
         held: list[pa.Table] = []
@@ -213,8 +214,8 @@ def read_parts(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
 def read_predictions(
     uri: str, task: str, kind: TaskKind, model: str | None = None, columns: Sequence[str] = ("label", "pred")
 ) -> pd.DataFrame:
-    """The labelled and predicted rows of such a file by sample_id: label and pred (see `TaskKind.value`) and proba (K,), as
-    `columns` has them. model: whose rows, of a file of several models."""
+    """The labelled and predicted rows of such a file by sample_id: label and pred (see `TaskKind.value`) and proba
+    (K,), as `columns` has them. model: whose rows, of a file of several models."""
     names = {f"{task}_{c}": c for c in columns}
     filters = [("model", "==", model)] if model else None
     table = storage.read_table(uri, ["sample_id", *names], filters)
@@ -260,7 +261,8 @@ class LabelledPredictions:
 
 
 def read_outcomes(uri: str, task: str, kind: TaskKind, model: str | None = None) -> LabelledPredictions:
-    """What `read_predictions` reads, a batch at a time. Two ids may have the same hash by chance: one pair in 10^19."""
+    """What `read_predictions` reads, a batch at a time. Two ids may have the same hash by chance:
+    one pair in 10^19."""
     names = ["sample_id", f"{task}_label", f"{task}_pred", *(["model"] if model else [])]
     index: dict[Any, int] = {}
     ids, label, pred = Growing(), Growing(), Growing()

@@ -1,7 +1,8 @@
-"""What a column of somebody's table is, told by its name and a sample of its values; the first rule that fits decides.
+"""What a column of somebody's table is, told by its name and a sample of its values;
+the first rule that fits decides.
 
-A kind that a config can use as a modality, a task, an id or a split is in KINDS with what it becomes there; `unused` ones are
-told and left out.
+A kind that a config can use as a modality, a task, an id or a split is in KINDS with what it becomes there; `unused`
+ones are told and left out.
 """
 
 from __future__ import annotations
@@ -248,7 +249,9 @@ def classify_target(look: Look, as_classes: bool = False) -> Target:
     """The task that a column is. Raises: DataError for what is most likely no set of classes."""
     values = [value for value in look.values if not is_nan(value)]
     if not values:
-        raise DataError(f"the target '{look.name}' has no value in the first {look.num_rows:,} rows: name another column")
+        raise DataError(
+            f"the target '{look.name}' has no value in the first {look.num_rows:,} rows: name another column"
+        )
     lists = [found for value in values if (found := _as_list(value)) is not None]
     if 2 * len(lists) > len(values):
         names = {str(name) for found in lists for name in found}
@@ -261,15 +264,18 @@ def classify_target(look: Look, as_classes: bool = False) -> Target:
         return Target(look, "regression", f"{why}; if each number is the name of a class, add --classes")
     if look.distinct == 1:
         raise DataError(
-            f"the target '{look.name}' is '{values[0]}' in all of the first {look.num_rows:,} rows: there is nothing to learn"
+            f"the target '{look.name}' is '{values[0]}' in all of the first {look.num_rows:,} rows: there is nothing "
+            "to learn"
         )
     if not as_classes and (look.distinct > MAX_CLASSES or look.distinct > FREE_TEXT_SHARE * len(values)):
         raise DataError(
-            f"the target '{look.name}' has {look.distinct:,} different values in {len(values):,} rows, too many to be classes: "
-            "name another column, or add --classes if it is meant"
+            f"the target '{look.name}' has {look.distinct:,} different values in {len(values):,} rows, too many to "
+            "be classes: name another column, or add --classes if it is meant"
         )
     rare = sum(count < 3 for count in Counter(map(str, values)).values())
-    why = f"{look.distinct:,} classes" + (f", {rare} of them with fewer than 3 of the {look.num_rows:,} rows" if rare else "")
+    why = f"{look.distinct:,} classes" + (
+        f", {rare} of them with fewer than 3 of the {look.num_rows:,} rows" if rare else ""
+    )
     return Target(look, "binary" if look.distinct == 2 else "multiclass", why)
 
 
@@ -292,5 +298,7 @@ def _separated(look: Look) -> Target | None:
         several = [text.split(separator) for text in texts if separator in text]
         names = {name.strip() for text in texts for name in text.split(separator)}
         if len(several) >= 0.1 * len(texts) and len(names) <= look.distinct:
-            return Target(look, "multilabel", f"{len(names):,} classes, several a row separated by '{separator}'", separator)
+            return Target(
+                look, "multilabel", f"{len(names):,} classes, several a row separated by '{separator}'", separator
+            )
     return None

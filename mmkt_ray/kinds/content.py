@@ -1,4 +1,5 @@
-"""What a sample holds, however it is written: texts and labels in one Unicode form, and hashes that find the same content.
+"""What a sample holds, however it is written: texts and labels in one Unicode form,
+and hashes that find the same content.
 
 Axes: N rows.
 """
@@ -28,9 +29,11 @@ _BOM = "\ufeff"
 
 
 def normalise_text(text: str) -> tuple[str, list[str]]:
-    """The text in Unicode's composed form (NFC), without byte order mark and control characters; and what was changed.
+    """The text in Unicode's composed form (NFC), without byte order mark and control characters;
+    and what was changed.
 
-    Windows line ends become line feeds. Any other control character becomes a space, so that it still separates words.
+    Windows line ends become line feeds. Any other control character becomes a space,
+    so that it still separates words.
     """
     changes = []
     if text.startswith(_BOM):
@@ -49,7 +52,8 @@ def normalise_text(text: str) -> tuple[str, list[str]]:
 
 
 def normalise_texts(column: pa.LargeStringArray) -> tuple[pa.LargeStringArray, dict[int, list[str]]]:
-    """Normalised texts (N,), and row -> what was changed in it. Plain ASCII, most of most corpora, is passed over quickly."""
+    """Normalised texts (N,), and row -> what was changed in it.
+    Plain ASCII, most of most corpora, is passed over quickly."""
     changed: dict[int, list[str]] = {}
     values: dict[int, str] = {}
     for i in _rows_to_look_at(column).tolist():
@@ -116,7 +120,8 @@ _OTHERS = {  # how a file begins, in lower case -> what it is, and what to do
 
 
 def what_else(start: bytes) -> str:
-    """What a file is, and what to do, that begins so and is none of those that are read; "" where that cannot be told."""
+    """What a file is, and what to do, that begins so and is none of those that are read;
+    "" where that cannot be told."""
     start = start[:64].lower()
     if start and not any(start):
         return "full of zeros, as a transfer that broke off leaves it: fetch it again"

@@ -15,7 +15,8 @@ from xxhash import xxh3_64
 
 from mmkt_ray.kinds.content import hash_array, what_else
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: each image is held to samples.max_image_pixels, before it is decoded
+# Pillow's own limit: each image is held to samples.max_image_pixels, before it is decoded
+Image.MAX_IMAGE_PIXELS = None
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
@@ -65,7 +66,8 @@ def _planes(pixels: np.ndarray, size: InputSize) -> np.ndarray:
     return pixels.transpose(2, 0, 1)  # copied once, where it goes to
 
 
-Reply = tuple[np.ndarray, int, list[str], int]  # of a decoding function: array, number, what was normalised, content's hash
+# of a decoding function: array, number, what was normalised, content's hash
+Reply = tuple[np.ndarray, int, list[str], int]
 
 
 def decode_file(data: bytes, max_pixels: int, wanted: Sequence[Any] | None = None) -> Reply:
@@ -143,7 +145,9 @@ def _decode_scaled(data: bytes, max_pixels: int, size: InputSize) -> Reply | Non
     if (scale := next(scales, None)) is None:
         return None
     try:
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=-(-height // scale), min_width=-(-width // scale))
+        pixels = simplejpeg.decode_jpeg(
+            data, colorspace="RGB", min_height=-(-height // scale), min_width=-(-width // scale)
+        )
     except ValueError:
         return None
     picture = Image.fromarray(pixels)  # its last row and column may be of less than a whole pixel
@@ -181,8 +185,11 @@ def _exif_orientation(data: bytes) -> int:
 
 
 def _exif_block(data: bytes) -> bytes:
-    """The first one among the segments before a JPEG's own picture; thumbnails in it and pictures behind it have others."""
-    exif = (data[a + 4 : b] for kind, a, b in _segments(data) if kind == 0xE1 and data[a + 4 : a + 10] == b"Exif\x00\x00")
+    """The first one among the segments before a JPEG's own picture;
+    thumbnails in it and pictures behind it have others."""
+    exif = (
+        data[a + 4 : b] for kind, a, b in _segments(data) if kind == 0xE1 and data[a + 4 : a + 10] == b"Exif\x00\x00"
+    )
     return next(exif, b"")
 
 
@@ -277,7 +284,7 @@ def thumbnail(pixels: np.ndarray, side: int) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
-# --- images in memory ------------------------------------------------------------------------------------------------
+# --- images in memory -----------------------------------------------------------------------------------------------
 
 
 def file_of(value: Any) -> bytes | None:
@@ -288,14 +295,19 @@ def file_of(value: Any) -> bytes | None:
 
 
 def _as_image(pixels: np.ndarray) -> Image.Image:
-    """Pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, or grey ones of uint16, as an image. Raises: ValueError."""
+    """Pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, or grey ones of uint16, as an image.
+    Raises: ValueError."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     is_grey = pixels.ndim == 2
     if not pixels.size or not (is_grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise ValueError(f"an array must be (height, width), (height, width, 3) or (height, width, 4), got {pixels.shape}")
+        raise ValueError(
+            f"an array must be (height, width), (height, width, 3) or (height, width, 4), got {pixels.shape}"
+        )
     if pixels.dtype != np.uint8 and not (is_grey and pixels.dtype == np.uint16):
-        raise ValueError(f"an array must hold uint8 from 0 to 255, got {pixels.dtype}: scale it, (x * 255).astype('uint8')")
+        raise ValueError(
+            f"an array must hold uint8 from 0 to 255, got {pixels.dtype}: scale it, (x * 255).astype('uint8')"
+        )
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 

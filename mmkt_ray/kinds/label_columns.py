@@ -63,10 +63,15 @@ def labels_column(raw: pa.Array, class_names: list[str] | None, separator: str) 
 
 
 def with_class_names(value: Any, class_names: list[str] | None) -> Any:
-    """A value with names in place of a ClassLabel's numbers, also in a list. Raises: ValueError for a number without a name."""
+    """A value with names in place of a ClassLabel's numbers, also in a list.
+    Raises: ValueError for a number without a name."""
     if class_names is None:
         return value
-    return [name_of_code(code, class_names) for code in value] if isinstance(value, list) else name_of_code(value, class_names)
+    return (
+        [name_of_code(code, class_names) for code in value]
+        if isinstance(value, list)
+        else name_of_code(value, class_names)
+    )
 
 
 def name_of_code(value: Any, class_names: list[str]) -> str | None:

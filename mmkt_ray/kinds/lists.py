@@ -1,4 +1,5 @@
-"""Cells that are lists of several images, sounds or texts, of which a row's features are pooled, or one value is made.
+"""Cells that are lists of several images, sounds or texts, of which a row's features are pooled,
+or one value is made.
 
 Axes: N rows, I items of all rows together.
 """
@@ -20,7 +21,8 @@ JOINED = "\n"  # what stands between texts that are joined
 
 
 def items_in(cell: Any) -> list[Any]:
-    """The items of a cell that are there: of a list, of one written as text, of several columns, or the cell alone."""
+    """The items of a cell that are there: of a list, of one written as text, of several columns,
+    or the cell alone."""
     if isinstance(cell, str):
         try:
             found = read_list(cell.strip()) if cell.strip().startswith("[") else None
@@ -42,10 +44,13 @@ def one_of(items: list[Any], pool: str) -> Any:
 
 
 def lists_from_arrow(raw: pa.Array, pool: str, convert: Callable[[pa.Array], Converted]) -> Converted:
-    """A column (N,) of lists, of columns side by side, or of single items. convert: items (I,) -> as the kind holds one."""
+    """A column (N,) of lists, of columns side by side, or of single items.
+    convert: items (I,) -> as the kind holds one."""
     if pa.types.is_struct(raw.type) and raw.type.get_field_index("bytes") < 0:
         columns = raw.flatten()
-        flat = pa.concat_arrays(columns).take(pa.array(np.arange(len(raw) * len(columns)).reshape(-1, len(raw)).T.ravel()))
+        flat = pa.concat_arrays(columns).take(
+            pa.array(np.arange(len(raw) * len(columns)).reshape(-1, len(raw)).T.ravel())
+        )
         row = np.repeat(np.arange(len(raw)), len(columns))
     elif is_list(raw.type):
         flat, row = raw.flatten(), _rows_of(raw)
@@ -60,7 +65,8 @@ def lists_from_arrow(raw: pa.Array, pool: str, convert: Callable[[pa.Array], Con
 
 
 def map_items(column: pa.Array, change: Callable[[pa.Array], tuple[pa.Array, dict[int, list[str]]]]) -> Any:
-    """A column (N,) of lists with its items changed, those that became null left out; and row -> what was changed in it."""
+    """A column (N,) of lists with its items changed, those that became null left out;
+    and row -> what was changed in it."""
     row = _rows_of(column)
     items, changed = change(column.flatten())
     by_row: dict[int, list[str]] = {}
@@ -95,7 +101,9 @@ def pool_features(features: Any, counts: np.ndarray, pool: str) -> Any:
 
     ends = np.append(0, np.cumsum(counts))
     if pool == "mean":
-        shares = sp.csr_matrix((np.repeat(1 / counts, counts), np.arange(ends[-1]), ends), shape=(len(counts), ends[-1]))
+        shares = sp.csr_matrix(
+            (np.repeat(1 / counts, counts), np.arange(ends[-1]), ends), shape=(len(counts), ends[-1])
+        )
         return (shares @ features).astype(np.float32)
     if not sp.issparse(features):
         return np.maximum.reduceat(features, ends[:-1], axis=0)

@@ -1,7 +1,7 @@
 """Losses of class labels, and what adds up to their scores, in torch.
 
-Axes: B rows of a batch, C classes of one task, M modalities, P models of a stack. "Codes" are tasks where a row has one class,
-with values (B,); "sets" those where it has any number, with values (B, C) of 0 and 1.
+Axes: B rows of a batch, C classes of one task, M modalities, P models of a stack. "Codes" are tasks where a row has
+one class, with values (B,); "sets" those where it has any number, with values (B, C) of 0 and 1.
 
 Sources: label smoothing, Szegedy et al. 2016 (https://arxiv.org/abs/1512.00567); distillation, Hinton et al. 2015
 (https://arxiv.org/abs/1503.02531).
@@ -40,8 +40,8 @@ def _targets(labels: Labels) -> Tensor:
 
 
 def set_losses(logits: Tensor, labels: Labels, weights: Tensor, smoothing: float | Tensor) -> Tensor:
-    """(.., B) mean over classes of the binary cross-entropy, a positive times its weight; 0 without a target. smoothing: a
-    number, or for logits (P, B, C) one of each member (P, 1, 1)."""
+    """(.., B) mean over classes of the binary cross-entropy, a positive times its weight; 0 without a target.
+    smoothing: a number, or for logits (P, B, C) one of each member (P, 1, 1)."""
     target = labels.values * (1 - smoothing) + smoothing / 2
     target = target.expand_as(logits) if isinstance(smoothing, Tensor) else target
     each = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="none")
@@ -67,12 +67,12 @@ def log_mean(log_p: Tensor, mask: Tensor) -> Tensor:
     return torch.where(count > 0, total - count.clamp(min=1).log(), 0.0)
 
 
-# --- scores that add up ------------------------------------------------------------------------------------------------
+# --- scores that add up ---------------------------------------------------------------------------------------------
 
 
 def tally_codes(logits: Tensor, labels: Labels) -> Tensor:
-    """Summed loss, rows with a loss, rows that are right, labelled rows, then for each class, and one more for those that
-    train lacks, the hits, labels and predictions: (.., 4 + 3 (C + 1)) float64."""
+    """Summed loss, rows with a loss, rows that are right, labelled rows, then for each class, and one more for those
+    that train lacks, the hits, labels and predictions: (.., 4 + 3 (C + 1)) float64."""
     num_classes = logits.shape[-1]
     logits, labels = logits[..., labels.labelled, :], labels[labels.labelled]
     seen = labels.known

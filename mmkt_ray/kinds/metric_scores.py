@@ -1,8 +1,9 @@
-"""One metric of predicted classes in many resamples at once: a number for each, computed from how often each row is drawn.
+"""One metric of predicted classes in many resamples at once:
+a number for each, computed from how often each row is drawn.
 
 So one definition serves val, where every row counts once, and the bootstrap of the test rows. The definitions are
-scikit-learn's, those of `TaskKind.scores`; a log loss is negated, so that higher is better. The precision of a class that is
-never predicted is 0. NaN stands for what is undefined.
+scikit-learn's, those of `TaskKind.scores`; a log loss is negated, so that higher is better. The precision of a class
+that is never predicted is 0. NaN stands for what is undefined.
 
 Axes: N rows, all labelled, C classes known to the model, R resamples.
 """
@@ -90,8 +91,8 @@ def _log_loss(labels: Labels, proba: np.ndarray, counts: np.ndarray) -> np.ndarr
 
 
 def _ranking(metric: str, labels: Labels, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve or average precision: the mean over classes where it is defined; `average_precision` is that
-    of the positive class, `micro_average_precision` that of all forecasts together."""
+    """Area under the ROC curve or average precision: the mean over classes where it is defined; `average_precision`
+    is that of the positive class, `micro_average_precision` that of all forecasts together."""
     rows = labels.known
     proba, counts = proba[rows], counts[:, rows]
     truth = labels.kind.indicators(labels[rows], proba.shape[1]) == 1

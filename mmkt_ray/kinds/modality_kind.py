@@ -1,7 +1,7 @@
 """What a kind of modality is: all that differs between images, texts, sounds, tables and vectors, as one class each.
 
-A kind's fields, if it has any, are keys of the config: `kind: {name: table, types: {price: number}}`; one without is written as
-its bare name. Nothing heavy is imported here before it is used: the config comes from these classes.
+A kind's fields, if it has any, are keys of the config: `kind: {name: table, types: {price: number}}`; one without is
+written as its bare name. Nothing heavy is imported here before it is used: the config comes from these classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Source(NamedTuple):
 
     encoding: str  # of bytes that stand for text
     read_file: Callable[[str], bytes]  # a file that a cell names. Raises: ValueError
-    class_names: Callable[[str], list[str] | None]  # what whole numbers stand for, by the source's column; "": the column itself
+    # what whole numbers stand for, by the source's column; "": the column itself
+    class_names: Callable[[str], list[str] | None]
 
 
 class ModalityKind(Choice):
@@ -38,7 +39,8 @@ class ModalityKind(Choice):
     """
 
     holds: ClassVar[str]  # for the config's help
-    # may be made of several of the source's columns: a list in the config, for which cells are dicts and columns structs
+    # may be made of several of the source's columns: a list in the config,
+    # for which cells are dicts and columns structs
     takes_several: ClassVar[bool] = False
     is_table: ClassVar[bool] = False  # features are facts of several columns, which trees split well
     is_text: ClassVar[bool] = False  # a value is what somebody may type
@@ -54,7 +56,9 @@ class ModalityKind(Choice):
     def _as_written(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
         """A kind whose options are as by default as its bare name."""
         dumped = handler(self)
-        plain = all(getattr(self, n) == f.get_default(call_default_factory=True) for n, f in type(self).model_fields.items())
+        plain = all(
+            getattr(self, n) == f.get_default(call_default_factory=True) for n, f in type(self).model_fields.items()
+        )
         return self.name if plain else dumped
 
     # --- reading --------------------
@@ -96,7 +100,8 @@ class ModalityKind(Choice):
         return pa.array(values, self.arrow_type), errors
 
     def normalise(self, column: pa.Array) -> tuple[pa.Array, dict[int, list[str]]]:
-        """The column (N,) with equal content in one form, blank values as nulls; and row -> what was changed in it."""
+        """The column (N,) with equal content in one form, blank values as nulls;
+        and row -> what was changed in it."""
         return column, {}
 
     def num_bytes(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -121,7 +126,8 @@ class ModalityKind(Choice):
         return array
 
     def digest(self, value: Any) -> int:
-        """64-bit hash of a value's content: equal for what counts as a duplicate. Of encoded files the decoder says it."""
+        """64-bit hash of a value's content: equal for what counts as a duplicate.
+        Of encoded files the decoder says it."""
         from mmkt_ray.kinds.content import hash_json
 
         return hash_json(value)
@@ -147,7 +153,8 @@ class ModalityKind(Choice):
         """Raises: ConfigError if this machine lacks what the kind needs."""
 
     def show(self, cell: Any, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        """A cell in the gallery: {kind: text, text} or {kind: image, png (base64)}. decode: cell -> value, None if broken."""
+        """A cell in the gallery: {kind: text, text} or {kind: image, png (base64)}.
+        decode: cell -> value, None if broken."""
         return {"kind": "text", "text": excerpt(str(cell))}
 
 
@@ -211,4 +218,7 @@ class ListedKind(ModalityKind):
         return column.cast(self.arrow_type), errors
 
     def _why_not_several(self) -> str:
-        return f"must be one {self.name}, got several: say what becomes of them, kind: {{name: {self.name}, pool: first}}"
+        return (
+            f"must be one {self.name}, got several: say what becomes of them, kind: {{name: {self.name}, pool: "
+            f"first}}"
+        )

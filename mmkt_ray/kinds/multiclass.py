@@ -1,4 +1,5 @@
-"""Tasks where a row has one class: one of several, or one of two. Axes: see task_kind.py; K is C, the number of classes."""
+"""Tasks where a row has one class: one of several, or one of two.
+Axes: see task_kind.py; K is C, the number of classes."""
 
 from __future__ import annotations
 
@@ -121,7 +122,9 @@ class Multiclass(ClassKind):
         super().check_learnable(task, counts, class_names)
         if (counts > 0).sum() == 1:
             only = class_names[int(counts.argmax())]
-            raise DataError(f"all {counts.sum()} labelled train rows of task '{task}' are of class '{only}', {NOTHING_TO_LEARN}")
+            raise DataError(
+                f"all {counts.sum()} labelled train rows of task '{task}' are of class '{only}', {NOTHING_TO_LEARN}"
+            )
 
     def row_weights(self, labels: Labels, weights: Tensor) -> Tensor:
         import torch
@@ -308,7 +311,14 @@ class Binary(Multiclass):
     """One of two classes, of which the later in sorted order is the positive one; it has scores of its own."""
 
     name: ClassVar[str] = "binary"
-    metrics: ClassVar[tuple[str, ...]] = (*SHARED, "balanced_accuracy", "precision", "recall", "f1", "average_precision")
+    metrics: ClassVar[tuple[str, ...]] = (
+        *SHARED,
+        "balanced_accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "average_precision",
+    )
     further: ClassVar[tuple[str, ...]] = (
         "balanced_accuracy", "precision", "recall", "f1", "average_precision", "auroc", "log_loss",
     )  # fmt: skip
@@ -316,8 +326,8 @@ class Binary(Multiclass):
     def check_classes(self, task: str, class_names: Sequence[str]) -> None:
         if len(class_names) > 2:
             raise DataError(
-                f"task '{task}' is binary, but the train split has {len(class_names)} classes: {', '.join(class_names[:20])}; "
-                f"set tasks.{task}.kind: multiclass, or map another column"
+                f"task '{task}' is binary, but the train split has {len(class_names)} classes: "
+                f"{', '.join(class_names[:20])}; set tasks.{task}.kind: multiclass, or map another column"
             )
 
     def scores(self, labels: Labels, outputs: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Multilabel(ClassKind):
-    """Any number of classes per row, each a decision of its own. Values are (N, C) int8, 1 where the row has the class."""
+    """Any number of classes per row, each a decision of its own.
+    Values are (N, C) int8, 1 where the row has the class."""
 
     name: ClassVar[str] = "multilabel"
     metrics: ClassVar[tuple[str, ...]] = (
@@ -101,7 +102,8 @@ class Multilabel(ClassKind):
         """Warns of what lists with a 0 or 1 for each class become."""
         if {name.lower() for name in class_names} in ({"0", "1"}, {"false", "true"}):
             log.warning(
-                "task '%s' has the two classes %s: if its lists hold a 0 or 1 for each class, write the names of those that "
+                "task '%s' has the two classes %s: if its lists hold a 0 or 1 for each class, write the names of "
+                "those that "
                 "a row has instead", task, " and ".join(class_names),
             )  # fmt: skip
 
@@ -132,7 +134,8 @@ class Multilabel(ClassKind):
         return np.asarray(self.count(labels, width)[1])
 
     def balanced_weights(self, counts: np.ndarray) -> np.ndarray:
-        """What a positive weighs against a negative, rows without / rows with the class; 1 where that is undefined."""
+        """What a positive weighs against a negative, rows without / rows with the class;
+        1 where that is undefined."""
         return divide_where(np.all(counts > 0, axis=0), counts[0], counts[1], 1.0)
 
     def log_prior(self, counts: np.ndarray) -> np.ndarray:
@@ -144,7 +147,8 @@ class Multilabel(ClassKind):
         super().check_learnable(task, counts, class_names)
         if not (counts > 0).all(axis=0).any():
             raise DataError(
-                f"all {counts[:, 0].sum()} labelled train rows of task '{task}' have the same classes, {NOTHING_TO_LEARN}"
+                f"all {counts[:, 0].sum()} labelled train rows of task '{task}' have the same classes, "
+                f"{NOTHING_TO_LEARN}"
             )
 
     def row_weights(self, labels: Labels, weights: Tensor) -> Tensor:

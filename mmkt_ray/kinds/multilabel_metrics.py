@@ -32,11 +32,12 @@ def multilabel_metrics(given: Labels, proba: np.ndarray, class_names: Sequence[s
         proba: (N, C), each class by itself.
 
     Returns:
-        `num_rows`, `accuracy` (subset accuracy: the share of rows with every class right), `hamming_loss` (the share of
-        wrong decisions), `{macro,micro,weighted,samples}_{precision,recall,f1}`, `macro_` and `micro_average_precision`,
-        `auroc` (mean over classes), `log_loss`, `calibration_error`, `reliability`, and `per_class` {name: {precision,
-        recall, f1, average_precision, auroc, support}}. What is undefined is None, e.g. the recall of a class that no row
-        has. `balanced_accuracy` and `confusion` are None, `most_confused` is empty: they have no meaning here.
+        `num_rows`, `accuracy` (subset accuracy: the share of rows with every class right), `hamming_loss` (the share
+        of wrong decisions), `{macro,micro,weighted,samples}_{precision,recall,f1}`, `macro_` and
+        `micro_average_precision`, `auroc` (mean over classes), `log_loss`, `calibration_error`, `reliability`, and
+        `per_class` {name: {precision, recall, f1, average_precision, auroc, support}}. What is undefined is None,
+        e.g. the recall of a class that no row has. `balanced_accuracy` and `confusion` are None, `most_confused` is
+        empty: they have no meaning here.
     """
     given, proba = given[given.known], proba[given.known]
     labels = given.values
@@ -96,7 +97,7 @@ def _wide(indicators: np.ndarray) -> np.ndarray:
     return np.pad(indicators, ((0, 0), (0, 1)))
 
 
-# --- of many resamples at once -----------------------------------------------------------------------------------------
+# --- of many resamples at once --------------------------------------------------------------------------------------
 
 
 def pooled_f1(outcome: ClassOutcome, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +111,8 @@ def pooled_f1(outcome: ClassOutcome, counts: np.ndarray) -> tuple[np.ndarray, np
 
 
 def resampled_average_precision(labels: np.ndarray, proba: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The mean over classes of the average precision, (r,): the sum over thresholds of precision times the gain in recall."""
+    """The mean over classes of the average precision, (r,): the sum over thresholds of precision times the gain in
+    recall."""
     found = np.full((labels.shape[1], len(counts)), np.nan)
     for c, (label, score) in enumerate(zip(labels.T, proba.T, strict=True)):
         order = np.argsort(-score, kind="stable")

@@ -1,7 +1,7 @@
 """Scores of predicted numbers, also of many resamples at once.
 
-They are scikit-learn's `r2_score`, `root_mean_squared_error` and `mean_absolute_error`, and SciPy's `spearmanr`, of rows that
-are repeated as often as they are drawn. Axes: N rows, R resamples.
+They are scikit-learn's `r2_score`, `root_mean_squared_error` and `mean_absolute_error`, and SciPy's `spearmanr`, of
+rows that are repeated as often as they are drawn. Axes: N rows, R resamples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from mmkt_ray.kinds.divide import divide_where
 
 REPORTED = ("r2", "spearman", "rmse", "mae")
-IN_UNITS = ("rmse", "mae", "median_absolute_error", "mean_error")  # told as they are, not in percent; the first two from 0 up
+# told as they are, not in percent; the first two from 0 up
+IN_UNITS = ("rmse", "mae", "median_absolute_error", "mean_error")
 NUM_POINTS = 500  # pairs of label and prediction that are kept for a plot
 
 
@@ -64,7 +65,8 @@ def correlation(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def number_scores(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """All scores of labelled rows, ready for JSON; null where undefined. `points`: some pairs of label and prediction."""
+    """All scores of labelled rows, ready for JSON; null where undefined.
+    `points`: some pairs of label and prediction."""
     found: dict[str, Any] = {"num_rows": len(labels)}
     if not len(labels):
         return found | dict.fromkeys((*REPORTED, "median_absolute_error", "mean_error")) | {"points": []}

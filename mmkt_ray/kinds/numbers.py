@@ -1,4 +1,5 @@
-"""Numbers as models learn them: a transform that is fitted on train labels, and what reading a cell as a number means.
+"""Numbers as models learn them: a transform that is fitted on train labels,
+and what reading a cell as a number means.
 
 Axes: N labels, Q quantiles.
 """
@@ -26,7 +27,7 @@ NUM_QUANTILES = 257  # that a rank transform keeps
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def number_in(cell: Any) -> float | None:
@@ -62,7 +63,8 @@ def _hint(text: str) -> str:
 
 
 def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
-    """A raw column as float64. class_names: what its whole numbers stand for. Raises: TypeError for lists and structs."""
+    """A raw column as float64. class_names: what its whole numbers stand for.
+    Raises: TypeError for lists and structs."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -91,7 +93,7 @@ def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
     return pa.array(values, pa.float64()), errors
 
 
-# --- transforms --------------------------------------------------------------------------------------------------------
+# --- transforms -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Scale:
         if transform == "log":
             if (wrong := labels[labels <= 0]).size:
                 raise DataError(
-                    f"tasks.{task}.kind has transform: log, and {len(wrong):,} of {len(labels):,} train labels are not above "
-                    f"zero, such as {wrong[0]:g}: use transform: standardize or rank"
+                    f"tasks.{task}.kind has transform: log, and {len(wrong):,} of {len(labels):,} train labels are "
+                    f"not above zero, such as {wrong[0]:g}: use transform: standardize or rank"
                 )
             x = np.log(labels)
         if transform == "rank":
@@ -130,7 +132,9 @@ class Scale:
         reach = float(np.ptp(z)) if transform != "rank" else 0.0
         low, high = float(z.min()) - reach, float(z.max()) + reach
         kept = (tuple(map(float, values)), tuple(map(float, scores)))
-        return cls(transform, center, scale, low, high, float(z.std()), float(labels.mean()), float(labels.var()), *kept)
+        return cls(
+            transform, center, scale, low, high, float(z.std()), float(labels.mean()), float(labels.var()), *kept
+        )
 
     @classmethod
     def of(cls, given: Any) -> Scale:
@@ -171,8 +175,8 @@ class Scale:
 
 
 def _normal_scores(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct labels and the normal quantiles of their mean ranks; of more than NUM_QUANTILES labels half of these evenly by
-    rank, half by quantile, as the ends are thin."""
+    """Distinct labels and the normal quantiles of their mean ranks; of more than NUM_QUANTILES labels half of these
+    evenly by rank, half by quantile, as the ends are thin."""
     from scipy.special import ndtri
     from scipy.stats import rankdata
 

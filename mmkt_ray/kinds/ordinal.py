@@ -1,9 +1,9 @@
 """Tasks whose classes are grades in a stated order. Axes: see task_kind.py; K is C, the number of grades.
 
-The loss is that of Cao et al. 2020 (https://arxiv.org/abs/1901.07884): for each grade but the last the binary cross-entropy of
-"above it". There a single score and C - 1 biases keep the probabilities of "above" in order; here they are sums of the
-probabilities of grades, which keeps them in order too, and leaves every grade weights of its own. Far misses so cost more
-than near ones. The linear baseline is logistic regression, which knows no order.
+The loss is that of Cao et al. 2020 (https://arxiv.org/abs/1901.07884): for each grade but the last the binary
+cross-entropy of "above it". There a single score and C - 1 biases keep the probabilities of "above" in order; here
+they are sums of the probabilities of grades, which keeps them in order too, and leaves every grade weights of its
+own. Far misses so cost more than near ones. The linear baseline is logistic regression, which knows no order.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Ordinal(Multiclass):
         given: Any = self.order
         names = tuple(label_text(name) or "" for name in given) if isinstance(given, list | tuple) else ()
         if len(names) < 2 or "" in names or len({canonical(name) for name in names}) < len(names):
-            raise ConfigError(f"order of an ordinal task must list its grades, lowest first, each once; got {given!r:.80}")
+            raise ConfigError(
+                f"order of an ordinal task must list its grades, lowest first, each once; got {given!r:.80}"
+            )
         object.__setattr__(self, "order", names)
 
     def as_json(self) -> Any:
@@ -101,7 +103,9 @@ class Ordinal(Multiclass):
         known = {canonical(grade): grade for grade in self.order}
         if canonical(name) not in known:
             known_names = ", ".join(self.order)
-            raise ValueError(f"is none of the grades {known_names}: '{name:.60}'; add it to the task's order, or correct it")
+            raise ValueError(
+                f"is none of the grades {known_names}: '{name:.60}'; add it to the task's order, or correct it"
+            )
         return known[canonical(name)]
 
     def class_names(self, counts: Mapping[str, int]) -> list[str]:
@@ -148,7 +152,8 @@ class Ordinal(Multiclass):
 
 
 def grade_losses(logits: Tensor, grades: Tensor) -> Tensor:
-    """Mean over the grades but the last of the binary cross-entropy of being above it. logits: (.., B, C); grades: (B,)."""
+    """Mean over the grades but the last of the binary cross-entropy of being above it.
+    logits: (.., B, C); grades: (B,)."""
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits
 

@@ -1,7 +1,8 @@
-"""What predictions of classes come to, in a form in which the scores of many resamples are a few products of matrices.
+"""What predictions of classes come to, in a form in which the scores of many resamples are a few products of
+matrices.
 
-Axes: N rows, K distinct cells of label and predictions, C classes, R resamples. Labels and predictions are (K,) codes, or
-(K, C) of 0 and 1.
+Axes: N rows, K distinct cells of label and predictions, C classes, R resamples. Labels and predictions are (K,)
+codes, or (K, C) of 0 and 1.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from mmkt_ray.kinds.divide import divide_where
 
 @dataclass(frozen=True)
 class ClassOutcome:
-    """What predictions come to in each of K cells (or rows). W = C, and one more for a class that train lacks where a row has
-    one class."""
+    """What predictions come to in each of K cells (or rows). W = C, and one more for a class that train lacks where a
+    row has one class."""
 
     hit: np.ndarray  # (K,) the row is right
     right: sp.csr_matrix  # (K, W) true positives of each class
@@ -27,7 +28,8 @@ class ClassOutcome:
 
     @classmethod
     def of_codes(cls, label: np.ndarray, pred: np.ndarray, num_classes: int) -> ClassOutcome:
-        """label, pred: (K,) codes up to `num_classes`. A negative prediction, of a class that is not among them, is wrong."""
+        """label, pred: (K,) codes up to `num_classes`. A negative prediction, of a class that is not among them,
+        is wrong."""
         support, predicted = (_members(values, num_classes) for values in (label, pred))
         return cls(label == pred, support.multiply(predicted).tocsr(), support, predicted)
 

@@ -1,4 +1,5 @@
-"""Do probabilities mean what they say? Log loss, and a table of confidence against the share of forecasts that came true.
+"""Do probabilities mean what they say? Log loss, and a table of confidence against the share of forecasts that came
+true.
 
 Axes: N samples, C classes. All labels are known, but where it says otherwise.
 """
@@ -16,15 +17,16 @@ SMALLEST = 1e-7  # probabilities are float32: smaller ones are noise to the loga
 
 
 def log_loss(labels: Labels, proba: np.ndarray) -> float:
-    """Mean negative log-likelihood in nats of at least one row; where a row has several forecasts, of each of them."""
+    """Mean negative log-likelihood in nats of at least one row;
+    where a row has several forecasts, of each of them."""
     return float(-np.log(labels.kind.label_probability(labels, proba).clip(SMALLEST, 1)).mean())
 
 
 def reliability(labels: Labels, proba: np.ndarray) -> list[dict[str, float]]:
     """Forecasts by confidence: the bins of equal width over 0..1 that hold any.
 
-    Returns [{low, high, num, confidence, accuracy}]: the bin's ends, its forecasts, their mean confidence, and the share
-    that came true.
+    Returns [{low, high, num, confidence, accuracy}]: the bin's ends, its forecasts, their mean confidence, and the
+    share that came true.
     """
     confidence, right = labels.kind.forecasts(labels, proba)
     bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
@@ -42,13 +44,15 @@ def reliability(labels: Labels, proba: np.ndarray) -> list[dict[str, float]]:
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:
-    """Expected calibration error, 0..1: mean gap between confidence and accuracy of the bins, weighted by forecasts."""
+    """Expected calibration error, 0..1: mean gap between confidence and accuracy of the bins,
+    weighted by forecasts."""
     num = sum(b["num"] for b in bins)
     return sum(b["num"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / num
 
 
 def probability_scores(labels: Labels, proba: np.ndarray) -> dict[str, Any]:
-    """`log_loss`, `calibration_error` and `reliability` over the known labels; None (and no bins) where there is none."""
+    """`log_loss`, `calibration_error` and `reliability` over the known labels;
+    None (and no bins) where there is none."""
     if not labels.known.any():
         return {"log_loss": None, "calibration_error": None, "reliability": []}
     if not labels.known.all():

@@ -12,7 +12,8 @@ from scipy.stats import rankdata
 
 
 def auroc(positive: np.ndarray, score: np.ndarray) -> float | None:
-    """Area under the ROC curve (the Mann-Whitney statistic, ties count half); None without a positive or a negative row.
+    """Area under the ROC curve (the Mann-Whitney statistic, ties count half);
+    None without a positive or a negative row.
 
     positive: (N,) bool; score: (N,).
     """

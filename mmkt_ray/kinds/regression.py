@@ -1,14 +1,14 @@
 """Tasks whose labels are numbers. Axes: see task_kind.py; K is 1.
 
-A model's logit z is the number on the scale that `transform` makes of the train labels (numbers.py); its output is the number
-itself. What the card needs to undo the transform is a parameter of the kind, `scale`, which the store's manifest and the
-model's spec keep.
+A model's logit z is the number on the scale that `transform` makes of the train labels (numbers.py); its output is
+the number itself. What the card needs to undo the transform is a parameter of the kind, `scale`, which the store's
+manifest and the model's spec keep.
 
-Row scores are 1 - squared error / variance of the train labels: their mean is R2 but for the variance, which is that of the
-scored rows there. So paired tests of rows ask what differences of R2 ask, and scores of rows don't depend on other rows.
+Row scores are 1 - squared error / variance of the train labels: their mean is R2 but for the variance, which is that
+of the scored rows there. So paired tests of rows ask what differences of R2 ask, and no row's score needs others.
 
-Sources: R2 and its kin as in scikit-learn; Huber loss, Huber 1964 (https://doi.org/10.1214/aoms/1177703732); pinball loss,
-Koenker & Bassett 1978 (https://doi.org/10.2307/1913643); intervals, split conformal prediction, Lei et al. 2018
+Sources: R2 and its kin as in scikit-learn; Huber loss, Huber 1964 (https://doi.org/10.1214/aoms/1177703732); pinball
+loss, Koenker & Bassett 1978 (https://doi.org/10.2307/1913643); intervals, split conformal prediction, Lei et al. 2018
 (https://arxiv.org/abs/1604.04173).
 """
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 LOSSES = ("squared", "absolute", "huber", "pinball")
 NAME = "value"  # of the one number that a model gives, where others have classes
 NUM_STRATA = 10
-_NO_CLASSES = "whose labels are numbers and have no classes"
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,14 @@ class Regression(TaskKind):
     }  # fmt: skip
     in_units: ClassVar[tuple[str, ...]] = IN_UNITS
     right: ClassVar[str] = "{score} of the variance of {rows} explained (R2)"
-    notes: ClassVar[str] = "R2 of {tasks} is the share of the variance explained, in %; below 0 the mean of the labels is better."
+    notes: ClassVar[str] = (
+        "R2 of {tasks} is the share of the variance explained, in %; below 0 the mean of the labels is better."
+    )
     classes: ClassVar[bool] = False
-    cannot: ClassVar[Mapping[str, str]] = {
-        "class_weights": _NO_CLASSES,
-        "resample": _NO_CLASSES,
-        "generate": _NO_CLASSES,
-        "logit_adjustment": _NO_CLASSES,
-        "label_smoothing": _NO_CLASSES,
-    }
+    cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("class_weights", "resample", "generate", "logit_adjustment", "label_smoothing"),
+        "whose labels are numbers and have no classes",
+    )
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for an unknown option."""
@@ -196,12 +194,14 @@ class Regression(TaskKind):
 
         if counts[0].sum() == 0:
             raise DataError(
-                f"task '{task}' has no labelled row with features in the train split: check the sources' columns and splits, "
-                f"or leave it out of model.tasks"
+                f"task '{task}' has no labelled row with features in the train split: check the sources' columns and "
+                "splits, or leave it out of model.tasks"
             )
         if counts[1, 0] == counts[2, 0]:
             num_rows, value = counts[:2, 0]
-            raise DataError(f"all {num_rows:.0f} labelled train rows of task '{task}' are {value:g}, {NOTHING_TO_LEARN}")
+            raise DataError(
+                f"all {num_rows:.0f} labelled train rows of task '{task}' are {value:g}, {NOTHING_TO_LEARN}"
+            )
 
     def row_weights(self, labels: Labels, weights: Tensor) -> Tensor:
         import torch
@@ -238,11 +238,12 @@ class Regression(TaskKind):
 
     def chance_loss(self, width: int) -> float:
         spread = self.fit_scale.spread
-        return {"squared": spread**2, "absolute": 0.8 * spread, "huber": spread**2 / 2}.get(self.loss, 0.4 * spread) or 1.0
+        known = {"squared": spread**2, "absolute": 0.8 * spread, "huber": spread**2 / 2}
+        return known.get(self.loss, 0.4 * spread) or 1.0
 
     def right_probability(self, logits: Tensor, labels: Labels) -> Tensor:
-        """The density of the right number relative to that of the predicted one, of a normal distribution of the labels'
-        spread."""
+        """The density of the right number relative to that of the predicted one, of a normal distribution of the
+        labels' spread."""
         error = (self.fit_scale.forward(labels.values) - logits[:, 0]) / (self.fit_scale.spread or 1.0)
         return (-error.square() / 2).exp()
 
@@ -302,8 +303,8 @@ class Regression(TaskKind):
         return 7
 
     def tally(self, logits: Tensor, labels: Labels) -> Tensor:
-        """Summed loss, rows with a loss, labelled rows; of these the sums of y, y y, squared and absolute errors, y being the
-        label less the train mean, over the train deviation."""
+        """Summed loss, rows with a loss, labelled rows; of these the sums of y, y y, squared and absolute errors, y
+        being the label less the train mean, over the train deviation."""
         import torch
 
         unit = self._variance**0.5

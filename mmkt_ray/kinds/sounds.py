@@ -42,12 +42,15 @@ def import_soundfile() -> Any:
 
 
 def decode_audio(data: bytes) -> Clip:
-    """Decode whatever soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...), channels averaged; NaN and infinities become silence.
+    """Decode whatever soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...), channels averaged;
+    NaN and infinities become silence.
 
-    Decoded block by block, so that a small file that claims hours costs no memory. A cut WAV, AIFF, FLAC or MP3 is found out
-    by the length it states, where that is more than a few bytes off; other kinds are taken as far as they go.
+    Decoded block by block, so that a small file that claims hours costs no memory. A cut WAV, AIFF, FLAC or MP3 is
+    found out by the length it states, where that is more than a few bytes off;
+    other kinds are taken as far as they go.
 
-    Raises: ValueError if the data is no such audio, is damaged or cut, is empty, or has more than MAX_AUDIO_FRAMES frames.
+    Raises: ValueError if the data is no such audio, is damaged or cut, is empty,
+    or has more than MAX_AUDIO_FRAMES frames.
         ConfigError if soundfile is not installed.
     """
     soundfile = import_soundfile()
@@ -71,7 +74,8 @@ def decode_audio(data: bytes) -> Clip:
 
 
 def decode_file(data: bytes, max_pixels: int, wanted: object = None) -> tuple[np.ndarray, int, list[str], int]:
-    """What a decoding process sends of a sound: its samples, their rate, no changes, the samples' hash whatever their rate.
+    """What a decoding process sends of a sound: its samples, their rate, no changes,
+    the samples' hash whatever their rate.
 
     Raises: as `decode_audio`.
     """

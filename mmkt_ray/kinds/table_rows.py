@@ -1,8 +1,9 @@
-"""Rows of a table: cells in one spelling, what a text can be read as, statistics of columns, the types that columns are found
-to have.
+"""Rows of a table: cells in one spelling, what a text can be read as, statistics of columns, the types that columns
+are found to have.
 
-A cell is text, a list of texts joined by ITEM_MARK. Nothing is guessed: "12,5", "n/a" and " 1.5 lbs" are no numbers, and
-"03/04/2020" is no date. Statistics merge associatively, and the same rows give the same types however they are cut into shards.
+A cell is text, a list of texts joined by ITEM_MARK. Nothing is guessed: "12,5", "n/a" and " 1.5 lbs" are no numbers,
+and "03/04/2020" is no date. Statistics merge associatively, and the same rows give the same types however they are
+cut into shards.
 
 Axes: N cells, U distinct values.
 """
@@ -40,7 +41,9 @@ _MAX_TEXT_CHARS = 200  # of a category's name: longer ones are cut, and told apa
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _CODE = re.compile(r"[+-]?0\d")  # 007: a number where the config says so, else a code
-_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?)?", re.ASCII)
+_DATE = re.compile(
+    r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?)?", re.ASCII
+)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -100,8 +103,8 @@ def row_type() -> pa.DataType:
 
 
 def rows_from_arrow(raw: pa.StructArray, class_names: Callable[[str], list[str] | None]) -> Converted:
-    """Columns side by side (N,) as rows of `row_type`; null where all are. class_names: what whole numbers in a column stand for,
-    where the file says so."""
+    """Columns side by side (N,) as rows of `row_type`; null where all are. class_names: what whole numbers in a
+    column stand for, where the file says so."""
     errors: dict[int, str] = {}
     names, columns = [], []
     for theirs, column in _flat_arrow(raw, ""):
@@ -164,7 +167,9 @@ def bytes_of_rows(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def items_of(text: str, separator: str | None) -> list[str]:
     """The different items of a cell, in order: of a list, or split at a separator."""
-    parts = [part.strip() for item in text.split(ITEM_MARK) for part in (item.split(separator) if separator else [item])]
+    parts = [
+        part.strip() for item in text.split(ITEM_MARK) for part in (item.split(separator) if separator else [item])
+    ]
     return list(dict.fromkeys(part for part in parts if part))
 
 
@@ -180,7 +185,8 @@ def read_number(text: str, stated: bool = True) -> float | None:
 
 
 def read_date(text: str, stated: bool = True) -> float | None:
-    """Seconds since 1970 of an ISO 8601 date or time (2026-11-30, 2026-11-30T12:00+01:00); UTC where it names no zone."""
+    """Seconds since 1970 of an ISO 8601 date or time (2026-11-30, 2026-11-30T12:00+01:00);
+    UTC where it names no zone."""
     if not _DATE.fullmatch(text):
         return None
     try:
@@ -196,7 +202,11 @@ def read_boolean(text: str, stated: bool = True) -> float | None:
     return known.get(text.lower())
 
 
-READ: dict[str, Callable[[str, bool], float | None]] = {"boolean": read_boolean, "number": read_number, "date": read_date}
+READ: dict[str, Callable[[str, bool], float | None]] = {
+    "boolean": read_boolean,
+    "number": read_number,
+    "date": read_date,
+}
 """By type what reads a text as a number; in the order in which a column's type is looked for."""
 
 
@@ -207,9 +217,9 @@ READ: dict[str, Callable[[str, bool], float | None]] = {"boolean": read_boolean,
 class ValueCounts:
     """Numbers with how often each is there, exact up to MAX_VALUES different ones.
 
-    With more, the lowest bits of all are dropped until they fit, and each is known to a relative 2**(dropped - 52). How many bits
-    does not depend on how the numbers came, other than in KLL sketches: uniform collapse as in UDDSketch (Epicoco et al. 2020),
-    here on the bits of float64.
+    With more, the lowest bits of all are dropped until they fit, and each is known to a relative 2**(dropped - 52).
+    How many bits does not depend on how the numbers came, other than in KLL sketches: uniform collapse as in
+    UDDSketch (Epicoco et al. 2020), here on the bits of float64.
     """
 
     values: np.ndarray  # (U,) float64, ascending
@@ -259,7 +269,9 @@ class ValueCounts:
         centres, ends = self.centres(), np.cumsum(self.counts)
         places = fractions * (self.num - 1)
         below = np.floor(places).astype(np.int64)
-        at, after = (centres[np.searchsorted(ends, np.minimum(i, self.num - 1), side="right")] for i in (below, below + 1))
+        at, after = (
+            centres[np.searchsorted(ends, np.minimum(i, self.num - 1), side="right")] for i in (below, below + 1)
+        )
         found = at + (after - at) * (places - below)
         found[fractions == 0], found[fractions == 1] = self.low, self.high
         return np.maximum.accumulate(found)
@@ -273,10 +285,13 @@ class ColumnStatistics:
     readable: dict[str, int] = field(default_factory=dict)  # type -> cells that can be read as it
     bad: dict[str, list[str]] = field(default_factory=dict)  # type -> the first different texts that cannot
     values: dict[str, ValueCounts] = field(default_factory=dict)  # type -> what was read
-    items: dict[str, int] | None = field(default_factory=dict)  # text -> cells that hold it; None: too many different ones
+    # text -> cells that hold it; None: too many different ones
+    items: dict[str, int] | None = field(default_factory=dict)
 
     @classmethod
-    def of(cls, texts: Iterable[str], stated: ColumnType | None = None, separator: str | None = None) -> ColumnStatistics:
+    def of(
+        cls, texts: Iterable[str], stated: ColumnType | None = None, separator: str | None = None
+    ) -> ColumnStatistics:
         """stated: the column's type, so that nothing is counted for others."""
         counts = Counter(texts)
         readable, bad, values = {}, {}, {}
@@ -324,8 +339,8 @@ class ColumnStatistics:
         if wrong > MAX_BAD_FRAC * self.num_cells:
             shown = ", ".join(map(repr, self.bad[stated]))
             raise DataError(
-                f"column '{column}' is no {stated}, as the config says: {wrong:,} of {self.num_cells:,} cells cannot be read as "
-                f"one, the first: {shown}; mend the cells, or state another type, or none, in kind.types"
+                f"column '{column}' is no {stated}, as the config says: {wrong:,} of {self.num_cells:,} cells cannot "
+                f"be read as one, the first: {shown}; mend the cells, or state another type, or none, in kind.types"
             )
 
 

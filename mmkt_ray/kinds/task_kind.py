@@ -2,8 +2,8 @@
 
 Nothing heavy is imported here before it is used: a config is made of kinds.
 
-Axes: N rows, B rows of a batch, K numbers that a model gives for a row (the width), M modalities, P models in a stack,
-R resamples, S seeds. Outputs are what a model's logits become before anyone reads them, such as probabilities.
+Axes: N rows, B rows of a batch, K numbers that a model gives for a row (the width), M modalities, P models in a
+stack, R resamples, S seeds. Outputs are what a model's logits become before anyone reads them, such as probabilities.
 Predictions have the form of label values.
 """
 
@@ -47,12 +47,17 @@ class TaskKind(ABC):
     row_metric: ClassVar[str]  # name of the mean of `row_scores`
     val_metric: ClassVar[str]  # the one of `reported` whose mean over tasks epochs are told by
     called: ClassVar[Mapping[str, str]] = {}  # metric -> what a report calls it, where that is not its name
-    notes: ClassVar[str] = ""  # what readers of a report should know of the metrics; {tasks} stands for the tasks' names
-    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}  # metric -> lowest and highest value, where these aren't 0 and 1
-    in_units: ClassVar[tuple[str, ...]] = ()  # metrics in the labels' own units, lower is better; others are told in percent
+    # what readers of a report should know of the metrics; {tasks} stands for the tasks' names
+    notes: ClassVar[str] = ""
+    # metric -> lowest and highest value, where these aren't 0 and 1
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    # metrics in the labels' own units, lower is better; others are told in percent
+    in_units: ClassVar[tuple[str, ...]] = ()
     right: ClassVar[str] = "{score} of {rows} right"  # what a model gets, in a sentence
-    classes: ClassVar[bool] = True  # labels are classes and outputs their probabilities, which can be calibrated and judged
-    cannot: ClassVar[Mapping[str, str]] = {}  # setting of `training` that has no meaning here -> why, as part of a sentence
+    # labels are classes and outputs their probabilities, which can be calibrated and judged
+    classes: ClassVar[bool] = True
+    # setting of `training` that has no meaning here -> why, as part of a sentence
+    cannot: ClassVar[Mapping[str, str]] = {}
 
     def as_json(self) -> Any:
         """The name; with parameters a mapping of `name` and these. `task_kind` reads both."""
@@ -64,7 +69,7 @@ class TaskKind(ABC):
         """The metric by which models are compared and chosen."""
         return self.reported[0]
 
-    # --- labels ------------------------------------------------------------------------------------------------------
+    # --- labels -----------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -77,11 +82,12 @@ class TaskKind(ABC):
 
     @abstractmethod
     def from_cell(self, cell: Any, separator: str) -> Any:
-        """A raw cell, text decoded, as one of `arrow_type`; null for no label. Raises: ValueError that says what is wrong."""
+        """A raw cell, text decoded, as one of `arrow_type`; null for no label. Raises: ValueError that says why."""
 
     @abstractmethod
     def from_arrow(self, raw: pa.Array, class_names: list[str] | None, separator: str) -> Converted:
-        """A raw column as one of `arrow_type`. class_names: what whole numbers in it stand for, where the file says so.
+        """A raw column as one of `arrow_type`. class_names: what whole numbers in it stand for,
+        where the file says so.
         Raises: TypeError for a column that can't be one of labels."""
 
     @abstractmethod
@@ -143,7 +149,7 @@ class TaskKind(ABC):
         """Rows of one class; kinds that are `exclusive` have it."""
         raise NotImplementedError(f"{self.name} has no rows of one class")
 
-    # --- model -------------------------------------------------------------------------------------------------------
+    # --- model ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def width(self, class_names: Sequence[str]) -> int:
@@ -169,9 +175,9 @@ class TaskKind(ABC):
 
     @abstractmethod
     def mean_decision(self, z: Tensor, mask: Tensor) -> Tensor:
-        """Logits (B, K) of the mean output of the modalities that are there; zeros where none is. mask: (B, M) bool."""
+        """Logits (B, K) of the mean output of the modalities that are there, zeros if none is. mask: (B, M) bool."""
 
-    # --- loss --------------------------------------------------------------------------------------------------------
+    # --- loss -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def count(self, labels: Labels, width: int) -> np.ndarray:
@@ -195,7 +201,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def row_losses(self, logits: Tensor, labels: Labels, weights: Tensor, smoothing: float) -> Tensor:
-        """(B,) losses times the weight of the label; 0 where it is not known. smoothing: share spread over all classes."""
+        """(B,) losses times the label's weight; 0 where it is not known. smoothing: share spread over all classes."""
 
     @abstractmethod
     def stacked_losses(self, logits: Tensor, labels: Labels, weights: Tensor, smoothing: Tensor) -> Tensor:
@@ -217,7 +223,7 @@ class TaskKind(ABC):
     def right_probability(self, logits: Tensor, labels: Labels) -> Tensor:
         """(B,) how much of the right answer a model gives, 0..1; any number where the label is not known."""
 
-    # --- predictions and their scores ----------------------------------------------------------------------------------
+    # --- predictions and their scores -------------------------------------------------------------------------------
 
     @abstractmethod
     def predict(self, outputs: np.ndarray) -> np.ndarray:
@@ -232,7 +238,8 @@ class TaskKind(ABC):
         """(N,) score of each labelled row, higher is better: what paired tests compare."""
 
     def main_by_row(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
-        """(N,) what the main metric is the mean of, for the paired test of its difference; `row_scores` if it is no mean."""
+        """(N,) what the main metric is the mean of, for the paired test of its difference;
+        `row_scores` if it is no mean."""
         return self.row_scores(labels, predictions)
 
     @abstractmethod
@@ -241,11 +248,11 @@ class TaskKind(ABC):
 
     @abstractmethod
     def scores(self, labels: Labels, outputs: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-        """All metrics over the labelled rows, ready for JSON. Raises: ValueError for outputs of another shape, or NaN."""
+        """All metrics over the labelled rows, for JSON. Raises: ValueError for outputs of another shape, or NaN."""
 
     @abstractmethod
     def metric_scores(self, metric: str, labels: Labels, outputs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """A metric (R,) of `metrics`, higher is better, NaN where undefined. counts: (R, N) how often each row is drawn."""
+        """A metric (R,) of `metrics`, higher is better, NaN if undefined. counts: (R, N) how often rows are drawn."""
 
     def seed_scores(self, labels: Labels, outputs: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """`seed_metrics` of models of several seeds, (metrics, S, R). outputs: (S, N, K)."""
@@ -255,12 +262,12 @@ class TaskKind(ABC):
     def outcomes(
         self, labels: Labels, predictions: Sequence[np.ndarray], width: int, *, by_row: bool = False
     ) -> tuple[list[Outcomes], np.ndarray]:
-        """What each of the predictions comes to, by cells of equal rows, and how many rows each cell has. by_row: each row
-        is its own cell, in order. Labels are all labelled."""
+        """What each of the predictions comes to, by cells of equal rows, and how many rows each cell has. by_row:
+        each row is its own cell, in order. Labels are all labelled."""
 
     @abstractmethod
     def quick_scores(self, labels: Labels, outputs: np.ndarray) -> dict[str, float]:
-        """`reported` metrics of labelled rows, NaN where undefined, as fast as can be: ensembles are picked by them."""
+        """`reported` metrics of labelled rows, NaN where undefined, as fast as can be, for picking ensembles."""
 
     @abstractmethod
     def tally_size(self, width: int) -> int:
@@ -268,15 +275,16 @@ class TaskKind(ABC):
 
     @abstractmethod
     def tally(self, logits: Tensor, labels: Labels) -> Tensor:
-        """What adds up over batches and ranks, (.., size) float64, for `tally_scores`. logits: (B, K) or (P, B, K)."""
+        """What adds up over batches and ranks, (.., size) float64, for `tally_scores`.
+        logits: (B, K) or (P, B, K)."""
 
     @abstractmethod
     def tally_scores(self, tally: np.ndarray) -> dict[str, float]:
         """`loss` and the defined ones of `reported`, of a sum of tallies; empty where no row is labelled."""
 
     def further_columns(self, outputs: np.ndarray, margin: np.ndarray | None) -> dict[str, pa.Array]:
-        """Columns of a file of predictions beside <task>_pred, by how they end: outputs (N, K), null where NaN. margin: (N,)
-        see inference/conformal.py."""
+        """Columns of a file of predictions beside <task>_pred, by how they end: outputs (N, K), null where NaN.
+        margin: (N,) see inference/conformal.py."""
         import pyarrow as pa
 
         known = np.isfinite(outputs).all(axis=1)
@@ -289,11 +297,11 @@ class TaskKind(ABC):
         return np.asarray(flat.flatten().to_numpy().reshape(len(flat), flat.type.list_size))
 
     def error_sizes(self, labels: Labels, outputs: np.ndarray) -> np.ndarray | None:
-        """(N,) how far outputs are from known labels, on the scale on which `further_columns` takes margins; null for a kind
-        whose predictions have no interval."""
+        """(N,) how far outputs are from known labels, on the scale on which `further_columns` takes margins; null for
+        a kind whose predictions have no interval."""
         return None
 
-    # --- probabilities: of kinds whose labels are `classes`, no others are asked ---------------------------------------
+    # --- probabilities: of kinds whose labels are `classes`, no others are asked ------------------------------------
 
     def _has_no_classes(self) -> NotImplementedError:
         return NotImplementedError(f"{self.name} labels are no classes")
@@ -323,11 +331,11 @@ class TaskKind(ABC):
         """(N,) loss of each row; all are known."""
 
     def two_best(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The two answers that a model wavers between: their outputs (N, 2), larger first (N, 1 of a single class), class of
-        the second (N,), and whether there is one (N,) bool."""
+        """The two answers that a model wavers between: their outputs (N, 2), larger first (N, 1 of a single class),
+        class of the second (N,), and whether there is one (N,) bool."""
         raise self._has_no_classes()
 
-    # --- baselines -----------------------------------------------------------------------------------------------------
+    # --- baselines --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def baseline(self, labels: Labels, width: int) -> np.ndarray:
@@ -345,7 +353,7 @@ class TaskKind(ABC):
     def linear_target(self, labels: Labels, width: int, balanced: bool) -> Any:
         """What the solver of linear models learns; see `LinearTarget`. All labels are known."""
 
-    # --- which rows to draw --------------------------------------------------------------------------------------------
+    # --- which rows to draw -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def strata(self, labels: Labels) -> Iterator[np.ndarray]:
@@ -359,7 +367,7 @@ class TaskKind(ABC):
     def draw_weights(self, labels: Labels) -> np.ndarray:
         """(N,) how often each row is drawn for all classes to come up equally often; 0 where not known."""
 
-    # --- label issues, of `classes` too --------------------------------------------------------------------------------
+    # --- label issues, of `classes` too -----------------------------------------------------------------------------
 
     def judged_rows(self, labels: Labels, num_folds: int) -> np.ndarray:
         """Rows whose labels can be judged by models of the other folds."""

@@ -22,7 +22,9 @@ class Text(ListedKind):
     name: Literal["text"] = "text"
     holds: ClassVar[str] = "a string"
     is_text: ClassVar[bool] = True
-    pool: Literal["mean", "max", "first", "join"] | None = Field(None, description=f"{POOL}; join: one text, a line for each")
+    pool: Literal["mean", "max", "first", "join"] | None = Field(
+        None, description=f"{POOL}; join: one text, a line for each"
+    )
 
     def example(self, rng: np.random.Generator, words: Sequence[str]) -> Any:
         return " ".join(words[i] for i in rng.integers(0, len(words), 12))
@@ -88,13 +90,14 @@ class Text(ListedKind):
 
 
 class Table(ModalityKind):
-    """A row of several columns; its value is {column: text} of the cells that are there, spelled as in table_rows.py."""
+    """A row of several columns; its value is {column: text} of the cells that are there,
+    spelled as in table_rows.py."""
 
     name: Literal["table"] = "table"
     types: dict[str, Literal["number", "category", "boolean", "date"]] = Field(
         default_factory=dict,
-        description="column -> what its cells are; of others it is found in the train rows: what nine of ten cells can be read "
-        "as, else category",
+        description="column -> what its cells are; of others it is found in the train rows: what nine of ten cells "
+        "can be read as, else category",
     )
     holds: ClassVar[str] = "a row of cells, each a number, a category, a boolean or a date, or null"
     takes_several: ClassVar[bool] = True
@@ -159,7 +162,9 @@ class Vector(ModalityKind):
     """Numbers that another encoder made of something; its value is an array (D,) float32, finite."""
 
     name: Literal["vector"] = "vector"
-    holds: ClassVar[str] = "a list of numbers, such as an embedding made elsewhere; or as many columns; or a row of a .npy file"
+    holds: ClassVar[str] = (
+        "a list of numbers, such as an embedding made elsewhere; or as many columns; or a row of a .npy file"
+    )
     takes_several: ClassVar[bool] = True
     takes_arrays: ClassVar[bool] = True
 

@@ -19,7 +19,8 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def vector_of(cell: Any) -> list[float] | None:
-    """A list, an array, a JSON list as text, or a mapping of columns with a number each; None where all of these are null.
+    """A list, an array, a JSON list as text, or a mapping of columns with a number each;
+    None where all of these are null.
 
     Raises: ValueError that says what was got.
     """
@@ -74,7 +75,8 @@ def _fault(vector: np.ndarray) -> str:
 
 
 def vectors_from_arrow(raw: pa.Array) -> Converted | None:
-    """A column of lists of numbers, or numeric columns side by side (N,), as lists of float32; None for other columns."""
+    """A column of lists of numbers, or numeric columns side by side (N,), as lists of float32;
+    None for other columns."""
     if pa.types.is_struct(raw.type):
         return _side_by_side(raw) if all(_is_numeric(f.type) for f in raw.type) else None
     if not is_list(raw.type) or not _is_numeric(raw.type.value_type):

@@ -1,7 +1,7 @@
 """torch's containers of modules, with the class of their members for the type checker: `ModuleDict[Tower]`.
 
-When the program runs these are `nn.ModuleDict` and `nn.ModuleList` themselves. For the same reason the modules here say
-`if TYPE_CHECKING: __call__ = forward`: torch types a call of any module as one of anything that returns Any.
+When the program runs these are `nn.ModuleDict` and `nn.ModuleList` themselves. For the same reason the modules here
+say `if TYPE_CHECKING: __call__ = forward`: torch types a call of any module as one of anything that returns Any.
 """
 
 from __future__ import annotations

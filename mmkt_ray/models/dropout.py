@@ -1,4 +1,5 @@
-"""Dropout whose rate is a number in the model rather than in the code, so that stacked models can each have their own.
+"""Dropout whose rate is a number in the model rather than in the code,
+so that stacked models can each have their own.
 
 Source: Srivastava et al. 2014 (https://jmlr.org/papers/v15/srivastava14a.html).
 """
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Module):
-    """As `nn.Dropout`. Draws one number per value even at rate 0, so that equal seeds draw alike whatever the rates."""
+    """As `nn.Dropout`. Draws one number per value even at rate 0,
+    so that equal seeds draw alike whatever the rates."""
 
     rate: Tensor
 
@@ -37,8 +39,8 @@ class Dropout(nn.Module):
         return values * kept.mul_(1 / (1 - rate))
 
     def factors(self, x: Tensor) -> Tensor | None:
-        """What each value is multiplied by, null after training. Members of a stack draw the same numbers, (B, H); with
-        rates of their own, (P,), these become (P, B, H) factors."""
+        """What each value is multiplied by, null after training. Members of a stack draw the same numbers, (B, H);
+        with rates of their own, (P,), these become (P, B, H) factors."""
         if not self.training:
             return None
         rate = self.rate[..., None, None] if self.rate.ndim else self.rate

@@ -1,6 +1,7 @@
 """A fused model with experts of fewer modalities, each of which answers the rows where it was clearly better.
 
-Which rows these are is said by their presence pattern, the modalities that they have. See `training.experts` for the choice.
+Which rows these are is said by their presence pattern, the modalities that they have.
+See `training.experts` for the choice.
 
 Axes: B batch, C classes of one task, M modalities of one task.
 """
@@ -86,7 +87,9 @@ class ExpertModel(nn.Module):
         self.spec = spec
         self.fused = fused or MultimodalModel(spec.fused)
         experts = experts or {name: MultimodalModel(own) for name, own in spec.experts.items()}
-        self.experts: ModuleDict[MultimodalModel] = ModuleDict({module_name(n): expert for n, expert in experts.items()})
+        self.experts: ModuleDict[MultimodalModel] = ModuleDict(
+            {module_name(n): expert for n, expert in experts.items()}
+        )
         self.tables = {t: route_table(spec, t) for t in spec.routes}
         self.temperatures: dict[str, float] = {}  # task -> what divides its logits before they become probabilities
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
@@ -115,7 +118,8 @@ class ExpertModel(nn.Module):
 
 
 def route_table(spec: ExpertSpec, task: str) -> list[int]:
-    """(2^M,) the number of the expert that answers rows with the modalities whose bit is set in the index; -1: none does."""
+    """(2^M,) the number of the expert that answers rows with the modalities whose bit is set in the index;
+    -1: none does."""
     inputs, experts = spec.inputs[task], list(spec.experts)
     names = ["+".join(m for i, m in enumerate(inputs) if code >> i & 1) for code in range(2 ** len(inputs))]
     return [experts.index(spec.routes[task][name]) if name in spec.routes[task] else -1 for name in names]

@@ -2,8 +2,8 @@
 
 Axes: B batch, N parts (modalities, or fused levels), H hidden, R rank.
 
-All are built alike, from the parts' widths, H, the dropout and the config's fusion section. A row without any part gets
-finite numbers that depend on no row. Each is an entry of `FUSES`.
+All are built alike, from the parts' widths, H, the dropout and the config's fusion section. A row without any part
+gets finite numbers that depend on no row. Each is an entry of `FUSES`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class ConcatFuse(Fuse):
 
 
 class Sum(Fuse):
-    """Additive fusion: the sum over the present parts of h_n = tanh(W_n x_n + b_n). A gated unit with all gates open."""
+    """Additive fusion: the sum over the present parts of h_n = tanh(W_n x_n + b_n).
+    A gated unit with all gates open."""
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
         super().__init__(widths, hidden_dim, dropout, options)
@@ -75,11 +76,12 @@ class Sum(Fuse):
 
 
 class Gated(Sum):
-    """Gated multimodal unit: sum of z_n * h_n, h_n = tanh(W_n x_n + b_n), z = softmax over the present n of V_n [x] + c_n.
+    """Gated multimodal unit: sum of z_n * h_n, h_n = tanh(W_n x_n + b_n),
+    z = softmax over the present n of V_n [x] + c_n.
 
-    Arevalo et al. 2017 (https://arxiv.org/abs/1702.01992). For two parts that are both there, the softmax is the paper's
-    sigmoid gate with V_1 - V_2 as its weights; for more, the gates of the present parts sum to one in every unit, so a
-    part that is missing leaves its share to the others.
+    Arevalo et al. 2017 (https://arxiv.org/abs/1702.01992). For two parts that are both there, the softmax is the
+    paper's sigmoid gate with V_1 - V_2 as its weights; for more, the gates of the present parts sum to one in every
+    unit, so a part that is missing leaves its share to the others.
     """
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
@@ -95,12 +97,13 @@ class Gated(Sum):
 
 
 class LowRankBilinear(Fuse):
-    """Low-rank tensor fusion: sum over r of w_r * product over n of (U_rn [x_n; 1]), plus b; then layer norm, dropout.
+    """Low-rank tensor fusion: sum over r of w_r * product over n of (U_rn [x_n; 1]), plus b;
+    then layer norm, dropout.
 
-    That is a linear map of the outer product of all [x_n; 1], its tensor of rank R, without ever making either. An absent
-    part contributes the neutral element, a factor of one. Liu et al. 2018 (https://arxiv.org/abs/1806.00064). The weights
-    of the appended 1 start at one, so that the product starts near a sum of the parts and does not vanish when there are
-    many; the norm, which the paper has not, keeps products of any number of parts at one scale.
+    That is a linear map of the outer product of all [x_n; 1], its tensor of rank R, without ever making either. An
+    absent part contributes the neutral element, a factor of one. Liu et al. 2018 (https://arxiv.org/abs/1806.00064).
+    The weights of the appended 1 start at one, so that the product starts near a sum of the parts and does not vanish
+    when there are many; the norm, which the paper has not, keeps products of any number of parts at one scale.
     """
 
     def __init__(self, widths: dict[str, Width], hidden_dim: int, dropout: float, options: Options) -> None:
@@ -124,11 +127,12 @@ class LowRankBilinear(Fuse):
 
 
 class Attention(Fuse):
-    """A learned query attends over the present parts as tokens: one pre-norm transformer block, read at its CLS token.
+    """A learned query attends over the present parts as tokens:
+    one pre-norm transformer block, read at its CLS token.
 
-    Tokens t_n = W_n x_n + e_n, where the bias e_n says which part it is, and CLS, so that a row without any part attends
-    to CLS alone. c = CLS + Attention(norm(CLS), norm([CLS; t])); F = norm(c + MLP(norm(c))). Only CLS is read, so only
-    CLS is computed. Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762), pre-norm: Xiong et al. 2020
+    Tokens t_n = W_n x_n + e_n, where the bias e_n says which part it is, and CLS, so that a row without any part
+    attends to CLS alone. c = CLS + Attention(norm(CLS), norm([CLS; t])); F = norm(c + MLP(norm(c))). Only CLS is
+    read, so only CLS is computed. Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762), pre-norm: Xiong et al. 2020
     (https://arxiv.org/abs/2002.04745), CLS: Devlin et al. 2019 (https://arxiv.org/abs/1810.04805).
     """
 
@@ -169,10 +173,11 @@ def projections(widths: dict[str, Width], out_dim: int) -> ModuleDict[Linear | S
 
 
 def attend(attention: nn.MultiheadAttention, query: Tensor, tokens: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """What `attention` makes of one query that is the same in all rows, over itself and the tokens that are there: (B, H).
+    """What `attention` makes of one query that is the same in all rows, over itself and the tokens that are there:
+    (B, H).
 
-    The query being a constant, so are its projection q and what it scores keys by: q (W x + b) = (q W) x + q b, a vector per
-    head, and no keys are made. query: (1, H); tokens: N of (B, H); mask: (B, N).
+    The query being a constant, so are its projection q and what it scores keys by: q (W x + b) = (q W) x + q b, a
+    vector per head, and no keys are made. query: (1, H); tokens: N of (B, H); mask: (B, N).
     """
     heads = attention.num_heads
     # of queries, keys and values: (H, H) each

@@ -3,8 +3,8 @@
 Axes: B batch, M modalities, H hidden, C classes.
 
 A fusion is built from the widths of its inputs, says in `widths` what it hands on, and builds the head that reads it.
-It takes signals of any widths, dense or sparse. `present` marks the rows that have a modality; what an absent one holds
-has no influence. Each fusion is an entry of `FUSIONS`.
+It takes signals of any widths, dense or sparse. `present` marks the rows that have a modality; what an absent one
+holds has no influence. Each fusion is an entry of `FUSIONS`.
 
 Sources: feature-level (early) and decision-level (late) fusion: Baltrusaitis et al. 2019, section 6
 (https://arxiv.org/abs/1705.09406). Hierarchical: F(k) = Fuse(F(1), ..., F(k-1)).
@@ -39,8 +39,8 @@ class DecisionHead(nn.Module):
         average: log of the mean of p_m
         product: sum of log p_m, which the softmax after it renormalises (product of experts, Hinton 2002,
             https://doi.org/10.1162/089976602760128018)
-    Of a multilabel task each class is a decision between yes and no. In log odds the same combinations are the weighted
-    sum of z_m, the log odds of the mean of sigmoid(z_m), and the sum of z_m.
+    Of a multilabel task each class is a decision between yes and no. In log odds the same combinations are the
+    weighted sum of z_m, the log odds of the mean of sigmoid(z_m), and the sum of z_m.
     Zeros, that is even odds, where nothing is present.
     """
 
@@ -81,7 +81,8 @@ class Fusion(nn.Module):
         self.widths, self.options = widths, options
 
     def forward(self, inputs: Parts, present: Masks) -> tuple[Parts, Masks]:
-        """inputs: modality -> (B, D_m); present: modality -> (B,) bool. Returns what the head reads, and its masks."""
+        """inputs: modality -> (B, D_m); present: modality -> (B,) bool.
+        Returns what the head reads, and its masks."""
         return inputs, present
 
     if TYPE_CHECKING:

@@ -7,10 +7,10 @@
     token     a learned vector per modality, as the prompts of Lee et al. 2023 (https://arxiv.org/abs/2303.03369)
     generate  a linear prediction from the row's present modalities (`Generators`), the mean where none can tell
 
-All but the first two count as present to the fusion, in rows that have at least one modality; a row with nothing stays
-nothing. The features stand in before the towers. Sparse features have no mean row, which would be dense: there mean and
-zero are both the empty row. A sparse token is one more column that is 1 in absent rows, so that each linear map which
-reads the modality learns a vector of its own for them.
+All but the first two count as present to the fusion, in rows that have at least one modality; a row with nothing
+stays nothing. The features stand in before the towers. Sparse features have no mean row, which would be dense: there
+mean and zero are both the empty row. A sparse token is one more column that is 1 in absent rows, so that each linear
+map which reads the modality learns a vector of its own for them.
 
 Axes: B batch, N train rows, M modalities, D features of one modality.
 """
@@ -39,7 +39,8 @@ MAX_CHOICE_ROWS = 2_000  # of these, for choosing the penalty
 def hide_modalities(
     present: dict[str, Tensor], chance: float | Tensor, reads: Collection[tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """Modality dropout: each present modality of a row is hidden with this chance, but every task keeps one of its own.
+    """Modality dropout: each present modality of a row is hidden with this chance,
+    but every task keeps one of its own.
 
     Args:
         present: modality -> (B,) bool.
@@ -85,15 +86,17 @@ class LinearMap(nn.Module):
 
 
 class Generators(nn.Module):
-    """Predicts a modality's standardised features from each other one's by ridge regression; the mean of those present.
+    """Predicts a modality's standardised features from each other one's by ridge regression;
+    the mean of those present.
 
-    One map per (source, target), not one per subset of sources: the maps then grow with the square of M, not with 2^M,
-    and each learns from all rows that have both. Sources of a target are the modalities that all its tasks read, so
-    nothing reaches a task from what it may not read. Fitted before training (`fit`), fixed from then on.
+    One map per (source, target), not one per subset of sources: the maps then grow with the square of M, not with
+    2^M, and each learns from all rows that have both. Sources of a target are the modalities that all its tasks read,
+    so nothing reaches a task from what it may not read. Fitted before training (`fit`), fixed from then on.
     """
 
     def __init__(self, widths: Mapping[str, Width], sources: Mapping[str, list[str]]) -> None:
-        """widths: of the standardised features by modality; sources: target -> modalities that it is predicted from."""
+        """widths: of the standardised features by modality; sources:
+        target -> modalities that it is predicted from."""
         super().__init__()
         self.sources = {target: sorted(names) for target, names in sorted(sources.items()) if names}
         self.maps: ModuleDict[LinearMap] = ModuleDict()
@@ -102,7 +105,8 @@ class Generators(nn.Module):
                 self.maps[module_name(target, source)] = LinearMap(widths[source], widths[target].dim)
 
     def forward(self, features: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """features: standardised, (B, D_m). Returns target -> (B, D_target), zeros (the mean) where no source is there."""
+        """features: standardised, (B, D_m). Returns target -> (B, D_target),
+        zeros (the mean) where no source is there."""
         generated = {}
         for target, names in self.sources.items():
             there = torch.stack([present[s] for s in names], dim=-1)  # (B, sources)
@@ -127,8 +131,8 @@ class Generators(nn.Module):
             both = {s: np.flatnonzero(present[s] & present[target]) for s in names}
             if all(len(rows) < 2 for rows in both.values()):
                 raise DataError(
-                    f"model.missing: generate learns to predict '{target}' from train rows that have it together with one "
-                    f"of {names}, and there are none: choose model.missing: mask or token"
+                    f"model.missing: generate learns to predict '{target}' from train rows that have it together "
+                    f"with one of {names}, and there are none: choose model.missing: mask or token"
                 )
             for source, rows in both.items():
                 if len(rows) >= 2:

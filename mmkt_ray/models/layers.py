@@ -1,8 +1,9 @@
 """Linear layers, norms and masks that also work on a stack of P models of one shape, each with weights of its own.
 
-Whether there is a stack is told by the parameters: a layer's weight is (H, D), or (P, H, D). Signals are (B, D), the same
-for all members, or (P, B, D). A single model computes by torch's own layers; for a stack, where every pass over the
-signals counts, products are written into one result and what follows a norm is one step with a gradient of its own.
+Whether there is a stack is told by the parameters: a layer's weight is (H, D), or (P, H, D). Signals are (B, D), the
+same for all members, or (P, B, D). A single model computes by torch's own layers; for a stack, where every pass over
+the signals counts, products are written into one result and what follows a norm is one step with a gradient of its
+own.
 
 Axes: P members, B rows of a batch, D width of a signal that comes in, H width of what goes out.
 
@@ -134,6 +135,7 @@ class _NormDrop(torch.autograd.Function):
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """Zeros in the rows where mask is False; x: (.., B, H), mask: (.., B) bool.
 
-    What absent rows hold is finite in a stack, where `standardize` has put zeros into them: a product is a sixth of `where`.
+    What absent rows hold is finite in a stack, where `standardize` has put zeros into them:
+    a product is a sixth of `where`.
     """
     return torch.where(mask[:, None], x, 0.0) if x.ndim == 2 else x * mask[..., None].to(x.dtype)

@@ -1,7 +1,8 @@
 """Levels of towers: hard sharing by key functions, cross-stitch units, mixtures of experts; all with one interface.
 
-A level is built from its scheme, the signals that come in (`paths`, `widths`) and the model's spec, and says in `paths` and
-`widths` which it hands on. Levels of all kinds stack in any order. The level of a scheme is an entry of `LEVELS`.
+A level is built from its scheme, the signals that come in (`paths`, `widths`) and the model's spec, and says in
+`paths` and `widths` which it hands on. Levels of all kinds stack in any order.
+The level of a scheme is an entry of `LEVELS`.
 
 Axes: B batch, D width of a signal that comes in, H hidden width, T tasks that read a modality, E experts.
 """
@@ -27,8 +28,9 @@ Path = tuple[object, ...]  # (modality, key at level 1, key at level 2, ..): pai
 class Level(nn.Module):
     """All towers of one hard scheme: one per key, each applied once to every distinct signal that reaches it.
 
-    Where the signals that meet in one tower differ in width or kind, each modality gets a linear adapter to `hidden_dim`
-    in front of that tower. It is shared by exactly the tasks that share the tower, so it leaks nothing between others.
+    Where the signals that meet in one tower differ in width or kind, each modality gets a linear adapter to
+    `hidden_dim` in front of that tower. It is shared by exactly the tasks that share the tower,
+    so it leaks nothing between others.
     """
 
     def __init__(self, scheme: str, paths: dict[Pair, Path], widths: dict[Path, Width], spec: ModelSpec) -> None:
@@ -123,7 +125,8 @@ class CrossStitchLevel(Level):
 
 
 class ExpertsLevel(nn.Module):
-    """Multi-gate mixture of experts: y_tm = sum over e of softmax(V_tm x_tm)_e Expert_e(x_tm), E towers for all pairs.
+    """Multi-gate mixture of experts: y_tm = sum over e of softmax(V_tm x_tm)_e Expert_e(x_tm),
+    E towers for all pairs.
 
     Each (task, modality) has its own gate on the signal that comes in. Where signals differ in width or kind, each
     modality has a linear adapter in front of the experts, not of the gate.

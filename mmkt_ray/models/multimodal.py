@@ -5,9 +5,9 @@ Built and trained by training/loop.py; its towers are in towers.py and levels.py
 Axes: B batch, D features of one modality, H width of a signal, C classes of one task.
 
 Every row goes through every tower, absent ones masked afterwards, so shapes and graph never depend on the data: every
-parameter gets a gradient in every step, as DistributedDataParallel and compilers like it, and models of one spec can be
-stacked: called by `torch.func.functional_call` with parameters that have an axis P in front, the model returns the logits
-of P members (`layers.py`; sparse features can't be stacked).
+parameter gets a gradient in every step, as DistributedDataParallel and compilers like it, and models of one spec can
+be stacked: called by `torch.func.functional_call` with parameters that have an axis P in front, the model returns the
+logits of P members (`layers.py`; sparse features can't be stacked).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Signals = Mapping[Pair, FeatureBatch]  # (task, modality) -> (B, H)
 class MultimodalModel(nn.Module):
     """Features of several modalities, any of them absent in any row -> logits of several tasks.
 
-    Fusions follow the top level's scheme. Where it gives tasks the same signals, those that read the same modalities share
-    a fusion; else each task has its own. Each task has its own head.
+    Fusions follow the top level's scheme. Where it gives tasks the same signals, those that read the same modalities
+    share a fusion; else each task has its own. Each task has its own head.
     """
 
     modality_dropout: Tensor
@@ -79,8 +79,8 @@ class MultimodalModel(nn.Module):
         self.margins: dict[str, dict[str, float]] = {}  # task of numbers -> see inference/conformal.py
 
     def add_wide(self, linear: MultimodalModel, scales: Mapping[str, tuple[float, float]]) -> None:
-        """Add a linear model of the same tasks and modalities, for prediction only. scales: task -> what the network's logits
-        and the linear model's are multiplied by."""
+        """Add a linear model of the same tasks and modalities, for prediction only. scales: task -> what the
+        network's logits and the linear model's are multiplied by."""
         self.spec = replace(self.spec, wide=linear.spec)
         device = self.modality_dropout.device
         self.wide = linear.to(device)
@@ -104,7 +104,8 @@ class MultimodalModel(nn.Module):
         return module_name(*self.reads[task]) if shared else module_name(task)
 
     def fit_generators(self, features: Mapping[str, Any], present: Mapping[str, np.ndarray]) -> None:
-        """Prepare `missing: generate`, before training and after `set_statistics`; nothing to do for other strategies.
+        """Prepare `missing: generate`, before training and after `set_statistics`;
+        nothing to do for other strategies.
 
         Args:
             features: modality -> raw features of the train rows (N, D), a NumPy array or a SciPy CSR matrix.
@@ -138,8 +139,8 @@ class MultimodalModel(nn.Module):
     ) -> tuple[Signals, dict[str, Tensor]]:
         """What the towers hand to the fusion, and which modalities count as present there: modality -> (B,) bool.
 
-        Missing modalities are treated as the strategy says, and in training some are hidden. Pairs that share all towers
-        have the same signal, the same object. Without levels, signals are the input stage's, dense or sparse.
+        Missing modalities are treated as the strategy says, and in training some are hidden. Pairs that share all
+        towers have the same signal, the same object. Without levels, signals are the input stage's, dense or sparse.
         """
         present = {m: present[m] for m in sorted(self.spec.modalities)}
         if self.training:
@@ -194,8 +195,8 @@ class MultimodalModel(nn.Module):
         return {"modality_dropout": "modality_dropout", **found}
 
     def num_parameters_by_part(self) -> dict[str, int]:
-        """Number of trained parameters in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, .., `fusion`,
-        `heads`, and `wide`, if there is a linear model beside the network."""
+        """Number of trained parameters in `input` (tokens, adapters to shared towers), `level_1`, `level_2`, ..,
+        `fusion`, `heads`, and `wide`, if there is a linear model beside the network."""
         adapters = sum(count_parameters(level.adapters) for level in self.levels)
         parts = {"input": count_parameters(self.inputs) + adapters}
         for i, level in enumerate(self.levels, start=1):

@@ -1,4 +1,5 @@
-"""What a model folder may hold; all of them predict alike and tell their `modalities`, `tasks`, `kinds` and `inputs`."""
+"""What a model folder may hold; all of them predict alike and tell their `modalities`, `tasks`,
+`kinds` and `inputs`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Sharing schemes: which towers of the (task, modality) grid are the same parameters.
 
-A hard scheme is a key function. Every pair (t, m) owns a tower at every level; at one level, pairs with equal keys own
-the same tower. A new hard scheme is one line in `SCHEMES` (and its name in `config.SCHEME_NAMES`). The soft schemes
-`cross_stitch` and `mmoe` are levels of their own, in `levels.py`.
+A hard scheme is a key function. Every pair (t, m) owns a tower at every level; at one level, pairs with equal keys
+own the same tower. A new hard scheme is one line in `SCHEMES` (and its name in `config.SCHEME_NAMES`). The soft
+schemes `cross_stitch` and `mmoe` are levels of their own, in `levels.py`.
 
 Sources: hard parameter sharing is Caruana 1997 (https://doi.org/10.1023/A:1007379606734), surveyed in Ruder 2017
 (https://arxiv.org/abs/1706.05098); one trunk for every modality and task as in Meta-Transformer

@@ -19,7 +19,8 @@ class SparseBatch(NamedTuple):
     indices: Tensor  # (Z,) int64
     offsets: Tensor  # (B + 1,) int64
     values: Tensor  # (Z,) float32; (P, Z) where the members of a stack see other values
-    rows: Tensor | None = None  # (Z,) int64 row of each value, which then come in any order: what an exported graph works by
+    # (Z,) int64 row of each value, which then come in any order: what an exported graph works by
+    rows: Tensor | None = None
 
     def to(self, device: torch.device) -> SparseBatch:
         """The same rows on a device."""
@@ -88,8 +89,8 @@ def append_column(x: SparseBatch, column: Tensor, dim: int) -> SparseBatch:
 class _SparseMatmul(torch.autograd.Function):
     """Weighted sums of rows of a table, both ways: forward over the batch's rows, backward over its columns.
 
-    `embedding_bag` alone would do, but with a gradient it takes a slow path: 43 ms instead of 4 ms a step, measured for
-    256 posts, 130,107 terms, H = 20, on one core. This one is deterministic on GPUs too.
+    `embedding_bag` alone would do, but with a gradient it takes a slow path: 43 ms instead of 4 ms a step, measured
+    for 256 posts, 130,107 terms, H = 20, on one core. This one is deterministic on GPUs too.
     """
 
     @staticmethod
@@ -104,7 +105,8 @@ class _SparseMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
-        """grad: (B, H). The gradient of the weights (D, H) is X^T grad, X the batch: so the batch is sorted by column."""
+        """grad: (B, H). The gradient of the weights (D, H) is X^T grad, X the batch:
+        so the batch is sorted by column."""
         indices, offsets, values = ctx.saved_tensors
         order, rows, columns, column_offsets = _by_column(indices, offsets)
         weight_grad = grad.new_zeros(ctx.num_columns, grad.shape[1])
@@ -142,8 +144,8 @@ def _row_sums(indices: Tensor, offsets: Tensor, values: Tensor, table: Tensor) -
 
 
 def _by_column(indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch sorted by column: the order of its values (Z,), the row of each (Z,), the columns that it has (K,), and where
-    each begins (K + 1,)."""
+    """A batch sorted by column: the order of its values (Z,), the row of each (Z,), the columns that it has (K,), and
+    where each begins (K + 1,)."""
     order = torch.argsort(indices, stable=True)
     numbers = torch.arange(len(offsets) - 1, device=indices.device)
     rows = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))

@@ -68,8 +68,8 @@ def build_spec(
     num_classes: Mapping[str, int],
     kinds: Mapping[str, TaskKind] | None = None,
 ) -> ModelSpec:
-    """The model that `config` describes over features of these widths (by modality) and these tasks' class counts. kinds: of the
-    tasks, with what they know of the train labels.
+    """The model that `config` describes over features of these widths (by modality) and these tasks' class counts.
+    kinds: of the tasks, with what they know of the train labels.
 
     Raises: ConfigError if `missing: generate` would have to predict sparse features.
     """

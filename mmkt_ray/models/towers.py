@@ -57,7 +57,8 @@ class ConcatLinear(nn.Module):
         return self.parts[module_name(name)]
 
     def forward(self, parts: Mapping[str, FeatureBatch], present: Mapping[str, Tensor]) -> Tensor:
-        """parts: name -> (B, D_name); present: name -> (B,) bool, all rows where a name is missing. Returns (B, H)."""
+        """parts: name -> (B, D_name); present: name -> (B,) bool, all rows where a name is missing.
+        Returns (B, H)."""
         names = sorted(parts)
         total: Tensor = self.bias
         if total.ndim == 2:  # a stack: its dense parts go into one result
@@ -75,7 +76,8 @@ class ConcatLinear(nn.Module):
 
 
 class InputStage(nn.Module):
-    """Brings one modality's features to unit scale by statistics of the train rows, fills absent rows, drops features.
+    """Brings one modality's features to unit scale by statistics of the train rows, fills absent rows,
+    drops features.
 
     Dense: (x - mean) / std per feature. Sparse: divided by one number, the root mean square of the non-zero train
     values, so that zeros stay zeros and one learning rate suits both kinds. imputation.py fills absent rows.

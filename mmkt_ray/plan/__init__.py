@@ -1,7 +1,7 @@
 """`mmkt plan`: hours, node-hours, bytes and cost of a run that is larger than any yet, and what breaks first.
 
-A step takes core seconds per sample (rates.py) times samples, over the cores that share it; what one process does for all is
-not shared. A straight line through small runs: it knows nothing of stragglers, slow storage or lost nodes.
+A step takes core seconds per sample (rates.py) times samples, over the cores that share it; what one process does for
+all is not shared. A straight line through small runs: it knows nothing of stragglers, slow storage or lost nodes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def plan(config: Config, rates: Rates, machines: Machines, samples: float, candi
 
 
 def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
-    """Encoders that learn from the samples read them all once, or decode them all and go over them again and again."""
+    """Encoders that learn from the samples read them all once,
+    or decode them all and go over them again and again."""
     rows = samples * rates.train_frac
     for name, modality in sorted(config.modalities.items()):
         section = modality.encoder
@@ -117,7 +118,8 @@ def fit_steps(config: Config, rates: Rates, machines: Machines, samples: float) 
 
 
 def extract_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
-    """The pipeline: encoders beside readers and writers, as slow as the slowest of these and the driver; then publishing."""
+    """The pipeline: encoders beside readers and writers, as slow as the slowest of these and the driver;
+    then publishing."""
     work = {stage: samples * seconds for stage, seconds in rates.stages.items()}
     for stage, core_s in work.items():
         where = "GPUs: not measured" if machines.gpus and stage.startswith("encode") else ""
@@ -164,7 +166,8 @@ def reduce_steps(config: Config, rates: Rates, machines: Machines, samples: floa
 
 
 def train_steps(config: Config, rates: Rates, machines: Machines, samples: float) -> Iterator[PlannedStep]:
-    """Each variant on as many workers as it asks for, and the experts that are no variant, each at what its variant costs."""
+    """Each variant on as many workers as it asks for, and the experts that are no variant,
+    each at what its variant costs."""
     from mmkt_ray.training.experts import expert_fits
 
     experts = expert_fits(config)
@@ -215,7 +218,8 @@ def find_limits(config: Config, rates: Rates, machines: Machines, candidates: fl
             value_bytes = math.prod(encoder.prepared_shape) * np.dtype(encoder.prepared_dtype).itemsize
             yield Limit(
                 known.DISK_BYTES / (value_bytes * rates.train_frac),
-                f"each worker that trains the {name} encoder writes all its inputs to its disk: {value_bytes:,} bytes each, 1 TB",
+                f"each worker that trains the {name} encoder writes all its inputs to its disk: {value_bytes:,} "
+                "bytes each, 1 TB",
                 "training on a sample of the shards",
             )
     if candidates:
@@ -244,13 +248,17 @@ def totals(config: Config, rates: Rates, machines: Machines, samples: float, ste
     yield f"storage    {size(stored)} of features; {size(stored / extract_s)}/s at most while extracting"
     rows = config.extract.chunk_rows
     yield (
-        f"Ray        {samples / rows:,.0f} chunks, {3 * samples / rows:,.0f} tasks and calls, {samples / rows / extract_s:,.1f} "
-        f"chunks/s; a driver passes on {1 / known.CHUNK_S:,.0f}/s, {rows / known.CHUNK_S:,.0f} samples/s, on any number of nodes"
+        f"Ray        {samples / rows:,.0f} chunks, {3 * samples / rows:,.0f} tasks and calls, "
+        f"{samples / rows / extract_s:,.1f} chunks/s; a driver passes on {1 / known.CHUNK_S:,.0f}/s, "
+        f"{rows / known.CHUNK_S:,.0f} samples/s, on any number of nodes"
     )
     yield f"memory     {size(3 * config.extract.chunk_bytes * machines.cpus)} of chunks on each node at most"
     if machines.gpus:
         pace = samples / extract_s / (machines.nodes * machines.gpus)
-        yield f"GPUs       each must encode {pace:,.0f} samples/s or it holds up the rest: measure one on a few shards"
+        yield (
+            f"GPUs       each must encode {pace:,.0f} samples/s or it holds up the rest: measure one on a few "
+            "shards"
+        )
 
 
 def step_table(steps: list[PlannedStep]) -> str:

@@ -1,4 +1,5 @@
-"""What a sample costs: from the manifests of a run where there is one, else as measured here. A rate is seconds of one core.
+"""What a sample costs: from the manifests of a run where there is one, else as measured here.
+A rate is seconds of one core.
 
 All constants of the model are in this file.
 """
@@ -17,8 +18,8 @@ from mmkt_ray.features.manifest import MANIFEST, Manifest, Speed
 from mmkt_ray.features.store import open_store
 from mmkt_ray.inference.model_card import read_card
 
-# Per sample, docs/performance.md and docs/scale.md; 2 cores, AVX-512 bf16, no GPU. Images of 32 x 32 pixels: decoding grows
-# with the pixels of an image, so a run of one's own tells more.
+# Per sample, docs/performance.md and docs/scale.md; 2 cores, AVX-512 bf16, no GPU. Images of 32 x 32 pixels: decoding
+# grows with the pixels of an image, so a run of one's own tells more.
 READ_S, DECODE_S, WRITE_S, REDUCE_S = 18e-6, 22e-6, 10e-6, 22e-6
 ENCODE_S = {"cnn": 748e-6, "tfidf": 29e-6, "pixels": 620e-6, "efficientnet-lite0": 23e-3, "minilm": 12.6e-3}
 ENCODE_S |= {"table": 15e-6, "identity": 5e-6}  # of ten columns; of 384 numbers
@@ -64,12 +65,15 @@ class Rates:
 
 
 def rates_of(config: Config, run_uri: str) -> Rates:
-    """Measured by the run where it has features, else by default. Raises: ConfigError for an encoder without either."""
+    """Measured by the run where it has features, else by default.
+    Raises: ConfigError for an encoder without either."""
     stores = read_stores(run_uri)
     encoded = largest(s for s in stores if "read" in s.speed.stages and same_encoders(config, s.manifest))
     if encoded is None:
         return defaults(config)
-    reduced = largest(s for s in stores if "reduce" in s.speed.stages and s.manifest.source == encoded.manifest.fingerprint)
+    reduced = largest(
+        s for s in stores if "reduce" in s.speed.stages and s.manifest.source == encoded.manifest.fingerprint
+    )
     split = encoded.manifest.counts.by_split
     epochs = {name: read_epoch_s(run_uri, name) for name in config.expand_variants()}
     return Rates(
@@ -78,7 +82,8 @@ def rates_of(config: Config, run_uri: str) -> Rates:
         {name: seconds / max(1, split.get("train", 0)) if seconds else TRAIN_S for name, seconds in epochs.items()},
         split.get("train", 0) / sum(split.values()),
         sum(store.row_bytes for store in (encoded, reduced) if store),
-        f"this run's own, over {encoded.rows_done:,.0f} rows; {sum(map(bool, epochs.values()))} of {len(epochs)} models trained",
+        f"this run's own, over {encoded.rows_done:,.0f} rows; {sum(map(bool, epochs.values()))} of {len(epochs)} "
+        "models trained",
     )
 
 
@@ -88,8 +93,9 @@ def defaults(config: Config) -> Rates:
     for name, modality in sorted(config.modalities.items()):
         if modality.encoder.name not in ENCODE_S:
             raise ConfigError(
-                f"no rate is known of encoder '{modality.encoder.name}' ({name}): run `mmkt extract` with this config on a few "
-                "rows first, e.g. --set samples.sources.0.limit=1000; the plan then takes the rates of that run"
+                f"no rate is known of encoder '{modality.encoder.name}' ({name}): run `mmkt extract` with this "
+                "config on a few rows first, e.g. --set samples.sources.0.limit=1000; the plan then takes the rates "
+                "of that run"
             )
         stages[f"encode {name}"] = ENCODE_S[modality.encoder.name]
     split = config.samples.split

@@ -59,7 +59,9 @@ def calibration(
             fitted = record.calibration
             after = fitted.after if fitted and fitted.after else record.probabilities()
             if after.reliability:
-                temperature, note, before = (fitted.temperature, fitted.note, fitted.before) if fitted else (None, None, None)
+                temperature, note, before = (
+                    (fitted.temperature, fitted.note, fitted.before) if fitted else (None, None, None)
+                )
                 rows.append(CalibrationRow(row.model, temperature, note, before, after))
         shown = next((r for r in rows if r.model == (found.best_trained or found.best)), None)
         if shown is None:

@@ -1,8 +1,10 @@
-"""The page's colours as CSS variables with a light and a dark value each, and what stands for them while a figure is drawn.
+"""The page's colours as CSS variables with a light and a dark value each,
+and what stands for them while a figure is drawn.
 
-matplotlib knows no CSS variables: it draws in stand-ins, hexadecimal colours that nothing else has, and svg.py puts the
-variables in their place. So one figure serves light and dark pages, and a model has one colour in every figure and table.
-The models' colours start from those of Okabe & Ito (2008), darkened on white and lightened on black to a contrast of 3 or more.
+matplotlib knows no CSS variables: it draws in stand-ins, hexadecimal colours that nothing else has, and svg.py puts
+the variables in their place. So one figure serves light and dark pages, and a model has one colour in every figure
+and table. The models' colours start from those of Okabe & Ito (2008),
+darkened on white and lightened on black to a contrast of 3 or more.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def values(models: Mapping[str, Sequence[str]]) -> list[tuple[str, str, str]]:
 def css(models: Mapping[str, Sequence[str]]) -> str:
     """The variables as a style sheet."""
     light, dark = (" ".join(f"--{v[0]}: {v[k]};" for v in values(models)) for k in (1, 2))
-    return f":root {{ color-scheme: light dark; {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    return (
+        f":root {{ color-scheme: light dark; {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    )
 
 
 def with_variables(text: str) -> str:
@@ -84,6 +88,7 @@ def _model_color(number: int) -> tuple[str, str]:
         return MODEL_COLORS[number]
     hue = number * 0.381966 % 1
     light, dark = (
-        "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue, lightness, 0.55)) for lightness in (0.33, 0.7)
+        "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue, lightness, 0.55))
+        for lightness in (0.33, 0.7)
     )
     return light, dark

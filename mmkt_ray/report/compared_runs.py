@@ -1,4 +1,5 @@
-"""`mmkt compare`: the models of several runs side by side, each held against the first on the rows that both predicted.
+"""`mmkt compare`: the models of several runs side by side, each held against the first on the rows that both
+predicted.
 
 Rows are the same by their sample id, and count where both runs have the same label for them.
 """
@@ -36,8 +37,8 @@ class ComparisonTable:
 
 
 def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
-    """The comparison as text; also as a page where `html_file` says. uris: two or more run folders, of which the recommended
-    model is taken, or model folders; all evaluated.
+    """The comparison as text; also as a page where `html_file` says. uris: two or more run folders, of which the
+    recommended model is taken, or model folders; all evaluated.
 
     Raises: DataError if one was not evaluated, or no two share a task.
     """
@@ -60,7 +61,8 @@ def chosen_model(uri: str) -> Evaluated:
         folder = results.recommended.folder if results.recommended else main and main.folder_to_ship
         if not folder:
             raise DataError(f"the run '{uri}' recommends no model: name one of the folders in '{uri}/models'")
-        if not storage.exists(storage.join(uri, folder, "metrics.json")):  # a linear model: its scores are the baselines'
+        # a linear model: its scores are the baselines'
+        if not storage.exists(storage.join(uri, folder, "metrics.json")):
             named = results.recommended.model if results.recommended else results.main
             for model in evaluated_models(uri, RunFile.of(uri)):
                 if model.name == named:
@@ -76,7 +78,8 @@ def chosen_model(uri: str) -> Evaluated:
 
 
 def compare_models(models: Sequence[Evaluated]) -> list[ComparisonTable]:
-    """A table for each task that the first model shares with another. P values are corrected over all of them (Holm)."""
+    """A table for each task that the first model shares with another.
+    P values are corrected over all of them (Holm)."""
     first, *others = models
     shared = [t for t in sorted(first.tasks) if any(t in other.tasks for other in others)]
     pairs = [(t, i) for t in shared for i, other in enumerate(others) if t in other.tasks]

@@ -20,7 +20,8 @@ from mmkt_ray.studies.transfer_results import Gain
 
 
 def draw_contributions(share: Shares, metric: str, color: str) -> str:
-    """A staircase: from what the class frequencies give, each modality's Shapley value on top, to what all give together.
+    """A staircase: from what the class frequencies give, each modality's Shapley value on top,
+    to what all give together.
 
     Modalities that cost something step back. color: the model's.
     """
@@ -67,8 +68,8 @@ def draw_missing_curves(
     metric: str = "accuracy",
     ends: tuple[float, float] | None = None,
 ) -> str:
-    """The main metric against the share of rows that lack a modality. curves: model -> (value, low, high) or None per rate;
-    ends: of the scale, the same for figures that are compared, in percent.
+    """The main metric against the share of rows that lack a modality. curves: model -> (value, low, high) or None per
+    rate; ends: of the scale, the same for figures that are compared, in percent.
 
     The dashed line is the best model of one modality on the same rows.
     """
@@ -96,7 +97,9 @@ def draw_missing_curves(
     return draw(2.9 + 0.12 * len(curves), paint)
 
 
-def _points(axes: Any, x: Sequence[float], triples: Sequence[Triple | None], name: str, color: str, marker: str) -> None:
+def _points(
+    axes: Any, x: Sequence[float], triples: Sequence[Triple | None], name: str, color: str, marker: str
+) -> None:
     known = [(a, t) for a, t in zip(x, triples, strict=True) if t]
     if known:
         dots = axes.scatter([a for a, _ in known], [100 * t[0] for _, t in known], s=14, color=color, marker=marker)
@@ -111,7 +114,8 @@ def scale_of(lines: Sequence[Sequence[Triple | None] | None]) -> tuple[float, fl
 
 
 def draw_reliability(lines: Mapping[str, Sequence[Bin]], color: str) -> str:
-    """How often forecasts of a confidence came true. lines: by label, the last in the model's color; diagonal: as said."""
+    """How often forecasts of a confidence came true. lines: by label, the last in the model's color;
+    diagonal: as said."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -134,8 +138,8 @@ def draw_reliability(lines: Mapping[str, Sequence[Bin]], color: str) -> str:
 
 
 def draw_gains(cells: Sequence[Gain], reach: float) -> str:
-    """Sources (rows) by targets (columns), the gain over from scratch in points; * where the interval leaves out zero. reach:
-    the gain, in points, of the strongest colour."""
+    """Sources (rows) by targets (columns), the gain over from scratch in points; * where the interval leaves out
+    zero. reach: the gain, in points, of the strongest colour."""
     sources, targets = sorted({c.source for c in cells}), sorted({c.target for c in cells})
 
     def paint(figure: Figure) -> None:

@@ -144,7 +144,8 @@ def missing(current: Current, results: ResultsFile, colors: Mapping[str, str], f
     """None if no model has such a file."""
     folders = {name: about.folder_to_ship for name, about in results.models.items() if about.folder_to_ship}
     read = {
-        n: current.read(MissingCurves, f"{place}/missing.json", "mmkt evaluate --missing") for n, place in folders.items()
+        n: current.read(MissingCurves, f"{place}/missing.json", "mmkt evaluate --missing")
+        for n, place in folders.items()
     }
     files = {name: f for name, f in read.items() if f}
     places = dict.fromkeys((t, h) for f in files.values() for h, by_task in f.curves.items() for t in by_task)
@@ -204,7 +205,8 @@ def _missing_of(
     figure = figures.add(
         f"{task}-without-{hidden}",
         f"{task}: {what} hidden",
-        f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(lines)}; also in the table",
+        f"{main['title']} on task {task} against the share of samples without {what}, for {', '.join(lines)}; also "
+        "in the table",
         partial(curves.draw_missing_curves, rates, lines, reference, colors, metric=main["title"], ends=ends),
     )
     at = list(dict.fromkeys(min(range(len(rates)), key=lambda i: abs(rates[i] - r)) for r in RATES_IN_TABLE))
@@ -241,7 +243,8 @@ def transfer(current: Current, figures: Figures) -> Transfer | None:
             figures.add(
                 f"transfer-{method}-{frac:g}",
                 f"{method}, {100 * frac:g} % of the labels",
-                f"Gain over from scratch in points by {method} with {100 * frac:g} % of the labels; also in the table",
+                f"Gain over from scratch in points by {method} with {100 * frac:g} % of the labels; also in the "
+                "table",
                 partial(curves.draw_gains, chosen, reach),
             )
         )
@@ -263,7 +266,8 @@ def audits(current: Current, stores: Iterable[str]) -> dict[str, Audit]:
 
 
 def _issues_are_current(current: Current, issues: LabelIssues) -> bool:
-    """Whether the label issues of an audit, and the file that has all of them, are about features that the run has."""
+    """Whether the label issues of an audit, and the file that has all of them,
+    are about features that the run has."""
     uri = storage.join(current.run_uri, LABEL_ISSUES)
     said = [issues.about, *([about_table(uri)] if storage.exists(uri) else [])]
     return all(current.check(about, LABEL_ISSUES, "mmkt run") for about in said)

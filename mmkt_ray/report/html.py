@@ -1,4 +1,5 @@
-"""Pages of one file: templates, style and script beside this file go into each page, and nothing comes from outside."""
+"""Pages of one file: templates, style and script beside this file go into each page,
+and nothing comes from outside."""
 
 from __future__ import annotations
 

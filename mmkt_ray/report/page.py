@@ -6,8 +6,8 @@ Called by steps.py as the last step, with the results of evaluation/compare.py.
     <run>/report/results.json    the numbers (evaluation/compare.py)
     <run>/report/<task>-<plot>.svg
 
-Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so. Sections of what a run
-need not have (findings.py, about_models.py, searched.py) are there where their file is.
+Whatever a run folder lacks (history, gallery, baselines, manifest) is left out, and the page says so. Sections of
+what a run need not have (findings.py, about_models.py, searched.py) are there where their file is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The report's figures. Every function returns an `<svg>` element; `colors` are the stand-ins of the models' (colors.py).
+"""The report's figures. Every function returns an `<svg>` element;
+`colors` are the stand-ins of the models' (colors.py).
 
 Figures are narrow, so that their letters stay readable on a phone. Values are shown on hover (svg.py).
 """
@@ -111,7 +112,8 @@ def matrix(axes: Axes, columns: Sequence[str], rows: Sequence[str], size: int, r
 def draw_score_bars(
     rows: Sequence[ModelScores], metrics: Sequence[Mapping[str, str]], colors: Mapping[str, str]
 ) -> str:
-    """One bar per model, best first, with its interval; a diamond marks the second metric. metrics: two {name, title}."""
+    """One bar per model, best first, with its interval; a diamond marks the second metric.
+    metrics: two {name, title}."""
     main, second = metrics
     rows = sorted(rows, key=lambda r: r.interval(main["name"])["value"])
     scores = [(r.interval(main["name"]), r[second["name"]]) for r in rows]
@@ -148,7 +150,9 @@ def draw_differences(rows: Sequence[ModelScores], main: Mapping[str, str], color
         axes.axvline(0, color=INK, linewidth=1)
         for y, (model, other, d) in enumerate(compared):
             color, hover = colors[model], difference_hover(f"{model} less {other}", d)
-            line = axes.plot([100 * d["low"], 100 * d["high"]], [y, y], color=color, linewidth=4, solid_capstyle="round")
+            line = axes.plot(
+                [100 * d["low"], 100 * d["high"]], [y, y], color=color, linewidth=4, solid_capstyle="round"
+            )
             style: Any = {"markersize": 7, "color": color, "markeredgecolor": INK, "markeredgewidth": 0.8}
             for artist in (*line, *axes.plot(100 * d["value"], y, "o", **style)):
                 tip(artist, hover)
@@ -180,7 +184,13 @@ def draw_learning_curves(
         for number, (name, history) in enumerate(histories.items()):
             line = LINE_STYLES[number // 10 % len(LINE_STYLES)]
             if with_loss:
-                _curve(panels[0], _series(history, lambda epoch: epoch.train_loss), f"{name}, train loss", colors[name], train)
+                _curve(
+                    panels[0],
+                    _series(history, lambda epoch: epoch.train_loss),
+                    f"{name}, train loss",
+                    colors[name],
+                    train,
+                )
                 val_losses = _series(history, lambda epoch: epoch.val.loss if epoch.val else None)
                 _curve(panels[0], val_losses, f"{name}, val loss", colors[name], line)
             if with_score:
@@ -211,12 +221,15 @@ def _curve(axes: Axes, series: tuple[list[int], list[float]], name: str, color: 
     epochs, values = series
     axes.plot(epochs, values, color=color, linestyle=line, linewidth=1.2 if line == "--" else 1.8)
     if values:
-        dots = axes.scatter(epochs, values, s=30 if len(epochs) > 2 else 12, color=color, alpha=0 if len(epochs) > 2 else 1)
+        dots = axes.scatter(
+            epochs, values, s=30 if len(epochs) > 2 else 12, color=color, alpha=0 if len(epochs) > 2 else 1
+        )
         tip(dots, *(f"{name}, epoch {e}: {v:.4g}" for e, v in zip(epochs, values, strict=True)))
 
 
 def draw_confusion(matrix_of: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
-    """Row-normalised confusion matrix: of the samples of a class (row), the share taken for each class (column), %."""
+    """Row-normalised confusion matrix: of the samples of a class (row), the share taken for each class (column),
+    %."""
     counts = np.asarray(matrix_of, dtype=float)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     num_classes = len(class_names)

@@ -1,4 +1,5 @@
-"""Figures of a search: heat maps, the best score over time, importance, slices. See plots.py. Scores are on validation."""
+"""Figures of a search: heat maps, the best score over time, importance, slices. See plots.py.
+Scores are on validation."""
 
 from __future__ import annotations
 
@@ -130,7 +131,8 @@ def draw_importance(explained: Mapping[str, float]) -> str:
 
 
 def draw_slices(points: Sequence[SlicePoint], key: str, measure: Measure, ends: tuple[float, float]) -> str:
-    """Score of the candidates against one key's value: a scale of numbers, else a row for each value. The ring is the best.
+    """Score of the candidates against one key's value: a scale of numbers, else a row for each value.
+    The ring is the best.
 
     The more epochs, the stronger the colour. ends: lowest and highest score of all slices, which have one scale.
     """
@@ -150,7 +152,10 @@ def draw_slices(points: Sequence[SlicePoint], key: str, measure: Measure, ends: 
             label = f"{step:g} epoch{'' if step == 1 else 's'}" if named else None
             part, alpha = np.flatnonzero(epochs == step).tolist(), 0.3 + 0.7 * (i + 1) / len(steps)
             dots = axes.scatter(x[part], y[part], s=16, color=ACCENT, alpha=alpha, linewidths=0, label=label)
-            tip(dots, *(f"{_value(points[j][0])}: {measure.with_unit(points[j][1])} after {step:g} epochs" for j in part))
+            tip(
+                dots,
+                *(f"{_value(points[j][0])}: {measure.with_unit(points[j][1])} after {step:g} epochs" for j in part),
+            )
         axes.plot(x[best], y[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=_BEST)
         axes.grid(axis="x" if names else "y", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -174,7 +179,8 @@ def _value(value: Any) -> str:
 
 
 def _rows_of(points: Sequence[SlicePoint]) -> tuple[list[str], np.ndarray]:
-    """Names of rows, the last one at the top, and each point's row; no names and the numbers where these are a scale."""
+    """Names of rows, the last one at the top, and each point's row;
+    no names and the numbers where these are a scale."""
     values = [p[0] for p in points]
     if any(isinstance(v, str) for v in values):
         best: dict[Any, float] = {}

@@ -110,7 +110,9 @@ def search_section(current: Current, figures: Figures, results: ResultsFile | No
     aim, finalists = result.objective.task, result.finalists
     tasks = sorted({t for f in finalists.values() for t in f.test}, key=lambda t: (t != aim, t))
     roles = sorted(finalists, key=lambda role: -finalists[role].val)
-    rows = [_row(role, t, result, shown_metrics(results, t)) for role in roles for t in tasks if t in finalists[role].test]
+    rows = [
+        _row(role, t, result, shown_metrics(results, t)) for role in roles for t in tasks if t in finalists[role].test
+    ]
     found = SearchFound(
         tried=[
             f"{words.count(n)} {STATUS.get(status, status)}"
@@ -129,8 +131,8 @@ def search_section(current: Current, figures: Figures, results: ResultsFile | No
 
 
 def shown_metrics(results: ResultsFile | None, *tasks: str) -> list[dict[str, str]]:
-    """The first two metrics of the tasks: {name, title}, titles of several kinds side by side; of tasks that `results`
-    (of `compare`) does not have those of classes."""
+    """The first two metrics of the tasks: {name, title}, titles of several kinds side by side; of tasks that
+    `results` (of `compare`) does not have those of classes."""
     found = results.tasks if results else {}
     known = [words.metrics_of(task_kind(found[t].kind))[:2] for t in tasks if t in found]
     known = known or [words.metrics_of(Multiclass())]
@@ -216,7 +218,9 @@ def _row(role: str, task: str, result: SearchResult, metrics: list[dict[str, str
     finalist, metric = result.finalists[role], result.objective.metric
     gains = result.versus.get(role, {}).get(task)
     versus = gains.metrics.get(metric) if gains else None
-    return SearchRow(role, task, metrics, finalist, finalist.test[task], versus, gain(metric, versus) if versus else None)
+    return SearchRow(
+        role, task, metrics, finalist, finalist.test[task], versus, gain(metric, versus) if versus else None
+    )
 
 
 def _figures(summary: SearchSummary, measure: Measure, figures: Figures) -> SearchFigures:
@@ -224,7 +228,10 @@ def _figures(summary: SearchSummary, measure: Measure, figures: Figures) -> Sear
     maps = _heat_maps(summary.heat_maps, measure, figures)
     curve, importance, explained = None, None, summary.importance or {}
     if summary.curve:
-        alt = f"Best val {measure.name} so far over the time of search; at the end {measure.with_unit(summary.curve[-1][1])}"
+        alt = (
+            f"Best val {measure.name} so far over the time of search; at the end "
+            f"{measure.with_unit(summary.curve[-1][1])}"
+        )
         paint = partial(search_plots.draw_anytime, summary.curve, measure)
         curve = figures.add("search-curve", "The best score so far", alt, paint)
     if explained:

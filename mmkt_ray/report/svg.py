@@ -27,7 +27,8 @@ def tip(artist: Any, *texts: str) -> None:
 
 
 def for_page(raw: str) -> str:
-    """An `<svg>` element for a page, of what matplotlib has written. Of the same figure it is always the same text."""
+    """An `<svg>` element for a page, of what matplotlib has written.
+    Of the same figure it is always the same text."""
     root = ET.fromstring(_NO_XML.sub("\ufffd", raw))
     for element in list(root.iter()):
         element.tag = element.tag.partition("}")[2]
@@ -36,7 +37,9 @@ def for_page(raw: str) -> str:
     root.attrib = {"viewBox": root.attrib["viewBox"]}
     for name in ("metadata", "style"):
         _drop(root, name)
-    used = {ref for e in root.iter() for k in ("href", "clip-path", "style") for ref in _REFERENCE.findall(e.get(k, ""))}
+    used = {
+        ref for e in root.iter() for k in ("href", "clip-path", "style") for ref in _REFERENCE.findall(e.get(k, ""))
+    }
     for element in list(root.iter()):
         _own(element, used)
     _flatten(root)

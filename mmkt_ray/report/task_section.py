@@ -41,7 +41,8 @@ class TaskSection:
     figures: list[dict[str, str]]
     shown: str  # the model whose mistakes are shown
     record: TaskScores  # of that model
-    subsets: list[tuple[str, TaskScores]]  # of models that were scored with some of their modalities, the best fused one first
+    # of models that were scored with some of their modalities, the best fused one first
+    subsets: list[tuple[str, TaskScores]]
 
 
 def task_section(
@@ -73,7 +74,8 @@ def _task_figures(
     figures: Figures,
     with_loss: bool,
 ) -> list[dict[str, str]]:
-    """The figures of a task, in the page's order; those without data are left out. with_loss: also the loss of all tasks."""
+    """The figures of a task, in the page's order; those without data are left out.
+    with_loss: also the loss of all tasks."""
     shown, single = found.best_trained or found.best or "", found.best_single
     kind = task_kind(found.kind)
     main, second = words.metrics_of(kind)[:2]
@@ -86,13 +88,17 @@ def _task_figures(
             f"{main['title']} of every model"
             if len(groups) == 1
             else f"{main['title']} of the models scored on {words.count(best.num_rows)} samples",
-            f"Bars of {main['title']} on task {task}; best: {best.model}, {words.percent(best.interval(kind.main)['value'])}",
+            f"Bars of {main['title']} on task {task}; best: {best.model}, "
+            f"{words.percent(best.interval(kind.main)['value'])}",
             lambda: plots.draw_score_bars(rows, (main, second), colors),
         )
     ]
     compared = [r for r in rows if r.versus and r.reads]  # what reads nothing is far behind, and would set the scale
     if compared:
-        alt = f"Differences of {main['title']} to the best single modality on task {task}, with intervals; also in the table"
+        alt = (
+            f"Differences of {main['title']} to the best single modality on task {task}, with intervals; also in the "
+            "table"
+        )
         drawn.append(
             figures.add(
                 f"{task}-differences",
@@ -124,7 +130,11 @@ def _task_figures(
     per_class = {name: models[name].tasks[task].per_class for name in (shown, other) if name}
     alt = f"F1 of each class of task {task} for {' and '.join(per_class)}; the table of classes has the numbers"
     worst, num = plots.worst_classes(per_class[shown])
-    title = "F1 of each class" if len(worst) == num else f"F1 of each class: the {len(worst)} worst of the {num} that were tested"
+    title = (
+        "F1 of each class"
+        if len(worst) == num
+        else f"F1 of each class: the {len(worst)} worst of the {num} that were tested"
+    )
     drawn.append(figures.add(f"{task}-classes", title, alt, lambda: plots.draw_class_f1(per_class, colors)))
     return drawn
 

@@ -26,7 +26,9 @@ def span(interval: Interval, metric: str) -> str:
 def metrics_of(kind: TaskKind) -> list[dict[str, str]]:
     """The metrics that a kind reports, the main one first: {name, title}."""
     words = {"macro_f1": "Macro-F1"}
-    return [{"name": m, "title": words.get(m, kind.called.get(m, m.replace("_", " ").capitalize()))} for m in kind.reported]
+    return [
+        {"name": m, "title": words.get(m, kind.called.get(m, m.replace("_", " ").capitalize()))} for m in kind.reported
+    ]
 
 
 def count(value: int) -> str:

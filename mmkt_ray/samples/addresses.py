@@ -1,7 +1,8 @@
 """Cells that are http(s) addresses, fetched in the tasks that read shards.
 
-An address may lead to the public internet alone, unless the source says otherwise: a row must not make the cluster ask its own
-network. The check is of the numbers that a name stands for, at the moment of connecting, and of every redirect as well.
+An address may lead to the public internet alone, unless the source says otherwise: a row must not make the cluster
+ask its own network. The check is of the numbers that a name stands for, at the moment of connecting,
+and of every redirect as well.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def find_addresses(cells: Iterable[Any]) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is one of the public internet, also behind the forms that carry an IPv4 address in IPv6."""
+    """Whether a numeric address is one of the public internet,
+    also behind the forms that carry an IPv4 address in IPv6."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner: list[ipaddress.IPv4Address | None] = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
@@ -66,8 +68,8 @@ def refuse_private(host: str, numbers: Iterable[str]) -> None:
     for number in numbers:
         if not is_public(number):
             raise ValueError(
-                f"'{host}' leads to {number}, which is not on the public internet: set allow_private_addresses: true for the "
-                "source if that is meant"
+                f"'{host}' leads to {number}, which is not on the public internet: set allow_private_addresses: true "
+                "for the source if that is meant"
             )
 
 
@@ -80,10 +82,14 @@ class Fetcher:
     def __enter__(self) -> Fetcher:
         self.runner = asyncio.Runner()
         self.runner.__enter__()
-        self.session: aiohttp.ClientSession = self.runner.run(_open_session(self.limits.concurrency, self.allow_private))
+        self.session: aiohttp.ClientSession = self.runner.run(
+            _open_session(self.limits.concurrency, self.allow_private)
+        )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.runner.run(self.session.close())
         finally:
@@ -108,9 +114,12 @@ class Fetcher:
             except _Again as error:
                 reason, after_s = str(error), error.after_s
             if attempt < self.limits.num_retries:
-                pause = FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)  # apart, so that many do not come back at once
+                # apart, so that many do not come back at once
+                pause = FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)
                 await asyncio.sleep(min(max(pause, after_s), LONGEST_PAUSE_S))
-        return ValueError(f"cannot fetch '{without_secrets(address)}': {reason}, after {self.limits.num_retries + 1} tries")
+        return ValueError(
+            f"cannot fetch '{without_secrets(address)}': {reason}, after {self.limits.num_retries + 1} tries"
+        )
 
     async def _follow(self, address: str) -> bytes:
         """The bytes behind an address and its redirects. Raises: ValueError, _Again."""
@@ -167,7 +176,8 @@ async def _open_session(concurrency: int, allow_private: bool) -> aiohttp.Client
         raise ConfigError(f"allow_http needs aiohttp ({error}): pip install aiohttp") from None
 
     class PublicResolver(AbstractResolver):
-        """The system's, for names that lead to public addresses only: the numbers that are checked are connected to."""
+        """The system's, for names that lead to public addresses only:
+        the numbers that are checked are connected to."""
 
         def __init__(self) -> None:
             self.system = aiohttp.ThreadedResolver()

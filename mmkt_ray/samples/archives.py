@@ -32,21 +32,22 @@ from mmkt_ray.samples.splits import split_in_name
 _SPARSE = "a sparse file, whose list of holes may be of any length: write the archive without --sparse"
 MAX_SUFFIXES, OTHERS = 100, "(others)"  # of members that no column maps, told of one shard
 _DOTS = (
-    "no modality is present: a member's key ends at the first dot of its name, so its suffix is '{suffix}' of the key '{key}', "
-    "which no column maps; rename the members, e.g. with - for the dots"
+    "no modality is present: a member's key ends at the first dot of its name, so its suffix is '{suffix}' of the "
+    "key '{key}', which no column maps; rename the members, e.g. with - for the dots"
 )
 _NOT_ADJACENT = (
-    "its members do not stand side by side in the archive, so that it comes in parts: sort the archive by name, e.g. with "
-    "tar --sort=name"
+    "its members do not stand side by side in the archive, so that it comes in parts: sort the archive by name, e.g. "
+    "with tar --sort=name"
 )
 _MAX_HEADER_BYTES = 1_000_000  # of a tar's extended header: long names, attributes
 _MAX_ZEROS = 2 * 2048  # blocks behind an archive: `tar -b 2048` fills up a mebibyte
 _EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. These kinds, and the list of
-# members below, are in the module but not in its type stubs
+# `tarfile` ends an archive silently at any faulty header but the kind that it calls subsequent. These kinds, and the
+# list of members below, are in the module but not in its type stubs
 _EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 _DamagedHeader: type[Exception] = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
-# `tarfile` checks little of what it parses: numbers, text, the length of a header, how deep headers follow one another
+# `tarfile` checks little of what it parses: numbers, text, the length of a header,
+# how deep headers follow one another
 _DAMAGE = (
     *(tarfile.TarError, EOFError, ValueError, TypeError, OverflowError, RecursionError),
     *(gzip.BadGzipFile, zlib.error),
@@ -74,7 +75,9 @@ class _StrictTarInfo(tarfile.TarInfo):
         except _EndOfArchive:
             tarfile.num_zeros += 1
             if tarfile.num_zeros > _MAX_ZEROS:
-                raise _DamagedHeader(f"nothing but zeros at byte {tarfile.offset:,}, as a transfer that broke off") from None
+                raise _DamagedHeader(
+                    f"nothing but zeros at byte {tarfile.offset:,}, as a transfer that broke off"
+                ) from None
             raise
         except HeaderError as error:
             if tarfile.num_zeros and isinstance(error, _NothingLeft):
@@ -112,7 +115,8 @@ class _Counting(io.RawIOBase):
 
 
 class _Ending(io.BufferedReader):
-    """A stream that says when it has ended: `tarfile` goes on reading for as many bytes as a member's header states."""
+    """A stream that says when it has ended: `tarfile` goes on reading for as many bytes as a member's header
+    states."""
 
     num_empty = 0
 
@@ -188,8 +192,8 @@ def read_webdataset(reading: Reading) -> Iterator[Row | Reject]:
 
     A column names a suffix (`png`), a field of a JSON member (`json.category`), alternatives of both
     (`jpg,jpeg,png`: the first that is there) or `__key__`. A sample without the member has a null there.
-    The sample in which an archive breaks off is lost with those after it: its other members may be missing. Members whose
-    suffix no column maps are counted in rejects of the stage `unmapped`, the last ones.
+    The sample in which an archive breaks off is lost with those after it: its other members may be missing. Members
+    whose suffix no column maps are counted in rejects of the stage `unmapped`, the last ones.
     """
     specs = [spec for column in reading.paths for spec in _specs(column)]
     wanted = {"json" if spec.startswith("json.") else spec for spec in specs}

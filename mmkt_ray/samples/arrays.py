@@ -1,7 +1,8 @@
 """Arrays of NumPy beside a shard: row i of `vectors.npy` belongs to row i of `rows.csv`.
 
-A source names one in the place of a column: `columns: {vector: vectors.npy}`, or `"{shard}.npy"` for one with the shard's own
-name. Rows are read a few at a time, on disk and on object stores alike; a pickle within the file is never loaded.
+A source names one in the place of a column: `columns: {vector: vectors.npy}`, or `"{shard}.npy"` for one with the
+shard's own name. Rows are read a few at a time, on disk and on object stores alike;
+a pickle within the file is never loaded.
 
 Axes: N rows, D numbers of one.
 """
@@ -39,16 +40,16 @@ class ArrayFile:
         if self._dtype.kind not in "fiu" or self._dtype.itemsize > 8 or len(shape) != 2 or by_columns or shape[1] < 1:
             how = ", by columns" if by_columns else ""
             raise DataError(
-                f"'{name}' beside '{shard}' holds {self._dtype} of shape {shape}{how}: save an array (N, D) of float16, float32 "
-                "or float64, e.g. by np.save(path, np.ascontiguousarray(vectors, np.float32))"
+                f"'{name}' beside '{shard}' holds {self._dtype} of shape {shape}{how}: save an array (N, D) of "
+                "float16, float32 or float64, e.g. by np.save(path, np.ascontiguousarray(vectors, np.float32))"
             )
         self.num_rows, self._width = int(shape[0]), int(shape[1])
         self._start, self._row_bytes = stream.tell(), self._width * self._dtype.itemsize
         size = stream.size()
         if self._row_bytes > MAX_FILE_BYTES or size != self._start + self.num_rows * self._row_bytes:
             raise DataError(
-                f"'{name}' beside '{shard}' is damaged: its header says {shape} {self._dtype}, its {size:,} bytes are of another "
-                "size: copy it again"
+                f"'{name}' beside '{shard}' is damaged: its header says {shape} {self._dtype}, its {size:,} bytes "
+                "are of another size: copy it again"
             )
         self._held, self._first = np.empty((0, self._width), self._dtype), 0
 
@@ -79,8 +80,8 @@ class ArrayFile:
 
     def _other_length(self, num_rows: str) -> DataError:
         return DataError(
-            f"'{self.name}' has {self.num_rows:,} rows and '{self.shard}' beside it has {num_rows}: row i of one must belong to "
-            "row i of the other; write both again"
+            f"'{self.name}' has {self.num_rows:,} rows and '{self.shard}' beside it has {num_rows}: row i of one "
+            "must belong to row i of the other; write both again"
         )
 
 

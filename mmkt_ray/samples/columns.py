@@ -73,17 +73,19 @@ class Reading:
 
     @cached_property
     def kinds(self) -> dict[str, ModalityKind | TaskKind | str]:
-        """Each column that the source fills -> its modality's or its task's kind, or key (sample_id, key) or split."""
+        """Each column that the source fills -> its modality's or its task's kind,
+        or key (sample_id, key) or split."""
         kinds: dict[str, ModalityKind | TaskKind | str] = {"sample_id": "key", "key": "key", "split": "split"}
         kinds |= {t: task.kind for t, task in self.plan.tasks.items()}
         kinds |= self.plan.modalities
         return {c: kinds[c] for c in self.source.columns}
 
     def narrowed(self, known: Collection[str]) -> Reading:
-        """This reading without the modalities and tasks whose column is not among the shard's, where `absent: null` says so.
+        """This reading without the modalities and tasks whose column is not among the shard's,
+        where `absent: null` says so.
 
-        Of several columns that make one those stay that are there. If no modality is left the reading stays as it is, so that
-        the reader's own check tells what the shard lacks.
+        Of several columns that make one those stay that are there. If no modality is left the reading stays as it is,
+        so that the reader's own check tells what the shard lacks.
         """
         fixed = {"sample_id", "split", "key"}
         there = {c: tuple(name for name in self.source.theirs(c) if name in known) for c in self.source.columns}
@@ -105,9 +107,11 @@ class Reading:
         return {c: theirs for c, theirs in self.source.columns.items() if not isinstance(theirs, str)}
 
     def settled(self, known: Collection[str]) -> Reading:
-        """This reading with names in place of patterns: the shard's columns that match and that the config names nowhere.
+        """This reading with names in place of patterns: the shard's columns that match and that the config names
+        nowhere.
 
-        In natural order: `x2` before `x10`. A pattern that matches none stays, and the reader's own check tells of it.
+        In natural order: `x2` before `x10`. A pattern that matches none stays,
+        and the reader's own check tells of it.
         """
         if not self.has_patterns:
             return self
@@ -130,7 +134,8 @@ class Reading:
         return storage.exists(storage.join(self.shard.uri.rpartition("/")[0] or "/", self.arrays[column]))
 
     def gather(self, cell_of: Callable[[str], Any]) -> dict[str, Any]:
-        """The raw cells of a row by our columns, a dict where several of the source's make one. cell_of: their column -> cell."""
+        """The raw cells of a row by our columns, a dict where several of the source's make one.
+        cell_of: their column -> cell."""
         return {
             column: cell_of(theirs) if isinstance(theirs, str) else {name: cell_of(name) for name in theirs}
             for column, theirs in self.source.columns.items()
@@ -141,8 +146,11 @@ class Reading:
         return Reading(self.plan.with_columns(self.shard.source, [column]), self.shard)
 
     def as_text(self, column: str) -> Reading:
-        """This reading of one column alone, called `split`, whose cells are text also where they are paths of files."""
-        return Reading(self.plan.with_source(self.shard.source, columns={"split": self.source.columns[column]}), self.shard)
+        """This reading of one column alone, called `split`, whose cells are text also where they are paths of
+        files."""
+        return Reading(
+            self.plan.with_source(self.shard.source, columns={"split": self.source.columns[column]}), self.shard
+        )
 
     def separator(self, column: str) -> str:
         """What separates the classes of a multilabel column where they stand in one string."""
@@ -186,7 +194,8 @@ class Reading:
         return Reject(sample_id, self.shard.name, stage, printable, num_rows)
 
     def unreadable(self, error: Exception, what_else: str = "") -> Reject:
-        """The reject that stands for all rows of the shard that come after a fault in the file itself (see damage.py).
+        """The reject that stands for all rows of the shard that come after a fault in the file itself (see
+        damage.py).
 
         what_else: what the file is, and what to do, if it is another kind of file.
         """
@@ -246,8 +255,9 @@ def _block(reading: Reading, rows: list[Row], rejects: list[Reject]) -> Block:
 def clean(reading: Reading, block: Block, seen: set[str] | None) -> tuple[pa.Table, list[Reject]]:
     """The samples of a block, the rows that are none, and those that lack an unreadable modality (stage `modality`).
 
-    Texts and labels are normalised, blank texts become null. A row is rejected if no modality is left, if its split is no
-    known word, or if its id is in `seen`: the ids of the shard so far, extended here; None where ids cannot repeat.
+    Texts and labels are normalised, blank texts become null. A row is rejected if no modality is left, if its split
+    is no known word, or if its id is in `seen`: the ids of the shard so far, extended here;
+    None where ids cannot repeat.
     """
     num_rows = len(block.ids)
     columns = {f.name: block.columns.get(f.name, pa.nulls(num_rows, f.type)) for f in reading.schema}

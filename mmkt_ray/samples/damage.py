@@ -1,7 +1,7 @@
 """How many rows a damaged shard has lost: its one reject stands for all of them, and the reject budget counts them.
 
-Known where a Parquet file's footer is left. Else estimated: as many rows as the source's other shards hold, or where there are
-none, as many for each byte as in the part of the shard that can be read.
+Known where a Parquet file's footer is left. Else estimated: as many rows as the source's other shards hold, or where
+there are none, as many for each byte as in the part of the shard that can be read.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _size(reading: Reading) -> int:
 
 
 def _count(reading: Reading) -> int:
-    """Rows of a shard, about: counted at its beginning, as many for each byte of the rest; 0 if nothing can be read."""
+    """Rows of a shard, about: counted at its beginning, as many for each byte of the rest;
+    0 if nothing can be read."""
     suffix = _suffix(reading.shard.uri)
     if suffix == "parquet":
         return _footer_rows(reading) or 0

@@ -162,8 +162,8 @@ def fetch_openmoji(out: str) -> str:
 
 
 def fetch_openmoji_keywords(out: str) -> str:
-    """`openmoji-keywords-*.parquet`: the same emoji with one more column, keywords (a list): what people look for when they
-    mean it, from emojilib in the package `em-keyboard`.
+    """`openmoji-keywords-*.parquet`: the same emoji with one more column, keywords (a list): what people look for
+    when they mean it, from emojilib in the package `em-keyboard`.
 
     Left out are keywords of fewer than 20 emoji, and of each emoji those that its names say already.
     """

@@ -64,7 +64,8 @@ class FileReader:
 
     def _told_outside(self, cell: str) -> ValueError:
         return ValueError(
-            f"'{cell}' is outside of the folder '{self.base}': move the file, or set allow_outside: true for the source"
+            f"'{cell}' is outside of the folder '{self.base}': move the file, or set allow_outside: true for the "
+            "source"
         )
 
     def _leads_outside(self, fs: pafs.FileSystem, path: str) -> bool:

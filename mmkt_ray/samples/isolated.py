@@ -1,8 +1,10 @@
-"""A shard that has killed its reader is read by a child process, so that a file that crashes Arrow costs no more than a part.
+"""A shard that has killed its reader is read by a child process,
+so that a file that crashes Arrow costs no more than a part.
 
-Who reads in a Ray task knows by the task's attempt number that a process died of it before (or a node was lost): nothing has
-to be written down, and a shard that is read at the first attempt costs nothing. The child sends blocks; a row group of a
-Parquet file that ends two children is told in one reject, and the next one follows. Of another file the rest is lost.
+Who reads in a Ray task knows by the task's attempt number that a process died of it before (or a node was lost):
+nothing has to be written down, and a shard that is read at the first attempt costs nothing. The child sends blocks; a
+row group of a Parquet file that ends two children is told in one reject, and the next one follows.
+Of another file the rest is lost.
 
     parent: read_isolated --a line of JSON--> child: serve
                           <--frames: a line of JSON, and a block's columns as an Arrow IPC stream--
@@ -35,7 +37,8 @@ BLOCK_TIMEOUT_S = 600  # for a block to be read, not for the parent to take it
 
 
 def died_before() -> bool:
-    """Whether this is the second or a later attempt of a Ray task: the process, or the node, of the first one died."""
+    """Whether this is the second or a later attempt of a Ray task:
+    the process, or the node, of the first one died."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and attempt_number() > 0
 
@@ -46,7 +49,8 @@ def died_before() -> bool:
 def read_isolated(reading: Reading) -> Iterator[Block]:
     """Blocks of a shard, in order, and a reject for each part of it that two children died of.
 
-    Raises: DataError and ConfigError as the reader does, OSError for what else went wrong, ResourceError if no child starts.
+    Raises: DataError and ConfigError as the reader does, OSError for what else went wrong,
+    ResourceError if no child starts.
     """
     group = num_blocks = num_deaths = 0  # what is here: all row groups before this one, and so many blocks of it
     num_groups = group_rows = 0  # not known yet
@@ -72,8 +76,8 @@ def read_isolated(reading: Reading) -> Iterator[Block]:
                     yield _unpack(frame, data)
         if not num_frames and child.returncode > 0:
             raise ResourceError(
-                f"the process that reads '{reading.shard.name}' does not start (exit code {child.returncode}); what it said "
-                "is in the log above, or in Ray's logs of the worker"
+                f"the process that reads '{reading.shard.name}' does not start (exit code {child.returncode}); what "
+                "it said is in the log above, or in Ray's logs of the worker"
             )
         num_deaths += 1
         if num_deaths == 2:
@@ -91,8 +95,8 @@ def _lost(reading: Reading, group: int, num_groups: int, num_rows: int, code: in
     name = escape_id(reading.shard.name)
     what = f"row group {group + 1} of {num_groups}" if num_groups > 1 else "the shard"
     reason = (
-        f"reading {what} ends the process that reads it, each time: {why}; its rows from here on are lost: write the file "
-        "again with another version of the writer, or take it out"
+        f"reading {what} ends the process that reads it, each time: {why}; its rows from here on are lost: write the "
+        "file again with another version of the writer, or take it out"
     )
     return reading.reject(f"{name}#row-group-{group}" if num_groups > 1 else name, reason, DAMAGE, num_rows)
 

@@ -1,4 +1,5 @@
-"""The lines of a table that is text: decoded, without byte order marks, of bounded length; what is no such text is told."""
+"""The lines of a table that is text: decoded, without byte order marks, of bounded length;
+what is no such text is told."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _LINE_ENDS = ("\n", "\r")
 
 
 class TextLines:
-    """The lines of a text without its byte order mark; `room` is what is left of MAX_ROW_BYTES characters for a row."""
+    """The lines of a text without its byte order mark; `room` is what is left of MAX_ROW_BYTES characters for a
+    row."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.text, self.room = text, MAX_ROW_BYTES
@@ -62,7 +64,8 @@ class TextLines:
 
 @contextmanager
 def open_lines(reading: Reading, newline: str) -> Iterator[TextLines]:
-    """The lines of a shard. Raises: DataError if it is plainly no text, or in another encoding than its source names."""
+    """The lines of a shard. Raises: DataError if it is plainly no text,
+    or in another encoding than its source names."""
     fs, path = storage.resolve(reading.shard.uri)
     encoding = reading.source.encoding
     with fs.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
@@ -86,7 +89,8 @@ def open_lines(reading: Reading, newline: str) -> Iterator[TextLines]:
 
 def _can_read(named: str, likely: str) -> bool:
     """Whether a text that begins as `likely` may be read in the encoding called `named`."""
-    native = f"{named}-{'le' if sys.byteorder == 'little' else 'be'}"  # what a name without byte order means without a mark
+    # what a name without byte order means without a mark
+    native = f"{named}-{'le' if sys.byteorder == 'little' else 'be'}"
     return named.startswith(likely) or likely == native
 
 
@@ -100,8 +104,8 @@ def _without_mark(raw: io.BufferedReader, named: str) -> IO[bytes]:
 
 
 def that_may_be_cut(shards: Sequence[Shard]) -> list[str]:
-    """Names of CSV and JSON lines shards that do not end with a line end where others of their source do: one may be cut within
-    its last cell, which nothing else shows. Of each source the first MAX_LOOKED are looked at."""
+    """Names of CSV and JSON lines shards that do not end with a line end where others of their source do: one may be
+    cut within its last cell, which nothing else shows. Of each source the first MAX_LOOKED are looked at."""
     named: list[str] = []
     for source in {shard.source for shard in shards}:
         tables = [s for s in shards if s.source == source and s.name.lower().endswith((".csv", ".jsonl"))][:MAX_LOOKED]

@@ -1,4 +1,5 @@
-"""Manifests: tables that name an image's or a sound's file and hold everything else, as CSV, JSON lines or Parquet."""
+"""Manifests: tables that name an image's or a sound's file and hold everything else, as CSV,
+JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def read_manifest(reading: Reading) -> Iterator[Row | Reject]:
 
 
 def raw_rows(reading: Reading) -> Iterator[Placed]:
-    """The rows of a table as they are: each with its place, by the source's column names. Raises: as `read_manifest`."""
+    """The rows of a table as they are: each with its place, by the source's column names.
+    Raises: as `read_manifest`."""
     suffix = reading.shard.name.lower().rpartition(".")[2]
     return {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[suffix](reading)
 
@@ -192,19 +194,22 @@ def _csv_rows(reading: Reading) -> Iterator[Placed]:
 
 
 def _check_closed(reading: Reading, lines: TextLines, first: int) -> None:
-    """Raises: DataError if the file ended within the row that began at line `first`: only an open quote asks for more lines."""
+    """Raises: DataError if the file ended within the row that began at line `first`:
+    only an open quote asks for more lines."""
     if lines.ended:
         raise _not_closed(reading, lines, first)
 
 
 def _not_closed(reading: Reading, lines: TextLines, first: int) -> DataError:
-    """The error for a row, begun at line `first`, that goes on to the end of the file or is longer than a row may be."""
+    """The error for a row, begun at line `first`, that goes on to the end of the file or is longer than a row may
+    be."""
     row, start = "".join(lines.row), 0
     while (found := _CSV_FIELD.match(row, start)) and found.end() > start:
         start = found.end()
     return DataError(
-        f"'{reading.shard.name}', line {first + row.count(LINE, 0, start)}: a quote opens here and is not closed, so that the "
-        f"rest of the file would be one cell: {row[start:][:40]!r}; close it, or double a quote that belongs to the text"
+        f"'{reading.shard.name}', line {first + row.count(LINE, 0, start)}: a quote opens here and is not closed, so "
+        f"that the rest of the file would be one cell: {row[start:][:40]!r}; close it, or double a quote that "
+        "belongs to the text"
     )
 
 
@@ -281,6 +286,8 @@ def _check_columns(reading: Reading, known: list[str]) -> None:
     where = f"samples.sources[{reading.shard.source}].columns"
     for column in reading.narrowed(known).paths:
         if known.count(column) > 1:
-            raise DataError(f"{where}: '{reading.shard.name}' has {known.count(column)} columns called '{column}': {RENAME}")
+            raise DataError(
+                f"{where}: '{reading.shard.name}' has {known.count(column)} columns called '{column}': {RENAME}"
+            )
         if column not in known:
             raise DataError(f"{where}: '{reading.shard.name}' has no column '{column}'; {nearest(column, known)}")

@@ -1,9 +1,10 @@
 """Sizes that the pages of a Parquet file state in their headers, looked at before Arrow makes room for them.
 
-The footer's sizes are no bound: nothing checks them, and a page of a few bytes may state 2 GB and hold that. On a local disk all
-headers are looked at first. On an object store each look would be a request: there only what decides the size of batches,
-the dictionaries' headers, is asked for, and the other headers are looked at in the bytes that Arrow reads (`WatchedFile`).
-Format: https://github.com/apache/parquet-format, its headers in Thrift's compact protocol.
+The footer's sizes are no bound: nothing checks them, and a page of a few bytes may state 2 GB and hold that. On a
+local disk all headers are looked at first. On an object store each look would be a request: there only what decides
+the size of batches, the dictionaries' headers, is asked for, and the other headers are looked at in the bytes that
+Arrow reads (`WatchedFile`). Format: https://github.com/apache/parquet-format,
+its headers in Thrift's compact protocol.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _Fields = dict[int, Any]  # number -> integer or structure; other fields are pas
 def most_bytes_of_a_value(
     file: pq.ParquetFile, stream: IO[bytes], columns: Iterable[int], groups: Iterable[int], thrifty: bool = False
 ) -> int:
-    """The largest value that dictionaries or shared prefixes can repeat in each row of the columns; 0 if there are none.
+    """The largest value that dictionaries or shared prefixes can repeat in each row of the columns;
+    0 if there are none.
 
     thrifty: look at no other pages than the footer says have such values; the others are for a `WatchedFile`.
     A damaged header ends the look at its column chunk: the read finds the damage, after the rows before it.
@@ -44,10 +46,11 @@ def most_bytes_of_a_value(
 
 
 class WatchedFile:
-    """A Parquet file on an object store, for `pyarrow.PythonFile`: its pages' headers are looked at in the bytes that are read.
+    """A Parquet file on an object store, for `pyarrow.PythonFile`:
+    its pages' headers are looked at in the bytes that are read.
 
-    Raises ValueError from a read, before Arrow sees the header, as `most_bytes_of_a_value`, and for a value that repeats of
-    more bytes than the footer told of.
+    Raises ValueError from a read, before Arrow sees the header, as `most_bytes_of_a_value`, and for a value that
+    repeats of more bytes than the footer told of.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -82,7 +85,8 @@ class WatchedFile:
 
 
 class _Known:
-    """Reads from bytes that are here already, and from the file what is not: a header may begin in them and end behind."""
+    """Reads from bytes that are here already, and from the file what is not:
+    a header may begin in them and end behind."""
 
     def __init__(self, data: bytes, start: int, stream: Any) -> None:
         self.data, self.start, self.stream, self.at = data, start, stream, start

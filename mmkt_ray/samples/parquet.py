@@ -58,13 +58,15 @@ def _check_lengths(reading: Reading, arrays: Mapping[str, ArrayFile]) -> None:
 
 
 def narrowed_to_shard(reading: Reading) -> Reading:
-    """The reading without what the shard has no column for, where `absent: null` says so, and with names for patterns."""
+    """The reading without what the shard has no column for, where `absent: null` says so,
+    and with names for patterns."""
     known = parquet_columns(reading) if reading.source.absent == "null" or reading.has_patterns else None
     return reading.settled(known).narrowed(known) if known else reading
 
 
 def parquet_columns(reading: Reading) -> KeysView[str]:
-    """The columns of a shard, in their order, and those nested in them, by dotted path; none where its footer is damaged."""
+    """The columns of a shard, in their order, and those nested in them, by dotted path;
+    none where its footer is damaged."""
     fs, path = storage.resolve(reading.shard.uri)
     try:
         schema = pq.read_schema(path, filesystem=fs)
@@ -92,7 +94,8 @@ def rows_before(reading: Reading, group: int) -> int:
 
 
 def read_batches(reading: Reading, paths: list[str], group: int | None = None) -> Iterator[pa.RecordBatch | Block]:
-    """Small batches of the columns `paths` (dotted for nested ones), at most `limit` rows in all; of one row group, if named.
+    """Small batches of the columns `paths` (dotted for nested ones), at most `limit` rows in all;
+    of one row group, if named.
 
     If the file is damaged, the last item is a block with the reject that says so.
     Raises: DataError for a missing column.
@@ -148,8 +151,8 @@ def _check_columns(reading: Reading, schema: pa.Schema, paths: list[str]) -> Non
             raise DataError(f"{where}: '{reading.shard.name}' has {times[path]} columns called '{path}': {RENAME}")
         if name := storage.extension_in(known[path]):
             raise DataError(
-                f"{where}: '{reading.shard.name}' has '{path}' as '{name}', an extension type, whose code would run on the "
-                "file's values (Ray's unpickles them): write the column with a plain type"
+                f"{where}: '{reading.shard.name}' has '{path}' as '{name}', an extension type, whose code would run "
+                "on the file's values (Ray's unpickles them): write the column with a plain type"
             )
 
 
@@ -174,9 +177,11 @@ def _to_read(schema: pa.Schema, path: str) -> str:
 def _rows_per_block(
     file: pq.ParquetFile, paths: list[str], groups: Sequence[int], stream: Any, watched: WatchedFile | None
 ) -> int:
-    """Rows that make up about a block's bytes in the row group with the largest rows; fewer where a value may be in many rows.
+    """Rows that make up about a block's bytes in the row group with the largest rows;
+    fewer where a value may be in many rows.
 
-    stream: the file, for its pages' headers to be looked at; watched: the same on a server, which looks at most of them later.
+    stream: the file, for its pages' headers to be looked at;
+    watched: the same on a server, which looks at most of them later.
     Raises: ValueError for a page that is too large.
     """
     names = [file.schema.column(c).path for c in range(len(file.schema))]
@@ -248,7 +253,9 @@ def _field_of(column: pa.Array, name: str) -> pa.Array:
     return pa.ListArray.from_arrays(starts, pc.struct_field(column.flatten(), name))
 
 
-def _convert_column(reading: Reading, column: str, raw: pa.Array, features: Any, path: str | tuple[str, ...]) -> Converted:
+def _convert_column(
+    reading: Reading, column: str, raw: pa.Array, features: Any, path: str | tuple[str, ...]
+) -> Converted:
     """features: as `features_in` has them."""
     if pa.types.is_null(raw.type) or (pa.types.is_floating(raw.type) and _is_empty(raw)):
         return pa.nulls(len(raw), reading.schema.field(column).type), {}

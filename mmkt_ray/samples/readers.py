@@ -76,15 +76,16 @@ def read_blocks(reading: Reading) -> Iterator[Block]:
 
 
 def known_columns(plan: ReadingPlan, shard: Shard) -> KeysView[str] | None:
-    """The columns of a Parquet shard or a manifest, in their order (of JSON lines: those of the first rows); None of archives and
-    folders."""
+    """The columns of a Parquet shard or a manifest, in their order (of JSON lines: those of the first rows); None of
+    archives and folders."""
     reader = plan.sources[shard.source].reader
     known = {"parquet": parquet_columns, "manifest": manifest_columns}.get(reader)
     return known(Reading(plan, shard)) if known else None
 
 
 def has_column(plan: ReadingPlan, shard: Shard, column: str) -> bool:
-    """Whether a shard has what the source maps to one of our columns. Of JSON lines and WebDatasets the first rows decide."""
+    """Whether a shard has what the source maps to one of our columns.
+    Of JSON lines and WebDatasets the first rows decide."""
     source = plan.sources[shard.source]
     if source.reader == "webdataset":
         rows = islice(read_webdataset(Reading(plan, shard).only(column)), LOOK_ROWS)

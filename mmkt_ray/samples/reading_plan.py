@@ -1,4 +1,5 @@
-"""What reading shards takes of a config: where they are, their columns and kinds, the split rule, the limits of a chunk."""
+"""What reading shards takes of a config: where they are, their columns and kinds, the split rule,
+the limits of a chunk."""
 
 from __future__ import annotations
 

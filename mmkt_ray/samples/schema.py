@@ -17,7 +17,8 @@ from mmkt_ray.samples.reading_plan import ReadingPlan
 MODALITY = "modality"  # one of the row's modalities was unreadable, the row itself is kept
 DAMAGE = "damage"  # the shard itself is damaged: all rows from there on
 LEAKAGE = "leakage"  # a row that is left out on request, as it leaks
-UNMAPPED = "unmapped"  # members of an archive whose suffix no column maps: sample_id is the suffix; told, but no rejects
+# members of an archive whose suffix no column maps: sample_id is the suffix; told, but no rejects
+UNMAPPED = "unmapped"
 REJECT_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),

@@ -30,8 +30,9 @@ _MAX_LISTED = 20  # names in an error message
 def list_shards(plan: ReadingPlan) -> list[Shard]:
     """The shards of all sources, in the order of the sources and sorted by path within each.
 
-    A path may be a file, a folder, a glob (`**`: folders at any depth) or a URI. A folder means the files of the reader's
-    kind in it; for `reader: folders` each folder below it that holds files itself is a shard, and so is an archive.
+    A path may be a file, a folder, a glob (`**`: folders at any depth) or a URI. A folder means the files of the
+    reader's kind in it; for `reader: folders` each folder below it that holds files itself is a shard,
+    and so is an archive.
 
     Raises: DataError for a path that matches nothing, or nothing that the reader reads.
     """
@@ -110,7 +111,8 @@ def _arrays_beside(source: SourceConfig, uri: str) -> list[pafs.FileInfo]:
 
 
 def _uri_at(uri: str, path: str, root: str) -> str:
-    """`path` inside the filesystem of `uri`, as a URI of the same kind. root: its beginning, whose signs are no wildcards."""
+    """`path` inside the filesystem of `uri`, as a URI of the same kind.
+    root: its beginning, whose signs are no wildcards."""
     if "://" not in uri:
         return path
     fixed = f"{root}/" if uri.startswith(f"{root}/") else ""

@@ -1,4 +1,5 @@
-"""What can be said of all rows without reading their content: split names, and whether the files that they name are there."""
+"""What can be said of all rows without reading their content:
+split names, and whether the files that they name are there."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def survey_source(plan: ReadingPlan, shards: Sequence[Shard], seconds: float) ->
     if source.reader in ("parquet", "manifest") and "split" in source.columns and source.split is None:
         cheap.append("split")
     if source.reader == "manifest":
-        cheap += [m for m, kind in plan.modalities.items() if m in source.columns and kind.is_file and not kind.takes_several]
+        cheap += [
+            m for m, kind in plan.modalities.items() if m in source.columns and kind.is_file and not kind.takes_several
+        ]
     return [_survey(plan, column, shards, time.monotonic() + seconds) for column in cheap]
 
 

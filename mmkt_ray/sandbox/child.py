@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 BASE_BYTES, BYTES_PER_PIXEL = 1 << 30, 40  # memory of the child: itself and any sound; the largest image in floats
 OUT_OF_MEMORY = 71  # exit code
 READY = b"ready\n"
-# decoded or not; bytes of the note; the kind's number; the content's hash; of an array that follows its type's code, number of
-# axes and their lengths
+# decoded or not; bytes of the note; the kind's number; the content's hash; of an array that follows its type's code,
+# number of axes and their lengths
 REPLY = struct.Struct("<?IqQBB4Q")
 TYPES = ("uint8", "float32", "int16", "int32", "int64", "float64")
 IN_PLACE = 255  # in the place of a type: the array stands in shared memory
@@ -122,7 +122,9 @@ def _reply(
     replies: IO[bytes], array: np.ndarray | None, number: int, note: list[str] | str, digest: int, *, in_place: bool
 ) -> None:
     text = json.dumps(note).encode() if note else b""
-    code, shape = (0, ()) if array is None else (IN_PLACE, ()) if in_place else (TYPES.index(array.dtype.name), array.shape)
+    code, shape = (
+        (0, ()) if array is None else (IN_PLACE, ()) if in_place else (TYPES.index(array.dtype.name), array.shape)
+    )
     lengths = (*shape, *[0] * (4 - len(shape)))
     replies.write(REPLY.pack(array is not None, len(text), number, digest, code, len(shape), *lengths) + text)
     if array is not None and not in_place:

@@ -1,16 +1,17 @@
-"""Encoded files are decoded by a child process, so that data that crashes, hangs or bloats a decoder costs one sample.
+"""Encoded files are decoded by a child process, so that data that crashes,
+hangs or bloats a decoder costs one sample.
 
     parent: decode_samples --request: a group of samples--> child: serve
                            <--replies: one for each sample--
 
-A request is a line of JSON and the samples' bytes; a reply is a `REPLY` header, a note in JSON and the decoded array, which
-where all arrays have one size stands in memory that both map instead: the same for all requests, as fresh pages cost several
-times what a copy does. The child reads a request whole before it decodes, so neither waits for the other; its replies are
-buffered, so small images cost few system calls. Which sample it is at stands in shared memory too: when the child dies, that
-one is tried once more, alone in a new child, and is broken if that dies too. Whatever the child lost for another reason (the
-machine was out of memory, someone killed it) is decoded again. A child imports NumPy and its decoder only and starts in a
-fraction of a second. It decodes one sample after another, so that its timer and its crash are one sample's; more cores are
-used by more children.
+A request is a line of JSON and the samples' bytes; a reply is a `REPLY` header, a note in JSON and the decoded array,
+which where all arrays have one size stands in memory that both map instead: the same for all requests, as fresh pages
+cost several times what a copy does. The child reads a request whole before it decodes, so neither waits for the
+other; its replies are buffered, so small images cost few system calls. Which sample it is at stands in shared memory
+too: when the child dies, that one is tried once more, alone in a new child, and is broken if that dies too. Whatever
+the child lost for another reason (the machine was out of memory, someone killed it) is decoded again. A child imports
+NumPy and its decoder only and starts in a fraction of a second. It decodes one sample after another, so that its
+timer and its crash are one sample's; more cores are used by more children.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def decode_samples(
 ) -> Iterator[DecodedSample | Broken]:
     """Decode encoded samples of one kind, as bytes or buffers, in order; never hangs, never dies of one.
 
-    size: images of this size, as an encoder reads them; None: values of the kind. into: (N, ..) uint8, of which each sample's
-    row gets its image. num_children: processes that decode side by side.
+    size: images of this size, as an encoder reads them; None: values of the kind. into: (N, ..) uint8, of which each
+    sample's row gets its image. num_children: processes that decode side by side.
     Raises: ConfigError if the kind's decoder is not installed, ResourceError if no child process starts.
     """
     kind.check()
@@ -249,7 +250,9 @@ class Decoder:
                 array.reshape(-1)[:] = self.rows[i * array.nbytes : (i + 1) * array.nbytes]
             else:
                 self._fill(array)
-            yield DecodedSample(array if order.size is not None else order.kind.from_decoder(array, number), note, digest)
+            yield DecodedSample(
+                array if order.size is not None else order.kind.from_decoder(array, number), note, digest
+            )
 
     def _read(self, num_bytes: int) -> bytes:
         data = self.replies.read(num_bytes)

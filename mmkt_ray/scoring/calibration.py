@@ -1,7 +1,7 @@
 """One temperature per task, so that probabilities mean what they say (see kinds/probabilities.py).
 
-A temperature T > 0 divides a task's logits: above 1 it makes the model less sure, below 1 surer; predictions stay as they
-are.
+A temperature T > 0 divides a task's logits: above 1 it makes the model less sure, below 1 surer; predictions stay as
+they are.
 
 Source: Guo et al. 2017, On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599
 Axes: N samples, C classes.
@@ -25,11 +25,12 @@ PRIOR_ROWS = 20  # how many rows the belief is worth that the probabilities are 
 
 
 def fit_temperature(logits: np.ndarray, labels: Labels) -> float:
-    """The temperature with the smallest log loss on these rows; 1 where none of their labels is known, or they are numbers.
+    """The temperature with the smallest log loss on these rows;
+    1 where none of their labels is known, or they are numbers.
 
     logits: (N, C). Beside the N rows stand PRIOR_ROWS more whose labels are spread
-    as the model itself foretells: few rows move the temperature little away from 1, and rows that are all right do not ask
-    for 0. The loss is convex in 1 / T, so there is one minimum.
+    as the model itself foretells: few rows move the temperature little away from 1, and rows that are all right do
+    not ask for 0. The loss is convex in 1 / T, so there is one minimum.
     """
     kind, rows = labels.kind, labels.known
     if not rows.any() or not kind.classes:

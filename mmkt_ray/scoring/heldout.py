@@ -1,8 +1,8 @@
 """Held-out rows: which rows a choice is judged on, and what models that never saw them said of them.
 
-Where rows are few, train and val together are dealt into FOLDS parts by a hash of the sample id, and a model for each part learns
-from the others (cross-validation). As many parts are held out as make up ENOUGH_ROWS; where the val split alone has so
-many, it is the one part.
+Where rows are few, train and val together are dealt into FOLDS parts by a hash of the sample id, and a model for each
+part learns from the others (cross-validation). As many parts are held out as make up ENOUGH_ROWS; where the val split
+alone has so many, it is the one part.
 
 Axes: N rows of a table, H held-out rows, C classes of one task.
 

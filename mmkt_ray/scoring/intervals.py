@@ -1,22 +1,23 @@
 """Intervals: how far a score on these test rows may lie from the score on as many new rows, and tests of differences.
 
-A share of rows (accuracy) has the exact interval of Clopper & Pearson, the difference of two on the same rows the score
-interval of Tango; both hold for one row as for a million, and none has zero width. All other scores are bootstrapped: rows
-are drawn with replacement. They depend only on how often each combination of label and predictions occurs, so a resample is
-one multinomial draw over these combinations ("cells"): the same distribution as drawing N rows, at a cost that does not
-grow with N. Scores of several predictions are drawn jointly: what makes a row hard for all of them cancels out of their
-differences. Models of several seeds: seeds.py.
+A share of rows (accuracy) has the exact interval of Clopper & Pearson, the difference of two on the same rows the
+score interval of Tango; both hold for one row as for a million, and none has zero width. All other scores are
+bootstrapped: rows are drawn with replacement. They depend only on how often each combination of label and predictions
+occurs, so a resample is one multinomial draw over these combinations ("cells"): the same distribution as drawing N
+rows, at a cost that does not grow with N. Scores of several predictions are drawn jointly: what makes a row hard for
+all of them cancels out of their differences. Models of several seeds: seeds.py.
 
 What the metrics are, and when a row is right, is the business of the labels' kind.
 
 Sources: Clopper & Pearson 1934, https://doi.org/10.1093/biomet/26.4.404; Tango 1998,
 https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8%3C891::AID-SIM780%3E3.0.CO;2-B; McNemar 1947,
-https://doi.org/10.1007/BF02295996; Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 10 (bias), 13, 15.
+https://doi.org/10.1007/BF02295996; Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 10 (bias), 13,
+15.
 Axes: N samples, K distinct cells, P predictions of the same rows, R resamples.
 
 Limits: the rows must be independent draws. Rows that share a text or an image (label-made pairs) are not, and their
-intervals are too narrow. Macro-F1 over classes of a row or two is biased: its intervals tell of new test sets of as many
-rows, and less often of endless ones.
+intervals are too narrow. Macro-F1 over classes of a row or two is biased: its intervals tell of new test sets of as
+many rows, and less often of endless ones.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def bootstrap_intervals(
         confidence: share of repetitions of the whole study whose interval covers the true score.
 
     Returns:
-        {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled. None stands for an undefined one.
+        {"accuracy": {value, low, high}, "macro_f1": {...}}; empty if no row is labelled.
+        None stands for an undefined one.
 
     Neither has zero width, also where all rows are right: 20 right of 20 gives [0.83, 1], not [1, 1].
     """
@@ -92,7 +94,8 @@ def bootstrap_intervals(
 
 
 def share_interval(num_right: int, num_rows: int, confidence: float) -> Interval:
-    """A share of rows and its exact interval (Clopper & Pearson), which is never of zero width. There must be a row."""
+    """A share of rows and its exact interval (Clopper & Pearson), which is never of zero width.
+    There must be a row."""
     ends = stats.binomtest(num_right, num_rows).proportion_ci(confidence, method="exact")
     return {"value": num_right / num_rows, "low": float(ends.low), "high": float(ends.high)}
 
@@ -110,7 +113,8 @@ def paired_difference(
     """Score of the first predictions minus score of the second on the same rows; None where it is undefined.
 
     Both predictions of a row stay together, so the interval is narrower than two separate ones suggest. Some rows are
-    labelled; `metric` is one that the kind reports. A share of right rows: `share_difference`; others: resampled jointly.
+    labelled; `metric` is one that the kind reports. A share of right rows: `share_difference`;
+    others: resampled jointly.
 
     Raises: ValueError for another metric, or if no row is labelled.
     """
@@ -128,8 +132,9 @@ def paired_difference(
 
 
 def share_difference(better: int, worse: int, num_rows: int, confidence: float) -> Interval:
-    """Difference of two shares of the same rows, of which `better` are right in the first only and `worse` in the second
-    only, with the score interval of Tango (1998); see `agreeing` for how it goes with the exact test of McNemar."""
+    """Difference of two shares of the same rows, of which `better` are right in the first only and `worse` in the
+    second only, with the score interval of Tango (1998); see `agreeing` for how it goes with the exact test of
+    McNemar."""
     z = float(special.ndtri((1 + confidence) / 2))
 
     def score(delta: float) -> float:  # falls with delta
@@ -152,8 +157,8 @@ def exact_p(better: int, worse: int) -> float:
 
 
 def paired_p(gain: np.ndarray) -> float:
-    """P that the mean gain (N,) of one model's row scores over another's is zero: the share of random signs of the gains that
-    give as much. Of right or wrong it is the exact test of McNemar.
+    """P that the mean gain (N,) of one model's row scores over another's is zero: the share of random signs of the
+    gains that give as much. Of right or wrong it is the exact test of McNemar.
 
     Source: the randomisation test for matched pairs, Fisher 1935, The Design of Experiments, section 21.
     """
@@ -191,8 +196,8 @@ def agreeing(difference: Interval, p: float, confidence: float) -> Interval:
 def resampled_scores(
     labels: Labels, preds: Sequence[np.ndarray], width: int, num_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Metric -> (P, 1 + R): the score of each prediction on the labelled rows given, then on the resamples, which are the
-    same for all; NaN where undefined."""
+    """Metric -> (P, 1 + R): the score of each prediction on the labelled rows given, then on the resamples, which are
+    the same for all; NaN where undefined."""
     outcomes, counts = labels.kind.outcomes(labels, preds, width)
     blocks = chain([counts[None]], draw_counts(counts, num_resamples, np.random.default_rng(seed)))
     drawn = [[outcome.scores(block) for outcome in outcomes] for block in blocks]
@@ -208,14 +213,14 @@ def difference_bounds(kind: TaskKind, metric: str) -> tuple[float, float]:
 def percentiles(
     scores: np.ndarray, confidence: float, num_rows: int | None = None, bounds: tuple[float, float] = SHARE
 ) -> Interval | None:
-    """Scores (1 + R,) -> the first one between percentiles of the others; None where it is undefined (NaN). Resamples that
-    lack what defines it are left out.
+    """Scores (1 + R,) -> the first one between percentiles of the others; None where it is undefined (NaN). Resamples
+    that lack what defines it are left out.
 
-    Resamples of macro-F1 lie below the score, because they lack rare classes, by about as much as the score lies below that
-    of endless rows. The interval therefore reaches over the percentiles as they are and moved by twice this bias.
-    num_rows: N, where the least width counts that any score has that rests on N rows: they may all be of one kind though a
-    share 1 - (a / 2)^(1 / N) of new ones is not (Clopper & Pearson). bounds: the lowest and the highest possible score, both
-    finite where that width counts.
+    Resamples of macro-F1 lie below the score, because they lack rare classes, by about as much as the score lies
+    below that of endless rows. The interval therefore reaches over the percentiles as they are and moved by twice
+    this bias. num_rows: N, where the least width counts that any score has that rests on N rows: they may all be of
+    one kind though a share 1 - (a / 2)^(1 / N) of new ones is not (Clopper & Pearson). bounds: the lowest and the
+    highest possible score, both finite where that width counts.
     """
     value = float(scores[0])
     if np.isnan(value):

@@ -100,7 +100,9 @@ class Metrics(Values):
         """Those of its scores that judge probabilities."""
         found = self.values
         return Probabilities(
-            log_loss=found.get("log_loss"), calibration_error=found.get("calibration_error"), reliability=self.reliability
+            log_loss=found.get("log_loss"),
+            calibration_error=found.get("calibration_error"),
+            reliability=self.reliability,
         )
 
 

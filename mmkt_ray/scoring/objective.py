@@ -1,4 +1,5 @@
-"""The number by which epochs, candidates and finalists are compared: a metric of one task or of several, higher is better.
+"""The number by which epochs, candidates and finalists are compared:
+a metric of one task or of several, higher is better.
 
 Axes: N rows, K outputs of a task. NaN stands for what is undefined.
 """
@@ -22,8 +23,8 @@ COUNTED = ("accuracy", "macro_f1")  # what validation always counts; all else ta
 class Score:
     """One number from validation scores (see training.validation): higher is better, NaN where it is undefined.
 
-    Over several tasks it is their mean, or the worst of them. A task of `floors` that a model does not have counts as what
-    the constant prediction gets there: so no candidate gains by leaving out a hard task.
+    Over several tasks it is their mean, or the worst of them. A task of `floors` that a model does not have counts as
+    what the constant prediction gets there: so no candidate gains by leaving out a hard task.
     """
 
     metric: str | None = None  # None: `defaults`
@@ -36,7 +37,8 @@ class Score:
     def of(
         cls, objective: ObjectiveConfig, kinds: Mapping[str, TaskKind], floors: Mapping[str, float] | None = None
     ) -> Score:
-        """What a config asks for, of a model with tasks of these kinds; the default of one that lacks the objective's task."""
+        """What a config asks for, of a model with tasks of these kinds;
+        the default of one that lacks the objective's task."""
         defaults = {t: kind.val_metric for t, kind in kinds.items() if kind.val_metric != USUAL}
         if objective.task is not None and objective.task not in kinds:
             return cls(defaults=defaults)
@@ -60,7 +62,9 @@ class Score:
     def __call__(self, val: Mapping[str, Mapping[str, float]]) -> float:
         """val: metric -> task -> value."""
         names = [self.metric] if self.metric else [USUAL, *dict.fromkeys(self.defaults.values())]
-        by_task = {t: v for m in names for t, v in val.get(m, {}).items() if self.metric or self.defaults.get(t, USUAL) == m}
+        by_task = {
+            t: v for m in names for t, v in val.get(m, {}).items() if self.metric or self.defaults.get(t, USUAL) == m
+        }
         if self.task is not None:
             return float(by_task.get(self.task, np.nan))
         values = list({**self.floors, **by_task}.values())

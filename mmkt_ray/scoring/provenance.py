@@ -44,9 +44,13 @@ def model_fingerprint(uri: str) -> str | None:
 
 
 def about(
-    run_uri: str, folders: Iterable[str] = (), stores: Iterable[str | None] = (), recipes: Mapping[str, Config] | None = None
+    run_uri: str,
+    folders: Iterable[str] = (),
+    stores: Iterable[str | None] = (),
+    recipes: Mapping[str, Config] | None = None,
 ) -> About:
-    """What goes into a result file. folders: of models, in the run; stores: fingerprints; recipes: configs by name."""
+    """What goes into a result file. folders: of models, in the run; stores: fingerprints;
+    recipes: configs by name."""
     return About(
         models={f: model_fingerprint(storage.join(run_uri, f)) for f in sorted({*folders})},
         stores=sorted({s for s in stores if s is not None}),
@@ -92,7 +96,8 @@ class Current:
         return cls(run_uri, stores, recipes)
 
     def read(self, kind: type[T], name: str, command: str) -> T | None:
-        """A result file of the run; None if it is not there, or is about something that is no more. command: what makes it.
+        """A result file of the run; None if it is not there, or is about something that is no more.
+        command: what makes it.
 
         Raises: DataError if the file is damaged or holds something else.
         """

@@ -72,7 +72,8 @@ class BothScores(Record):
 
 
 class Answer(Record):
-    """What adding modalities changes; see evaluation/answers.py. Value, low and high are those of the paired difference."""
+    """What adding modalities changes; see evaluation/answers.py.
+    Value, low and high are those of the paired difference."""
 
     kind: str  # adds | depends | hurts | suffices | unclear
     modalities: list[str]  # in question

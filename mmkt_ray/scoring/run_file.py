@@ -30,7 +30,8 @@ class RunFile(Record, frozen=True, strict=True):
     versions: dict[str, str] = Field(default_factory=dict)
     commit: str | None = None
     hardware: str = ""
-    seconds: dict[str, float] = Field(default_factory=dict)  # stage -> of the last command in which it had anything to do
+    # stage -> of the last command in which it had anything to do
+    seconds: dict[str, float] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, run_uri: str) -> RunFile:

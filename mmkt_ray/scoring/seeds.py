@@ -1,7 +1,7 @@
 """Scores of models of several seeds on the same rows, with intervals over rows and seeds.
 
-A resample draws the rows anew, jointly for all models, and for each model its seeds: what makes a row hard for all of them
-cancels out of a difference, and how much a score hangs on the seed is part of its interval.
+A resample draws the rows anew, jointly for all models, and for each model its seeds: what makes a row hard for all of
+them cancels out of a difference, and how much a score hangs on the seed is part of its interval.
 
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 13 and 16.
 Axes: S seeds, N rows, K outputs, P models, R resamples. Predictions have S in front.
@@ -20,8 +20,8 @@ from mmkt_ray.scoring.intervals import ANY, DIFFERENCE, Interval, draw_counts, p
 def seed_scores(
     labels: Labels, predictions: Sequence[np.ndarray], width: int, num_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Metric that the kind reports -> (P, 1 + R): the mean over seeds on the rows as they are, then in the resamples. All rows
-    are labelled."""
+    """Metric that the kind reports -> (P, 1 + R): the mean over seeds on the rows as they are, then in the resamples.
+    All rows are labelled."""
     metrics = labels.kind.reported
 
     def scorer(pred: np.ndarray) -> _Scorer:

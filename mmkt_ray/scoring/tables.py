@@ -21,7 +21,8 @@ def points(value: float) -> str:
 
 
 def interval_text(interval: Interval | None, form: str = ".1f", metric: str = "") -> str:
-    """An interval in percentage points, each number in this format; of an error in the labels' units with four digits."""
+    """An interval in percentage points, each number in this format;
+    of an error in the labels' units with four digits."""
     if interval is None:
         return "undefined"
     factor, form = (1, form.replace(".1f", ".4g")) if metric in IN_UNITS else (100, form)
@@ -52,8 +53,8 @@ def metric_text(metric: str, interval: Interval | None) -> str:
 
 
 def comparison_table(results: ResultsFile) -> str:
-    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first among the
-    models that were scored on the same samples."""
+    """The results as text of at most 100 columns: scores and differences in percent (points), best accuracy first
+    among the models that were scored on the same samples."""
     lines = []
     for task, found in results.tasks.items():
         single = found.best_single
@@ -65,7 +66,9 @@ def comparison_table(results: ResultsFile) -> str:
         titles = {}  # line of the table -> what stands above it
         for rows in same_samples(found.rows, metrics[0]):
             titles[len(cells)] = f" on {rows[0].num_rows:,} samples:"
-            cells += [[r.model, *(interval_text(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows]
+            cells += [
+                [r.model, *(interval_text(r[m], metric=m) for m in metrics), _difference(r, metrics[0])] for r in rows
+            ]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         widths[0] = min(widths[0], _WIDTH - 2 - sum(widths[1:]) - 6)
         for number, row in enumerate(cells):
@@ -82,8 +85,8 @@ def kind_text(found: TaskResults) -> str:
 
 
 def same_samples(rows: Sequence[ModelScores], main: str) -> list[list[ModelScores]]:
-    """A task's rows by the samples that they were scored on, the most samples first, and in each group the best by the main
-    metric first: scores on different samples have no order."""
+    """A task's rows by the samples that they were scored on, the most samples first, and in each group the best by
+    the main metric first: scores on different samples have no order."""
     groups: dict[str, list[ModelScores]] = {}
     for row in sorted(rows, key=lambda r: -r.interval(main)["value"]):
         groups.setdefault(row.rows_id, []).append(row)

@@ -1,4 +1,5 @@
-"""A greedy ensemble of the best candidates: models are added, with replacement, as long as the validation score allows.
+"""A greedy ensemble of the best candidates: models are added, with replacement,
+as long as the validation score allows.
 
 Source: ensemble selection, Caruana et al. 2004 (https://doi.org/10.1145/1015330.1015432).
 Axes: E candidates, N val rows, C classes.
@@ -37,8 +38,8 @@ def select_ensemble(
 ) -> tuple[list[int], float]:
     """Indices picked from the library, best first and perhaps several times, and the validation score of their mean.
 
-    Starts with the best one; each step adds the one that does most for the mean of the probabilities. What is kept is the
-    best of the ensembles on the way, the smallest of equals.
+    Starts with the best one; each step adds the one that does most for the mean of the probabilities. What is kept is
+    the best of the ensembles on the way, the smallest of equals.
     """
     total: dict[str, np.ndarray] = {t: np.zeros_like(p) for t, p in library[0].items()}
     picks: list[int] = []
@@ -55,8 +56,8 @@ def select_ensemble(
 def build_ensemble(
     space: Space, settings: SearchConfig, rows: pd.DataFrame, table: FeatureTable
 ) -> tuple[EnsembleModel, Ensembled] | tuple[None, None]:
-    """The ensemble of `settings.ensemble` picks among the leaderboard's best that have every task, trained again in stacks,
-    and what it is; None where there is no such candidate."""
+    """The ensemble of `settings.ensemble` picks among the leaderboard's best that have every task, trained again in
+    stacks, and what it is; None where there is no such candidate."""
     every = set(space.config.model_tasks)
     whole = np.array([set(overrides_of(row).get("model.tasks") or every) == every for _, row in rows.iterrows()], bool)
     best = rows[rows["score"].notna() & whole].sort_values("score", ascending=False, kind="stable")[:NUM_CANDIDATES]
@@ -83,8 +84,8 @@ def build_ensemble(
 
 
 def quick_scores(table: FeatureTable, proba: Proba, metric: str | None = None) -> dict[str, dict[str, float]]:
-    """`accuracy` and `macro_f1` by task, as evaluation defines them, of the labelled rows, and one more metric if asked for;
-    only these, because selection asks for them thousands of times."""
+    """`accuracy` and `macro_f1` by task, as evaluation defines them, of the labelled rows, and one more metric if
+    asked for; only these, because selection asks for them thousands of times."""
     found: dict[str, dict[str, float]] = {"accuracy": {}, "macro_f1": {}}
     if metric:
         found[metric] = proba_scores(metric, table, np.arange(len(table.split)), proba)

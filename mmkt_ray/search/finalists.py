@@ -1,8 +1,9 @@
 """The best candidates trained anew, with several seeds each, and scored on the test split once.
 
-Who wins is decided on validation: the mean over the seeds. The test split then says how the winner does, and by paired
-differences what it gains over the other finalists, the best single modality and the best plain concatenation. A difference
-whose interval holds 0, or that a test by rows does not show, is a tie. Intervals draw both the test rows and the seeds anew.
+Who wins is decided on validation: the mean over the seeds. The test split then says how the winner does, and by
+paired differences what it gains over the other finalists, the best single modality and the best plain concatenation.
+A difference whose interval holds 0, or that a test by rows does not show, is a tie.
+Intervals draw both the test rows and the seeds anew.
 
 Source: Efron & Tibshirani 1993, chapters 13 and 16 (the paired bootstrap).
 Axes: S seeds, N test rows, C classes.
@@ -41,8 +42,8 @@ SINGLE, CONCAT = "best single modality", "best concat"
 
 
 def choose_finalists(rows: pd.DataFrame, num: int) -> tuple[dict[str, pd.Series], dict[str, str]]:
-    """Role -> leaderboard row: the best `num`, each of another architecture while there are any, and what these are to be
-    compared with; and which role is the best single modality and which the best plain concatenation, if tried.
+    """Role -> leaderboard row: the best `num`, each of another architecture while there are any, and what these are
+    to be compared with; and which role is the best single modality and which the best plain concatenation, if tried.
 
     Both are empty if no candidate was tried. Raises: DataError if candidates were, and none has a score.
     """
@@ -126,7 +127,9 @@ def score_finalists(
     return Finals(
         winner=winner,
         finalists=finalists,
-        versus={role: _gains(config, test, best, model) for role, model in models.items() if best and model is not best},
+        versus={
+            role: _gains(config, test, best, model) for role, model in models.items() if best and model is not best
+        },
         confidence=config.evaluation.confidence,
         ensemble_test=_scores(config, test, together) if together else None,
         ensemble_versus_winner=_gains(config, test, together, best) if together and best else None,
@@ -176,7 +179,8 @@ def _gains(config: Config, test: FeatureTable, ours: _Predictions, theirs: _Pred
 def _common_rows(
     config: Config, test: FeatureTable, models: Sequence[_Predictions]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each task that all models have, and its labelled rows (N,) bool that all can read; tasks without such a row left out."""
+    """Each task that all models have, and its labelled rows (N,) bool that all can read;
+    tasks without such a row left out."""
     for task in config.model_tasks:
         if any(task not in model.by_task for model in models):
             continue
@@ -205,7 +209,8 @@ def _drawn(
 def _judged(
     interval: Interval | None, metric: str, labels: Labels, preds: Sequence[np.ndarray], confidence: float
 ) -> JudgedInterval | None:
-    """The interval of a difference with its verdict, which needs a test by rows too. preds: of two models, (S, N, ..)."""
+    """The interval of a difference with its verdict, which needs a test by rows too.
+    preds: of two models, (S, N, ..)."""
     if interval is None:
         return None
     ours, theirs = (np.mean([labels.kind.main_by_row(labels, p) for p in pred], axis=0) for pred in preds)

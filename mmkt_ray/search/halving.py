@@ -1,7 +1,7 @@
 """Successive halving of one architecture's candidates in stacks that stay full.
 
-At each rung every stack trains on and keeps its best 1/eta; what eta stacks keep makes one full stack for the next rung.
-So a trial of eta stacks of P candidates at the first rung goes on as one stack of P, then P / eta.
+At each rung every stack trains on and keeps its best 1/eta; what eta stacks keep makes one full stack for the next
+rung. So a trial of eta stacks of P candidates at the first rung goes on as one stack of P, then P / eta.
 
 Source: successive halving, Jamieson & Talwalkar 2016 (https://arxiv.org/abs/1502.07943).
 Axes: P members of a stack.

@@ -1,11 +1,12 @@
 """Every candidate in Parquet: a part for each trial, written anew after each rung, and the parts as one leaderboard.
 
-    <run>/search/parts/<digest>-<trial>.parquet   digest: of what decides the results; other searches' parts lie beside.
-                                                  A part with candidates of status `running` is of a trial that goes on, or died
+    <run>/search/parts/<digest>-<trial>.parquet   digest: of what decides results; other searches' parts lie beside.
+                                                  A part with candidates of status `running` is of a trial that goes
+                                                  on, or died
     <run>/search/leaderboard.parquet              all candidates of this search, in the order of the trials
 
-Columns: those of `LeaderboardRow`, one for each searched key (null where it does not apply), and one for each metric and
-task, accuracy.<task> say. A log loss is negated, so that higher is better.
+Columns: those of `LeaderboardRow`, one for each searched key (null where it does not apply), and one for each metric
+and task, accuracy.<task> say. A log loss is negated, so that higher is better.
 """
 
 from __future__ import annotations
@@ -79,7 +80,11 @@ class Leaderboard:
         self.parts_uri = storage.join(search_uri, "parts")
         self.uri = storage.join(search_uri, "leaderboard.parquet")
         self.score = Score.of(space.config.training.objective, space.config.task_kinds)
-        usual = [m for kind in space.config.task_kinds.values() for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))]
+        usual = [
+            m
+            for kind in space.config.task_kinds.values()
+            for m in ((*COUNTED,) if kind.classes else (kind.val_metric,))
+        ]
         self.metrics = list(dict.fromkeys([*usual, *([self.score.metric] if self.score.metric else [])]))
 
     @property

@@ -45,14 +45,16 @@ log = logging.getLogger(__name__)
 
 def check_search(config: Config) -> Space:
     """The config's search space. Raises: ConfigError if it, or the objective, is impossible; before any work."""
-    settled = with_settings(config, usual_settings(config) | {"training.steps": None})  # a search chooses by itself, by epochs
+    # a search chooses by itself, by epochs
+    settled = with_settings(config, usual_settings(config) | {"training.steps": None})
     space = build_space(settled)
     task, own = space.config.training.objective.task, space.architecture.get("model.tasks")
     without = [v for v in parameter_values(own) if v is not None and task not in v] if own and task is not None else []
     if without or (task is not None and task not in space.config.model_tasks):
         raise ConfigError(
-            f"search.objective.task: candidates are chosen by '{task}', which {without or 'model.tasks'} leaves out: add it "
-            "there, or choose by all tasks (task: null), of which one that a candidate lacks counts as a constant prediction"
+            f"search.objective.task: candidates are chosen by '{task}', which {without or 'model.tasks'} leaves out: "
+            "add it there, or choose by all tasks (task: null), of which one that a candidate lacks counts as a "
+            "constant prediction"
         )
     return space
 
@@ -136,20 +138,25 @@ def notes_of(space: Space, settings: SearchConfig, tried: NumTried) -> list[str]
     cut = budget is not None and num < settings.max_candidates
     again = "Set search.time_budget_s higher and give the same command again: it goes on from here."
     if num + tried.references == 0:
-        return [f"The time budget of {budget or 0:g} s ended before any candidate was tried, so there is no winner. {again}"]
+        return [
+            f"The time budget of {budget or 0:g} s ended before any candidate was tried, so there is no winner. "
+            f"{again}"
+        ]
     if not tried.fused and len(space.config.model_modalities) > 1:
         what = "so what follows compares single modalities and says nothing about fusion."
         if cut:
             return [f"The time budget of {budget:g} s ended before any fused candidate had a score, {what} {again}"]
         return [f"No fused candidate has a score, {what} The leaderboard tells the reason of each."]
     if cut:
-        return [f"The time budget of {budget:g} s ended the search after {num} of {settings.max_candidates} candidates."]
+        return [
+            f"The time budget of {budget:g} s ended the search after {num} of {settings.max_candidates} candidates."
+        ]
     return []
 
 
 def check_searchable(space: Space, table: FeatureTable) -> None:
-    """Raises: ConfigError if an architecture can't be trained in stacks on these features, DataError if no val row has a
-    label to choose by."""
+    """Raises: ConfigError if an architecture can't be trained in stacks on these features, DataError if no val row
+    has a label to choose by."""
     for overrides in [{}, *space.some_architectures()]:
         try:
             check_stackable(space.configure(overrides), table, [{}])
@@ -159,19 +166,20 @@ def check_searchable(space: Space, table: FeatureTable) -> None:
     tasks = [objective.task] if objective.task is not None else space.config.model_tasks
     if not any((table.labels[t].labelled & (table.split == "val")).any() for t in tasks):
         raise DataError(
-            f"a search chooses by the val rows' labels of {', '.join(tasks)}, and there are none: check the sources' splits, "
-            "or set search.objective.task to another task"
+            f"a search chooses by the val rows' labels of {', '.join(tasks)}, and there are none: check the sources' "
+            "splits, or set search.objective.task to another task"
         )
     if not constant_by_task(space, table).keys() & set(tasks):
         raise DataError(
-            f"a search chooses by {objective.metric or 'a score'} on val, which is undefined for {', '.join(tasks)} there: "
-            "too few classes have a val row; set search.objective.metric to another metric, or samples.split.val_frac higher"
+            f"a search chooses by {objective.metric or 'a score'} on val, which is undefined for {', '.join(tasks)} "
+            "there: too few classes have a val row; set search.objective.metric to another metric, or "
+            "samples.split.val_frac higher"
         )
 
 
 def explore(space: Space, settings: SearchConfig, leaderboard: Leaderboard, table: FeatureTable) -> None:
-    """Run trials until there are enough candidates or the time is up; those that broke off are made up for. The leaderboard is
-    there however it ends."""
+    """Run trials until there are enough candidates or the time is up; those that broke off are made up for. The
+    leaderboard is there however it ends."""
     num_architectures = sum(1 for _ in islice(space.architectures(), settings.max_candidates))
     stacks = stacks_per_trial(settings, num_architectures)
     try:

@@ -1,4 +1,5 @@
-"""What a search leaves behind: `search/result.json` (the winner, and on what evidence) and `search/report.json` (for plots)."""
+"""What a search leaves behind: `search/result.json` (the winner, and on what evidence) and `search/report.json` (for
+plots)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class RoleScores(Intervals, frozen=True):
 
 
 class PairedGains(OpenRecord, frozen=True):
-    """By how much one finalist is ahead of another on one task: the same metrics, on the test rows that both can read."""
+    """By how much one finalist is ahead of another on one task:
+    the same metrics, on the test rows that both can read."""
 
     spread: ClassVar[str] = "metrics"
 

@@ -1,7 +1,7 @@
 """The space of candidates: architectures that Tune proposes, and within one the values by which its members differ.
 
-A candidate is a mapping of dotted config keys to values. Its *architecture* is what decides shapes and data, its *member*
-keys (learning rate, dropout, ..) may differ within one stacked population.
+A candidate is a mapping of dotted config keys to values. Its *architecture* is what decides shapes and data, its
+*member* keys (learning rate, dropout, ..) may differ within one stacked population.
 
 Source of the members' draws: scrambled Sobol sequences, Owen 1998 (https://doi.org/10.1023/A:1008923215028).
 """
@@ -87,8 +87,8 @@ class Space:
         return all(p.float is None and p.loguniform is None for p in self.architecture.values())
 
     def draw_members(self, architecture: Mapping[str, Any], num: int, seed: Sequence[int]) -> list[Overrides]:
-        """`num` draws of the member keys, spread evenly; one empty draw where there is nothing to differ in. The same seed
-        gives the same draws."""
+        """`num` draws of the member keys, spread evenly; one empty draw where there is nothing to differ in. The same
+        seed gives the same draws."""
         keys = [k for k in self.members if self.applies(k, architecture)]
         if not keys:
             return [{}]
@@ -101,8 +101,8 @@ class Space:
         ]
 
     def references(self) -> dict[str, Overrides]:
-        """What the winner is to be compared with: plain concatenation first, then each modality alone; at the config's
-        values."""
+        """What the winner is to be compared with: plain concatenation first, then each modality alone; at the
+        config's values."""
         modalities = self.config.model_modalities
         found: dict[str, Overrides] = {"concat": {FUSION: "concat"}} if len(modalities) > 1 else {}
         found |= {m: {"model.modalities": [m], FUSION: "concat"} for m in modalities}
@@ -113,8 +113,8 @@ class Space:
         for overrides in self.some_architectures():
             if fault := self._fault(overrides):
                 raise ConfigError(
-                    f"search.space holds an impossible combination, {label_of(overrides)}: {fault}; give the key a `when`, "
-                    "or leave the value out"
+                    f"search.space holds an impossible combination, {label_of(overrides)}: {fault}; give the key a "
+                    "`when`, or leave the value out"
                 )
 
     def _fault(self, overrides: Overrides) -> UserError | None:
@@ -126,7 +126,8 @@ class Space:
 
 
 def build_space(config: Config) -> Space:
-    """The config's search space. Raises: ConfigError for unknown keys, circular conditions, impossible combinations."""
+    """The config's search space. Raises: ConfigError for unknown keys, circular conditions,
+    impossible combinations."""
     search = config.search
     parameters = dict(search.space if search is not None and search.space is not None else DEFAULT_SPACE)
     base = config.model_copy(update={"search": None, "variants": {}})
@@ -159,7 +160,8 @@ def build_space(config: Config) -> Space:
 
 
 def _with_all_of(config: Config, parameters: Mapping[str, ParameterConfig]) -> Config:
-    """The config with every modality and task that some candidate has, so that there are features and labels for each."""
+    """The config with every modality and task that some candidate has,
+    so that there are features and labels for each."""
     for key, own in (("model.modalities", config.model.modalities), ("model.tasks", config.model.tasks)):
         if key in parameters and own is not None:
             chosen = [value for value in parameter_values(parameters[key])]

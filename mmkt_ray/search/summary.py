@@ -81,9 +81,10 @@ def _plain(value: Any) -> Any:
 
 
 def importance(space: Space, scored: pd.DataFrame) -> dict[str, float] | None:
-    """Share of the variance of scores that each key explains, of the keys that every candidate has (fANOVA, Hutter et al.
-    2014, https://proceedings.mlr.press/v32/hutter14.html), 0 for a key that never changed; None if all scores are equal, or
-    all candidates. The scores are those after the first rung, where all candidates have trained equally long."""
+    """Share of the variance of scores that each key explains, of the keys that every candidate has (fANOVA, Hutter et
+    al. 2014, https://proceedings.mlr.press/v32/hutter14.html), 0 for a key that never changed; None if all scores are
+    equal, or all candidates. The scores are those after the first rung,
+    where all candidates have trained equally long."""
     part = scored[scored["reference"].isna() & scored["first_score"].notna()]
     if len(part) > MAX_IMPORTANCE_ROWS:
         part = part.sample(MAX_IMPORTANCE_ROWS, random_state=0)

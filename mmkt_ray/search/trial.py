@@ -41,8 +41,8 @@ class SearchContext:
 
 
 def search_score(space: Space, table: FeatureTable) -> Score:
-    """What candidates are compared by, on val. Where tasks are searched over, a task that a candidate lacks counts as the
-    constant prediction gets there, see `constant_scores`."""
+    """What candidates are compared by, on val. Where tasks are searched over, a task that a candidate lacks counts as
+    the constant prediction gets there, see `constant_scores`."""
     config = space.config
     objective = config.training.objective
     searched = "model.tasks" in space.architecture and objective.task is None
@@ -106,8 +106,8 @@ class Trial:
     def step(self) -> dict[str, Any]:
         """Run a rung. What an architecture raises is its own failure, written down with its candidates.
 
-        Returns `score` (the best so far), `candidates`, `done`, and but for references `budget`, by which ASHA compares
-        trials: what the winner is compared with is never stopped.
+        Returns `score` (the best so far), `candidates`, `done`, and but for references `budget`, by which ASHA
+        compares trials: what the winner is compared with is never stopped.
         """
         halving = self.halving
         try:
@@ -116,7 +116,11 @@ class Trial:
             log.warning("trial %d failed: %s", self.number, error)
             halving.fail(f"{type(error).__name__}: {error}")
         self.write()
-        result = {"score": max(halving.best, self.score.worst), "candidates": len(halving.candidates), "done": halving.done}
+        result = {
+            "score": max(halving.best, self.score.worst),
+            "candidates": len(halving.candidates),
+            "done": halving.done,
+        }
         return result if self.reference else {**result, "budget": self.context.search.eta ** max(0, halving.rung - 1)}
 
     def write_sometimes(self) -> None:

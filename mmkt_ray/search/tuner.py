@@ -1,9 +1,10 @@
 """Ray Tune over architectures: one trial is one architecture and a population of candidates.
 
-Optuna's sampler proposes architectures and learns from the best score of each; ASHA stops poor ones early. Tune sees a few
-numbers of each trial, whatever the size of its population: the candidates themselves go to Parquet parts.
+Optuna's sampler proposes architectures and learns from the best score of each; ASHA stops poor ones early. Tune sees
+a few numbers of each trial, whatever the size of its population: the candidates themselves go to Parquet parts.
 
-Sources: TPE, Bergstra et al. 2011 (https://papers.nips.cc/paper/4443); ASHA, Li et al. 2020 (https://arxiv.org/abs/1810.05934).
+Sources: TPE, Bergstra et al. 2011 (https://papers.nips.cc/paper/4443); ASHA, Li et al. 2020
+(https://arxiv.org/abs/1810.05934).
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def architecture_of(space: Space, proposal: Mapping[str, Any]) -> Overrides:
 
 
 def planned_trials(space: Space, known: Sequence[Known], num_trials: int) -> list[tuple[int, Turn]]:
-    """Number and turn of the trials that are settled beforehand: those whose process died, then the references, fused ones
-    first, with an architecture after each, then the other architectures once, if there is time for them.
+    """Number and turn of the trials that are settled beforehand: those whose process died, then the references, fused
+    ones first, with an architecture after each, then the other architectures once, if there is time for them.
 
     A trial's number decides its candidates, so that a search that was killed draws those that it would have drawn.
     """
@@ -194,8 +195,8 @@ def frozen_trial(space: Space, chosen: Mapping[str, Any], score: float) -> optun
 
 
 def run_trials(context: SearchContext, table: FeatureTable, num_trials: int, time_budget_s: float | None) -> int:
-    """Search on with so many trials; all that they find is in the leaderboard's parts. Returns how many broke off: Tune gives
-    up a trial whose worker dies while two calls to it are under way.
+    """Search on with so many trials; all that they find is in the leaderboard's parts. Returns how many broke off:
+    Tune gives up a trial whose worker dies while two calls to it are under way.
 
     An interrupt goes up at Tune's next step: parts are whole at any time.
     """
@@ -261,8 +262,8 @@ def num_concurrent(resources: cluster.Resources, trials_per_gpu: int | None) -> 
 class Watcher(tune.Callback):
     """Every few seconds logs a line and counts how many trials there is room for, as nodes come and go.
 
-    It turns an interrupt into KeyboardInterrupt where nothing can swallow it: Python raises it wherever the main thread
-    happens to be, and inside a finalizer it is printed and lost.
+    It turns an interrupt into KeyboardInterrupt where nothing can swallow it: Python raises it wherever the main
+    thread happens to be, and inside a finalizer it is printed and lost.
     """
 
     def __init__(self, limiter: ConcurrencyLimiter, trials_per_gpu: int | None, leaderboard: Leaderboard) -> None:

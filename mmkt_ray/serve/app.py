@@ -31,8 +31,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1", "testserver")
 
 
 def create_app(model: Model, name: str, limits: ServerLimits, hosts: Sequence[str] | None = LOOPBACK) -> FastAPI:
-    """The application. name: what pages call the model; hosts: names that a request may ask for (None: any), so that a page
-    from elsewhere can't reach a server on this machine under a name of its own."""
+    """The application. name: what pages call the model; hosts: names that a request may ask for (None: any), so that
+    a page from elsewhere can't reach a server on this machine under a name of its own."""
     app = FastAPI(title=f"mmkt: {name}", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes)
     if hosts is not None:
@@ -48,7 +48,9 @@ def create_app(model: Model, name: str, limits: ServerLimits, hosts: Sequence[st
 
     @app.exception_handler(TimeoutError)
     async def too_slow(_: Request, error: TimeoutError) -> JSONResponse:
-        return JSONResponse({"error": f"no answer within {limits.timeout_s:g} s: send fewer rows, or smaller files"}, 504)
+        return JSONResponse(
+            {"error": f"no answer within {limits.timeout_s:g} s: send fewer rows, or smaller files"}, 504
+        )
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> JSONResponse:
@@ -56,8 +58,8 @@ def create_app(model: Model, name: str, limits: ServerLimits, hosts: Sequence[st
 
     @app.post("/predict", summary="Predict the tasks of some rows", openapi_extra=request_schema(kinds))
     async def predict(request: Request, top: int = TOP) -> JSONResponse:
-        """Per row: for each task the prediction and its `top` most probable classes, what the row lacks, what could not be
-        read and why."""
+        """Per row: for each task the prediction and its `top` most probable classes, what the row lacks, what could
+        not be read and why."""
         rows = await _rows(request, kinds)
         found = await work.run(lambda: answer(model, rows, max(0, top)))
         return JSONResponse({"model": name, "rows": found})
@@ -97,8 +99,8 @@ def _page(template: Any, **shown: Any) -> HTMLResponse:
     """A page that loads nothing from anywhere; its own style and script are named by a nonce."""
     nonce = secrets.token_urlsafe(16)
     policy = (
-        f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src blob: data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src "
+        "blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
     return HTMLResponse(template.render(nonce=nonce, **shown), headers=headers)

@@ -28,7 +28,8 @@ class TooLarge(Exception):
 
 
 class BodyLimit:
-    """ASGI middleware: a body of more bytes is answered with 413, by its stated length or as soon as that many have come."""
+    """ASGI middleware: a body of more bytes is answered with 413,
+    by its stated length or as soon as that many have come."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -72,7 +73,8 @@ class Busy(Exception):
 
 
 class Work:
-    """Runs blocking functions on a few threads; one that takes too long is given up, and its thread freed when it ends."""
+    """Runs blocking functions on a few threads; one that takes too long is given up,
+    and its thread freed when it ends."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s, self.waiting = timeout_s, 0

@@ -1,8 +1,8 @@
 """A request's body -> rows as `Model.predict` takes them, and its answer as JSON-able values.
 
-JSON: {"rows": [{modality: value, ..}, ..]}, or one such row by itself. An image or a sound is a file in base64, also as a
-`data:` URI; all other values stand as they are; null and what is left out are absent. Multipart: one row, a field for each
-modality, files as uploads.
+JSON: {"rows": [{modality: value, ..}, ..]}, or one such row by itself. An image or a sound is a file in base64, also
+as a `data:` URI; all other values stand as they are; null and what is left out are absent. Multipart: one row, a
+field for each modality, files as uploads.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ def _value(value: Any, number: int, modality: str, kind: ModalityKind) -> Any:
         raise DataError(f"row {number}: {modality} must be a file in base64, got {type(value).__name__}")
     try:
         # `base64` of the command line breaks lines
-        return base64.b64decode("".join((value.partition(",")[2] if value.startswith("data:") else value).split()), validate=True)
+        return base64.b64decode(
+            "".join((value.partition(",")[2] if value.startswith("data:") else value).split()), validate=True
+        )
     except ValueError as error:  # also signs that are not ASCII
         raise DataError(f"row {number}: {modality} is no base64 ({error})") from None
 
 
 def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, ModalityKind]) -> RequestRow:
-    """The row of a multipart form whose uploads were read as bytes. An empty field is an absent modality. Raises: DataError."""
+    """The row of a multipart form whose uploads were read as bytes. An empty field is an absent modality.
+    Raises: DataError."""
     fields = dict(parts)
     if len(fields) < len(parts):
         twice = next(name for name, _ in parts if [own for own, _ in parts].count(name) > 1)
@@ -77,7 +80,8 @@ def row_from_form(parts: Sequence[tuple[str, Any]], modalities: Mapping[str, Mod
 
 
 def answer(model: Model, rows: Sequence[RequestRow], top: int) -> list[dict[str, Any]]:
-    """Per row {task: {prediction, and of classes top: [{class, probability}]}, missing, unreadable}; top: how many classes."""
+    """Per row {task: {prediction, and of classes top: [{class, probability}]}, missing, unreadable};
+    top: how many classes."""
     predicted = model.predict_arrow(list(rows), read_files=False).to_pylist()
     return [
         {
@@ -107,7 +111,11 @@ def request_schema(modalities: Mapping[str, ModalityKind]) -> dict[str, Any]:
     """The request's body in the words of OpenAPI."""
     fields = {m: _field(kind, encoded=True) for m, kind in modalities.items()}
     row = {"type": "object", "properties": fields, "additionalProperties": False}
-    rows = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array", "maxItems": MAX_ROWS, "items": row}}}
+    rows = {
+        "type": "object",
+        "required": ["rows"],
+        "properties": {"rows": {"type": "array", "maxItems": MAX_ROWS, "items": row}},
+    }
     form = {"type": "object", "properties": {m: _field(kind, encoded=False) for m, kind in modalities.items()}}
     content = {"application/json": {"schema": {"anyOf": [rows, row]}}, "multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": True, "content": content}}

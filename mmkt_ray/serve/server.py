@@ -37,7 +37,8 @@ def model_name(model_uri: str) -> str:
 
 
 def allowed_hosts(host: str) -> list[str] | None:
-    """Names that requests may ask for: on loopback its own ones only; else any, as the machine's names are not known."""
+    """Names that requests may ask for: on loopback its own ones only;
+    else any, as the machine's names are not known."""
     from mmkt_ray.serve.app import LOOPBACK
 
     try:
@@ -55,7 +56,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ResourceError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host") from None
+        raise ResourceError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host"
+        ) from None
     return listener
 
 
@@ -64,7 +67,9 @@ def log_address(model_uri: str, host: str, port: int, how: str = "") -> None:
     address = f"[{host}]" if ":" in host else host
     log.info("serving %s on http://%s:%d%s; Ctrl-C ends it", model_name(model_uri), address, port, how)
     if allowed_hosts(host) is None:
-        log.warning("there is no login: anyone who reaches %s can ask this model; put a proxy with a login before it", address)
+        log.warning(
+            "there is no login: anyone who reaches %s can ask this model; put a proxy with a login before it", address
+        )
 
 
 def serve(model_uri: str, host: str, port: int, limits: ServerLimits, *, trust_code: bool = False) -> None:
@@ -88,7 +93,8 @@ def serve_on_ray(
 ) -> None:
     """Serve by Ray Serve, each replica with a model of its own, until the process is stopped.
 
-    Attaches to the cluster in RAY_ADDRESS, else starts a Ray on this machine. The model folder must be readable on all nodes.
+    Attaches to the cluster in RAY_ADDRESS, else starts a Ray on this machine.
+    The model folder must be readable on all nodes.
     Raises: as `serve`.
     """
     try:

@@ -1,8 +1,8 @@
 """What each modality contributes to a fused model: its exact Shapley value over all subsets of the modalities.
 
-The value v(S) of a subset is the model's score over the same labelled rows when it is given only the modalities in S; rows that
-have none of S are predicted from the train split's class frequencies, and so is every row for the empty subset. The
-values of the modalities add up to v(all) - v(none); a modality that never changes a prediction has 0.
+The value v(S) of a subset is the model's score over the same labelled rows when it is given only the modalities in S;
+rows that have none of S are predicted from the train split's class frequencies, and so is every row for the empty
+subset. The values of the modalities add up to v(all) - v(none); a modality that never changes a prediction has 0.
 
 Sources: Shapley 1953, A Value for n-Person Games; for modalities: Hu et al. 2022, https://arxiv.org/abs/2205.00302
 Axes: N rows, C classes, M modalities, S = 2^M subsets (bit i of a subset's number: modality i is in it), R resamples.
@@ -71,8 +71,8 @@ def insights(run_uri: str, stores: Mapping[str, Store]) -> Insight:
 def shapley_values(model_uri: str, store: Store, split: str = "test") -> dict[str, Shapley]:
     """By task, over the modalities that it reads.
 
-    The model without its experts predicts the split once per subset. Tasks with fewer than two modalities or no labelled row
-    are left out.
+    The model without its experts predicts the split once per subset. Tasks with fewer than two modalities or no
+    labelled row are left out.
     """
     model, card = load_model(model_uri)
     model = fused_part(model)  # an expert would answer for what the fused model knows

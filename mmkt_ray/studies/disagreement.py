@@ -23,10 +23,11 @@ NUM_EXAMPLES = 8
 
 
 def disagreements(run_uri: str, results: ResultsFile, task: str) -> Disagreement | None:
-    """The best model of each single modality beside the others; None for numbers, or where there are fewer than two or no
-    common row.
+    """The best model of each single modality beside the others; None for numbers, or where there are fewer than two
+    or no common row.
 
-    The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and classes).
+    The examples are the rows whose probabilities lie farthest apart (mean absolute deviation over models and
+    classes).
     """
     if not task_kind(results.tasks[task].kind).classes:
         return None
@@ -50,7 +51,9 @@ def disagreements(run_uri: str, results: ResultsFile, task: str) -> Disagreement
         differ_frac=Interval(value=float(differ.mean()), low=float(share.low), high=float(share.high)),
         right_when_differ={m: _share(r[differ]) for m, r in right.items()},
         none_right_frac=_share(~np.any(list(right.values()), axis=0)[differ]),
-        fused=FusedOnDiffering(model=fused_name, right_when_differ=_share(_same(fused, labels)[differ])) if fused_name else None,
+        fused=FusedOnDiffering(model=fused_name, right_when_differ=_share(_same(fused, labels)[differ]))
+        if fused_name
+        else None,
         examples=[
             DifferingRow(
                 sample_id=rows[i],

@@ -104,7 +104,8 @@ class _Predicted:
 
 
 def _candidates(uri: str, task: str, kind: TaskKind) -> _Predicted:
-    """Rows of a file of predictions, in its order, among which are those of all groups; one batch of it is in memory."""
+    """Rows of a file of predictions, in its order, among which are those of all groups;
+    one batch of it is in memory."""
     best: _Predicted | None = None
     columns = ("label", "pred", "proba") if kind.classes else ("label", "pred")
     for rows in read_parts(uri, ["sample_id", *(f"{task}_{c}" for c in columns)]):
@@ -125,7 +126,9 @@ def _read_batch(table: pa.Table, task: str, kind: TaskKind) -> _Predicted:
         top, second, has_second = kind.two_best(kind.read_outputs(table, task))
         error = np.full(len(table), np.nan)
     else:
-        error = np.abs(np.subtract(*(c.to_numpy() for c in (table.column(f"{task}_label"), table.column(f"{task}_pred")))))
+        error = np.abs(
+            np.subtract(*(c.to_numpy() for c in (table.column(f"{task}_label"), table.column(f"{task}_pred"))))
+        )
         top, second, has_second = np.zeros((len(table), 1)), np.zeros(len(table), int), np.zeros(len(table), bool)
     names = ("sample_id", f"{task}_label", f"{task}_pred")
     ids, labels, pred = (table.column(n).to_pylist() for n in names)
@@ -134,8 +137,8 @@ def _read_batch(table: pa.Table, task: str, kind: TaskKind) -> _Predicted:
 
 
 def read_inputs(sample_ids: list[str], config: Config) -> tuple[dict[str, Inputs], str | None]:
-    """What the modalities of these samples show, by sample; none where the raw samples can't be read, and then a note that
-    says why."""
+    """What the modalities of these samples show, by sample; none where the raw samples can't be read, and then a note
+    that says why."""
     try:
         return (_raw_values(config, sample_ids) if sample_ids else {}), None
     except (DataError, OSError) as error:

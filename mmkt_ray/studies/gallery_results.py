@@ -15,17 +15,19 @@ class GallerySample(Record, frozen=True):
     sample_id: str
     label: str  # in a multilabel task the classes, joined by commas
     pred: str
-    proba: float | None  # of the prediction; in a multilabel task of the least sure decision about a class; None of numbers
+    # of the prediction; in a multilabel task of the least sure decision about a class; None of numbers
+    proba: float | None
     second: IfAny[str] = None  # the next class; in a multilabel task that of the least sure decision
     second_proba: IfAny[float] = None
-    inputs: dict[str, dict[str, Any] | None] = Field(default_factory=dict)  # modality -> `ModalityKind.show`; None: it has none
+    # modality -> `ModalityKind.show`; None: it has none
+    inputs: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
 
 
 class Gallery(Record, frozen=True):
     """`<model>/gallery.json`.
 
-    Groups are `right` and `wrong`, the most confident ones (of numbers the closest predictions and those furthest off), and
-    `tie`, those with the least between the two most probable classes.
+    Groups are `right` and `wrong`, the most confident ones (of numbers the closest predictions and those furthest
+    off), and `tie`, those with the least between the two most probable classes.
     """
 
     split: str

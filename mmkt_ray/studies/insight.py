@@ -53,7 +53,8 @@ class DifferingRow(Record, frozen=True):
 
 
 class Disagreement(Record, frozen=True):
-    """Where the best models of one modality each contradict one another, and who is right then; None: no row is so."""
+    """Where the best models of one modality each contradict one another, and who is right then;
+    None: no row is so."""
 
     models: dict[str, str]  # by modality
     num_rows: int  # that all of them predicted

@@ -1,9 +1,10 @@
-"""Train rows whose modalities contradict their label, or each other: candidates for a second look, most suspect first.
+"""Train rows whose modalities contradict their label, or each other:
+candidates for a second look, most suspect first.
 
-Each modality's features predict each task by logistic regression in 5-fold cross-validation, so that no row is judged by a
-model that has seen its label. A label is suspect where confident learning says so, given the modalities' predictions taken
-together; modalities contradict each other where their predictions diverge: for two of them, each about 95 % sure of another
-class.
+Each modality's features predict each task by logistic regression in 5-fold cross-validation, so that no row is judged
+by a model that has seen its label. A label is suspect where confident learning says so, given the modalities'
+predictions taken together; modalities contradict each other where their predictions diverge: for two of them, each
+about 95 % sure of another class.
 
 Sources: Northcutt et al. 2021, Confident Learning, https://arxiv.org/abs/1911.00068 (as in the library cleanlab);
 Lin 1991, Divergence Measures Based on the Shannon Entropy, https://doi.org/10.1109/18.61115
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 NUM_FOLDS = 5
 MAX_FIT_ROWS = 10_000  # that a fold's model is fitted on, the same share of each class; all others are judged by it
 SPARSE_DIM = 128  # sparse features are reduced to this width: many times faster, and better with few rows
-L2 = 100.0  # penalty of the folds' models: few rows and many features; finds more planted errors than 1, and in less time
+# penalty of the folds' models: few rows and many features; finds more planted errors than 1, and in less time
+L2 = 100.0
 MIN_DOUBT = 0.95  # probability that a suspect label is wrong, as far as the modalities can tell
 MIN_DIVERGENCE = 0.7  # of modalities that contradict each other; at most 1: each is sure of another class
 SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1, so that no single modality settles the matter
@@ -54,12 +56,13 @@ SCHEMA += [("predicted", pa.string()), ("score", pa.float32())]
 
 
 def find_label_issues(store: Store, config: Config, out_uri: str) -> LabelIssues:
-    """Write the label issues of the store's train split to `out_uri`, and the first of them into the store's audit.json.
+    """Write the label issues of the store's train split to `out_uri`,
+    and the first of them into the store's audit.json.
 
-    The Parquet file has sample_id, task, kind (label: contradicts the modalities; modalities: they contradict each other),
-    label, predicted (strings), score (0..1, most suspect first) and per modality `<modality>_confidence` in the label, null
-    where absent; its metadata says which features it is about (`about_table`). Tasks, and classes, with too few rows to
-    judge are left out. Memory: the train split's features. Returns what audit.json gets.
+    The Parquet file has sample_id, task, kind (label: contradicts the modalities; modalities: they contradict each
+    other), label, predicted (strings), score (0..1, most suspect first) and per modality `<modality>_confidence` in
+    the label, null where absent; its metadata says which features it is about (`about_table`). Tasks, and classes,
+    with too few rows to judge are left out. Memory: the train split's features. Returns what audit.json gets.
     """
     table = _train_rows(store, config)
     frames, judged = list[pd.DataFrame](), dict[str, int]()
@@ -135,7 +138,8 @@ class OutOfFold:
 
 
 def predict_out_of_fold(table: FeatureTable, task: str, config: Config) -> OutOfFold | None:
-    """Every modality's out-of-fold predictions; None where too few rows are labelled. table: train rows, dense features."""
+    """Every modality's out-of-fold predictions; None where too few rows are labelled.
+    table: train rows, dense features."""
     labels = table.labels[task]
     if not labels.kind.classes:
         log.info("task '%s' has numbers for labels: label issues are looked for among classes", task)
@@ -188,13 +192,15 @@ def _probabilities(table: FeatureTable, task: str, modality: str, known: np.ndar
 
 
 def calibrate(labels: Labels, proba: np.ndarray) -> np.ndarray:
-    """Probabilities at the temperature that suits the labels best: models of few rows and many features are too sure."""
+    """Probabilities at the temperature that suits the labels best:
+    models of few rows and many features are too sure."""
     evidence = labels.kind.evidence(proba.clip(SMALLEST, 1 - SMALLEST))
     return labels.kind.from_evidence(evidence / fit_temperature(evidence, labels))
 
 
 def _information(labels: Labels, proba: np.ndarray) -> float:
-    """How many bits a modality tells about the label: how far its log loss is below that of the class frequencies; >= 0."""
+    """How many bits a modality tells about the label: how far its log loss is below that of the class frequencies;
+    >= 0."""
     here = ~np.isnan(proba[:, 0])
     frequency = labels.kind.baseline(labels[here], proba.shape[1])
     prior = log_loss(labels[here], np.tile(frequency, (int(here.sum()), 1)))
@@ -219,7 +225,9 @@ def _issues(out_of_fold: OutOfFold, config: Config) -> Iterator[pd.DataFrame]:
     spread = divergence(out_of_fold)
     said = {m: _predicted_names(out_of_fold, p, separator) for m, p in out_of_fold.proba.items()}
     sayings = ["; ".join(f"{m}: {n[i]}" for m, n in said.items() if n[i] is not None) for i in range(len(spread))]
-    yield _frame(out_of_fold, "modalities", spread >= MIN_DIVERGENCE, spread, np.array(sayings, dtype=object), separator)
+    yield _frame(
+        out_of_fold, "modalities", spread >= MIN_DIVERGENCE, spread, np.array(sayings, dtype=object), separator
+    )
 
 
 def label_quality(labels: Labels, proba: np.ndarray) -> np.ndarray:
@@ -250,7 +258,9 @@ def _names(out_of_fold: OutOfFold, predictions: np.ndarray, known: np.ndarray, s
     """(R,) predictions in words; None in rows that are not known (R,) bool."""
     kind = out_of_fold.labels.kind
     cells = kind.decode(predictions, out_of_fold.table.class_names[out_of_fold.task])
-    return np.array([kind.tell(cell, separator) if k else None for cell, k in zip(cells, known, strict=True)], dtype=object)
+    return np.array(
+        [kind.tell(cell, separator) if k else None for cell, k in zip(cells, known, strict=True)], dtype=object
+    )
 
 
 def _predicted_names(out_of_fold: OutOfFold, proba: np.ndarray, separator: str) -> np.ndarray:

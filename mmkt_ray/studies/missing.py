@@ -1,11 +1,12 @@
 """How a model's scores fall as modalities go missing, beside the best model of what is still there.
 
-Rows are hidden at random: at rate r a share r of the rows that have the modality, and another one that the task reads,
-loses it; under "any" each chosen row loses one of those it has, drawn at random. So no row is left with nothing. The model
-is asked once with everything and once without each modality; every rate and seed is a mixture of these answers.
+Rows are hidden at random: at rate r a share r of the rows that have the modality, and another one that the task
+reads, loses it; under "any" each chosen row loses one of those it has, drawn at random. So no row is left with
+nothing. The model is asked once with everything and once without each modality;
+every rate and seed is a mixture of these answers.
 
-The reference is no single model: every row gets the prediction of the best single-modality model (on `val`) among those
-whose modality the row still has. A fused model that stays below it would better have been left out.
+The reference is no single model: every row gets the prediction of the best single-modality model (on `val`) among
+those whose modality the row still has. A fused model that stays below it would better have been left out.
 
 Axes: N rows of the split, C classes of one task, R resamples, S seeds.
 """
@@ -61,9 +62,10 @@ def missing_curves(
 ) -> MissingCurves:
     """Scores against the share of rows that lack a modality; written to `<model>/missing.json` and returned.
 
-    Intervals hold both the rows that happen to be in the split and those that happen to be hidden: they are percentiles of
-    the bootstrap over all seeds. `run_uri` is the run whose evaluated models are the reference; evaluation: null: as when
-    the model was trained. Raises: ConfigError if the model reads one modality only; DataError as `load_model`.
+    Intervals hold both the rows that happen to be in the split and those that happen to be hidden: they are
+    percentiles of the bootstrap over all seeds. `run_uri` is the run whose evaluated models are the reference;
+    evaluation: null: as when the model was trained. Raises: ConfigError if the model reads one modality only;
+    DataError as `load_model`.
     """
     model, card = load_model(model_uri)
     config = parse_config(card.config)
@@ -111,8 +113,8 @@ class Subject:
 def curves_of(
     subject: Subject, models: Sequence[Mapping[str, HiddenPredictions]], config: Config, draws: Draws
 ) -> MissingCurves:
-    """The curves of one model of this config, or of those of several training seeds in turn: every draw of hidden rows asks
-    the next one. models: task -> what each predicts."""
+    """The curves of one model of this config, or of those of several training seeds in turn: every draw of hidden
+    rows asks the next one. models: task -> what each predicts."""
     measured: dict[str, dict[str, _Measured]] = {}  # hidden modality -> task
     for task, first in models[0].items():
         for hidden in (*first.inputs, ANY):
@@ -259,7 +261,8 @@ class HiddenPredictions:
         return set(self.singles) == set(self.inputs)
 
     def hiding_order(self, hidden: str, rows: np.ndarray, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The rows in the order in which they lose a modality (indices into `rows`), and which one: index into `inputs`."""
+        """The rows in the order in which they lose a modality (indices into `rows`), and which one:
+        index into `inputs`."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(rows))
         if hidden != ANY:
@@ -297,7 +300,8 @@ def predict_hidden(
     config: Config,
     singles: Mapping[str, Mapping[str, Single]],
 ) -> dict[str, HiddenPredictions]:
-    """Task -> what the model predicts. whole: its probabilities with everything; singles: task -> modality -> its best model."""
+    """Task -> what the model predicts. whole: its probabilities with everything;
+    singles: task -> modality -> its best model."""
     without = {m: predict_table(model, table, drop=[m]) for m in config.model_modalities}
     found = {}
     for task in config.model_tasks:
@@ -368,13 +372,18 @@ def _patterns(table: FeatureTable, proba: dict[str, np.ndarray]) -> dict[str, di
             if rows.any():
                 scores = table.kinds[task].scores(table.labels[task][rows], values[rows], table.class_names[task])
                 numbers = {k: v for k, v in scores.items() if v is None or isinstance(v, int | float)}
-                found.setdefault(pattern, {})[task] = PointScores(**{k: v for k, v in numbers.items() if k != "confusion"})
+                found.setdefault(pattern, {})[task] = PointScores(
+                    **{k: v for k, v in numbers.items() if k != "confusion"}
+                )
     return found
 
 
 def _worst(hidden: str, task: str, curve: DifferenceCurve, main: str, draws: Draws, hint: str) -> WorstRate:
-    """The rate at which the model stands worst against the reference, in words. main: metric; hint: what to do about it."""
-    every = [(r, d, p) for r, d, p in zip(draws.rates, curve.by_metric[main], curve.p_holm, strict=True) if d is not None]
+    """The rate at which the model stands worst against the reference, in words.
+    main: metric; hint: what to do about it."""
+    every = [
+        (r, d, p) for r, d, p in zip(draws.rates, curve.by_metric[main], curve.p_holm, strict=True) if d is not None
+    ]
     shown = [(r, d) for r, d, p in every if d[2] < 0 and p < 1 - draws.confidence]
     worst = min(shown or [(r, d) for r, d, _ in every], key=lambda pair: pair[1][0], default=None)
     rate, difference = worst or (draws.rates[0], None)

@@ -1,4 +1,5 @@
-"""What `missing.json` (studies/missing.py) and `missing_seeds.json` hold: scores as modalities go missing; as text."""
+"""What `missing.json` (studies/missing.py) and `missing_seeds.json` hold: scores as modalities go missing;
+as text."""
 
 from __future__ import annotations
 

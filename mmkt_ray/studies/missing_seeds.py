@@ -1,8 +1,8 @@
 """Missing-modality curves of models from several seeds: which loss is luck of the training.
 
-Each draw of hidden rows asks the models of another seed, the one in question and the single-modality models of the same
-seed beside it. So the intervals hold the rows of the split, those that happen to be hidden, and the seed; they are those of
-one model, not of the mean over seeds.
+Each draw of hidden rows asks the models of another seed, the one in question and the single-modality models of the
+same seed beside it. So the intervals hold the rows of the split, those that happen to be hidden, and the seed; they
+are those of one model, not of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def missing_over_seeds(
         subject = Subject(name, "test", variants[name].model_modalities, about)
         draws = Draws.of(config.evaluation, variants[name].seed, num_seeds=len(seeds))
         found[name] = curves_of(subject, models, variants[name], draws)
-    storage.write_json(storage.join(run_uri, "missing_seeds.json"), {n: curves.to_dict() for n, curves in found.items()})
+    storage.write_json(
+        storage.join(run_uri, "missing_seeds.json"), {n: curves.to_dict() for n, curves in found.items()}
+    )
     return found
 
 

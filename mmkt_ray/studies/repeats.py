@@ -1,4 +1,5 @@
-"""The same models from several seeds: how much of a difference is luck of the initialisation and the order of batches.
+"""The same models from several seeds: how much of a difference is luck of the initialisation and the order of
+batches.
 
 Axes: S seeds, N labelled test rows, C classes.
 """
@@ -39,7 +40,8 @@ class VariantPredictions:
     able: np.ndarray  # (N,) rows that it can read: those that have one of its modalities
     width: int  # K
     pred: list[np.ndarray] = field(default_factory=list)  # by seed, as label values; of rows that it can read
-    proba: list[np.ndarray] = field(default_factory=list)  # the same as outputs (N, K), where the kind has `seed_metrics`
+    # the same as outputs (N, K), where the kind has `seed_metrics`
+    proba: list[np.ndarray] = field(default_factory=list)
     val: list[float] = field(default_factory=list)  # by seed: accuracy on held-out rows; on test, where none tells
 
 
@@ -48,9 +50,9 @@ def repeat(
 ) -> Seeds:
     """Fit every variant with `num_seeds` seeds, score them on test, write `<run>/seeds.json`; goes on after a kill.
 
-    The features stay as they are; `training.seed` alone differs. Variants are compared on rows that all of them can read
-    (those that have one of the modalities), each with the variant `against`; None: with the single-modality variant that is
-    best on val. A variant that can read no test row of a task is left out there.
+    The features stay as they are; `training.seed` alone differs. Variants are compared on rows that all of them can
+    read (those that have one of the modalities), each with the variant `against`; None: with the single-modality
+    variant that is best on val. A variant that can read no test row of a task is left out there.
 
     Raises: ConfigError if there is no variant `against`, and for less than one seed.
     """
@@ -112,8 +114,8 @@ def _add_seed(
     name: str,
     held_out: float | None,
 ) -> None:
-    """Add one seed's predictions to a variant's, if there is a test row that it can read. held_out: its accuracy on held-out
-    rows."""
+    """Add one seed's predictions to a variant's, if there is a test row that it can read. held_out: its accuracy on
+    held-out rows."""
     rows = {s: np.flatnonzero((table.split == s) & table.labels[task].labelled) for s in ("test", "val")}
     able = {s: readable(table, config.task_inputs(task))[r] for s, r in rows.items()}
     if not able["test"].any():

@@ -1,7 +1,7 @@
 """Transferability scores of a run's feature stores, and how well they predicted the trained results.
 
-Scores are of the train rows that have a label and every modality of the set in question. Before they stand side by side,
-each modality is divided by the root mean square length of its features, so that none counts more for its unit.
+Scores are of the train rows that have a label and every modality of the set in question. Before they stand side by
+side, each modality is divided by the root mean square length of its features, so that none counts more for its unit.
 
 Axes: N train rows, D features, K target columns.
 """
@@ -42,7 +42,8 @@ SCORES = ("logme", "h_score")
 
 
 def transferability(run_uri: str, stores: Mapping[str, Store]) -> Transferability:
-    """Score every modality and set of modalities of every store for every task; `stores` maps variant -> its features.
+    """Score every modality and set of modalities of every store for every task;
+    `stores` maps variant -> its features.
 
     Needs no trained model. Where the run has results already, they stand beside the scores, with the rank correlation
     between the two. Writes `<run>/transferability.json` and returns what is in it.
@@ -123,7 +124,8 @@ def _sets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _survey(store: Store) -> tuple[list[tuple[str, ...]], dict[str, float]]:
-    """Tasks of classes that are labelled on the same train rows, group by group, and each modality's root mean square length."""
+    """Tasks of classes that are labelled on the same train rows, group by group,
+    and each modality's root mean square length."""
     modalities = sorted(store.manifest.modalities)
     tasks = [t for t in sorted(store.manifest.tasks) if store.kind(t).classes]
     masks: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
@@ -146,7 +148,8 @@ def _survey(store: Store) -> tuple[list[tuple[str, ...]], dict[str, float]]:
 def _collect(
     store: Store, subset: Sequence[str], tasks: Sequence[str], scale: Mapping[str, float]
 ) -> tuple[Moments | None, dict[str, slice]]:
-    """Moments of the train rows that have the whole subset and a label for each of the tasks, and each task's columns."""
+    """Moments of the train rows that have the whole subset and a label for each of the tasks,
+    and each task's columns."""
     sizes = [store.kind(t).width(store.manifest.tasks[t].classes) for t in tasks]
     ends = np.cumsum(sizes, dtype=int).tolist()
     columns = {t: slice(end - size, end) for t, end, size in zip(tasks, ends, sizes, strict=True)}
@@ -176,7 +179,7 @@ def _targets(table: FeatureTable, tasks: Sequence[str]) -> np.ndarray:
     return np.hstack(columns)
 
 
-# --- beside the trained results --------------------------------------------------------------------------------------
+# --- beside the trained results -------------------------------------------------------------------------------------
 
 
 def _trained_score(
@@ -199,7 +202,8 @@ def _trained_score(
 
 
 def _rank_correlation(sets: Sequence[FeatureSet], score: str) -> RankCorrelation | None:
-    """Between a score and the trained accuracy over the sets; None for fewer than three, which have no order to speak of."""
+    """Between a score and the trained accuracy over the sets;
+    None for fewer than three, which have no order to speak of."""
     pairs = [({"logme": s.logme, "h_score": s.h_score}[score], s.trained.accuracy) for s in sets if s.trained]
     if len(pairs) < 3 or any(len({p[i] for p in pairs}) == 1 for i in (0, 1)):
         return None
@@ -212,7 +216,8 @@ def _rank_correlation(sets: Sequence[FeatureSet], score: str) -> RankCorrelation
 
 
 def _leep_cells(run_uri: str, results: ResultsFile) -> list[Leep]:
-    """LEEP from each task to each other one, by the predictions of every trained model of both, on the scored split."""
+    """LEEP from each task to each other one, by the predictions of every trained model of both,
+    on the scored split."""
     cells = []
     for name, about in results.models.items():
         tasks = [t for t, found in results.tasks.items() if found.row(name)]

@@ -19,7 +19,8 @@ class SeedScores(Intervals, frozen=True):
 
     by_seed: list[float]  # main metric on test
     val: float  # the same on held-out rows, the mean over seeds
-    versus: dict[str, Interval | None] | None  # gain over the reference; None: it is the reference, or there is no common row
+    # gain over the reference; None: it is the reference, or there is no common row
+    versus: dict[str, Interval | None] | None
 
 
 class TaskSeeds(Record, frozen=True):

@@ -1,14 +1,17 @@
-"""What transfers? Every source of knowledge against every target, over label budgets and seeds, held against from scratch.
+"""What transfers? Every source of knowledge against every target, over label budgets and seeds.
 
-A node is a set of modalities and a task, written `image+text:category`: each modality alone and all together, for each
-task. A cell fits the target with what the source knows, by one method:
+A node is a set of modalities and a task, written `image+text:category`: each modality alone and all together, for
+each task. A cell fits the target with what the source knows, by one method:
 
     finetune, frozen, gradual   start from the source's towers of the modalities that both read (any task)
-    distill                     imitate the source's predictions of the same task, read from modalities that the target lacks
-    joint                       train on both at once with all parameters of the towers shared (another task, other modalities)
+    distill                     imitate the source's predictions of the same task, read from modalities that the
+                                target lacks
+    joint                       train on both at once with all parameters of the towers shared (another task, other
+                                modalities)
 
-The source is trained on all its labels, the target on a share of its own. The gain is the paired difference in the mean
-score of the test rows against the target from scratch with the same seed and labels; below 0 it is negative transfer.
+The source is trained on all its labels, the target on a share of its own. The gain is the paired difference in the
+mean score of the test rows against the target from scratch with the same seed and labels;
+below 0 it is negative transfer.
 
 Axes: S seeds, N test rows, R resamples.
 """
@@ -78,7 +81,8 @@ def transfer_matrix(config: Config, store: Store, run_uri: str) -> Transfers:
     Raises: ConfigError if a node is unknown or there is nothing to transfer; DataError as `fit`.
     """
     about = provenance.about(run_uri, (), [store.manifest.fingerprint], {"": config})
-    config = with_settings(config, usual_settings(config))  # the same for all cells, or gains would be those of settings
+    # the same for all cells, or gains would be those of settings
+    config = with_settings(config, usual_settings(config))
     config = config.with_overrides({"model.experts": False})  # what towers know is asked, and an expert has its own
     if config.training.exclude:  # workers have another current folder
         config = config.with_overrides({"training.exclude": storage.absolute(config.training.exclude)})
@@ -146,12 +150,16 @@ def methods_for(source: Node, target: Node) -> tuple[str, ...]:
     return methods if common else ("joint",)
 
 
-# --- fitting ---------------------------------------------------------------------------------------------------------
+# --- fitting --------------------------------------------------------------------------------------------------------
 
 
 def node_config(config: Config, node: Node, seed: int, label_frac: float = 1.0) -> Config:
     """The config of one node's own model: a network alone, since it is what a network has learnt that transfers."""
-    chosen: dict[str, Any] = {"model.modalities": list(node.modalities), "model.tasks": [node.task], "model.wide": False}
+    chosen: dict[str, Any] = {
+        "model.modalities": list(node.modalities),
+        "model.tasks": [node.task],
+        "model.wide": False,
+    }
     again = config.reseeded(seed - config.seed)
     return again.with_overrides({**chosen, "training.label_frac": label_frac, "variants": {}})
 
@@ -180,8 +188,8 @@ def cell_config(config: Config, cell: Cell, source_uri: str | None) -> Config:
 
 
 def fit_cells(config: Config, store: Store, folder: str, cells: list[Cell]) -> dict[Cell, np.ndarray]:
-    """Scores of the target's test rows (N,) for each cell, fitted as Ray tasks where they are many; those on disk are not
-    fitted again."""
+    """Scores of the target's test rows (N,) for each cell, fitted as Ray tasks where they are many; those on disk are
+    not fitted again."""
     sources: dict[tuple[Node, int], str] = {}
     for cell in cells:
         if cell.source is not None and cell.method != "joint" and (cell.source, cell.seed) not in sources:
@@ -221,7 +229,7 @@ def _read_scores(uri: str) -> np.ndarray:
     return np.asarray(storage.read_table(uri).column("score").to_numpy())
 
 
-# --- what came out ---------------------------------------------------------------------------------------------------
+# --- what came out --------------------------------------------------------------------------------------------------
 
 
 def gains_over_scratch(config: Config, cells: list[Cell], scores: dict[Cell, np.ndarray], about: About) -> Transfers:

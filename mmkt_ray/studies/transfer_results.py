@@ -1,4 +1,5 @@
-"""What `transfer.json` holds: what each source of knowledge gives to each target (transfer_matrix.py); and as text."""
+"""What `transfer.json` holds: what each source of knowledge gives to each target (transfer_matrix.py);
+and as text."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
 """Transferability scores: how well features will serve a task, computed from the features before anything is trained.
 
-LogME, H-score and linear CKA come from sums over the train rows that merge (`Moments`), so the store is read part by part
-and D x D numbers are all that is kept. LEEP needs the predictions of a model of another task: it is computed where there is one.
+LogME, H-score and linear CKA come from sums over the train rows that merge (`Moments`), so the store is read part by
+part and D x D numbers are all that is kept. LEEP needs the predictions of a model of another task:
+it is computed where there is one.
 
-Sources: LogME, You et al. 2021 (https://arxiv.org/abs/2102.11005); H-score, Bao et al. 2019 (https://arxiv.org/abs/2212.10082),
-with the shrinkage of Ibrahim et al. 2022 (https://arxiv.org/abs/2110.06893); LEEP, Nguyen et al. 2020
-(https://arxiv.org/abs/2002.12462); linear CKA, Kornblith et al. 2019 (https://arxiv.org/abs/1905.00414).
-Axes: N rows, B rows of a block, D features, K target columns (classes of all tasks in question side by side), C classes.
+Sources: LogME, You et al. 2021 (https://arxiv.org/abs/2102.11005); H-score, Bao et al. 2019
+(https://arxiv.org/abs/2212.10082), with the shrinkage of Ibrahim et al. 2022 (https://arxiv.org/abs/2110.06893);
+LEEP, Nguyen et al. 2020 (https://arxiv.org/abs/2002.12462); linear CKA, Kornblith et al. 2019
+(https://arxiv.org/abs/1905.00414).
+Axes: N rows, B rows of a block, D features, K target columns (classes of all tasks in question side by side),
+C classes.
 """
 
 from __future__ import annotations
@@ -83,10 +86,11 @@ class Moments:
 
 
 def logme(moments: Moments, columns: slice) -> float:
-    """Log evidence per row of Bayesian linear regressions of each target column on the features, averaged; higher is better.
+    """Log evidence per row of Bayesian linear regressions of each target column on the features, averaged;
+    higher is better.
 
-    Prior precision alpha and noise precision beta are those that maximise it (fixed point of the paper's section 4.2), for
-    all columns at once. Columns that no row has are left out.
+    Prior precision alpha and noise precision beta are those that maximise it (fixed point of the paper's section
+    4.2), for all columns at once. Columns that no row has are left out.
     """
     used = moments.counts[columns] > 0
     sigma, vectors = moments.spectrum[0][:, None], moments.spectrum[1]
@@ -111,8 +115,8 @@ def logme(moments: Moments, columns: slice) -> float:
 def h_score(moments: Moments, columns: slice, exclusive: bool = True) -> float:
     """Variance between classes measured by the features' shrunk covariance, tr(S^-1 B) (1 - a); higher is better.
 
-    The shrinkage a is that of Ledoit & Wolf (as scikit-learn computes it). Of classes that do not exclude each other: the
-    mean over the classes of each one against the rest.
+    The shrinkage a is that of Ledoit & Wolf (as scikit-learn computes it). Of classes that do not exclude each other:
+    the mean over the classes of each one against the rest.
     """
     covariance = moments.covariance()
     shrinkage = ledoit_wolf_shrinkage(moments)
@@ -147,7 +151,8 @@ def ledoit_wolf_shrinkage(moments: Moments) -> float:
 
 
 def linear_cka(moments: Moments, width: int) -> float | None:
-    """Similarity 0..1 of the first `width` features and the rest, over the same rows; None if one of them is constant.
+    """Similarity 0..1 of the first `width` features and the rest, over the same rows;
+    None if one of them is constant.
 
     It is biased upwards where there are fewer rows than features.
     """

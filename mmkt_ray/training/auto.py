@@ -6,10 +6,11 @@ log loss is lower by more than one standard error. The held-out predictions of t
 modalities hidden: models are compared, calibrated and routed by them. Where rows are few, the model itself, which
 learns from all of them, is one more member of that stack.
 
-Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch, C classes of one task.
+Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch,
+C classes of one task.
 
-Sources: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/2102.02344); the one-standard-error rule,
-Breiman et al. 1984, 3.4.3.
+Sources: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/2102.02344); the one-standard-error
+rule, Breiman et al. 1984, 3.4.3.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ BASE: dict[str, float] = {
 SMALL_ROWS = 1_000  # with fewer train rows, SMALL regularises more
 SMALL: dict[str, float] = {"training.label_smoothing": 0.1, "model.dropout": 0.5, "model.modality_dropout": 0.2}
 CANDIDATES: tuple[dict[str, float], ...] = ({}, {"training.steps": 2.0, "model.dropout": 0.2})
-LIKE_CONCAT = ("concat", "decision", "sum", "gated", "hierarchical")  # fusions that are trained by the settings of `concat`
+# fusions that are trained by the settings of `concat`
+LIKE_CONCAT = ("concat", "decision", "sum", "gated", "hierarchical")
 DEEP_DROPOUT = 0.2
 MIN_STEPS, MIN_EPOCHS = 150, 5  # of the first candidate
 SCREENING_PARTS = 2  # held-out parts that all candidates are scored on; the chosen one then holds out every part
@@ -85,7 +87,12 @@ def plain_config(config: Config) -> Config:
 def screening_config(config: Config) -> Config:
     """The config whose settings are chosen: without experts, for any seed and number of workers, with the simplest
     sharing and fusion. So all models of the same modalities and tasks get the same choice."""
-    alone: dict[str, Any] = {"model.experts": False, "model.wide": False, "training.seed": None, "training.num_workers": 1}
+    alone: dict[str, Any] = {
+        "model.experts": False,
+        "model.wide": False,
+        "training.seed": None,
+        "training.num_workers": 1,
+    }
     if config.model.num_levels:
         alone["model.sharing"] = "task"
         if config.model.fusion.name in LIKE_CONCAT:
@@ -152,7 +159,7 @@ def with_settings(config: Config, settings: Mapping[str, Setting | None]) -> Con
     return config.with_overrides({**settings, "training.auto": []})
 
 
-# --- choosing --------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------------------------
 
 
 def choose_settings(

@@ -1,7 +1,8 @@
-"""What any model must beat: the majority class, logistic regression on the same features, and gradient boosting on a table.
+"""What any model must beat: the majority class, logistic regression on the same features,
+and gradient boosting on a table.
 
-Logistic regression is the model without towers (`num_levels: 0`), solved to its optimum on all rows of train and val, its
-penalty chosen on held-out rows: see training/linear.py. It can be shipped like any model.
+Logistic regression is the model without towers (`num_levels: 0`), solved to its optimum on all rows of train and val,
+its penalty chosen on held-out rows: see training/linear.py. It can be shipped like any model.
 
 Axes: N samples, C classes.
 """
@@ -39,7 +40,8 @@ def baseline_name(modalities: Sequence[str]) -> str:
 
 
 def fit_logregs(config: Config, store: Store, table: FeatureTable, folder: str) -> dict[str, Logreg]:
-    """Name -> Logreg, see `logreg_configs`. Each is published in the folder of the run's models; one that lies there is used.
+    """Name -> Logreg, see `logreg_configs`. Each is published in the folder of the run's models;
+    one that lies there is used.
 
     table: all rows of the store.
     """
@@ -63,8 +65,8 @@ def logreg_configs(config: Config, table: FeatureTable) -> dict[str, Config]:
     """Name -> the config of logistic regression on each modality, "logreg:<modality>", and on all that a task reads,
     "logreg:<all joined by +>".
 
-    For a task, a modality that none of its labelled train rows has is left out, so is the concatenation of fewer than two,
-    and rows with one class only, which teach nothing.
+    For a task, a modality that none of its labelled train rows has is left out, so is the concatenation of fewer than
+    two, and rows with one class only, which teach nothing.
     """
     tasks: dict[tuple[str, ...], list[str]] = {}  # modalities -> tasks
     for t, (_, there) in _taught(config, table).items():

@@ -43,7 +43,8 @@ class Mixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of one step. The labels of the whole step come along, so that no rank has to ask the others."""
+    """One rank's share of one step. The labels of the whole step come along,
+    so that no rank has to ask the others."""
 
     features: dict[str, FeatureBatch]  # modality -> (B, D)
     present: dict[str, Tensor]  # modality -> (B,) bool
@@ -51,7 +52,8 @@ class Batch:
     step_present: dict[str, Tensor]  # modality -> (R * B,) bool, of all ranks
     step_labels: dict[str, Labels]  # task -> of R * B rows, of all ranks
     mixed: Mixed | None = None
-    # of teachers: task -> probabilities (B, C), NaN in rows that none can read; and task -> () rows of the step with some
+    # of teachers: task -> probabilities (B, C), NaN in rows that none can read;
+    # and task -> () rows of the step with some
     targets: dict[str, Tensor] = field(default_factory=dict)
     num_targets: dict[str, Tensor] = field(default_factory=dict)
 
@@ -97,8 +99,8 @@ def complete_rows(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     complete = rows[np.all([present[rows] for present in table.present.values()], axis=0)]
     if len(rows) and not len(complete):
         raise DataError(
-            f"none of the {len(rows)} labelled train rows has all of {', '.join(table.present)}, and model.missing: drop "
-            "trains on complete rows only: choose another model.missing, such as mask"
+            f"none of the {len(rows)} labelled train rows has all of {', '.join(table.present)}, and model.missing: "
+            "drop trains on complete rows only: choose another model.missing, such as mask"
         )
     return complete
 
@@ -140,7 +142,8 @@ class EpochBatches:
         weights: np.ndarray | None = None,
         targets: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """targets: task -> (N, C) teachers' probabilities for the table's first N rows; NaN in rows that none reads."""
+        """targets: task -> (N, C) teachers' probabilities for the table's first N rows;
+        NaN in rows that none reads."""
         self.table, self.rows, self.seed, self.worker = table, rows, seed, worker
         self.targets = targets or {}
         self.probabilities = None if weights is None else weights / weights.sum()

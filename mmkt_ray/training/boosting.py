@@ -101,7 +101,9 @@ def _fit(features: Features, labels: Labels, rows: np.ndarray, seed: int) -> Any
     values = labels.values[rows]
     if labels.kind.classes:
         few = np.bincount(values).min(initial=2, where=np.bincount(values) > 0) < 2
-        return HistGradientBoostingClassifier(random_state=seed, early_stopping=not few).fit(_dense(features, rows), values)
+        return HistGradientBoostingClassifier(random_state=seed, early_stopping=not few).fit(
+            _dense(features, rows), values
+        )
     import torch
 
     z = labels.kind.logits(torch.from_numpy(values)[:, None])[:, 0].numpy()

@@ -31,7 +31,8 @@ class FileCheckpoint:
     """One safetensors file with the JSON in its metadata, replaced atomically."""
 
     def __init__(self, uri: str, interval_s: float = 0.0) -> None:
-        """interval_s: skip a save that comes sooner after the last one, so that short epochs are not spent on writing."""
+        """interval_s: skip a save that comes sooner after the last one,
+        so that short epochs are not spent on writing."""
         self.uri, self.interval_s = uri, interval_s
         self._last_s = time.monotonic()
 

@@ -1,4 +1,5 @@
-"""The settings that `training.auto` leaves open, chosen once for all models of the same modalities and tasks, and kept.
+"""The settings that `training.auto` leaves open, chosen once for all models of the same modalities and tasks,
+and kept.
 
 Called by trainer.py before it trains; auto.py says how they are chosen.
 """
@@ -36,8 +37,8 @@ def find_settings(config: Config, store: Store, run: Run) -> tuple[ChosenSetting
 
 
 def settings_uri(config: Config, store: Store) -> str:
-    """Where the settings of this config's model and of all like it are kept, in the store's folder: `<uri>.json`, and the
-    folder `<uri>` of held-out predictions."""
+    """Where the settings of this config's model and of all like it are kept, in the store's folder: `<uri>.json`, and
+    the folder `<uri>` of held-out predictions."""
     asked = screening_config(config)
     about = {
         "store": store.manifest.fingerprint,

@@ -1,7 +1,7 @@
 """Models made of several: a fused model with experts of fewer modalities, a network with a linear model beside it.
 
-Called by trainer.py, whose `train` comes in as `train`: each part is a model folder of its own. Experts lie beside the models of
-a run, in `.experts/<fingerprint>`, for all variants to share.
+Called by trainer.py, whose `train` comes in as `train`: each part is a model folder of its own. Experts lie beside
+the models of a run, in `.experts/<fingerprint>`, for all variants to share.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def train_with_experts(config: Config, store: Store, model_uri: str, folder: str
             continue
         parts[name] = read_training(experts[name])
     table = store.table(*columns)
-    known = {name: with_heldout(load_network(uri), load_heldout(uri), table) for name, uri in {"": fused_uri, **experts}.items()}
+    known = {
+        name: with_heldout(load_network(uri), load_heldout(uri), table)
+        for name, uri in {"": fused_uri, **experts}.items()
+    }
     model, heldout = join_experts(known.pop(""), known, table)
     routes = model.spec.routes if isinstance(model, ExpertModel) else {}
     answering = sorted({m for by_pattern in routes.values() for m in by_pattern.values()})

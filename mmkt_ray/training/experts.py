@@ -74,7 +74,9 @@ def expert_fits(config: Config) -> dict[str, list[str]]:
         known.add(_identity(variant))
         modalities = variant.model_modalities if has_experts(variant) else ()
         experts = {
-            m: expert_config(variant, (m,), tasks, {m: False}) for m in modalities if (tasks := fused_tasks(variant, [m]))
+            m: expert_config(variant, (m,), tasks, {m: False})
+            for m in modalities
+            if (tasks := fused_tasks(variant, [m]))
         }
         identities = {m: _identity(expert) for m, expert in experts.items()}
         found[name] = [m for m, identity in identities.items() if identity not in known]
@@ -140,7 +142,7 @@ def chosen_as_before(config: Config, changed: Config) -> Config:
     return changed.with_overrides({"training.auto": list(config.training.auto)})
 
 
-# --- which model predicts which rows -----------------------------------------------------------------------------------
+# --- which model predicts which rows --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def join_experts(
     return whole, joint_heldout(fused, chosen, routes, table)
 
 
-def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable) -> dict[str, dict[str, str]]:
+def choose_routes(
+    fused: HeldOutModel, experts: Mapping[str, HeldOutModel], table: FeatureTable
+) -> dict[str, dict[str, str]]:
     """Task -> {the task's modalities that a row has, joined by +: the expert that predicts it}; without the fused
     model.
 
@@ -192,7 +196,9 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
         reads = {name: {*e.model.spec.modalities} for name, e in experts.items() if t in e.model.spec.tasks}
         for part in subsets(inputs)[1:]:
             pattern = pattern_name(part)
-            able = {FUSED: fused} | {name: experts[name] for name, own in reads.items() if own <= {*part} and own < {*inputs}}
+            able = {FUSED: fused} | {
+                name: experts[name] for name, own in reads.items() if own <= {*part} and own < {*inputs}
+            }
             given = {name: part if name == FUSED else tuple(reads[name]) for name in able}
             scores = {name: row_scores_of(able[name], table, t, given[name]) for name in able}
             has = table.labels[t].labelled & np.logical_and.reduce([table.present[m] for m in part])
@@ -210,8 +216,8 @@ def choose_routes(fused: HeldOutModel, experts: Mapping[str, HeldOutModel], tabl
 
 
 def levels(num_modalities: Mapping[str, int]) -> dict[str, float]:
-    """Model -> its part of ALPHA. One half is shared by those that read most modalities, the other by the rest: a rare
-    modality more is best left to the model of all others, and many models of fewer must not hide that one."""
+    """Model -> its part of ALPHA. One half is shared by those that read most modalities, the other by the rest: a
+    rare modality more is best left to the model of all others, and many models of fewer must not hide that one."""
     most = max(num_modalities.values(), default=0)
     first = sum(num == most for num in num_modalities.values())
     rest = len(num_modalities) - first
@@ -222,9 +228,9 @@ def levels(num_modalities: Mapping[str, int]) -> dict[str, float]:
 def clearly_better(ours: np.ndarray, theirs: np.ndarray, alpha: float, slack: float = 0.0) -> bool:
     """Whether a model is shown to be better than another on the same rows.
 
-    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be lower
-    by more than `slack` standard errors, and one of two one-sided tests must reject at alpha: of the scores, an exact
-    McNemar test where they are right or wrong, else a paired t test; of the losses, a paired t test.
+    ours, theirs: (2, R) each row's score, see `TaskKind.row_scores`, and its log loss. The mean score must not be
+    lower by more than `slack` standard errors, and one of two one-sided tests must reject at alpha: of the scores, an
+    exact McNemar test where they are right or wrong, else a paired t test; of the losses, a paired t test.
     """
     gain, num = ours[0] - theirs[0], ours.shape[1]
     if num < 2 or gain.mean() < -slack * gain.std(ddof=1) / np.sqrt(num):
@@ -261,7 +267,10 @@ def row_scores_of(held: HeldOutModel, table: FeatureTable, task: str, given: Seq
 
 
 def joint_heldout(
-    fused: HeldOutModel, experts: Mapping[str, HeldOutModel], routes: Mapping[str, Mapping[str, str]], table: FeatureTable
+    fused: HeldOutModel,
+    experts: Mapping[str, HeldOutModel],
+    routes: Mapping[str, Mapping[str, str]],
+    table: FeatureTable,
 ) -> HeldOut:
     """The joined model's predictions for the fused model's held-out rows, each by the model that it is routed to."""
     rows, logits = fused.heldout.rows, dict[str, dict[str, np.ndarray]]()

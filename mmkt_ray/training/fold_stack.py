@@ -153,7 +153,8 @@ def trained(
 
 
 class FoldStack:
-    """A stack whose members each leave one part of the rows out of their losses and have a number of steps of their own."""
+    """A stack whose members each leave one part of the rows out of their losses and have a number of steps of their
+    own."""
 
     def __init__(
         self,
@@ -221,7 +222,9 @@ class FoldStack:
         state = {n: p[member] for n, p in self.stack.views(self.stack.weights).items()}
         hidden = set(model.spec.modalities) - set(given)
         for start in range(0, len(rows), 1024):
-            inputs = model_inputs(run.table, rows[start : start + 1024], model.spec.modalities, run.worker.device, hidden)
+            inputs = model_inputs(
+                run.table, rows[start : start + 1024], model.spec.modalities, run.worker.device, hidden
+            )
             logits: Logits = functional_call(model, state, inputs)
             for t, z in logits.items():
                 found.setdefault(t, []).append(z.cpu().numpy())

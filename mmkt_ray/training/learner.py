@@ -101,7 +101,7 @@ def own_parameters(model: MultimodalModel) -> dict[str, list[nn.Parameter]]:
         own[m] = [parameters[n] for n in sorted(names[m] - shared) if n in parameters]
         if not own[m]:
             raise ConfigError(
-                f"training.balance acts on the parameters of each modality alone, and '{m}' has none: share towers between "
-                "tasks only (model.sharing: task), with model.num_levels of 1 or more"
+                f"training.balance acts on the parameters of each modality alone, and '{m}' has none: share towers "
+                "between tasks only (model.sharing: task), with model.num_levels of 1 or more"
             )
     return own

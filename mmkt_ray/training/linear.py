@@ -6,8 +6,8 @@ penalty is fair to 1,280 dense numbers and to ten words. Without this scaling th
 cross-validated with the best penalty of each, OpenMoji's category is 78.4 % with it and 69.3 % without (HOG and
 words), 87.4 % and 85.7 % with pretrained encoders.
 
-Each task has a penalty of its own, from a path of about ten, strong to weak: the one with the lowest held-out log loss
-(see heldout.py). The model then learns from train and val together.
+Each task has a penalty of its own, from a path of about ten, strong to weak: the one with the lowest held-out log
+loss (see heldout.py). The model then learns from train and val together.
 
 Axes: N rows that are learnt from, H held-out rows, D features of a modality, C classes of one task.
 """
@@ -136,7 +136,7 @@ def problem_of(blocks: Sequence[FeatureBlock], target: LinearTarget | NumberTarg
     return Problem(blocks, target.labels, used, target.class_weights, target.one_of, target.squared)
 
 
-# --- one task --------------------------------------------------------------------------------------------------------
+# --- one task -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def standardised(
     return grown.array()
 
 
-# --- into the model --------------------------------------------------------------------------------------------------
+# --- into the model -------------------------------------------------------------------------------------------------
 
 
 def _set_weights(model: MultimodalModel, task: str, weights: Weights) -> None:

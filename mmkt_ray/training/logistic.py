@@ -7,13 +7,14 @@ coordinates in which the curvature is near one: dense blocks are rotated to thei
 penalty as it is, and each axis is scaled by its curvature. A block with more columns than rows then has as many
 columns as rows. Sparse blocks stay sparse.
 
-Fits that differ in their row weights (folds) and the classes of a multilabel task are columns of the same products. So
-L-BFGS is written out here: SciPy's takes one problem at a time, in float64. The tests compare it with scikit-learn's.
+Fits that differ in their row weights (folds) and the classes of a multilabel task are columns of the same products.
+So L-BFGS is written out here: SciPy's takes one problem at a time, in float64.
+The tests compare it with scikit-learn's.
 
 Axes: N rows, D columns of a block, R of its columns after rotation, P all of these and the bias, F fits, K classes.
 
-Sources: L-BFGS, Liu & Nocedal 1989 (https://doi.org/10.1007/BF01589116); the bound of the curvature by the features' own,
-Böhning 1992 (https://doi.org/10.1007/BF00048682).
+Sources: L-BFGS, Liu & Nocedal 1989 (https://doi.org/10.1007/BF01589116); the bound of the curvature by the features'
+own, Böhning 1992 (https://doi.org/10.1007/BF00048682).
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class FeatureBlock:
     def take(self, rows: np.ndarray) -> FeatureBlock:
         """Some of the rows, on the same axes."""
         x = self.x[rows] if not isinstance(self.x, Tensor) else self.x[torch.from_numpy(rows)]
-        return FeatureBlock(x, self.basis, self.energy * (len(rows) / self.x.shape[0]), self.back, self.columns, self.width)
+        return FeatureBlock(
+            x, self.basis, self.energy * (len(rows) / self.x.shape[0]), self.back, self.columns, self.width
+        )
 
 
 def make_block(features: Features) -> FeatureBlock:
@@ -106,8 +109,8 @@ def _wide_block(x: Tensor) -> FeatureBlock:
 class Problem:
     """F fits of one task to the rows of some blocks.
 
-    Columns of all weights are F x K, fit by fit. A fit of one class per row is one problem of K columns, of any number of
-    classes per row K problems of one column: problems share no number.
+    Columns of all weights are F x K, fit by fit. A fit of one class per row is one problem of K columns, of any
+    number of classes per row K problems of one column: problems share no number.
     """
 
     def __init__(
@@ -119,9 +122,9 @@ class Problem:
         one_of: bool,
         squared: bool = False,
     ) -> None:
-        """labels: (N,) codes 0 .. K - 1 if a row is `one_of` the classes, else (N, K) of 0 and 1, or `squared` numbers; used:
-        (N, F) bool, the rows that each fit learns from; class_weights: (K,) what a row of the class counts, or a 1 against a
-        0."""
+        """labels: (N,) codes 0 .. K - 1 if a row is `one_of` the classes, else (N, K) of 0 and 1, or `squared`
+        numbers; used: (N, F) bool, the rows that each fit learns from; class_weights: (K,) what a row of the class
+        counts, or a 1 against a 0."""
         self.blocks, self.softmax, self.squared = blocks, one_of, squared
         self.num_rows, self.num_fits = used.shape
         self.num_classes = len(class_weights)
@@ -223,7 +226,9 @@ class Problem:
             losses = torch.zeros(shape[1:], dtype=torch.float64)
             losses[:, 0] = -(weights * picked).sum(dim=0, dtype=torch.float64)
             p, weights = log_p.exp_(), weights[..., None]
-            slopes = (weights * p * (1 - p)).sum(dim=0, dtype=torch.float64) if curvature else losses.new_zeros(shape[1:])
+            slopes = (
+                (weights * p * (1 - p)).sum(dim=0, dtype=torch.float64) if curvature else losses.new_zeros(shape[1:])
+            )
             residual = p.scatter_add_(-1, own, own.new_full(own.shape, -1, dtype=p.dtype)).mul_(weights)
             return losses.view(-1), residual.view_as(logits), slopes.view(-1)
         if self.squared:
@@ -268,7 +273,8 @@ class Problem:
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(K,) float64 inner products of the columns of (P, K), both contiguous, summed in float32 over DOT_ROWS rows at a time.
+    """(K,) float64 inner products of the columns of (P, K), both contiguous,
+    summed in float32 over DOT_ROWS rows at a time.
 
     Without a product in memory: several times as fast as `(a * b).sum(dim=0, dtype=torch.float64)`.
     """
@@ -277,12 +283,15 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     parts = np.einsum("ij,ij->j", left[whole:], right[whole:], dtype=np.float64, casting="unsafe")
     if whole:
         shape = (-1, DOT_ROWS, left.shape[1])
-        parts += np.einsum("cij,cij->cj", left[:whole].reshape(shape), right[:whole].reshape(shape)).sum(0, dtype=np.float64)
+        parts += np.einsum("cij,cij->cj", left[:whole].reshape(shape), right[:whole].reshape(shape)).sum(
+            0, dtype=np.float64
+        )
     return torch.from_numpy(parts)
 
 
 def minimise(problem: Problem, l2: float, start: Tensor | None = None, tolerance: float = TOLERANCE) -> Tensor:
-    """The best weights (P, F K) at one penalty, to within this share of the loss. start: weights of another penalty."""
+    """The best weights (P, F K) at one penalty, to within this share of the loss.
+    start: weights of another penalty."""
     weights = problem.initial() if start is None else start
     moving = problem.open
     for _ in range(MAX_ROUNDS):

@@ -62,9 +62,10 @@ def fit(
 ) -> FitResult:
     """Fit the model that `config` describes to the train split of `table`.
 
-    With `worker.world_size` > 1, torch.distributed is initialised and every rank calls with the same config and table. The
-    same seed and number of workers give the same bits on a CPU. `report` gets each epoch's record, on every rank.
-    `knowledge` holds the models that `training.transfer` names. The table must have what the teachers among them read.
+    With `worker.world_size` > 1, torch.distributed is initialised and every rank calls with the same config and
+    table. The same seed and number of workers give the same bits on a CPU. `report` gets each epoch's record, on
+    every rank. `knowledge` holds the models that `training.transfer` names.
+    The table must have what the teachers among them read.
 
     Raises:
         ConfigError: the table lacks a modality or a task of the model; the loss is no number.
@@ -110,8 +111,8 @@ class Fitting:
         self.table, self.train_rows, self.val_rows = table, train_rows, usable_rows(table, "val")
         if self.training.patience and not len(self.val_rows):
             raise ConfigError(
-                f"training.patience: {self.training.patience} waits for a better score on val, and the model can read no val "
-                "row: set samples.split.val_frac above 0, or leave patience out"
+                f"training.patience: {self.training.patience} waits for a better score on val, and the model can "
+                "read no val row: set samples.split.val_frac above 0, or leave patience out"
             )
         self.batches = EpochBatches(
             table,
@@ -133,7 +134,8 @@ class Fitting:
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        """Made on first use: a stack of models has an optimiser of its own, and the first one of a process takes seconds."""
+        """Made on first use: a stack of models has an optimiser of its own,
+        and the first one of a process takes seconds."""
         return build_optimizer(self.learner, self.training.lr, self.training.weight_decay)
 
     @property

@@ -6,7 +6,8 @@ number is below its own rate.) So a member's result is that of `fit` with its co
 
 Axes: P members, N trained numbers of each, B rows of a batch, C classes of one task.
 
-Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/2102.02344); the layers are those of `models.layers`.
+Source: horizontally fused training, Wang et al. 2021 (https://arxiv.org/abs/2102.02344);
+the layers are those of `models.layers`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class ModelStack:
     config: Config
     run: Fitting  # rows, batches, and the initial weights of all members
     plain_criterion: Criterion  # with the config's label smoothing
-    layout: list[tuple[str, nn.Parameter]]  # the parameters in the order of the columns: matrices, which decay, come first
+    # the parameters in the order of the columns: matrices, which decay, come first
+    layout: list[tuple[str, nn.Parameter]]
     rate_keys: dict[str, str]  # buffer of the model -> of MEMBER_KEYS
     values: dict[str, Tensor]  # of MEMBER_KEYS -> (P,)
     weights: Tensor  # (P, N)
@@ -132,7 +134,8 @@ class ModelStack:
     def update(self, gradients: Sequence[Tensor], step: int, schedule: float | Tensor) -> None:
         """One step of AdamW with each member's own rate and decay; decays what `build_optimizer` decays.
 
-        gradients: (P, ..) of each parameter in the order of `layout`; schedule: factor of the rates, or one for each (P,).
+        gradients: (P, ..) of each parameter in the order of `layout`;
+        schedule: factor of the rates, or one for each (P,).
         """
         if self.weights.device.type != "cpu":
             return self.update_at_once(gradients, step, schedule)
@@ -140,7 +143,12 @@ class ModelStack:
         decays = self.values["training.weight_decay"].tolist()
         num_matrices = sum(p.ndim >= 2 for _, p in self.layout)
         count = torch.tensor(float(step + 1), device=self.weights.device)
-        flat = (self.views(self.weights).values(), gradients, self.views(self.mean).values(), self.views(self.square).values())
+        flat = (
+            self.views(self.weights).values(),
+            gradients,
+            self.views(self.mean).values(),
+            self.views(self.square).values(),
+        )
         columns = [[part.unbind() for part in parts] for parts in flat]  # each: by parameter, then by member
         alike = dict[tuple[float, float], list[int]]()  # members of one rate and decay go together
         for i, settings in enumerate(zip(rates, decays, strict=True)):
@@ -155,15 +163,17 @@ class ModelStack:
 
     @torch.no_grad()
     def update_at_once(self, gradients: Sequence[Tensor], step: int, schedule: float | Tensor) -> None:
-        """The same in a few operations over all members, for a GPU, where a small operation takes as long as a wide one. On a
-        CPU these would go through memory several times."""
+        """The same in a few operations over all members, for a GPU, where a small operation takes as long as a wide
+        one. On a CPU these would go through memory several times."""
         gradient = torch.cat([part.flatten(1) for part in gradients], dim=1)  # (P, N)
         rates = (self.values["training.lr"] * schedule)[:, None]
         num_decaying = sum(p.numel() for _, p in self.layout if p.ndim >= 2)
         self.weights[:, :num_decaying].mul_(1 - rates * self.values["training.weight_decay"][:, None])
         self.mean.lerp_(gradient, 1 - BETA1)
         self.square.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        change = gradient.copy_(self.square).div_(1 - BETA2 ** (step + 1)).sqrt_().add_(EPS).reciprocal_().mul_(self.mean)
+        change = (
+            gradient.copy_(self.square).div_(1 - BETA2 ** (step + 1)).sqrt_().add_(EPS).reciprocal_().mul_(self.mean)
+        )
         self.weights.sub_(change.mul_(rates / (1 - BETA1 ** (step + 1))))
 
     def alone(self, config: Config, weights: Tensor, member: int) -> MultimodalModel:

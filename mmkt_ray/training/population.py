@@ -51,7 +51,8 @@ class Population:
         device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
         score: Score | None = None,
     ) -> Population:
-        """members: overrides of some of MEMBER_KEYS each; what they leave out is the config's. score: None for the config's.
+        """members: overrides of some of MEMBER_KEYS each; what they leave out is the config's.
+        score: None for the config's.
 
         Raises: ConfigError, DataError as `fit`, and for what can't be stacked.
         """
@@ -68,7 +69,7 @@ class Population:
             tops=np.full(size, -np.inf),
         )
 
-    # --- training ----------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
     def train(self, until_epoch: int) -> None:
         """Train until so many epochs are done, validating after each. A diverged member's score becomes NaN."""
@@ -126,7 +127,7 @@ class Population:
         patience, best = self.stack.config.training.patience, int(self.best_epoch[member])
         return patience == 0 or best == 0 or self.epoch - best <= patience
 
-    # --- choosing ----------------------------------------------------------------------------------------------------
+    # --- choosing ---------------------------------------------------------------------------------------------------
 
     def select(self, members: Sequence[int]) -> Population:
         """These members alone, in this order."""
@@ -165,7 +166,8 @@ class Population:
 
 
 def check_stackable(config: Config, table: FeatureTable, members: Sequence[Mapping[str, Any]]) -> None:
-    """Raises: ConfigError for members that differ in other keys, sparse features, and training that acts on gradients."""
+    """Raises: ConfigError for members that differ in other keys, sparse features,
+    and training that acts on gradients."""
     if unknown := {key for member in members for key in member} - MEMBER_KEYS:
         raise ConfigError(
             f"candidates of one population can't differ in {sorted(unknown)}; they can in {sorted(MEMBER_KEYS)}"

@@ -71,7 +71,8 @@ def can_learn(config: Config, table: FeatureTable) -> bool:
 
 
 def build_model(config: Config, table: FeatureTable) -> MultimodalModel:
-    """An untrained model that knows the statistics of the train rows' features. Raises: DataError as `fit_generators`."""
+    """An untrained model that knows the statistics of the train rows' features.
+    Raises: DataError as `fit_generators`."""
     model = MultimodalModel(spec_of(config, table))
     for m, features in table.features.items():
         statistics = feature_statistics(features, table.present[m] & (table.split == "train"))

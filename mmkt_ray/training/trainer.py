@@ -1,7 +1,7 @@
 """Training as a job: a feature store in, a model folder out; on as many Ray Train workers as the config says.
 
-Called by steps.py with the store of features/extract.py; each worker runs training/loop.py; evaluation/evaluate.py scores the
-model folder.
+Called by steps.py with the store of features/extract.py; each worker runs training/loop.py; evaluation/evaluate.py
+scores the model folder.
 
 Every worker opens the store itself. Rank 0 writes the checkpoint and, at the end, the model folder. Beside this file,
 chosen_settings.py finds what the config leaves open, and composite.py has the parts trained that a model is made of.
@@ -54,10 +54,11 @@ def train(
     folder: str | None = None,
     run: Run = run_on_workers,
 ) -> Outcome:
-    """Fit `config`'s model to the store and publish it as `model_uri`; a model of the same fingerprint is left as it is.
+    """Fit `config`'s model to the store and publish it as `model_uri`;
+    a model of the same fingerprint is left as it is.
 
-    folder: of the run's models, such as experts and those that `training.transfer` names; None: the one that this model is in.
-    run: carries out a loop on workers. The same command resumes a killed run.
+    folder: of the run's models, such as experts and those that `training.transfer` names; None: the one that this
+    model is in. run: carries out a loop on workers. The same command resumes a killed run.
 
     Raises: DataError, ConfigError (see `fit`); ResourceError if the workers do not fit the cluster.
     """
@@ -114,11 +115,13 @@ class WorkerArgs:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the model learns from all rows, and models of the same settings that leave rows out are scored for it."""
+        """Whether the model learns from all rows, and models of the same settings that leave rows out are scored for
+        it."""
         return self.choice is not None and is_plain(self.config)
 
     def in_stack(self, table: FeatureTable) -> bool:
-        """Whether the model trains in one stack with those: with few rows all are done before a checkpoint would pay."""
+        """Whether the model trains in one stack with those: with few rows all are done before a checkpoint would
+        pay."""
         few = np.isin(table.split, ("train", "val")).sum() <= FEW_ROWS
         return self.holds_out and bool(few) and self.config.training.num_workers == 1
 
@@ -172,7 +175,11 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
         result = fit(config, whole, worker=worker, knowledge=knowledge, report=report, checkpoint=checkpoint)
     model, seconds = result.model, result.seconds
     if args.wide and rank == 0:
-        linear, known, judged = load_network(args.wide), load_heldout(args.wide), with_heldout(model, heldout, table).heldout
+        linear, known, judged = (
+            load_network(args.wide),
+            load_heldout(args.wide),
+            with_heldout(model, heldout, table).heldout,
+        )
         seconds += read_training(args.wide).seconds
         if known is not None and len(judged.rows):
             heldout, shares = widen(model, judged, linear, known, table)
@@ -201,8 +208,8 @@ def _train_on_worker(args: WorkerArgs, rank: int, world_size: int, device: torch
 
 
 def progress_log(what: str) -> Report:
-    """A report for `fit` that logs an epoch every few seconds, and the last one; the others too where all is shown (`--verbose`).
-    what: names the model."""
+    """A report for `fit` that logs an epoch every few seconds, and the last one; the others too where all is shown
+    (`--verbose`). what: names the model."""
     told_s = time.monotonic()
 
     def tell(epoch: Epoch, num_epochs: int) -> None:

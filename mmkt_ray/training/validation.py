@@ -35,9 +35,9 @@ def validate(
 ) -> ValScores:
     """Each rank reads its share of `rows`; all return the same scores.
 
-    `loss` is in nats, summed over tasks. `metrics` has what the kinds report, such as `accuracy`, by task, as evaluation defines
-    it, for the tasks with a label among the rows. `score` is the mean over these tasks of the kinds' `val_metric` (of the main
-    one if none is defined).
+    `loss` is in nats, summed over tasks. `metrics` has what the kinds report, such as `accuracy`, by task, as
+    evaluation defines it, for the tasks with a label among the rows. `score` is the mean over these tasks of the
+    kinds' `val_metric` (of the main one if none is defined).
 
     metric: one more, see `metric_scores`; the logits of all rows are then in memory.
     """

@@ -1,7 +1,7 @@
 """The models of a run: those of its variants, of their experts and of each modality alone, trained side by side.
 
-Called by steps.py; each model is trained by trainer.py. What several models need (settings that are chosen once, an expert of
-several variants) is a call of its own that they come after.
+Called by steps.py; each model is trained by trainer.py. What several models need (settings that are chosen once, an
+expert of several variants) is a call of its own that they come after.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 MODEL = "model "  # begins the names of calls whose values are asked for
 
 
-def train_variants(variants: Mapping[str, Config], stores: Mapping[str, Store], folder: str) -> Iterator[tuple[str, Outcome]]:
+def train_variants(
+    variants: Mapping[str, Config], stores: Mapping[str, Store], folder: str
+) -> Iterator[tuple[str, Outcome]]:
     """Variant and how it was trained, as each one ends; `folder/<variant>` holds the model.
 
     Variants that learn from another one of them, or on several workers each, follow one after the other.
@@ -54,7 +56,8 @@ def train_variants(variants: Mapping[str, Config], stores: Mapping[str, Store], 
 
 
 def train_singles(variants: dict[str, Config], store: Store, folder: str) -> dict[str, str]:
-    """Modality -> folder of a model of it alone, trained like the fused ones of these variants; experts that are such are used.
+    """Modality -> folder of a model of it alone, trained like the fused ones of these variants;
+    experts that are such are used.
 
     folder: where the models of the variants lie. See `single_configs` for what is left out.
     """
@@ -110,7 +113,8 @@ class _Calls:
         return name
 
     def _settings(self, config: Config, store: Store) -> str:
-        """The call that chooses the settings of this model and of others like it; empty if nothing is to be chosen."""
+        """The call that chooses the settings of this model and of others like it;
+        empty if nothing is to be chosen."""
         fused = config.with_overrides({"model.experts": False})
         if not fused.training.auto or is_linear(fused):
             return ""
@@ -133,7 +137,9 @@ class _Calls:
             return models[digest]
         done = done or find_model(config, store, self.folder) is not None
         before = [w for w in [self._wide(config, store, done)] if w]
-        return self._add(f"expert {digest}", Call(_train_expert, (config, store.uri, self.folder, digest), before), done)
+        return self._add(
+            f"expert {digest}", Call(_train_expert, (config, store.uri, self.folder, digest), before), done
+        )
 
 
 def _settle(config: Config, store_uri: str) -> None:

@@ -1,14 +1,15 @@
 """`model.wide`: a network and a linear model of the same features as one model.
 
-The linear model is solved to its optimum by itself (linear.py); the run's baselines are the same models. The logits are
+The linear model is solved to its optimum by itself (linear.py); the run's baselines are the same models.
+The logits are
     z = w z_n / T_n + (1 - w) z_l / T_l
-of the network's z_n and the linear model's z_l. On held-out rows T_n and T_l are the best temperatures, and the share w
-is that of the lowest log loss. The two err on different rows: few words decide a label by themselves, others do so
+of the network's z_n and the linear model's z_l. On held-out rows T_n and T_l are the best temperatures, and the share
+w is that of the lowest log loss. The two err on different rows: few words decide a label by themselves, others do so
 together.
 
 Sources: Cheng et al. 2016, Wide & Deep Learning, https://arxiv.org/abs/1606.07792 (which trains both as one network);
-Stone 1974 and Wolpert 1992, Stacked Generalization, https://doi.org/10.1016/S0893-6080(05)80023-1 (shares from held-out
-predictions).
+Stone 1974 and Wolpert 1992, Stacked Generalization, https://doi.org/10.1016/S0893-6080(05)80023-1 (shares from
+held-out predictions).
 
 Axes: H held-out rows, C classes of one task.
 """
@@ -33,8 +34,8 @@ SHARES = tuple(tenth / 10 for tenth in range(11))  # of the network, that are tr
 
 
 def is_wide(config: Config) -> bool:
-    """Whether the config's model gets a linear model beside its network: its settings are left to held-out rows, and it
-    does not learn from other class frequencies than the linear model would."""
+    """Whether the config's model gets a linear model beside its network: its settings are left to held-out rows, and
+    it does not learn from other class frequencies than the linear model would."""
     training = config.training
     adjusted = training.resample or training.logit_adjustment
     return config.model.wide and bool(training.auto) and not adjusted and not is_linear(config)
@@ -57,8 +58,8 @@ def linear_config(
 def widen(
     network: MultimodalModel, known: HeldOut, linear: MultimodalModel, known_linear: HeldOut, table: FeatureTable
 ) -> tuple[HeldOut, dict[str, float]]:
-    """Put the linear model into the network, unless it has no share of any task. known, known_linear: what each says of
-    held-out rows.
+    """Put the linear model into the network, unless it has no share of any task. known, known_linear: what each says
+    of held-out rows.
 
     Returns what the model says of the rows that both know, and the network's share of each task.
     """

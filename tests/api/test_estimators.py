@@ -58,8 +58,8 @@ def test_rows_that_lack_something(fitted: mm.MultimodalClassifier) -> None:
 
 
 def test_numbers_are_predicted_in_their_own_unit(ray_local: None) -> None:
-    """Catches answers on the transformed scale, the seven classes that seven different numbers would make, and a row without
-    anything that has no answer."""
+    """Catches answers on the transformed scale, the seven classes that seven different numbers would make, and a row
+    without anything that has no answer."""
     rows, new = (rows.assign(title=rows["title"].str.split(",").str[0]) for rows in (frame(90), frame(12, start=100)))
     prices = {"red": 1.0, "green": 10.0, "blue": 100.0}
     noise = np.random.default_rng(0).normal(0, 0.05, len(rows))

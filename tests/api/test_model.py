@@ -58,8 +58,8 @@ def test_every_kind_of_model_answers_as_its_parts_do(tmp_path: Path, kind: str) 
 
 
 def test_one_row_costs_a_pass_of_one_row(tmp_path: Path) -> None:
-    """Catches a network that works on a whole padded pass for a single row (1.8 s in place of 20 ms), or on single rows where
-    they are many; and answers that hang on it by more than 1e-6."""
+    """Catches a network that works on a whole padded pass for a single row (1.8 s in place of 20 ms), or on single
+    rows where they are many; and answers that hang on it by more than 1e-6."""
     write_folder(tmp_path / "model", make_config(tmp_path, **SEEDS["cnn"]), "cnn")
     model = load(str(tmp_path / "model"))
     network = model.encoder.encoders["image"]
@@ -74,8 +74,8 @@ def test_one_row_costs_a_pass_of_one_row(tmp_path: Path) -> None:
 
 
 def test_few_rows_are_answered_in_one_thread_while_that_is_quick(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a thread that is woken for each small operation (22 ms a row in place of 10), a large network that stays on one
-    core, and a caller whose threads are not given back."""
+    """Catches a thread that is woken for each small operation (22 ms a row in place of 10), a large network that
+    stays on one core, and a caller whose threads are not given back."""
     own, seen = torch.get_num_threads(), []
     torch.set_num_threads(3)
     monkeypatch.setattr(model.encoder, "_row_s", [])
@@ -143,7 +143,14 @@ def test_images_of_every_form_are_one_image(model: Model, tmp_path: Path, monkey
     assert np.abs(answers([IMAGES[2]]) - found[:1]).max() > 1e-3
     grey = pixels[:, :, 0]
     deep = grey.astype(np.uint16) * 257
-    greys = [grey, pixels[:, :, :1], Image.fromarray(grey), Image.fromarray(grey).convert("F"), deep, Image.fromarray(deep)]
+    greys = [
+        grey,
+        pixels[:, :, :1],
+        Image.fromarray(grey),
+        Image.fromarray(grey).convert("F"),
+        deep,
+        Image.fromarray(deep),
+    ]
     assert np.ptp(answers(greys), axis=0).max() < 1e-6
 
 
@@ -163,7 +170,9 @@ def test_a_hugging_face_struct_of_nothing_is_absent(model: Model) -> None:
     assert (found["missing"][0].tolist(), found["unreadable"].isna().all()) == (["image"], True)
 
 
-@pytest.mark.parametrize("text", [np.array(["a", "cat"]), pd.Series(["a"]), pd.DataFrame({"a": [1]}), {"a": 1}, frozenset("a")])
+@pytest.mark.parametrize(
+    "text", [np.array(["a", "cat"]), pd.Series(["a"]), pd.DataFrame({"a": [1]}), {"a": 1}, frozenset("a")]
+)
 def test_what_is_no_text_is_told_beside_its_row(model: Model, text: object) -> None:
     """Catches the printed form of an array or a Series taken for a text."""
     found = model.predict(pd.DataFrame({"image": [IMAGES[0]], "text": pd.Series([text], dtype=object)}))
@@ -195,7 +204,10 @@ def test_frames_keep_their_index_and_probabilities_their_classes(model: Model) -
         found = model.predict(frame, proba=True)
     assert found.index.tolist() == [7, 3, 9]
     columns = [f"thing_proba_{name}" for name in model.classes["thing"]]
-    assert found[columns].iloc[:2].idxmax(axis=1).str.removeprefix("thing_proba_").tolist() == found["thing_pred"].tolist()[:2]
+    assert (
+        found[columns].iloc[:2].idxmax(axis=1).str.removeprefix("thing_proba_").tolist()
+        == found["thing_pred"].tolist()[:2]
+    )
     assert found[columns].iloc[2].isna().all()
     tags = [f"tags_proba_{name}" for name in model.classes["tags"]]
     names = np.array(model.classes["tags"])
@@ -206,7 +218,8 @@ def test_frames_keep_their_index_and_probabilities_their_classes(model: Model) -
 
 
 def test_columns_are_found_by_name(model: Model) -> None:
-    """Catches a frame that is refused, or half of it ignored, as its columns are called as in training or otherwise."""
+    """Catches a frame that is refused, or half of it ignored,
+    as its columns are called as in training or otherwise."""
     row = {"photo": IMAGES[0], "caption": "a red car"}
     whole = model.predict_proba([{"image": IMAGES[0], "text": "a red car"}], "thing")
     found = model.predict_proba([row], "thing", columns={"image": "photo", "text": "caption"})
@@ -299,5 +312,7 @@ except AttributeError as error:
 @pytest.mark.slow
 def test_import_is_light_and_prediction_knows_no_ray(folder: Path) -> None:
     """Catches an import at the top that makes `import mmkt_ray` take seconds, or a service start a cluster."""
-    done = subprocess.run([sys.executable, "-c", LIGHT, str(folder)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, str(folder)], capture_output=True, text=True, check=False, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, "module 'mmkt_ray' has no attribute 'lode'\n"), done.stderr

@@ -2,8 +2,8 @@
 
     desk 10.213.7.1 -- bridge -- 10.213.7.11, .12, .13     the bridge is inside the desk's network: no way out of it
 
-A host is its first process, a shell that reads until its input ends. When the tests end, or are killed, that input ends,
-and the kernel takes every process, address and mount of the host away.
+A host is its first process, a shell that reads until its input ends. When the tests end, or are killed, that input
+ends, and the kernel takes every process, address and mount of the host away.
 """
 
 import os
@@ -31,8 +31,8 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OWN_FOLDERS = (Path("/tmp"), Path("/run"), Path("/dev/shm"), HOME)
 KEPT = (Path(sys.prefix), Path(sys.base_prefix), ROOT)
 ADDRESSES = {name: f"{NETWORK}.{n}" for name, n in (("desk", 1), ("host1", 11), ("host2", 12), ("host3", 13))}
-# Nobody else is asked for names: torch and Ray want that of every address, and would wait 10 s for no answer. As on Debian,
-# a host's own name stands for 127.0.1.1.
+# Nobody else is asked for names: torch and Ray want that of every address, and would wait 10 s for no answer. As on
+# Debian, a host's own name stands for 127.0.1.1.
 NAMES = "\n".join(
     ["127.0.0.1 localhost", f"127.0.1.1 {socket.gethostname()}"]
     + [f"{address} {name}" for name, address in ADDRESSES.items()]
@@ -55,7 +55,8 @@ class Host:
         return [*enter, "env", "--ignore-environment", f"--chdir={ROOT}", path, f"HOME={HOME}", "LANG=C.UTF-8", *words]
 
     def run(self, *words: str, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run it, with standard error in its output. Raises: AssertionError with that output if it fails and `check`."""
+        """Run it, with standard error in its output. Raises:
+        AssertionError with that output if it fails and `check`."""
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         done = subprocess.run(self.command(*words), text=True, errors="replace", timeout=timeout_s, **pipes)
         assert not (check and done.returncode), f"{shlex.join(words)}: exit status {done.returncode}\n{done.stdout}"
@@ -77,9 +78,11 @@ def what_is_missing() -> str | None:
 
 
 def become_host(storage: Path) -> str:
-    """The script of a host's first process: folders and names of its own, the shared storage, then wait for the end of the input.
+    """The script of a host's first process: folders and names of its own, the shared storage,
+    then wait for the end of the input.
 
-    bash, because as process number 1 it also buries the daemons that Ray leaves to it; `ray stop` waits for their end.
+    bash, because as process number 1 it also buries the daemons that Ray leaves to it;
+    `ray stop` waits for their end.
     """
     lines = ["set -e", f"mount --bind {shlex.quote(str(storage))} {STORAGE}", "mount -t tmpfs none /media"]
     for own in OWN_FOLDERS:

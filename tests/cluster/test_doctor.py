@@ -101,7 +101,8 @@ def test_a_column_that_is_always_null_is_pointed_out(make_config: MakeConfig, tm
 
 
 def test_rows_that_will_be_rejected_stop_no_run(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Catches a run that is refused for one damaged or empty file, which it would leave out; one that is not told of."""
+    """Catches a run that is refused for one damaged or empty file, which it would leave out;
+    one that is not told of."""
     shards = sorted((tmp_path / "data" / "shapes").iterdir())
     shards[0].write_bytes(b"PAR1 this is no parquet")
     write_shard(shards[1], 0, 0)
@@ -122,7 +123,8 @@ def test_rows_that_will_be_rejected_stop_no_run(make_config: MakeConfig, tmp_pat
 
 
 def test_rows_of_which_most_would_be_rejected_stop_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Catches encoders fitted for hours before a run finds split names that it does not know, or files that are not there."""
+    """Catches encoders fitted for hours before a run finds split names that it does not know,
+    or files that are not there."""
     for shard in (tmp_path / "data" / "shapes").iterdir():
         write_shard(shard, 0, 20, image=[b"x"] * 20)
     config = make_config(samples__sources__0__columns__split="colour", samples__sources__0__split=None)
@@ -142,8 +144,8 @@ def test_rows_of_which_most_would_be_rejected_stop_a_run(make_config: MakeConfig
 
 
 def test_rows_behind_the_first_ones_are_looked_at(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Catches split names that are unknown, or files that are gone, from row 65 on, or in the last of many shards: told after
-    hours of fitting."""
+    """Catches split names that are unknown, or files that are gone, from row 65 on, or in the last of many shards:
+    told after hours of fitting."""
     shards = sorted((tmp_path / "data" / "shapes").iterdir())
     for start, (shard, split) in enumerate(zip(shards, ("train", "test", "holdout"), strict=True)):
         write_shard(shard, 40 * start, 40)
@@ -164,7 +166,9 @@ def test_rows_behind_the_first_ones_are_looked_at(make_config: MakeConfig, tmp_p
     source |= {"columns": {"text": "caption", "image": "file", "colour": "colour"}}
     config = make_config(samples__sources=[source])
     (wrong,) = problems(quick_findings(config, run_folder(config)))
-    assert "files of image of all 130 rows looked at: 30 will be rejected or lack a modality: 30 x image: no file" in wrong
+    assert (
+        "files of image of all 130 rows looked at: 30 will be rejected or lack a modality: 30 x image: no file" in wrong
+    )
     for k in range(100, 125):
         (tmp_path / "data" / f"{k}.png").write_bytes(png("red", 0))
     (finding, *_) = quick_findings(config, run_folder(config))
@@ -220,8 +224,8 @@ def test_every_node_is_asked(make_config: MakeConfig) -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_node_that_differs_is_found(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Catches features that are written to a node's own disk, where no other node and no resumed run finds them; a node with
-    another version, whose features or gradients differ; and a run that starts all the same."""
+    """Catches features that are written to a node's own disk, where no other node and no resumed run finds them; a
+    node with another version, whose features or gradients differ; and a run that starts all the same."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a node with another disk takes a mount namespace, which takes root")
     path = tmp_path / "c.yaml"
@@ -259,7 +263,8 @@ def install_others(folder: Path) -> str:
 
 
 def mmkt(command: str, config: Path, address: str) -> subprocess.CompletedProcess[str]:
-    """The command on the cluster at that address, from a folder without code: workers get that of the driver's folder."""
+    """The command on the cluster at that address, from a folder without code:
+    workers get that of the driver's folder."""
     words = [sys.executable, "-m", "mmkt_ray.cli", command, str(config)]
     environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
     return subprocess.run(words, cwd=config.parent, env=environment, capture_output=True, text=True, timeout=240)

@@ -1,7 +1,7 @@
 """Processes killed and a disk filled, step by step: what is left equals what an undisturbed run leaves.
 
-The faults are those of jobs/benchmark_faults.py; those of a whole run are in test_lost_nodes.py, the driver's own death in an
-extraction in tests/features/test_extract.py.
+The faults are those of jobs/benchmark_faults.py; those of a whole run are in test_lost_nodes.py, the driver's own
+death in an extraction in tests/features/test_extract.py.
 """
 
 import threading
@@ -72,7 +72,8 @@ def reference(ray_local: None, config: Config) -> Store:
 
 
 def kill_when(meanwhile: Callable[[], object], role: str, ready: Callable[[], object] = lambda: True) -> None:
-    """SIGKILL to the first process below this one that is in this role once it is `ready`, while something else goes on here."""
+    """SIGKILL to the first process below this one that is in this role once it is `ready`,
+    while something else goes on here."""
     killed = threading.Event()
 
     def look() -> None:
@@ -89,8 +90,8 @@ def kill_when(meanwhile: Callable[[], object], role: str, ready: Callable[[], ob
 
 
 def test_a_killed_training_worker(reference: Store, config: Config, tmp_path: Path) -> None:
-    """Catches a worker whose death ends the job or hangs its fellows, and a model that then differs. The worker is killed
-    after the first checkpoint, and those come often."""
+    """Catches a worker whose death ends the job or hangs its fellows, and a model that then differs. The worker is
+    killed after the first checkpoint, and those come often."""
     config = config.with_overrides({"training.epochs": 300})
 
     def train_on_worker(*told: Any) -> Any:  # pickled whole
@@ -129,8 +130,8 @@ def searched(config: Config, store: Store, folder: Path) -> pd.DataFrame:
 
 
 def test_killed_trials_and_a_killed_search(reference: Store, config: Config, tmp_path: Path) -> None:
-    """Catches candidates that are lost with the process that tried them, tried under another name, or given up half-way;
-    a search that, killed and started again, finds another leaderboard."""
+    """Catches candidates that are lost with the process that tried them, tried under another name, or given up
+    half-way; a search that, killed and started again, finds another leaderboard."""
     undisturbed = searched(config, reference, tmp_path / "a")
     assert len(undisturbed) == 20 + 4 * 3  # candidates, and beside them those of each reference
     found: list[pd.DataFrame] = []
@@ -170,7 +171,8 @@ def same_features(config: Config, run: Path) -> bool:
 
 
 def test_a_killed_raylet(reference: Store, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches rows lost, doubled or changed when a node dies with its actors and blocks, and a job that ends with it."""
+    """Catches rows lost, doubled or changed when a node dies with its actors and blocks,
+    and a job that ends with it."""
     for name, value in IMPATIENT.items():
         monkeypatch.setenv(name, value)
     path, folder = tmp_path / "config.yaml", tmp_path / "runs" / "chaos" / "features"

@@ -35,7 +35,9 @@ sys.exit(3)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], list[str], dict[str, str]]]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[bytes], list[str], dict[str, str]]]:
     """A server without Ray, the command that stands for a worker and its environment."""
     folder = tmp_path_factory.mktemp("server")
     script, variables = fork_server.fork_server(str(folder), modules=["numpy"])
@@ -47,8 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
 
 @pytest.mark.slow
 def test_a_worker_ends_without_last_words_of_its_libraries(server: tuple, tmp_path: Path) -> None:
-    """Catches a worker whose libraries, as the interpreter is taken down, tell the terminal what they still hold (nanobind's
-    "leaked" lines, a dozen for each encoder); and one that ends before what was registered for its end."""
+    """Catches a worker whose libraries, as the interpreter is taken down, tell the terminal what they still hold
+    (nanobind's "leaked" lines, a dozen for each encoder); and one that ends before what was registered for its
+    end."""
     _, command, environment = server
     script = tmp_path / "ends.py"
     script.write_text(ENDS)
@@ -58,13 +61,19 @@ def test_a_worker_ends_without_last_words_of_its_libraries(server: tuple, tmp_pa
 
 @pytest.mark.slow
 def test_a_fork_is_what_ray_asked_for(server: tuple, tmp_path: Path) -> None:
-    """Catches a worker with the arguments, folder, variables or output of another process, one that Ray ends with all others as
-    it ends its group, one with everybody's random numbers; and a server that outlives its driver."""
+    """Catches a worker with the arguments, folder, variables or output of another process, one that Ray ends with all
+    others as it ends its group, one with everybody's random numbers; and a server that outlives its driver."""
     process, command, environment = server
     script = tmp_path / "look.py"
     script.write_text(LOOK)
     context = {"command_prefix": [], "py_executable": sys.executable, "env_vars": {"OF_WORKER": "of ${OTHER}"}}
-    given = [str(script), "--first=1", f"{forked_worker.CONTEXT}{json.dumps(context)}", f"{forked_worker.LANGUAGE}PYTHON", "last"]
+    given = [
+        str(script),
+        "--first=1",
+        f"{forked_worker.CONTEXT}{json.dumps(context)}",
+        f"{forked_worker.LANGUAGE}PYTHON",
+        "last",
+    ]
     environment = environment | {"OTHER": "its own"}
     runs = [
         subprocess.run([*command, *given], env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=True)
@@ -110,7 +119,8 @@ def test_what_cannot_be_a_fork(arguments: list[str], fork: bool) -> None:
 
 @pytest.mark.usefixtures("ray_local")
 def test_ray_takes_forks() -> None:
-    """Catches a Ray that starts workers otherwise, so that they are slow again and nobody sees it; and modules that are gone."""
+    """Catches a Ray that starts workers otherwise, so that they are slow again and nobody sees it;
+    and modules that are gone."""
     import ray
 
     def look() -> tuple[list[str], set[str], int]:
@@ -135,14 +145,15 @@ def test_no_server_starts_ahead_where_a_ray_is_already(monkeypatch: pytest.Monke
 
 IDS = """
 import mmkt_ray.cluster.fork_server as server
-server.serve_forks = lambda *_: print(server.forks_differ(), server.random_id() and server.forks_differ(), server.gc.freeze())
+server.serve_forks = lambda *_: print(server.forks_differ(), server.random_id() and server.forks_differ())
+server.gc.freeze()
 """
 
 
 @pytest.mark.cluster
 def test_each_fork_draws_ids_of_its_own() -> None:
-    """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the other's; and a
-    worker whose end reports hundreds of leaks in the user's terminal."""
+    """Catches two workers whose objects have the same id: a crash of Ray at best, else one's data in place of the
+    other's; and a worker whose end reports hundreds of leaks in the user's terminal."""
     told = json.dumps({"path": sys.path, "modules": [*PRELOADED, *TRAINING], "listener": 0})
     code = fork_server.START.replace("sys.modules[", f"exec({IDS!r})\nsys.modules[")
     done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, timeout=120)
@@ -153,8 +164,8 @@ def test_each_fork_draws_ids_of_its_own() -> None:
 @pytest.mark.cluster
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
 def test_a_server_that_starts_ahead_is_that_of_the_ray_or_ends_unused() -> None:
-    """Catches a second server with its imports for the Ray that starts then, and a folder or a process that a command leaves
-    which needed no Ray."""
+    """Catches a second server with its imports for the Ray that starts then, and a folder or a process that a command
+    leaves which needed no Ray."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as paths of sockets must be
     code = """
 import os, ray
@@ -179,6 +190,8 @@ local.start_ahead()  # the process's end removes this one
     assert not list(folder.iterdir())
     attached = {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": "127.0.0.1:6379"}
     code = f"import os; from mmkt_ray.cluster import local; local.start_ahead(); print(os.listdir({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | attached, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "[]\n", done.stderr
     folder.rmdir()

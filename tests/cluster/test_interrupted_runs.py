@@ -1,4 +1,5 @@
-"""Signals to whole runs: the command ends with their status, and its Ray, its folders and its processes end with it."""
+"""Signals to whole runs: the command ends with their status, and its Ray,
+its folders and its processes end with it."""
 
 import os
 import shutil
@@ -64,12 +65,16 @@ def killed(process: subprocess.Popen[str]) -> Iterator[None]:
 def test_a_signal_with_several_workers(
     project: Path, temporary: Path, config: str, command: str, sign: str, signum: signal.Signals, status: int
 ) -> None:
-    """Catches Ctrl-C that Ray Train swallows during and after training, a third one that ends an unfinished run with status 0,
-    SIGTERM told as 15 or 1, and processes, folders or secrets that stay; and until then words of Ray's own that tell nothing."""
+    """Catches Ctrl-C that Ray Train swallows during and after training, a third one that ends an unfinished run with
+    status 0, SIGTERM told as 15 or 1, and processes, folders or secrets that stay;
+    and until then words of Ray's own that tell nothing."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "RAY_TMPDIR": str(temporary)}
     words = [sys.executable, "-m", "mmkt_ray.cli", command, str(project / f"{config}.yaml")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(words, env=environment, text=True, start_new_session=True, **pipes) as process, killed(process):
+    with (
+        subprocess.Popen(words, env=environment, text=True, start_new_session=True, **pipes) as process,
+        killed(process),
+    ):
         said = []
         for line in process.stdout:
             said.append(line)

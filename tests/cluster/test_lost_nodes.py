@@ -43,8 +43,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
 
 @pytest.mark.parametrize("name", ["head", "store full", "node cut off"])
 def test_the_costlier_faults(whole_run: tuple, tmp_path: Path, name: str) -> None:
-    """Catches a run that, after its head was lost, its object store full or a node cut off from the others, leaves something
-    else than without that, or does not end."""
+    """Catches a run that, after its head was lost, its object store full or a node cut off from the others, leaves
+    something else than without that, or does not end."""
     if reason := impossible(name):
         pytest.skip(reason)
     config, undisturbed = whole_run

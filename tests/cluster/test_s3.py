@@ -1,4 +1,5 @@
-"""Runs on an S3 server: sources, features, models and search results, through throttling, errors and cut connections."""
+"""Runs on an S3 server: sources, features, models and search results, through throttling,
+errors and cut connections."""
 
 import csv
 import io
@@ -108,7 +109,8 @@ def s3(server: Server) -> Server:
 
 @pytest.mark.parametrize("share", [0.0, SHARE])
 def test_files_of_a_run(s3: Server, share: float) -> None:
-    """Catches functions that know local paths only, give up at the first error, or take a cut reply for the whole file."""
+    """Catches functions that know local paths only, give up at the first error,
+    or take a cut reply for the whole file."""
     s3.faults(share=share, seed=1)
     root, table = f"{BUCKET}/files-{share}", pa.table({"x": list(range(1000)), "y": ["a", "b"] * 500})
     big = np.random.default_rng(0).bytes(11_000_000)  # more than one part of a multipart upload
@@ -151,7 +153,8 @@ def test_a_small_file_is_one_put(s3: Server) -> None:
 
 
 def test_small_reads_and_long_lives(s3: Server) -> None:
-    """Catches two limits of the SDK: no retry of a read that is shorter than the error's text, 100 retries in a client's life."""
+    """Catches two limits of the SDK: no retry of a read that is shorter than the error's text,
+    100 retries in a client's life."""
     storage.write_bytes(f"{BUCKET}/small", b"small")
     s3.faults(share=0.3, seed=6)
     for _ in range(130):
@@ -161,7 +164,8 @@ def test_small_reads_and_long_lives(s3: Server) -> None:
 
 
 def test_a_writer_that_breaks_off_publishes_nothing(s3: Server) -> None:
-    """Catches half a table under the final name: pyarrow closes its streams on errors, and S3 publishes what is closed."""
+    """Catches half a table under the final name: pyarrow closes its streams on errors,
+    and S3 publishes what is closed."""
     uri, table = f"{BUCKET}/half/t.parquet", pa.table({"x": [1]})
     storage.write_table(uri, table)
 
@@ -260,7 +264,9 @@ def read_rows(root: str) -> pa.Table:
             "tasks": {"colour": {}},
         }
     )
-    chunks = [chunk for shard in list_shards(ReadingPlan.of(config)) for chunk in read_chunks(ReadingPlan.of(config), shard)]
+    chunks = [
+        chunk for shard in list_shards(ReadingPlan.of(config)) for chunk in read_chunks(ReadingPlan.of(config), shard)
+    ]
     assert not [reject for chunk in chunks for reject in chunk.rejects]
     return pa.concat_tables([chunk.table for chunk in chunks])
 
@@ -444,7 +450,8 @@ def test_search_there_and_again(s3: Server, mmkt: Command, raw: Path, disturbed:
 
 @pytest.mark.cluster
 def test_a_reader_never_sees_half_a_store(s3: Server, mmkt: Command, raw: Path, undisturbed: str) -> None:
-    """Catches a store that opens before all its parts are there, and parts that are computed twice or differ afterwards."""
+    """Catches a store that opens before all its parts are there,
+    and parts that are computed twice or differ afterwards."""
     config, run_uri = write_config(raw, BUCKET, "killed"), f"{BUCKET}/runs/killed"
     s3.faults(deny_put="/data/", deny_after=3)
     mmkt("extract", config, fails=True)

@@ -1,4 +1,5 @@
-"""Calls that run at once: what comes back, in what order they begin, and what a user's error or a dead worker does."""
+"""Calls that run at once: what comes back, in what order they begin,
+and what a user's error or a dead worker does."""
 
 import logging
 import os
@@ -42,8 +43,8 @@ def die_once(path: str) -> str:
 
 
 def test_values_threads_and_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Values under other names, fits that fight for the same cores, lines that end in a worker's file, read-only arrays; and
-    `--quiet`, of which calls knew nothing."""
+    """Values under other names, fits that fight for the same cores, lines that end in a worker's file, read-only
+    arrays; and `--quiet`, of which calls knew nothing."""
     monkeypatch.setattr(module, "cores", lambda: 4)
     with caplog.at_level(logging.INFO):
         found = side_by_side({name: Call(about, (i,)) for i, name in enumerate("ab")})
@@ -117,8 +118,8 @@ def busy(path: str) -> int:
 
 
 def test_no_more_at_once_than_memory_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Catches a machine of many cores that holds a table of features for each of them, and a call too large for any node that
-    waits for ever."""
+    """Catches a machine of many cores that holds a table of features for each of them, and a call too large for any
+    node that waits for ever."""
     monkeypatch.setattr(module, "cores", lambda: 4)
     calls = {name: Call(busy, (str(tmp_path),)) for name in "abc"}
     assert {value for _, value in SideBySide(calls, num_bytes=1 << 60)} == {1}

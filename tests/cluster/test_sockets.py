@@ -113,7 +113,8 @@ def test_no_log_of_ray_has_a_secret(driver: dict[str, Any], home: Path) -> None:
 
 @pytest.mark.usefixtures("ray_local")
 def test_training_workers_listen_on_the_loopback() -> None:
-    """Catches torch's meeting point on all interfaces, and gloo on the address of the machine's name: neither has a token."""
+    """Catches torch's meeting point on all interfaces, and gloo on the address of the machine's name:
+    neither has a token."""
 
     def look(job: None, rank: int, world_size: int, device: Any) -> list[tuple[int, list[str]]]:
         import ray  # noqa: F401  (it ships psutil)
@@ -136,8 +137,8 @@ def test_training_workers_listen_on_the_loopback() -> None:
 
 
 def test_replicas_of_a_served_model_listen_here_alone(tmp_path: Path) -> None:
-    """Catches the gRPC server of a replica, which unpickles what anybody sends, on all interfaces; a server that does not
-    answer or does not end; and lines of Ray Serve between ours."""
+    """Catches the gRPC server of a replica, which unpickles what anybody sends, on all interfaces; a server that does
+    not answer or does not end; and lines of Ray Serve between ours."""
     write_folder(tmp_path / "model", make_config(tmp_path), "experts")
     command = [sys.executable, "-m", "mmkt_ray", "serve", str(tmp_path / "model"), "--ray", "--port", "0"]
     with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:

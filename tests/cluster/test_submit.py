@@ -25,7 +25,8 @@ from tests.heads import free_port, head, wait_until
 
 ROOT = Path(__file__).parents[2]
 
-# what jobs/*.py is here: it tells what came with it, waits for a file where it is told to, ends with the config's seed
+# what jobs/*.py is here: it tells what came with it, waits for a file where it is told to,
+# ends with the config's seed
 SCRIPT = """\
 import os, pathlib, sys, time
 print("came along:", sorted(os.listdir()), flush=True)
@@ -73,8 +74,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.mark.cluster
 def test_a_job_on_a_cluster_with_tokens(project: Path, tmp_path: Path) -> None:
-    """Catches a token that is not sent, a folder that travels whole, an exit code that becomes 0 or 1, a job that is started
-    twice under one id, and a stranger's job that is taken for ours."""
+    """Catches a token that is not sent, a folder that travels whole, an exit code that becomes 0 or 1, a job that is
+    started twice under one id, and a stranger's job that is taken for ours."""
     token = tmp_path / "token"
     token.write_text("a" * 64)
     ours = {"RAY_AUTH_TOKEN_PATH": str(token)}
@@ -107,8 +108,8 @@ def test_a_job_on_a_cluster_with_tokens(project: Path, tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_job_on_a_cluster_without_tokens(project: Path, tmp_path: Path) -> None:
-    """Catches a client that insists on a token, a lost connection that ends the following or doubles the log, a job that was
-    stopped and is told as done."""
+    """Catches a client that insists on a token, a lost connection that ends the following or doubles the log, a job
+    that was stopped and is told as done."""
     wait = tmp_path / "runs" / "wait"
     wait.touch()
     with head(RAY_AUTH_MODE="disabled") as cluster, wire(cluster.jobs) as (address, cut):
@@ -180,7 +181,8 @@ def is_running(address: str, name: str) -> bool:
 def test_what_cannot_work_there_is_refused_here(
     project: Path, overrides: list[str], command: str, complaint: str
 ) -> None:
-    """Catches results written into the job's copy of the folder, which is removed, and mistakes told after the upload."""
+    """Catches results written into the job's copy of the folder, which is removed,
+    and mistakes told after the upload."""
     with pytest.raises(ConfigError, match=complaint):
         prepare("c.yaml", overrides, command, project)
 
@@ -193,7 +195,8 @@ def test_config_outside_of_the_folder_is_refused(project: Path) -> None:
 
 
 def test_data_inside_the_folder_stays(project: Path) -> None:
-    """Catches a data set of 100 GB that is uploaded because its folder is not called data; quoting that a shell undoes."""
+    """Catches a data set of 100 GB that is uploaded because its folder is not called data;
+    quoting that a shell undoes."""
     overrides = [f"data_root={project}/corpus", "name=a"]
     assert dict(map(parse_override, overrides))["data_root"] == f"{project}/corpus"
     job = prepare("c.yaml", overrides, "run", project)
@@ -243,7 +246,8 @@ class Forgetful(BaseHTTPRequestHandler):
 
 
 def test_a_connection_that_breaks_off_at_the_submission(project: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Catches a job that may be there, under an id that nobody was told: the same command again would be a second job."""
+    """Catches a job that may be there, under an id that nobody was told:
+    the same command again would be a second job."""
     monkeypatch.chdir(project)
     with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -122,7 +122,8 @@ def test_a_misspelt_key_of_the_rayjob_is_found(rayjob, path, misspelt):
 
 
 def test_the_rayjob_runs_what_is_locked_with_a_head_that_takes_no_work(rayjob):
-    """Catches a Ray version that the image won't have, a head that works, and an entry point that `mmkt` would refuse."""
+    """Catches a Ray version that the image won't have, a head that works,
+    and an entry point that `mmkt` would refuse."""
     cluster = rayjob["spec"]["rayClusterSpec"]
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "requirements.lock").read_text().split()
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -179,7 +180,8 @@ def test_an_option_that_ray_does_not_take_is_found(slurm, right, wrong):
 
 
 def test_slurm_reads_every_line_for_it(slurm):
-    """Catches an #SBATCH line behind the first command, which sbatch ignores without a word; and two Rays on one node."""
+    """Catches an #SBATCH line behind the first command, which sbatch ignores without a word;
+    and two Rays on one node."""
     lines = slurm.splitlines()
     first_command = next(k for k, line in enumerate(lines) if line and not line.startswith("#"))
     asked = [k for k, line in enumerate(lines) if line.startswith("#SBATCH")]

@@ -1,4 +1,5 @@
-"""A cluster of three hosts reached by ssh alone: `ray up` on the on-premise file, jobs with logs and exit status, `ray down`."""
+"""A cluster of three hosts reached by ssh alone: `ray up` on the on-premise file, jobs with logs and exit status,
+`ray down`."""
 
 import json
 import os
@@ -21,9 +22,10 @@ import psutil  # isort: skip  (Ray ships it)
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 JOBS_ADDRESS = "http://127.0.0.1:8265"
-# What a login finds after the environment steps, which alone of the file would need other networks. Raylets wait for their
-# agents longer than 30 s, because the machine is busy with all the others, and for a lost head 20 s instead of 60. Workers take
-# turns with what runs beside them: at Ray's niceness of 15 they wait for it to end.
+# What a login finds after the environment steps, which alone of the file would need other networks.
+# Raylets wait for their
+# agents longer than 30 s, because the machine is busy with all the others, and for a lost head 20 s instead of 60.
+# Workers take turns with what runs beside them: at Ray's niceness of 15 they wait for it to end.
 RAY_SETTINGS = "RAY_agent_register_timeout_ms=120000 RAY_gcs_rpc_server_reconnect_timeout_s=20 RAY_worker_niceness=0"
 VARIABLES = f'PATH="{sys.prefix}/bin:$PATH" OMP_NUM_THREADS=1 {RAY_SETTINGS}'
 ENVIRONMENT = f"echo 'export {VARIABLES}' >> ~/.bashrc"
@@ -51,9 +53,11 @@ def cluster_file(storage: Path, hosts: list[Host]) -> str:
 
 
 def job_config(storage: Path) -> str:
-    """Drawn shapes and a small model, where all hosts see them: three training workers, of which a host has room for two.
+    """Drawn shapes and a small model, where all hosts see them:
+    three training workers, of which a host has room for two.
 
-    n-grams, because single words take code that each process of a job compiles first; and no studies: they need no host.
+    n-grams, because single words take code that each process of a job compiles first;
+    and no studies: they need no host.
     """
     for k in range(3):
         write_shard(storage / "data" / "shapes" / f"{k}.parquet", 40 * k, 40)
@@ -128,8 +132,8 @@ def submit(desk: Host, *entrypoint: str) -> "subprocess.CompletedProcess[str]":
 
 def test_jobs_on_three_hosts_from_up_to_down(cluster, storage):
     """Catches an on-premise file whose workers do not join, a job that leaves its cluster or whose status is lost,
-    training workers that do not find each other from host to host, and a `ray down` that leaves nodes running or ends the
-    Ray of others."""
+    training workers that do not find each other from host to host, and a `ray down` that leaves nodes running or ends
+    the Ray of others."""
     desk, hosts, file = cluster
     config = job_config(storage)
 

@@ -80,7 +80,8 @@ def separation(encoder: Any) -> float:
 
 @pytest.mark.parametrize("how", ["lora", "last_layers", "full"])
 def test_what_is_kept_makes_the_features_that_were_trained(how: str, folder: Path, tmp_path: Path):
-    """Catches changes that are lost or applied twice on the way to disk, weights that `how` leaves alone and that change."""
+    """Catches changes that are lost or applied twice on the way to disk,
+    weights that `how` leaves alone and that change."""
     config = section(folder, how=how, num_layers=1, rank=2)
     encoder = build_encoder(config)
     assert fit_of(encoder) == "training"
@@ -110,7 +111,8 @@ def test_what_is_kept_makes_the_features_that_were_trained(how: str, folder: Pat
 
 
 def test_an_adapted_encoder_tells_classes_apart_that_the_frozen_one_mixes(folder: Path):
-    """Catches training that does not reach the features: a head alone, a learning rate of zero, labels out of order."""
+    """Catches training that does not reach the features: a head alone, a learning rate of zero,
+    labels out of order."""
     config = section(folder, how="full", epochs=30)
     frozen, encoder = build_encoder(section(folder).model_copy(update={"adapt": None})), build_encoder(config)
     values, labels, _ = data(encoder)
@@ -139,7 +141,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(folder: Path):
 
 
 def test_no_train_value_is_encoded_by_a_network_that_learnt_it(folder: Path, tmp_path: Path):
-    """Catches features of train rows that look better than those of new ones, folds that are mixed up, a kill between them."""
+    """Catches features of train rows that look better than those of new ones, folds that are mixed up,
+    a kill between them."""
     config = section(folder, how="last_layers", num_layers=1, folds=3, epochs=2)
     states: list[dict[str, Any]] = []
     tensors = train(config, on_epoch=lambda _, __, state_fn: states.append(state_fn()))
@@ -195,7 +198,8 @@ def test_the_head_begins_as_the_linear_model_of_the_frozen_features(folder: Path
 
     features = encoder.encode(texts(160, 0)[0])
     x = (features - features.mean(0)) / features.std(0)
-    strength = 1 / (adapt_training.HEAD_DECAY * len(labels))  # of one row of weights; ours are two halves, of opposite sign
+    # of one row of weights; ours are two halves, of opposite sign
+    strength = 1 / (adapt_training.HEAD_DECAY * len(labels))
     reference = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(x, labels).predict_proba(x)
     with torch.no_grad():
         found = net(torch.from_numpy(values)).softmax(1).numpy()
@@ -215,7 +219,9 @@ def test_every_kind_of_network_can_be_adapted(make: Any, network: str, kind: str
     """Catches a tower through which no gradient goes, and a prepared value of another shape or type than is said."""
     folder = make(tmp_path / "network", network)
     adapt = {"task": "label", "how": "last_layers", "num_layers": 1, "epochs": 1, "batch_size": 4}
-    modality = ModalityConfig(kind=kind, encoder={"name": "huggingface", "folder": str(folder), "seconds": 0.2, "adapt": adapt})
+    modality = ModalityConfig(
+        kind=kind, encoder={"name": "huggingface", "folder": str(folder), "seconds": 0.2, "adapt": adapt}
+    )
     encoder: Any = build_encoder(modality.encoder)
     rng = np.random.default_rng(0)
     shape, dtype = encoder.prepared_shape, encoder.prepared_dtype
@@ -234,7 +240,8 @@ def test_every_kind_of_network_can_be_adapted(make: Any, network: str, kind: str
 
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):
-    """Catches LoRA that changes nothing, as a network has no linear layers, and a state of another rank that is taken."""
+    """Catches LoRA that changes nothing, as a network has no linear layers,
+    and a state of another rank that is taken."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1))
     with pytest.raises(ConfigError, match="this network has none: use last_layers or full"):
         adapted_weights.make_trainable(net, section(folder).adapt, 0)
@@ -246,14 +253,17 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):
 
 
 def test_images_are_augmented_in_training_alone(tmp_path: Path) -> None:
-    """Else a few hundred pictures are learnt by heart, or the loss on val that stops training is one of changed pictures."""
+    """Else a few hundred pictures are learnt by heart, or the loss on val that stops training is one of changed
+    pictures."""
     folder = image_folder(tmp_path, "ViT")
     options = {"task": "label", "epochs": 2, "batch_size": 8, "folds": 1}
     images = np.random.default_rng(0).integers(0, 256, (24, 3, 24, 24), dtype=np.uint8)
     held_out, seen = np.arange(24) % 3 == 0, {}
     for names in ([], ["flip"], ["crop"]):
         adapt = options | {"augment": names}
-        section = ModalityConfig(kind="image", encoder={"name": "huggingface", "folder": str(folder), "adapt": adapt}).encoder
+        section = ModalityConfig(
+            kind="image", encoder={"name": "huggingface", "folder": str(folder), "adapt": adapt}
+        ).encoder
         encoder: Any = build_encoder(section)
         batches: list[tuple[bool, np.ndarray]] = []
         forward = encoder.forward_features

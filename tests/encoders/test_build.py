@@ -94,7 +94,8 @@ def test_a_reducer_is_checked_before_it_is_used(tmp_path, name):
 
 @pytest.mark.timeout(30)
 def test_a_network_takes_no_more_memory_than_its_state(tmp_path):
-    """A width of 10^6 in a card of a few bytes: 10^14 bytes for the network before it is compared with its weights."""
+    """A width of 10^6 in a card of a few bytes: 10^14 bytes for the network before it is compared with its
+    weights."""
     section = CnnImageEncoder.Section(pretrain="colour", image_size=16, width=8)
     encoder = build_encoder(section)
     encoder.adopt(SmallCNN(num_classes=2, image_size=16, width=8), ["a", "b"])

@@ -28,8 +28,8 @@ def forward(function: Callable[[torch.Tensor], torch.Tensor] = sums, size: int =
 
 @pytest.mark.parametrize("num", [1, 3, 4, 5, 8, 9])
 def test_features_are_those_of_each_value(num: int) -> None:
-    """Catches a last pass that is lost or padded into the result, passes in the wrong order, and a buffer that is filled
-    again before its pass has run."""
+    """Catches a last pass that is lost or padded into the result, passes in the wrong order, and a buffer that is
+    filled again before its pass has run."""
     expected = chunk(num).sum(axis=(2, 3), dtype=np.float32)
     apply = forward()
     for values in (chunk(num), list(chunk(num)), chunk(num)[::-1][::-1]):
@@ -39,8 +39,8 @@ def test_features_are_those_of_each_value(num: int) -> None:
 
 
 def test_every_pass_has_one_shape() -> None:
-    """Catches a pass of another shape, which would give other bits, and no CUDA graph; and what an earlier chunk left in the
-    padding."""
+    """Catches a pass of another shape, which would give other bits, and no CUDA graph; and what an earlier chunk left
+    in the padding."""
     seen = []
 
     def watch(x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,8 @@ def test_features_outlive_the_next_chunk() -> None:
 
 
 def test_normalising_on_the_device_is_exact_and_channels_last() -> None:
-    """Catches normalisation in bfloat16, channels that are mixed up, and a layout that every convolution would change again."""
+    """Catches normalisation in bfloat16, channels that are mixed up,
+    and a layout that every convolution would change again."""
     mean, std = (120.5, 110.0, 100.25), (58.0, 57.0, 55.5)
     with autocast(CPU, "bf16"):
         x = normalised(torch.from_numpy(chunk(2)), mean, std)

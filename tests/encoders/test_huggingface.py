@@ -1,4 +1,5 @@
-"""Networks from Hugging Face folders against what transformers and sentence-transformers themselves make of the same input."""
+"""Networks from Hugging Face folders against what transformers and sentence-transformers themselves make of the same
+input."""
 
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ pytest.importorskip("transformers", reason="the extra `pretrained` is not instal
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
+AS_TENSORS = {"return_tensors": "pt", "input_data_format": "channels_last"}
 TEXTS = ["a cat sits on the mat", "the kitten is sitting on a rug", "cat", "interest rates fell again " * 20, ""]
 
 
@@ -36,7 +38,10 @@ def pictures() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
     sizes = [(40, 40), (30, 55), (90, 33), (24, 24)]
-    return [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p, size in zip(small, sizes, strict=True)]
+    return [
+        np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC))
+        for p, size in zip(small, sizes, strict=True)
+    ]
 
 
 def unit(x: torch.Tensor) -> np.ndarray:
@@ -55,7 +60,8 @@ def unit(x: torch.Tensor) -> np.ndarray:
 def test_texts_are_pooled_as_sentence_transformers_does(
     network: str, modes: list[str], dense: bool, unit_length: bool, tmp_path: Path
 ):
-    """Catches another pooling than the folder's, a dense layer that is left out, features that are or are not normalised."""
+    """Catches another pooling than the folder's, a dense layer that is left out,
+    features that are or are not normalised."""
     library = pytest.importorskip("sentence_transformers")
     from sentence_transformers import models
 
@@ -74,7 +80,8 @@ def test_texts_are_pooled_as_sentence_transformers_does(
 
 
 def test_a_prefix_stands_before_every_text(tmp_path: Path):
-    """Catches E5 features made without the words that it was trained with, and a folder's own prompt that is not used."""
+    """Catches E5 features made without the words that it was trained with,
+    and a folder's own prompt that is not used."""
     folder = text_folder(tmp_path / "e5")
     given = encoder_of(folder, "text", max_tokens=32, prefix="query : ").encode(TEXTS)
     by_hand = encoder_of(folder, "text", max_tokens=32).encode(["query : " + text for text in TEXTS])
@@ -119,11 +126,13 @@ def test_images_are_what_the_folders_processor_and_network_make(network: str, di
     """Catches another size, crop, mean or std than the folder's, and features that are not the pooled ones."""
     folder = image_folder(tmp_path / "network", network)
     library = transformers()
-    processor, model = library.AutoImageProcessor.from_pretrained(folder), library.AutoModel.from_pretrained(folder).eval()
+    processor, model = (
+        library.AutoImageProcessor.from_pretrained(folder),
+        library.AutoModel.from_pretrained(folder).eval(),
+    )
     with torch.inference_mode():
         expected = torch.cat([
-            model(**processor(images=p, return_tensors="pt", input_data_format="channels_last")).pooler_output.flatten(1)
-            for p in pictures()
+            model(**processor(images=p, **AS_TENSORS)).pooler_output.flatten(1) for p in pictures()
         ])  # fmt: skip
     encoder = encoder_of(folder, "image")
     found = encoder.encode([encoder.prepare(p) for p in pictures()])
@@ -132,7 +141,8 @@ def test_images_are_what_the_folders_processor_and_network_make(network: str, di
 
 
 def test_a_classifier_without_a_pooler_gives_its_first_token(tmp_path: Path):
-    """Catches features of a random layer: a checkpoint for classification has no pooler, and transformers draws one."""
+    """Catches features of a random layer: a checkpoint for classification has no pooler,
+    and transformers draws one."""
     folder, library = image_folder(tmp_path / "vit", "ViT"), transformers()
     settings = library.AutoConfig.from_pretrained(folder)
     settings.num_labels = 3
@@ -172,12 +182,15 @@ def test_a_processor_that_keeps_the_aspect_ratio_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(("network", "dim"), [("CLIP", 10), ("Siglip", 16)])
 def test_two_towers_share_a_space(network: str, dim: int, tmp_path: Path):
-    """Catches features before the projection, towers that are mixed up, padding that SigLIP must see and CLIP must not."""
+    """Catches features before the projection, towers that are mixed up,
+    padding that SigLIP must see and CLIP must not."""
     folder, library = image_folder(tmp_path / "towers", network), transformers()
     model = library.AutoModel.from_pretrained(folder).eval()
     processor = library.AutoImageProcessor.from_pretrained(folder)
     tokenizer = library.AutoTokenizer.from_pretrained(folder)
-    padding: Any = {"padding": "max_length", "max_length": 12} if network == "Siglip" else {"padding": True, "max_length": 12}
+    padding: Any = (
+        {"padding": "max_length", "max_length": 12} if network == "Siglip" else {"padding": True, "max_length": 12}
+    )
     tokens = tokenizer(TEXTS, truncation=True, return_tensors="pt", return_token_type_ids=False, **padding)
     inputs = {"input_ids": tokens["input_ids"]}
     if network == "CLIP":
@@ -185,8 +198,7 @@ def test_two_towers_share_a_space(network: str, dim: int, tmp_path: Path):
     with torch.inference_mode():
         texts = model.get_text_features(**inputs).pooler_output
         images = torch.cat([
-            model.get_image_features(**processor(images=p, return_tensors="pt", input_data_format="channels_last")).pooler_output
-            for p in pictures()
+            model.get_image_features(**processor(images=p, **AS_TENSORS)).pooler_output for p in pictures()
         ])  # fmt: skip
     of_images, of_texts = encoder_of(folder, "image"), encoder_of(folder, "text")
     assert of_images.dim == of_texts.dim == dim
@@ -206,7 +218,9 @@ def clips(rate: int) -> list[Clip]:
     return [Clip(rng.normal(0, 0.1, n).astype(np.float32), r) for n, r in lengths]
 
 
-@pytest.mark.parametrize(("network", "rate", "dim"), [("Whisper", 16000, 16), ("Wav2Vec2", 16000, 16), ("Clap", 8000, 10)])
+@pytest.mark.parametrize(
+    ("network", "rate", "dim"), [("Whisper", 16000, 16), ("Wav2Vec2", 16000, 16), ("Clap", 8000, 10)]
+)
 def test_sounds_are_what_the_network_makes_of_each_alone(network: str, rate: int, dim: int, tmp_path: Path):
     """Catches the wrong sample rate, silence that is averaged in, a piece taken at random, neighbours that matter."""
     pytest.importorskip("soundfile", reason="the extra `audio` is not installed")

@@ -85,7 +85,8 @@ def test_both_kinds_of_file_give_one_encoder(tmp_path: Path):
 
 
 def test_features_do_not_depend_on_the_batch(tmp_path: Path):
-    """Catches features that change with a sample's neighbours, and a last batch that is lost or padded into the result."""
+    """Catches features that change with a sample's neighbours,
+    and a last batch that is lost or padded into the result."""
     encoder = build_encoder(resnet(tmp_path)[1])
     encoder.to(CPU, 3)
     together = encoder.encode(pictures(7))
@@ -237,7 +238,8 @@ def one_by_one(transformers: Any, folder: Path, max_tokens: int) -> np.ndarray:
 
 
 def test_texts_are_encoded_as_if_each_were_alone(transformers: Any, folder: Path):
-    """Catches padding that is averaged in or attended to, rows in the wrong order, and a text cut at the wrong length."""
+    """Catches padding that is averaged in or attended to, rows in the wrong order,
+    and a text cut at the wrong length."""
     for max_tokens in (5, 33, 64):
         encoder = build_encoder(HuggingFaceEncoder.Section(folder=str(folder), max_tokens=max_tokens))
         for encode_batch_size in (1, 3, 256):

@@ -51,7 +51,8 @@ def cut(features: Any, labels: np.ndarray, *at: int) -> Chunks:
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("by", SCORES)
 def test_scores_are_scikit_learns(by: str, sparse: bool, tmp_path: Any) -> None:
-    """Catches a score of another formula, a class that a shard lacks, sparse features that become dense; a lossy state."""
+    """Catches a score of another formula, a class that a shard lacks, sparse features that become dense;
+    a lossy state."""
     features, labels = data(sparse)
     if by == "chi2" and not sparse:
         features = np.abs(features)
@@ -62,7 +63,9 @@ def test_scores_are_scikit_learns(by: str, sparse: bool, tmp_path: Any) -> None:
         discrete = (features != 0).toarray() if sparse else reducer.bins(features)
         scores = feature_selection.mutual_info_classif(discrete, labels, discrete_features=True)
     else:
-        scores = getattr(feature_selection, {"chi2": "chi2", "anova": "f_classif"}[by])(features.astype(np.float64), labels)[0]
+        scores = getattr(feature_selection, {"chi2": "chi2", "anova": "f_classif"}[by])(
+            features.astype(np.float64), labels
+        )[0]
     scores = np.nan_to_num(scores, nan=-1)
     best = np.sort(np.argsort(-scores, kind="stable")[:8])
     tensors, _ = reducer.state()
@@ -70,7 +73,9 @@ def test_scores_are_scikit_learns(by: str, sparse: bool, tmp_path: Any) -> None:
     np.testing.assert_allclose(tensors["scores"], scores[best], rtol=1e-6)
     chosen = reducer.encode(features)
     assert sp.issparse(chosen) == reducer.sparse == sparse
-    np.testing.assert_array_equal(chosen.toarray() if sparse else chosen, (features.toarray() if sparse else features)[:, best])
+    np.testing.assert_array_equal(
+        chosen.toarray() if sparse else chosen, (features.toarray() if sparse else features)[:, best]
+    )
     reducer.name_features([f"term{i}" for i in range(40)])
     card = save_fitted(reducer, SelectReducer.Section(by=by, task="t", dim=8), str(tmp_path))  # type: ignore[arg-type]
     named = card.found["selected"]
@@ -104,7 +109,8 @@ def test_what_cannot_be_selected_is_told() -> None:
 
 
 def test_the_task_must_be_one_of_classes() -> None:
-    """Catches a selection for a task that is misspelt or has several classes a row; sparse features to be predicted."""
+    """Catches a selection for a task that is misspelt or has several classes a row;
+    sparse features to be predicted."""
     source = {"reader": "parquet", "path": "a", "columns": {"text": "t", "label": "l", "tags": "m"}}
     reduce = {"name": "select", "by": "chi2", "task": "label", "dim": 2}
     raw: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""The table encoder against scikit-learn on all rows at once, and what it makes of cells that are not as they should be."""
+"""The table encoder against scikit-learn on all rows at once,
+and what it makes of cells that are not as they should be."""
 
 from typing import Any
 
@@ -77,7 +78,8 @@ def test_categories_are_as_scikit_learns() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"numbers": "piecewise_linear"}, {"sparse": True}])
 def test_shards_do_not_matter(options: dict[str, Any], tmp_path: Any) -> None:
-    """Catches a type, a category or a quantile that depends on which rows came together; a state that loses something."""
+    """Catches a type, a category or a quantile that depends on which rows came together;
+    a state that loses something."""
     rows, _ = sales()
     days = ["2024-02-29T06:00:00Z", "2026-11-30", "2026-11-30"]
     rows = [row | {"on": days[i % 3], "new": ["true", "false"][i % 2]} for i, row in enumerate(rows)]
@@ -127,7 +129,9 @@ def test_piecewise_linear() -> None:
     assert not found[~there].to_numpy().any()
 
 
-@pytest.mark.parametrize("text", ["12,5", "n/a", "1.5 lbs", "$3", "1e999", "inf", "nan", "0x10", "1_000", "٣", "", "-", "1 2"])
+@pytest.mark.parametrize(
+    "text", ["12,5", "n/a", "1.5 lbs", "$3", "1e999", "inf", "nan", "0x10", "1_000", "٣", "", "-", "1 2"]
+)
 def test_what_is_no_number(text: str) -> None:
     """Catches a guess."""
     assert read_number(text) is None
@@ -157,7 +161,9 @@ def test_a_bad_cell_is_null_and_told() -> None:
 def test_more_than_a_tenth_of_bad_cells() -> None:
     """Catches a stated number that is hardly one; the same column found, which is a category."""
     rows = [{"size": str(i)} for i in range(44)] + [{"size": f"{i} in"} for i in range(6)]
-    stated = r"'size' is no number, as the config says: 6 of 50 cells .* the first: '0 in', '1 in', '2 in', '3 in', '4 in';"
+    stated = (
+        r"'size' is no number, as the config says: 6 of 50 cells .* the first: '0 in', '1 in', '2 in', '3 in', '4 in';"
+    )
     with pytest.raises(DataError, match=stated):
         fitted(rows, (10, 47), types={"size": "number"})
     assert fitted(rows, min_count=1).state()[1]["found"]["columns"]["size"]["type"] == "category"

@@ -284,5 +284,7 @@ def test_words_need_no_scikit_learn():
         "import sys; from mmkt_ray.encoders.text import compile_kernels; compile_kernels(); "
         "print([m for m in sys.modules if m.startswith(('sklearn', 'torch'))])"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     assert told.stdout == "[]\n"

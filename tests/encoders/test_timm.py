@@ -20,7 +20,10 @@ timm = pytest.importorskip("timm", reason="the extra `timm` is not installed")
 def pictures() -> list[np.ndarray]:
     small = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
     sizes = [(60, 60), (40, 95), (224, 224)]
-    return [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p, size in zip(small, sizes, strict=True)]
+    return [
+        np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC))
+        for p, size in zip(small, sizes, strict=True)
+    ]
 
 
 def expected_of(model: Any) -> np.ndarray:
@@ -32,12 +35,15 @@ def expected_of(model: Any) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "vit_tiny_patch16_224", "resnet10t"])
 def test_features_are_timms(architecture: str, tmp_path: Path):
-    """Catches another crop, mean or std than the network's settings say, a width that is not what comes out, a classifier."""
+    """Catches another crop, mean or std than the network's settings say, a width that is not what comes out,
+    a classifier."""
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, num_classes=5)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     model.reset_classifier(0)
-    encoder = build_encoder(TimmImageEncoder.Section(architecture=architecture, weights=str(tmp_path / "w.safetensors")))
+    encoder = build_encoder(
+        TimmImageEncoder.Section(architecture=architecture, weights=str(tmp_path / "w.safetensors"))
+    )
     encoder.to(torch.device("cpu"), 2)
     found = encoder.encode([encoder.prepare(p) for p in pictures()])
     assert found.shape == (3, encoder.dim)
@@ -68,4 +74,6 @@ def test_what_is_no_network_of_timm_is_refused(tmp_path: Path):
         build_encoder(TimmImageEncoder.Section(weights=str(tmp_path / "w.safetensors")))
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(DataError, match="are not those of timm's resnet10t"):
-        build_encoder(TimmImageEncoder.Section(architecture="resnet10t", weights=str(tmp_path / "w.safetensors"))).state()
+        build_encoder(
+            TimmImageEncoder.Section(architecture="resnet10t", weights=str(tmp_path / "w.safetensors"))
+        ).state()

@@ -62,7 +62,13 @@ def image_folder(folder: Path, kind: str) -> Path:
     size = {"image_size": 24, "patch_size": 8}
     cropped = {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True}
     if kind in ("CLIP", "Siglip"):
-        text = {"vocab_size": 32, "max_position_embeddings": 12, "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2}
+        text = {
+            "vocab_size": 32,
+            "max_position_embeddings": 12,
+            "pad_token_id": 0,
+            "eos_token_id": 3,
+            "bos_token_id": 2,
+        }
         extra = {"projection_dim": 10} if kind == "CLIP" else {"vision_use_head": True}
         parts = {"text_config": {**SMALL, **text}, "vision_config": {**SMALL, **size, **extra}}
         if kind == "CLIP":
@@ -81,7 +87,11 @@ def image_folder(folder: Path, kind: str) -> Path:
         return folder
     config = getattr(library, f"{kind}Config")(**SMALL, **size)
     save(getattr(library, f"{kind}Model")(config), folder)
-    own = library.ViTImageProcessor(size={"height": 24, "width": 24}) if kind == "ViT" else library.BitImageProcessor(**cropped)
+    own = (
+        library.ViTImageProcessor(size={"height": 24, "width": 24})
+        if kind == "ViT"
+        else library.BitImageProcessor(**cropped)
+    )
     own.save_pretrained(folder)
     return folder
 
@@ -92,7 +102,8 @@ def sound_folder(folder: Path, kind: str) -> Path:
     if kind == "Whisper":
         config = library.WhisperConfig(
             vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=20, max_source_positions=100,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=20,
+            max_source_positions=100,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
             begin_suppress_tokens=None,
         )  # fmt: skip

@@ -59,8 +59,9 @@ def draw_samples(
 ) -> dict[str, Any]:
     """Columns of N samples: sample_id, split, thing, colour, image (N, IMAGE_DIM), text (N, TEXT_DIM), presence.
 
-    `test` may hold a thing that `train` lacks: the last one of more than four. Two more follow from these: `warm`, yes or
-    no, from the colour, and `tags`, a list, from the thing (with the unseen thing's own tag) and the colour red.
+    `test` may hold a thing that `train` lacks: the last one of more than four. Two more follow from these: `warm`,
+    yes or no, from the colour, and `tags`, a list, from the thing (with the unseen thing's own tag) and the colour
+    red.
     """
     rng = np.random.default_rng(seed)
     split = rng.choice(["train", "val", "test"], num_rows, p=[0.6, 0.1, 0.3])

@@ -34,7 +34,8 @@ def paired(value: float, p: float) -> Any:
     ("value", "p", "said"), [(0.02, 0.01, "pays"), (-0.02, 0.01, "costs"), (0.02, 0.3, "is not shown to pay")]
 )
 def test_the_same_model_is_compared_and_nothing_else(value: float, p: float, said: str):
-    """Catches adapted text with fusion against frozen text alone, or one fusion against another: differences of two things."""
+    """Catches adapted text with fusion against frozen text alone, or one fusion against another:
+    differences of two things."""
     models = [
         model("adapted", {"image": PIXELS, "tuned": TUNED}),
         model("text alone", {"text": MINILM}),
@@ -50,4 +51,9 @@ def test_the_same_model_is_compared_and_nothing_else(value: float, p: float, sai
 
 def test_a_run_without_adapted_encoders_says_nothing():
     """Catches a sentence about what was not done."""
-    assert adaptations("run", [model("frozen", {"text": MINILM}), model("more", {"text": MINILM})], ["thing"], paired(0, 1)) == []
+    assert (
+        adaptations(
+            "run", [model("frozen", {"text": MINILM}), model("more", {"text": MINILM})], ["thing"], paired(0, 1)
+        )
+        == []
+    )

@@ -95,7 +95,11 @@ def test_results_call_a_model_by_its_own_name(run):
 def test_classes_that_train_lacks_are_named(finished, samples):
     """Catches a note on unseen classes that leaves open which they are and how many rows have them."""
     results = storage.read_json(str(finished / "report" / "results.json"))
-    num = int(sum(samples["thing"][i] == "unicorn" for i in np.flatnonzero(labelled_rows(samples, "thing", ["image", "text"]))))
+    num = int(
+        sum(
+            samples["thing"][i] == "unicorn" for i in np.flatnonzero(labelled_rows(samples, "thing", ["image", "text"]))
+        )
+    )
     assert row_of(results, "thing", "concat")["unseen"] == {"unicorn": num}
     assert row_of(results, "colour", "concat")["unseen"] == {}
     assert any(f"does not have: thing 'unicorn' ({num});" in note for note in results["notes"])
@@ -210,8 +214,8 @@ def test_a_model_is_scored_in_its_own_classes_whatever_the_store_calls_them(run,
 
 
 def test_figures_do_not_hang_on_how_much_is_held(run, monkeypatch):
-    """Catches rows that are lost, doubled or mixed up where a table is mapped from files, and where predictions are written,
-    compared and looked through a few rows at a time."""
+    """Catches rows that are lost, doubled or mixed up where a table is mapped from files, and where predictions are
+    written, compared and looked through a few rows at a time."""
     store, config = open_store(str(run / "features" / "union")), make_config(run)
     names = ("models/concat/metrics.json", "models/concat/gallery.json", "baselines/union/metrics.json")
     names += ("report/results.json",)
@@ -262,7 +266,10 @@ def test_errors_say_what_to_do(run, samples, tmp_path):
         weights,
     )
     card = read_card(str(run / "models" / "image"))
-    write_card(str(run / "models" / "image"), card.replaced(checksums={"model.safetensors": storage.file_checksum(str(weights))}))
+    write_card(
+        str(run / "models" / "image"),
+        card.replaced(checksums={"model.safetensors": storage.file_checksum(str(weights))}),
+    )
     with pytest.raises(DataError, match="NaN or infinite weights"):
         evaluate_model(str(run / "models" / "image"), store)
     with pytest.raises(DataError, match="nothing is evaluated"):
@@ -287,7 +294,8 @@ def test_baselines_have_the_same_record_and_rows(finished, samples):
 
 
 def test_a_baseline_is_shipped_as_a_model_that_says_the_same(finished):
-    """Catches a baseline that the report recommends and nobody can use, and val scores of rows that it learnt from."""
+    """Catches a baseline that the report recommends and nobody can use,
+    and val scores of rows that it learnt from."""
     results = storage.read_json(str(finished / "report" / "results.json"))["models"]
     assert results["majority"]["folder_to_ship"] is None
     assert results["concat"]["folder_to_ship"] == "models/concat"
@@ -338,7 +346,8 @@ def test_models_are_chosen_on_val_not_on_test(run):
 
 @pytest.mark.parametrize(("num_rows", "chosen"), [(60, "text"), (60_000, "concat")])
 def test_of_models_that_val_cannot_tell_apart_the_smallest_is_chosen(run, num_rows, chosen):
-    """Catches a larger model put forward for one val sample more, and a smaller one where val does tell them apart."""
+    """Catches a larger model put forward for one val sample more,
+    and a smaller one where val does tell them apart."""
     for name, (accuracy, num_params) in {"image": (0.3, 10), "text": (0.6, 20), "concat": (0.65, 30)}.items():
         uri = str(run / "models" / name / "metrics.json")
         record = storage.read_json(uri) | {"num_params": num_params}

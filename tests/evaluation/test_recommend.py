@@ -22,7 +22,8 @@ def candidate(name: str, num_right: int, num_params: int, modalities: str = "ab"
 
 
 def test_the_standard_error_is_that_of_paired_differences():
-    """Catches the binomial error where models agree on most rows: it would call 4 of 100 rows level at any accuracy near half."""
+    """Catches the binomial error where models agree on most rows:
+    it would call 4 of 100 rows level at any accuracy near half."""
     best, other = candidate("best", 60, 9), candidate("other", 56, 1)
     gain = (ROWS < 60).astype(float) - (ROWS < 56)
     assert standard_error(best, other) == (pytest.approx(gain.std(ddof=1) / 10), True)
@@ -57,8 +58,8 @@ def test_one_row_or_none_wrong_is_no_certainty():
 
 
 def test_a_few_rows_are_no_reason_to_ship_the_worse_model():
-    """Catches a model that is shipped though it has one held-out row in four wrong and all of test: the standard error of four
-    differences was as large. Of equals the simplest is shipped even then."""
+    """Catches a model that is shipped though it has one held-out row in four wrong and all of test: the standard
+    error of four differences was as large. Of equals the simplest is shipped even then."""
     right = {"fused": [1, 1, 1, 1], "text": [1, 1, 1, 1], "price": [1, 1, 1, 0]}
     models = [
         Candidate(name, (name,), num_params, {"t": np.mean(r)}, {"t": 4}, {"t": (np.arange(4), np.array(r, bool))})
@@ -76,7 +77,13 @@ def results(recommended: Recommended | None) -> ResultsFile:
 
 def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
     """Catches a run that ends without the model, its reasons, its place, or a command that a shell takes apart."""
-    about = {"folder": "models/image", "why": ["It is good."], "tasks": ["t"], "per_task": {"t": "image"}, "considered": []}
+    about = {
+        "folder": "models/image",
+        "why": ["It is good."],
+        "tasks": ["t"],
+        "per_task": {"t": "image"},
+        "considered": [],
+    }
     chosen = Recommended(model="image", **about)
     folder = storage.join(str(tmp_path / "my run"), "models/image")
     text = recommendation_text(results(chosen), str(tmp_path / "my run"))
@@ -95,7 +102,9 @@ def test_a_solved_model_can_be_shipped(tmp_path: Path) -> None:
     folder = "models/.linear/abc/image+text"
     about = {"name": "logreg:image+text", "modalities": ["image", "text"], "folder_to_ship": folder}
     record = ModelMetrics(split="test", num_rows=9, confidence=0.95, tasks={}, **about)
-    linear = Evaluated(name="logreg:image+text", kind="baseline", folder="baselines/abc", record=record, predictions_uri="")
+    linear = Evaluated(
+        name="logreg:image+text", kind="baseline", folder="baselines/abc", record=record, predictions_uri=""
+    )
     assert not _can_ship(str(tmp_path), linear)
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "config.json").write_text("{}")

@@ -41,7 +41,8 @@ def rows_of(task):
 
 
 def test_the_scores_of_a_file_are_scikit_learns(config):
-    """Catches labels beside another row's prediction, an unknown class that is left out, and a missing label that counts."""
+    """Catches labels beside another row's prediction, an unknown class that is left out,
+    and a missing label that counts."""
     table, label, proba = rows_of("thing")
     found = score_task(table, "thing", task_kind("multiclass"), NAMES["thing"], config)
     kept = [i for i in range(NUM_ROWS) if i not in (3, 5)]

@@ -1,4 +1,5 @@
-"""How often a sentence of the report is wrong where the truth is known: runs drawn from worlds of given accuracies."""
+"""How often a sentence of the report is wrong where the truth is known:
+runs drawn from worlds of given accuracies."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -85,7 +86,9 @@ def conclude(world: World, seed: int) -> tuple[Answer | None, list[Answer], str]
     fusing, answers = correct_answers({"t": ask(models, fused, single, Settings())}, Settings())["t"]
     sizes = {"image": 10, "text": 10, "logreg:image": 5, "logreg:both": 9}
     candidates = [
-        Candidate(m, READS.get(m, ("image", "text")), sizes.get(m, 30), {"t": held_out[m]}, {"t": num_val}, {"t": val[m]})
+        Candidate(
+            m, READS.get(m, ("image", "text")), sizes.get(m, 30), {"t": held_out[m]}, {"t": num_val}, {"t": val[m]}
+        )
         for m in held_out
     ]
     return fusing, answers, rank_candidates(candidates)[0].model
@@ -108,8 +111,8 @@ def wrong(world: World, answer: Answer, about_fusing: bool) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_sentence_is_wrong_in_at_most_five_of_a_hundred_runs(name):
-    """Catches verdicts without a test, tests that are not corrected for their number, a reference that was chosen badly taken
-    for the best, "suffices" from a handful of rows, and "helps" beside "hurts" for one question."""
+    """Catches verdicts without a test, tests that are not corrected for their number, a reference that was chosen
+    badly taken for the best, "suffices" from a handful of rows, and "helps" beside "hurts" for one question."""
     world, faults, said = WORLDS[name], Counter(), Counter()
     for seed in range(NUM_SEEDS):
         fusing, answers, _ = conclude(world, seed)
@@ -155,7 +158,10 @@ def test_few_rows_that_are_all_alike_suffice_for_nothing(num_rows, kinds):
 
 def test_the_recommended_model_is_simple_and_good():
     """Catches a fused model that is shipped for a lucky val row, and a simple one that is much worse."""
-    for name, best in (("fusing changes nothing", {"image", "logreg:image"}), ("a useless modality", {"image", "logreg:image"})):
+    for name, best in (
+        ("fusing changes nothing", {"image", "logreg:image"}),
+        ("a useless modality", {"image", "logreg:image"}),
+    ):
         chosen = [conclude(WORLDS[name], seed)[2] for seed in range(4, 100, 5)]
         assert sum(c in best for c in chosen) >= 14, (name, Counter(chosen))
     for seed in range(4, 100, 5):
@@ -163,8 +169,8 @@ def test_the_recommended_model_is_simple_and_good():
 
 
 def test_a_gain_is_told_over_the_rival_that_comes_closest():
-    """Catches a gain over the modality that was best on held-out rows, where another one is better on the rows of the test:
-    "beats the best single modality by 10 points" beside one that is 6 points behind."""
+    """Catches a gain over the modality that was best on held-out rows, where another one is better on the rows of the
+    test: "beats the best single modality by 10 points" beside one that is 6 points behind."""
     rng = np.random.default_rng(0)
     ids, labels, hard = np.arange(600), np.zeros(600, int), rng.random(600)
     scores = {"image": hard < 0.70, "text": hard < 0.74, "concat": hard < 0.80}

@@ -1,5 +1,5 @@
-"""A finished extraction that tests share; and runs that stand alone: one that took over what another beside it has finished
-would show nothing."""
+"""A finished extraction that tests share; and runs that stand alone: one that took over what another beside it has
+finished would show nothing."""
 
 import shutil
 from collections.abc import Iterator
@@ -31,5 +31,6 @@ def extracted_once(ray_local: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def extracted(extracted_once: Path, tmp_path: Path) -> Path:
-    """A copy of it for one test, as `shapes` is: with the times of all files, so that `make_config()` is up to date there."""
+    """A copy of it for one test, as `shapes` is: with the times of all files,
+    so that `make_config()` is up to date there."""
     return shutil.copytree(extracted_once, tmp_path, dirs_exist_ok=True)

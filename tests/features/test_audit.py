@@ -70,7 +70,8 @@ SECOND: list[Sample] = [
 
 
 def test_duplicates_across_parts_splits_and_labels(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Catches duplicates found within one shard only, absent modalities that count as equal, and unlabelled conflicts."""
+    """Catches duplicates found within one shard only, absent modalities that count as equal,
+    and unlabelled conflicts."""
     store = publish_parts(make_config(), str(tmp_path / "s"), FIRST, SECOND)
     found = storage.read_json(f"{store.uri}/audit.json")
     assert found["num_rows"] == 7
@@ -209,7 +210,8 @@ def test_hashes_are_of_the_content_not_of_the_file() -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 def test_encoding_writes_hashes_and_what_was_cleaned(shapes: Path, make_config: MakeConfig, before: bool) -> None:
-    """Catches hashes of resized pixels, or of other rows where a broken one was left out; and changes that go untold."""
+    """Catches hashes of resized pixels, or of other rows where a broken one was left out;
+    and changes that go untold."""
     same = [png("red", 1), png("red", 2), None, png("red", 1), None]
     write_shard(
         shapes / "data" / "shapes" / "c.parquet",

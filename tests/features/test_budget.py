@@ -22,7 +22,9 @@ SOURCE = {"reader": "parquet", "path": "a", "columns": {"text": "t"}}
 
 
 def check(num_rows: int, lost: dict[str, int], uri: str = "/nowhere", **budget: float) -> None:
-    check_budget(uri, SamplesConfig.model_validate({"sources": [SOURCE], **budget}), num_rows, Counter(lost), {"u": "a/0.tar"})
+    check_budget(
+        uri, SamplesConfig.model_validate({"sources": [SOURCE], **budget}), num_rows, Counter(lost), {"u": "a/0.tar"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,11 +45,14 @@ def check(num_rows: int, lost: dict[str, int], uri: str = "/nowhere", **budget: 
     ],
 )
 def test_a_few_rows_are_put_up_with_and_most_rows_never(num_rows: int, lost: dict[str, int], is_fine: bool) -> None:
-    """Catches one bad file of 54 rows that stops a run; and a fault that hits every row of a small set, let through."""
+    """Catches one bad file of 54 rows that stops a run; and a fault that hits every row of a small set,
+    let through."""
     if is_fine:
         check(num_rows, lost)
         return
-    with pytest.raises(DataError, match="mend the data, or allow it" if num_rows else "mend the data, or name other columns"):
+    with pytest.raises(
+        DataError, match="mend the data, or allow it" if num_rows else "mend the data, or name other columns"
+    ):
         check(num_rows, lost)
 
 
@@ -60,8 +65,8 @@ def test_both_limits_can_be_set() -> None:
 
 
 def test_the_message_names_file_row_and_reason(tmp_path: Path) -> None:
-    """Catches reasons whose numbers and names are blanked, rows that nobody can find (10 is not before 7), two kinds of loss
-    in one number,
+    """Catches reasons whose numbers and names are blanked, rows that nobody can find (10 is not before 7), two kinds
+    of loss in one number,
     and what is no loss (members that no column maps, rows left out on request) told as the most frequent one."""
     rejects = [
         Reject("a/0.tar#10", "u", "read", "not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 3"),
@@ -76,7 +81,9 @@ def test_the_message_names_file_row_and_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError) as told:
         check(698, dict(count_stages(reject_table(rejects))), str(tmp_path))
     text = str(told.value)
-    assert text.startswith("302 of 1,000 rows were rejected (about 300 of them in damaged shards) and 1 lost a modality")
+    assert text.startswith(
+        "302 of 1,000 rows were rejected (about 300 of them in damaged shards) and 1 lost a modality"
+    )
     assert "300 x the shard is damaged (first: a/0.tar)" in text
     assert "2 x not valid JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 (first: a/0.tar#7)" in text
     assert "1 x image: no file 'x.png' (first: mine in a/0.tar)" in text
@@ -114,8 +121,11 @@ class Parts:
         (400, set(range(0, 400, 4)), 65),  # the 17th of them: 170 rows are more than a hundredth of 16,000
     ],
 )
-def test_a_damaged_shard_stops_a_job_as_soon_as_it_must(tmp_path: Path, num_shards: int, damaged: set[int], taken: int) -> None:
-    """Catches hours of work on a data set that is refused at its end, and a job that stops for a share that is allowed."""
+def test_a_damaged_shard_stops_a_job_as_soon_as_it_must(
+    tmp_path: Path, num_shards: int, damaged: set[int], taken: int
+) -> None:
+    """Catches hours of work on a data set that is refused at its end,
+    and a job that stops for a share that is allowed."""
     parts = Parts(str(tmp_path), num_shards, damaged)
     samples = SamplesConfig.model_validate({"sources": [SOURCE], "max_reject_frac": 0.01, "min_reject_budget": 0})
     stats = RunStats(str(tmp_path), samples, {f"u{i}": f"{i}.parquet" for i in range(num_shards)})

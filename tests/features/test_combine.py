@@ -138,7 +138,8 @@ def test_join_of_the_same_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "keys"), [({}, ["s0", "s1"]), ({"key": "caption"}, ["a red square number w0", "a green square number w1"])]
+    ("columns", "keys"),
+    [({}, ["s0", "s1"]), ({"key": "caption"}, ["a red square number w0", "a green square number w1"])],
 )
 def test_a_join_takes_the_id_for_a_key(
     shapes: Path, make_config: Callable[..., Config], columns: dict[str, str], keys: list[str]

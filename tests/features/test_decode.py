@@ -38,7 +38,8 @@ def column(*cells: bytes | None) -> pa.ChunkedArray:
 
 
 def test_decoded_images_are_one_array() -> None:
-    """Catches a list of images that somebody stacks again, and images that belong to other rows after a null or a broken one."""
+    """Catches a list of images that somebody stacks again, and images that belong to other rows after a null or a
+    broken one."""
     decoded = decode_column(column(png(1), None, png(3), b"broken", png(5), png(6)), IMAGE, ENCODER, SAMPLES)
     values = decoded.values
     assert isinstance(values, Prepared)
@@ -84,7 +85,9 @@ def test_an_encoder_gets_the_chunk_s_array() -> None:
     assert not wrong
     assert found.is_null().to_pylist() == [False, True, False, False, False]
     assert given[0].base is array
-    np.testing.assert_array_equal(np.stack(found.drop_null().to_numpy(zero_copy_only=False)), ENCODER.encode(list(array)))
+    np.testing.assert_array_equal(
+        np.stack(found.drop_null().to_numpy(zero_copy_only=False)), ENCODER.encode(list(array))
+    )
 
 
 def test_a_row_is_opened_in_place() -> None:
@@ -107,8 +110,8 @@ def test_a_row_is_opened_in_place() -> None:
 
 
 def test_only_scaled_images_are_others_than_before(make_config: Callable[..., Config]) -> None:
-    """Catches stores of texts, or of `decode: exact`, that are made anew though nothing in them differs; and stores in which
-    both ways of decoding mix."""
+    """Catches stores of texts, or of `decode: exact`, that are made anew though nothing in them differs; and stores
+    in which both ways of decoding mix."""
     columns = {"sample_id": "id", "text": "caption", "colour": "colour"}
     texts = {
         "samples__sources": [{"reader": "parquet", "path": "shapes/*.parquet", "columns": columns}],

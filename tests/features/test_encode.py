@@ -149,8 +149,8 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_told() -> None:
 def test_an_actor_takes_the_gpu_that_ray_gave_it_and_no_more(
     share: float, taken: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a GPU's number written down, where Ray shows an actor its own alone; and one of four actors on a GPU that takes
-    the memory of the others."""
+    """Catches a GPU's number written down, where Ray shows an actor its own alone; and one of four actors on a GPU
+    that takes the memory of the others."""
     limits: list[float] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
@@ -160,8 +160,8 @@ def test_an_actor_takes_the_gpu_that_ray_gave_it_and_no_more(
 
 
 def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConfig) -> None:
-    """Catches chunks that get each other's features, an encoder that two threads use at once though it is not made for it, and
-    seconds that a plan counts twice."""
+    """Catches chunks that get each other's features, an encoder that two threads use at once though it is not made
+    for it, and seconds that a plan counts twice."""
     config = make_config(
         modalities__image__encoder={"name": "cnn", "pretrain": "colour", "width": 8, "image_size": 12},
         modalities__text__encoder={"name": "slow_encoder:SlowLength", "options": {"delay_s": 0.01}},
@@ -205,13 +205,15 @@ def test_chunks_in_flight_share_the_encoders(shapes: Path, make_config: MakeConf
 
 
 def test_checksums_are_those_of_the_parts_as_published(shapes: Path, make_config: MakeConfig) -> None:
-    """A store that calls itself damaged after rows were taken out of a part, or a class was spelled as in another part, or
-    after a run that went on."""
+    """A store that calls itself damaged after rows were taken out of a part, or a class was spelled as in another
+    part, or after a run that went on."""
     write_shard(shapes / "data" / "shapes" / "again.parquet", 30, 20)  # ten rows of two other shards again
     for start, spelling in ((200, "1"), (202, "1.0")):
         write_shard(shapes / "data" / "shapes" / f"{start}.parquet", start, 2, colour=[spelling] * 2)
     config = make_config(samples__max_reject_frac=0.5)
-    config = config.with_overrides({"modalities.text.encoder": {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}})
+    config = config.with_overrides(
+        {"modalities.text.encoder": {"name": "odd_encoder:Odd", "options": {"gives": "nan"}}}
+    )
     encode, uri = EncodeChunk(EncodePlan(config, encoder_folders(config, shapes), {}, False, 1)), str(shapes / "store")
     checksums, shards = {}, list_shards(ReadingPlan.of(config))
     for shard in shards:

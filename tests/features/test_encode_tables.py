@@ -33,14 +33,16 @@ def fitted(config: Config, folder: Path) -> dict[str, str]:
     for name, modality in config.modalities.items():
         encoder: Any = build_encoder(modality.encoder)
         if hasattr(encoder, "partial"):
-            encoder.finish(encoder_statistics(modality.encoder, plan.only(name), config.samples, list_shards(plan)[0], ()))
+            encoder.finish(
+                encoder_statistics(modality.encoder, plan.only(name), config.samples, list_shards(plan)[0], ())
+            )
         save_fitted(encoder, modality.encoder, str(folder / name))
     return {name: str(folder / name) for name in config.modalities}
 
 
 def test_bad_cells_and_vectors_are_told_once(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Catches a bad cell that is told twice, or not at all, where features come from another store; a vector of another
-    length that costs its row's table, or whose row has the next one's features."""
+    """Catches a bad cell that is told twice, or not at all, where features come from another store; a vector of
+    another length that costs its row's table, or whose row has the next one's features."""
     price = [str(i) for i in range(16)]
     price[3] = "12,5"
     vectors = [[float(i), 1.0] for i in range(16)]
@@ -49,7 +51,9 @@ def test_bad_cells_and_vectors_are_told_once(tmp_path: Path, make_config: MakeCo
     columns = {"sample_id": "id", "table": ["price"], "vector": "vector", "colour": "colour"}
     source = {"reader": "parquet", "path": "shapes/a.parquet", "split": "train", "columns": columns}
     modalities = {"table": {"kind": "table", "encoder": "table"}, "vector": {"kind": "vector", "encoder": "identity"}}
-    config = make_config(samples__sources=[source], samples__split={"val_frac": 0, "test_frac": 0}, modalities=modalities)
+    config = make_config(
+        samples__sources=[source], samples__split={"val_frac": 0, "test_frac": 0}, modalities=modalities
+    )
     folders, store = fitted(config, tmp_path), str(tmp_path / "store")
     first = EncodeChunk(EncodePlan(config, folders, reuse={}, use_gpu=False, num_threads=1))(read(config))
     told = write_part(first, store)
@@ -67,7 +71,8 @@ def test_bad_cells_and_vectors_are_told_once(tmp_path: Path, make_config: MakeCo
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_lists_of_images_decoded_before_or_inside(tmp_path: Path, make_config: MakeConfig, pool: str) -> None:
-    """Catches prepared images of a list that are cut at the wrong place on a GPU cluster, and a broken one told of nobody."""
+    """Catches prepared images of a list that are cut at the wrong place on a GPU cluster,
+    and a broken one told of nobody."""
     images = [[png("red", 1), png("blue", 2)], [png("green", 3)], [png("red", 4), b"broken"], None]
     write_shard(tmp_path / "data" / "shapes" / "a.parquet", 0, 4, image=pa.array(images, pa.list_(pa.binary())))
     columns = {"sample_id": "id", "image": "image", "text": "caption", "colour": "colour"}
@@ -85,7 +90,10 @@ def test_lists_of_images_decoded_before_or_inside(tmp_path: Path, make_config: M
     assert reject["sample_id"] == "s2"
     assert reject["reason"].startswith("image: item 2 of 2: ")
     assert table["image_features"].is_null().to_pylist() == [False, False, True, True]
-    alone = [encode.encoders["image"].encode([encode.encoders["image"].prepare(p)])[0] for p in _pixels(config, images[0] or [])]
+    alone = [
+        encode.encoders["image"].encode([encode.encoders["image"].prepare(p)])[0]
+        for p in _pixels(config, images[0] or [])
+    ]
     wanted = np.mean(alone, axis=0) if pool == "mean" else np.max(alone, axis=0)
     np.testing.assert_allclose(table["image_features"][0].as_py(), wanted, atol=1e-5)
 

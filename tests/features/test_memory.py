@@ -125,7 +125,8 @@ def test_joining_holds_ids_keys_and_row_numbers(stores: dict[int, str]) -> None:
 
 
 def test_gathering_reads_the_chosen_rows_only() -> None:
-    """Catches rows in another order, nulls that are lost, and a copy of the whole column for every part that is gathered."""
+    """Catches rows in another order, nulls that are lost, and a copy of the whole column for every part that is
+    gathered."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(100, 1000, DIM)).astype(np.float32)
     column = pa.chunked_array([to_arrow(v, np.ones(1000, bool)) for v in values])
@@ -164,7 +165,8 @@ def test_a_mapped_table_is_the_same_and_takes_no_memory(
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("num_calls", [1, 8, 73])
 def test_a_tree_merges_everything_in_order(num_calls: int) -> None:
-    """Catches statistics lost or out of order at the ragged end of the tree, now that merging does not wait for all."""
+    """Catches statistics lost or out of order at the ragged end of the tree,
+    now that merging does not wait for all."""
     calls = [partial(lambda i: None if i % 5 == 4 else [i], i) for i in range(num_calls)]
     assert merge_in_tree(calls, lambda parts: list(chain(*parts))) == [i for i in range(num_calls) if i % 5 != 4]
 

@@ -44,8 +44,8 @@ def features(store: Store) -> pa.Table:
 
 @pytest.mark.usefixtures("ray_local")
 def test_poison_is_quarantined_and_the_rest_arrives(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Catches a job that one image ends or stops for good, or that loses the rest of its chunk: while it looks for leaking
-    rows, which hashes every image, or while it encodes."""
+    """Catches a job that one image ends or stops for good, or that loses the rest of its chunk: while it looks for
+    leaking rows, which hashes every image, or while it encodes."""
     limits = {"samples__max_reject_frac": 0.1, "samples__decode_timeout_s": 1.0, "samples__max_image_pixels": 10_000}
     config = make_config(**limits, samples__drop_leakage=True)
     write_shards(tmp_path / "data" / "shapes", POISONS)

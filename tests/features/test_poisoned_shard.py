@@ -38,8 +38,8 @@ def poison(shard: Path, row: int) -> None:
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_shard_that_kills_its_reader_loses_a_row_group(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Catches a job that a single shard stops for good, while an encoder is fitted or while rows are encoded, and rows before
-    or behind the crash that are lost, doubled or moved."""
+    """Catches a job that a single shard stops for good, while an encoder is fitted or while rows are encoded, and
+    rows before or behind the crash that are lost, doubled or moved."""
     source = {
         "reader": "parquet",
         "path": "shapes/*.parquet",
@@ -147,7 +147,8 @@ def test_a_parent_that_takes_its_time_loses_nothing(large_blocks: Reading, monke
 def test_a_child_whose_blocks_nobody_wants_ends_in_silence(
     large_blocks: Reading, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a child that reads on, or fills the log with an error, after its parent has found what it looked for."""
+    """Catches a child that reads on, or fills the log with an error,
+    after its parent has found what it looked for."""
     blocks = read_isolated(large_blocks)
     assert next(blocks).ids == ["s0"]
     blocks.close()  # type: ignore[attr-defined]

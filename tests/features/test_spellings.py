@@ -66,7 +66,8 @@ def test_what_meets_no_other_spelling_keeps_its_own(tmp_path, make_config, class
 
 
 def test_classes_that_differ_in_case_alone_are_told(tmp_path, make_config, caplog) -> None:
-    """Catches 0 % of `Cat` right, as train says `cat`, and nobody hears of it; they may be two classes, so they stay."""
+    """Catches 0 % of `Cat` right, as train says `cat`, and nobody hears of it;
+    they may be two classes, so they stay."""
     train, test = rows("a", "train", ["cat", "Dog"]), rows("b", "test", ["Cat", "Dog"])
     store = publish_parts(make_config(), str(tmp_path / "s"), train, test)
     assert store.manifest.tasks["colour"].classes == ["Dog", "cat"]
@@ -104,11 +105,13 @@ def test_a_model_of_another_spelling_is_scored() -> None:
     lists = pa.chunked_array([[["1", "3"], ["2"], None]])
     assert codes_of(Multilabel().encode(lists, ["1.0", "2"])).tolist() == [[1, 0], [0, 1], [-1, -1]]
     assert Multilabel().outside(lists, ["1.0", "2"]).tolist() == [True, False, False]
-    assert Multiclass().encode(pa.chunked_array([["1", "1.0"]]), ["1", "1.0"]).values.tolist() == [0, 1]  # exact ones first
+    # exact ones first
+    assert Multiclass().encode(pa.chunked_array([["1", "1.0"]]), ["1", "1.0"]).values.tolist() == [0, 1]
 
 
 def test_pairs_meet_in_any_spelling() -> None:
-    """Catches synthetic pairs without partners as one corpus has floats, and a map that must be spelled as the data is."""
+    """Catches synthetic pairs without partners as one corpus has floats,
+    and a map that must be spelled as the data is."""
     index = index_of(
         [("i0", "train", "image", "1", None), ("t0", "train", "text", None, "1.0"), ("t1", "train", "text", None, "2")]
     )
@@ -130,12 +133,15 @@ def test_respelled_is_final() -> None:
 
 
 def test_reasons_of_what_a_fit_lacks(shapes: Path, make_config: MakeConfig) -> None:
-    """Catches 'got none' where all images are broken, and advice on fractions where no line is valid; also when resumed."""
+    """Catches 'got none' where all images are broken, and advice on fractions where no line is valid;
+    also when resumed."""
     (shard,) = list_shards(ReadingPlan.of(make_config(samples__sources__0__path="shapes/0.parquet")))
     write_shard(Path(shard.uri), 0, 6, image=[b"broken"] * 5 + [None], caption=["t"] * 6)
     encoder = {"name": "cnn", "pretrain": "colour", "image_size": 16}
     config = make_config(
-        samples__sources__0__path="shapes/0.parquet", samples__sources__0__split="train", modalities__image__encoder=encoder
+        samples__sources__0__path="shapes/0.parquet",
+        samples__sources__0__split="train",
+        modalities__image__encoder=encoder,
     )
     plan = ReadingPlan.of(config).only("image", "colour")
     job = Pretraining(config.modalities["image"].encoder, plan, config.samples, config.seed, str(shapes / "encoder"))

@@ -16,12 +16,14 @@ from tests.shapes import png, write_shard
 
 
 def test_images_are_decoded_and_prepared_first(tmp_path: Path, make_config: Callable[..., Config]) -> None:
-    """Catches the bytes of PNG files handed to an encoder that was promised pixels; a broken image that ends the fit; a row
-    that leaks in spite of being left out."""
+    """Catches the bytes of PNG files handed to an encoder that was promised pixels; a broken image that ends the fit;
+    a row that leaks in spite of being left out."""
     images = [png("red", 0), b"broken", png("blue", 2), None, png("green", 4)]
     write_shard(tmp_path / "data" / "shapes" / "0.parquet", 0, 5, image=pa.array(images, pa.binary()))
     config = make_config(
-        modalities__image__encoder="bright_encoder:Bright", samples__sources__0__split="train", samples__split__val_frac=0.0
+        modalities__image__encoder="bright_encoder:Bright",
+        samples__sources__0__split="train",
+        samples__split__val_frac=0.0,
     )
     plan = ReadingPlan.of(config).only("image")
     section = CustomEncoder(name="bright_encoder:Bright")

@@ -97,7 +97,8 @@ def write_store(uri: str) -> Store:
 
 
 def test_a_flipped_bit_of_a_part_is_found(tmp_path):
-    """A feature, or a row's id, that is read as another one: at any place of the file, whichever columns are asked for."""
+    """A feature, or a row's id, that is read as another one:
+    at any place of the file, whichever columns are asked for."""
     store = write_store(str(tmp_path))
     path = tmp_path / "data" / "1.parquet"
     whole = path.read_bytes()

@@ -1,10 +1,11 @@
 """A process that uses damaged and made-up model folders: `python -m tests.inference.fuzz_models COUNT FOLDER`.
 
-Half of them are damaged: bits flipped, files cut, mixed up or gone. Such a folder is refused, or gives the right answer. The
-others are forged: cards, encoder states and weights of any content, with the checksums that belong to it. Such a folder is
-refused, or gives finite probabilities. Wrong is all else: any exception but a UserError, a crash, code run, a file opened
-outside the folder, a file that is written, more than HANG_S seconds or GROWTH_BYTES of memory. The folder that is being used
-lies in FOLDER/in: after a crash it is still there. The last line of stdout counts the outcomes.
+Half of them are damaged: bits flipped, files cut, mixed up or gone. Such a folder is refused, or gives the right
+answer. The others are forged: cards, encoder states and weights of any content, with the checksums that belong to it.
+Such a folder is refused, or gives finite probabilities. Wrong is all else: any exception but a UserError, a crash,
+code run, a file opened outside the folder, a file that is written, more than HANG_S seconds or GROWTH_BYTES of
+memory. The folder that is being used lies in FOLDER/in: after a crash it is still there.
+The last line of stdout counts the outcomes.
 """
 
 from __future__ import annotations
@@ -223,8 +224,41 @@ def damage(files: Files, others: list[Files], rng: random.Random) -> Files:
 
 SYSTEM = {"name": "os:system", "options": {"command": f"touch {RAN}"}}
 NASTY: list[Any] = [
-    *(None, True, -1, 0, 1, 2, 3, 17, 10**9, 10**13, 2**63, -(2**63), 10**30, 0.5, 1e308, -1e-308, "", "os:system", "../../x"),
-    *("/etc/passwd", "s3://no-such-bucket/x", "x" * 5000, "\0", "image", "text", [], {}, [[]], ["image"], [0] * 1000, SYSTEM),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2,
+        3,
+        17,
+        10**9,
+        10**13,
+        2**63,
+        -(2**63),
+        10**30,
+        0.5,
+        1e308,
+        -1e-308,
+        "",
+        "os:system",
+        "../../x",
+    ),
+    *(
+        "/etc/passwd",
+        "s3://no-such-bucket/x",
+        "x" * 5000,
+        "\0",
+        "image",
+        "text",
+        [],
+        {},
+        [[]],
+        ["image"],
+        [0] * 1000,
+        SYSTEM,
+    ),
     *({"name": "huggingface", "folder": "/etc"}, {"name": "torchvision", "weights": "/dev/zero"}, {"name": "minilm"}),
     *({"name": "cnn", "pretrain": "thing", "width": 10**7}, {"name": "pca", "dim": 10**9}, "pixels", "tfidf"),
 ]
@@ -265,7 +299,9 @@ def forge_tensors(data: bytes, rng: random.Random) -> bytes:
     flat = value.reshape(-1)
     how = rng.choice(["values", "values", "all", "type", "shape", "cut", "gone", "more", "order"])
     if how == "values" and flat.size:
-        extreme = [np.nan, np.inf, 1e30, -1.0, 0.0] if value.dtype.kind == "f" else [0, 1, 2**62, -1, -(2**62), 255, 1 << 20]
+        extreme = (
+            [np.nan, np.inf, 1e30, -1.0, 0.0] if value.dtype.kind == "f" else [0, 1, 2**62, -1, -(2**62), 255, 1 << 20]
+        )
         for _ in range(rng.choice([1, 3])):
             with np.errstate(all="ignore"):
                 flat[rng.randrange(flat.size)] = np.array(rng.choice(extreme)).astype(value.dtype)
@@ -293,7 +329,9 @@ def forge(files: Files, others: list[Files], rng: random.Random) -> Files:
     files = dict(files)
     name = rng.choice(sorted([*files, "config.json", "config.json"]))
     try:
-        files[name] = forge_tensors(files[name], rng) if name.endswith(".safetensors") else forged_card(files[name], rng)
+        files[name] = (
+            forge_tensors(files[name], rng) if name.endswith(".safetensors") else forged_card(files[name], rng)
+        )
     except (ValueError, OverflowError):
         return files
     return resealed(files, keep_fingerprint=rng.random() < 0.1)
@@ -312,7 +350,10 @@ def resealed(files: Files, keep_fingerprint: bool) -> Files:
     for name in [n for n in files if n.endswith("encoder.json")]:
         folder = name.rsplit("/", 2)[1]
         try:
-            card, tensors = json.loads(files[name]), load_tensors(files[name.replace("encoder.json", "state.safetensors")])
+            card, tensors = (
+                json.loads(files[name]),
+                load_tensors(files[name.replace("encoder.json", "state.safetensors")]),
+            )
             made_by = (card["config"], card["version"], card["rest"])
             card["fingerprint"] = prints[folder] = build._fingerprint(*made_by, tensors)
             files[name] = json.dumps(card).encode()

@@ -1,4 +1,5 @@
-"""Model folders, cards and encoder states by the hundred, damaged or forged: refused, or a right answer; never code that is run.
+"""Model folders, cards and encoder states by the hundred, damaged or forged: refused, or a right answer;
+never code that is run.
 
 MMKT_FUZZ says how many (5,000 take some ten minutes); each run uses the same ones first.
 """
@@ -18,7 +19,8 @@ NUM_FOLDERS = int(os.environ.get("MMKT_FUZZ", "300"))
 
 @pytest.mark.timeout(240 + NUM_FOLDERS)
 def test_folders_of_any_content_are_data(tmp_path):
-    """Catches a folder that crashes or hangs the process, fills its memory, runs code, or answers wrongly in silence."""
+    """Catches a folder that crashes or hangs the process, fills its memory, runs code,
+    or answers wrongly in silence."""
     command = [sys.executable, "-m", "tests.inference.fuzz_models", str(NUM_FOLDERS), str(tmp_path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -28,4 +30,6 @@ def test_folders_of_any_content_are_data(tmp_path):
     assert done.returncode == 0, told
     outcomes = json.loads(done.stdout.splitlines()[-1])["outcomes"]
     assert sum(outcomes.values()) == NUM_FOLDERS
-    assert {"damage: refused", "forge: refused", "forge: the same", "forge: another answer"} <= outcomes.keys(), outcomes
+    assert {"damage: refused", "forge: refused", "forge: the same", "forge: another answer"} <= outcomes.keys(), (
+        outcomes
+    )

@@ -224,7 +224,8 @@ FUSION = {"name": "hierarchical", "depth": 2, "fuse": "concat", "rank": 16, "num
 )
 @pytest.mark.timeout(30)
 def test_a_card_of_somebody_else_is_data(folder, damage):
-    """A card with a right checksum that has memory filled, files outside read, or names and numbers that do not fit."""
+    """A card with a right checksum that has memory filled, files outside read,
+    or names and numbers that do not fit."""
     damage(folder)
     with pytest.raises(DataError, match="damaged") as caught:
         load_model(str(folder))
@@ -263,7 +264,10 @@ def test_a_key_that_this_version_does_not_know_is_named(folder):
     """A card of another tool, or with a key misspelt by hand, that is used as if it were whole."""
     training = json.loads((folder / "config.json").read_text())["training"]
     misspelt, cut = {**training, "best_epok": 1}, {"history": []}
-    for changed, told in ((misspelt, "unknown key 'training.model.best_epok'"), (cut, "'training.model.seconds' is missing")):
+    for changed, told in (
+        (misspelt, "unknown key 'training.model.best_epok'"),
+        (cut, "'training.model.seconds' is missing"),
+    ):
         change_card(folder, "training", changed)
         with pytest.raises(DataError, match=rf"config\.json'.*{told}.*remove the folder and train again"):
             read_card(str(folder))

@@ -59,7 +59,11 @@ def test_csv_has_the_best_class_and_its_probability(tmp_path: Path, shard: Path)
     found = pd.read_csv(written(tmp_path, shard, Output("csv")))
     assert list(found) == ["sample_id", "missing", *(f"colour_{c}" for c in ("pred", "top1", "top1_proba")),
                            *(f"tags_{c}" for c in ("pred", "top1", "top1_proba"))]  # fmt: skip
-    assert found["colour_pred"].fillna("-").tolist() == found["colour_top1"].fillna("-").tolist() == ["red, dark", "-", "é"]
+    assert (
+        found["colour_pred"].fillna("-").tolist()
+        == found["colour_top1"].fillna("-").tolist()
+        == ["red, dark", "-", "é"]
+    )
     assert found["colour_top1_proba"].fillna(-1).tolist() == pytest.approx([0.5, -1, 0.7])
     assert found["tags_pred"].fillna("").tolist() == ["a|b", "", "b"]
     assert found["missing"].fillna("").tolist() == ["image", "image|text", ""]
@@ -87,7 +91,8 @@ def test_wide_and_top_k(tmp_path: Path, shard: Path) -> None:
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_the_inputs_columns_come_with_their_rows(tmp_path: Path, shard: Path, suffix: str, with_ids: bool) -> None:
-    """Catches a row that gets its neighbour's columns, an input's column that is overwritten, and columns sorted by name."""
+    """Catches a row that gets its neighbour's columns, an input's column that is overwritten,
+    and columns sorted by name."""
     frame = pd.read_csv(shard)
     if suffix == "jsonl":
         frame.to_json(shard := shard.with_suffix(".jsonl"), orient="records", lines=True)

@@ -56,7 +56,8 @@ def config(tmp_path) -> Config:
 
 
 def test_a_shard_without_the_column_of_a_modality_is_read_without_it(config, tmp_path):
-    """Catches a whole file refused because its rows have only a text, and a neighbour's image column dropped with it."""
+    """Catches a whole file refused because its rows have only a text,
+    and a neighbour's image column dropped with it."""
     pq.write_table(pa.table({"id": ["a"], "caption": ["a red car"]}), tmp_path / "1.parquet")
     pq.write_table(pa.table({"id": ["b"], "caption": ["x"], "image": [b"png"]}), tmp_path / "2.parquet")
     rows, rejects = read_new(config, tmp_path / "*.parquet")
@@ -158,7 +159,8 @@ def test_trusted_code_is_imported(tmp_path, monkeypatch):
 
 
 def test_a_card_raises_no_limit(tmp_path, caplog):
-    """An image of 10^13 pixels, a file outside of the shard's folder, an address of the local network, read as the card says."""
+    """An image of 10^13 pixels, a file outside of the shard's folder, an address of the local network,
+    read as the card says."""
     limits = {"samples.max_image_pixels": 10**13, "samples.decode_timeout_s": 80_000, "extract.chunk_rows": 10**9}
     card = make_config(tmp_path).with_overrides(
         limits | {"samples.sources.0.allow_outside": True, "extract.chunk_bytes": 5}
@@ -177,7 +179,8 @@ def test_a_card_raises_no_limit(tmp_path, caplog):
 
 
 def test_encoders_lie_in_the_folder_and_are_those_of_the_model(tmp_path):
-    """A link that leads out of the folder; an encoder of another model, whose features fit and mean something else."""
+    """A link that leads out of the folder; an encoder of another model,
+    whose features fit and mean something else."""
     config = make_config(tmp_path)
     folder = write_model(tmp_path / "model", config)
     text = folder / "encoders" / "text"
@@ -236,7 +239,9 @@ def test_what_most_rows_lack_is_told(config, tmp_path, caplog, write_tar):
     """Catches a modality that is dropped without a word, and one that a suffix names and no member has."""
     write_tar(tmp_path / "a.tar", [("1.txt", b"a car"), ("1.PNG", b"png")])
     def store_without(images: int, texts: int) -> Store:
-        return Store(str(tmp_path), make_manifest({"rows": 3, "missing": {"image": {"test": images}, "text": {"test": texts}}}))
+        return Store(
+            str(tmp_path), make_manifest({"rows": 3, "missing": {"image": {"test": images}, "text": {"test": texts}}})
+        )
 
     store, columns = store_without(2, 1), {"text": "txt", "image": "png"}
     new = prediction_config(config, [str(tmp_path / "a.tar")], 0, "webdataset", columns)

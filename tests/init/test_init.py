@@ -68,10 +68,17 @@ def read(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     return read
 
 
-def test_a_csv_with_photos(shop: Path, read: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_csv_with_photos(
+    shop: Path, read: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a config that does not run, or that reads another column than it tells."""
     rows = read(shop, ["category", "tags"])
-    assert (len(rows), rows[4]["sample_id"], rows[4]["category"], rows[4]["tags"]) == (30, "A4", "shirt", ["mug", "shirt"])
+    assert (len(rows), rows[4]["sample_id"], rows[4]["category"], rows[4]["tags"]) == (
+        30,
+        "A4",
+        "shirt",
+        ["mug", "shirt"],
+    )
     assert (rows[4]["photo"], rows[4]["title"]) == (png("red", 4), "old shirt of series 4")
     out = str(shop.parent / "shop.yaml")
     assert main(["init", str(shop), "--target", "category", "--out", out]) == 0
@@ -101,7 +108,8 @@ def test_other_tables(shop: Path, read: Callable[..., list[dict[str, Any]]], suf
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_parquet_with_bytes(tmp_path: Path, read: Callable[..., list[dict[str, Any]]], nested: bool) -> None:
-    """Catches Hugging Face's struct of bytes and path that is taken for nothing, and a folder of shards that is not."""
+    """Catches Hugging Face's struct of bytes and path that is taken for nothing,
+    and a folder of shards that is not."""
     images = [png("red", i) for i in range(30)]
     cells = [{"bytes": image, "path": None} for image in images] if nested else images
     (tmp_path / "data").mkdir()
@@ -113,7 +121,8 @@ def test_parquet_with_bytes(tmp_path: Path, read: Callable[..., list[dict[str, A
 
 
 def test_class_folders_and_archives(tmp_path: Path, read: Callable[..., list[dict[str, Any]]]) -> None:
-    """Catches folders whose names are the classes, plain or in a tar, and WebDatasets whose members belong together."""
+    """Catches folders whose names are the classes, plain or in a tar,
+    and WebDatasets whose members belong together."""
     for i in range(12):
         folder = tmp_path / "photos" / CLASSES[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +134,11 @@ def test_class_folders_and_archives(tmp_path: Path, read: Callable[..., list[dic
     assert sorted(row["label"] for row in read(tmp_path / "photos.tar", [])) == sorted(CLASSES * 4)
     with tarfile.open(tmp_path / "web.tar", "w") as tar:
         for i, row in enumerate(ROWS):
-            members = {"png": png("red", i), "txt": row["title"].encode(), "json": json.dumps({"kind": row["category"]}).encode()}
+            members = {
+                "png": png("red", i),
+                "txt": row["title"].encode(),
+                "json": json.dumps({"kind": row["category"]}).encode(),
+            }
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{i:04}.{suffix}")
                 info.size = len(data)
@@ -207,7 +220,9 @@ def test_kinds_of_target(values: list[Any], kind: str) -> None:
 def test_nothing_to_run_on_is_told(shop: Path, tmp_path: Path) -> None:
     """Catches a traceback, or a config of nothing, for a wrong path, a wrong target, or a table of numbers."""
     out = str(tmp_path / "x.yaml")
-    with pytest.raises(ConfigError, match=r"it may be: price \(numbers.*colour \(2 classes\), category \(3 classes\), tags"):
+    with pytest.raises(
+        ConfigError, match=r"it may be: price \(numbers.*colour \(2 classes\), category \(3 classes\), tags"
+    ):
         init(str(shop), [], out)
     with pytest.raises(ConfigError, match=r"no column 'catgory': did you mean 'category'"):
         init(str(shop), ["catgory"], out)
@@ -258,8 +273,8 @@ def test_numbers_and_categories_are_one_table(tmp_path: Path) -> None:
 
 
 def test_tables_as_other_tools_write_them(tmp_path: Path, read: Callable[..., list[dict[str, Any]]]) -> None:
-    """Catches a table refused for a blank first line, an index without a name, a long cell or a byte order mark in JSON lines;
-    lists as text that a run would refuse as single classes; embeddings that \"nothing here reads\"."""
+    """Catches a table refused for a blank first line, an index without a name, a long cell or a byte order mark in
+    JSON lines; lists as text that a run would refuse as single classes; embeddings that \"nothing here reads\"."""
     frame = pd.DataFrame({"text": [row["title"] for row in ROWS], "kind": [row["category"] for row in ROWS]})
     frame.loc[0, "text"] = "long " * 40_000
     frame["tags"] = [["a", "b"][: 1 + i % 2] for i in range(len(frame))]

@@ -31,7 +31,12 @@ IMAGES = [PNGS[:2], PNGS[2:], [], None, [PNGS[0], None]]
 
 def config_of(folder: Path, path: str, kind: str, pool: str | None, **source: Any) -> Config:
     encoder = "tfidf" if kind == "text" else {"name": "pixels", "image_size": 16}
-    source = {"reader": path.rpartition(".")[2], "path": path, "split": "train", "columns": {"x": "x", "label": "label"}} | source
+    source = {
+        "reader": path.rpartition(".")[2],
+        "path": path,
+        "split": "train",
+        "columns": {"x": "x", "label": "label"},
+    } | source
     if source["reader"] in ("jsonl", "csv"):
         source["reader"] = "manifest"
     return parse_config(
@@ -69,7 +74,8 @@ def write(folder: Path, file: str, cells: list[Any]) -> None:
     ],
 )
 def test_captions(tmp_path: Path, file: str, pool: str, wanted: list[Any]) -> None:
-    """Catches captions that are lost or that come from another row; blank ones among them; a row without any that is present."""
+    """Catches captions that are lost or that come from another row; blank ones among them;
+    a row without any that is present."""
     cells = TEXTS if pool != "first" else TEXTS[:4]
     write(tmp_path, file, cells)
     table, reasons = read(config_of(tmp_path, file, "text", pool))
@@ -103,7 +109,8 @@ def test_lists_without_a_word_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "paths", "columns"])
 def test_images_are_pooled(tmp_path: Path, form: str) -> None:
-    """Catches features of the first image only, of a neighbour's, or of a row that has none; paths of which one is missing."""
+    """Catches features of the first image only, of a neighbour's, or of a row that has none;
+    paths of which one is missing."""
     source: dict[str, Any] = {}
     if form == "parquet":
         write(tmp_path, "t.parquet", IMAGES)
@@ -128,10 +135,12 @@ def test_images_are_pooled(tmp_path: Path, form: str) -> None:
     assert len({*decoded.hashes}) == 3
     column, refused = encode_column(encoder, decoded.values, "float32", kind.pooled)
     assert not refused
-    single = decode_column(pa.chunked_array([pa.array(PNGS, pa.large_binary())]), kind.model_copy(update={"pool": None}),
-                           encoder, config.samples)  # fmt: skip
+    files, one = pa.chunked_array([pa.array(PNGS, pa.large_binary())]), kind.model_copy(update={"pool": None})
+    single = decode_column(files, one, encoder, config.samples)
     alone = encoder.encode(single.values)
-    np.testing.assert_allclose(from_arrow(column, encoder.dim)[0], [alone[:2].mean(axis=0), alone[2], alone[0]], atol=1e-5)
+    np.testing.assert_allclose(
+        from_arrow(column, encoder.dim)[0], [alone[:2].mean(axis=0), alone[2], alone[0]], atol=1e-5
+    )
 
 
 def test_a_broken_image_costs_its_row(tmp_path: Path) -> None:

@@ -54,7 +54,12 @@ def test_no_template_asks_for_a_name() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["if kind == 'text': pass", "x = kind in ('image', 'audio')", "x = {'image': 1, 'text': 2}[kind]", "x = 'pca' != name"],
+    [
+        "if kind == 'text': pass",
+        "x = kind in ('image', 'audio')",
+        "x = {'image': 1, 'text': 2}[kind]",
+        "x = 'pca' != name",
+    ],
 )
 def test_a_planted_question_is_found(source: str) -> None:
     """Catches a search that finds nothing whatever is there."""

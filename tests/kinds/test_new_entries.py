@@ -1,4 +1,5 @@
-"""A new kind of modality and a new encoder: what their class and their entry say is enough, from shards to predictions."""
+"""A new kind of modality and a new encoder: what their class and their entry say is enough,
+from shards to predictions."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -52,12 +53,15 @@ def write_pulses(folder: Path, start: int, num_rows: int) -> None:
     rows = range(start, start + num_rows)
     pulses = [list(rng.normal(4 * (i % len(COLOURS)), 0.5, 5)) if i != 7 else [1.0] for i in rows]
     captions = [None if i % 10 == 0 else f"number {i} of a row" for i in rows]
-    write_shard(folder / f"{start}.parquet", start, num_rows, pulse=pa.array(pulses, pa.list_(pa.float32())), caption=captions)
+    write_shard(
+        folder / f"{start}.parquet", start, num_rows, pulse=pa.array(pulses, pa.list_(pa.float32())), caption=captions
+    )
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Catches a place that knows the kinds or the encoders by name; entries that Ray's workers lack; options that are lost."""
+    """Catches a place that knows the kinds or the encoders by name; entries that Ray's workers lack;
+    options that are lost."""
     folder = tmp_path / "data" / "shapes"
     for start in (0, 60, 120):
         write_pulses(folder, start, 60)
@@ -93,11 +97,23 @@ def test_the_config_is_checked_against_the_entries(make_config: MakeConfig) -> N
     raw = config.model_dump(mode="json")
     assert raw["modalities"]["text"]["kind"] == "text"
     for key, value, message in (
-        ("modalities__pulse__encoder__scael", 1, r"unknown key 'modalities\.pulse\.encoder\.spread\.scael'.*mean 'scale'"),
-        ("modalities__pulse__encoder", "tfidf", r"modalities\.pulse: encoder 'tfidf' reads text, the modality's kind is pulse"),
+        (
+            "modalities__pulse__encoder__scael",
+            1,
+            r"unknown key 'modalities\.pulse\.encoder\.spread\.scael'.*mean 'scale'",
+        ),
+        (
+            "modalities__pulse__encoder",
+            "tfidf",
+            r"modalities\.pulse: encoder 'tfidf' reads text, the modality's kind is pulse",
+        ),
         ("modalities__pulse__encoder", "sprad", r"unknown encoder 'sprad': did you mean 'spread'"),
         ("modalities__pulse__kind", "puls", r"unknown kind of modality 'puls': did you mean 'pulse'"),
-        ("modalities__text__kind", {"name": "text", "shortest": 1}, r"unknown key 'modalities\.text\.kind\.text\.shortest'"),
+        (
+            "modalities__text__kind",
+            {"name": "text", "shortest": 1},
+            r"unknown key 'modalities\.text\.kind\.text\.shortest'",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             toy(make_config).with_overrides({key.replace("__", "."): value})

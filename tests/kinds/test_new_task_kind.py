@@ -34,8 +34,8 @@ def _entry() -> Iterator[None]:
 
 @pytest.mark.usefixtures("ray_local")
 def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
-    """Catches a place that knows the kinds by name, an entry that workers and the child that reads a shard lack, and a
-    parameter of the kind that is lost between config, store and model."""
+    """Catches a place that knows the kinds by name, an entry that workers and the child that reads a shard lack, and
+    a parameter of the kind that is lost between config, store and model."""
     write_shards(tmp_path)
     options = {"training__epochs": 30, "training__lr": 0.02, "evaluation__bootstrap_samples": 100}
     config = shapes_config(tmp_path, tasks={"colour": {"kind": KIND}}, **options)
@@ -52,13 +52,16 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     right = write_gallery(model_uri).tasks["colour"]["right"][0]
     assert right.label == right.pred != right.label.removesuffix("..")
     assert ">BL<" in Path(tmp_path, "runs", "shapes", "report", "index.html").read_text()
-    predictions = pd.read_parquet(predict(model_uri, [str(tmp_path / "data" / "shapes" / "0.parquet")], str(tmp_path / "out")))
+    predictions = pd.read_parquet(
+        predict(model_uri, [str(tmp_path / "data" / "shapes" / "0.parquet")], str(tmp_path / "out"))
+    )
     assert set(predictions["colour_pred"]) == {"BL", "GR", "RE"}
     assert (predictions["colour_pred"] == predictions["colour_label"]).mean() > 0.9
 
 
 def test_a_config_keeps_the_kind_and_its_parameters(tmp_path: Path) -> None:
-    """Catches a kind that is written as an object's name or without its parameters, and errors that do not name the known."""
+    """Catches a kind that is written as an object's name or without its parameters,
+    and errors that do not name the known."""
     config = shapes_config(tmp_path, tasks={"colour": {"kind": KIND}})
     told = json.loads(json.dumps(config.model_dump(mode="json")))
     assert told["tasks"]["colour"]["kind"] == KIND

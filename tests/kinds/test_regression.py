@@ -68,7 +68,9 @@ def test_losses_are_those_of_pytorch(loss: str, expected: Any) -> None:
     known = np.arange(50) % 5 > 0
     labels = kind.labels(values, known).tensors()
     found = kind.row_losses(z[:, None], labels, torch.ones(1), 0.0)
-    np.testing.assert_allclose(found.numpy(), (expected(z, torch.from_numpy(values).float()) * labels.known).numpy(), rtol=1e-4)
+    np.testing.assert_allclose(
+        found.numpy(), (expected(z, torch.from_numpy(values).float()) * labels.known).numpy(), rtol=1e-4
+    )
     stacked = kind.stacked_losses(torch.stack([z, z])[..., None], labels, torch.ones(1), torch.zeros(2))
     np.testing.assert_allclose(stacked[1].numpy(), found.numpy())
 
@@ -146,7 +148,7 @@ def test_the_linear_model_is_ridge_regression(sparse: bool) -> None:
     assert bias[0] == pytest.approx(expected.intercept_, abs=2e-5)
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ def write_things(folder: Path, num_rows: int = 240) -> Path:
     rng = np.random.default_rng(0)
     names, weight = rng.choice(list(WORDS), num_rows), rng.uniform(1, 9, num_rows)
     price = np.array([WORDS[n] for n in names]) * (1 + weight / 5) * np.exp(rng.normal(size=num_rows) * 0.05)
-    frame = pd.DataFrame({"id": [f"r{i}" for i in range(num_rows)], "title": [f"a {n}" for n in names], "weight": weight})
+    frame = pd.DataFrame(
+        {"id": [f"r{i}" for i in range(num_rows)], "title": [f"a {n}" for n in names], "weight": weight}
+    )
     frame["price"] = [f"{p:.2f}" for p in price]
     frame.loc[3, "price"], frame.loc[5, "price"], frame.loc[7, "title"] = "12,5", None, None
     path = folder / "data" / "things.csv"
@@ -56,8 +58,9 @@ def things_config(folder: Path, **overrides: Any) -> Config:
 
 @pytest.mark.usefixtures("ray_local")
 def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
-    """Catches a stage that takes numbers for classes: a report of accuracies, predictions on the scale of the logarithm, a
-    label that is guessed, intervals that hold few labels, and a fused model that is no better than its parts."""
+    """Catches a stage that takes numbers for classes: a report of accuracies, predictions on the scale of the
+    logarithm, a label that is guessed, intervals that hold few labels,
+    and a fused model that is no better than its parts."""
     shard = write_things(tmp_path)
     text = run_steps(things_config(tmp_path))
     assert "price: numbers" in text
@@ -95,7 +98,9 @@ def test_settings_of_classes_are_refused_before_any_work(tmp_path: Path) -> None
         ("label_smoothing", 0.1),
         ("logit_adjustment", 1.0),
     ):
-        with pytest.raises(ConfigError, match=rf"training\.{setting}: 'price' is a regression task, whose labels are numbers"):
+        with pytest.raises(
+            ConfigError, match=rf"training\.{setting}: 'price' is a regression task, whose labels are numbers"
+        ):
             things_config(tmp_path, **{f"training__{setting}": value})
     with pytest.raises(ConfigError, match="'macro_f1' is no metric of 'price', a regression task"):
         things_config(tmp_path, training__objective={"metric": "macro_f1"})

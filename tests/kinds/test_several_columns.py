@@ -41,7 +41,11 @@ class Facts(ModalityKind):
         cell = {name.removeprefix("json."): value for name, value in cell.items()}  # as a WebDataset's are called
         rest = {k: float(v) for k, v in cell.items() if k != "price"}
         price = cell["price"]
-        return {"price": None if price in (None, "") else float(price), "rest": sum(rest.values()), "names": " ".join(rest)}
+        return {
+            "price": None if price in (None, "") else float(price),
+            "rest": sum(rest.values()),
+            "names": " ".join(rest),
+        }
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +105,8 @@ def config_of(folder: Path, file: str, facts: Any) -> Config:
 
 @pytest.mark.parametrize("file", LAYOUTS)
 def test_every_layout_gathers_the_columns(tmp_path: Path, file: str) -> None:
-    """Catches a layout that reads one column only; a bad cell that costs more than its row; a pattern that takes in labels."""
+    """Catches a layout that reads one column only; a bad cell that costs more than its row;
+    a pattern that takes in labels."""
     LAYOUTS[file][1](tmp_path / file, ROWS)
     in_tar = file.endswith(".tar")
     plan = ReadingPlan.of(config_of(tmp_path, file, ["price", "x2", "x10"] if in_tar else ["price", "x*"]))

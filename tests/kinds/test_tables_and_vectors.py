@@ -38,7 +38,9 @@ CELLS = [
 ]
 
 
-def config_of(folder: Path, reader: str, path: str, columns: dict[str, Any], kind: Any = "table", **source: Any) -> Config:
+def config_of(
+    folder: Path, reader: str, path: str, columns: dict[str, Any], kind: Any = "table", **source: Any
+) -> Config:
     name = "table" if (kind if isinstance(kind, str) else kind["name"]) == "table" else "identity"
     return parse_config(
         {
@@ -67,7 +69,9 @@ def write(path: Path, rows: Rows) -> None:
     if path.suffix == ".parquet":
         frame = pa.Table.from_pylist(rows)
         on = pa.array([r.get("on") for r in rows], pa.string()).cast(pa.date32())
-        pq.write_table(frame.set_column(frame.column_names.index("on"), "on", on) if "on" in frame.column_names else frame, path)
+        pq.write_table(
+            frame.set_column(frame.column_names.index("on"), "on", on) if "on" in frame.column_names else frame, path
+        )
     elif path.suffix == ".csv":
         pd.DataFrame(rows).to_csv(path, index=False)
     elif path.suffix == ".jsonl":
@@ -86,7 +90,8 @@ def write(path: Path, rows: Rows) -> None:
     [("t.parquet", "parquet"), ("t.parquet", "manifest"), ("t.jsonl", "manifest"), ("t.tar", "webdataset")],
 )
 def test_typed_cells_are_spelt_alike(tmp_path: Path, file: str, reader: str) -> None:
-    """Catches a layout that spells numbers, dates, lists or nested columns in its own way; a row of nulls that is present."""
+    """Catches a layout that spells numbers, dates, lists or nested columns in its own way;
+    a row of nulls that is present."""
     write(tmp_path / file, ROWS)
     prefix = "json." if reader == "webdataset" else ""
     names = [f"{prefix}{name}" for name in ("price", "new", "on", "fabrics", "more")]
@@ -98,7 +103,10 @@ def test_typed_cells_are_spelt_alike(tmp_path: Path, file: str, reader: str) -> 
 
 def test_nested_json(tmp_path: Path) -> None:
     """Catches a field of an object that a manifest of JSON lines cannot name, as other layouts can."""
-    rows = [{"id": "a", "more": {"size": 3, "of": {"wool": 0.5}}, "label": "u"}, {"id": "b", "more": None, "label": "v"}]
+    rows = [
+        {"id": "a", "more": {"size": 3, "of": {"wool": 0.5}}, "label": "u"},
+        {"id": "b", "more": None, "label": "v"},
+    ]
     write(tmp_path / "t.jsonl", [*rows, {"id": "c", "more": {"size": 4}, "more.size": 5}])
     columns = {"sample_id": "id", "x": ["more.size", "more.of.wool"], "label": "label"}
     values, _ = read(config_of(tmp_path, "manifest", "t.jsonl", columns))
@@ -109,15 +117,24 @@ def test_nested_json(tmp_path: Path) -> None:
 
 def test_csv_cells_are_spelt_as_typed_ones(tmp_path: Path) -> None:
     """Catches pandas' 1.0 and True, blanks and NaN that become categories."""
-    (tmp_path / "t.csv").write_text("id,price,new,size,label\na,1.0,True, 7 in ,u\nb,,NaN,\"12,5\",v\nc, 2.50 ,False, ,v\n")
+    (tmp_path / "t.csv").write_text(
+        'id,price,new,size,label\na,1.0,True, 7 in ,u\nb,,NaN,"12,5",v\nc, 2.50 ,False, ,v\n'
+    )
     config = config_of(tmp_path, "manifest", "t.csv", {"sample_id": "id", "x": ["*"], "label": "label"})
     values, _ = read(config)
-    assert values == [{"price": "1", "new": "true", "size": "7 in"}, {"size": "12,5"}, {"price": "2.50", "new": "false"}]
+    assert values == [
+        {"price": "1", "new": "true", "size": "7 in"},
+        {"size": "12,5"},
+        {"price": "2.50", "new": "false"},
+    ]
 
 
 def test_doctor_tells_types(tmp_path: Path) -> None:
     """Catches types that nobody hears of before a run, and a stated one that the first rows contradict."""
-    rows = [{"id": f"r{i}", "price": f"{i} lbs" if i % 5 == 0 else str(i), "on": f"2026-01-{i % 28 + 1:02d}"} for i in range(40)]
+    rows = [
+        {"id": f"r{i}", "price": f"{i} lbs" if i % 5 == 0 else str(i), "on": f"2026-01-{i % 28 + 1:02d}"}
+        for i in range(40)
+    ]
     write(tmp_path / "t.csv", rows)
     columns = {"sample_id": "id", "x": ["price", "on"], "label": "label"}
     finding, _ = look_at_source(config_of(tmp_path, "manifest", "t.csv", columns), 0)
@@ -127,7 +144,9 @@ def test_doctor_tells_types(tmp_path: Path) -> None:
         ({"price": "number"}, "column 'price' is no number, as the config says: 8 of 40 cells"),
         ({"prize": "number"}, "no row has a cell in column 'prize'; did you mean 'price'?"),
     ):
-        finding, _ = look_at_source(config_of(tmp_path, "manifest", "t.csv", columns, {"name": "table", "types": types}), 0)
+        finding, _ = look_at_source(
+            config_of(tmp_path, "manifest", "t.csv", columns, {"name": "table", "types": types}), 0
+        )
         assert not finding.ok
         assert not finding.stops  # 64 rows are not all
         assert told in finding.text
@@ -166,7 +185,9 @@ GOOD = np.array([[1.0, -2.5], [0.25, 3.0], [9.0, 8.0]])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
-@pytest.mark.parametrize("form", ["list", "fixed", "columns", "json", "csv", "array", "array of a csv", "column of a csv"])
+@pytest.mark.parametrize(
+    "form", ["list", "fixed", "columns", "json", "csv", "array", "array of a csv", "column of a csv"]
+)
 def test_vectors_of_every_form(tmp_path: Path, form: str, dtype: str) -> None:
     """Catches a width, a type or a form of vectors that is read as others are."""
     vectors = GOOD.astype(dtype)
@@ -175,7 +196,11 @@ def test_vectors_of_every_form(tmp_path: Path, form: str, dtype: str) -> None:
     reader, file = "parquet", "t.parquet"
     flat = pa.array(vectors.ravel())
     if form in ("list", "fixed"):
-        v = pa.ListArray.from_arrays([0, 2, 4, 6], flat) if form == "list" else pa.FixedSizeListArray.from_arrays(flat, 2)
+        v = (
+            pa.ListArray.from_arrays([0, 2, 4, 6], flat)
+            if form == "list"
+            else pa.FixedSizeListArray.from_arrays(flat, 2)
+        )
         pq.write_table(pa.table({"id": ids, "v": v, "label": label}), tmp_path / file)
     elif form in ("columns", "column of a csv"):
         columns["x"] = ["v*"]
@@ -203,7 +228,8 @@ def test_vectors_of_every_form(tmp_path: Path, form: str, dtype: str) -> None:
 
 
 def test_what_is_no_vector(tmp_path: Path) -> None:
-    """Catches NaN, infinity, nulls and text among features; a broken row that takes the others with it, or shifts them."""
+    """Catches NaN, infinity, nulls and text among features; a broken row that takes the others with it,
+    or shifts them."""
     nan, inf = float("nan"), float("inf")
     cells = [[1.0, 2.0], None, [nan, 1.0], [1.0, -inf], [], [1e300, 0.0], [3.0, None], [3.0, 4.0]]
     reasons = {
@@ -255,7 +281,8 @@ def test_another_length_is_a_reject() -> None:
 
 
 def test_arrays_that_do_not_fit(tmp_path: Path) -> None:
-    """Catches vectors of other rows, a pickle that is loaded, a file outside the folder, an array that changes unnoticed."""
+    """Catches vectors of other rows, a pickle that is loaded, a file outside the folder,
+    an array that changes unnoticed."""
     (tmp_path / "d").mkdir()
     write(tmp_path / "d" / "t.csv", [{"id": i} for i in "abc"])
     columns = {"sample_id": "id", "x": "v.npy", "label": "label"}
@@ -317,10 +344,14 @@ def test_vectors_that_pandas_left_out_are_absent(tmp_path: Path, file: str) -> N
     rows = [{"id": "a", "x1": 1.0, "x2": 2.0}, {"id": "b", "x1": nan, "x2": nan}, {"id": "c", "x1": nan, "x2": 2.0}]
     write(tmp_path / file, rows)
     reader = "parquet" if file.endswith("parquet") else "manifest"
-    values, reasons = read(config_of(tmp_path, reader, file, {"sample_id": "id", "x": ["x*"], "label": "label"}, "vector"))
+    values, reasons = read(
+        config_of(tmp_path, reader, file, {"sample_id": "id", "x": ["x*"], "label": "label"}, "vector")
+    )
     assert [list(value) for value in values] == [[1.0, 2.0]]
     assert reasons == {"b": "no modality is present", "c": "x: column 'x1' is null and others are not"}
     frame = pd.DataFrame({"id": ["a", "b"], "v": ["[1, 2]", None], "label": ["u", "v"]})
     frame.to_csv(tmp_path / "w.csv", index=False)
-    values, reasons = read(config_of(tmp_path, "manifest", "w.csv", {"sample_id": "id", "x": "v", "label": "label"}, "vector"))
+    values, reasons = read(
+        config_of(tmp_path, "manifest", "w.csv", {"sample_id": "id", "x": "v", "label": "label"}, "vector")
+    )
     assert ([list(value) for value in values], reasons) == ([[1.0, 2.0]], {"b": "no modality is present"})

@@ -37,7 +37,11 @@ def config_of(make_config: MakeConfig, **overrides: Any) -> Config:
     source = {"reader": "manifest", "path": "shapes/*.csv", "columns": columns}
     modalities = {
         "table": {"kind": "table", "encoder": {"name": "table", "min_count": 3}},
-        "text": {"kind": "text", "encoder": "tfidf", "reduce": {"name": "select", "by": "chi2", "task": "colour", "dim": 3}},
+        "text": {
+            "kind": "text",
+            "encoder": "tfidf",
+            "reduce": {"name": "select", "by": "chi2", "task": "colour", "dim": 3},
+        },
     }
     settings = {"training__epochs": 30, "training__lr": 0.02, "evaluation__bootstrap_samples": 100}
     settings["variants"] = {"model": {}, "table_alone": {"model.modalities": ["table"]}}
@@ -46,8 +50,9 @@ def config_of(make_config: MakeConfig, **overrides: Any) -> Config:
 
 @pytest.mark.usefixtures("ray_local")
 def test_from_shards_to_predictions(tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches types and bad cells that nobody hears of; names of selected terms that are lost, or features that become dense;
-    new files without a column that lose the modality; vectors that are not what they were in the run that made them."""
+    """Catches types and bad cells that nobody hears of; names of selected terms that are lost, or features that
+    become dense; new files without a column that lose the modality;
+    vectors that are not what they were in the run that made them."""
     folder = tmp_path / "data" / "shapes"
     folder.mkdir(parents=True)
     for start in (0, 60, 120):

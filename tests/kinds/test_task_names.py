@@ -1,4 +1,5 @@
-"""What differs between kinds of task is said in mmkt_ray/kinds alone: no other code asks for a name or a form of labels."""
+"""What differs between kinds of task is said in mmkt_ray/kinds alone:
+no other code asks for a name or a form of labels."""
 
 import ast
 import re
@@ -16,7 +17,8 @@ CLASSES = {kind.__name__ for kind in TASK_KINDS.values()}
 
 
 def asked(source: str) -> Iterator[int]:
-    """Lines that compare something with a kind's name, look it up by that, ask for its class, or for labels' dimensions."""
+    """Lines that compare something with a kind's name, look it up by that, ask for its class,
+    or for labels' dimensions."""
     for number, line in enumerate(source.splitlines(), start=1):
         if FORMS.search(line):
             yield number

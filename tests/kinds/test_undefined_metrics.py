@@ -11,8 +11,8 @@ CASES = [(name, metric) for name in ("multiclass", "binary") for metric in TASK_
 
 @pytest.mark.parametrize(("kind", "metric"), CASES)
 def test_labels_that_are_all_unknown_have_scores(kind: str, metric: str) -> None:
-    """Catches a command that ends in `cannot reshape array of size 0` where all labels are of other classes: no row is right,
-    and what is measured of known rows alone is undefined."""
+    """Catches a command that ends in `cannot reshape array of size 0` where all labels are of other classes: no row
+    is right, and what is measured of known rows alone is undefined."""
     proba = np.full((5, 2), 0.5, np.float32)
     labels = labels_of(np.full(5, UNSEEN), kind)
     (value,) = TASK_KINDS[kind]().metric_scores(metric, labels, proba, np.ones((1, 5)))

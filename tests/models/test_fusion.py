@@ -115,7 +115,8 @@ def test_the_names_are_those_of_the_config():
 @pytest.mark.parametrize("name", FUSE_NAMES)
 @torch.no_grad()
 def test_a_fuse_is_its_formula_for_every_presence_pattern(name):
-    """Catches a gate, key or factor of an absent part that stays in, weights of the wrong part, a lost bias or norm."""
+    """Catches a gate, key or factor of an absent part that stays in, weights of the wrong part,
+    a lost bias or norm."""
     torch.manual_seed(0)
     fuse = randomized(fuses.FUSES[name](WIDTHS, H, 0.0, OPTIONS))
     parts, present = inputs()
@@ -144,7 +145,8 @@ def test_hierarchical_is_its_formula(name, depth):
 
 @torch.no_grad()
 def test_gates_of_two_modalities_are_the_sigmoid_gate_of_the_paper():
-    """Catches softmax gates that are no generalisation of the bimodal unit z h_1 + (1 - z) h_2, z = sigmoid(V [x])."""
+    """Catches softmax gates that are no generalisation of the bimodal unit z h_1 + (1 - z) h_2,
+    z = sigmoid(V [x])."""
     widths = {"image": Width(4), "text": Width(3)}
     fuse = randomized(fuses.Gated(widths, H, 0.0, {}))
     x = {m: torch.randn(B, w.dim) for m, w in widths.items()}
@@ -186,7 +188,8 @@ def test_every_modality_that_is_there_counts(options):
 
 
 def test_a_linear_head_is_a_linear_layer_on_the_concatenation():
-    """Catches weights matched to the wrong part; a part scaled; initial weights larger than those of the one layer."""
+    """Catches weights matched to the wrong part; a part scaled;
+    initial weights larger than those of the one layer."""
     head = LinearHead(WIDTHS, C)
     parts, _ = inputs()
     weight = torch.cat([head.parts[f"[{m}]"].weight for m in sorted(parts)], dim=1)
@@ -215,7 +218,8 @@ def combined_by_hand(head, row, kind):
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @torch.no_grad()
 def test_decisions_are_combined_by_the_formula(combine, kind):
-    """Catches weights that do not sum to one over the present, a product that is not renormalised, a mean of logits."""
+    """Catches weights that do not sum to one over the present, a product that is not renormalised,
+    a mean of logits."""
     torch.manual_seed(0)
     head = randomized(DecisionHead(WIDTHS, C, task_kind(kind), combine))
     parts, present = inputs()

@@ -16,7 +16,8 @@ from tests.models.examples import B, everywhere, make_batch, make_spec, sparse_b
 
 
 def fitted(missing, sparse=(), inputs=None, **changes):
-    """A model without towers, so that signals are what the input stages hand on, with statistics away from 0 and 1."""
+    """A model without towers, so that signals are what the input stages hand on,
+    with statistics away from 0 and 1."""
     model = MultimodalModel(make_spec((), missing=missing, sparse=sparse, inputs=inputs, **changes)).eval()
     for m, i in model.spec.modalities.items():
         shape = () if i.sparse else (i.dim,)
@@ -70,7 +71,8 @@ def test_sparse_fills_are_empty_rows(missing):
 
 
 def test_a_sparse_token_is_a_vector_of_its_own_in_every_map_that_reads_it():
-    """Catches a token that is learned and never used in prediction; one that also marks rows which have the modality."""
+    """Catches a token that is learned and never used in prediction;
+    one that also marks rows which have the modality."""
     model = fitted("token", sparse=("text",))
     features, present = make_batch(model.spec)
     logits = model(features, present)["a"]
@@ -167,7 +169,8 @@ def correlated(rng, num_rows=400):
 
 @pytest.mark.parametrize("sparse", [(), ("text",)])
 def test_generated_features_are_near_the_true_ones(sparse):
-    """Catches maps in the wrong space (raw and standardised mixed up), sources and targets exchanged, a map left at zero."""
+    """Catches maps in the wrong space (raw and standardised mixed up), sources and targets exchanged,
+    a map left at zero."""
     rng = np.random.default_rng(0)
     rows = {m: x.astype(np.float32) for m, x in correlated(rng).items()}
     model = MultimodalModel(make_spec((), dims={m: x.shape[1] for m, x in rows.items()}, sparse=sparse)).eval()

@@ -25,7 +25,8 @@ from tests.models.examples import FUSIONS_TO_TRY, B, garbage, make_batch, make_s
 @pytest.mark.parametrize("schemes", [(), *((s,) for s in SCHEME_NAMES), ("separate", "mmoe", "cross_stitch")])
 @pytest.mark.parametrize("missing", ["mask", "zero", "token"])
 def test_what_an_absent_modality_holds_has_no_influence(fusion, schemes, missing):
-    """Catches a mask before a tower with a bias only, one multiplied onto NaN, or one forgotten for sparse features."""
+    """Catches a mask before a tower with a bias only, one multiplied onto NaN,
+    or one forgotten for sparse features."""
     model = MultimodalModel(make_spec(schemes, fusion, missing=missing)).eval()
     features, present = make_batch(model.spec)
     wild = garbage(features, present)
@@ -62,7 +63,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(schemes, missing):
     ("scheme", "runs"), [("separate", 4), ("task", 2), ("modality", 4), ("task_modality", 2), ("cross_stitch", 4)]
 )
 def test_a_signal_passes_a_tower_once(scheme, runs, monkeypatch):
-    """Catches work done again for every task that shares a tower; two modalities' signals taken for one in a shared tower."""
+    """Catches work done again for every task that shares a tower;
+    two modalities' signals taken for one in a shared tower."""
     calls = []
     forward = Tower.forward
     monkeypatch.setattr(Tower, "forward", lambda self, x: calls.append(self) or forward(self, x))
@@ -83,7 +85,8 @@ def test_experts_work_once_on_a_signal_that_all_pairs_of_a_modality_share(scheme
 
 
 def test_tasks_that_share_all_towers_share_the_fusion():
-    """Catches a fusion of its own for each task under a trunk that all tasks share, or one for all where they share none."""
+    """Catches a fusion of its own for each task under a trunk that all tasks share,
+    or one for all where they share none."""
     fusions = {s: len(MultimodalModel(make_spec((s,), "hierarchical")).fusions) for s in SCHEME_NAMES}
     shared = {"task", "task_modality"}
     assert fusions == {s: 1 if s in shared else 2 for s in SCHEME_NAMES}
@@ -101,8 +104,8 @@ def test_tasks_that_share_all_towers_share_the_fusion():
 @settings(max_examples=80, deadline=None)
 @pytest.mark.slow
 def test_any_order_of_levels_builds_trains_and_comes_back_from_json(schemes, fusion, dims, sparse, missing, reads):
-    """Catches widths that do not meet between levels; a parameter without a gradient (which stops DDP); a spec that JSON
-    changes; a modality that no task reads."""
+    """Catches widths that do not meet between levels; a parameter without a gradient (which stops DDP); a spec that
+    JSON changes; a modality that no task reads."""
     names = [f"m{i}" for i in range(len(dims))]
     inputs = {
         t: [n for i, n in enumerate(names) if i in chosen] or names for t, chosen in zip("ab", reads, strict=True)
@@ -204,7 +207,8 @@ def test_dropout_is_off_in_eval_mode_and_on_in_training():
 @pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
 @pytest.mark.parametrize("schemes", [("separate", "mmoe"), ("task", "cross_stitch")])
 def test_deciding_on_what_was_encoded_is_the_forward_pass(fusion, schemes):
-    """Catches a step of `forward` that `encode` and `decide` leave out; a signal replaced for one task that another reads."""
+    """Catches a step of `forward` that `encode` and `decide` leave out;
+    a signal replaced for one task that another reads."""
     model = MultimodalModel(make_spec(schemes, fusion, missing="token")).eval()
     features, present = make_batch(model.spec)
     logits = model(features, present)
@@ -221,7 +225,8 @@ def test_deciding_on_what_was_encoded_is_the_forward_pass(fusion, schemes):
 )
 @pytest.mark.parametrize("fusion", ["concat", "attention", "decision"])
 def test_a_task_sees_its_inputs_only(schemes, fusion):
-    """Catches a task that reads a modality it may not; one whose shared fusion expects the other task's modalities."""
+    """Catches a task that reads a modality it may not; one whose shared fusion expects the other task's
+    modalities."""
     model = MultimodalModel(make_spec(schemes, fusion, inputs={"a": ["image"]}, sparse=(), missing="token")).eval()
     features, present = make_batch(model.spec)
     logits = model(features, present)
@@ -238,7 +243,8 @@ SIGNAL_PATHS = [(s,) for s in SCHEME_NAMES] + [("task", "mmoe", "cross_stitch"),
 @pytest.mark.parametrize("schemes", SIGNAL_PATHS)
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_the_parameters_of_a_modality_are_those_that_its_signals_depend_on(schemes, modality):
-    """Catches a shared tower, an adapter, a gate or a mixing matrix that is left out, or another modality's put in."""
+    """Catches a shared tower, an adapter, a gate or a mixing matrix that is left out,
+    or another modality's put in."""
     model = MultimodalModel(make_spec(schemes, missing="token", sparse=()))
     stages = model.modality_parameters(modality)
     assert len(stages) == 1 + len(schemes)
@@ -257,7 +263,8 @@ def test_the_parameters_of_a_modality_are_those_that_its_signals_depend_on(schem
 @pytest.mark.parametrize("fusion", FUSIONS_TO_TRY)
 @pytest.mark.parametrize("schemes", [("mmoe",), ("cross_stitch",), ("task_modality",)])
 def test_models_of_one_spec_can_be_stacked(fusion, schemes):
-    """Catches an axis that is taken for another one in a stack, and a gradient written by hand that is not torch's."""
+    """Catches an axis that is taken for another one in a stack,
+    and a gradient written by hand that is not torch's."""
     models = [MultimodalModel(make_spec(schemes, fusion, missing="token", sparse=())).double().eval() for _ in range(2)]
     features, present = make_batch(models[0].spec)
     batch = ({m: x.double() for m, x in features.items()}, present)

@@ -54,7 +54,8 @@ def test_pairs_share_exactly_the_towers_that_the_scheme_says(low, high):
 @pytest.mark.parametrize(("scheme", "shared"), [(s, s in ("task", "task_modality")) for s in SCHEMES])
 @pytest.mark.parametrize("dim", [6, {"audio": 4, "image": 6, "text": 9}])
 def test_a_task_trains_the_other_tasks_towers_only_where_tasks_share(scheme, shared, dim):
-    """Catches knowledge that leaks between tasks through an adapter, a fusion or an input stage in schemes that share no task."""
+    """Catches knowledge that leaks between tasks through an adapter,
+    a fusion or an input stage in schemes that share no task."""
     model = MultimodalModel(spec(scheme, dim=dim, fusion="hierarchical 3"))
     assert shares_tasks(scheme) == shared
     model(*batch(model))["a"].square().sum().backward()
@@ -89,7 +90,8 @@ def test_separate_gives_each_modality_its_own_width():
 
 @pytest.mark.parametrize(("scheme", "needed"), [(s, s in ("modality", "task_modality")) for s in SCHEMES])
 def test_adapters_stand_only_before_towers_that_modalities_of_different_widths_share(scheme, needed):
-    """Catches an adapter in front of features that fit as they are; a shared tower that can't take one of its modalities."""
+    """Catches an adapter in front of features that fit as they are;
+    a shared tower that can't take one of its modalities."""
     equal, different = (
         MultimodalModel(spec(scheme, dim=dim)).num_parameters_by_part()["input"]
         for dim in (6, {"audio": 4, "image": 6, "text": 9})

@@ -17,7 +17,8 @@ MAGIC = b"poison:"
 
 
 def poison(how: str, *arguments: str, rest: bytes = b"") -> bytes:
-    """An image at which the decoder does what the function below of the name `how` does; `rest` is opened after that."""
+    """An image at which the decoder does what the function below of the name `how` does;
+    `rest` is opened after that."""
     return MAGIC + " ".join([how, *arguments]).encode() + b"\n" + rest
 
 

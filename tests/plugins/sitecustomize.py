@@ -1,4 +1,5 @@
-"""Python imports this on its start: processes learn to die of the images of poison.py and of the shards of poison_shard.py."""
+"""Python imports this on its start: processes learn to die of the images of poison.py and of the shards of
+poison_shard.py."""
 
 import sys
 

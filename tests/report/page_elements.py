@@ -61,7 +61,9 @@ def suspect(**changes) -> dict:
 
 def audit_of(num_suspects: int = 1) -> dict:
     """An audit of 500 rows: an image in two splits, a conflict of labels, suspects."""
-    samples = [{"sample_id": f"{x}1", "split": x, "labels": {"thing": HOSTILE, "colour": None}} for x in ("test", "train")]
+    samples = [
+        {"sample_id": f"{x}1", "split": x, "labels": {"thing": HOSTILE, "colour": None}} for x in ("test", "train")
+    ]
     found = duplicates(*samples)
     return {
         "num_rows": 500,

@@ -21,7 +21,12 @@ def write_model(folder: Path, ids, labels, preds, names=("a", "b")) -> str:
     uri = folder / "models" / "m"
     uri.mkdir(parents=True)
     interval = {"value": float(np.mean(np.array(labels) == preds)), "low": 0.0, "high": 1.0}
-    scores = {"kind": "multiclass", "num_rows": len(ids), "class_names": list(names), "intervals": {"accuracy": interval}}
+    scores = {
+        "kind": "multiclass",
+        "num_rows": len(ids),
+        "class_names": list(names),
+        "intervals": {"accuracy": interval},
+    }
     record = {"name": "m", "split": "test", "confidence": 0.95, "bootstrap_samples": 100, "modalities": ["text"]}
     record |= {"num_rows": len(ids)}
     storage.write_json(str(uri / "metrics.json"), record | {"tasks": {"t": scores}})
@@ -54,7 +59,8 @@ def test_rows_are_paired_by_id_and_tested_exactly(runs):
 
 
 def test_a_run_that_ships_a_linear_model_is_compared_by_it(runs, tmp_path):
-    """Catches a refused run folder: scores of linear models lie with the baselines, not in the folder that is shipped."""
+    """Catches a refused run folder: scores of linear models lie with the baselines,
+    not in the folder that is shipped."""
     first, other, ids, labels = runs
     run = tmp_path / "ships"
     record = storage.read_json(f"{first}/metrics.json")
@@ -64,10 +70,16 @@ def test_a_run_that_ships_a_linear_model_is_compared_by_it(runs, tmp_path):
     del record["name"]
     storage.write_json(str(run / "baselines/s/metrics.json"), record | {"models": {"logreg:text": own}})
     table = pa.table({"sample_id": ids, "split": ["test"] * 40, "t_label": labels, "t_pred": ["a"] * 40})
-    pq.write_table(table.append_column("model", pa.array(["logreg:text"] * 40)), run / "baselines/s/predictions-test.parquet")
+    pq.write_table(
+        table.append_column("model", pa.array(["logreg:text"] * 40)), run / "baselines/s/predictions-test.parquet"
+    )
     chosen = {"model": "logreg:text", "folder": own["folder_to_ship"], "tasks": ["t"], "why": [], "considered": []}
-    results = ResultsFile(run="ships", split="test", confidence=0.95, models={}, tasks={}, main=None, notes=[], recommended=None)
-    results.replaced(recommended=chosen | {"per_task": {"t": "logreg:text"}}).write(str(run / "report" / "results.json"))
+    results = ResultsFile(
+        run="ships", split="test", confidence=0.95, models={}, tasks={}, main=None, notes=[], recommended=None
+    )
+    results.replaced(recommended=chosen | {"per_task": {"t": "logreg:text"}}).write(
+        str(run / "report" / "results.json")
+    )
     assert chosen_model(str(run)).name == "ships/logreg:text"
     assert "34" in compare_runs([str(run), other])
 

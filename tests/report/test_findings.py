@@ -163,7 +163,15 @@ def test_parameters_are_counted_by_part(told):
         write_card(str(told / "other" / name), card.replaced(training=make_training(num_params_by_part=parts)))
     models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")}
     models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
-    rest = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
+    rest = {
+        "run": "r",
+        "split": "test",
+        "confidence": 0.95,
+        "tasks": {},
+        "recommended": None,
+        "main": None,
+        "notes": [],
+    }
     found = about_models.parameters(str(told), ResultsFile(models=models, **rest))
     assert found.columns == ["level_1", "level_2", "fusion", "heads"]
     assert [(r.model, r.total) for r in found.rows] == [("small", 7), ("big", 17)]
@@ -219,8 +227,8 @@ def issues_run(told: Path, folder: Path, about: About | None) -> Path:
 
 @pytest.mark.parametrize("others", [False, True])
 def test_label_issues_of_other_features_are_left_out_and_named(told, tmp_path, others):
-    """Catches rows called wrong by features that are no more, shown as the present ones; and those of present features left
-    out."""
+    """Catches rows called wrong by features that are no more, shown as the present ones; and those of present
+    features left out."""
     store = open_store(str(told / "features" / "union")).manifest.fingerprint
     run = issues_run(told, tmp_path / "run", About(stores=["of other features" if others else store]))
     text = text_of(Elements(Path(build_report(str(run))).read_text(encoding="utf-8")))
@@ -240,6 +248,8 @@ def test_a_file_of_label_issues_alone_may_be_out_of_date(told, tmp_path):
     run = issues_run(told, tmp_path / "run", None)
     current = Current(str(run), stores=frozenset({"new"}))
     assert findings.audits(current, ["features/union"])["features/union"].suspects is not None  # it does not say
-    storage.write_table(str(run / "suspects.parquet"), with_about(pa.table({"sample_id": ["s0"]}), About(stores=["old"])))
+    storage.write_table(
+        str(run / "suspects.parquet"), with_about(pa.table({"sample_id": ["s0"]}), About(stores=["old"]))
+    )
     assert findings.audits(current, ["features/union"])["features/union"].suspects is None
     assert current.left_out == [LeftOut("suspects.parquet", "mmkt run")]

@@ -1,4 +1,5 @@
-"""The page in a real browser: what a reader clicks, tabs through and prints; axe-core looks at two widths in light and dark."""
+"""The page in a real browser: what a reader clicks, tabs through and prints;
+axe-core looks at two widths in light and dark."""
 
 import importlib.util
 import json
@@ -56,7 +57,8 @@ def test_axe_finds_nothing_serious(browser, page, width, scheme):
 
 
 def test_a_click_sorts_a_table_by_number_and_says_so(browser, page):
-    """Catches `9` after `10`, a true minus sign that is no number, and an order that only sighted readers learn of."""
+    """Catches `9` after `10`, a true minus sign that is no number,
+    and an order that only sighted readers learn of."""
     show(browser, page)
     table = "document.querySelector('[aria-label^=\"Models on\"] table')"
     header = f"{table}.tHead.rows[0].cells[1]"
@@ -80,12 +82,16 @@ def test_values_are_told_on_hover(browser, page):
     """Catches titles that stand beside the marks they are about, or on none."""
     show(browser, page)
     results = storage.read_json(page.removeprefix("file://").replace("index.html", "results.json"))
-    script = "[...document.querySelectorAll('figure title')].map(t => [t.parentNode.getBBox().width > 0, t.textContent])"
+    script = (
+        "[...document.querySelectorAll('figure title')].map(t => [t.parentNode.getBBox().width > 0, t.textContent])"
+    )
     told = browser.evaluate(script)
     assert all(drawn for drawn, _ in told)
     for found in results["tasks"].values():
         row = max(found["rows"], key=lambda r: r["num_rows"])  # a figure has models of the same samples
-        assert any(text.startswith(f"{row['model']}, Accuracy: {100 * row['accuracy']['value']:.1f} %") for _, text in told)
+        assert any(
+            text.startswith(f"{row['model']}, Accuracy: {100 * row['accuracy']['value']:.1f} %") for _, text in told
+        )
     assert any(f"{HOSTILE} taken for" in text for _, text in told)
 
 
@@ -102,7 +108,10 @@ def test_the_contents_stay_in_sight_and_lead_to_their_sections(browser, page):
 def test_what_is_collapsed_is_printed(browser, page):
     """Catches paper without the tables of classes, the config and half of the suspects."""
     show(browser, page, media="print")
-    hidden = "[...document.querySelectorAll('details table, details pre, details .card')].filter(e => !e.checkVisibility())"
+    hidden = (
+        "[...document.querySelectorAll('details table, details pre, details .card')].filter(e => "
+        "!e.checkVisibility())"
+    )
     assert browser.evaluate("document.querySelectorAll('details:not([open])').length") > 3
     assert browser.evaluate(f"{hidden}.length") == 0
     assert not browser.evaluate("document.querySelector('nav').checkVisibility()")
@@ -112,7 +121,10 @@ def test_only_boxes_that_scroll_are_stops_for_the_keyboard(browser, page):
     """Catches a table that a keyboard cannot scroll, and a page of a hundred stops where there is nothing to do."""
     for width in (1400, 390):
         show(browser, page, width)
-        script = "[...document.querySelectorAll('.scroll')].map(b => [b.scrollWidth > b.clientWidth, b.tabIndex === 0])"
+        script = (
+            "[...document.querySelectorAll('.scroll')].map(b => [b.scrollWidth > b.clientWidth, b.tabIndex === "
+            "0])"
+        )
         boxes = browser.evaluate(script)
         assert all(scrolls == stop for scrolls, stop in boxes)
     assert any(stop for _, stop in boxes)

@@ -33,7 +33,8 @@ def run(finished, tmp_path) -> Path:
 
 
 def test_hostile_names_and_texts_stay_text(page):
-    """Catches a template without escaping: whoever writes a class name or a caption would run code at the reader's."""
+    """Catches a template without escaping: whoever writes a class name or a caption would run code at the
+    reader's."""
     elements = Elements(page)
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -55,7 +56,8 @@ def test_nothing_comes_from_outside(page):
 
 
 def test_every_figure_has_words_and_is_a_file_too(page, finished):
-    """Catches figures that a blind reader gets nothing of, files that are not beside the page, and such that are no SVG."""
+    """Catches figures that a blind reader gets nothing of, files that are not beside the page,
+    and such that are no SVG."""
     elements = Elements(page)
     plots = ("accuracy", "differences", "learning", "confusion", "classes", "reliability")
     assert all(len(a["alt"]) > 10 for a in elements.all("img"))
@@ -69,7 +71,8 @@ def test_every_figure_has_words_and_is_a_file_too(page, finished):
 
 
 def test_ids_are_those_of_one_figure(page):
-    """Catches figures that borrow each other's shapes: each of them is drawn by itself, and the page has all of them."""
+    """Catches figures that borrow each other's shapes: each of them is drawn by itself,
+    and the page has all of them."""
     ids = [a["id"] for _, a in Elements(page).tags if "id" in a]
     assert len(ids) == len(set(ids)) > 10
 
@@ -177,13 +180,19 @@ def told(kind: str, value: float, low: float, high: float, **changes) -> Headlin
     best = {"best": "both", "best_trained": "both", "best_fused": "both", "best_single": "image"}
     found = TaskResults(kind="multiclass", num_classes=2, selected_on="val", rows=rows, **best)
     answer = {"kind": kind, "value": value, "low": low, "high": high, "fused": "both", "rest": "image", "num_rows": 150}
-    answer |= {"metric": "accuracy", "scores": {"fused": 0.8 + value, "rest": 0.8}, "best_fused": "both", "num_fused": 2}
+    answer |= {
+        "metric": "accuracy",
+        "scores": {"fused": 0.8 + value, "rest": 0.8},
+        "best_fused": "both",
+        "num_fused": 2,
+    }
     answer |= {"modalities": [], "rest_modalities": [], "p": 0.5, "p_holm": 0.5, "source": "trained", "differs": {}}
     return sentences.headline("t", Answer(**answer | changes), found, 0.95)
 
 
 def test_the_headline_says_plainly_what_fusing_did():
-    """Catches a page that praises the fused model whatever the tests say, and one that does not say which model hurts."""
+    """Catches a page that praises the fused model whatever the tests say,
+    and one that does not say which model hurts."""
     better = told("adds", 0.031, 0.01, 0.05)
     assert (better.tone, better.title) == (
         "good",
@@ -230,7 +239,14 @@ def test_every_model_is_seen_on_its_page():
 
 def test_nothing_is_off_the_scale(page, finished):
     """Catches a mark beyond the frame of its figure: a score below zero, or a model that is far behind the others."""
-    about = {"reads": [], "num_rows": 9, "num_unseen": None, "balanced_accuracy": None, "val_accuracy": None, "versus": None}
+    about = {
+        "reads": [],
+        "num_rows": 9,
+        "num_unseen": None,
+        "balanced_accuracy": None,
+        "val_accuracy": None,
+        "versus": None,
+    }
     intervals = {"r2": {"value": -3.0, "low": -4.0, "high": -2.0}, "spearman": None}
     row = ModelScores(model="a", intervals=intervals, verdict="", **about)
     axes = plots.draw_score_bars(

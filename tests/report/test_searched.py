@@ -136,7 +136,8 @@ def test_what_was_tried_and_what_won_is_said_first(page):
     """Catches candidates that vanish from the count, and a winner without the score it was chosen by."""
     text = text_of(page)
     for expected in (
-        "1,234 candidates were tried in 10 min: 900 stopped early, 320 trained to the end, 10 diverged, 4 did not fit",
+        "1,234 candidates were tried in 10 min: 900 stopped early, 320 trained to the end, 10 diverged, 4 did not "
+        "fit",
         "into memory, and 192 to compare with. They were chosen by",
         "chosen by macro-F1 on val of thing",
         f"candidate 1, image + {HOSTILE}, fusion hierarchical (depth 3), sharing task, with 80.0 % on val",
@@ -147,22 +148,27 @@ def test_what_was_tried_and_what_won_is_said_first(page):
 
 
 def test_ties_are_called_ties(page):
-    """Catches a page that sells noise as a win, hides a loss, or compares by another metric than the search chose by."""
+    """Catches a page that sells noise as a win, hides a loss,
+    or compares by another metric than the search chose by."""
     text = text_of(page)
     for expected in (
-        "★ winnerthing: the winner has accuracy 81.0 % (79.0 to 83.0), macro-F1 80.0 % (78.0 to 82.0) on 150 test samples",
+        "★ winnerthing: the winner has accuracy 81.0 % (79.0 to 83.0), macro-F1 80.0 % (78.0 to 82.0) on 150 test "
+        "samples",
         "▲ betterthing: the winner is better than the best single modality (image alone, sharing task): "
         "+9.0 points of macro-F1 [+7.0, +11.0] on 150 samples",
-        "● tiething: the winner ties with the best plain concat (image + text, fusion concat, sharing task): +1.0 points",
+        "● tiething: the winner ties with the best plain concat (image + text, fusion concat, sharing task): +1.0 "
+        "points",
         "▼ worsecolour: the winner is worse than the best single modality",
-        "▲ betterthing: the ensemble (accuracy 83.0 % (81.0 to 85.0)) is better than the winner: +3.0 points of accuracy",
+        "▲ betterthing: the ensemble (accuracy 83.0 % (81.0 to 85.0)) is better than the winner: +3.0 points of "
+        "accuracy",
         "○ notecolour: no samples to compare the ensemble with the winner",
     ):
         assert expected in text
 
 
 def test_a_winner_that_is_its_own_rival_is_said_so():
-    """Catches a winner that reads one modality and is said to beat the best single modality, or a failure for want of it."""
+    """Catches a winner that reads one modality and is said to beat the best single modality,
+    or a failure for want of it."""
     alone = {"compared_with": {"best single modality": "candidate 1"}, "ensemble": None}
     found, usual = (SearchResult.from_dict(result() | more, "result.json") for more in (alone, {}))
     assert [line.kind for line in searched.lines_on("thing", found, "candidate 1")] == ["won"]
@@ -190,7 +196,8 @@ def test_every_figure_of_the_search_is_there(page, run):
 
 
 def test_several_seeds_have_their_table(page):
-    """Catches a difference that is luck of the seed and told as a gain, and models of other samples that are compared."""
+    """Catches a difference that is luck of the seed and told as a gain,
+    and models of other samples that are compared."""
     text = text_of(page)
     for expected in (
         "Every model was trained 2 times",
@@ -251,7 +258,8 @@ def test_the_most_important_keys_are_drawn(tmp_path):
 
 
 def test_values_that_are_choices_get_rows_and_scales_do_not():
-    """Catches whole numbers that are drawn as a scale, numbers as thousands of rows, and rows that mix up their points."""
+    """Catches whole numbers that are drawn as a scale, numbers as thousands of rows,
+    and rows that mix up their points."""
     names, at = search_plots._rows_of([["a", 0.5, 1], ["b", 0.9, 1], ["a", 0.6, 1]])
     assert (names, at.tolist()) == (["a", "b"], [0, 1, 0])  # the best one at the top
     names, at = search_plots._rows_of([[1.0, 0.5, 1], [4.0, 0.9, 1], [2.0, 0.6, 1]])
@@ -286,8 +294,8 @@ def test_a_search_without_a_winner_says_so_first(bare):
 
 
 def test_a_search_without_a_fused_candidate_says_so_first_and_a_log_loss_is_told_in_nats(bare):
-    """Catches a winner among single modalities that looks like one of a search over fusion; a negated log loss told as a
-    percentage, and a gain whose sign says that the winner is worse."""
+    """Catches a winner among single modalities that looks like one of a search over fusion; a negated log loss told
+    as a percentage, and a gain whose sign says that the winner is worse."""
     note = "The time budget of 1 s ended before any fused candidate had a score."
     found = result() | {"notes": [note], "tried": {"candidates": 0, "references": 64, "fused": 0}}
     found["objective"]["metric"] = "log_loss"

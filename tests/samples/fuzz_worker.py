@@ -1,9 +1,9 @@
 """A process that reads damaged files of one kind: `python -m tests.samples.fuzz_worker KIND COUNT FOLDER`.
 
-Wrong is what the readers' contract excludes: any exception but a UserError (a ValueError of a decoder), a table that is
-not valid, the open of a file outside the folder, a pickle or code loaded, a process started, more memory than GROWTH_BYTES, a
-file that takes longer than HANG_S. The file that is being read lies in FOLDER/in (image, sound, or shard): after a crash it
-is still there. The last line of stdout counts the outcomes.
+Wrong is what the readers' contract excludes: any exception but a UserError (a ValueError of a decoder), a table that
+is not valid, the open of a file outside the folder, a pickle or code loaded, a process started, more memory than
+GROWTH_BYTES, a file that takes longer than HANG_S. The file that is being read lies in FOLDER/in (image, sound, or
+shard): after a crash it is still there. The last line of stdout counts the outcomes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def peak_bytes() -> int:
 
 
 class Watch:
-    """Within it nothing forbidden may be done: the kernel tells opens below `outside`, Python's audit events all else."""
+    """Within it nothing forbidden may be done: the kernel tells opens below `outside`,
+    Python's audit events all else."""
 
     FORBIDDEN = ("pickle.find_class", "marshal.loads", "exec", "subprocess.Popen", "os.system", "os.exec", "os.fork")
     FORBIDDEN += (

@@ -1,4 +1,5 @@
-"""Manifest cells that are addresses: fetched where that is allowed, refused where they lead inside, never lost unseen."""
+"""Manifest cells that are addresses: fetched where that is allowed, refused where they lead inside,
+never lost unseen."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ def fetch(address: str, **more: object) -> str:
     ],
 )
 def test_each_failure_says_why(server: str, path: str, why: str):
-    """Catches a broken answer that is taken for an image, a fetch without end, and a reason that nobody can act on."""
+    """Catches a broken answer that is taken for an image, a fetch without end,
+    and a reason that nobody can act on."""
     limits = {"max_bytes": 4000, "timeout_s": 0.3, "num_retries": 2}
     found = fetch(server + path, http=limits)
     assert found.startswith(f"cannot fetch '{server}{path}': ")
@@ -169,7 +171,16 @@ def test_a_name_that_changes_its_number_is_refused(monkeypatch: pytest.MonkeyPat
 def test_which_numbers_are_public():
     """Catches an IPv4 address of the local network that is written as IPv6."""
     public = ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"]
-    inside = ["10.1.2.3", "172.16.0.1", "192.168.1.1", "127.8.8.8", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"]
+    inside = [
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "127.8.8.8",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+    ]
     inside += ["fe80::1%eth0", "::1", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:0a00:0001::"]
     assert [number for number in public + inside if is_public(number)] == public
 
@@ -183,7 +194,10 @@ def test_secrets_in_an_address_are_not_told():
 
 def test_addresses_are_found_in_lists_too():
     """Catches a column of several images whose addresses are taken for paths."""
-    assert find_addresses(["a.png", "HTTP://x/1", None, ["https://x/2", "HTTP://x/1"], 3]) == ["HTTP://x/1", "https://x/2"]
+    assert find_addresses(["a.png", "HTTP://x/1", None, ["https://x/2", "HTTP://x/1"], 3]) == [
+        "HTTP://x/1",
+        "https://x/2",
+    ]
 
 
 # --- through the manifest reader --------------------
@@ -196,7 +210,8 @@ def rows(server: str) -> list[dict]:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_a_manifest_of_addresses(server: str, make_config, read_all, tmp_path, suffix: str):
-    """Catches rows in another order than the manifest's, one at a time, lost rows, and files that are no longer read."""
+    """Catches rows in another order than the manifest's, one at a time, lost rows,
+    and files that are no longer read."""
     (tmp_path / "here.png").write_bytes(png("blue", 0, 8))
     if suffix == "csv":
         lines = ["id,image,label", *(f"{r['id']},{r['image']},{r['label']}" for r in rows(server))]

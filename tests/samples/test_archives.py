@@ -96,7 +96,8 @@ def test_a_tar_sorted_by_extension_says_sort_by_name(make_config, read_all, writ
 
 @pytest.mark.parametrize("layout", ["tar", "padded", "gzip of each", "gzip of all", "gzip in pieces"])
 def test_concatenated_archives_are_read_to_the_end(make_config, read_all, write_tar, tmp_path, layout):
-    """Catches `cat a.tar b.tar`, and what bgzip and pigz write, of which the first part passes for all. Right: tar -i."""
+    """Catches `cat a.tar b.tar`, and what bgzip and pigz write, of which the first part passes for all.
+    Right: tar -i."""
     for name in "ab":
         write_tar(tmp_path / f"{name}.part", [(f"{name}/{i}.txt", os.urandom(3000).hex().encode()) for i in range(5)])
     parts = [(tmp_path / f"{name}.part").read_bytes() for name in "ab"]
@@ -123,7 +124,8 @@ def test_what_follows_an_archive_and_is_none_is_told(make_config, read_all, writ
 
 @pytest.mark.parametrize(("num_zeros", "is_damage"), [(1 << 20, False), (3 << 20, True)])
 def test_zeros_in_place_of_members_are_damage(make_config, read_all, write_tar, tmp_path, num_zeros, is_damage):
-    """Catches rows lost in silence as a transfer broke off in a file of its final size; `tar -b 2048` fills up one mebibyte."""
+    """Catches rows lost in silence as a transfer broke off in a file of its final size;
+    `tar -b 2048` fills up one mebibyte."""
     write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("1.cls", b"a")])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:2048] + bytes(num_zeros))
     source = {"reader": "webdataset", "path": "a.tar", "columns": {"text": "txt", "label": "cls"}}

@@ -171,7 +171,8 @@ def test_the_orientation_is_the_picture_s_own(photo):
     exif = Image.Exif()
     exif[0x0112] = 6
     plain, turned = encode(photo, "JPEG", quality=95), encode(photo, "JPEG", exif=exif, quality=95)
-    segment = b"\xff\xe2" + struct.pack(">H", len(turned) + 2) + turned  # a whole picture as another application's block
+    # a whole picture as another application's block
+    segment = b"\xff\xe2" + struct.pack(">H", len(turned) + 2) + turned
     for data in (plain + turned, plain[:2] + segment + plain[2:]):
         assert Image.open(io.BytesIO(data)).getexif().get(0x0112) is None
         assert decode_and_tell(data, MAX_PIXELS)[1] == []
@@ -199,10 +200,14 @@ def test_truncated_image_is_refused(photo, kind):
             decode_image(data[:end], MAX_PIXELS)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"%PDF-1.7 ...", b"\xff\xd8\xff", b"version https://git-lfs.github.com"])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>404</html>", b"%PDF-1.7 ...", b"\xff\xd8\xff", b"version https://git-lfs.github.com"]
+)
 def test_not_an_image_says_what_it_begins_with(data):
     """Catches error pages saved as pictures, and a reason that helps nobody."""
-    with pytest.raises(ValueError, match=r"0 bytes|not a readable JPEG, PNG.*(it begins with|it is a web page|run git lfs pull)"):
+    with pytest.raises(
+        ValueError, match=r"0 bytes|not a readable JPEG, PNG.*(it begins with|it is a web page|run git lfs pull)"
+    ):
         decode_image(data, MAX_PIXELS)
 
 

@@ -67,7 +67,8 @@ def test_samples_tell_what_was_cleaned(make_config, read_all, tmp_path):
 
 
 def test_20news_keeps_its_vocabulary(make_config, data_dir):
-    """Catches normalisation that moves the known 130,107 terms of the train split; the first 2,000 posts stand for all."""
+    """Catches normalisation that moves the known 130,107 terms of the train split;
+    the first 2,000 posts stand for all."""
     import tarfile
 
     with tarfile.open(data_dir / "20news-bydate.tar.gz") as archive:

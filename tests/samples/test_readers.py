@@ -50,7 +50,8 @@ def test_folder_glob_and_uri_list_the_same_shards(make_config, tmp_path, path):
 
 
 def test_shards_below_a_pattern_are_listed_once(make_config, tmp_path):
-    """Catches `**` that means one folder only, a shard read twice as its folder matches too, and brackets in names."""
+    """Catches `**` that means one folder only, a shard read twice as its folder matches too,
+    and brackets in names."""
     root = tmp_path / "data[1]"
     for name in ("0.parquet", "a/1.parquet", "a/b/2.parquet", "a/b/[3].parquet"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,9 @@ def test_shards_below_a_pattern_are_listed_once(make_config, tmp_path):
             config = make_config(data_root, {**PARQUET, "path": path})
             shards = list_shards(ReadingPlan.of(config))
             assert sorted(s.name for s in shards) == expected, (data_root, path)
-            assert [c.table.num_rows for s in shards for c in read_chunks(ReadingPlan.of(config), s)] == [1] * len(expected)
+            assert [c.table.num_rows for s in shards for c in read_chunks(ReadingPlan.of(config), s)] == [1] * len(
+                expected
+            )
 
 
 def test_misspelt_path_names_the_nearest(make_config, tmp_path):
@@ -129,7 +132,12 @@ def test_a_sample_larger_than_a_chunk_stands_alone(make_config, read_all, tmp_pa
     texts = ["s", "L" * 5000, "s" * 400, "s" * 600, "s"]
     write_parquet(tmp_path / "a.parquet", text=texts, label=["a"] * 5)
     config = make_config(tmp_path, PARQUET, extract={"chunk_bytes": 1000})
-    assert [c.table.num_rows for c in read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])] == [1, 1, 2, 1]
+    assert [c.table.num_rows for c in read_chunks(ReadingPlan.of(config), list_shards(ReadingPlan.of(config))[0])] == [
+        1,
+        1,
+        2,
+        1,
+    ]
     assert read_all(config)[0]["text"].to_pylist()[1] == "L" * 5000
 
 
@@ -344,7 +352,8 @@ def test_latin_1_where_utf_8_was_said(make_config, read_all, write_tar, tmp_path
 
 @pytest.mark.parametrize("layout", ["parquet", "strings", "tar", "csv", "jsonl"])
 def test_undecodable_text_costs_the_text_not_the_image(make_config, read_all, write_tar, png, tmp_path, layout):
-    """Catches an image and its label lost to a byte in the text beside it; and the row counted twice, as kept and rejected."""
+    """Catches an image and its label lost to a byte in the text beside it;
+    and the row counted twice, as kept and rejected."""
     bad = "ab\xe9".encode("latin-1")
     texts = pa.array([b"good", bad, bad])
     source = {**PARQUET, "path": f"a.{layout}", "columns": {**TEXT, "image": "image"}}

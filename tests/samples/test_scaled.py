@@ -1,4 +1,5 @@
-"""Photos that are made smaller while they are decoded: as near to every pixel decoded as is told, all else bit for bit."""
+"""Photos that are made smaller while they are decoded: as near to every pixel decoded as is told,
+all else bit for bit."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ def difference(data: bytes, size: InputSize) -> float:
 
 @pytest.mark.parametrize(("height", "width"), [(12, 16), (24, 32), (170, 224)])  # an eighth, a quarter, a half
 def test_a_photo_is_scaled_without_a_shift(photos: list[Image.Image], height: int, width: int) -> None:
-    """Catches pictures that are stretched by the pixels with which a JPEG fills up its last blocks, and a path that decodes
-    every pixel after all. Without fine detail nothing else differs."""
+    """Catches pictures that are stretched by the pixels with which a JPEG fills up its last blocks, and a path that
+    decodes every pixel after all. Without fine detail nothing else differs."""
     size = SIZE._replace(height=height, width=width)
     files = [as_given(photo.filter(ImageFilter.GaussianBlur(4))) for photo in photos]
     found = [difference(data, size) for data in files]
@@ -81,7 +82,9 @@ def test_a_scaled_photo_stands_upright(photos: list[Image.Image], orientation: i
 def test_what_is_not_scaled_keeps_its_bits(photos: list[Image.Image], kind: str, shape: tuple[int, int]) -> None:
     """Catches features of small images, or of other formats, that change with the way in which photos are decoded."""
     image = photos[0].resize(shape)
-    data = as_given(image.convert("CMYK")) if kind == "CMYK" else as_given(image.convert("L" if kind == "grey" else "RGB"))
+    data = (
+        as_given(image.convert("CMYK")) if kind == "CMYK" else as_given(image.convert("L" if kind == "grey" else "RGB"))
+    )
     data = encode(photos[0], "PNG") if kind == "PNG" else data
     array, _, _, digest = decode_file(data, MAX_PIXELS, SIZE)
     np.testing.assert_array_equal(array, exact(data, SIZE))
@@ -138,7 +141,9 @@ def test_features_agree_with_those_of_every_pixel(photos: list[Image.Image]) -> 
     files = [as_given(photo, subsampling=i % 3) for i, photo in enumerate(photos)]
     cosines = {}
     for name, encoder in encoders().items():
-        scaled = encoder.encode([decode_file(f, MAX_PIXELS, encoder.input_size._replace(scaled=True))[0] for f in files])
+        scaled = encoder.encode(
+            [decode_file(f, MAX_PIXELS, encoder.input_size._replace(scaled=True))[0] for f in files]
+        )
         whole = encoder.encode([exact(f, encoder.input_size) for f in files])
         norms = np.linalg.norm(scaled, axis=1) * np.linalg.norm(whole, axis=1)
         cosines[name] = (scaled * whole).sum(axis=1) / norms

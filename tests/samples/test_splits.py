@@ -30,7 +30,8 @@ def test_known_draws_never_change(make_config):
 
 
 def test_another_draw_is_another_split(make_config):
-    """Catches draws that are the first one shifted: rows of one test split would be more or less likely in the next."""
+    """Catches draws that are the first one shifted: rows of one test split would be more or less likely in the
+    next."""
     splits = []
     for draw in (0, 1, 2):
         config = make_config("d", SOURCE, samples={"split": {"val_frac": 0.1, "test_frac": 0.2, "draw": draw}})
@@ -63,7 +64,9 @@ def test_partners_of_a_join_stay_together(make_config):
     joined = make_config("d", SOURCE, samples={"combine": "join"})
     source = joined.samples.sources[0]
     keys = [str(i) for i in range(200)]
-    left, right = ([assign_split(f"{side}#{k}", k, None, ReadingPlan.of(joined), source) for k in keys] for side in "ab")
+    left, right = (
+        [assign_split(f"{side}#{k}", k, None, ReadingPlan.of(joined), source) for k in keys] for side in "ab"
+    )
     assert left == right
     union = make_config("d", SOURCE)
     assert left != [assign_split(f"a#{k}", k, None, ReadingPlan.of(union), source) for k in keys]

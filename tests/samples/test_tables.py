@@ -1,4 +1,5 @@
-"""Tables as other tools really write them: marks, encodings, quotes, missing values, doubled columns, lists as text."""
+"""Tables as other tools really write them: marks, encodings, quotes, missing values, doubled columns,
+lists as text."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def manifest(path: str, **more: object) -> dict:
 def read(make_config, root, source: dict, **more: object) -> list:
     """All chunks of the source's shards."""
     config = make_config(root, source, **more)
-    return [chunk for shard in list_shards(ReadingPlan.of(config)) for chunk in read_chunks(ReadingPlan.of(config), shard)]
+    return [
+        chunk for shard in list_shards(ReadingPlan.of(config)) for chunk in read_chunks(ReadingPlan.of(config), shard)
+    ]
 
 
 # --- encodings --------------------
@@ -151,7 +154,9 @@ def test_quotes_that_pandas_reads_are_read_alike(make_config, read_all, tmp_path
 def test_nan_is_null_for_every_kind(make_config, read_all, png, tmp_path, suffix):
     """Catches rows rejected, or files called `nan` looked for, where pandas wrote a missing value."""
     (tmp_path / "1.png").write_bytes(png(1))
-    frame = pd.DataFrame({"image": [np.nan, "1.png"], "text": ["one", np.nan], "label": [1.0, np.nan], "id": ["a", "b"]})
+    frame = pd.DataFrame(
+        {"image": [np.nan, "1.png"], "text": ["one", np.nan], "label": [1.0, np.nan], "id": ["a", "b"]}
+    )
     if suffix == "csv":
         frame.to_csv(tmp_path / "a.csv", index=False, na_rep="NaN")
     elif suffix == "jsonl":
@@ -185,7 +190,8 @@ def test_a_shard_without_any_image_that_pandas_made_float(make_config, read_all,
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
 def test_a_column_that_is_there_twice_is_refused_with_its_name(make_config, read_all, tmp_path, suffix):
-    """Catches a traceback, or the last of two columns taken in silence; other columns may be there as often as they like."""
+    """Catches a traceback, or the last of two columns taken in silence;
+    other columns may be there as often as they like."""
     names = ["text", "note", "label", "note", "text"]
     source = manifest(f"a.{suffix}")
     if suffix == "parquet":
@@ -232,7 +238,9 @@ def test_lists_that_are_written_as_text(text, names):
 DEEP, LONG = "[" * 99 + "'a'" + "]" * 99, "['a'" + ",'a'" * 99_999 + "]"
 
 
-@pytest.mark.parametrize("text", ["['cat', 'dog'", "['cat', dog]", '{"cat": 1}', DEEP, "[" * 9_000 + "'a'" + "]" * 9_000, LONG])
+@pytest.mark.parametrize(
+    "text", ["['cat', 'dog'", "['cat', dog]", '{"cat": 1}', DEEP, "[" * 9_000 + "'a'" + "]" * 9_000, LONG]
+)
 def test_text_that_only_looks_like_a_list(text):
     """Catches a broken or bottomless list that becomes a class, stops the process or takes its time."""
     if text.endswith(("]", "}")):
@@ -249,7 +257,9 @@ def test_a_list_where_one_class_is_expected_names_column_and_row(make_config, re
     source = {**manifest(f"a.{suffix}"), "columns": {"text": "text", "label": "kinds"}}
     if suffix == "parquet":
         frame.to_parquet(tmp_path / "a.parquet")
-        with pytest.raises(DataError, match=r"'a.parquet': column 'kinds' .* lists where one value is expected.*multilabel"):
+        with pytest.raises(
+            DataError, match=r"'a.parquet': column 'kinds' .* lists where one value is expected.*multilabel"
+        ):
             read(make_config, tmp_path, {**source, "reader": "parquet"})
         return
     if suffix == "csv":
@@ -282,7 +292,12 @@ NAMES = {"names": ["cat", "dog"], "_type": "ClassLabel"}
         (pa.array([{"a": {"kind": 1}}]), {"a": {"kind": NAMES}}, "meta.a.kind", ["dog"]),
         (pa.array([[0, 1], [-100], None]), {"feature": NAMES, "_type": "List"}, "meta", [["cat", "dog"], [], None]),
         (pa.array([[0], [1]]), [NAMES], "meta", [["cat"], ["dog"]]),
-        (pa.array([{"kind": [1, 0]}]), {"feature": {"kind": NAMES}, "_type": "Sequence"}, "meta.kind", [["cat", "dog"]]),
+        (
+            pa.array([{"kind": [1, 0]}]),
+            {"feature": {"kind": NAMES}, "_type": "Sequence"},
+            "meta.kind",
+            [["cat", "dog"]],
+        ),
         (
             pa.array([[{"kind": 0, "box": 1}, {"kind": 1, "box": 2}], None, [{"kind": -100, "box": 3}]]),
             {"feature": {"kind": NAMES, "box": {"dtype": "int64", "_type": "Value"}}, "_type": "List"},
@@ -303,11 +318,14 @@ def test_class_labels_wherever_they_are_nested(make_config, read_all, tmp_path, 
 
 @pytest.mark.parametrize("reader", ["parquet", "manifest"])
 def test_class_labels_in_every_reader_and_kind(make_config, read_all, tmp_path, reader):
-    """Catches numbers in place of names as a Parquet file is read as a manifest, in a table's column, and -1 as a number."""
+    """Catches numbers in place of names as a Parquet file is read as a manifest, in a table's column,
+    and -1 as a number."""
     values = pa.array([{"kind": 0, "kinds": [1, 0]}, {"kind": -1, "kinds": None}, {"kind": 1, "kinds": [1]}])
     pq.write_table(_class_labels(values, {"kind": NAMES, "kinds": [NAMES]}), tmp_path / "a.parquet")
     columns = {"label": "meta.kind", "all": "meta.kinds", "facts": ["meta.kind", "meta.kinds"], "text": "text"}
-    more = {"modalities": {"facts": {"kind": "table", "encoder": "table"}, "text": {"kind": "text", "encoder": "tfidf"}}}
+    more = {
+        "modalities": {"facts": {"kind": "table", "encoder": "table"}, "text": {"kind": "text", "encoder": "tfidf"}}
+    }
     tasks = {"label": {"kind": "multiclass"}, "all": {"kind": "multilabel"}}
     source = {"reader": reader, "path": "a.parquet", "columns": columns}
     table, rejects = read_all(make_config(tmp_path, source, tasks=tasks, **more))
@@ -338,7 +356,8 @@ def test_a_struct_where_one_class_is_expected_says_which_fields_there_are(make_c
      ("1e3", "1e3"), ("Trueish", "Trueish"), ("9" * 5_000 + ".0", "9" * 5_000)],
 )  # fmt: skip
 def test_the_canonical_form(written, canonical_form):
-    """Catches two spellings of one class or key, names that are changed without need, and forms that are not final."""
+    """Catches two spellings of one class or key, names that are changed without need,
+    and forms that are not final."""
     assert canonical(written) == canonical_form == canonical(canonical_form)
 
 

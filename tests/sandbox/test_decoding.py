@@ -105,8 +105,8 @@ def test_poison_at_the_ends_and_side_by_side(png: Png) -> None:
 
 
 def test_a_decoder_killed_by_others_loses_nothing(png: Png, tmp_path: Path) -> None:
-    """Catches a good image that is called broken as the machine was out of memory while it was decoded; results that depend
-    on what else runs there."""
+    """Catches a good image that is called broken as the machine was out of memory while it was decoded; results that
+    depend on what else runs there."""
     values = [png(1), poison("be_killed_once", str(tmp_path / "flag"), rest=png(2)), png(3)]
     assert [o[0][0, 0, 0] for o in decode_samples(values, IMAGE, LIMITS)] == [1, 2, 3]
     assert (tmp_path / "flag").exists()
@@ -135,8 +135,8 @@ def test_replies_that_nobody_took_are_not_given_to_the_next(png: Png) -> None:
 def test_the_child_ends_with_its_parent() -> None:
     """Catches decoders that stay on a machine after their job was killed."""
     code = (
-        "import time; from mmkt_ray.sandbox import decoding; d = decoding.Decoder('mmkt_ray.kinds.images:decode_file');"
-        "print(d.process.pid, flush=True); time.sleep(60)"
+        "import time; from mmkt_ray.sandbox import decoding; d = "
+        "decoding.Decoder('mmkt_ray.kinds.images:decode_file');print(d.process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
@@ -167,7 +167,8 @@ def test_the_child_is_light() -> None:
 
 @pytest.mark.slow
 def test_images_of_one_size_stand_in_their_rows(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a row that gets another one's image: behind a broken one, after a crash, of another group, or of a child beside."""
+    """Catches a row that gets another one's image: behind a broken one, after a crash, of another group,
+    or of a child beside."""
     monkeypatch.setattr(decoder, "GROUP_SAMPLES", 7)
     values = [png(grey) for grey in range(30)]
     values[3], values[11] = b"", poison("segfault")

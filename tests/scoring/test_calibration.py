@@ -31,8 +31,8 @@ def test_a_known_temperature_is_found_again(kind, temperature):
 
 
 def test_the_temperature_is_that_of_gradient_descent():
-    """Catches a search that stops early, and a prior of another weight: PyTorch's L-BFGS on the rows and on PRIOR_ROWS
-    more, which are as the model foretells, must agree."""
+    """Catches a search that stops early, and a prior of another weight: PyTorch's L-BFGS on the rows and on
+    PRIOR_ROWS more, which are as the model foretells, must agree."""
     logits, labels = draw("multiclass", num_rows=300)
     labels[:20], labels[20:40] = MISSING, UNSEEN
     beta = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -104,7 +104,8 @@ def test_the_error_is_that_of_the_obvious_loop():
 
 
 def test_the_bins_of_a_multilabel_task_are_scikit_learns():
-    """Catches the probability of a class held against whether the decision was right: 0.1 that is rightly "no" is no 0.9."""
+    """Catches the probability of a class held against whether the decision was right:
+    0.1 that is rightly "no" is no 0.9."""
     logits, labels = draw("multilabel", num_rows=400)
     proba = expit(logits)
     bins = reliability(labels_of(labels), proba)

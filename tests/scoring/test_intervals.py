@@ -48,7 +48,9 @@ def test_resampled_counts_are_a_bootstrap_of_rows():
     labels = rng.integers(0, 4, 300)
     pred = np.where(rng.random(300) < 0.7, labels, rng.integers(0, 4, 300))
     rows = rng.integers(0, 300, (2000, 300))
-    drawn = [classification_metrics(labels_of(labels[r]), np.eye(4)[pred[r]], list("abcd"))["macro_f1"] for r in rows[:200]]
+    drawn = [
+        classification_metrics(labels_of(labels[r]), np.eye(4)[pred[r]], list("abcd"))["macro_f1"] for r in rows[:200]
+    ]
     found = bootstrap_intervals(labels_of(labels), pred, 4, num_resamples=2000)
     spread = (found["macro_f1"]["high"] - found["macro_f1"]["low"]) / (2 * 1.96)
     assert 0.85 < spread / np.std(drawn) < 1.3  # it reaches over the bias of the resamples too
@@ -59,7 +61,8 @@ def test_resampled_counts_are_a_bootstrap_of_rows():
 
 
 def test_the_value_is_the_metric_and_the_seed_decides_the_ends():
-    """Catches an interval around the bootstrap mean in place of the score, and results that change from run to run."""
+    """Catches an interval around the bootstrap mean in place of the score,
+    and results that change from run to run."""
     rng = np.random.default_rng(2)
     labels = np.concatenate([rng.integers(0, 3, 100), [MISSING] * 20, [UNSEEN] * 10])
     pred = rng.integers(0, 3, 130)
@@ -92,7 +95,8 @@ def test_the_interval_of_a_share_is_clopper_and_pearsons(right, rows):
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 20])
 def test_the_interval_of_a_difference_covers_the_truth_also_of_few_rows(num_rows):
-    """Catches "suffices, [0.0, 0.0]" from one row. The coverage is summed over all outcomes, so nothing is left to luck."""
+    """Catches "suffices, [0.0, 0.0]" from one row. The coverage is summed over all outcomes,
+    so nothing is left to luck."""
     outcomes = [(b, w) for b in range(num_rows + 1) for w in range(num_rows + 1 - b)]
     found = {o: share_difference(*o, num_rows, 0.95) for o in outcomes}
     assert all(i["high"] - i["low"] > 0.1 and i["low"] <= i["value"] <= i["high"] for i in found.values())
@@ -132,8 +136,8 @@ def test_random_signs_are_scipys_permutation_test():
 
 
 def test_macro_f1_of_a_thousand_classes_of_few_rows_lies_in_its_interval():
-    """Catches resamples without a third of the classes taken for the score's spread: an interval below its own score. Over
-    test sets of one size, intervals must cover the mean score of such sets."""
+    """Catches resamples without a third of the classes taken for the score's spread: an interval below its own score.
+    Over test sets of one size, intervals must cover the mean score of such sets."""
     rng = np.random.default_rng(0)
     for num_classes, num_rows, num_sets in ((1000, 1000, 1), (1000, 5000, 1), (60, 120, 60)):
         values, found = [], []
@@ -142,14 +146,17 @@ def test_macro_f1_of_a_thousand_classes_of_few_rows_lies_in_its_interval():
             if num_sets > 1:
                 labels = rng.integers(0, num_classes, num_rows)
             pred = np.where(rng.random(num_rows) < 0.7, labels, rng.integers(0, num_classes, num_rows))
-            found.append(bootstrap_intervals(labels_of(labels), pred, num_classes, num_resamples=100, seed=seed)["macro_f1"])
+            found.append(
+                bootstrap_intervals(labels_of(labels), pred, num_classes, num_resamples=100, seed=seed)["macro_f1"]
+            )
             values.append(f1_score(labels, pred, average="macro"))
         assert all(i["low"] < v < i["high"] for i, v in zip(found, values, strict=True))
         assert np.mean([i["low"] <= np.mean(values) <= i["high"] for i in found]) >= 0.9
 
 
 def test_scores_without_spread_still_have_an_interval():
-    """Catches zero width where all rows are of one kind: 20 such rows leave room for a share of 16.8 % of another kind."""
+    """Catches zero width where all rows are of one kind: 20 such rows leave room for a share of 16.8 % of another
+    kind."""
     same = np.full(101, 0.5)
     room = 1 - 0.025 ** (1 / 20)
     assert percentiles(same, 0.95, 20) == pytest.approx({"value": 0.5, "low": 0.5 - room / 2, "high": 0.5 + room / 2})
@@ -199,13 +206,16 @@ def test_the_difference_is_that_of_the_scores_unseen_labels_included():
     labels[:20], labels[20:40] = UNSEEN, MISSING
     for metric in METRICS:
         scores = [classification_metrics(labels_of(labels), np.eye(4)[p], list("abcd"))[metric] for p in (a, b)]
-        assert paired_difference(labels_of(labels), (a, b), metric, width=4)["value"] == pytest.approx(scores[0] - scores[1])
+        assert paired_difference(labels_of(labels), (a, b), metric, width=4)["value"] == pytest.approx(
+            scores[0] - scores[1]
+        )
     with pytest.raises(ValueError, match="metric must be one of"):
         paired_difference(labels_of(labels), (a, b), "f2", width=4)
 
 
 def test_a_prediction_of_a_class_that_the_labels_do_not_know_is_wrong():
-    """Catches its code, a negative number, taken for an index: it would count as a prediction of one of the last classes."""
+    """Catches its code, a negative number, taken for an index:
+    it would count as a prediction of one of the last classes."""
     found = bootstrap_intervals(labels_of(np.array([0, 0, 1, 2, UNSEEN])), np.array([0, UNSEEN, 1, 2, UNSEEN]), 3)
     assert found["accuracy"]["value"] == pytest.approx(3 / 5)
     assert found["macro_f1"]["value"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)

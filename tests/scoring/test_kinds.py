@@ -55,7 +55,8 @@ def test_each_kind_has_its_own_scores(finished):
 
 
 def test_the_predictions_of_a_multilabel_task_are_lists(finished):
-    """Catches class names joined to strings, probabilities that sum to one, and unlabelled rows told as rows of no class."""
+    """Catches class names joined to strings, probabilities that sum to one,
+    and unlabelled rows told as rows of no class."""
     table = pq.read_table(finished / "models" / "concat" / "predictions-test.parquet")
     assert [str(table.schema.field(f"tags_{c}").type) for c in ("label", "pred")] == ["list<element: string>"] * 2
     rows = table.to_pylist()

@@ -144,7 +144,8 @@ def test_undefined_scores_of_a_class_are_none():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_binary_scores_are_those_of_the_positive_class(seed):
-    """Catches scores of the first class told for the positive one, and ties that an area under a curve counts whole."""
+    """Catches scores of the first class told for the positive one,
+    and ties that an area under a curve counts whole."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, 80)
     positive = (rng.random(80) * 0.6 + 0.4 * labels).round(1)
@@ -167,7 +168,8 @@ def test_binary_scores_without_a_positive_row_are_none():
 
 
 def test_a_row_scores_right_or_wrong_or_the_f1_of_its_classes():
-    """Catches an unseen label that counts as right, sets compared as wholes only, and a division by zero for empty ones."""
+    """Catches an unseen label that counts as right, sets compared as wholes only,
+    and a division by zero for empty ones."""
     assert Multiclass().row_scores(labels_of(np.array([0, 2, UNSEEN])), np.array([0, 1, 1])).tolist() == [1, 0, 0]
     labels, pred = (np.array(rows, np.int8) for rows in ([[1, 1, 0, 0], [0] * 4], [[1, 0, 1, 1], [0] * 4]))
     assert Multilabel().row_scores(labels_of(labels), pred) == pytest.approx([0.4, 1.0])

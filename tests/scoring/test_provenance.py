@@ -17,9 +17,23 @@ def run(tmp_path):
     """A run folder with one model, and what the run holds; its config has the variants image, text and concat."""
     storage.write_json(str(tmp_path / "models" / "concat" / "config.json"), {"fingerprint": "f1"})
     config = make_config(tmp_path)
-    about = {"kind": "trained", "name": "concat", "modalities": ["image", "text"], "fusion": "concat", "sharing": "task"}
+    about = {
+        "kind": "trained",
+        "name": "concat",
+        "modalities": ["image", "text"],
+        "fusion": "concat",
+        "sharing": "task",
+    }
     model = Described(**about, num_params=1, training_s=1.0, store="s1", folder="models/concat")
-    about = {"run": "r", "split": "test", "confidence": 0.95, "tasks": {}, "recommended": None, "main": None, "notes": []}
+    about = {
+        "run": "r",
+        "split": "test",
+        "confidence": 0.95,
+        "tasks": {},
+        "recommended": None,
+        "main": None,
+        "notes": [],
+    }
     results = ResultsFile(models={"concat": model}, **about)
     return config, str(tmp_path), Current.of(str(tmp_path), RunFile(config=config.model_dump(mode="json")), results)
 

@@ -77,7 +77,8 @@ def test_candidates_come_back_in_their_order(models, space, make_config, store):
 
 
 def test_an_ensemble_predicts_the_mean_of_those_who_can_read_the_row(models, store):
-    """Catches members that vote on rows of which they see nothing, picks that do not count, and logits for probabilities."""
+    """Catches members that vote on rows of which they see nothing, picks that do not count,
+    and logits for probabilities."""
     table = store.table()
     ensemble = EnsembleModel(EnsembleSpec(tuple(m.spec for m in models), (1, 2, 1)), models).eval()
     proba = predict_table(ensemble, table)["topic"]
@@ -103,7 +104,8 @@ def test_an_ensemble_is_rebuilt_from_its_card(models, store):
 
 
 def test_the_ensemble_is_at_least_as_good_on_val_as_its_best_member(space, make_config, store, tmp_path):
-    """Catches a selection that does not start from the best candidate, and members that are not on the leaderboard."""
+    """Catches a selection that does not start from the best candidate,
+    and members that are not on the leaderboard."""
     search = make_config(**{"search.ensemble": 6}).search
     board = Leaderboard(str(tmp_path), space, "digest")
     job = SearchContext(space, search, board, num_stacks=1, started_at=0.0)

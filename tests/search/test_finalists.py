@@ -33,7 +33,8 @@ def test_a_finalist_has_experts_and_takes_no_more_cores_than_its_call_has(make_c
 
 
 def test_every_seed_of_a_finalist_is_another_model(make_config, store):
-    """Catches `training.seed` that makes all seeds of a finalist one model, whose interval holds no luck of the seed."""
+    """Catches `training.seed` that makes all seeds of a finalist one model,
+    whose interval holds no luck of the seed."""
     config = make_config(**{"training.seed": 7, "training.epochs": 1})
     first, second, third = (fit(c, store.table()).model.state_dict() for c in seeded(config, 3))
     alone = fit(config, store.table()).model.state_dict()

@@ -56,7 +56,8 @@ def test_stacks_stay_full_and_everyone_has_an_end(config, table):
 
 
 def test_the_best_of_a_stack_go_on_with_the_result_that_they_have_alone(config, table):
-    """Catches survivors picked by the wrong end of the scores, and members mixed up when stacks are cut and merged."""
+    """Catches survivors picked by the wrong end of the scores,
+    and members mixed up when stacks are cut and merged."""
     halving = run(Halving(builder(config, table, []), rates(12), 6, [2, 6], 3))
     for stack in (halving.candidates[:6], halving.candidates[6:]):
         stopped = [c.score for c in stack if c.status == "stopped"]

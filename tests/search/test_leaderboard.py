@@ -71,8 +71,8 @@ def test_steps_tell_asha_how_far_they_are_but_for_references(done):
 
 
 def test_a_stopped_trial_leaves_its_candidates(make_config, store, tmp_path):
-    """Catches candidates of a trial that was killed or given up, lost because they had not finished; a killed trial taken
-    for one that has ended, and one that was given up taken for killed."""
+    """Catches candidates of a trial that was killed or given up, lost because they had not finished; a killed trial
+    taken for one that has ended, and one that was given up taken for killed."""
     job = make_job(make_config(), store, tmp_path)
     trial = Trial(job, store.table(), 7, CONCAT)
     trial.step()
@@ -114,7 +114,8 @@ def test_an_impossible_architecture_is_a_failure_with_its_reason(make_config, st
 
 
 def test_another_search_does_not_read_these_parts(done, make_config, store):
-    """Catches candidates of another space, seed or objective on the leaderboard; a longer search goes on with them."""
+    """Catches candidates of another space, seed or objective on the leaderboard;
+    a longer search goes on with them."""
     job, _ = done
     digest = job.leaderboard.digest
     assert search_digest(job.space, make_config(**{"search.max_candidates": 5}).search, store) == digest
@@ -159,7 +160,8 @@ def test_insight_has_the_best_of_each_cell(done):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_a_parameter_that_never_changed_explains_nothing(done, everything):
-    """Catches shares that are NaN, do not add up, or an exception, where fANOVA has one value of a parameter, or of all."""
+    """Catches shares that are NaN, do not add up, or an exception, where fANOVA has one value of a parameter,
+    or of all."""
     job, _ = done
     rows = job.leaderboard.read()
     first = rows[rows["reference"].isna() & (rows["model.fusion.name"] == "concat")].iloc[0]

@@ -78,8 +78,14 @@ def test_an_early_end_is_said_with_what_to_do(make_config):
     config = make_config(**{"search.time_budget_s": 1.0})
     space = build_space(config)
     for found, start in (
-        (tried(0, 0, 0), "The time budget of 1 s ended before any candidate was tried, so there is no winner. Set search."),
-        (tried(0, 384, 0), "The time budget of 1 s ended before any fused candidate had a score, so what follows compares"),
+        (
+            tried(0, 0, 0),
+            "The time budget of 1 s ended before any candidate was tried, so there is no winner. Set search.",
+        ),
+        (
+            tried(0, 384, 0),
+            "The time budget of 1 s ended before any fused candidate had a score, so what follows compares",
+        ),
         (tried(40, 18, 50), "The time budget of 1 s ended the search after 40 of 72 candidates."),
         (tried(72, 18, 0), "No fused candidate has a score"),
     ):

@@ -71,7 +71,9 @@ def test_the_winner_is_chosen_on_val_and_told_on_test(found, store):
     for uri in winner.folders:
         model, _ = load_model(uri)
         rows = np.logical_or.reduce([test.present[m] for m in inputs])
-        accuracies.append((predict_table(model, test)["topic"].argmax(axis=1) == codes_of(test.labels["topic"]))[rows].mean())
+        accuracies.append(
+            (predict_table(model, test)["topic"].argmax(axis=1) == codes_of(test.labels["topic"]))[rows].mean()
+        )
     accuracy = winner.test["topic"]["accuracy"]
     assert accuracy["value"] == pytest.approx(np.mean(accuracies))
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
@@ -102,7 +104,8 @@ def test_the_same_command_again_does_nothing_twice(found, store, monkeypatch):
 
 
 def test_a_killed_search_goes_on_with_what_is_missing(found, make_config, store, tmp_path):
-    """Catches a restart that begins anew, repeats finished trials, draws the same candidates again, or stops short."""
+    """Catches a restart that begins anew, repeats finished trials, draws the same candidates again,
+    or stops short."""
     _, run_uri, _ = found
     config = make_config(**{"search.max_candidates": 36})
     space = check_search(config)
@@ -229,7 +232,8 @@ def test_a_val_split_without_labels_to_choose_by_is_refused(make_config, store):
 def test_rows_left_out_are_found_from_anywhere_and_decide_the_result(
     ray_local, make_config, store, tmp_path, monkeypatch
 ):
-    """Catches a relative path that trials, which run in another folder, can't open; another list taken for the same search."""
+    """Catches a relative path that trials, which run in another folder, can't open;
+    another list taken for the same search."""
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"sample_id": ["s0", "s1"]}), "out.parquet")
     changes = {"training.exclude": "out.parquet", "training.epochs": 1, "search.max_candidates": 6}

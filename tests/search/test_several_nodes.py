@@ -1,6 +1,7 @@
 """A search on a cluster of two nodes: both run trials, and every part reaches the run's folder.
 
-The cluster and its driver live in a process of their own, this file run as a script; a Ray of the tests is not touched.
+The cluster and its driver live in a process of their own, this file run as a script;
+a Ray of the tests is not touched.
 """
 
 import json
@@ -28,8 +29,8 @@ MEETING_S = 60  # for a second node's first trial
 
 @pytest.mark.cluster
 def test_both_nodes_search_and_the_leaderboard_is_whole(make_config, store, tmp_path):
-    """Catches a search that keeps to one node or counts one node's cores, features or a job that other nodes can't get,
-    and parts that stay where they were made."""
+    """Catches a search that keeps to one node or counts one node's cores, features or a job that other nodes can't
+    get, and parts that stay where they were made."""
     config = make_config(**{"search.max_candidates": 36, "training.epochs": 3})
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -64,7 +65,8 @@ def command_line(path):
 
 
 def test_a_cluster_is_used_whole_and_asked_for_more(monkeypatch):
-    """Catches cores of this machine as the bound of a cluster, a cluster that never grows, more trials than own cores."""
+    """Catches cores of this machine as the bound of a cluster, a cluster that never grows,
+    more trials than own cores."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     many = cores() + 100
     assert num_concurrent(Resources(num_cpus=many, num_gpus=0), None) == cores()

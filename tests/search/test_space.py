@@ -89,7 +89,8 @@ def test_a_parameter_is_of_one_kind_and_its_range_has_a_width(make_config, value
 
 
 def test_draws_cover_each_range_evenly_and_are_repeated_by_their_seed(make_config):
-    """Catches draws off the range or on the wrong scale, draws that differ in a rerun, and trials that draw the same."""
+    """Catches draws off the range or on the wrong scale, draws that differ in a rerun,
+    and trials that draw the same."""
     space = space_of(
         make_config,
         training__lr={"loguniform": [1e-4, 1e-1]},
@@ -118,7 +119,11 @@ def test_without_member_keys_there_is_one_candidate(make_config):
 def test_a_space_of_millions_is_tried_out_at_its_corners(make_config):
     """Catches a check that never ends, or that sees the first values of a long range only."""
     long = {"int": [1, 10_000]}
-    space = {"model__hidden_dim": long, "model__mmoe_experts": {"int": [1, 64]}, "training__batch_size_per_worker": long}
+    space = {
+        "model__hidden_dim": long,
+        "model__mmoe_experts": {"int": [1, 64]},
+        "training__batch_size_per_worker": long,
+    }
     assert len(list(space_of(make_config, **space).some_architectures())) == 27
     with pytest.raises(ConfigError, match="mmoe_experts=100"):
         space_of(make_config, **space | {"model__mmoe_experts": {"int": [1, 100]}})

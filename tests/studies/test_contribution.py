@@ -1,4 +1,5 @@
-"""What each modality contributes, and the plain answers: against slow definitions, the axioms, and a run by the real code."""
+"""What each modality contributes, and the plain answers: against slow definitions, the axioms,
+and a run by the real code."""
 
 import math
 import shutil
@@ -77,7 +78,8 @@ def test_the_scores_are_scikit_learns_and_the_shares_add_up(multilabel):
 
 
 def test_equal_modalities_share_equally_and_one_without_effect_has_nothing():
-    """Catches a share that depends on the order of the modalities, or noise given to a modality that changes nothing."""
+    """Catches a share that depends on the order of the modalities,
+    or noise given to a modality that changes nothing."""
     labels, (nothing, one, *_), num_classes = draw_predictions(2)
     both = labels.copy()
     found = contributions(labels_of(labels), [nothing, one, one, both], ("a", "b"), num_classes, num_resamples=100)
@@ -117,7 +119,7 @@ def test_subsets_are_numbered_by_their_bits():
     assert subsets(["a", "b"], sizes=(1,)) == [("a",), ("b",)]
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------------------------
 
 
 def test_holm_is_the_step_down():
@@ -142,7 +144,9 @@ def test_the_paired_test_is_mcnemars_for_right_or_wrong():
 
 def test_sets_of_classes_are_scored_by_their_f1():
     """Catches sets compared as wholes only, and a division by zero where both are empty."""
-    found = np.array([Multilabel().score_pair(*pair) for pair in ((("a", "b"), ("a", "c", "d")), ((), ()), (("a",), ("b",)))])
+    found = np.array(
+        [Multilabel().score_pair(*pair) for pair in ((("a", "b"), ("a", "c", "d")), ((), ()), (("a",), ("b",)))]
+    )
     assert found.tolist() == pytest.approx([0.4, 1.0, 0.0])
     compared = paired_test(found, np.array([0.2, 0.9, 0.1]), 0.95, 200)
     assert compared["value"] == pytest.approx((0.2 + 0.1 - 0.1) / 3)
@@ -180,7 +184,7 @@ def test_the_sentence_says_it_plainly():
     assert "Their training differs: epochs 3 and 9." in answer_sentence("Y", answer("adds", differs={"epochs": [3, 9]}))
 
 
-# --- a run by the real code ------------------------------------------------------------------------------------------
+# --- a run by the real code -----------------------------------------------------------------------------------------
 
 
 def stores_of(run: str) -> dict:

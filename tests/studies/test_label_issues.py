@@ -80,7 +80,10 @@ def test_planted_wrong_labels_come_first(tmp_path, planted):
     assert len(found) < 60
     assert frame.score.is_monotonic_decreasing
     first = frame.iloc[0]
-    assert (first.label, first.predicted) == (CLASSES[table.labels["thing"].values[int(first.sample_id[1:])]], first.predicted)
+    assert (first.label, first.predicted) == (
+        CLASSES[table.labels["thing"].values[int(first.sample_id[1:])]],
+        first.predicted,
+    )
     assert first.image_confidence < 0.2
     assert Audit.read(str(tmp_path / "audit.json")).suspects == result
     assert result.num_suspects["thing"].label == len(found)
@@ -132,7 +135,8 @@ def test_multilabel(tmp_path):
 
 
 def test_only_labelled_train_rows_of_common_classes_are_judged(tmp_path, planted):
-    """Catches suspects in the test split, and the single sample of a class held for wrong as no fold has learnt it."""
+    """Catches suspects in the test split, and the single sample of a class held for wrong as no fold has learnt
+    it."""
     table, wrong = planted
     table.split[wrong[:18]] = "test"
     labels = codes_of(table.labels["thing"])
@@ -206,7 +210,8 @@ def test_divergence_equals_the_formula(planted):
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 def test_modalities_that_tell_nothing_give_no_suspects(tmp_path: Path, kind: str) -> None:
-    """A run that ends in `min() arg is an empty sequence` after all its work, as no modality tells anything of a task."""
+    """A run that ends in `min() arg is an empty sequence` after all its work,
+    as no modality tells anything of a task."""
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 2, (200, 4)) if kind == "multilabel" else rng.integers(0, 4, 200)
     table = make_table(labels, kind)
@@ -236,6 +241,8 @@ def test_a_seed_of_more_than_32_bits(tmp_path: Path, planted: tuple[FeatureTable
     """scikit-learn's traceback after training where the seed is a time, such as 20241129184300."""
     table, _ = planted
     config = make_config().with_overrides({"seed": 20241129184300})
-    assert find_label_issues(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet")).num_suspects["thing"].label
+    assert (
+        find_label_issues(TableStore(tmp_path, table), config, str(tmp_path / "s.parquet")).num_suspects["thing"].label
+    )
     wide = sp.random(50, 300, 0.1, "csr", np.float32, 0)
     assert label_issues._dense(wide, config.seed).shape == (50, min(label_issues.SPARSE_DIM, 50))

@@ -55,7 +55,8 @@ def test_the_ends_of_a_curve_are_the_model_with_and_without(run, store, result, 
     rows = complete_rows(store, task)
     model, _ = load_model(str(run / "models" / "concat"))
     ends = [
-        (predict_table(model, rows, drop=d)[task].argmax(axis=1) == rows.labels[task].values).mean() for d in ([], [hidden])
+        (predict_table(model, rows, drop=d)[task].argmax(axis=1) == rows.labels[task].values).mean()
+        for d in ([], [hidden])
     ]
     curve = result.curves[hidden][task]
     assert curve.num_rows == len(rows.sample_id)
@@ -90,7 +91,10 @@ def test_the_difference_is_that_of_model_and_reference(result):
         for task, scores in by_task.items():
             for metric in ("accuracy", "macro_f1"):
                 for d, a, b in zip(
-                    *(c.by_metric[metric] for c in (scores, result.curves[hidden][task], result.reference[hidden][task])),
+                    *(
+                        c.by_metric[metric]
+                        for c in (scores, result.curves[hidden][task], result.reference[hidden][task])
+                    ),
                     strict=True,
                 ):
                     assert d[0] == pytest.approx(a[0] - b[0])

@@ -63,7 +63,8 @@ def test_the_ends_are_the_means_of_the_models_of_all_seeds(repeated):
 
 
 def test_repeats_of_a_multilabel_task_tell_its_own_scores(repeated):
-    """Catches averages that differ from those of `mmkt evaluate`, scores of other rows, and a gain of another metric."""
+    """Catches averages that differ from those of `mmkt evaluate`, scores of other rows,
+    and a gain of another metric."""
     _, stores, uri, result = repeated
     found = result.tasks["tags"]
     table = stores["concat"].table()

@@ -35,7 +35,8 @@ FILES: dict[type[Record], dict[str, Any]] = {
     },
     MissingCurves: {
         "model": "a", "split": "test", "confidence": 0.95, "num_seeds": 1, "modalities": ["m", "n"],
-        "rates": [0.0, 1.0], "curves": {"any": {"t": CURVE}}, "reference": {"any": {"t": CURVE | {"models": {"m": "a"}}}},
+        "rates": [0.0, 1.0], "curves": {"any": {"t": CURVE}},
+        "reference": {"any": {"t": CURVE | {"models": {"m": "a"}}}},
         "difference": {"any": {"t": CURVE | {"p_holm": [1.0, 1.0]}}}, "answers": [],
         "patterns": {"m+n": {"t": {"num_rows": 3, "accuracy": 1.0, "log_loss": None}}},
     },
@@ -76,7 +77,8 @@ FILES: dict[type[Record], dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_is_written_as_it_was_read(kind: type[Record], tmp_path: Path) -> None:
-    """Catches keys that a version adds, drops or moves: a run's files would change without anything having been computed."""
+    """Catches keys that a version adds, drops or moves: a run's files would change without anything having been
+    computed."""
     first, again = str(tmp_path / "first.json"), str(tmp_path / "again.json")
     storage.write_json(first, FILES[kind])
     kind.read(first).write(again)
@@ -88,5 +90,7 @@ def test_a_file_with_other_keys_is_refused_by_name(kind: type[Record], tmp_path:
     """Catches a page that fails in a template, or shows nothing, where a file was written by another version."""
     uri = str(tmp_path / "found.json")
     storage.write_json(uri, FILES[kind] | {"acuracy": 1})
-    with pytest.raises(DataError, match=r"found\.json.*unknown key 'acuracy'.*remove it and run the same command again"):
+    with pytest.raises(
+        DataError, match=r"found\.json.*unknown key 'acuracy'.*remove it and run the same command again"
+    ):
         kind.read(uri)

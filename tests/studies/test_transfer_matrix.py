@@ -11,13 +11,7 @@ from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.store import open_store
 from mmkt_ray.studies.repeats import repeat
 from mmkt_ray.studies.seeds_results import Seeds, seeds_table
-from mmkt_ray.studies.transfer_matrix import (
-    Node,
-    list_nodes,
-    methods_for,
-    node_config,
-    transfer_matrix,
-)
+from mmkt_ray.studies.transfer_matrix import Node, list_nodes, methods_for, node_config, transfer_matrix
 from mmkt_ray.studies.transfer_results import Transfers, transfer_table
 from mmkt_ray.training.loop import fit
 from tests.training.test_trainer import write_store
@@ -47,7 +41,8 @@ def test_each_pair_gets_the_methods_that_make_sense(source, target, methods):
 
 @pytest.mark.slow
 def test_the_matrix_tells_what_helps(make_config, store, tmp_path, monkeypatch):
-    """Catches gains over other seeds' scratch runs, transfer without the source's knowledge, and a rerun that fits again."""
+    """Catches gains over other seeds' scratch runs, transfer without the source's knowledge,
+    and a rerun that fits again."""
     config = make_config(
         **{
             "training.epochs": 6,
@@ -86,8 +81,8 @@ def test_nodes_are_those_that_the_rows_carry(make_config, store):
 
 
 def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
-    """Catches seeds that change nothing, variants compared on rows that one of them can't read, and models of seeds that cannot
-    predict because their encoders are not with them."""
+    """Catches seeds that change nothing, variants compared on rows that one of them can't read, and models of seeds
+    that cannot predict because their encoders are not with them."""
     encoders = {m: entry.replaced(folders=[f"{m}-1"]) for m, entry in store.manifest.modalities.items()}
     store = replace(store, manifest=store.manifest.replaced(modalities=encoders))
     for m in encoders:
@@ -115,7 +110,8 @@ def test_repeats_differ_by_seed_only(make_config, store, tmp_path):
 
 
 def test_repeats_against_a_variant(make_config, store, tmp_path):
-    """Catches a gain over another model than the one that was asked for, and a misspelt one found after the training."""
+    """Catches a gain over another model than the one that was asked for,
+    and a misspelt one found after the training."""
     variants = {"image": {"model.modalities": ["image"]}, "both": {}, "wide": {"model.hidden_dim": 16}}
     config, stores = make_config(variants=variants, **{"training.epochs": 1}), {name: store for name in variants}
     result = repeat(config, stores, str(tmp_path), 1, against="both")
@@ -127,7 +123,8 @@ def test_repeats_against_a_variant(make_config, store, tmp_path):
 
 
 def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_config, table, tmp_path):
-    """Catches a model of two modalities that is scored on no row, or on none but paired ones, where there are no pairs."""
+    """Catches a model of two modalities that is scored on no row, or on none but paired ones,
+    where there are no pairs."""
     present = {"image": table.labels["topic"].labelled, "text": ~table.labels["topic"].labelled}
     mood = table.labels["mood"].keep(present["text"])
     unpaired = replace(table, present=present, labels=table.labels | {"mood": mood})
@@ -144,7 +141,8 @@ def test_repeats_of_unpaired_corpora_score_each_model_on_what_it_reads(make_conf
 
 
 def test_every_seed_is_another_model_where_the_config_sets_one(make_config, table, store, tmp_path):
-    """Catches `training.seed` that makes every seed of the matrix one model: intervals without the luck of the seed."""
+    """Catches `training.seed` that makes every seed of the matrix one model:
+    intervals without the luck of the seed."""
     config = make_config(**{"training.seed": 7, "training.epochs": 1})
     nodes = [node_config(config, Node(IMAGE, "topic"), seed) for seed in (0, 1)]
     assert [n.training_seed for n in nodes] == [7, 8]

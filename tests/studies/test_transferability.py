@@ -114,7 +114,8 @@ def store(tmp_path):
 
 
 def test_a_store_is_scored_before_anything_is_trained(store, tmp_path):
-    """Catches modalities mixed up, unlabelled or test rows that count, and a run folder that must be finished first."""
+    """Catches modalities mixed up, unlabelled or test rows that count,
+    and a run folder that must be finished first."""
     run = str(tmp_path / "run")
     found = scores.transferability(run, {"a": store, "b": store})
     assert Transferability.read(run + "/transferability.json") == found
@@ -126,7 +127,8 @@ def test_a_store_is_scored_before_anything_is_trained(store, tmp_path):
         assert rows["image", "text"].num_rows == wanted.sum()
         assert rows["image",].trained is None
     colour = {tuple(s.modalities): s for s in found.tasks["colour"].sets}
-    assert all(getattr(colour["image",], s) > getattr(colour["text",], s) for s in scores.SCORES)  # the text knows nothing of it
+    # the text knows nothing of it
+    assert all(getattr(colour["image",], s) > getattr(colour["text",], s) for s in scores.SCORES)
     rows = (table.split == "train") & table.labels["thing"].known & table.present["image"]
     image, labels = table.features["image"][rows], table.labels["thing"].values[rows]
     score = next(s.h_score for s in found.tasks["thing"].sets if s.modalities == ["image"])

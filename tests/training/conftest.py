@@ -28,7 +28,8 @@ def make_config() -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def table() -> FeatureTable:
-    """420 samples: dense image and sparse text features, each missing somewhere; `topic` of 3 classes, `mood` of 2."""
+    """420 samples: dense image and sparse text features, each missing somewhere;
+    `topic` of 3 classes, `mood` of 2."""
     rng, num_rows = np.random.default_rng(0), 420
     topic, mood = rng.integers(0, 3, num_rows), rng.integers(0, 2, num_rows)
     image = rng.normal(size=(num_rows, 8)) + 4 * np.eye(8)[topic]

@@ -45,7 +45,7 @@ def make_auto(make_config):
     return lambda **overrides: make_config(**{**ALL, **overrides})
 
 
-# --- the config ------------------------------------------------------------------------------------------------------
+# --- the config -----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_given_is_not_chosen():
@@ -71,8 +71,8 @@ def test_a_single_modality_hides_none_and_small_data_has_enough_steps(make_auto)
 
 
 def test_models_of_the_same_inputs_have_one_choice(make_auto):
-    """Catches a choice made again for each way of sharing, one of another fusion's that does not learn like it, and a deep
-    fusion that ends before it has learnt."""
+    """Catches a choice made again for each way of sharing, one of another fusion's that does not learn like it, and a
+    deep fusion that ends before it has learnt."""
     every = {"training.auto": ["training.steps", "model.dropout"]}
     asked = screening_config(make_auto(**every))
     deep = make_auto(**every, **{"model.fusion": {"name": "hierarchical", "depth": 2}})
@@ -85,11 +85,12 @@ def test_models_of_the_same_inputs_have_one_choice(make_auto):
     assert for_depth(deep, {}) == {}  # what the user gave stays
 
 
-# --- held-out rows ---------------------------------------------------------------------------------------------------
+# --- held-out rows --------------------------------------------------------------------------------------------------
 
 
 def test_folds_follow_the_ids(table):
-    """Catches folds that change with the order of the rows, test rows in a fold, and a large val split that is not used."""
+    """Catches folds that change with the order of the rows, test rows in a fold,
+    and a large val split that is not used."""
     folds = make_folds(table, seed=0)
     assert (folds.on, folds.num_held) == ("cv", 5)
     assert ((folds.fold >= 0) == np.isin(table.split, ["train", "val"])).all()
@@ -133,12 +134,12 @@ def test_a_held_out_row_teaches_its_own_prediction_nothing(make_auto, table):
             assert np.abs(other.logits[given][t][~own] - logits[~own]).max() > 1e-3
 
 
-# --- the stack -------------------------------------------------------------------------------------------------------
+# --- the stack ------------------------------------------------------------------------------------------------------
 
 
 def test_a_member_is_what_it_would_be_alone(make_auto, table):
-    """Against a plain loop with torch's own AdamW. Catches members that see their part, each other's masks, rates or number
-    of epochs, and sparse features that a stack reads otherwise."""
+    """Against a plain loop with torch's own AdamW. Catches members that see their part, each other's masks, rates or
+    number of epochs, and sparse features that a stack reads otherwise."""
     settings = [
         {"training.lr": 0.01, "training.steps": 6, "model.dropout": 0.3},
         {"training.lr": 0.003, "training.steps": 17, "model.dropout": 0.0},
@@ -159,7 +160,10 @@ def test_a_member_is_what_it_would_be_alone(make_auto, table):
 def alone(config, table, fold, part):
     """A model trained by hand on all rows but a part."""
     run = Fitting(config, table, Worker())
-    optimizer, criterion = build_optimizer(run.model, config.training.lr, config.training.weight_decay), run.learner.criterion
+    optimizer, criterion = (
+        build_optimizer(run.model, config.training.lr, config.training.weight_decay),
+        run.learner.criterion,
+    )
     num_steps = run.batches.num_steps
     num_epochs = math.ceil(config.training.steps / num_steps)
     for epoch in range(1, num_epochs + 1):
@@ -178,7 +182,7 @@ def alone(config, table, fold, part):
     return run.model.eval()
 
 
-# --- the choice ------------------------------------------------------------------------------------------------------
+# --- the choice -----------------------------------------------------------------------------------------------------
 
 
 def test_the_first_candidate_stays_unless_another_is_clearly_better():
@@ -215,7 +219,8 @@ def test_held_out_rows_may_lack_a_class():
 
 
 def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, table, tmp_path, monkeypatch):
-    """Catches val rows that are left out of the last fit, a choice made again for each seed or resume, and a card without it."""
+    """Catches val rows that are left out of the last fit, a choice made again for each seed or resume,
+    and a card without it."""
     uri, store = str(tmp_path / "model"), write_store(str(tmp_path / "store"), table)
     config = make_auto(**{"training.steps": 20, "evaluation.calibrate": False, "model.wide": False})
     asked = []
@@ -239,7 +244,8 @@ def test_the_choice_is_fitted_on_train_and_val_and_told_in_the_card(make_auto, t
 
 
 def test_what_is_known_of_held_out_parts_is_not_trained_again(make_auto, table, monkeypatch):
-    """Catches members of the choice that are thrown away, taken for a model of another seed, or put into the wrong rows."""
+    """Catches members of the choice that are thrown away, taken for a model of another seed,
+    or put into the wrong rows."""
     config = make_auto(**{"training.steps": 20})
     choice, known = choose_settings(config, table)
     assert auto.is_screened(config)

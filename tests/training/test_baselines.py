@@ -60,7 +60,8 @@ def test_every_baseline_has_its_standard_name(table):
 
 
 def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table):
-    """Catches absent rows (zeros) in the fit or in the scaling, test rows in the training, and rows left out of it."""
+    """Catches absent rows (zeros) in the fit or in the scaling, test rows in the training,
+    and rows left out of it."""
     train = table.take(table.rows("train"))
     rows = train.present["image"]
     scaler = StandardScaler().fit(train.features["image"][rows].astype(float))
@@ -68,7 +69,8 @@ def test_a_modality_alone_is_scikit_learns_answer_on_the_rows_that_have_it(table
     assert fitted.path.num_rows == {"t": rows.sum()}
     width = train.features["image"].shape[1]  # the mean squared length of a standardised row
     model = LogisticRegression(C=1 / fitted.path.l2["t"], tol=1e-8, max_iter=1000).fit(
-        scaler.transform(train.features["image"][rows].astype(float)) / np.sqrt(width), codes_of(train.labels["t"])[rows]
+        scaler.transform(train.features["image"][rows].astype(float)) / np.sqrt(width),
+        codes_of(train.labels["t"])[rows],
     )
     test = table.take(table.rows("test"))
     here = test.present["image"]
@@ -119,7 +121,9 @@ def test_a_task_that_only_one_modality_labels_has_no_concatenation(table):
 
 def test_few_classes_in_train_still_give_all_columns(table):
     """Catches columns of the classes that occur taken for those of the task: every later class would slip."""
-    only = replace(table, labels=coded({"t": np.where(codes_of(table.labels["t"]) == 1, MISSING, codes_of(table.labels["t"]))}))
+    only = replace(
+        table, labels=coded({"t": np.where(codes_of(table.labels["t"]) == 1, MISSING, codes_of(table.labels["t"]))})
+    )
     test = table.take(table.rows("test"))
     proba = baselines(only)["logreg:image+text"](test)
     assert (proba[:, 1] < 0.01).all()

@@ -16,7 +16,8 @@ from mmkt_ray.training.batches import EpochBatches, Worker, complete_rows, featu
     num_rows=st.integers(1, 500), batch_size=st.integers(1, 300), num_ranks=st.integers(1, 4), epoch=st.integers(1, 5)
 )
 def test_every_row_is_read_and_every_rank_steps_equally_often(num_rows, batch_size, num_ranks, epoch):
-    """A dropped rest, a rank with a step more (DDP then hangs), a batch above the size asked for, many rows read twice."""
+    """A dropped rest, a rank with a step more (DDP then hangs), a batch above the size asked for,
+    many rows read twice."""
     rows = np.arange(100, 100 + num_rows)
     batches = EpochBatches(None, rows, batch_size, 0, Worker(0, num_ranks))
     order = batches.order(epoch)

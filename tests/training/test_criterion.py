@@ -91,7 +91,7 @@ def test_a_task_with_nothing_to_learn_is_refused(counts, says):
     Binary().check_learnable("mood", np.array([1, 1]), ["bad", "good"])
 
 
-# --- several classes per row, mixed rows, teachers -------------------------------------------------------------------
+# --- several classes per row, mixed rows, teachers ------------------------------------------------------------------
 
 TAGS = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [MISSING] * 3, [0, 1, 1]], dtype=torch.int8)
 TAG_LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
@@ -101,7 +101,8 @@ TAG_COUNTS = Multilabel().count(labels_of(TAGS.numpy()), 3)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("class_weights", [None, "balanced"])
 def test_multilabel_is_torchs_binary_cross_entropy_over_the_labelled_rows(smoothing, class_weights):
-    """Catches rows without labels counted as all-negative, and classes weighted by anything but negatives / positives."""
+    """Catches rows without labels counted as all-negative, and classes weighted by anything but negatives /
+    positives."""
     criterion = Criterion.of({"tags": TAG_COUNTS}, KINDS, class_weights=class_weights, label_smoothing=smoothing)
     kept = TAGS[:, 0] >= 0
     pos_weight = torch.tensor([2 / 2, 2 / 2, 3 / 1]) if class_weights else None
@@ -111,7 +112,8 @@ def test_multilabel_is_torchs_binary_cross_entropy_over_the_labelled_rows(smooth
 
 
 def test_a_stack_has_each_members_losses_at_its_own_smoothing():
-    """Catches smoothing of another member, unlabelled rows that count in a stack, and weights that are left out there."""
+    """Catches smoothing of another member, unlabelled rows that count in a stack,
+    and weights that are left out there."""
     counts, labels = {**COUNTS, "tags": TAG_COUNTS}, coded({**LABELS, "tags": TAGS})
     stack = {t: torch.stack([x, -2 * x]) for t, x in {**LOGITS, "tags": TAG_LOGITS}.items()}
     options = {"class_weights": "balanced", "logit_adjustment": 0.5, "loss_weights": {"mood": 3.0}}
@@ -124,7 +126,8 @@ def test_a_stack_has_each_members_losses_at_its_own_smoothing():
 
 
 def test_multilabel_counts_and_checks():
-    """Catches negatives counted from unlabelled rows, and a task whose rows are all the same that is trained anyway."""
+    """Catches negatives counted from unlabelled rows, and a task whose rows are all the same that is trained
+    anyway."""
     assert TAG_COUNTS.tolist() == [[2, 2, 3], [2, 2, 1]]
     Multilabel().check_learnable("tags", TAG_COUNTS, ["a", "b", "c"])
     with pytest.raises(DataError, match=r"all 4 labelled train rows of task 'tags'"):
@@ -134,7 +137,8 @@ def test_multilabel_counts_and_checks():
 
 
 def test_logit_adjustment_is_the_formula():
-    """Catches a prior with the wrong sign, or one that is applied to rare classes of an empty count as minus infinity."""
+    """Catches a prior with the wrong sign, or one that is applied to rare classes of an empty count as minus
+    infinity."""
     prior = torch.tensor(COUNTS["topic"] / COUNTS["topic"].sum()).float()
     expected = F.cross_entropy(LOGITS["topic"] + 1.5 * prior.log(), LABELS["topic"].clamp(min=-1), ignore_index=-1)
     found = Criterion.of(COUNTS, KINDS, logit_adjustment=1.5).losses(LOGITS, coded(LABELS))["topic"]

@@ -51,7 +51,8 @@ def make_config(make_config):
 
 @pytest.fixture(scope="module")
 def trio():
-    """A fused model of three modalities, its experts (that of text knows one task only), and a table with all that may lack."""
+    """A fused model of three modalities, its experts (that of text knows one task only),
+    and a table with all that may lack."""
     torch.manual_seed(17)
     rng, num_rows = np.random.default_rng(1), 400
     inputs = {"a": ("audio", "image", "text"), "b": ("audio", "image")}
@@ -111,8 +112,8 @@ def losses_on_val(model, table, task, part, rows):
 
 
 def test_each_pattern_goes_to_who_is_clearly_better_on_val(trio):
-    """Catches routes by other rows than val's or with the rest not hidden, an expert that takes rows over by chance, and one that
-    must not answer complete rows although it is better there."""
+    """Catches routes by other rows than val's or with the rest not hidden, an expert that takes rows over by chance,
+    and one that must not answer complete rows although it is better there."""
     fused, experts, table = trio
     routes = choose_routes(fused, experts, table)
     chosen = []
@@ -122,7 +123,9 @@ def test_each_pattern_goes_to_who_is_clearly_better_on_val(trio):
             rows = np.flatnonzero((table.split == "val") & table.labels[task].labelled)
             rows = [i for i in rows if all(table.present[m][i] for m in part)]
             able = {m: experts[m].model for m in part if task in experts[m].model.spec.tasks} | {"fused": fused.model}
-            scores = {m: scores_on_val(model, table, task, part if m == "fused" else [m], rows) for m, model in able.items()}
+            scores = {
+                m: scores_on_val(model, table, task, part if m == "fused" else [m], rows) for m, model in able.items()
+            }
             default = part[0] if len(part) == 1 and part[0] in able else "fused"
             gains = {}
             for m in able.keys() - {default}:
@@ -132,7 +135,9 @@ def test_each_pattern_goes_to_who_is_clearly_better_on_val(trio):
                     p = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1
                 else:
                     p = ttest_rel(theirs, own, alternative="greater").pvalue
-                losses = [losses_on_val(able[k], table, task, part if k == "fused" else [k], rows) for k in (default, m)]
+                losses = [
+                    losses_on_val(able[k], table, task, part if k == "fused" else [k], rows) for k in (default, m)
+                ]
                 p_loss = ttest_rel(*losses, alternative="greater").pvalue
                 if min(p, p_loss) < ALPHA / (len(able) - 1) and theirs.mean() >= own.mean():
                     gains[m] = (theirs - own).mean()
@@ -143,8 +148,8 @@ def test_each_pattern_goes_to_who_is_clearly_better_on_val(trio):
 
 
 def test_rows_are_answered_by_what_they_have(trio):
-    """Catches the wrong expert, a task's route taken by another task's modalities, and held-out predictions of the whole that
-    are not those that the whole makes."""
+    """Catches the wrong expert, a task's route taken by another task's modalities, and held-out predictions of the
+    whole that are not those that the whole makes."""
     fused, experts, table = trio
     model, heldout = join_experts(fused, experts, table)
     found, plain = predict_logits(model, table), predict_logits(fused.model, table)
@@ -164,8 +169,8 @@ def test_rows_are_answered_by_what_they_have(trio):
 
 
 def test_without_val_rows_who_learnt_from_just_these_answers(trio):
-    """Catches a choice by the mean of nothing, and a run that ends in a KeyError where nothing is held out: `val_frac: 0` with
-    `training.auto: []`."""
+    """Catches a choice by the mean of nothing, and a run that ends in a KeyError where nothing is held out:
+    `val_frac: 0` with `training.auto: []`."""
     fused, experts, table = trio
     blind = replace(table, split=np.full(len(table.split), "train", dtype=object))
     none = with_heldout(fused.model, None, blind)
@@ -193,8 +198,8 @@ def test_modalities_that_often_come_without_the_others_have_an_expert(make_confi
 
 
 def test_a_task_that_one_modality_cannot_teach_has_no_expert_of_it(make_config, table):
-    """Catches a second training of what is there already, a run that ends because an expert has no labels to learn from, and
-    options of a fused model that make no sense for one modality."""
+    """Catches a second training of what is there already, a run that ends because an expert has no labels to learn
+    from, and options of a fused model that make no sense for one modality."""
     single = make_config(**{"tasks.mood.inputs": ["text"], "training.balance": "ogm_ge"})
     assert {m: c.model_tasks for m, c in expert_configs(single, table).items()} == {
         "image": ("topic",),
@@ -230,7 +235,7 @@ def test_what_changes_nothing_with_one_modality_changes_no_fingerprint(make_conf
         assert model_identity(one.with_overrides(change)) != model_identity(one)
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -255,7 +260,8 @@ def store_uri(table, tmp_path_factory):
 
 
 def test_variants_share_their_experts(make_config, store_uri, table, tmp_path, fits):
-    """Catches an expert that is trained once per variant, parts left in folders, and a card that can't build the model again."""
+    """Catches an expert that is trained once per variant, parts left in folders,
+    and a card that can't build the model again."""
     base = make_config(**{"training.epochs": 2})
     uri = {name: str(tmp_path / name) for name in ("text_only", "concat", "gated", "plain")}
     train(base.with_overrides({"model.modalities": ["text"]}), store_uri, uri["text_only"])
@@ -285,8 +291,8 @@ def test_variants_share_their_experts(make_config, store_uri, table, tmp_path, f
 
 
 def test_a_killed_job_fits_what_is_missing(make_config, store_uri, tmp_path, fits, monkeypatch):
-    """Catches parts that are fitted again, a whole that differs from one that was never killed, and a model folder that looks
-    finished before it is."""
+    """Catches parts that are fitted again, a whole that differs from one that was never killed, and a model folder
+    that looks finished before it is."""
     config, uri = make_config(**{"training.epochs": 2}), str(tmp_path / "run" / "concat")
     whole = train(config, store_uri, str(tmp_path / "other" / "concat"))
     real = composite.train_expert
@@ -327,7 +333,8 @@ def test_an_expert_that_cannot_be_trained_is_left_out(make_config, store_uri, tm
 
 
 def test_the_fused_part_is_what_transfer_and_shapley_values_see(make_config, store_uri, tmp_path, fits):
-    """Catches towers that can't be taken over from a model with experts, and experts that answer for the fused model."""
+    """Catches towers that can't be taken over from a model with experts,
+    and experts that answer for the fused model."""
     base = make_config(**{"training.epochs": 2, "evaluation.bootstrap_samples": 100})
     experts, plain = str(tmp_path / "experts"), str(tmp_path / "plain")
     train(base, store_uri, experts)
@@ -343,7 +350,9 @@ def test_the_fused_part_is_what_transfer_and_shapley_values_see(make_config, sto
     assert all(torch.equal(student[name], bare.state_dict()[name]) for name in names)
     store = open_store(store_uri)
     with_experts, without = shapley_values(experts, store), shapley_values(plain, store)
-    assert {t: v.shares["accuracy"] for t, v in with_experts.items()} == {t: v.shares["accuracy"] for t, v in without.items()}
+    assert {t: v.shares["accuracy"] for t, v in with_experts.items()} == {
+        t: v.shares["accuracy"] for t, v in without.items()
+    }
 
 
 def test_a_teacher_is_asked_with_its_experts_and_the_students_experts_have_none(make_config, store_uri, tmp_path, fits):
@@ -366,8 +375,8 @@ def test_the_model_of_all_but_a_rare_modality_has_half_of_the_level():
 
 
 def test_losses_decide_where_scores_differ_by_chance():
-    """Catches a model that fuses and has clearly smaller losses, but is left because of one row of a hundred; and a single
-    modality that takes rows with a lower score."""
+    """Catches a model that fuses and has clearly smaller losses, but is left because of one row of a hundred; and a
+    single modality that takes rows with a lower score."""
     rng = np.random.default_rng(0)
     right = (rng.random(100) < 0.8).astype(float)
     one_less = right.copy()

@@ -30,7 +30,8 @@ def config_of(modalities=("image", "text", "wide"), tasks=tuple(KINDS), **overri
 
 @pytest.fixture(scope="module")
 def table():
-    """300 rows: 10 dense numbers of unlike scale, 60 sparse ones, and 400 dense ones, more than rows; each lacks a tenth."""
+    """300 rows: 10 dense numbers of unlike scale, 60 sparse ones, and 400 dense ones, more than rows;
+    each lacks a tenth."""
     rng, num = np.random.default_rng(0), 300
     hidden = rng.normal(size=(num, 6))
     image = hidden @ rng.normal(size=(6, 10)) * np.geomspace(0.1, 50, 10) + rng.normal(size=(num, 10))
@@ -79,8 +80,8 @@ def learnt(table):
 @pytest.mark.parametrize("modalities", [("image",), ("text",), ("wide",), ("image", "text", "wide")])
 @pytest.mark.parametrize("l2", [0.05, 5.0])
 def test_weights_are_scikit_learns_at_the_same_penalty(table, modalities, class_weights, l2):
-    """Catches a fit that stops short of the optimum, a penalty on the bias, a rotation that is not undone, absent rows in
-    the statistics, rows without a label in the loss."""
+    """Catches a fit that stops short of the optimum, a penalty on the bias, a rotation that is not undone, absent
+    rows in the statistics, rows without a label in the loss."""
     weights = {"training__class_weights": class_weights} if class_weights else {}
     tasks = ("three", "two") if class_weights else tuple(KINDS)  # one-vs-rest "balanced" is another weighting
     found = predict_table(fit_linear(config_of(modalities, tasks, training__l2=l2, **weights), table).model, table)
@@ -170,7 +171,9 @@ def test_labels_of_test_rows_do_not_matter_and_one_class_is_refused(table):
     a, b = (fit_linear(config_of(), t).model.state_dict() for t in (table, replace(table, labels=coded(other, KINDS))))
     assert all(np.array_equal(a[k], b[k]) for k in a)
     with pytest.raises(DataError, match="are of class 'a'"):
-        fit_linear(config_of(tasks=["three"]), replace(table, labels=table.labels | coded({"three": np.zeros(300, np.int64)})))
+        fit_linear(
+            config_of(tasks=["three"]), replace(table, labels=table.labels | coded({"three": np.zeros(300, np.int64)}))
+        )
 
 
 @pytest.mark.slow

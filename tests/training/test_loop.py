@@ -92,7 +92,8 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(make_config, table,
 
 
 def test_validation_scores_are_scikit_learns(make_config, table):
-    """Macro-F1 over other classes than scikit-learn's, an UNSEEN label counted as right or left out, absent labels counted."""
+    """Macro-F1 over other classes than scikit-learn's, an UNSEEN label counted as right or left out,
+    absent labels counted."""
     result = fit(make_config(), table)
     val = table.take(table.rows("val"))
     readable = val.present["image"] | val.present["text"]
@@ -232,12 +233,15 @@ def test_two_workers_count_and_learn_like_one(make_config, table, free_port):
             np.testing.assert_allclose(first[name], value, atol=5e-4, err_msg=f"{config.training.balance} {name}")
         one.model.load_state_dict({k: torch.from_numpy(v) for k, v in first.items()})
         alone = validate(one.model, table, np.flatnonzero(table.split == "val"), Worker())
-        assert (alone.metrics["accuracy"], alone.metrics["macro_f1"]) == (scores.metrics["accuracy"], scores.metrics["macro_f1"])
+        assert (alone.metrics["accuracy"], alone.metrics["macro_f1"]) == (
+            scores.metrics["accuracy"],
+            scores.metrics["macro_f1"],
+        )
         assert alone.loss == pytest.approx(scores.loss)
     worker.join(timeout=60)
 
 
-# --- which rows and labels, kinds of task ----------------------------------------------------------------------------
+# --- which rows and labels, kinds of task ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -253,7 +257,8 @@ def tagged(table):
 
 
 def test_a_multilabel_task_is_learned_and_scored_as_scikit_learn_does(make_config, tagged):
-    """Catches softmax over the classes of a multilabel task, unlabelled rows scored, accuracy of decisions for that of rows."""
+    """Catches softmax over the classes of a multilabel task, unlabelled rows scored,
+    accuracy of decisions for that of rows."""
     options = {"tasks.mood.kind": "multilabel", "training.epochs": 25, "training.lr": 0.03}
     result = fit(make_config(**options), tagged)
     val = tagged.take(tagged.rows("val"))
@@ -261,7 +266,9 @@ def test_a_multilabel_task_is_learned_and_scored_as_scikit_learn_does(make_confi
     truth, proba = val.labels["mood"].values[kept], predict_table(result.model, val)["mood"][kept]
     pred = proba >= 0.5
     assert result.val.metrics["accuracy"]["mood"] == pytest.approx(accuracy_score(truth, pred))
-    assert result.val.metrics["macro_f1"]["mood"] == pytest.approx(f1_score(truth, pred, average="macro", zero_division=0))
+    assert result.val.metrics["macro_f1"]["mood"] == pytest.approx(
+        f1_score(truth, pred, average="macro", zero_division=0)
+    )
     assert result.val.metrics["macro_f1"]["mood"] > 0.55
     text = val.present["text"][kept]
     assert (truth[text] == pred[text]).mean() > 0.85
@@ -330,7 +337,9 @@ def test_the_imbalance_methods_help_the_rare_class(make_config, table):
     topic = codes_of(table.labels["topic"])
     topic[(topic == 2) & (table.split == "train") & (np.arange(420) % 6 > 0)] = MISSING
     rare = dataclasses.replace(
-        table, features={**table.features, "image": noisy.astype(np.float32)}, labels={**table.labels, "topic": labels_of(topic)}
+        table,
+        features={**table.features, "image": noisy.astype(np.float32)},
+        labels={**table.labels, "topic": labels_of(topic)},
     )
     kept = np.flatnonzero((rare.split != "train") & (topic == 2) & rare.present["image"])
 
@@ -354,13 +363,15 @@ def test_two_answers_to_imbalance_at_once_are_refused(make_config):
         make_config(**{"training.class_weights": "balanced", "training.resample": "balanced"})
 
 
-# --- knowledge of other models ---------------------------------------------------------------------------------------
+# --- knowledge of other models --------------------------------------------------------------------------------------
 
 
 def test_frozen_towers_stay_and_gradual_ones_are_freed_from_the_top(make_config, table):
     """Catches towers that weight decay or momentum moves though they are frozen, and stages freed from the bottom."""
     classes = dict(table.class_names)
-    source = SourceModel(fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes)
+    source = SourceModel(
+        fit(make_config(**{"model.modalities": ["image"], "model.num_levels": 2}), table).model, classes
+    )
     start = source.model.state_dict()
 
     def moved(tuning, epochs):

@@ -1,4 +1,5 @@
-"""All ways to train, with a number to predict beside a class: each on rows whose number is known to follow the features."""
+"""All ways to train, with a number to predict beside a class:
+each on rows whose number is known to follow the features."""
 
 import dataclasses
 
@@ -34,7 +35,9 @@ def prices(**options) -> FeatureTable:
     z = a[:, 0] + b[:, 0] + 0.1 * rng.normal(size=NUM_ROWS)
     price = np.exp(2 + z / 2)
     kind = Regression(transform="log", **options).fitted("price", [pa.chunked_array([pa.array(price[:300])])])
-    split = np.where(np.arange(NUM_ROWS) < 250, "train", np.where(np.arange(NUM_ROWS) < 300, "val", "test")).astype(object)
+    split = np.where(np.arange(NUM_ROWS) < 250, "train", np.where(np.arange(NUM_ROWS) < 300, "val", "test")).astype(
+        object
+    )
     present = {"a": np.ones(NUM_ROWS, bool), "b": np.arange(NUM_ROWS) % 7 > 0}
     b[~present["b"]] = 0
     ids = np.array([f"r{i}" for i in range(NUM_ROWS)], dtype=object)
@@ -50,7 +53,9 @@ def config_of(table: FeatureTable, **overrides) -> Config:
     facts = {"kind": {"name": "table"}, "encoder": "table"}
     raw = {
         "name": "numbers",
-        "samples": {"sources": [{"reader": "parquet", "path": "x", "columns": {"a": "a", "b": ["c", "d"], "price": "price"}}]},
+        "samples": {
+            "sources": [{"reader": "parquet", "path": "x", "columns": {"a": "a", "b": ["c", "d"], "price": "price"}}]
+        },
         "modalities": {"a": vector, "b": facts},
         "tasks": {"price": {"kind": kind}},
         "model": {"hidden_dim": 32},
@@ -95,7 +100,8 @@ def test_methods_of_training_work_with_numbers(overrides: dict) -> None:
 
 @pytest.mark.slow
 def test_baselines_choose_and_stack() -> None:
-    """Catches a ridge on raw prices, a choice of settings by a log loss that numbers lack, and members whose losses mix."""
+    """Catches a ridge on raw prices, a choice of settings by a log loss that numbers lack,
+    and members whose losses mix."""
     table = prices()
     config = config_of(table)
     majorities, linear = fit_majorities(config, table), logregs(config, table)

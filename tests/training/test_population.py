@@ -27,7 +27,8 @@ def dense(table) -> FeatureTable:
 
 @pytest.mark.parametrize(("fusion", "scheme"), list(product(FUSION_NAMES, SCHEME_NAMES)))
 def test_a_member_gives_what_its_config_gives_alone(make_config, dense, fusion, scheme):
-    """Catches members that see each other, other batches, masks or decay than alone, and a stack that forgets a buffer."""
+    """Catches members that see each other, other batches, masks or decay than alone,
+    and a stack that forgets a buffer."""
     depth = {"model.fusion.depth": 2} if fusion == "hierarchical" else {}
     config = make_config(**{"model.fusion.name": fusion, "model.sharing": scheme, "training.epochs": 2, **depth})
     population = Population.start(config, dense, MEMBERS)
@@ -57,7 +58,8 @@ def test_a_member_with_filled_modalities_gives_what_it_gives_alone(make_config, 
 
 
 def test_a_step_of_all_members_at_once_is_the_same_step(make_config, dense, monkeypatch):
-    """Catches another AdamW on GPUs than on CPUs: decay of biases, a rate of another member, a correction left out."""
+    """Catches another AdamW on GPUs than on CPUs: decay of biases, a rate of another member,
+    a correction left out."""
     config = make_config(**{"training.epochs": 3, "model.feature_dropout": 0.2})
     one_by_one = Population.start(config, dense, MEMBERS)
     one_by_one.train(3)

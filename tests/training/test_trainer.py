@@ -130,7 +130,8 @@ def test_more_workers_than_the_cluster_has_are_refused(make_config, store_uri, t
 
 
 def test_an_error_of_the_user_crosses_processes_as_a_value(make_config, table, tmp_path):
-    """A user's error raised in a Ray Train worker: retried twice as a crash, then shown with Ray's traceback around it."""
+    """A user's error raised in a Ray Train worker: retried twice as a crash,
+    then shown with Ray's traceback around it."""
     hopeless = write_store(str(tmp_path / "store"), table, mood="same")
     job = trainer.WorkerArgs(make_config(), None, hopeless, "", str(tmp_path), "f00", str(tmp_path))
     outcome = trainer.train_on_worker(job, 0, 1, torch.device("cpu"))
@@ -141,7 +142,8 @@ def test_an_error_of_the_user_crosses_processes_as_a_value(make_config, table, t
 
 @pytest.mark.timeout(300)
 def test_two_ray_workers_train_one_model(make_config, store_uri, tmp_path, ray_local):
-    """Ranks that publish each their own model; scores of one rank's share; a rerun that does not see that all is done."""
+    """Ranks that publish each their own model; scores of one rank's share;
+    a rerun that does not see that all is done."""
     config = make_config(**{"training.num_workers": 2, "training.epochs": 2, "training.batch_size_per_worker": 32})
     uri = str(tmp_path / "model")
     summary = train(config, store_uri, uri)
@@ -158,7 +160,8 @@ def test_two_ray_workers_train_one_model(make_config, store_uri, tmp_path, ray_l
 
 @pytest.mark.parametrize("wanted", ["fused", "expert"])
 def test_a_full_disk_ends_the_training_with_its_own_words(make_config, store_uri, tmp_path, monkeypatch, wanted):
-    """Catches an error that leaves a worker as a crash, and an expert that is left out because there was no room for it."""
+    """Catches an error that leaves a worker as a crash, and an expert that is left out because there was no room for
+    it."""
     write = trainer.save_model
 
     def full(uri, *rest):

@@ -14,9 +14,11 @@ from mmkt_ray.training.variants import train_singles, train_variants
 from tests.training.test_trainer import write_store
 
 
-def test_side_by_side_is_one_after_the_other(ray_local, make_config, table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Catches an expert or a choice of settings that each variant makes for itself, a student that begins before its teacher,
-    another order of variants that changes a model, and work that is done again."""
+def test_side_by_side_is_one_after_the_other(
+    ray_local, make_config, table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Catches an expert or a choice of settings that each variant makes for itself, a student that begins before its
+    teacher, another order of variants that changes a model, and work that is done again."""
     store = open_store(write_store(str(tmp_path / "store"), table))
     alone = open_store(write_store(str(tmp_path / "other" / "store"), table))
     auto = {"training.auto": ["training.lr"], "model.experts": True, "training.steps": 10}
@@ -33,7 +35,9 @@ def test_side_by_side_is_one_after_the_other(ray_local, make_config, table, tmp_
     assert [*ended][-1] == "student"
     experts = list((tmp_path / "models" / ".experts").iterdir())
     assert len(experts) == 1  # text: the image's is a variant
-    assert sorted(path.suffix for path in (tmp_path / "store" / "settings").iterdir() if path.is_file()) == [".json"] * 3
+    assert (
+        sorted(path.suffix for path in (tmp_path / "store" / "settings").iterdir() if path.is_file()) == [".json"] * 3
+    )
     for name in ("image", "concat", "gated", "student"):
         train(variants[name], alone.uri, f"{other}/{name}", other)
         (ours, card), (theirs, expected) = load_model(f"{folder}/{name}"), load_model(f"{other}/{name}")

@@ -38,7 +38,7 @@ def trained(make_wide, table, tmp_path_factory):
     return store, str(folder)
 
 
-# --- shares ----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_share_is_that_of_the_lowest_loss():
@@ -64,12 +64,12 @@ def test_without_a_known_label_the_network_keeps_all():
     assert best_share(np.ones((2, 3)), np.zeros((2, 3)), labels_of(np.full(2, MISSING))) == (1.0, (1.0, 0.0))
 
 
-# --- which models are wide -------------------------------------------------------------------------------------------
+# --- which models are wide ------------------------------------------------------------------------------------------
 
 
 def test_given_settings_and_other_class_frequencies_have_no_linear_model(make_wide, make_config):
-    """Catches a linear model beside one that corrects class frequencies, which would undo the correction, and one beside a
-    model whose settings the user gave."""
+    """Catches a linear model beside one that corrects class frequencies, which would undo the correction, and one
+    beside a model whose settings the user gave."""
     assert is_wide(make_wide())
     assert is_wide(make_wide(**{"training.balance": "ogm_ge"}))
     assert not is_wide(make_config())
@@ -80,7 +80,7 @@ def test_given_settings_and_other_class_frequencies_have_no_linear_model(make_wi
     assert model_identity(make_config(**{"model.wide": False})) == model_identity(make_config())
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------------
 
 
 def test_a_wide_model_is_its_network_and_the_linear_model(trained, make_wide, table):
@@ -122,7 +122,8 @@ def test_the_linear_model_is_solved_once(trained, make_wide, tmp_path, monkeypat
 
 
 def test_where_training_cannot_be_held_out_val_decides(trained, make_wide, table, tmp_path):
-    """Catches val rows that the linear model had learnt from: its out-of-fold predictions decide, and are the model's."""
+    """Catches val rows that the linear model had learnt from:
+    its out-of-fold predictions decide, and are the model's."""
     uri, folder = trained
     one = str(tmp_path / "balanced")
     summary = train(make_wide(**{"training.balance": "ogm_ge"}), uri, one, folder)

@@ -4,8 +4,8 @@ Called by adaptable.py; adapted_weights.py says which weights change.
 
 Axes: B batch, N values of a set, D features, K classes.
 
-A head is fitted on the frozen features first, and both are trained from there: fine-tuning from a random head distorts good
-features (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+A head is fitted on the frozen features first, and both are trained from there: fine-tuning from a random head
+distorts good features (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Net(nn.Module):
         """`function` of all values (N, ..), in batches."""
         device = self.head.weight.device
         starts = range(0, len(values), FORWARD_ROWS)
-        return torch.cat([function(torch.from_numpy(np.array(values[i : i + FORWARD_ROWS])).to(device)) for i in starts])
+        return torch.cat(
+            [function(torch.from_numpy(np.array(values[i : i + FORWARD_ROWS])).to(device)) for i in starts]
+        )
 
     def fit_head(self, values: np.ndarray, labels: np.ndarray) -> None:
         """The head that a linear model of the frozen features has, features standardised by their mean and spread."""
@@ -106,9 +108,16 @@ class _Run:
     def __init__(self, encoder: Any, num_classes: int, data: _Data, training: EncoderTraining) -> None:
         encoder.model = None  # as it was pretrained, also after another fold
         encoder.load()
-        self.section, self.precision, self.data, self.training = encoder.config.adapt, encoder.config.precision, data, training
+        self.section, self.precision, self.data, self.training = (
+            encoder.config.adapt,
+            encoder.config.precision,
+            data,
+            training,
+        )
         if len(data.train) < training.world_size:
-            raise DataError(f"{len(data.train)} labelled rows to adapt the encoder on, for {training.world_size} workers")
+            raise DataError(
+                f"{len(data.train)} labelled rows to adapt the encoder on, for {training.world_size} workers"
+            )
         self.net, self.augmented = Net(encoder, num_classes, training.device), encoder.augmented
         self.net.set_mode(False)
         rows = np.sort(np.random.default_rng(training.seed).permutation(data.train)[:HEAD_ROWS])
@@ -117,7 +126,10 @@ class _Run:
         chosen = make_trainable(encoder.model, self.section, training.seed)
         self.trained = self._used(chosen, data.values[rows[:2]])
         lr = self.section.lr or LR[self.section.how]
-        groups = [{"params": list(self.trained.values()), "lr": lr}, {"params": list(self.net.head.parameters()), "lr": HEAD_LR}]
+        groups = [
+            {"params": list(self.trained.values()), "lr": lr},
+            {"params": list(self.net.head.parameters()), "lr": HEAD_LR},
+        ]
         self.peaks = [lr, HEAD_LR]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.section.weight_decay)
         self.best: dict[str, Tensor] = {}
@@ -144,12 +156,15 @@ class _Run:
         return -(-len(self.data.train) // self.section.batch_size)
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the train rows. Returns loss and accuracy over all workers, on train and where there is one on val."""
+        """One pass over the train rows. Returns loss and accuracy over all workers,
+        on train and where there is one on val."""
         training = self.training
         totals = torch.zeros(3, device=training.device)  # loss, hits, values
         self.net.set_mode(True)
         with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([training.seed, self.epoch, training.rank]).generate_state(1)[0]))
+            torch.manual_seed(
+                int(np.random.SeedSequence([training.seed, self.epoch, training.rank]).generate_state(1)[0])
+            )
             order = np.random.default_rng([training.seed, self.epoch]).permutation(self.data.train)
             for step in range(self.num_steps):
                 rows = order[step * self.section.batch_size : (step + 1) * self.section.batch_size]
@@ -194,8 +209,8 @@ class _Run:
     def _loss(self, rows: np.ndarray, batch: np.ndarray | None = None, number: int = 0) -> tuple[Tensor, Tensor]:
         """Summed loss of rows; and loss, hits, number of rows (3,).
 
-        batch: all rows of a training step, of which these are some: they are augmented as one, by the step's number alone, so
-        that a row looks the same however many workers share the step.
+        batch: all rows of a training step, of which these are some: they are augmented as one, by the step's number
+        alone, so that a row looks the same however many workers share the step.
         """
         rows, device = np.sort(rows), self.training.device
         y = torch.from_numpy(self.data.labels[rows]).to(device)
@@ -206,7 +221,9 @@ class _Run:
         else:
             batch, net, smoothing = np.sort(batch), self.replica, self.section.label_smoothing
             whole = torch.from_numpy(self.data.values[batch]).to(device)
-            x = self.augmented(whole, (self.training.seed, number))[torch.from_numpy(np.searchsorted(batch, rows)).to(device)]
+            x = self.augmented(whole, (self.training.seed, number))[
+                torch.from_numpy(np.searchsorted(batch, rows)).to(device)
+            ]
         with autocast(self.training.device, self.precision):
             logits = net(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="sum")
@@ -268,9 +285,11 @@ class _Run:
 def adapt(
     encoder: Any, values: np.ndarray, labels: np.ndarray, num_classes: int, training: EncoderTraining
 ) -> dict[str, np.ndarray]:
-    """Train an Adaptable encoder on prepared values (N, ..) and class numbers (N,). Returns what changed, as `kept` names it.
+    """Train an Adaptable encoder on prepared values (N, ..) and class numbers (N,).
+    Returns what changed, as `kept` names it.
 
-    With several workers torch.distributed is initialised and each rank makes this call. Resumes from `training.checkpoint`.
+    With several workers torch.distributed is initialised and each rank makes this call.
+    Resumes from `training.checkpoint`.
     """
     whole, num_folds = _Data.of(values, labels, training.held_out), encoder.config.adapt.folds
     if num_folds == 1:
@@ -292,7 +311,9 @@ def _fit(
     encoder: Any, num_classes: int, data: _Data, training: EncoderTraining, done: dict[str, Tensor], fold: int
 ) -> dict[str, Tensor]:
     """Train one network; returns what changed in its best epoch. done: what earlier folds have come to."""
-    state = training.checkpoint if training.checkpoint is not None and int(training.checkpoint["fold"]) == fold else None
+    state = (
+        training.checkpoint if training.checkpoint is not None and int(training.checkpoint["fold"]) == fold else None
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         run = _Run(encoder, num_classes, data, replace(training, checkpoint=state))

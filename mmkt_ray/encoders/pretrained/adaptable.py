@@ -36,7 +36,8 @@ class Adapt(Section):
     task: str = Field(description="the task that it is trained on: multiclass or binary")
     how: How = Field(
         "lora",
-        description="lora: low-rank changes of the linear layers; last_layers: the last blocks and what follows them; full: all",
+        description="lora: low-rank changes of the linear layers; last_layers: the last blocks and what follows "
+        "them; full: all",
     )
     epochs: int = Field(3, ge=1, description="passes over the train split at most")
     lr: float | None = Field(
@@ -49,15 +50,19 @@ class Adapt(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled, of AdamW")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target that is spread over all classes")
     augment: Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Once] = Field(
-        ("flip", "crop"), description="of images: mirror, shift up to a twelfth, blank a square; [] where left and right differ"
+        ("flip", "crop"),
+        description="of images: mirror, shift up to a twelfth, blank a square; [] where left and right differ",
     )
-    patience: int = Field(2, ge=1, description="stop after so many epochs without a lower loss on val; the best one is kept")
+    patience: int = Field(
+        2, ge=1, description="stop after so many epochs without a lower loss on val; the best one is kept"
+    )
     folds: int = Field(
         1,
         ge=1,
         le=20,
-        description="more than 1: so many networks, each trained without one part of train. A train value gets the features of "
-        "the one that did not learn it, any other the mean of all: so that a model can trust the features of its train rows",
+        description="more than 1: so many networks, each trained without one part of train. A train value gets the "
+        "features of the one that did not learn it, any other the mean of all: so that a model can trust the "
+        "features of its train rows",
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers; 1 trains in one process on all its cores")
 
@@ -86,7 +91,8 @@ class AdaptableSection(EncoderSection):
 
 
 class Adaptable(FixedWeights):
-    """Weights that lie elsewhere and, where they are adapted, what of them is changed: that alone is the encoder's state."""
+    """Weights that lie elsewhere and, where they are adapted, what of them is changed:
+    that alone is the encoder's state."""
 
     dim: int
     held_out_rows: ClassVar[bool] = True  # training takes rows of val too, to know when to stop
@@ -171,4 +177,7 @@ class Adaptable(FixedWeights):
         if len(sets) == 1:
             self._take(sets[0])
         else:
-            self.sets, self.learnt = sets, check_array(adapted_weights.LEARNT, tensors[adapted_weights.LEARNT], "uint64", (None,))
+            self.sets, self.learnt = (
+                sets,
+                check_array(adapted_weights.LEARNT, tensors[adapted_weights.LEARNT], "uint64", (None,)),
+            )

@@ -4,8 +4,8 @@ Called by adaptable.py and adapt_training.py.
 
 Axes: R rank.
 
-LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Own, in a few lines, as the package for it brings two more and renames
-the layers, and what we keep is the product alone.
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Own, in a few lines, as the package for it brings two more and
+renames the layers, and what we keep is the product alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class LowRank(nn.Module):
 
 
 def make_trainable(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Parameter]:
-    """Make the weights trainable that `section` asks for; returns them by name. Raises: ConfigError if there are none."""
+    """Make the weights trainable that `section` asks for; returns them by name.
+    Raises: ConfigError if there are none."""
     model.requires_grad_(False)
     if section.how == "full":
         model.requires_grad_(True)
@@ -57,7 +58,9 @@ def make_trainable(model: nn.Module, section: Any, seed: int) -> dict[str, nn.Pa
             parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, section.rank, generator))
             layer.get_parameter("parametrizations.weight.original").requires_grad_(False)
         if not layers:
-            raise ConfigError("adapt.how: lora changes linear layers, and this network has none: use last_layers or full")
+            raise ConfigError(
+                "adapt.how: lora changes linear layers, and this network has none: use last_layers or full"
+            )
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -1,4 +1,5 @@
-"""A network in a Hugging Face folder: its card, its weights, and what its files are told apart by. No code of a folder is run."""
+"""A network in a Hugging Face folder: its card, its weights, and what its files are told apart by.
+No code of a folder is run."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ else:
 
 SAFE = {"local_files_only": True, "trust_remote_code": False}
 _OF_FILES = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # of transformers, for files that do not fit
-PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5, of several modalities
+# the second since transformers 5, of several modalities
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 def read_config_json(folder: Path, *also: str) -> dict[str, Any]:
@@ -30,8 +32,8 @@ def read_config_json(folder: Path, *also: str) -> dict[str, Any]:
     for name in ("config.json", *also):
         if not (folder / name).is_file():
             raise DataError(
-                f"no {name} in '{folder}': save a model with `model.save_pretrained(folder)` and its fast tokenizer or processor "
-                "with `tokenizer.save_pretrained(folder)`, where every node of the cluster finds them"
+                f"no {name} in '{folder}': save a model with `model.save_pretrained(folder)` and its fast tokenizer "
+                "or processor with `tokenizer.save_pretrained(folder)`, where every node of the cluster finds them"
             )
     card = storage.read_json(str(folder / "config.json"))
     if not isinstance(card, dict):
@@ -40,7 +42,8 @@ def read_config_json(folder: Path, *also: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' own config of the folder, defaults filled in. Raises: DataError for a kind of network that it lacks."""
+    """transformers' own config of the folder, defaults filled in.
+    Raises: DataError for a kind of network that it lacks."""
     try:
         return importlib.import_module("transformers").AutoConfig.from_pretrained(folder, **SAFE)
     except _OF_FILES as error:
@@ -49,7 +52,8 @@ def read_config(folder: Path) -> Any:
 
 @cache
 def open_processor(folder: Path, kind: str) -> Any:
-    """The folder's image processor (kind: AutoImageProcessor) or feature extractor (AutoFeatureExtractor). Raises: DataError."""
+    """The folder's image processor (kind: AutoImageProcessor) or feature extractor (AutoFeatureExtractor).
+    Raises: DataError."""
     try:
         return getattr(importlib.import_module("transformers"), kind).from_pretrained(folder, **SAFE)
     except (*_OF_FILES, ImportError) as error:
@@ -87,11 +91,13 @@ def open_network(folder: Path, auto: str, may_lack: tuple[str, ...] = ()) -> tup
         raise DataError(f"cannot load the model in '{folder}': {error}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-    lacking = {str(name) for name in loaded["missing_keys"]} | {str(key[0]) for key in loaded.get("mismatched_keys", ())}
+    lacking = {str(name) for name in loaded["missing_keys"]} | {
+        str(key[0]) for key in loaded.get("mismatched_keys", ())
+    }
     if needed := sorted(name for name in lacking if not name.startswith(may_lack)):
         raise DataError(
-            f"the weights in '{folder}' lack {len(needed)} tensors of the network that its config.json describes, the first "
-            f"'{needed[0]}': copy the folder again"
+            f"the weights in '{folder}' lack {len(needed)} tensors of the network that its config.json describes, "
+            f"the first '{needed[0]}': copy the folder again"
         )
     return model, lacking
 

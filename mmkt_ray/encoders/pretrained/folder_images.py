@@ -49,7 +49,9 @@ class HuggingFaceImageEncoder(PretrainedImageEncoder):
         settings = settings.vision_config if self.aligned else settings
         widths = getattr(settings, "hidden_sizes", None) or [getattr(settings, "hidden_size", None)]
         if not isinstance(widths[-1], int):
-            raise DataError(f"'{self.folder}/config.json' names no hidden_size: not an image network that is known here")
+            raise DataError(
+                f"'{self.folder}/config.json' names no hidden_size: not an image network that is known here"
+            )
         return widths[-1]
 
     @property
@@ -91,7 +93,8 @@ class HuggingFaceImageEncoder(PretrainedImageEncoder):
 
 
 def run_processor(folder: Path, image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) uint8 as the folder's processor resizes and crops it: (3, S, S') uint8. Raises: DataError."""
+    """An image (H, W, 3) uint8 as the folder's processor resizes and crops it: (3, S, S') uint8.
+    Raises: DataError."""
     processor = folders.open_processor(folder, "AutoImageProcessor")
     raw = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
     pixels = processor(images=np.array(image), return_tensors="np", **raw)
@@ -107,7 +110,7 @@ def prepared_shape(folder: Path) -> tuple[int, ...]:
     shapes = {run_processor(folder, np.zeros((*size, 3), dtype=np.uint8)).shape for size in ((90, 60), (60, 90))}
     if len(shapes) > 1:
         raise DataError(
-            f"the processor in '{folder}' gives images of different shapes: state a size with height and width, or a crop, "
-            "in its preprocessor_config.json"
+            f"the processor in '{folder}' gives images of different shapes: state a size with height and width, or a "
+            "crop, in its preprocessor_config.json"
         )
     return shapes.pop()

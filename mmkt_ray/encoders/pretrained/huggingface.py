@@ -28,9 +28,9 @@ class HuggingFaceEncoder(ListedEncoder):
     kinds: ClassVar[tuple[str, ...]] = ("text", "image", "audio")
 
     class Section(AdaptableSection):
-        """A network from a local Hugging Face folder with safetensors, frozen: text (BERT, E5, ModernBERT, .., pooled as the
-        folder's modules.json says), image (ViT, DINOv2, DINOv3, ..), sound (Whisper, wav2vec 2.0, HuBERT, ..), or a tower of
-        CLIP, SigLIP or CLAP; extra `pretrained`."""
+        """A network from a local Hugging Face folder with safetensors, frozen: text (BERT, E5, ModernBERT, .., pooled
+        as the folder's modules.json says), image (ViT, DINOv2, DINOv3, ..), sound (Whisper, wav2vec 2.0, HuBERT, ..),
+        or a tower of CLIP, SigLIP or CLAP; extra `pretrained`."""
 
         name: Literal["huggingface"] = "huggingface"
         folder: str = Field(
@@ -39,7 +39,8 @@ class HuggingFaceEncoder(ListedEncoder):
         max_tokens: int = Field(128, ge=4, le=32_768, description="texts are cut to this many tokens")
         precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
         prefix: str | None = Field(
-            None, description="put before each text, e.g. 'query: ' for E5; null: the folder's own default, if it has one"
+            None,
+            description="put before each text, e.g. 'query: ' for E5; null: the folder's own default, if it has one",
         )
         seconds: float = Field(10.0, gt=0, le=600, description="sounds are cut to the middle of this length")
         reads: Literal["text", "image", "audio"] = Field("text", description="set by itself: the modality's kind")

@@ -73,7 +73,8 @@ class PretrainedImageEncoder(Adaptable, FrozenNetwork):
         return self.features(self.normalised(batch))
 
     def augmented(self, batch: Tensor, seed: Sequence[int]) -> Tensor:
-        """uint8 images (B, 3, S, S), each mirrored or not, shifted and blanked on its own, as `adapt.augment` says."""
+        """uint8 images (B, 3, S, S), each mirrored or not, shifted and blanked on its own,
+        as `adapt.augment` says."""
         chosen = self.config.adapt.augment
         mirror = np.random.default_rng([*seed, 1]).random(len(batch)) < 0.5 * ("flip" in chosen)
         recipe = cnn_training.CNNRecipe(augment=chosen, crop_pad=round(MOST_SHIFT * self.side))
@@ -97,7 +98,8 @@ class TorchvisionImageEncoder(Square, PretrainedImageEncoder):
         name: Literal["torchvision"] = "torchvision"
         architecture: str = Field("resnet18", description="name in torchvision.models, e.g. resnet18, vit_b_16")
         weights: str = Field(
-            "download", description="a .safetensors or .pth state dict (weights only), or download: torchvision's default"
+            "download",
+            description="a .safetensors or .pth state dict (weights only), or download: torchvision's default",
         )
         image_size: int = Field(224, ge=32, le=1024, description="side in pixels that images are resized to")
         precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of encoding")
@@ -160,8 +162,8 @@ def download_weights(architecture: str) -> State:
         return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"cannot download the weights of torchvision's {architecture} ({error}): fetch {weights.url} where there is a "
-            "connection, and set the encoder's weights to that file"
+            f"cannot download the weights of torchvision's {architecture} ({error}): fetch {weights.url} where there "
+            "is a connection, and set the encoder's weights to that file"
         ) from None
 
 

@@ -1,7 +1,8 @@
 """How a sentence encoder makes one vector of a text's tokens, as its folder says.
 
-Axes: B texts, L tokens of a text, D features. Files as sentence-transformers writes them (https://sbert.net): modules.json lists
-the steps, `1_Pooling/config.json` says which tokens count, `2_Dense` is a linear layer behind them.
+Axes: B texts, L tokens of a text, D features. Files as sentence-transformers writes them (https://sbert.net):
+modules.json lists the steps, `1_Pooling/config.json` says which tokens count,
+`2_Dense` is a linear layer behind them.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def read_sentences(folder: Path) -> Sentences:
             elif step != "Transformer":
                 raise DataError(f"'{listed}' has a step '{step}': known: Transformer, Pooling, Dense, Normalize")
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"'{listed}', or a file that it names, is damaged or missing ({error}): copy the folder again") from error
+        raise DataError(
+            f"'{listed}', or a file that it names, is damaged or missing ({error}): copy the folder again"
+        ) from error
     return Sentences(modes or ("mean",), tuple(dense), unit_length, _prompt(folder), tuple(files))
 
 
@@ -110,7 +113,9 @@ def _modes(card: dict[str, Any], file: Path) -> tuple[str, ...]:
     if unknown := set(modes) - set(OLD_MODES.values()):
         raise DataError(f"'{file}' pools by {sorted(unknown)}: known: {', '.join(OLD_MODES.values())}")
     if not card.get("include_prompt", True):
-        raise DataError(f"'{file}' leaves the prompt out of the pooling (include_prompt: false), which is not supported")
+        raise DataError(
+            f"'{file}' leaves the prompt out of the pooling (include_prompt: false), which is not supported"
+        )
     return modes
 
 
@@ -118,7 +123,9 @@ def _dense(card: dict[str, Any], place: Path) -> Dense:
     activation = str(card.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if activation not in ACTIVATIONS:
         raise DataError(f"'{place}/config.json' has the activation '{activation}': known: {', '.join(ACTIVATIONS)}")
-    return Dense(str(place), int(card["in_features"]), int(card["out_features"]), bool(card.get("bias", True)), activation)
+    return Dense(
+        str(place), int(card["in_features"]), int(card["out_features"]), bool(card.get("bias", True)), activation
+    )
 
 
 def _prompt(folder: Path) -> str:
@@ -130,7 +137,8 @@ def _prompt(folder: Path) -> str:
 
 
 def pool(hidden: Tensor, mask: Tensor, modes: tuple[str, ...]) -> Tensor:
-    """Token vectors (B, L, D) and which of them are the text's (B, L), padded at the end -> (B, D * number of modes)."""
+    """Token vectors (B, L, D) and which of them are the text's (B, L),
+    padded at the end -> (B, D * number of modes)."""
     weight = mask.unsqueeze(2).to(hidden.dtype)
     length = weight.sum(1)
     pooled = {
@@ -145,6 +153,7 @@ def pool(hidden: Tensor, mask: Tensor, modes: tuple[str, ...]) -> Tensor:
 
 
 def _weighted_mean(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Later tokens count more: the first once, the second twice (Muennighoff 2022, https://arxiv.org/abs/2202.08904)."""
+    """Later tokens count more: the first once, the second twice (Muennighoff 2022,
+    https://arxiv.org/abs/2202.08904)."""
     weight = weight * torch.arange(1, weight.shape[1] + 1, device=weight.device).view(1, -1, 1)
     return (hidden * weight).sum(1) / weight.sum(1)

@@ -47,7 +47,9 @@ class SoundNetwork(Adaptable, ListedEncoder):
         self.settings = folders.read_config(self.folder)
         self.extractor = folders.open_processor(self.folder, "AutoFeatureExtractor")
         if not isinstance(getattr(self.extractor, "sampling_rate", None), int):
-            raise ConfigError(f"encoder huggingface: '{self.file}' prepares no sounds: name a folder with a sound network")
+            raise ConfigError(
+                f"encoder huggingface: '{self.file}' prepares no sounds: name a folder with a sound network"
+            )
         self.dim = self._width()
 
     def _width(self) -> int:
@@ -91,8 +93,8 @@ class SoundNetwork(Adaptable, ListedEncoder):
             self.model.to(device)
 
     def encode_as_is(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Prepared clips (B, T) -> (B, D) float32. A batch has one fixed shape, so that a clip's features do not depend on
-        its neighbours."""
+        """Prepared clips (B, T) -> (B, D) float32. A batch has one fixed shape, so that a clip's features do not
+        depend on its neighbours."""
         clips = [value[: int(np.isfinite(value).sum())] for value in values]
         found = np.empty((len(clips), self.dim), dtype=np.float32)
         for rows, size in self._batches([len(clip) for clip in clips]):
@@ -121,9 +123,11 @@ class SoundNetwork(Adaptable, ListedEncoder):
 
 
 class WaveNetwork(SoundNetwork):
-    """Mean over time of the last layer of a network over the waveform (Baevski et al. 2020, https://arxiv.org/abs/2006.11477).
+    """Mean over time of the last layer of a network over the waveform (Baevski et al. 2020,
+    https://arxiv.org/abs/2006.11477).
 
-    Several clips share a forward pass only where all are as long: these networks see the silence that would fill a batch.
+    Several clips share a forward pass only where all are as long:
+    these networks see the silence that would fill a batch.
     """
 
     def open(self) -> tuple[nn.Module, str]:
@@ -142,8 +146,8 @@ class WaveNetwork(SoundNetwork):
 
 
 class WhisperNetwork(SoundNetwork):
-    """Mean of the encoder's last layer over the time steps of the sound, without the silence that fills its 30 seconds
-    (Radford et al. 2022, https://arxiv.org/abs/2212.04356)."""
+    """Mean of the encoder's last layer over the time steps of the sound, without the silence that fills its 30
+    seconds (Radford et al. 2022, https://arxiv.org/abs/2212.04356)."""
 
     @property
     def longest_s(self) -> float:  # type: ignore[override]  # a constant in the base
@@ -165,8 +169,8 @@ class WhisperNetwork(SoundNetwork):
 
 
 class ClapNetwork(SoundNetwork):
-    """CLAP's audio tower, projected into the space that it shares with the text tower, at unit length (Wu et al. 2023,
-    https://arxiv.org/abs/2211.06687)."""
+    """CLAP's audio tower, projected into the space that it shares with the text tower, at unit length (Wu et al.
+    2023, https://arxiv.org/abs/2211.06687)."""
 
     @property
     def longest_s(self) -> float:  # type: ignore[override]  # a constant in the base

@@ -43,8 +43,8 @@ ALIGNED = {
 
 
 class TextNetwork(Adaptable, ListedEncoder):
-    """A transformer in a folder: its last layer pooled over the tokens, by default their mean at unit length, as sentence
-    encoders are trained (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084)."""
+    """A transformer in a folder: its last layer pooled over the tokens, by default their mean at unit length, as
+    sentence encoders are trained (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084)."""
 
     kinds: ClassVar[tuple[str, ...]] = ("text",)
     dim: int
@@ -104,7 +104,9 @@ class TextNetwork(Adaptable, ListedEncoder):
     def open_tokenizer(self) -> None:
         """Raises: DataError."""
         try:
-            self.tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            self.tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(
+                str(self.folder / "tokenizer.json")
+            )
         except Exception as error:  # tokenizers raises nothing narrower
             raise DataError(f"cannot read '{self.folder}/tokenizer.json': {error}") from error
         self.tokenizer.no_padding()
@@ -184,7 +186,8 @@ class TextNetwork(Adaptable, ListedEncoder):
 
 
 class AlignedTextNetwork(TextNetwork):
-    """The text tower of CLIP, SigLIP or CLAP, projected into the space that it shares with the other tower, at unit length."""
+    """The text tower of CLIP, SigLIP or CLAP, projected into the space that it shares with the other tower,
+    at unit length."""
 
     def _hidden_dim(self) -> int:
         whole = folders.read_config(self.folder)

@@ -37,7 +37,8 @@ class TimmImageEncoder(PretrainedImageEncoder):
 
         name: Literal["timm"] = "timm"
         architecture: str | None = Field(
-            None, description="name in timm, e.g. vit_small_patch14_dinov2; null: as config.json beside the weights says"
+            None,
+            description="name in timm, e.g. vit_small_patch14_dinov2; null: as config.json beside the weights says",
         )
         weights: str = Field(description="a .safetensors file on every node")
         precision: Literal["bf16", "fp32"] = Field("fp32", description="arithmetic of encoding")
@@ -73,7 +74,11 @@ class TimmImageEncoder(PretrainedImageEncoder):
         return card if isinstance(card, dict) else {}
 
     def _network(self) -> nn.Module:
-        asked = {k: v for k, v in self.card.items() if k in ("global_pool", "pretrained_cfg")} if self._is_its_card() else {}
+        asked = (
+            {k: v for k, v in self.card.items() if k in ("global_pool", "pretrained_cfg")}
+            if self._is_its_card()
+            else {}
+        )
         if "pretrained_cfg" in asked:
             asked["pretrained_cfg_overlay"] = asked.pop("pretrained_cfg")
         arguments = self.card.get("model_args", {}) if self._is_its_card() else {}
@@ -104,7 +109,7 @@ class TimmImageEncoder(PretrainedImageEncoder):
         missing, _ = model.load_state_dict(timm.models.clean_state_dict(weights), strict=False)
         if missing:
             raise DataError(
-                f"the weights in '{self.config.weights}' are not those of timm's {self.architecture}: they lack {len(missing)} "
-                f"tensors, the first '{missing[0]}'"
+                f"the weights in '{self.config.weights}' are not those of timm's {self.architecture}: they lack "
+                f"{len(missing)} tensors, the first '{missing[0]}'"
             )
         return model, digest_of(weights)

@@ -26,7 +26,8 @@ State: TypeAlias = "dict[str, Tensor]"
 
 
 class FixedWeights(ABC):
-    """Fitted state of an encoder whose weights lie elsewhere: their digest, as a run shall not carry copies of large files."""
+    """Fitted state of an encoder whose weights lie elsewhere:
+    their digest, as a run shall not carry copies of large files."""
 
     config: Any
     device: torch.device
@@ -53,7 +54,8 @@ class FixedWeights(ABC):
         if self.digest != rest["weights_sha256"]:
             raise DataError(
                 f"the weights of encoder '{self.config.name}' are not those that the features were made with "
-                f"(sha256 {self.digest[:12]}, was {rest['weights_sha256'][:12]}): put these back, or use a new run folder"
+                f"(sha256 {self.digest[:12]}, was {rest['weights_sha256'][:12]}): put these back, or use a new run "
+                "folder"
             )
 
 
@@ -82,7 +84,9 @@ def require(encoder: str, *modules: str, extra: str = "pretrained") -> None:
 
 def missing_package(encoder: str, package: str, extra: str = "pretrained") -> ConfigError:
     """The error for a package of an extra that is not installed."""
-    return ConfigError(f"encoder '{encoder}' needs the package {package}: run pip install '.[{extra}]' in the project's folder")
+    return ConfigError(
+        f"encoder '{encoder}' needs the package {package}: run pip install '.[{extra}]' in the project's folder"
+    )
 
 
 def digest_of(weights: State) -> str:

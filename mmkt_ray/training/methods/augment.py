@@ -23,7 +23,8 @@ from mmkt_ray.training.batches import Batch, Mixed
 
 
 def check_augment(augment: AugmentConfig, sparse: Mapping[str, bool]) -> None:
-    """Raises: ConfigError if an augmentation has no features to act on. sparse: modality -> are its features sparse?"""
+    """Raises: ConfigError if an augmentation has no features to act on.
+    sparse: modality -> are its features sparse?"""
     for name, wanted, kind in (("word_dropout", augment.word_dropout, True), ("noise", augment.noise, False)):
         if wanted and kind not in sparse.values():
             raise ConfigError(
@@ -68,7 +69,8 @@ def row_lengths(x: SparseBatch) -> Tensor:
 
 
 def mix_rows(batch: Batch, alpha: float) -> Batch:
-    """Each row as (1 - s) x + s y of itself and a random partner of the batch, s from Beta(alpha, alpha); labels likewise.
+    """Each row as (1 - s) x + s y of itself and a random partner of the batch, s from Beta(alpha, alpha);
+    labels likewise.
 
     A row keeps its own presence pattern. It stays unmixed if its partner lacks one of its modalities, or is the row
     itself. The losses of its label and of its partner's have weights 1 - s and s; an absent label adds nothing.

@@ -26,14 +26,14 @@ from mmkt_ray.training.methods.task_weighting import TaskWeighting
 class OgmGe(Learner):
     """OGM-GE: scale down the gradients of the modality that is ahead, and add noise to them.
 
-    s_m is the mean probability of the right class that the model gives with modality m alone, over the step's rows with
-    several modalities; rho_m = s_m over the mean of the other modalities' s, the mean over tasks. The gradient of the
-    parameters that are m's alone is multiplied by 1 - tanh(ALPHA (rho_m - 1)) where rho_m > 1, and those of its matrices
-    get Gaussian noise of their own standard deviation.
+    s_m is the mean probability of the right class that the model gives with modality m alone, over the step's rows
+    with several modalities; rho_m = s_m over the mean of the other modalities' s, the mean over tasks. The gradient
+    of the parameters that are m's alone is multiplied by 1 - tanh(ALPHA (rho_m - 1)) where rho_m > 1, and those of
+    its matrices get Gaussian noise of their own standard deviation.
 
-    Source: Peng et al. 2022 (https://arxiv.org/abs/2203.15332), for two modalities, one task and concatenation, where s_m is
-    read from the classifier's columns; it takes tanh(ALPHA rho), which jumps at rho = 1. With one pass of the fusion per
-    modality instead, any fusion and any number of modalities will do.
+    Source: Peng et al. 2022 (https://arxiv.org/abs/2203.15332), for two modalities, one task and concatenation, where
+    s_m is read from the classifier's columns; it takes tanh(ALPHA rho), which jumps at rho = 1. With one pass of the
+    fusion per modality instead, any fusion and any number of modalities will do.
     """
 
     ALPHA = 0.5
@@ -47,7 +47,9 @@ class OgmGe(Learner):
         """See Learner."""
         self.noise.manual_seed(seed)  # the same noise on all ranks, or they would drift apart
 
-    def forward(self, features: dict[str, FeatureBatch], present: dict[str, Tensor]) -> tuple[Logits, dict[str, Logits]]:
+    def forward(
+        self, features: dict[str, FeatureBatch], present: dict[str, Tensor]
+    ) -> tuple[Logits, dict[str, Logits]]:
         """The logits, and those of each modality alone, which carry no gradient: modality -> task -> (B, C)."""
         signals, seen = self.model.encode(features, present)
         alone = {}
@@ -96,7 +98,8 @@ def coefficient(ratio: Tensor, alpha: float) -> Tensor:
 
 
 def discrepancy_ratios(sums: Tensor, counts: Tensor) -> Tensor:
-    """rho (M,): each modality's mean score over the mean of the others', averaged over tasks; 1 where nothing compares.
+    """rho (M,): each modality's mean score over the mean of the others', averaged over tasks;
+    1 where nothing compares.
 
     sums, counts: (T, M) summed scores and their number.
     """
@@ -112,13 +115,13 @@ def discrepancy_ratios(sums: Tensor, counts: Tensor) -> Tensor:
 class GradientBlending(UnimodalHeads):
     """Gradient blending: the fused head and a head per modality, weighted by how well each generalises.
 
-    The loss of a task is sum over its heads k of w_k loss_k. Every few epochs w_k is set in proportion to G / O^2: G how much
-    the head's val loss fell since the last look, O how much the gap between val and train loss grew. Weights of a task sum to
-    1; they are even at first, where nothing generalises, and without a val split. No head falls below `FLOOR` of an even
-    share, or it could not recover.
+    The loss of a task is sum over its heads k of w_k loss_k. Every few epochs w_k is set in proportion to G / O^2: G
+    how much the head's val loss fell since the last look, O how much the gap between val and train loss grew. Weights
+    of a task sum to 1; they are even at first, where nothing generalises, and without a val split. No head falls
+    below `FLOOR` of an even share, or it could not recover.
 
-    Source: Wang et al. 2020 (https://arxiv.org/abs/1905.12681), its online version; there each head's G and O are measured on
-    a copy that trains alone, here on the joint run.
+    Source: Wang et al. 2020 (https://arxiv.org/abs/1905.12681), its online version; there each head's G and O are
+    measured on a copy that trains alone, here on the joint run.
     """
 
     EVERY, FLOOR, SMALLEST_GAP = 5, 0.1, 0.01  # epochs, share, nats
@@ -163,7 +166,9 @@ class GradientBlending(UnimodalHeads):
         sums = torch.zeros(2, *self.exists.shape, device=self.worker.device)
         mine = rows[self.worker.rank :: self.worker.world_size]
         for start in range(0, len(mine), batch_size):
-            features, present = model_inputs(table, mine[start : start + batch_size], table.features, self.worker.device)
+            features, present = model_inputs(
+                table, mine[start : start + batch_size], table.features, self.worker.device
+            )
             here = mine[start : start + batch_size]
             labels = {t: y[here].tensors(self.worker.device) for t, y in table.labels.items()}
             batch = Batch(features, present, labels, present, labels)
@@ -196,13 +201,13 @@ def blend(before: Tensor, now: Tensor, exists: Tensor, floor: float, smallest_ga
 class MMPareto(UnimodalHeads):
     """MMPareto: a unimodal loss helps each modality's towers only where it does not work against the fused one.
 
-    On the parameters that are modality m's alone, with g the gradient of the fused loss and u that of m's unimodal loss: g + u
-    where they agree (g.u >= 0); where they conflict 2 a g + 2 (1 - a) u with the a that makes it shortest, which hurts neither,
-    brought back to the length of g + u if it is shorter, as the noise of a long step helps to generalise. Other parameters
-    get the plain sum.
+    On the parameters that are modality m's alone, with g the gradient of the fused loss and u that of m's unimodal
+    loss: g + u where they agree (g.u >= 0); where they conflict 2 a g + 2 (1 - a) u with the a that makes it
+    shortest, which hurts neither, brought back to the length of g + u if it is shorter, as the noise of a long step
+    helps to generalise. Other parameters get the plain sum.
 
-    Source: Wei & Hu 2024 (https://arxiv.org/abs/2405.17730), which also stretches all by a constant that AdamW would take
-    out again.
+    Source: Wei & Hu 2024 (https://arxiv.org/abs/2405.17730), which also stretches all by a constant that AdamW would
+    take out again.
     """
 
     def __init__(self, model: MultimodalModel, criterion: Criterion, weighting: TaskWeighting, worker: Worker) -> None:

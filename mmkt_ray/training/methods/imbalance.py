@@ -3,8 +3,8 @@
 Axes: N rows of a table, C classes of one task, D features of all modalities of a presence pattern side by side.
 A presence pattern is the set of modalities that a row has.
 
-Sources: SMOTE, Chawla et al. 2002 (https://arxiv.org/abs/1106.1813), by imbalanced-learn; convex combinations within a
-class after mixup, Zhang et al. 2018 (https://arxiv.org/abs/1710.09412).
+Sources: SMOTE, Chawla et al. 2002 (https://arxiv.org/abs/1106.1813), by imbalanced-learn; convex combinations within
+a class after mixup, Zhang et al. 2018 (https://arxiv.org/abs/1710.09412).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GROWTH = 5  # a class becomes at most so many times as large, and never larger t
 NUM_NEIGHBOURS = 5
 MAX_SOURCES = 10_000  # rows of a class and pattern that SMOTE takes; its time grows with their square
 
-# --- which rows, which labels ----------------------------------------------------------------------------------------
+# --- which rows, which labels ---------------------------------------------------------------------------------------
 
 
 def read_excluded(uri: str) -> np.ndarray:
@@ -43,7 +43,8 @@ def leave_out(table: FeatureTable, sample_ids: np.ndarray) -> FeatureTable:
     found = np.isin(table.sample_id.astype(str), sample_ids) & (table.split == "train")
     if len(sample_ids) and not found.any():
         raise DataError(
-            f"none of the {len(sample_ids)} sample_ids of training.exclude is a train row: does the file belong to this run?"
+            f"none of the {len(sample_ids)} sample_ids of training.exclude is a train row: does the file belong to "
+            "this run?"
         )
     return replace(table, split=np.where(found, "excluded", table.split))
 
@@ -68,7 +69,7 @@ def keep_labels(table: FeatureTable, rows: np.ndarray, fracs: Mapping[str, float
     return replace(table, labels=labels)
 
 
-# --- resampling ------------------------------------------------------------------------------------------------------
+# --- resampling -----------------------------------------------------------------------------------------------------
 
 
 def sampling_weights(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
@@ -84,17 +85,19 @@ def sampling_weights(table: FeatureTable, rows: np.ndarray) -> np.ndarray:
     return total / np.maximum(num_tasks, 1)
 
 
-# --- synthetic rows ---------------------------------------------------------------------------------------------------------
+# --- synthetic rows -------------------------------------------------------------------------------------------------
 
 
 def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int) -> tuple[FeatureTable, np.ndarray]:
-    """The table with synthetic train rows appended for the rare classes of each task among `rows`, and all rows to train on.
+    """The table with synthetic train rows appended for the rare classes of each task among `rows`,
+    and all rows to train on.
 
-    A class grows up to the size of its task's largest one or `GROWTH` times its own, whichever is less, in each presence
-    pattern by the same share. `smote` places a row on the segment between a row and one of its nearest neighbours of the
-    same class and pattern, over the modalities side by side, each scaled to a mean square of 1; `mixup` between any two of
-    them. Where a class has a single row of a pattern, that row is repeated. A synthetic row has the label of that task only.
-    Sparse features stay sparse. Only tasks of classes that exclude each other get any: a mean of two label sets is none.
+    A class grows up to the size of its task's largest one or `GROWTH` times its own, whichever is less, in each
+    presence pattern by the same share. `smote` places a row on the segment between a row and one of its nearest
+    neighbours of the same class and pattern, over the modalities side by side, each scaled to a mean square of 1;
+    `mixup` between any two of them. Where a class has a single row of a pattern, that row is repeated. A synthetic
+    row has the label of that task only. Sparse features stay sparse. Only tasks of classes that exclude each other
+    get any: a mean of two label sets is none.
 
     Raises: ConfigError if no task has classes that exclude each other.
     """
@@ -102,8 +105,8 @@ def add_synthetic(table: FeatureTable, rows: np.ndarray, method: str, seed: int)
     if not tasks:
         others = " or ".join(sorted({y.kind.name for y in table.labels.values()}))
         raise ConfigError(
-            f"training.generate: {method} makes rows of one class, and all tasks are {others}: use training.resample or "
-            "training.class_weights"
+            f"training.generate: {method} makes rows of one class, and all tasks are {others}: use training.resample "
+            "or training.class_weights"
         )
     rng = np.random.default_rng(seed)
     patterns = rows_by_pattern(table, rows)

@@ -43,8 +43,9 @@ class TaskWeighting(nn.Module):
 class Uncertainty(TaskWeighting):
     """Sum over tasks of exp(-s) loss + s / 2, s = log sigma^2 learned along with the model, 0 to begin with.
 
-    A task counts the less, the less certain the model is of it; s / 2 keeps s from growing without end. A task without labels
-    in the step leaves its s alone. Source: Kendall et al. 2018 (https://arxiv.org/abs/1705.07115), for classification.
+    A task counts the less, the less certain the model is of it; s / 2 keeps s from growing without end. A task
+    without labels in the step leaves its s alone. Source: Kendall et al.
+    2018 (https://arxiv.org/abs/1705.07115), for classification.
     """
 
     def __init__(self, num_classes: Mapping[str, int], kinds: Mapping[str, TaskKind], worker: Worker) -> None:
@@ -58,17 +59,19 @@ class Uncertainty(TaskWeighting):
     def forward(self, losses: Mapping[str, Tensor], labelled: Mapping[str, Tensor], model: MultimodalModel) -> Tensor:
         """See TaskWeighting."""
         there = torch.stack([labelled[t] for t in self.tasks])
-        penalty = torch.where(there, self.log_variances / 2, 0.0).sum() / self.worker.world_size  # of all ranks together
+        # of all ranks together
+        penalty = torch.where(there, self.log_variances / 2, 0.0).sum() / self.worker.world_size
         return super().forward(losses, labelled, model) + penalty
 
 
 class GradNorm(TaskWeighting):
-    """Weights that make the gradients of the tasks' losses on the topmost shared parameters equally large, but larger for
-    tasks that lag behind: towards n_t w_t = mean(n w) r_t^alpha, where n_t is the gradient's norm and r_t the task's loss
-    over its loss at chance level, relative to the mean of that over tasks.
+    """Weights that make the gradients of the tasks' losses on the topmost shared parameters equally large, but larger
+    for tasks that lag behind: towards n_t w_t = mean(n w) r_t^alpha, where n_t is the gradient's norm and r_t the
+    task's loss over its loss at chance level, relative to the mean of that over tasks.
 
-    Each step moves w down the gradient of sum |n_t w_t - target_t|, the n scaled to a mean of 1, then scales w to a mean of 1.
-    A task without labels in the step is left out of it. Source: Chen et al. 2018 (https://arxiv.org/abs/1711.02257).
+    Each step moves w down the gradient of sum |n_t w_t - target_t|, the n scaled to a mean of 1, then scales w to a
+    mean of 1. A task without labels in the step is left out of it. Source: Chen et al. 2018
+    (https://arxiv.org/abs/1711.02257).
     """
 
     ALPHA, RATE, SMALLEST = 1.5, 0.025, 0.01
@@ -143,8 +146,9 @@ def shared_parameters(model: MultimodalModel, losses: Mapping[str, Tensor]) -> l
         if shared:
             return shared
     raise ConfigError(
-        "training.task_weighting: gradnorm compares the tasks' gradients on parameters that they share, and these tasks "
-        f"share none (model.sharing {', '.join(model.spec.schemes) or 'without towers'}): share towers, or use uncertainty"
+        "training.task_weighting: gradnorm compares the tasks' gradients on parameters that they share, and these "
+        f"tasks share none (model.sharing {', '.join(model.spec.schemes) or 'without towers'}): share towers, or use "
+        "uncertainty"
     )
 
 

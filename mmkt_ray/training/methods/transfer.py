@@ -2,8 +2,8 @@
 
 Axes: N rows of a table, B rows of a batch, C classes of one task.
 
-Sources: initialisation and fine-tuning, Yosinski et al. 2014 (https://arxiv.org/abs/1411.1792); gradual unfreezing from
-the top, Howard & Ruder 2018 (https://arxiv.org/abs/1801.06146); distillation, Hinton et al. 2015
+Sources: initialisation and fine-tuning, Yosinski et al. 2014 (https://arxiv.org/abs/1411.1792); gradual unfreezing
+from the top, Howard & Ruder 2018 (https://arxiv.org/abs/1801.06146); distillation, Hinton et al. 2015
 (https://arxiv.org/abs/1503.02531), across modalities as in Gupta et al. 2016 (https://arxiv.org/abs/1507.00448).
 """
 
@@ -50,7 +50,8 @@ class Knowledge:
 
 
 def source_uris(transfer: TransferConfig, folder: str) -> dict[str, str]:
-    """Name -> model folder of all that `transfer` names. `folder` holds the run's models; a name with a slash is a path."""
+    """Name -> model folder of all that `transfer` names. `folder` holds the run's models;
+    a name with a slash is a path."""
     names = sorted({*transfer.init.values(), *transfer.teachers})
     return {name: storage.absolute(name) if "/" in name else storage.join(folder, name) for name in names}
 
@@ -64,7 +65,7 @@ def load_knowledge(transfer: TransferConfig, folder: str) -> Knowledge:
     return Knowledge({m: loaded[n] for m, n in transfer.init.items()}, tuple(loaded[n] for n in transfer.teachers))
 
 
-# --- initialisation --------------------------------------------------------------------------------------------------
+# --- initialisation -------------------------------------------------------------------------------------------------
 
 
 def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Parameter]]:
@@ -89,8 +90,8 @@ def take_over(model: MultimodalModel, knowledge: Knowledge) -> list[list[nn.Para
         own, theirs = (m.modality_parameters(modality) for m in (model, given_model))
         if len(own) != len(theirs):
             raise ConfigError(
-                f"training.transfer.init.{modality}: that model has {len(theirs) - 1} tower levels, this one {len(own) - 1}; "
-                "set model.num_levels alike"
+                f"training.transfer.init.{modality}: that model has {len(theirs) - 1} tower levels, this one "
+                f"{len(own) - 1}; set model.num_levels alike"
             )
         given = given_model.state_dict()
         for number, (names, candidates) in enumerate(zip(own, theirs, strict=True)):
@@ -112,8 +113,8 @@ def _copy_stage(model: MultimodalModel, names: list[str], given: dict[str, Tenso
         if value is None or value.shape != own[name].shape:
             raise ConfigError(
                 f"training.transfer.init.{modality}: '{name}' is {tuple(own[name].shape)} here and "
-                f"{None if value is None else tuple(value.shape)} there; set model.hidden_dim, model.sharing and the modality's "
-                "encoder and reduce alike"
+                f"{None if value is None else tuple(value.shape)} there; set model.hidden_dim, model.sharing and the "
+                "modality's encoder and reduce alike"
             )
         own[name].copy_(value)  # state_dict holds the parameters themselves
 
@@ -137,7 +138,7 @@ def freeze(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-# --- distillation ----------------------------------------------------------------------------------------------------
+# --- distillation ---------------------------------------------------------------------------------------------------
 
 
 def distillation_targets(
@@ -160,7 +161,8 @@ def teacher_targets(
 ) -> dict[str, np.ndarray]:
     """Mean of the teachers' softened probabilities: task -> (N, C) float32; NaN in rows that no teacher can read.
 
-    Softened by T: p^(1/T) renormalised, which is the softmax of logits / T. Raises: ConfigError if no teacher knows a task.
+    Softened by T: p^(1/T) renormalised, which is the softmax of logits / T.
+    Raises: ConfigError if no teacher knows a task.
     """
     targets: dict[str, np.ndarray] = {}
     found = [(teacher, predict_table(teacher.model, table)) for teacher in teachers]
@@ -169,7 +171,8 @@ def teacher_targets(
         if not predictions:
             raise ConfigError(f"training.transfer.teachers: none of them knows the task '{task}'")
         soft = np.stack([table.kinds[task].soften(p, temperature) for p in predictions])
-        seen = np.stack([readable(table, t.model.spec.modalities) for t, proba in found if task in proba])  # (teachers, N)
+        # (teachers, N)
+        seen = np.stack([readable(table, t.model.spec.modalities) for t, proba in found if task in proba])
         count = seen.sum(axis=0)[:, None]
         total = np.where(seen[:, :, None], soft, 0.0).sum(axis=0)
         targets[task] = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)

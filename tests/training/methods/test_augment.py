@@ -43,7 +43,8 @@ def seeded():
 
 
 def test_dropped_terms_leave_the_length_of_the_row():
-    """Catches another share than asked for, rows that shrink (as if the text were shorter), and rows that lose everything."""
+    """Catches another share than asked for, rows that shrink (as if the text were shorter),
+    and rows that lose everything."""
     x = sparse_batch()
     y = drop_terms(x, 0.4)
     before, after = as_dense(x), as_dense(y)
@@ -73,7 +74,8 @@ def test_mixed_features_are_the_convex_combination():
 
 
 def test_rows_are_mixed_with_partners_that_have_all_they_have():
-    """Catches a row mixed with the zeros of an absent modality, and modalities of one row mixed by different shares."""
+    """Catches a row mixed with the zeros of an absent modality,
+    and modalities of one row mixed by different shares."""
     batch = make_batch()
     mixed = mix_rows(batch, 1.0)
     assert mixed.present is batch.present

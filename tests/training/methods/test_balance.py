@@ -55,7 +55,7 @@ def gradients_of(learner, batch):
     return loss, {name: p.grad for name, p in learner.named_parameters()}
 
 
-# --- OGM-GE ----------------------------------------------------------------------------------------------------------
+# --- OGM-GE ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_ratio_is_the_papers_for_two_modalities_and_one_task():
@@ -127,7 +127,7 @@ def test_scores_are_of_rows_with_several_modalities_only(make_config, table):
             torch.testing.assert_close(sums[i, j], expected.detach())
 
 
-# --- gradient blending -----------------------------------------------------------------------------------------------
+# --- gradient blending ----------------------------------------------------------------------------------------------
 
 
 def test_shares_are_gain_over_squared_gap():
@@ -186,7 +186,7 @@ def test_head_losses_are_means_over_all_rows(make_config, table):
     torch.testing.assert_close(found[0, 2], restricted["mood"])
 
 
-# --- MMPareto --------------------------------------------------------------------------------------------------------
+# --- MMPareto -------------------------------------------------------------------------------------------------------
 
 
 def test_gradients_that_agree_are_added():
@@ -229,13 +229,14 @@ def test_each_modalitys_own_towers_get_the_combination_and_the_rest_the_sum(make
         torch.testing.assert_close(found[n], g)
 
 
-# --- every strategy --------------------------------------------------------------------------------------------------
+# --- every strategy -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(make_config, table, tmp_path, strategy):
-    """Catches heads, shares, losses of the last look or noise that a checkpoint does not hold; also the same seed's bits."""
+    """Catches heads, shares, losses of the last look or noise that a checkpoint does not hold;
+    also the same seed's bits."""
     config = make_config(**{"training.balance": strategy, "training.epochs": 7, "training.task_weighting": "gradnorm"})
     whole = fit(config, table)
     checkpoint = FileCheckpoint(str(tmp_path / "checkpoint.safetensors"))

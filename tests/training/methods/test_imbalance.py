@@ -25,7 +25,8 @@ CLASSES = {"shape": ["big", "mid", "small", "tiny"], "tags": ["a", "b", "c"]}
 
 
 def skewed_table(num_rows=260):
-    """Classes of 200, 45, 14 and 1 rows; dense and sparse features, each missing somewhere; tags on half of the rows."""
+    """Classes of 200, 45, 14 and 1 rows; dense and sparse features, each missing somewhere;
+    tags on half of the rows."""
     rng = np.random.default_rng(1)
     shape = np.repeat([0, 1, 2, 3], [200, 45, 14, 1])[rng.permutation(num_rows)]
     tags = (rng.random((num_rows, 3)) < [0.5, 0.1, 0.01]).astype(np.int8)
@@ -51,7 +52,8 @@ def dense(features):
 
 
 def test_labels_kept_are_nested_and_every_class_keeps_its_share():
-    """Catches a 1 % that is no part of the 10 %, a class that loses all its labels, and labels of other rows changed."""
+    """Catches a 1 % that is no part of the 10 %, a class that loses all its labels,
+    and labels of other rows changed."""
     table = skewed_table()
     rows = np.arange(10, 260)
     kept = {f: keep_labels(table, rows, dict.fromkeys(table.labels, f), seed=3).labels for f in (0.01, 0.1, 0.5, 1.0)}
@@ -81,7 +83,8 @@ def test_which_labels_are_kept_depends_on_the_seed_and_not_on_the_other_tasks():
 
 
 def test_named_train_rows_are_left_out(tmp_path):
-    """Catches test rows taken out with the suspects, a file of another run that goes unnoticed, a file without the column."""
+    """Catches test rows taken out with the suspects, a file of another run that goes unnoticed,
+    a file without the column."""
     table = skewed_table()
     table.split[5] = "test"
     uri = str(tmp_path / "suspects.parquet")
@@ -117,8 +120,8 @@ def test_chances_are_those_of_a_plain_loop_and_even_out_one_task():
 
 @pytest.mark.parametrize("method", ["smote", "mixup"])
 def test_synthetic_rows_lie_between_two_rows_of_their_class_and_pattern(method):
-    """Catches neighbours of another class or pattern, modalities of a row from different pairs, features scaled and not
-    scaled back, dense text, and labels made up for other tasks."""
+    """Catches neighbours of another class or pattern, modalities of a row from different pairs, features scaled and
+    not scaled back, dense text, and labels made up for other tasks."""
     table, rows = skewed_table(), np.arange(260)
     grown, train = add_synthetic(table, rows, method, seed=0)
     new = np.arange(260, len(grown.split))
@@ -130,7 +133,9 @@ def test_synthetic_rows_lie_between_two_rows_of_their_class_and_pattern(method):
     both = np.hstack([dense(grown.features[m]) for m in ("image", "text")])
     pattern = np.stack([grown.present[m] for m in ("image", "text")], axis=1)
     for row in new:
-        same = (table.labels["shape"].values == grown.labels["shape"].values[row]) & (pattern[:260] == pattern[row]).all(axis=1)
+        same = (table.labels["shape"].values == grown.labels["shape"].values[row]) & (
+            pattern[:260] == pattern[row]
+        ).all(axis=1)
         assert distance_to_segments(both[row], both[:260][same]) < 1e-4
     assert len(np.unique(both[new], axis=0)) > 0.9 * (len(new) - GROWTH)  # the class of one row is repeated
 

@@ -69,7 +69,8 @@ def test_gradnorm_moves_towards_small_gradients_and_late_tasks():
 
 
 def test_gradnorm_evens_out_gradients_of_different_size():
-    """Catches weights that oscillate or run to their limit: gradients of 1 and 4 at the same pace want weights 8 : 2."""
+    """Catches weights that oscillate or run to their limit: gradients of 1 and 4 at the same pace want weights 8 :
+    2."""
     weights, norms = torch.ones(2), torch.tensor([1.0, 4.0])
     for _ in range(400):
         weights = move_weights(weights, norms, torch.tensor([0.5, 0.5]), torch.tensor([True, True]), 1.5, 0.025)
@@ -77,7 +78,8 @@ def test_gradnorm_evens_out_gradients_of_different_size():
 
 
 def test_gradnorm_measures_the_gradient_of_the_shared_parameters():
-    """Catches norms of weighted losses, or of other parameters, and weights in the loss that move before the backward pass."""
+    """Catches norms of weighted losses, or of other parameters,
+    and weights in the loss that move before the backward pass."""
     shared = nn.Linear(3, 2)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     weighting = GradNorm(TASKS, KINDS, Worker())
