@@ -54,6 +54,8 @@ def _main(words: list[str]) -> int:
     level = logging.WARNING if args.quiet else logging.DEBUG if args.verbose or args.debug else logging.INFO
     logging.getLogger("mmkt_ray").setLevel(level)
     with interruptible() as interrupt:
+        if args.command == "serve":
+            interrupt.said = "stopped"
         status = 0
         try:
             with nullcontext() if args.quiet else progress.shown():

@@ -25,6 +25,7 @@ class Interrupt:
     """What has come so far, and the end that follows."""
 
     signum: int | None = None
+    said: str = "interrupted: the same command goes on from here"
     _ending: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self) -> None:
@@ -33,7 +34,7 @@ class Interrupt:
             threading.Event().wait()  # another thread is at it
         with suppress(OSError):  # whoever read it is gone
             sys.stdout.flush()
-            print("interrupted: the same command goes on from here", file=sys.stderr, flush=True)
+            print(self.said, file=sys.stderr, flush=True)
         if local := sys.modules.get("mmkt_ray.cluster.local"):
             local.kill_local()
         os._exit(128 + (self.signum or signal.SIGINT))  # 130 after Ctrl-C, 143 after SIGTERM

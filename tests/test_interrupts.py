@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mmkt_ray import cli
+from mmkt_ray.interrupts import Interrupt
+
 ROOT = Path(__file__).parents[1]
 SAID = "interrupted: the same command goes on from here\n"
 LOST = """\
@@ -52,6 +55,22 @@ def test_a_signal_is_one_line_and_its_status(tmp_path: Path, signum: signal.Sign
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "")
     assert err == SAID
+
+
+@pytest.mark.parametrize(("command", "said"), [("serve", "stopped"), ("train", SAID.strip())])
+def test_a_server_that_is_stopped_has_nothing_to_go_on_with(
+    monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    """Catches Ctrl-C in `mmkt serve` that promises to go on."""
+    told: list[str] = []
+
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    monkeypatch.setattr(Interrupt, "end", lambda self: told.append(self.said))
+    cli.main([command, "x"])
+    assert told == [said]
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -6,6 +6,7 @@ Rows are the same by their sample id, and count where both runs have the same la
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def compare_runs(uris: Sequence[str], html_file: str | None = None) -> str:
 
     Raises: DataError if one was not evaluated, or no two share a task.
     """
-    models = [chosen_model(uri) for uri in uris]
+    models = told_apart(uris)
     tables = compare_models(models)
     if not tables:
         raise DataError(f"'{uris[0]}' shares no task with the others: it predicts {sorted(models[0].tasks)}")
@@ -75,6 +76,14 @@ def chosen_model(uri: str) -> Evaluated:
     parts = uri.rstrip("/").split("/")
     name = f"{parts[-3]}/{parts[-1]}" if len(parts) > 2 and parts[-2] == "models" else parts[-1]
     return Evaluated(name, "trained", uri, record, storage.join(uri, f"predictions-{record.split}.parquet"), card)
+
+
+def told_apart(uris: Sequence[str]) -> list[Evaluated]:
+    """The models of some folders. Those of one name, as of two runs of one name, get the folder beside it."""
+    models = [chosen_model(uri) for uri in uris]
+    named = Counter(model.name for model in models)
+    both = zip(models, uris, strict=True)
+    return [replace(m, name=f"{m.name} ({uri})") if named[m.name] > 1 else m for m, uri in both]
 
 
 def compare_models(models: Sequence[Evaluated]) -> list[ComparisonTable]:

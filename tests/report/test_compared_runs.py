@@ -84,6 +84,15 @@ def test_a_run_that_ships_a_linear_model_is_compared_by_it(runs, tmp_path):
     assert "34" in compare_runs([str(run), other])
 
 
+def test_models_of_one_name_are_told_apart(runs):
+    """Catches two runs of one name, below different folders, in lines that nobody can tell apart."""
+    first, other, *_ = runs
+    assert first.split("/")[-3:] != other.split("/")[-3:]
+    assert compare_runs([first, other]).count("one/m") == 1
+    told = compare_runs([first, first, other])
+    assert told.count(f"one/m ({first})") == 2
+
+
 def test_the_table_says_which_is_better_after_correction(runs):
     first, other, *_ = runs
     (table,) = compare_models([chosen_model(first), chosen_model(other), chosen_model(first)])
