@@ -109,7 +109,7 @@ def _recommended(results: ResultsFile, run_uri: str) -> Recommendation | None:
     if chosen is None:
         return None
     path = path_of(chosen, run_uri)
-    return Recommendation(chosen, path, predict_command(path))
+    return Recommendation(chosen, path, predict_command(run_uri))
 
 
 def _read_model(run_uri: str, described: Described) -> ShownModel:

@@ -94,7 +94,8 @@ def same_samples(rows: Sequence[ModelScores], main: str) -> list[list[ModelScore
 
 
 def recommendation_text(results: ResultsFile, run_uri: str) -> str:
-    """Which model to ship, why, where it is, and the command that uses it; empty if there is none."""
+    """Which model to ship, why, where it is, and the command that uses it: of a run's folder it takes this model.
+    Empty if there is none."""
     chosen = results.recommended
     if chosen is None:
         return ""
@@ -102,8 +103,8 @@ def recommendation_text(results: ResultsFile, run_uri: str) -> str:
     lines = [f"Ship {chosen.model}.", *chosen.why]
     if (others := {t: m for t, m in chosen.per_task.items() if m != chosen.model}) and len(chosen.tasks) > 1:
         lines.append(f"For one task alone: {', '.join(f'{m} for {t}' for t, m in others.items())}.")
-    python = f"in Python: mmkt_ray.load({folder!r}).predict(df)"
-    return "\n".join([*lines, f"model: {folder}", f"use it: {predict_command(folder)}", python])
+    python = f"in Python: mmkt_ray.load({run_uri!r}).predict(df)"
+    return "\n".join([*lines, f"model: {folder}", f"use it: {predict_command(run_uri)}", python])
 
 
 def path_of(chosen: Recommended, run_uri: str) -> str:
@@ -112,7 +113,7 @@ def path_of(chosen: Recommended, run_uri: str) -> str:
 
 
 def predict_command(folder: str) -> str:
-    """The command that predicts new shards with a model."""
+    """The command that predicts new shards with a model, or with the one that a run recommends."""
     return f"mmkt predict {shlex.quote(folder)} NEW_SHARDS --out FOLDER"
 
 

@@ -85,14 +85,14 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
         "considered": [],
     }
     chosen = Recommended(model="image", **about)
-    folder = storage.join(str(tmp_path / "my run"), "models/image")
-    text = recommendation_text(results(chosen), str(tmp_path / "my run"))
+    run = str(tmp_path / "my run")
+    text = recommendation_text(results(chosen), run)
     assert text.splitlines() == [
         "Ship image.",
         "It is good.",
-        f"model: {folder}",
-        f"use it: mmkt predict '{folder}' NEW_SHARDS --out FOLDER",
-        f"in Python: mmkt_ray.load('{folder}').predict(df)",
+        f"model: {storage.join(run, 'models/image')}",
+        f"use it: mmkt predict '{run}' NEW_SHARDS --out FOLDER",
+        f"in Python: mmkt_ray.load('{run}').predict(df)",
     ]
     assert recommendation_text(results(None), str(tmp_path)) == ""
 
