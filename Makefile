@@ -33,8 +33,9 @@ test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 	MMKT_FUZZ=20000 $(PYTEST) tests/samples/test_fuzz.py $(ARGS)
 
+# One process more than cores: some of these tests mostly wait for Ray to notice what is gone.
 test-cluster: env  ## the rest: faults, object stores, several nodes, whole programs. On hosts: root, openssh-server, rsync, iproute2
-	$(PYTEST) $(SIDE_BY_SIDE) -m cluster $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) --numprocesses $$(($$(nproc) + 1)) -m cluster $(ARGS)
 
 bench-peers: $(VENV)/peers/.stamp  ## photos and small images, this package against Daft and Ray Data by themselves, 30 min
 	$(BIN)/python jobs/benchmark_peers.py photos

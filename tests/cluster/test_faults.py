@@ -1,7 +1,7 @@
 """Processes killed and a disk filled, step by step: what is left equals what an undisturbed run leaves.
 
-The faults are those of jobs/benchmark_faults.py; those of a whole run are in test_lost_nodes.py, the driver's own
-death in an extraction in tests/features/test_extract.py.
+The faults are those of jobs/benchmark_faults.py; those of a whole run are in test_lost_nodes.py and
+test_cut_off_node.py, the driver's own death in an extraction in tests/features/test_extract.py.
 """
 
 import threading
