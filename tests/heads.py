@@ -22,6 +22,7 @@ IMPATIENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",  # of what is sent and never acknowledged too; else 120 s
 }
 RAY = str(Path(sys.executable).with_name("ray"))
 
