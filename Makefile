@@ -37,7 +37,7 @@ test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 test-cluster: env  ## the rest: faults, object stores, several nodes, whole programs. On hosts: root, openssh-server, rsync, iproute2
 	$(PYTEST) $(SIDE_BY_SIDE) --numprocesses $$(($$(nproc) + 1)) -m cluster $(ARGS)
 
-bench-peers: $(VENV)/peers/.stamp  ## photos and small images, this package against Daft and Ray Data by themselves, 30 min
+bench-peers: $(VENV)/peers/.stamp  ## photos and small images, this package against Daft and Ray Data by themselves
 	$(BIN)/python jobs/benchmark_peers.py photos
 	$(BIN)/python jobs/benchmark_peers.py small --rows 50000
 

@@ -6,6 +6,7 @@ from typing import Any
 from mmkt_ray.features.manifest import Manifest, ModalityFeatures
 from mmkt_ray.inference.model_card import Card
 from mmkt_ray.inference.training_record import Training
+from mmkt_ray.scoring.results import ResultsFile
 
 FEATURES = {"sparse": False, "kind": "image", "encoder": {}, "reduce": None, "fingerprint": "f", "folders": []}
 COUNTS = {"rows": 0, "by_split": {}, "by_task": {}, "missing": {}}
@@ -56,3 +57,9 @@ def make_card(**about: Any) -> Card:
     """A card of no model in particular."""
     given = {"spec": {}, "class_names": {}, "encoders": {}, "config": {}, "checksums": {}, "store": None}
     return Card.model_validate({**given, "versions": {"mmkt_ray": "0", "torch": "0", "python": "0"}, **about})
+
+
+def make_results(**about: Any) -> ResultsFile:
+    """What a comparison of no models and no tasks leaves, but for what is given."""
+    empty: dict[str, Any] = {"run": "r", "split": "test", "confidence": 0.95, "models": {}, "tasks": {}, "notes": []}
+    return ResultsFile(**{**empty, "recommended": None, "main": None, **about})

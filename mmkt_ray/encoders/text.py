@@ -131,10 +131,8 @@ class TfidfEncoder(ListedEncoder):
         """Statistics of all parts together. Rows of the same term are added up now and then: at each merge it would
         take longer than all counting."""
         table = pa.concat_tables([term_schema().empty_table(), *(part.terms for part in parts)])
-        num_texts, num_distinct = (
-            sum(part.num_texts for part in parts),
-            max((part.num_distinct for part in parts), default=0),
-        )
+        num_texts = sum(part.num_texts for part in parts)
+        num_distinct = max((part.num_distinct for part in parts), default=0)
         if len(table) > MAX_REPEATED * num_distinct:
             table = _added_up(table)
             num_distinct = len(table)

@@ -9,8 +9,9 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.evaluated import Evaluated
 from mmkt_ray.evaluation.recommend import Candidate, _can_ship, rank_candidates, standard_error
 from mmkt_ray.scoring.metrics import ModelMetrics
-from mmkt_ray.scoring.results import Recommended, ResultsFile
+from mmkt_ray.scoring.results import Recommended
 from mmkt_ray.scoring.tables import recommendation_text
+from tests.manifests import make_results
 
 ROWS = np.arange(100)
 
@@ -69,12 +70,6 @@ def test_a_few_rows_are_no_reason_to_ship_the_worse_model():
     assert rank_candidates(models)[0].model == "text"
 
 
-def results(recommended: Recommended | None) -> ResultsFile:
-    return ResultsFile(
-        run="r", split="test", confidence=0.95, models={}, tasks={}, recommended=recommended, main=None, notes=[]
-    )
-
-
 def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
     """Catches a run that ends without the model, its reasons, its place, or a command that a shell takes apart."""
     about = {
@@ -86,7 +81,7 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
     }
     chosen = Recommended(model="image", **about)
     run = str(tmp_path / "my run")
-    text = recommendation_text(results(chosen), run)
+    text = recommendation_text(make_results(recommended=chosen), run)
     assert text.splitlines() == [
         "Ship image.",
         "It is good.",
@@ -94,7 +89,7 @@ def test_the_last_lines_say_what_to_ship_and_how(tmp_path):
         f"use it: mmkt predict '{run}' NEW_SHARDS --out FOLDER",
         f"in Python: mmkt_ray.load('{run}').predict(df)",
     ]
-    assert recommendation_text(results(None), str(tmp_path)) == ""
+    assert recommendation_text(make_results(), str(tmp_path)) == ""
 
 
 def test_a_solved_model_can_be_shipped(tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from mmkt_ray.record import About
 from mmkt_ray.report import about_models, curves, findings
 from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import Current, LeftOut, with_about
-from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.studies.contribution import insights
 from mmkt_ray.studies.missing import missing_curves
 from mmkt_ray.studies.scores import transferability
 from mmkt_ray.studies.transfer_results import Gain, Transfers
-from tests.manifests import make_training
+from tests.manifests import make_results, make_training
 from tests.report.page_elements import HOSTILE, Elements, audit_of
 
 pytestmark = pytest.mark.slow
@@ -163,16 +162,7 @@ def test_parameters_are_counted_by_part(told):
         write_card(str(told / "other" / name), card.replaced(training=make_training(num_params_by_part=parts)))
     models = {n: about | {"folder": f"other/{n}"} for n in ("big", "small")}
     models |= {"logreg:a": about | {"kind": "baseline", "folder": "baselines/s"}}
-    rest = {
-        "run": "r",
-        "split": "test",
-        "confidence": 0.95,
-        "tasks": {},
-        "recommended": None,
-        "main": None,
-        "notes": [],
-    }
-    found = about_models.parameters(str(told), ResultsFile(models=models, **rest))
+    found = about_models.parameters(str(told), make_results(models=models))
     assert found.columns == ["level_1", "level_2", "fusion", "heads"]
     assert [(r.model, r.total) for r in found.rows] == [("small", 7), ("big", 17)]
 

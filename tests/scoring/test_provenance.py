@@ -6,10 +6,10 @@ from mmkt_ray import storage
 from mmkt_ray.evaluation.evaluated import is_stale
 from mmkt_ray.scoring.metrics import ModelMetrics
 from mmkt_ray.scoring.provenance import Current, LeftOut, Study, about, recipe
-from mmkt_ray.scoring.results import Described, ResultsFile
+from mmkt_ray.scoring.results import Described
 from mmkt_ray.scoring.run_file import RunFile
 from tests.evaluation.runs import make_config
-from tests.manifests import make_card
+from tests.manifests import make_card, make_results
 
 
 @pytest.fixture
@@ -25,16 +25,7 @@ def run(tmp_path):
         "sharing": "task",
     }
     model = Described(**about, num_params=1, training_s=1.0, store="s1", folder="models/concat")
-    about = {
-        "run": "r",
-        "split": "test",
-        "confidence": 0.95,
-        "tasks": {},
-        "recommended": None,
-        "main": None,
-        "notes": [],
-    }
-    results = ResultsFile(models={"concat": model}, **about)
+    results = make_results(models={"concat": model})
     return config, str(tmp_path), Current.of(str(tmp_path), RunFile(config=config.model_dump(mode="json")), results)
 
 
