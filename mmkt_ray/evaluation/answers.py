@@ -20,7 +20,7 @@ Axes: N rows that a model predicted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,6 +47,8 @@ class Scored:
     scores: np.ndarray  # (N,) see `TaskKind.row_scores`
     training: Mapping[str, Any] | None = None
     row_metric: str = "accuracy"  # what the mean of the scores is
+    # scores of some rows and their codes -> scores whose mean is the metric of these rows; None where it is anyway
+    among: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def beside(self, other: Scored) -> tuple[np.ndarray, np.ndarray]:
         """Scores of both on the rows that both predicted and that have the same label."""
@@ -55,7 +57,11 @@ class Scored:
         else:
             _, ours, theirs = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
         same = self.labels[ours] == other.labels[theirs]
-        return self.scores[ours[same]], other.scores[theirs[same]]
+        return self._of_rows(ours[same]), other._of_rows(theirs[same])
+
+    def _of_rows(self, rows: np.ndarray) -> np.ndarray:
+        scores = self.scores[rows]
+        return scores if self.among is None else self.among(scores, self.labels[rows])
 
     def on(self, ids: np.ndarray) -> np.ndarray:
         """Scores on these samples; 0 where it has no prediction."""

@@ -106,7 +106,13 @@ class Evaluated:
         by_pair = np.array([found.kind.score_pair(found.values[y], found.values[p]) for y, p in pairs.T], float)
         labels, scores = codes[found.label], by_pair[which.reshape(-1)]
         training, metric, trained = self.config.get("training"), found.kind.row_metric, self.kind == "trained"
-        return Scored(self.name, trained, self.reads(task), held_out, found.ids, labels, scores, training, metric)
+
+        def among(some: np.ndarray, of: np.ndarray) -> np.ndarray:
+            names = list(vocabulary)
+            return found.kind.among(some, [names[code] for code in of.tolist()])
+
+        rest = (training, metric, None if found.kind.classes else among)
+        return Scored(self.name, trained, self.reads(task), held_out, found.ids, labels, scores, *rest)
 
     def held_out(self, task: str) -> HeldOutRows | None:
         """How right it has each held-out row, where it left their predictions."""

@@ -244,7 +244,11 @@ class TaskKind(ABC):
 
     @abstractmethod
     def score_pair(self, label: Any, prediction: Any) -> float:
-        """The same of one row, of `value`s from a file."""
+        """`row_scores` of one row, of `value`s from a file."""
+
+    def among(self, scores: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
+        """Scores (N,) of `score_pair` so that their mean is `row_metric` of these rows. labels: `value`s (N,)."""
+        return scores
 
     @abstractmethod
     def scores(self, labels: Labels, outputs: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:

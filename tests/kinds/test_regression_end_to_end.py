@@ -71,6 +71,10 @@ def test_from_shards_to_report_and_predictions(tmp_path: Path) -> None:
     assert rows["logreg:table+text"]["r2"]["value"] > 0.9
     assert rows["model"]["r2"]["value"] > 0.8
     assert rows["model"]["r2"]["value"] > rows["logreg:table"]["r2"]["value"]
+    for answer in results["tasks"]["price"]["answers"]:  # one R2 of a model over the same rows, wherever it stands
+        if answer["num_rows"] == rows[answer["fused"]]["num_rows"]:
+            assert answer["scores"]["fused"] == pytest.approx(rows[answer["fused"]]["r2"]["value"])
+    assert any(a["num_rows"] == rows[a["fused"]]["num_rows"] for a in results["tasks"]["price"]["answers"])
     page = (uri / "report" / "index.html").read_text()
     assert "R2" in page
     assert "RMSE" in page
