@@ -204,7 +204,7 @@ class MultimodalRegressor(RegressorMixin, MultimodalEstimator):  # type: ignore[
         transform: str = "standardize",
         loss: str = "squared",
     ) -> None:
-        """transform: none, log, standardize or rank; loss: squared, absolute or huber, on the transformed scale; the
+        """transform: none, log, sqrt, standardize or rank; loss: squared, absolute or huber, on that scale; the
         rest as in MultimodalEstimator."""
         super().__init__(
             modalities=modalities, encoders=encoders, settings=settings, folder=folder, random_state=random_state

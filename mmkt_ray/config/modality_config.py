@@ -52,7 +52,7 @@ class TaskConfig(Section):
         Multiclass(),
         description="multiclass: one of several classes; binary: of two, the later in sorted order is the positive "
         "one; multilabel: any number of classes per sample (a list in the source, or a string split at `separator`); "
-        "ordinal: one of the grades in `order`, lowest first; regression: a number, with `transform` (none, log, "
+        "ordinal: one of the grades in `order`, lowest first; regression: a number, with `transform` (none, log, sqrt, "
         "standardize, rank), `loss` (squared, absolute, huber, pinball) and the `quantile` of the latter",
     )
     separator: str = Field("|", min_length=1, description="multilabel: what separates the classes in a string")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mmkt_ray.kinds.arrow import Converted
 
-TRANSFORMS = ("none", "log", "standardize", "rank")
+TRANSFORMS = ("none", "log", "sqrt", "standardize", "rank")
 NUM_QUANTILES = 257  # that a rank transform keeps
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -96,12 +96,19 @@ def number_column(raw: pa.Array, class_names: list[str] | None) -> Converted:
 # --- transforms -----------------------------------------------------------------------------------------------------
 
 
+def taken_by(transform: str, labels: np.ndarray) -> np.ndarray:
+    """(N,) bool: the transform can take the number. A logarithm takes those above zero, a root zero too."""
+    if transform == "log":
+        return np.asarray(labels > 0)
+    return np.asarray(labels >= 0) if transform == "sqrt" else np.ones(len(labels), dtype=bool)
+
+
 @dataclass(frozen=True)
 class Scale:
     """How numbers become what a model learns, z, and back; JSON-able."""
 
     transform: str
-    center: float  # subtracted after the logarithm, where there is one
+    center: float  # subtracted after the logarithm or the root, where there is one
     scale: float
     low: float  # z outside of low .. high is cut off: as far beyond the train labels as these reach from end to end
     high: float
@@ -116,13 +123,14 @@ class Scale:
         """labels: (N,) float64, at least one. Raises: DataError if the transform can't take them."""
         x, values, scores = labels, np.zeros(0), np.zeros(0)
         center, scale = 0.0, 1.0
-        if transform == "log":
-            if (wrong := labels[labels <= 0]).size:
-                raise DataError(
-                    f"tasks.{task}.kind has transform: log, and {len(wrong):,} of {len(labels):,} train labels are "
-                    f"not above zero, such as {wrong[0]:g}: use transform: standardize or rank"
-                )
-            x = np.log(labels)
+        if (wrong := labels[~taken_by(transform, labels)]).size:
+            limit = "not above zero" if transform == "log" else "below zero"
+            raise DataError(
+                f"tasks.{task}.kind has transform: {transform}, and {len(wrong):,} of {len(labels):,} train labels "
+                f"are {limit}, such as {wrong[0]:g}: use transform: standardize or rank"
+            )
+        if transform in ("log", "sqrt"):
+            x = np.log(labels) if transform == "log" else np.sqrt(labels)
         if transform == "rank":
             values, scores = _normal_scores(labels)
             x = np.interp(labels, values, scores)
@@ -164,6 +172,8 @@ class Scale:
             y = _interpolate(y, self.values, self.scores)
         elif self.transform == "log":
             y = y.clamp(min=1e-300).log()
+        elif self.transform == "sqrt":
+            y = y.clamp(min=0).sqrt()
         return ((y - self.center) / self.scale).clamp(self.low, self.high).float()
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -171,6 +181,8 @@ class Scale:
         x = z.double().clamp(self.low, self.high) * self.scale + self.center
         if self.transform == "rank":
             return _interpolate(x, self.scores, self.values)
+        if self.transform == "sqrt":
+            return x.clamp(min=0).square()
         return x.exp() if self.transform == "log" else x
 
 

@@ -4,8 +4,9 @@ A model's logit z is the number on the scale that `transform` makes of the train
 the number itself. What the card needs to undo the transform is a parameter of the kind, `scale`, which the store's
 manifest and the model's spec keep.
 
-Row scores are 1 - squared error / variance of the train labels: their mean is R2 but for the variance, which is that
-of the scored rows there. So paired tests of rows ask what differences of R2 ask, and no row's score needs others.
+Row scores are 1 - squared error / variance of the train labels, so that no row's score needs others. `among` puts the
+variance of the scored rows in its place: then their mean is R2, and paired tests of rows ask what differences of R2
+ask.
 
 Sources: R2 and its kin as in scikit-learn; Huber loss, Huber 1964 (https://doi.org/10.1214/aoms/1177703732); pinball
 loss, Koenker & Bassett 1978 (https://doi.org/10.2307/1913643); intervals, split conformal prediction, Lei et al. 2018
@@ -24,7 +25,7 @@ import numpy as np
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.kinds.labels import Labels
 from mmkt_ray.kinds.number_metrics import IN_UNITS
-from mmkt_ray.kinds.numbers import TRANSFORMS, Scale, number_column, number_in
+from mmkt_ray.kinds.numbers import TRANSFORMS, Scale, number_column, number_in, taken_by
 from mmkt_ray.kinds.task_kind import Outcomes, TaskKind
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Regression(TaskKind):
         values = self.encode_predictions(column, class_names)
         labelled = np.isfinite(values)
         values = np.where(labelled, values, 0.0)
-        return Labels(self, values, labelled, labelled & (values > 0) if self.transform == "log" else labelled)
+        return Labels(self, values, labelled, labelled & taken_by(self.transform, values))
 
     def encode_predictions(self, column: pa.ChunkedArray, class_names: Sequence[str]) -> np.ndarray:
         import pyarrow.compute as pc
@@ -272,6 +273,11 @@ class Regression(TaskKind):
 
     def score_pair(self, label: Any, prediction: Any) -> float:
         return float(1 - (label - prediction) ** 2 / self._variance)
+
+    def among(self, scores: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
+        """The share is of the variance of these labels, no longer of the train labels."""
+        variance = float(np.var(np.asarray(labels, np.float64))) if len(scores) else 0.0
+        return np.asarray(1 - (1 - scores) * self._variance / (variance or self._variance))
 
     def scores(self, labels: Labels, outputs: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
         from mmkt_ray.kinds.number_metrics import number_scores

@@ -41,6 +41,9 @@ def test_a_transform_is_undone(transform: str) -> None:
     if transform == "log":
         logs = np.log(PRICES)
         np.testing.assert_allclose(z[:, 0].numpy(), (logs - logs.mean()) / logs.std(), rtol=1e-4, atol=1e-4)
+    if transform == "sqrt":
+        roots = np.sqrt(PRICES)
+        np.testing.assert_allclose(z[:, 0].numpy(), (roots - roots.mean()) / roots.std(), rtol=1e-4, atol=1e-4)
     if transform == "rank":
         expected = norm.ppf((rankdata(PRICES) - 0.5) / len(PRICES))
         assert np.abs(z[:, 0].numpy() - expected).max() < 0.05
@@ -202,6 +205,8 @@ def test_what_the_kind_cannot_do_is_said() -> None:
     """Catches a logarithm of a negative price, labels that are all alike, and options that do not exist."""
     with pytest.raises(DataError, match=r"1 of 2 train labels are not above zero, such as -3"):
         fitted(np.array([2.0, -3.0]), transform="log")
+    with pytest.raises(DataError, match=r"1 of 3 train labels are below zero, such as -3"):
+        fitted(np.array([2.0, 0.0, -3.0]), transform="sqrt")
     kind = fitted(np.array([4.0, 4.0]))
     with pytest.raises(DataError, match="all 2 labelled train rows of task 'price' are 4"):
         kind.check_learnable("price", kind.count(kind.labels([4.0, 4.0]), 1), ["value"])
@@ -217,12 +222,23 @@ def test_what_the_kind_cannot_do_is_said() -> None:
             task_kind({"name": "regression", **options})
 
 
-def test_labels_that_a_logarithm_cannot_take_are_scored_and_not_learnt() -> None:
+@pytest.mark.parametrize("transform", ["log", "sqrt"])
+def test_labels_that_a_transform_cannot_take_are_scored_and_not_learnt(transform: str) -> None:
     """Catches test rows that vanish from the scores, or NaN losses."""
-    kind = fitted(transform="log")
+    kind = fitted(transform=transform)
     labels = kind.encode(pa.chunked_array([pa.array([3.0, -1.0, None])]), ["value"])
     assert labels.labelled.tolist() == [True, True, False]
     assert labels.known.tolist() == [True, False, False]
     losses = kind.row_losses(torch.zeros(3, 1), labels.tensors(), torch.ones(1), 0.0)
     assert torch.isfinite(losses).all()
     assert losses[1] == 0
+
+
+def test_row_scores_of_some_rows_have_the_r2_of_these_rows_as_their_mean() -> None:
+    """Catches a second R2 on one page: a share of the variance of train labels beside one of that of the rows."""
+    kind, rng = fitted(), np.random.default_rng(0)
+    labels = PRICES[:40] * 3
+    predictions = labels + rng.normal(size=40)
+    scores = np.array([kind.score_pair(y, p) for y, p in zip(labels, predictions, strict=True)])
+    assert abs(scores.mean() - r2_score(labels, predictions)) > 1e-4
+    assert kind.among(scores, labels.tolist()).mean() == pytest.approx(r2_score(labels, predictions), abs=1e-12)
