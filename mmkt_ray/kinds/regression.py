@@ -24,7 +24,7 @@ import numpy as np
 
 from mmkt_ray.errors import ConfigError, DataError, unknown_name
 from mmkt_ray.kinds.labels import Labels
-from mmkt_ray.kinds.number_metrics import IN_UNITS
+from mmkt_ray.kinds.number_metrics import IN_UNITS, NumberOutcome, number_scores
 from mmkt_ray.kinds.numbers import TRANSFORMS, Scale, number_column, number_in, taken_by
 from mmkt_ray.kinds.task_kind import Outcomes, TaskKind
 
@@ -280,28 +280,20 @@ class Regression(TaskKind):
         return np.asarray(1 - (1 - scores) * self._variance / (variance or self._variance))
 
     def scores(self, labels: Labels, outputs: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-        from mmkt_ray.kinds.number_metrics import number_scores
-
         if outputs.shape != (len(labels), 1) or np.isnan(outputs).any():
             raise ValueError(f"predicted numbers must be ({len(labels)}, 1) without NaN, got {outputs.shape}")
         rows = labels.labelled
         return {"kind": self.as_json(), **number_scores(labels.values[rows], self.predict(outputs)[rows])}
 
     def metric_scores(self, metric: str, labels: Labels, outputs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        from mmkt_ray.kinds.number_metrics import NumberOutcome
-
         return NumberOutcome(labels.values, self.predict(outputs)).score(metric, counts)
 
     def outcomes(
         self, labels: Labels, predictions: Sequence[np.ndarray], width: int, *, by_row: bool = False
     ) -> tuple[list[Outcomes], np.ndarray]:
-        from mmkt_ray.kinds.number_metrics import NumberOutcome
-
         return [NumberOutcome(labels.values, p) for p in predictions], np.ones(len(labels), int)
 
     def quick_scores(self, labels: Labels, outputs: np.ndarray) -> dict[str, float]:
-        from mmkt_ray.kinds.number_metrics import NumberOutcome
-
         drawn = NumberOutcome(labels.values, self.predict(outputs)).scores(np.ones((1, len(labels))))
         return {metric: float(values[0]) for metric, values in drawn.items()}
 

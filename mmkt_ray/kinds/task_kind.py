@@ -238,8 +238,7 @@ class TaskKind(ABC):
         """(N,) score of each labelled row, higher is better: what paired tests compare."""
 
     def main_by_row(self, labels: Labels, predictions: np.ndarray) -> np.ndarray:
-        """(N,) what the main metric is the mean of, for the paired test of its difference;
-        `row_scores` if it is no mean."""
+        """(N,) what the main metric is the mean of, for its paired test; `row_scores` if it is no mean."""
         return self.row_scores(labels, predictions)
 
     @abstractmethod
@@ -279,8 +278,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def tally(self, logits: Tensor, labels: Labels) -> Tensor:
-        """What adds up over batches and ranks, (.., size) float64, for `tally_scores`.
-        logits: (B, K) or (P, B, K)."""
+        """What adds up over batches and ranks, (.., size) float64. logits: (B, K) or (P, B, K)."""
 
     @abstractmethod
     def tally_scores(self, tally: np.ndarray) -> dict[str, float]:
@@ -335,8 +333,8 @@ class TaskKind(ABC):
         """(N,) loss of each row; all are known."""
 
     def two_best(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The two answers that a model wavers between: their outputs (N, 2), larger first (N, 1 of a single class),
-        class of the second (N,), and whether there is one (N,) bool."""
+        """The two best answers: their outputs (N, 2), larger first (N, 1 of a single class), class of the second (N,),
+        and whether there is one (N,) bool."""
         raise self._has_no_classes()
 
     # --- baselines --------------------------------------------------------------------------------------------------
