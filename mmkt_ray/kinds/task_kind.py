@@ -333,7 +333,7 @@ class TaskKind(ABC):
         """(N,) loss of each row; all are known."""
 
     def two_best(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The two best answers: their outputs (N, 2), larger first (N, 1 of a single class), class of the second (N,),
+        """The two best answers: their outputs (N, 2), larger first (N, 1 of a single class), the second's class (N,),
         and whether there is one (N,) bool."""
         raise self._has_no_classes()
 
