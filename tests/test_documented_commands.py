@@ -71,6 +71,7 @@ SMALL_SCALES: dict[str, dict[str, Any]] = {  # module beside the benchmarks -> i
     "benchmark_memory": {"CASES": {"200 samples": (2, 100, 20)}},
     "benchmark_photos": {"DIFFERENT": 8, "SHARDS": 2},
     "benchmark_plan": {"NODES": (2,)},
+    "benchmark_price": {"NUM_SPLITS": 1},
     "benchmark_search": {"NUM_CANDIDATES": (8,), "POPULATIONS": (4,), "NUM_TRIALS": 2},
     "benchmark_together": {"ROWS_PER_SHARD": 30},
 }

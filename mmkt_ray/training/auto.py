@@ -1,10 +1,10 @@
 """`training: auto`: settings chosen by data, on held-out rows, from a small fixed set that is trained as one stack.
 
-The set is CANDIDATES (see docs/methods.md for how it was found). All are trained as one stack (see fold_stack.py),
-each once for each held-out part of the rows, on the other rows. A candidate replaces the first one if its held-out
-log loss is lower by more than one standard error. The held-out predictions of the chosen settings are kept, also with
-modalities hidden: models are compared, calibrated and routed by them. Where rows are few, the model itself, which
-learns from all of them, is one more member of that stack.
+The set is CANDIDATES, or NUMBER_CANDIDATES (see docs/methods.md for how they were found). All are trained as one stack
+(see fold_stack.py), each once for each held-out part of the rows, on the other rows. A candidate replaces the first
+one if its held-out log loss is lower by more than one standard error. The held-out predictions of the chosen settings
+are kept, also with modalities hidden: models are compared, calibrated and routed by them. Where rows are few, the
+model itself, which learns from all of them, is one more member of that stack.
 
 Axes: N rows of a table, P members (a candidate and the part it may not see), B rows of a batch,
 C classes of one task.
@@ -46,6 +46,11 @@ BASE: dict[str, float] = {
 SMALL_ROWS = 1_000  # with fewer train rows, SMALL regularises more
 SMALL: dict[str, float] = {"training.label_smoothing": 0.1, "model.dropout": 0.5, "model.modality_dropout": 0.2}
 CANDIDATES: tuple[dict[str, float], ...] = ({}, {"training.steps": 2.0, "model.dropout": 0.2})
+# of models whose tasks are all numbers: hiding features costs them most, and they take longer to fit
+NUMBER_CANDIDATES: tuple[dict[str, float], ...] = (
+    {"training.steps": 2.0, "model.dropout": 0.2},
+    {"training.steps": 8.0, "model.dropout": 0.2, "model.feature_dropout": 0.0},
+)
 # fusions that are trained by the settings of `concat`
 LIKE_CONCAT = ("concat", "decision", "sum", "gated", "hierarchical")
 DEEP_DROPOUT = 0.2
@@ -115,6 +120,12 @@ def batch_size(config: Config, num_rows: int) -> int:
     return next(size for limit, size in BATCH_SIZES if num_rows < limit)
 
 
+def candidates_of(config: Config) -> tuple[dict[str, float], ...]:
+    """What is tried for the config's model."""
+    kinds = [config.task_kinds[task] for task in config.model_tasks]
+    return CANDIDATES if any(kind.classes for kind in kinds) else NUMBER_CANDIDATES
+
+
 def settings_of(config: Config, candidate: Mapping[str, float], num_rows: int) -> dict[str, Setting]:
     """A candidate's values of the keys that the config leaves open. num_rows: of train."""
     values: dict[str, Setting] = {**BASE, **(SMALL if num_rows < SMALL_ROWS else {}), **candidate}
@@ -176,12 +187,12 @@ def choose_settings(
     whole = as_train(table)
     num_rows = len(training_rows(config, whole, {})[1])
     parts = range(min(SCREENING_PARTS, folds.num_held))
-    tried = unique([settings_of(config, c, num_rows) for c in CANDIDATES])
+    tried = unique([settings_of(config, c, num_rows) for c in candidates_of(config)])
     if len(tried) == 1 or not any(folds.held(p).any() for p in parts):
         return ChosenSettings(settings=tried[0], candidates=[], on=folds.on, num_rows=0), None
     few = drawn(whole, folds, FEW_ROWS)
     stack_rows = len(training_rows(config, few, {})[1])
-    stacked = unique([settings_of(config, c, stack_rows) for c in CANDIDATES])
+    stacked = unique([settings_of(config, c, stack_rows) for c in candidates_of(config)])
     settled = with_settings(config, {"training.batch_size_per_worker": batch_size(config, stack_rows)})
     found = heldout_logits(settled, few, folds, stacked, parts, device)
     every = pattern_name(list(table.features))

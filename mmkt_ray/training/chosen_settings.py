@@ -15,7 +15,7 @@ from mmkt_ray.errors import UserError
 from mmkt_ray.features.store import Store, open_store
 from mmkt_ray.inference.training_record import ChosenSettings
 from mmkt_ray.scoring.heldout import HeldOut, save_heldout
-from mmkt_ray.training.auto import BASE, CANDIDATES, choose_settings, for_depth, screening_config
+from mmkt_ray.training.auto import BASE, candidates_of, choose_settings, for_depth, screening_config
 from mmkt_ray.training.fingerprint import model_identity
 from mmkt_ray.training.methods.imbalance import read_excluded
 
@@ -48,7 +48,7 @@ def settings_uri(config: Config, store: Store) -> str:
         "training": asked.training.model_dump(mode="json", exclude={"exclude"}),
         "excluded": read_excluded(asked.training.exclude).tolist() if asked.training.exclude else [],
         "seed": asked.seed,
-        "set": [dict(candidate) for candidate in (BASE, *CANDIDATES)],
+        "set": [dict(candidate) for candidate in (BASE, *candidates_of(asked))],
     }
     return storage.join(store.uri, "settings", fingerprint(about))
 

@@ -120,6 +120,19 @@ def test_baselines_choose_and_stack() -> None:
     assert predict_out_of_fold(table.take(table.rows("train")), "price", config) is None
 
 
+def test_numbers_are_learnt_longer_and_without_hidden_features_where_that_is_better() -> None:
+    """Catches settings of classes for a number: a fifth of the steps it takes, with three of ten features hidden."""
+    table = prices()
+    config = config_of(table, model__wide=False, model__experts=False)
+    choice, _ = choose_settings(
+        config.with_overrides({"training.auto": ["training.steps", "model.feature_dropout", "model.dropout"]}), table
+    )
+    first, second = (candidate.settings for candidate in choice.candidates)
+    assert second["training.steps"] == 4 * first["training.steps"]
+    assert choice.settings == second
+    assert choice.settings["model.feature_dropout"] == 0
+
+
 def test_intervals_hold_as_many_labels_as_said() -> None:
     """Catches a margin on the wrong scale, or of the wrong rank: coverage would be far from 90 %."""
     errors = np.arange(1, 100, dtype=float)
