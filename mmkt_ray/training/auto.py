@@ -1,6 +1,6 @@
 """`training: auto`: settings chosen by data, on held-out rows, from a small fixed set that is trained as one stack.
 
-The set is CANDIDATES, or NUMBER_CANDIDATES (see docs/methods.md for how they were found). All are trained as one stack
+The set is CANDIDATES, or NUMBER_CANDIDATES (docs/methods.md says how they were found). All are trained as one stack
 (see fold_stack.py), each once for each held-out part of the rows, on the other rows. A candidate replaces the first
 one if its held-out log loss is lower by more than one standard error. The held-out predictions of the chosen settings
 are kept, also with modalities hidden: models are compared, calibrated and routed by them. Where rows are few, the
