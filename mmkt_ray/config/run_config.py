@@ -94,7 +94,8 @@ class Config(Section):
                 raise ConfigError(
                     f"modalities.{name}.encoder is trained on an unknown task '{task}': {nearest(task, self.tasks)}"
                 )
-            if task is not None and not self.tasks[task].kind.exclusive:
+            adapts = getattr(modality.encoder, "adapt", None) is not None
+            if task is not None and not (adapts or self.tasks[task].kind.exclusive):
                 raise ConfigError(
                     f"modalities.{name}.encoder is trained on a task: '{task}' is {self.tasks[task].kind.name}; "
                     "name a multiclass or binary task"

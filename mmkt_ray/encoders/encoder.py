@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     import torch
 
+    from mmkt_ray.kinds.labels import Labels
     from mmkt_ray.kinds.modality_kind import ModalityKind
 else:
     np = lazy("numpy")
@@ -143,7 +144,7 @@ class EncoderTraining:
 class Trained(Protocol):
     """An encoder that Ray Train trains on the labels of `Section.task`; its section has `epochs` and `num_workers`.
 
-    With `held_out_rows` the values of val are among those it is trained with, negative where train lacks their class.
+    With `held_out_rows` values of val are among those it is trained with, not `known` where train lacks their class.
     """
 
     prepared_dtype: ClassVar[str]
@@ -159,9 +160,9 @@ class Trained(Protocol):
         ...
 
     def train(
-        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
+        self, values: np.ndarray, labels: Labels, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
-        """Prepared values (N, ..) and class numbers (N,) int64 of this process -> fitted tensors."""
+        """Prepared values (N, ..) and their labels -> fitted tensors."""
         ...
 
     def rest_of_state(self, class_names: list[str]) -> dict[str, Any]:

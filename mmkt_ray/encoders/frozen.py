@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmkt_ray.encoders import device as devices
     from mmkt_ray.encoders.cnn import SmallCNN
     from mmkt_ray.encoders.cnn_training import CNNRecipe
+    from mmkt_ray.kinds.labels import Labels
 else:
     np, torch = lazy("numpy"), lazy("torch")
     cnn, cnn_training = lazy("mmkt_ray.encoders.cnn"), lazy("mmkt_ray.encoders.cnn_training")
@@ -98,11 +99,11 @@ class TrainedCnn(FrozenNetwork):
         return cnn_training.CNNRecipe(**{k: v for k, v in asked.items() if v is not None}, seed=seed)
 
     def train(
-        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
+        self, values: np.ndarray, labels: Labels, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
         """See `encoder.Trained`; values: (N, 3, S, S) uint8."""
         model = cnn_training.fit_cnn(
-            values, labels, len(class_names), self.recipe(training.seed),
+            values, labels.values, len(class_names), self.recipe(training.seed),
             device=training.device, rank=training.rank, world_size=training.world_size,
             state=training.checkpoint, on_epoch=training.on_epoch,
         )  # fmt: skip

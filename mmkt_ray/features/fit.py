@@ -81,6 +81,8 @@ def fit_encoder(
         NORMALISATION,
         config.samples.combine.name == "join",  # the split is then drawn by the key
     ]
+    if section.task is not None and not (kind := plan.tasks[section.task].kind).exclusive:
+        identity += [kind.as_json()]  # how a number is transformed, how grades are ordered
     left_out = {shard.unit: leaking[shard.unit] for shard in feeding if shard.unit in leaking}
     identity += [left_out] if left_out else []
     decoded = decoding(list(plan.modalities.values()), config.samples)

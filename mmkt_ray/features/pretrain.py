@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ from mmkt_ray.errors import DataError
 from mmkt_ray.features.decode import decode_column
 from mmkt_ray.features.publish import tell_reasons, without_details
 from mmkt_ray.features.spellings import respelled
-from mmkt_ray.kinds.spelling import index_in, sort_classes
+from mmkt_ray.kinds.labels import Labels, concat_labels
+from mmkt_ray.kinds.task_kind import TaskKind
 from mmkt_ray.samples.readers import read_chunks
 from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard, train_rows
@@ -73,14 +74,18 @@ def pretrain(encoder: Any, job: Pretraining, shards: list[Shard], leaking: Mappi
     section = job.section
     decode = ray.remote(_decode_shard)
     found = ray.get([decode.remote(job, shard, leaking.get(shard.unit, ())) for shard in shards])
-    counts = _count_classes(job.pieces)
-    class_names = sort_classes(counts)
-    if len(class_names) < 2:
+    kind = job.plan.tasks[section.task].kind
+    counts = _count_classes(job.pieces, kind)
+    class_names = kind.class_names(counts)
+    if not counts or (kind.exclusive and len(class_names) < 2):
+        wanted = "two classes" if kind.exclusive else "labels"
         raise DataError(
-            f"the {section.name} encoder of '{job.modality}' needs two classes of '{section.task}' in the train "
-            f"split, got {class_names or 'none'}{tell_reasons(sum(map(Counter, found), Counter()))}"
+            f"the {section.name} encoder of '{job.modality}' needs {wanted} of '{section.task}' in the train "
+            f"split, got {sorted(counts) or 'none'}{tell_reasons(sum(map(Counter, found), Counter()))}"
         )
-    state = cluster.run_on_workers(_train, {"job": job, "class_names": class_names}, section.num_workers)
+    kind = kind.fitted(section.task, _train_labels(job.pieces))
+    args = {"job": job, "kind": kind, "class_names": class_names}
+    state = cluster.run_on_workers(_train, args, section.num_workers)
     encoder.load_state({k: np.asarray(v) for k, v in state.items()}, encoder.rest_of_state(class_names))
     storage.remove_folder(job.pieces)
     storage.remove(storage.join(job.uri, "checkpoint.safetensors"))
@@ -125,30 +130,36 @@ def _decode_shard(job: Pretraining, shard: Shard, leaking: Sequence[str]) -> dic
     return dict(reasons)
 
 
-def _count_classes(pieces: str) -> dict[str, int]:
+def _train_labels(pieces: str) -> Iterator[pa.ChunkedArray]:
+    """The labels of the train rows, piece by piece."""
+    for table in _read_pieces(pieces, ["label", "held_out"]):
+        yield table.filter(pc.invert(table.column("held_out"))).column("label")
+
+
+def _count_classes(pieces: str, kind: TaskKind) -> dict[str, int]:
     """Train rows of each class, each class in one spelling."""
     counts: Counter[str] = Counter()
-    for table in _read_pieces(pieces, ["label", "held_out"]):
-        counts.update(table.filter(pc.invert(table.column("held_out"))).column("label").to_pylist())
+    for labels in _train_labels(pieces):
+        counts.update(kind.members(labels)[1].drop_null().to_pylist())
     new, merged = respelled(counts), Counter[str]()
     for name, number in counts.items():
         merged[new.get(name, name)] += number
     return dict(merged)
 
 
-def _read_pieces(pieces: str, columns: list[str]) -> Any:
+def _read_pieces(pieces: str, columns: list[str]) -> Iterator[pa.Table]:
     for info in storage.list_files(pieces, "*.parquet"):
         yield storage.read_table(storage.join(pieces, info.base_name), columns)
 
 
 def _map_values(
-    pieces: str, encoder: Any, class_names: list[str], folder: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pieces as one memory-mapped array of prepared values (N, ..) in `folder`; labels (N,) int64;
+    pieces: str, encoder: Any, kind: TaskKind, class_names: list[str], folder: str
+) -> tuple[np.ndarray, Labels, np.ndarray]:
+    """All pieces as one memory-mapped array of prepared values (N, ..) in `folder`; their labels;
     which are held out."""
-    labels, held_out = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    labels, held_out = list[Labels](), [np.empty(0, bool)]
     for table in _read_pieces(pieces, ["label", "held_out"]):
-        labels.append(index_in(table.column("label"), class_names))
+        labels.append(kind.encode(table.column("label"), class_names))
         held_out.append(table.column("held_out").to_numpy())
     dtype, shape = np.dtype(encoder.prepared_dtype), encoder.prepared_shape
     images = np.lib.format.open_memmap(
@@ -160,7 +171,7 @@ def _map_values(
             block = np.frombuffer(b"".join(chunk.to_pylist()), dtype=dtype).reshape(-1, *shape)
             images[start : start + len(block)] = block
             start += len(block)
-    return images, np.concatenate(labels), np.concatenate(held_out)
+    return images, concat_labels(labels), np.concatenate(held_out)
 
 
 def _train(args: dict[str, Any], rank: int, world_size: int, device: torch.device) -> dict[str, np.ndarray] | None:
@@ -179,20 +190,12 @@ def _train(args: dict[str, Any], rank: int, world_size: int, device: torch.devic
             tensors = {k: torch.as_tensor(v).contiguous().cpu() for k, v in state_fn().items()}
             storage.write_bytes(checkpoint, save_tensors(tensors))
             seconds = time.perf_counter() - epoch_start
-            log.info(
-                "%s epoch %d/%d: loss %.3f, train accuracy %.3f%s, %.1f s",
-                section.name,
-                epoch,
-                section.epochs,
-                metrics["loss"],
-                metrics["accuracy"],
-                f", val accuracy {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else "",
-                seconds,
-            )
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items())
+            log.info("%s epoch %d/%d: %s, %.1f s", section.name, epoch, section.epochs, told, seconds)
         epoch_start = time.perf_counter()
 
     try:
-        values, labels, held_out = _map_values(job.pieces, encoder, class_names, folder)
+        values, labels, held_out = _map_values(job.pieces, encoder, args["kind"], class_names, folder)
         training = EncoderTraining(job.seed, device, rank, world_size, state, on_epoch=keep, held_out=held_out)
         weights: dict[str, np.ndarray] = encoder.train(values, labels, class_names, training)
     finally:

@@ -14,6 +14,8 @@ from mmkt_ray.encoders.encoder import EncoderTraining, fit_of
 from mmkt_ray.encoders.pretrained import adapt_training, adapted_weights
 from mmkt_ray.encoders.pretrained.huggingface import HuggingFaceEncoder
 from mmkt_ray.errors import ConfigError
+from mmkt_ray.kinds.labels import Labels
+from mmkt_ray.kinds.multiclass import Multiclass
 from tests.encoders.tiny_networks import WORDS, image_folder, sound_folder, text_folder, transformers
 
 pytest.importorskip("transformers", reason="the extra `pretrained` is not installed")
@@ -21,6 +23,11 @@ pytest.importorskip("transformers", reason="the extra `pretrained` is not instal
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 CLASSES = ["even", "odd"]
+
+
+def classes(codes: np.ndarray) -> Labels:
+    """Labels of CLASSES; negative codes are of a class that train lacks."""
+    return Labels(Multiclass(), np.maximum(codes, 0), np.ones(len(codes), bool), codes >= 0)
 
 
 def section(folder: Path, **adapt: Any) -> Any:
@@ -61,7 +68,7 @@ def train(
     encoder = build_encoder(config)
     values, labels, held_out = data(encoder)
     keep = on_epoch or (lambda *_: None)
-    return encoder.train(values, labels, CLASSES, EncoderTraining(0, CPU, 0, 1, checkpoint, keep, held_out))
+    return encoder.train(values, classes(labels), CLASSES, EncoderTraining(0, CPU, 0, 1, checkpoint, keep, held_out))
 
 
 def fitted(config: Any, tensors: dict[str, np.ndarray]) -> Any:
@@ -88,7 +95,7 @@ def test_what_is_kept_makes_the_features_that_were_trained(how: str, folder: Pat
     values, labels, held_out = data(encoder)
     seen = []
     training = EncoderTraining(0, CPU, 0, 1, None, lambda _, metrics, __: seen.append(metrics), held_out)
-    tensors = encoder.train(values, labels, CLASSES, training)
+    tensors = encoder.train(values, classes(labels), CLASSES, training)
     rows = texts(30, 2)[0]
     frozen = build_encoder(section(folder).model_copy(update={"adapt": None}))
     frozen.load_state({}, encoder.rest_of_state(CLASSES))
@@ -116,7 +123,7 @@ def test_an_adapted_encoder_tells_classes_apart_that_the_frozen_one_mixes(folder
     config = section(folder, how="full", epochs=30)
     frozen, encoder = build_encoder(section(folder).model_copy(update={"adapt": None})), build_encoder(config)
     values, labels, _ = data(encoder)
-    tensors = encoder.train(values, labels, CLASSES, EncoderTraining(0, CPU, 0, 1, None, lambda *_: None))
+    tensors = encoder.train(values, classes(labels), CLASSES, EncoderTraining(0, CPU, 0, 1, None, lambda *_: None))
     assert separation(fitted(config, tensors)) > 1.5 * separation(frozen)
 
 
@@ -161,7 +168,7 @@ def test_no_train_value_is_encoded_by_a_network_that_learnt_it(folder: Path, tmp
         chosen = held_out | ~left_out
         one: Any = build_encoder(section(folder, how="last_layers", num_layers=1, epochs=2))
         training = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None, held_out[chosen])
-        changes = one.train(values[chosen], labels[chosen], CLASSES, training)
+        changes = one.train(values[chosen], classes(labels[chosen]), CLASSES, training)
         alone.append(fitted(one.config, changes).encode(rows + new))
     learnt = np.isin(hashes, np.unique(hashes[~held_out]))
     expected = np.mean(alone, axis=0)
@@ -193,7 +200,7 @@ def test_the_head_begins_as_the_linear_model_of_the_frozen_features(folder: Path
     encoder.load()
     net = adapt_training.Net(encoder, 2, CPU)
     net.set_mode(False)
-    net.fit_head(values, labels)
+    net.fit_head(values, classes(labels))
     from sklearn.linear_model import LogisticRegression
 
     features = encoder.encode(texts(160, 0)[0])
@@ -234,7 +241,7 @@ def test_every_kind_of_network_can_be_adapted(make: Any, network: str, kind: str
     assert values.shape[1:] == shape
     assert values.dtype == dtype
     training = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None)
-    tensors = encoder.train(values, np.arange(8) % 2, CLASSES, training)
+    tensors = encoder.train(values, classes(np.arange(8) % 2), CLASSES, training)
     assert tensors
     assert all(np.isfinite(value).all() for value in tensors.values())
 
@@ -272,7 +279,7 @@ def test_images_are_augmented_in_training_alone(tmp_path: Path) -> None:
             forward(x),
         )[1]
         alone = EncoderTraining(0, CPU, 0, 1, None, lambda *_: None, held_out)
-        encoder.train(images, np.arange(24) % 2, CLASSES, alone)
+        encoder.train(images, classes(np.arange(24) % 2), CLASSES, alone)
         seen[tuple(names)] = [np.concatenate([x for t, x in batches if t is training]) for training in (True, False)]
     originals = {image.tobytes() for image in images}
     mirrored = {np.ascontiguousarray(image[..., ::-1]).tobytes() for image in images}

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import cross_val_score
 
-from mmkt_ray.config import Config
+from mmkt_ray.config import Config, parse_config
 from mmkt_ray.encoders.build import build_encoder, load_fitted
 from mmkt_ray.errors import ConfigError
 from mmkt_ray.features.fit import fit_encoder
 from mmkt_ray.kinds.images import decode_image
 from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.shards import list_shards
-from tests.encoders.tiny_networks import image_folder
+from tests.encoders.tiny_networks import WORDS, image_folder, text_folder
 from tests.shapes import png
 
 pytest.importorskip("transformers", reason="the extra `pretrained` is not installed")
@@ -46,6 +49,51 @@ def test_two_workers_adapt_one_network(shapes: Path, make_config: Callable[..., 
     before = (Path(fits[0]) / "state.safetensors").stat().st_mtime_ns
     assert fit_encoder(one, str(shapes / "a"), "image", shards, {}) == fits[0]
     assert (Path(fits[0]) / "state.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_network_is_adapted_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches prices taken for classes, a transform that was not fitted or is no part of the fit's name, and features
+    that know no more of the number than before."""
+    rng, folder = np.random.default_rng(0), text_folder(tmp_path / "bert")
+    rows = [[WORDS[i] for i in rng.integers(0, len(WORDS), 6)] for _ in range(240)]
+    price = np.array([np.exp(1 + row.count("cat") - row.count("mat")) for row in rows])
+    frame = pd.DataFrame({"id": range(240), "text": [" ".join(row) for row in rows], "price": price})
+    (tmp_path / "data").mkdir()
+    frame.to_csv(tmp_path / "data" / "rows.csv", index=False)
+    adapt = {"task": "price", "how": "full", "lr": 2e-3, "epochs": 6, "batch_size": 16}
+
+    def config(transform: str) -> Config:
+        columns = {"sample_id": "id", "text": "text", "price": "price"}
+        section = {"name": "huggingface", "folder": str(folder), "max_tokens": 16, "adapt": adapt}
+        return parse_config(
+            {
+                "name": "priced",
+                "data_root": str(tmp_path / "data"),
+                "run_root": str(tmp_path / "runs"),
+                "samples": {
+                    "sources": [{"reader": "manifest", "path": "rows.csv", "columns": columns}],
+                    "split": {"val_frac": 0.2, "test_frac": 0.2},
+                },
+                "modalities": {"text": {"kind": "text", "encoder": section}},
+                "tasks": {"price": {"kind": {"name": "regression", "transform": transform}}},
+            }
+        )
+
+    shards = list_shards(ReadingPlan.of(config("log")))
+    with caplog.at_level("INFO", logger="mmkt_ray"):
+        fits = {t: fit_encoder(config(t), str(tmp_path / "run"), "text", shards, {}) for t in ("log", "sqrt")}
+    assert fits["log"] != fits["sqrt"]
+    assert "val r2" in caplog.text
+    section = config("log").modalities["text"].encoder
+    adapted = load_fitted(build_encoder(section), fits["log"])
+    frozen = build_encoder(section.model_copy(update={"adapt": None}))
+    explained = []
+    for encoder in (adapted, frozen):
+        x = encoder.encode(frame["text"].tolist())
+        explained.append(cross_val_score(RidgeCV(np.logspace(-3, 3, 13)), x, np.log(price), cv=4).mean())
+    assert explained[0] > explained[1] + 0.05
 
 
 def test_a_task_that_is_not_there_is_refused(shapes: Path, make_config: Callable[..., Config]) -> None:

@@ -2,7 +2,7 @@
 
 Called by adaptable.py; adapted_weights.py says which weights change.
 
-Axes: B batch, N values of a set, D features, K classes.
+Axes: B batch, N values of a set, D features, K numbers that a model of the task gives, such as one for each class.
 
 A head is fitted on the frozen features first, and both are trained from there: fine-tuning from a random head
 distorts good features (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +27,7 @@ from mmkt_ray.encoders.device import autocast
 from mmkt_ray.encoders.encoder import EncoderTraining
 from mmkt_ray.encoders.pretrained.adapted_weights import LEARNT, fold_of, hashes_of, kept, make_trainable
 from mmkt_ray.errors import ConfigError, DataError
+from mmkt_ray.kinds.labels import Labels
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ FORWARD_ROWS = 64  # of a pass without gradients
 class Net(nn.Module):
     """Prepared values (B, ..) -> logits (B, K): the encoder's features, standardised, and a linear head."""
 
-    def __init__(self, encoder: Any, num_classes: int, device: torch.device) -> None:
+    def __init__(self, encoder: Any, width: int, device: torch.device) -> None:
         super().__init__()
         self.model, self.forward_features = encoder.model, encoder.forward_features
-        self.head = nn.Linear(encoder.dim, num_classes).to(device)
+        self.head = nn.Linear(encoder.dim, width).to(device)
         self.mean, self.std = torch.zeros(encoder.dim, device=device), torch.ones(encoder.dim, device=device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -70,16 +70,18 @@ class Net(nn.Module):
             [function(torch.from_numpy(np.array(values[i : i + FORWARD_ROWS])).to(device)) for i in starts]
         )
 
-    def fit_head(self, values: np.ndarray, labels: np.ndarray) -> None:
+    def fit_head(self, values: np.ndarray, labels: Labels) -> None:
         """The head that a linear model of the frozen features has, features standardised by their mean and spread."""
         features = self.apply_to(values, self.forward_features).float()
         self.mean, self.std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
-        x, y = (features - self.mean) / self.std, torch.from_numpy(labels).to(features.device)
+        x, y = (features - self.mean) / self.std, labels.tensors(features.device)
+        weights = torch.ones(self.head.out_features, device=features.device)
         optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(self.head(x), y) + HEAD_DECAY * self.head.weight.square().sum()
+            losses = y.kind.row_losses(self.head(x), y, weights, 0.0)
+            loss = losses.mean() + HEAD_DECAY * self.head.weight.square().sum()
             loss.backward()
             return loss
 
@@ -88,24 +90,24 @@ class Net(nn.Module):
 
 @dataclass
 class _Data:
-    """Prepared values (N, ..) and class numbers (N,), and the rows to train and to stop on."""
+    """Prepared values (N, ..) and their labels, and the rows to train and to stop on."""
 
     values: np.ndarray
-    labels: np.ndarray
+    labels: Labels
     train: np.ndarray
     val: np.ndarray
 
     @classmethod
-    def of(cls, values: np.ndarray, labels: np.ndarray, held_out: np.ndarray | None) -> _Data:
+    def of(cls, values: np.ndarray, labels: Labels, held_out: np.ndarray | None) -> _Data:
         held_out = np.zeros(len(labels), bool) if held_out is None else held_out
-        known = labels >= 0  # val may have classes that train lacks
+        known = labels.known  # val may have classes that train lacks
         return cls(values, labels, np.flatnonzero(~held_out & known), np.flatnonzero(held_out & known))
 
 
 class _Run:
     """A network in training: its optimiser, its place among the workers, what was best so far."""
 
-    def __init__(self, encoder: Any, num_classes: int, data: _Data, training: EncoderTraining) -> None:
+    def __init__(self, encoder: Any, width: int, data: _Data, training: EncoderTraining) -> None:
         encoder.model = None  # as it was pretrained, also after another fold
         encoder.load()
         self.section, self.precision, self.data, self.training = (
@@ -118,7 +120,8 @@ class _Run:
             raise DataError(
                 f"{len(data.train)} labelled rows to adapt the encoder on, for {training.world_size} workers"
             )
-        self.net, self.augmented = Net(encoder, num_classes, training.device), encoder.augmented
+        self.net, self.augmented = Net(encoder, width, training.device), encoder.augmented
+        self.kind, self.weights = data.labels.kind, torch.ones(width, device=training.device)
         self.net.set_mode(False)
         rows = np.sort(np.random.default_rng(training.seed).permutation(data.train)[:HEAD_ROWS])
         if training.checkpoint is None:
@@ -156,10 +159,10 @@ class _Run:
         return -(-len(self.data.train) // self.section.batch_size)
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the train rows. Returns loss and accuracy over all workers,
+        """One pass over the train rows. Returns loss and main metric over all workers,
         on train and where there is one on val."""
         training = self.training
-        totals = torch.zeros(3, device=training.device)  # loss, hits, values
+        totals = self._no_tally()
         self.net.set_mode(True)
         with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
             torch.manual_seed(
@@ -175,16 +178,22 @@ class _Run:
             dist.all_reduce(totals)
             dist.all_reduce(val)
         self.epoch += 1
-        self._keep_best(val)
-        found = {"loss": float(totals[0] / totals[2]), "accuracy": float(totals[1] / totals[2])}
-        return found | ({"val_loss": float(val[0] / val[2]), "val_accuracy": float(val[1] / val[2])} if val[2] else {})
+        on_train, on_val = (self.kind.tally_scores(tally.cpu().numpy()) for tally in (totals, val))
+        self._keep_best(on_val.get("loss"))
+        told = ("loss", self.kind.reported[0])
+        found = {name: on_train[name] for name in told if name in on_train}
+        return found | {f"val_{name}": on_val[name] for name in told if name in on_val}
+
+    def _no_tally(self) -> Tensor:
+        """Zeros, to which the tallies of batches are added."""
+        return torch.zeros(self.kind.tally_size(len(self.weights)), dtype=torch.float64, device=self.training.device)
 
     def _step(self, rows: np.ndarray, number: int) -> Tensor:
-        """One optimiser step on a batch, of which this worker has a share. Returns its loss, hits and values (3,)."""
+        """One optimiser step on a batch, of which this worker has a share. Returns the tally of the share."""
         training, section = self.training, self.section
         share = rows[training.rank :: training.world_size]
         parts = list(np.array_split(share, min(section.accumulate, max(1, len(share)))))
-        totals = torch.zeros(3, device=training.device)
+        totals = self._no_tally()
         for i, part in enumerate(parts):
             last, replica = i == len(parts) - 1, self.replica
             with nullcontext() if last or not isinstance(replica, DistributedDataParallel) else replica.no_sync():
@@ -207,13 +216,13 @@ class _Run:
         yield from (peak * factor for peak in self.peaks)
 
     def _loss(self, rows: np.ndarray, batch: np.ndarray | None = None, number: int = 0) -> tuple[Tensor, Tensor]:
-        """Summed loss of rows; and loss, hits, number of rows (3,).
+        """Summed loss of rows, and their tally.
 
         batch: all rows of a training step, of which these are some: they are augmented as one, by the step's number
         alone, so that a row looks the same however many workers share the step.
         """
         rows, device = np.sort(rows), self.training.device
-        y = torch.from_numpy(self.data.labels[rows]).to(device)
+        y = self.data.labels[rows].tensors(device)
         net: nn.Module = self.net
         smoothing = 0.0
         if batch is None:
@@ -226,20 +235,20 @@ class _Run:
             ]
         with autocast(self.training.device, self.precision):
             logits = net(x).float()
-        loss = F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="sum")
-        return loss, torch.stack([loss.detach(), (logits.argmax(1) == y).sum(), loss.new_tensor(len(y))])
+        losses = self.kind.row_losses(logits, y, self.weights, smoothing)
+        return losses.sum(), self.kind.tally(logits.detach(), y)
 
     @torch.no_grad()
     def _scored(self) -> Tensor:
-        """Loss, hits and number (3,) of this worker's share of the val rows."""
-        totals = torch.zeros(3, device=self.training.device)
+        """The tally of this worker's share of the val rows."""
+        totals = self._no_tally()
         share = self.data.val[self.training.rank :: self.training.world_size]
         for start in range(0, len(share), FORWARD_ROWS):
             totals += self._loss(share[start : start + FORWARD_ROWS])[1]
         return totals
 
-    def _keep_best(self, val: Tensor) -> None:
-        loss = float(val[0] / val[2]) if val[2] else -float(self.epoch)  # without val rows the last is the best
+    def _keep_best(self, val_loss: float | None) -> None:
+        loss = -float(self.epoch) if val_loss is None else val_loss  # without val rows the last is the best
         self.bad_epochs = 0 if loss < self.best_loss else self.bad_epochs + 1
         if loss < self.best_loss:
             self.best_loss = loss
@@ -283,9 +292,9 @@ class _Run:
 
 
 def adapt(
-    encoder: Any, values: np.ndarray, labels: np.ndarray, num_classes: int, training: EncoderTraining
+    encoder: Any, values: np.ndarray, labels: Labels, width: int, training: EncoderTraining
 ) -> dict[str, np.ndarray]:
-    """Train an Adaptable encoder on prepared values (N, ..) and class numbers (N,).
+    """Train an Adaptable encoder on prepared values (N, ..) and their labels. width: K of the labels' kind.
     Returns what changed, as `kept` names it.
 
     With several workers torch.distributed is initialised and each rank makes this call.
@@ -293,7 +302,7 @@ def adapt(
     """
     whole, num_folds = _Data.of(values, labels, training.held_out), encoder.config.adapt.folds
     if num_folds == 1:
-        return kept(_fit(encoder, num_classes, whole, training, {}, 0))
+        return kept(_fit(encoder, width, whole, training, {}, 0))
     hashes = hashes_of(encoder.contents(values))
     fold = fold_of(hashes[whole.train], num_folds)
     done: dict[str, Tensor] = {}
@@ -302,13 +311,13 @@ def adapt(
     for number in range(num_folds):
         if not any(name.startswith(f"fold{number}/") for name in done):
             data = replace(whole, train=whole.train[fold != number])
-            best = _fit(encoder, num_classes, data, training, done, number)
+            best = _fit(encoder, width, data, training, done, number)
             done |= {f"fold{number}/{name}": value for name, value in best.items()}
     return kept(done) | {LEARNT: np.unique(hashes[whole.train])}
 
 
 def _fit(
-    encoder: Any, num_classes: int, data: _Data, training: EncoderTraining, done: dict[str, Tensor], fold: int
+    encoder: Any, width: int, data: _Data, training: EncoderTraining, done: dict[str, Tensor], fold: int
 ) -> dict[str, Tensor]:
     """Train one network; returns what changed in its best epoch. done: what earlier folds have come to."""
     state = (
@@ -316,7 +325,7 @@ def _fit(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        run = _Run(encoder, num_classes, data, replace(training, checkpoint=state))
+        run = _Run(encoder, width, data, replace(training, checkpoint=state))
     if state is not None:
         run.load_state(state)
     while not run.done:

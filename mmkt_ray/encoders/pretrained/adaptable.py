@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmkt_ray.encoders.pretrained import adapt_training, adapted_weights
+    from mmkt_ray.kinds.labels import Labels
 else:
     np, torch = lazy("numpy"), lazy("torch")
     adapt_training = lazy("mmkt_ray.encoders.pretrained.adapt_training")
@@ -33,7 +34,7 @@ How = Literal["lora", "last_layers", "full"]
 class Adapt(Section):
     """How an encoder is trained on a task. A head on its features is fitted first, then both are trained together."""
 
-    task: str = Field(description="the task that it is trained on: multiclass or binary")
+    task: str = Field(description="the task that it is trained on, of any kind")
     how: How = Field(
         "lora",
         description="lora: low-rank changes of the linear layers; last_layers: the last blocks and what follows "
@@ -48,7 +49,9 @@ class Adapt(Section):
     rank: int = Field(8, ge=1, description="lora: rank of the changes")
     num_layers: int = Field(2, ge=1, description="last_layers: how many blocks")
     weight_decay: float = Field(0.01, ge=0, description="decoupled, of AdamW")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target that is spread over all classes")
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=1, description="share of the target that is spread over all classes; numbers and grades have none"
+    )
     augment: Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Once] = Field(
         ("flip", "crop"),
         description="of images: mirror, shift up to a twelfth, blank a square; [] where left and right differ",
@@ -145,11 +148,11 @@ class Adaptable(FixedWeights):
                 own[name].copy_(value)
 
     def train(
-        self, values: np.ndarray, labels: np.ndarray, class_names: list[str], training: EncoderTraining
+        self, values: np.ndarray, labels: Labels, class_names: list[str], training: EncoderTraining
     ) -> dict[str, np.ndarray]:
         """See `encoder.Trained`. Returns the tensors that differ from the pretrained ones."""
         self.device = training.device
-        return adapt_training.adapt(self, values, labels, len(class_names), training)
+        return adapt_training.adapt(self, values, labels, labels.kind.width(class_names), training)
 
     def rest_of_state(self, class_names: list[str]) -> dict[str, Any]:
         """What the changes belong to."""
