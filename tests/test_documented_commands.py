@@ -44,7 +44,7 @@ ELSEWHERE = {  # how commands begin -> who carries them out, or why nobody can h
     "pip install": "needs a package index; test_wheel.py examines what it installs",
     "docker": "needs its daemon",
     "ray": "cluster/test_three_hosts.py: get-auth-token, up, exec, dashboard, job submit, down",
-    "kubectl": "needs Kubernetes; cluster/test_templates.py examines the file",
+    "kubectl": "cluster/test_kubectl.py, with a server that stands for Kubernetes",
     "sbatch": "needs Slurm; cluster/test_templates.py runs bash and Ray over the script",
     "tail": "of Slurm's job",
     "scancel": "of Slurm's job",
