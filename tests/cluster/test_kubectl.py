@@ -1,7 +1,7 @@
 """The lines of docs/cluster.md for Kubernetes, given to the real `kubectl`.
 
 The cluster is not real: a small server answers as an API server does to a client that creates, reads, follows and
-deletes a RayJob. It takes what the schema of KubeRay's definition takes (rayjob_schema.yaml), and finds the head's pod
+deletes a RayJob. It takes what the schema of KubeRay takes (rayjob_schema.yaml), and finds the head's pod
 by the labels that KubeRay gives it. So a misspelt option, a file that kubectl cannot send, a field that the
 definition lacks and a name or label that does not fit the file are found. That pods start is not.
 """
