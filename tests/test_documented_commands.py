@@ -40,8 +40,8 @@ from tests.tiny_data import few_emoji, write_all
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ELSEWHERE = {  # how commands begin -> who carries them out, or why nobody can here
     "make demo": "its two commands are run below",
-    "make": ".ci/run, and whoever works on the project: environment, tests, lint, types, site",
-    "pip install": "needs a package index; test_wheel.py examines what it installs",
+    "make": "below, as far as that the target is there; .ci/run gives env, lint, types, test and test-cluster",
+    "pip install": "below, with --dry-run; test_wheel.py examines what it installs",
     "docker": "needs its daemon",
     "ray": "cluster/test_three_hosts.py: get-auth-token, up, exec, dashboard, job submit, down",
     "kubectl": "cluster/test_kubectl.py, with a server that stands for Kubernetes",
@@ -203,6 +203,24 @@ def run_script(script: str, arguments: list[str], folder: Path) -> int:
             return importlib.import_module(Path(script).stem).main() or 0
         except SystemExit as end:
             return int(end.code or 0)
+
+
+@pytest.mark.parametrize("words", sorted({tuple(w) for w in commands() if w[0] == "make"}), ids=shlex.join)
+def test_make_has_the_target(words: tuple[str, ...]) -> None:
+    """Catches a page that names a target by an old name."""
+    asked = [words[0], "--dry-run", *words[1:]]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cluster  # 7 s each
+@pytest.mark.parametrize("words", sorted({tuple(w) for w in commands() if w[:2] == ["pip", "install"]}), ids=shlex.join)
+def test_pip_takes_the_line(words: tuple[str, ...]) -> None:
+    """Catches an extra that is not there, of which pip only warns, and a clone that builds no package."""
+    asked = [sys.executable, "-m", *words, "--dry-run"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "does not provide the extra" not in done.stderr
 
 
 @pytest.fixture(scope="module")
