@@ -8,7 +8,7 @@ ARGS   ?=
 export UV_SYSTEM_CERTS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo quick test test-fuzz test-cluster bench-peers lint types docs lock clean
+.PHONY: help env demo quick test test-fuzz test-cluster test-deploy bench-peers lint types docs lock clean
 
 PYTEST = $(BIN)/python -m pytest
 # A file at a time on each core: much of a test on Ray is waiting. Files keep together, because their tests share runs, and
@@ -25,10 +25,10 @@ demo: env  ## draw the emoji data set, run the whole pipeline on it, write its r
 	$(BIN)/mmkt run jobs/configs/openmoji.yaml
 
 quick: env  ## while you type: the tests that need no Ray and are not slow
-	$(PYTEST) --numprocesses auto -m "not ray and not slow and not cluster" $(ARGS)
+	$(PYTEST) --numprocesses auto -m "not ray and not slow and not cluster and not deploy" $(ARGS)
 
 test: env  ## run the tests; ARGS="-k fusion tests/models" picks some
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not cluster" $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not cluster and not deploy" $(ARGS)
 
 test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 	MMKT_FUZZ=20000 $(PYTEST) tests/samples/test_fuzz.py $(ARGS)
@@ -36,6 +36,9 @@ test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 # One process more than cores: some of these tests mostly wait for Ray to notice what is gone.
 test-cluster: env  ## the rest: faults, object stores, several nodes, whole programs. On hosts: root, openssh-server, rsync, iproute2
 	$(PYTEST) $(SIDE_BY_SIDE) --numprocesses $$(($$(nproc) + 1)) -m cluster $(ARGS)
+
+test-deploy: env  ## a real Slurm: root, slurmctld, slurmd, slurm-client, munge, iproute2. Not part of .ci/run
+	$(PYTEST) -m deploy $(ARGS)
 
 bench-peers: $(VENV)/peers/.stamp  ## photos and small images, this package against Daft and Ray Data by themselves
 	$(BIN)/python jobs/benchmark_peers.py photos
