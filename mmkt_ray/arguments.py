@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
-    """How much is told; results go to standard output, all else to standard error."""
+    """How much is printed; results go to standard output, all else to standard error."""
     group = command.add_argument_group("output").add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="nothing but the results, warnings and errors")
     group.add_argument("--verbose", action="store_true", help="also each epoch, and why a step is done again")
@@ -235,7 +235,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
         "--max-reject-frac",
         type=float,
         metavar="X",
-        help="share of unreadable rows that is put up with, if not as in training",
+        help="share of unreadable rows that is accepted, if not as in training",
     )
     command.add_argument(
         "--column",

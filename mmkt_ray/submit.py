@@ -1,7 +1,7 @@
 """`mmkt submit`: a job on a cluster, through Ray's job server; its log is followed and its exit code passed on.
 
 The job is `python jobs/<command>.py CONFIG ...` in a copy of the current folder. A submission id makes the command
-safe to repeat: a job that runs is followed again, one that has ended is told, and no job is started twice.
+safe to repeat: one that runs is followed again, the end of one that is over is shown, and no job is started twice.
 
 Nothing of Ray is imported before `match_authentication`: Ray reads the mode once, when it is imported.
 """

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TASK = "target"  # what is predicted, in the run
-LOOK_ROWS = 1000  # by which columns are told apart
+LOOK_ROWS = 1000  # that show what a column holds
 
 
 class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -57,7 +57,7 @@ class MultimodalEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn 
         folder: str | None = None,
         random_state: int = 0,
     ) -> None:
-        """modalities: column -> image, text, ..; None: told by the values of each column. encoders: column ->
+        """modalities: column -> image, text, ..; None: as the values of each column show. encoders: column ->
         encoder, as in a config. settings: dotted keys of the config -> values, e.g. {"training.steps": 200}. folder:
         of the run, which then stays and is resumed by the same data; None: a temporary one.
         random_state: seed of everything random.

@@ -56,7 +56,7 @@ def _checked(config: Config | Mapping[str, Any] | str | PathLike[str], overrides
         refuse_credentials(dict(config), "the config")
         config = parse_config(config)
     found = config.with_overrides(overrides) if overrides else config
-    found.expand_variants()  # a wrong variant is told now, not after an hour of extraction
+    found.expand_variants()  # a wrong variant is refused now, not after an hour of extraction
     return found
 
 

@@ -116,7 +116,7 @@ def configure_data() -> None:
     # fewer chunks than actors are no fault
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # the error itself comes, and is told by the CLI
+    # the error itself comes, and the CLI prints it
     logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
 
 

@@ -62,7 +62,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         set_dotted(raw, key, value)
     refuse_credentials(raw, f"'{path}'")
     config = parse_config(raw)
-    config.expand_variants()  # a wrong variant is told now, not after an hour of extraction
+    config.expand_variants()  # a wrong variant is refused now, not after an hour of extraction
     return config
 
 

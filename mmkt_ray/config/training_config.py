@@ -211,7 +211,7 @@ class TransferMatrixConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How results are told."""
+    """How results are reported."""
 
     bootstrap_samples: int = Field(1000, ge=100, description="resamples of the test rows for each interval")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")

@@ -1,8 +1,8 @@
-"""What a column of somebody's table is, told by its name and a sample of its values;
+"""What a column of somebody's table is, by its name and a sample of its values;
 the first rule that fits decides.
 
 A kind that a config can use as a modality, a task, an id or a split is in KINDS with what it becomes there; `unused`
-ones are told and left out.
+ones are named and left out.
 """
 
 from __future__ import annotations

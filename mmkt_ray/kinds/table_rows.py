@@ -31,7 +31,7 @@ from mmkt_ray.kinds.label_columns import label_column, with_class_names
 ColumnType = Literal["number", "category", "boolean", "date"]
 
 ITEM_MARK = "\x1f"  # between the items of a cell that is a list
-NULLED = ", read as null"  # end of what is told of a cell that is not of its column's type
+NULLED = ", read as null"  # end of what the audit says of a cell that is not of its column's type
 MAX_BAD_FRAC = 0.1  # of a column's cells that may be unreadable as its type
 NUM_BAD_SHOWN = 5
 MAX_TEXTS = 2**16  # different texts of a column that are counted; with more it is no category

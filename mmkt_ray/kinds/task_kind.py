@@ -45,13 +45,13 @@ class TaskKind(ABC):
     seed_metrics: ClassVar[tuple[str, ...]] = ()  # metrics beside `reported` where models of several seeds are compared
     ranked: ClassVar[tuple[str, ...]] = ()  # metrics whose resamples take long, because rows are sorted by output
     row_metric: ClassVar[str]  # name of the mean of `row_scores`
-    val_metric: ClassVar[str]  # the one of `reported` whose mean over tasks epochs are told by
+    val_metric: ClassVar[str]  # the one of `reported` whose mean over tasks the log of epochs shows
     called: ClassVar[Mapping[str, str]] = {}  # metric -> what a report calls it, where that is not its name
     # what readers of a report should know of the metrics; {tasks} stands for the tasks' names
     notes: ClassVar[str] = ""
     # metric -> lowest and highest value, where these aren't 0 and 1
     bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}
-    # metrics in the labels' own units, lower is better; others are told in percent
+    # metrics in the labels' own units, lower is better; others are in percent
     in_units: ClassVar[tuple[str, ...]] = ()
     right: ClassVar[str] = "{score} of {rows} right"  # what a model gets, in a sentence
     # labels are classes and outputs their probabilities, which can be calibrated and judged

@@ -1,6 +1,6 @@
 """Linear layers, norms and masks that also work on a stack of P models of one shape, each with weights of its own.
 
-Whether there is a stack is told by the parameters: a layer's weight is (H, D), or (P, H, D). Signals are (B, D), the
+The parameters show whether there is a stack: a layer's weight is (H, D), or (P, H, D). Signals are (B, D), the
 same for all members, or (P, B, D). A single model computes by torch's own layers; for a stack, where every pass over
 the signals counts, products are written into one result and what follows a norm is one step with a gradient of its
 own.

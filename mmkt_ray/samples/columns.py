@@ -1,4 +1,4 @@
-"""From a layout's raw cells to the columns of the sample schema; what cannot become a sample is told why.
+"""From a layout's raw cells to the columns of the sample schema; what cannot become a sample gets a reason.
 
 A layout's reader yields `Block`s: converted cells, and the rows that could not be converted. `clean` makes
 sample tables of them. A raw cell may be a ValueError, which says why it could not be read.

@@ -1,5 +1,5 @@
 """The lines of a table that is text: decoded, without byte order marks, of bounded length;
-what is no such text is told."""
+what is no such text is named."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from mmkt_ray.samples.parquet import (
 )
 from mmkt_ray.samples.schema import DAMAGE, Reject
 
-_MAX_DEPTH = 8  # of mappings in one another whose names are told
+_MAX_DEPTH = 8  # of mappings in one another whose names are shown
 _NOWHERE = object()
 _LOOK_ROWS = 64  # whose columns stand for those of a whole file of JSON lines
 Raw = dict[str, Any]
@@ -94,7 +94,7 @@ def manifest_columns(reading: Reading) -> KeysView[str]:
             if suffix == "csv":
                 return dict.fromkeys(read_header(csv.reader(lines))).keys()
             rows = [parse_row(line, []) for line in islice(lines, _LOOK_ROWS) if line.strip()]
-        except (csv.Error, UnicodeError):  # told by the reader
+        except (csv.Error, UnicodeError):  # the reader says so
             return dict[str, None]().keys()
     return {name: None for row in rows if isinstance(row, dict) for name in _names(row)}.keys()
 

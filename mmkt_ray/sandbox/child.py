@@ -1,4 +1,4 @@
-"""The process that decodes: what it is asked for and how it answers is told in `decoding.py`."""
+"""The process that decodes: `decoding.py` says what it is asked for and how it answers."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOP = 5  # classes that are told with their probabilities, if the request does not say otherwise
+TOP = 5  # classes in an answer, with their probabilities, if the request does not say otherwise
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1", "testserver")
 
 

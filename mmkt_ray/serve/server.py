@@ -112,7 +112,7 @@ def serve_on_ray(
     uri, name, hosts = storage.absolute(model_uri), model_name(model_uri), allowed_hosts(host)
     with listen(host, port) as free:
         port = free.getsockname()[1]  # 0 stands for any
-    load(uri, trust_code=trust_code)  # what is wrong with it is told here, in one sentence
+    load(uri, trust_code=trust_code)  # what is wrong with it is said here, in one sentence
 
     def build() -> FastAPI:
         from mmkt_ray.serve.app import create_app

@@ -151,7 +151,7 @@ def _train(config: Config, store_uri: str, model_uri: str) -> Outcome:
 
 
 def _train_expert(config: Config, store_uri: str, folder: str, digest: str) -> None:
-    """One that cannot be trained is told by those who ask for it next."""
+    """Whoever asks for one that cannot be trained next says so."""
     scratch = storage.join(folder, ".experts", f"{digest}.parts")
     with suppress(ConfigError, DataError):
         train_expert(config, open_store(store_uri), scratch, folder, partial(train, run=run_here))

@@ -82,7 +82,7 @@ def open_network(folder: Path, auto: str, may_lack: tuple[str, ...] = ()) -> tup
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # what is missing is told below
+    transformers.utils.logging.set_verbosity_error()  # what is missing is said below
     try:
         model, loaded = getattr(transformers, auto).from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **SAFE
