@@ -22,6 +22,7 @@ from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.errors import ConfigError, UserError, nearest
 from mmkt_ray.failures import tell_error
 from mmkt_ray.interrupts import interruptible
+from mmkt_ray.lazy import uncollected
 from mmkt_ray.submit import submit_command
 from mmkt_ray.terminal import plain_output
 
@@ -159,7 +160,8 @@ def _step(args: argparse.Namespace, config: Config) -> str:
     from mmkt_ray.locks import locked
 
     if args.command == "report":
-        from mmkt_ray import steps
+        with uncollected(freeze=True):
+            from mmkt_ray import steps
 
         return f"report: {steps.report_step(config)}"
     with locked(done.run_folder(config)):  # for all steps of the command
@@ -174,10 +176,11 @@ def _step(args: argparse.Namespace, config: Config) -> str:
 
 
 def _locked_step(args: argparse.Namespace, config: Config) -> str:
-    _start_ahead()
-    from mmkt_ray import steps, study_steps  # torch and ray load here, so that what does not need them is quick
-    from mmkt_ray.done import run_folder
-    from mmkt_ray.scoring.tables import comparison_table
+    with uncollected(freeze=True):
+        _start_ahead(trains=args.command != "extract")
+        from mmkt_ray import steps, study_steps  # torch and ray load here, so that what does not need them is quick
+        from mmkt_ray.done import run_folder
+        from mmkt_ray.scoring.tables import comparison_table
 
     command = args.command
     if command == "run":
@@ -242,9 +245,10 @@ def _start_ahead(trains: bool = True) -> None:
 
 
 def _predict(args: argparse.Namespace) -> str:
-    _start_ahead(trains=False)
-    from mmkt_ray.inference.output_formats import Output
-    from mmkt_ray.inference.prediction import predict
+    with uncollected(freeze=True):
+        _start_ahead(trains=False)
+        from mmkt_ray.inference.output_formats import Output
+        from mmkt_ray.inference.prediction import predict
 
     output = Output(args.format, args.join, args.top_k, args.wide)
     return f"predictions: {predict(args.model, args.inputs, args.out, _reading(args), output)}"
@@ -256,8 +260,9 @@ def _score_files(args: argparse.Namespace) -> str:
             "mmkt evaluate takes either CONFIG, to score the models of its run, or --model MODEL --data FILE... "
             "--out FOLDER, to score one model on labelled files"
         )
-    _start_ahead(trains=False)
-    from mmkt_ray.evaluation.scoring_files import score_files, scores_text
+    with uncollected(freeze=True):
+        _start_ahead(trains=False)
+        from mmkt_ray.evaluation.scoring_files import score_files, scores_text
 
     result = score_files(args.model, args.data, args.out, _reading(args))
     return f"{scores_text(result)}\n\npredictions: {result.predictions}\nmetrics: {args.out}/metrics.json"

@@ -24,7 +24,6 @@ from mmkt_ray.evaluation.scoring_baselines import evaluate_baselines, logreg_cal
 from mmkt_ray.features.extract import extract
 from mmkt_ray.features.store import Store
 from mmkt_ray.locks import locked
-from mmkt_ray.report.page import build_report
 from mmkt_ray.scoring.provenance import model_fingerprint
 from mmkt_ray.scoring.results import ResultsFile
 from mmkt_ray.scoring.run_file import Place, RunFile
@@ -212,8 +211,14 @@ def report_step(config: Config, again: bool = True) -> str:
     with recorded(config, "report"):
         shown = {place: about for place, about in listing(uri).items() if not place.startswith(("report/", "run.json"))}
         files = ["report/index.html", "report/results.json"]
-        Step(uri, "report", [shown, without_seconds(uri)], files).once(lambda: build_report(uri), again)
+        Step(uri, "report", [shown, without_seconds(uri)], files).once(lambda: _build_report(uri), again)
         return storage.join(uri, "report", "index.html")
+
+
+def _build_report(uri: str) -> None:
+    from mmkt_ray.report.page import build_report  # with Matplotlib: 0.4 s that no command waits for as it starts
+
+    build_report(uri)
 
 
 def refresh_report(config: Config) -> str:

@@ -34,6 +34,7 @@ from mmkt_ray.init.looking import clean_name
 from mmkt_ray.init.writing import default_encoder
 from mmkt_ray.kinds.cells import canonical, class_name, convert_cell
 from mmkt_ray.kinds.regression import Regression
+from mmkt_ray.lazy import uncollected
 from mmkt_ray.samples.columns import Reading
 from mmkt_ray.samples.reading_plan import ReadingPlan
 from mmkt_ray.samples.schema import Shard, sample_schema
@@ -322,12 +323,13 @@ def write_shard(path: Path, rows: TableLike, columns: Mapping[str, str], labels:
 
 def _train(config: Config) -> str:
     """Features and a model of the shard; returns the model's folder."""
-    from mmkt_ray.cluster.local import start_ahead
+    with uncollected():
+        from mmkt_ray.cluster.local import start_ahead
 
-    start_ahead()
-    from mmkt_ray import steps
-    from mmkt_ray.done import run_folder
-    from mmkt_ray.locks import locked
+        start_ahead()
+        from mmkt_ray import steps
+        from mmkt_ray.done import run_folder
+        from mmkt_ray.locks import locked
 
     with locked(run_folder(config)):
         stores = steps.extract_step(config, trains=True)

@@ -15,6 +15,7 @@ from mmkt_ray.config import Config, load_config, parse_config
 from mmkt_ray.credentials import refuse_credentials
 from mmkt_ray.done import run_folder
 from mmkt_ray.errors import DataError, nearest
+from mmkt_ray.lazy import uncollected
 from mmkt_ray.scoring.metrics import BaselinesFile, ModelMetrics
 from mmkt_ray.scoring.provenance import Current, about_table
 from mmkt_ray.scoring.results import Recommended, ResultsFile
@@ -38,10 +39,12 @@ def run(
     Raises: ConfigError, DataError, ResourceError: what is wrong and what to do next.
     """
     from mmkt_ray import quick as shortened
-    from mmkt_ray.cluster.local import start_ahead
 
-    start_ahead()
-    from mmkt_ray import steps
+    with uncollected():
+        from mmkt_ray.cluster.local import start_ahead
+
+        start_ahead()
+        from mmkt_ray import steps
 
     checked = _checked(config, dict(overrides or {}))
     checked = shortened.quick(checked) if quick else checked

@@ -30,7 +30,7 @@ from mmkt_ray.cluster import forked_worker
 from mmkt_ray.ray_private import WORKER_MODULES, random_id, set_variables, worker_environment
 
 FILE = "fork-server"  # the socket, in the session's folder
-PRELOADED = (  # what actors that encode, the tasks around them, and those that train import; after a colon, call
+PRELOADED = (  # what actors that encode and the tasks around them import; after a colon, call
     *WORKER_MODULES,
     "pandas",
     "scipy.sparse",
@@ -38,16 +38,19 @@ PRELOADED = (  # what actors that encode, the tasks around them, and those that 
     "torch",
     "mmkt_ray.features.extract",
     "mmkt_ray.kinds.images",
-    "mmkt_ray.evaluation.scoring_baselines",
-    "mmkt_ray.training.trainer",
     "mmkt_ray.encoders.text:compile_kernels",  # Numba's own imports, which wait for the first call: 0.4 s
 )
-TRAINING = ("torch._dynamo",)  # the first optimizer imports it, though nothing is compiled: 1.5 s
+TRAINING = (  # what workers that train and score import more
+    "mmkt_ray.evaluation.scoring_baselines",
+    "mmkt_ray.training.trainer",
+    "torch._dynamo",  # the first optimizer imports it, though nothing is compiled: 1 s
+)
 # The driver may have found the package by a path of its own, which is not that of a worker. `leave` is registered
 # first, so it is called last: without it, the end of the interpreter finds objects that `serve_forks` froze,
 # and nanobind reports them as leaks.
 START = """
-import atexit, importlib, json, os, sys
+import atexit, gc, importlib, json, os, sys
+gc.disable()  # it would walk all that is imported, again and again: 1.5 s; `serve_forks` ends that
 def leave():
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)  # nobody looks at it
@@ -102,6 +105,7 @@ def serve_forks(worker_path: list[str], listening: int) -> None:
     sys.path[:] = worker_path
     gc.collect()
     gc.freeze()  # the collector of a fork writes to none of these pages
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     listener = socket.socket(fileno=listening)
     while (request := next_request(listener)) is not None:
