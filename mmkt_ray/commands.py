@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from mmkt_ray.errors import DataError
+from mmkt_ray.lazy import uncollected
 
 OUTWARD = ("export", "serve", "compare")
 
@@ -63,20 +64,23 @@ def _add_trust(command: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> str:
     """Do it; returns what is printed at the end."""
     if args.command == "export":
-        from mmkt_ray.export import export_model
+        with uncollected(freeze=True):
+            from mmkt_ray.export import export_model
 
         return str(export_model(args.model, args.to, args.out, trust_code=args.trust_code))
     if args.command == "serve":
         return _serve(args)
     if len(args.runs) < 2:
         raise DataError("mmkt compare takes at least two folders: the others are held against the first")
-    from mmkt_ray.report.compared_runs import compare_runs
+    with uncollected(freeze=True):
+        from mmkt_ray.report.compared_runs import compare_runs
 
     return compare_runs(args.runs, args.html)
 
 
 def _serve(args: argparse.Namespace) -> str:
-    from mmkt_ray.serve.server import require_serve, serve, serve_on_ray
+    with uncollected(freeze=True):
+        from mmkt_ray.serve.server import require_serve, serve, serve_on_ray
 
     require_serve()
     from mmkt_ray.serve.limits import ServerLimits

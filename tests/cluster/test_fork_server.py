@@ -15,10 +15,11 @@ from mmkt_ray.cluster import fork_server, forked_worker, local
 from mmkt_ray.cluster.fork_server import PRELOADED, TRAINING
 
 LOOK = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 told = {"arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "variable": os.environ.get("OF_WORKER"),
         "job": os.environ.get("RAY_JOB_ID"), "group": os.getpgid(0) == os.getpid(), "parent": os.getppid(),
-        "dies": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "random": __import__("numpy").random.random()}
+        "dies": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "collects": gc.isenabled(),
+        "random": __import__("numpy").random.random()}
 print(json.dumps(told))
 """
 
@@ -62,7 +63,8 @@ def test_a_worker_ends_without_last_words_of_its_libraries(server: tuple, tmp_pa
 @pytest.mark.slow
 def test_a_fork_is_what_ray_asked_for(server: tuple, tmp_path: Path) -> None:
     """Catches a worker with the arguments, folder, variables or output of another process, one that Ray ends with all
-    others as it ends its group, one with everybody's random numbers; and a server that outlives its driver."""
+    others as it ends its group, one with everybody's random numbers, one that keeps all cycles of objects; and a
+    server that outlives its driver."""
     process, command, environment = server
     script = tmp_path / "look.py"
     script.write_text(LOOK)
@@ -85,6 +87,7 @@ def test_a_fork_is_what_ray_asked_for(server: tuple, tmp_path: Path) -> None:
     assert told == again == {
         "arguments": [str(script), "--first=1", "last"], "path": str(tmp_path), "folder": str(tmp_path),
         "variable": "of its own", "job": None, "group": True, "parent": process.pid, "dies": True,
+        "collects": True,
     }  # fmt: skip
     process.stdin.close()
     assert process.wait(timeout=60) == 0
