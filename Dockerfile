@@ -1,4 +1,4 @@
-# The runtime: this package with the versions of requirements.lock, all extras. Not built by a test: no Docker where they run.
+# The runtime: this package with the versions of requirements.lock, all extras. Built by `make test-deploy`.
 #   docker build -t mmkt .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs:/runs:ro" mmkt serve /runs/openmoji --host 0.0.0.0
 #   docker run --rm --shm-size=2g -v "$PWD:/work" mmkt run openmoji

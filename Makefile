@@ -37,7 +37,7 @@ test-fuzz: env  ## 20,000 damaged files through every reader and decoder, 2 min
 test-cluster: env  ## the rest: faults, object stores, several nodes, whole programs. On hosts: root, openssh-server, rsync, iproute2
 	$(PYTEST) $(SIDE_BY_SIDE) --numprocesses $$(($$(nproc) + 1)) -m cluster $(ARGS)
 
-test-deploy: env  ## a real Slurm: root, slurmctld, slurmd, slurm-client, munge, iproute2. Not part of .ci/run
+test-deploy: env  ## a Docker daemon; a Slurm: root, slurmctld, slurmd, slurm-client, munge, iproute2. Not part of .ci/run
 	$(PYTEST) -m deploy $(ARGS)
 
 bench-peers: $(VENV)/peers/.stamp  ## photos and small images, this package against Daft and Ray Data by themselves

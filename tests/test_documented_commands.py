@@ -42,7 +42,7 @@ ELSEWHERE = {  # how commands begin -> who carries them out, or why nobody can h
     "make demo": "its two commands are run below",
     "make": "below, as far as that the target is there; .ci/run gives env, lint, types, test and test-cluster",
     "pip install": "below, with --dry-run; test_wheel.py examines what it installs",
-    "docker": "needs its daemon",
+    "docker": "cluster/test_docker.py",
     "ray": "cluster/test_three_hosts.py: get-auth-token, up, exec, dashboard, job submit, down",
     "kubectl": "cluster/test_kubectl.py, with a server that stands for Kubernetes",
     "sbatch": "cluster/test_slurm.py",
