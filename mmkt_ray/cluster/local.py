@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -213,11 +214,22 @@ def family(folder: str) -> list[psutil.Process]:
 
 
 def kill(processes: Sequence[psutil.Process], timeout_s: float = END_TIMEOUT_S) -> None:
-    """SIGKILL to those of them that still run; waits for their end."""
+    """SIGKILL to those of them that still run; waits for their end.
+    One that its parent does not ask for, as the first process of a container may not, has ended too."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while (left := [*filter(still_runs, processes)]) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=0.1)
+    psutil.wait_procs(processes, timeout=0)  # asks for our own children
+
+
+def still_runs(process: psutil.Process) -> bool:
+    """Whether it is there, and more than its exit status."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def is_of(process: psutil.Process, folder: str) -> bool:
