@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 
 import mmkt_ray as mm
 
-CONFIG = Path(__file__).parent / "configs" / "baby_products_price.yaml"
+CONFIG = Path("jobs/configs/baby_products_price.yaml")
 TABLE = "tables/baby_products.csv"
 NUM_SPLITS, TEST_SHARE = 5, 0.1
 PUBLISHED = {"TabPFN-2.5": 91.4, "AutoGluon-MM": 90.5, "TabM": 90.0, "CatBoost": 87.2, "LightGBM": 84.7}
