@@ -65,11 +65,15 @@ eval "$SBATCH"
 gone
 scontrol show job 1 > job1.txt
 eval "$SBATCH --set name=cancelled"
-until pgrep raylet > raylets-before.txt; do sleep 0.2; done
+until pgrep raylet > /dev/null; do sleep 0.2; done
+pgrep --list-name 'raylet|gcs_server' > rays-before.txt
 eval "${SCANCEL/JOBID/2}"
 gone
 scontrol show job 2 > job2.txt
-for _ in $(seq 150); do pgrep raylet > raylets-after.txt || break; sleep 0.2; done
+for _ in $(seq 150); do pgrep --list-name 'raylet|gcs_server|^ray::' > rays-after.txt || break; sleep 0.2; done
+eval "$SBATCH --set training.lrr=1"
+gone
+scontrol show job 3 > job3.txt
 """
 
 
@@ -99,16 +103,21 @@ def test_the_documented_lines_run_a_job_and_end_one(tmp_path: Path) -> None:
     sbatch, scancel = (" ".join(words) for words in documented)
     given = {"FOLDER": str(tmp_path), "SBATCH": sbatch, "SCANCEL": scancel, "SLURM_CONF": f"{tmp_path}/slurm.conf"}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts", "bash", "-c", NODE]
+    limit = ["timeout", "--kill-after=5", "230"]  # ends the namespaces also where pytest is gone
+    apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts"]
     with (tmp_path / "node.log").open("w") as out:
         done = subprocess.run(
-            inside, env={**kept, **given, "PATH": PATH}, stdout=out, stderr=out, timeout=240, check=False
+            [*limit, *apart, "bash", "-c", NODE], env={**kept, **given, "PATH": PATH}, stdout=out, stderr=out, timeout=240, check=False
         )
     logs = {p.name: p.read_text()[-3000:] for p in (tmp_path / "node.log", *site.glob("mmkt-*.log"))}
     assert done.returncode == 0, logs
     assert "JobState=COMPLETED" in (site / "job1.txt").read_text(), logs
     assert "ExitCode=0:0" in (site / "job1.txt").read_text()
     assert list(site.glob("runs/*/report/results.json")), logs
+    assert "mmkt predict" in (site / "mmkt-1.log").read_text()  # what `tail -f` ends with
     assert "JobState=CANCELLED" in (site / "job2.txt").read_text()
-    assert (site / "raylets-before.txt").read_text().split()
-    assert not (site / "raylets-after.txt").read_text().split()
+    assert (site / "rays-before.txt").read_text().split()
+    assert not (site / "rays-after.txt").read_text().split()
+    assert "JobState=FAILED" in (site / "job3.txt").read_text(), logs
+    assert "ExitCode=0:0" not in (site / "job3.txt").read_text()
+    assert "training.lrr" in (site / "mmkt-3.log").read_text()
