@@ -107,7 +107,12 @@ def test_the_documented_lines_run_a_job_and_end_one(tmp_path: Path) -> None:
     apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts"]
     with (tmp_path / "node.log").open("w") as out:
         done = subprocess.run(
-            [*limit, *apart, "bash", "-c", NODE], env={**kept, **given, "PATH": PATH}, stdout=out, stderr=out, timeout=240, check=False
+            [*limit, *apart, "bash", "-c", NODE],
+            env={**kept, **given, "PATH": PATH},
+            stdout=out,
+            stderr=out,
+            timeout=240,
+            check=False,
         )
     logs = {p.name: p.read_text()[-3000:] for p in (tmp_path / "node.log", *site.glob("mmkt-*.log"))}
     assert done.returncode == 0, logs
