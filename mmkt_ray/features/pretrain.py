@@ -190,8 +190,8 @@ def _train(args: dict[str, Any], rank: int, world_size: int, device: torch.devic
             tensors = {k: torch.as_tensor(v).contiguous().cpu() for k, v in state_fn().items()}
             storage.write_bytes(checkpoint, save_tensors(tensors))
             seconds = time.perf_counter() - epoch_start
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items())
-            log.info("%s epoch %d/%d: %s, %.1f s", section.name, epoch, section.epochs, told, seconds)
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items())
+            log.info("%s epoch %d/%d: %s, %.1f s", section.name, epoch, section.epochs, shown, seconds)
         epoch_start = time.perf_counter()
 
     try:

@@ -180,9 +180,9 @@ class _Run:
         self.epoch += 1
         on_train, on_val = (self.kind.tally_scores(tally.cpu().numpy()) for tally in (totals, val))
         self._keep_best(on_val.get("loss"))
-        told = ("loss", self.kind.reported[0])
-        found = {name: on_train[name] for name in told if name in on_train}
-        return found | {f"val_{name}": on_val[name] for name in told if name in on_val}
+        logged = ("loss", self.kind.reported[0])
+        found = {name: on_train[name] for name in logged if name in on_train}
+        return found | {f"val_{name}": on_val[name] for name in logged if name in on_val}
 
     def _no_tally(self) -> Tensor:
         """Zeros, to which the tallies of batches are added."""
