@@ -4,7 +4,7 @@
 
 FOLDER holds tables/baby_products.csv. The benchmark's five splits are scikit-learn's `train_test_split` of a tenth of
 the rows, random states 0 to 4. Its price is the price itself, and it leaves out numbers and SKU, as the config does.
-Each split is a run of jobs/configs/baby_products_price.yaml. PUBLISHED are the benchmark's own means over five splits:
+Each split is a run of jobs/configs/baby_products_price.yaml. PUBLISHED are the benchmark's means over five splits:
 AutoGluon-MM, and models on frozen small encoders. Prints a Markdown table.
 """
 
